@@ -1,0 +1,58 @@
+/* platform: what every module may assume about the compiler, and the linkage macros.
+   The only module that tests the platform; everything else is plain C99 that is also C++11. */
+#ifndef LLMPAR_PLATFORM_H
+#define LLMPAR_PLATFORM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if !defined(__GNUC__)
+#error "llmpar: needs gcc >= 9 or clang >= 11 (vector extensions and __atomic builtins)"
+#endif
+#if !defined(__linux__) && !defined(__APPLE__)
+#error "llmpar: supports Linux (glibc, musl); macOS compiles; other systems are not supported"
+#endif
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#error "llmpar: supports x86-64 and aarch64"
+#endif
+#if defined(__CUDACC__) && defined(LLMPAR_IMPLEMENTATION)
+#error "llmpar: define LLMPAR_IMPLEMENTATION in a .c or .cc file, not in one compiled by nvcc; .cu files get the declarations"
+#endif
+
+/* Linkage. LLMPAR_API may be defined by the user (dllexport, visibility). LLMPAR_STATIC makes every public
+   function static. LLMPAR__PRIVATE marks functions shared between modules but not with users: static in the
+   generated header, extern when the modules are built one by one (LLMPAR__SEPARATE). */
+#ifndef LLMPAR_API
+#ifdef LLMPAR_STATIC
+#define LLMPAR_API static LLMPAR__UNUSED
+#else
+#define LLMPAR_API extern
+#endif
+#endif
+#define LLMPAR__UNUSED __attribute__((unused))
+#ifdef LLMPAR__SEPARATE
+#define LLMPAR__PRIVATE extern
+#define LLMPAR__PRIVATE_DEF
+#else
+#define LLMPAR__PRIVATE static LLMPAR__UNUSED
+#define LLMPAR__PRIVATE_DEF static LLMPAR__UNUSED
+#endif
+/* A definition of a LLMPAR_API function begins with LLMPAR_DEF, of a LLMPAR__PRIVATE one with LLMPAR__PRIVATE_DEF. */
+#ifdef LLMPAR_STATIC
+#define LLMPAR_DEF static LLMPAR__UNUSED
+#else
+#define LLMPAR_DEF
+#endif
+
+#define LLMPAR_RESTRICT __restrict
+#define LLMPAR_PRINTF(format_index, first) __attribute__((format(printf, format_index, first)))
+
+#ifdef __cplusplus
+#define LLMPAR_EXTERN_C_BEGIN extern "C" {
+#define LLMPAR_EXTERN_C_END }
+#else
+#define LLMPAR_EXTERN_C_BEGIN
+#define LLMPAR_EXTERN_C_END
+#endif
+
+#endif

@@ -1,0 +1,27 @@
+/* threads: the communicator between rank threads of one process: collectives straight through shared memory in tree order. */
+#ifndef LLMPAR_COMM_THREADS_H
+#define LLMPAR_COMM_THREADS_H
+
+#include "base/heap.h"
+#include "tables/comm.h"
+
+/* What the rank threads of a job share: barriers, published pointers, the first failure. */
+typedef struct llmpar_threads_world llmpar_threads_world;
+
+typedef struct llmpar_threads_desc {
+    int32_t ranks;
+    int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
+    double deadline;       /* seconds a collective may wait for its peers before every rank reports LLMPAR_ERR_TIMEOUT; default 0 = none */
+} llmpar_threads_desc;
+
+/* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
+LLMPAR_API llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error);
+LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NULL is fine; after all rank threads ended */
+/* The first failure of any rank (root cause, never LLMPAR_ERR_PEER), status OK if none. */
+LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
+/* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */
+LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+/* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */
+LLMPAR_API void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank);
+
+#endif

@@ -1,0 +1,27 @@
+/* cpu: the CPU device. Portable kernels are the readable specification (also in f64); faster levels are chosen at run time. */
+#ifndef LLMPAR_CPU_H
+#define LLMPAR_CPU_H
+
+#include "base/heap.h"
+#include "tables/device.h"
+
+typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3 } llmpar_cpu_level;
+
+/* Best level of this processor. Local, thread-safe. */
+LLMPAR_API llmpar_cpu_level llmpar_cpu_best_level(void);
+/* "portable", "avx2", "avx512"; "?" otherwise. */
+LLMPAR_API const char *llmpar_cpu_level_name(llmpar_cpu_level level);
+/* Parses a name as LLMPAR_CPU has it; 0 if unknown. */
+LLMPAR_API int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out);
+
+typedef struct llmpar_cpu_desc {
+    int32_t threads;          /* workers of this rank, the caller's thread included; default 1; results do not depend on it */
+    llmpar_cpu_level level;   /* default: best */
+} llmpar_cpu_desc;
+
+/* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.
+   Sets flush-to-zero state off on the workers. Local. */
+LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
+LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; joins workers */
+
+#endif

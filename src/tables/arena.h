@@ -1,0 +1,39 @@
+/* arena: the one place device memory comes from. Every allocation carries a tag; live and peak bytes are kept per tag, so that a plan can be
+   compared with reality to the byte. Requests are rounded to the device's alignment; freed blocks are kept for requests of the same size. */
+#ifndef LLMPAR_ARENA_H
+#define LLMPAR_ARENA_H
+
+#include "tables/ctx.h"
+#include "tables/device.h"
+
+typedef enum llmpar_tag {
+    LLMPAR_TAG_PARAMETERS = 0, /* shards */
+    LLMPAR_TAG_GATHERED,       /* whole units */
+    LLMPAR_TAG_GRADIENTS,
+    LLMPAR_TAG_OPTIMIZER,
+    LLMPAR_TAG_ACTIVATIONS,
+    LLMPAR_TAG_COMMUNICATION,
+    LLMPAR_TAG_WORKSPACE,
+    LLMPAR_TAG_COUNT
+} llmpar_tag;
+
+LLMPAR_API const char *llmpar_tag_name(llmpar_tag tag); /* "parameters", ... */
+
+typedef struct llmpar_arena_usage { uint64_t live[LLMPAR_TAG_COUNT], peak[LLMPAR_TAG_COUNT], live_total, peak_total, reserved; } llmpar_arena_usage;
+
+typedef struct llmpar_arena llmpar_arena;
+
+/* limit in bytes of live allocations, 0 = none. Borrows ctx and its device. Local. */
+LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out);
+/* NULL is fine. Blocks still live are freed too. */
+LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
+/* Aligned, uninitialised. label names the buffer in messages ("layers.3 saved"); it is borrowed and must outlive the block. LLMPAR_ERR_MEMORY names tag, label, request, limit and the
+   live bytes of every tag. 0 bytes give a valid pointer. Local. */
+LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out);
+/* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
+LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
+LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
+/* Peaks start again from the live bytes. */
+LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
+
+#endif

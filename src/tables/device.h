@@ -1,0 +1,216 @@
+/* device: the table of everything that touches tensor memory. A user may bring another implementation, or replace one slot.
+
+   Lifecycle. Whoever runs the ranks (llmpar_launch) makes one device a rank. Every operation is an enqueue on a stream: it returns when accepted; argument structs
+   and the arrays they point to (gemm segments, tree_sum inputs) are copied before it returns, tensor buffers belong to the stream until an event
+   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call.
+   Operations never allocate: where one needs scratch, a `_workspace` slot tells how many bytes the caller passes.
+
+   Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype (F32 or F64) is the type of all floating buffers of the call unless said
+   otherwise; F64 runs the portable code. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
+   Every chain starts from +0, so no partial sum is ever -0. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
+#ifndef LLMPAR_DEVICE_H
+#define LLMPAR_DEVICE_H
+
+#include "base/dtype.h"
+#include "base/status.h"
+
+#define LLMPAR_DEVICE_ABI 1u
+
+typedef struct llmpar_device llmpar_device;
+typedef struct llmpar_stream llmpar_stream;
+typedef struct llmpar_event llmpar_event;
+
+/* One piece-part of a product: a and b already point at the part's first element. The parts of one piece are chained in list order. */
+typedef struct llmpar_gemm_segment {
+    const void *a, *b;
+    int64_t lda, ldb;
+    int64_t k;        /* extent of the summed dim in this part, >= 0 */
+    int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
+} llmpar_gemm_segment;
+
+typedef enum llmpar_gemm_kind { LLMPAR_GEMM_DEFAULT = 0, LLMPAR_GEMM_NT = 1, LLMPAR_GEMM_NN = 2, LLMPAR_GEMM_TN = 3 } llmpar_gemm_kind;
+
+/* c[m,n] = tree over pieces of (chain over the piece's segments of sum_k a*b).
+   NT: a[m,k] b[n,k] (y = x w^T);  NN: a[m,k] b[k,n] (dx = dy w);  TN: a[k,m] b[k,n] (dw = dy^T x). DEFAULT is an error.
+   A piece without segments counts as +0. The tree over `pieces` leaves is the balanced tree of llmpar_tree_split.
+   accumulate: the chain starts from c instead of +0; requires pieces == 1. c must not overlap a or b. */
+typedef struct llmpar_gemm_args {
+    int64_t m, n;
+    void *c;
+    int64_t ldc;
+    const llmpar_gemm_segment *segments;
+    int32_t segment_count, pieces;
+    llmpar_gemm_kind kind;
+    llmpar_dtype dtype;
+    int accumulate;
+    void *workspace; size_t workspace_bytes;
+} llmpar_gemm_args;
+
+/* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
+   `leaves` divides batch: leaf i owns sequences [i*batch/leaves, (i+1)*batch/leaves). */
+typedef struct llmpar_tokens {
+    int64_t batch, t, t_begin, t_total;
+    int64_t leaves;
+    int32_t canon;   /* pieces of t_total; t_begin and t_begin + t are piece boundaries when the guarantee holds */
+} llmpar_tokens;
+
+/* y[N,D] = x * rstd * w, rstd[N] = 1/sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). If `residual` is not NULL: sum[N,D] = x + residual is stored
+   first (sum may equal x or residual) and normalised instead of x. */
+typedef struct llmpar_rmsnorm_args {
+    int64_t rows, dim;
+    const void *x, *residual, *w;
+    void *sum, *y, *rstd;
+    double eps;
+    llmpar_dtype dtype;
+} llmpar_rmsnorm_args;
+
+/* dx[N,D] = dresidual (NULL = 0) + gradient through the norm; dx may equal dresidual or dy. dw_leaves[leaves, D]: per leaf the balanced tree over this call's T-pieces
+   (boundaries llmpar_piece_begin(i, t_total, canon) inside [t_begin, t_begin+t); a part-piece counts as its own piece) of the token chain (sequences of the leaf in order, positions of the piece in order) of dy * x * rstd.
+   NULL dw_leaves: not computed. With t = t_total there are canon pieces; with a part, its subtree. */
+typedef struct llmpar_rmsnorm_backward_args {
+    llmpar_tokens tokens; /* rows = batch * t */
+    int64_t dim;
+    const void *dy, *x, *w, *rstd, *dresidual;
+    void *dx, *dw_leaves;
+    llmpar_dtype dtype;
+} llmpar_rmsnorm_backward_args;
+
+/* In place on x[N, heads, E] with row stride ld: half-split rotation (x[i], x[i+E/2]) by the angles of tables cos/sin[positions, E/2] (dtype as x), row r of a
+   sequence at position position + (r mod t). Su et al. 2021 (RoFormer), eq. 34 in Hugging Face's half-split order. inverse != 0 rotates back (backward). */
+typedef struct llmpar_rope_args {
+    int64_t batch, t, heads, head_dim, ld, position;
+    void *x;
+    const void *cosine, *sine;
+    llmpar_dtype dtype;
+    int inverse;
+} llmpar_rope_args;
+
+/* out[b,i,h,:] = softmax_j(scale * q[b,i,h,:] . k[b,j,h*kv_heads/heads,:]) v over j <= i + (tk - tq), j >= doc_start[b*tk + i + (tk - tq)]. lse[b,h,i] = log sum exp (natural), F32/F64 as dtype.
+   Row i of sequence b of q is q + (b*tq + i)*ldq, head h at + h*E; k, v: row (b*tk_stride + j)*ldk. tk_stride >= tk (a KV cache longer than its fill). doc_start NULL: 0.
+   Key tiles are taken at absolute positions counted from the document's start, sequentially. lse may be NULL. Dao et al. 2022. */
+typedef struct llmpar_attention_args {
+    int64_t batch, tq, tk, tk_stride, heads, kv_heads, head_dim;
+    const void *q, *k, *v;
+    int64_t ldq, ldk, ldv, ldo;
+    const int32_t *doc_start;
+    void *out, *lse;
+    double scale;
+    llmpar_dtype dtype;
+    void *workspace; size_t workspace_bytes;
+} llmpar_attention_args;
+
+/* Gradients; tq == tk == tk_stride. dk, dv[b,j,kv,:] = balanced tree over the heads/kv_heads query heads of the group held in this call (split in half while the count is even, else at
+   the largest power of two below) of each query head's own sum. dq, dk, dv have the row strides ldq, ldk, ldv. */
+typedef struct llmpar_attention_backward_args {
+    llmpar_attention_args forward; /* q, k, v, out, lse as forward left them */
+    const void *dout;              /* row stride ldo */
+    void *dq, *dk, *dv;
+} llmpar_attention_backward_args;
+
+/* h[N,F] = gate * sigmoid(gate) * up (Shazeer 2020), row strides ld_in (gate, up) and ld_out (h). h may equal gate or up when the strides are equal. */
+typedef struct llmpar_swiglu_args { int64_t rows, dim, ld_in, ld_out; const void *gate, *up; void *h; llmpar_dtype dtype; } llmpar_swiglu_args;
+/* dgate, dup (stride ld_in, may equal gate, up) from dh (stride ld_out). h (stride ld_out; may equal dh) is recomputed unless NULL. */
+typedef struct llmpar_swiglu_backward_args { int64_t rows, dim, ld_in, ld_out; const void *gate, *up, *dh; void *dgate, *dup, *h; llmpar_dtype dtype; } llmpar_swiglu_backward_args;
+
+/* out[N,D]: row of table[V_local,D] where v_begin <= id < v_begin + v_local, else all-zero bits. ids outside the whole vocabulary were refused earlier. */
+typedef struct llmpar_embedding_args { int64_t rows, dim, v_begin, v_local; const int32_t *ids; const void *table; void *out; llmpar_dtype dtype; } llmpar_embedding_args;
+/* dtable[V_local,D], fully overwritten: balanced tree over leaves of the token chain of dout rows with that id. tokens.t == t_total here. */
+typedef struct llmpar_embedding_backward_args {
+    llmpar_tokens tokens;
+    int64_t dim, v_begin, v_local;
+    const int32_t *ids; const void *dout; void *dtable;
+    llmpar_dtype dtype;
+    void *workspace; size_t workspace_bytes;
+} llmpar_embedding_backward_args;
+
+/* Vocab-parallel softmax cross-entropy in steps, so that the caller combines over "tp" between them (Shoeybi et al. 2019, section 3).
+   logits[N, v_local] with row stride ld; columns are vocabulary ids [v_begin, v_begin + v_local) of v_total; target < 0 = not counted. Pieces: llmpar_piece_begin(i, v_total, canon). */
+typedef struct llmpar_xent_args {
+    int64_t rows, ld, v_begin, v_local, v_total;
+    int32_t canon;
+    void *logits;
+    const int32_t *targets; /* [N] */
+    void *max;              /* [N] row maximum; -inf if v_local = 0 */
+    void *target_logit;     /* [N] the target's logit if it is in this shard, else -inf */
+    void *sum;              /* [N] balanced tree over this shard's pieces of sum exp(logit - max) */
+    llmpar_dtype dtype;
+} llmpar_xent_args;
+/* xent_max: writes max, target_logit. xent_sum: reads the global max, writes sum. xent_backward: logits <- (exp(logit - max)/sum - [id == target]) * scale in place,
+   zero rows where target < 0. */
+typedef struct llmpar_xent_backward_args { llmpar_xent_args forward; float scale; } llmpar_xent_backward_args;
+/* accumulator[0..71] (int64, base/exact_sum.h) += f64 token losses log(sum) + max - target_logit of rows with target >= 0; token_loss[N] (f64, may be NULL) gets each (0 if not counted). */
+typedef struct llmpar_xent_loss_args { int64_t rows; const void *max, *target_logit, *sum; const int32_t *targets; int64_t *accumulator; double *token_loss; llmpar_dtype dtype; } llmpar_xent_loss_args;
+
+/* out[i] = balanced tree over j < n of in[j][i], i < count. out may equal any one in[j]. dtypes F32, F64, I64, U64; n >= 1. */
+typedef struct llmpar_tree_sum_args { const void *const *in; int32_t n; size_t count; void *out; llmpar_dtype dtype; } llmpar_tree_sum_args;
+/* out[i] = max over j of in[j][i]; F32, F64, I64. NaN wins. */
+typedef struct llmpar_tree_sum_args llmpar_max_args;
+/* out = a + b; out may equal a or b. */
+typedef struct llmpar_add_args { size_t count; const void *a, *b; void *out; llmpar_dtype dtype; } llmpar_add_args;
+/* x *= factor */
+typedef struct llmpar_scale_args { size_t count; void *x; double factor; llmpar_dtype dtype; } llmpar_scale_args;
+typedef struct llmpar_cast_args { size_t count; const void *in; llmpar_dtype in_dtype; void *out; llmpar_dtype out_dtype; } llmpar_cast_args;
+/* rows x width elements of `size` bytes each between strided matrices (strides in elements); no overlap. */
+typedef struct llmpar_copy_rows_args { int64_t rows, width, ld_in, ld_out; size_t size; const void *in; void *out; } llmpar_copy_rows_args;
+
+/* AdamW with decoupled decay (Loshchilov & Hutter 2019), element-wise, fma order written out in the portable kernel:
+   g' = g*grad_scale; m = b1*m + (1-b1)*g'; v = b2*v + (1-b2)*g'^2; p = p*(1 - lr*decay) - lr * (m/c1) / (sqrt(v/c2) + eps). c1 = 1-b1^step, c2 = 1-b2^step. */
+typedef struct llmpar_adamw_args { size_t count; void *p; const void *g; void *m, *v; double lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale; llmpar_dtype dtype; } llmpar_adamw_args;
+/* accumulator[0..71] += exact squares of x (F32; F64 squares are rounded once). Infinities and NaNs are counted in the accumulator. */
+typedef struct llmpar_square_sum_args { size_t count; const void *x; int64_t *accumulator; llmpar_dtype dtype; } llmpar_square_sum_args;
+
+struct llmpar_device {
+    uint32_t abi, size;       /* LLMPAR_DEVICE_ABI, sizeof(llmpar_device): a slot beyond `size` is empty */
+    const char *name;         /* "cpu avx512": device type and dispatch level; ranks must agree */
+    llmpar_error *error;      /* where failures leave their text; the rank's */
+    void *state;              /* the implementation's own */
+    size_t alignment;         /* every alloc is aligned to it; a power of two >= 64 */
+
+    /* memory; bytes may be 0. free takes NULL. */
+    llmpar_status (*alloc)(llmpar_device *device, size_t bytes, void **out);
+    void (*free)(llmpar_device *device, void *memory, size_t bytes);
+    llmpar_status (*copy)(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes);
+    llmpar_status (*zero)(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes);
+
+    /* streams and events. An event may be recorded again; waiting on one never recorded is no wait. synchronize waits for one stream on the host and
+       returns its sticky failure. event_synchronize waits on the host. host_call runs fn(arg) in stream order (the thread and MPI communicators use it). */
+    llmpar_status (*stream_create)(llmpar_device *device, const char *name, llmpar_stream **out);
+    void (*stream_destroy)(llmpar_device *device, llmpar_stream *stream);
+    llmpar_status (*synchronize)(llmpar_device *device, llmpar_stream *stream);
+    llmpar_status (*event_create)(llmpar_device *device, llmpar_event **out);
+    void (*event_destroy)(llmpar_device *device, llmpar_event *event);
+    llmpar_status (*event_record)(llmpar_device *device, llmpar_stream *stream, llmpar_event *event);
+    llmpar_status (*event_wait)(llmpar_device *device, llmpar_stream *stream, llmpar_event *event);
+    llmpar_status (*event_synchronize)(llmpar_device *device, llmpar_event *event);
+    llmpar_status (*host_call)(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes); /* arg is copied, arg_bytes <= 256 */
+
+    /* operations */
+    llmpar_status (*gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
+    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, pieces and the segments' k */
+    llmpar_status (*rmsnorm)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
+    llmpar_status (*rmsnorm_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
+    llmpar_status (*rope)(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
+    llmpar_status (*attention)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
+    size_t (*attention_workspace)(llmpar_device *device, const llmpar_attention_args *args);
+    llmpar_status (*attention_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
+    size_t (*attention_backward_workspace)(llmpar_device *device, const llmpar_attention_backward_args *args);
+    llmpar_status (*swiglu)(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
+    llmpar_status (*swiglu_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_backward_args *args);
+    llmpar_status (*embedding)(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_args *args);
+    llmpar_status (*embedding_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_backward_args *args);
+    size_t (*embedding_backward_workspace)(llmpar_device *device, const llmpar_embedding_backward_args *args);
+    llmpar_status (*xent_max)(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
+    llmpar_status (*xent_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
+    llmpar_status (*xent_loss)(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
+    llmpar_status (*xent_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
+    llmpar_status (*tree_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+    llmpar_status (*max)(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
+    llmpar_status (*add)(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
+    llmpar_status (*scale)(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
+    llmpar_status (*cast)(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
+    llmpar_status (*copy_rows)(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
+    llmpar_status (*adamw)(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
+    llmpar_status (*square_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+};
+
+#endif

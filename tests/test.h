@@ -1,0 +1,60 @@
+/* test: the one small harness. A test file includes this (it includes llmpar.h), defines TEST(name) functions, and ends in
+     TEST_LIST(T_(a), T_(b), T_(c))
+   CHECKs may be used on rank threads. The last line printed is "N passed, N failed[, N skipped]"; exit code 0 only with none failed.
+   argv[1], if given, runs only tests whose name contains it. */
+#ifndef TEST_H
+#define TEST_H
+
+#include "llmpar.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int test_failures, test_passed, test_failed, test_skipped, test_skip_now;
+
+#define TEST(name) static void name(void)
+#define TEST_FAIL(...) do { __atomic_add_fetch(&test_failures, 1, __ATOMIC_SEQ_CST); fprintf(stderr, "%s:%d: ", __FILE__, __LINE__); fprintf(stderr, __VA_ARGS__); fputc('\n', stderr); } while (0)
+#define CHECK(condition) do { if (!(condition)) TEST_FAIL("CHECK(%s)", #condition); } while (0)
+#define CHECK_INT(got, want) do { long long test_g = (long long)(got), test_w = (long long)(want); if (test_g != test_w) TEST_FAIL("%s: got %lld, want %lld", #got, test_g, test_w); } while (0)
+#define CHECK_OK(call) do { llmpar_status test_s = (call); if (test_s) TEST_FAIL("%s: %s", #call, llmpar_status_string(test_s)); } while (0)
+#define CHECK_STATUS(call, want) do { llmpar_status test_s = (call), test_w = (want); if (test_s != test_w) TEST_FAIL("%s: got %s, want %s", #call, llmpar_status_string(test_s), llmpar_status_string(test_w)); } while (0)
+#define CHECK_BYTES(got, want, bytes) do { if (memcmp((got), (want), (bytes))) TEST_FAIL("%s differs from %s", #got, #want); } while (0)
+#define CHECK_NEAR(got, want, bound) do { double test_g = (got), test_w = (want), test_d = test_g > test_w ? test_g - test_w : test_w - test_g; if (!(test_d <= (bound))) TEST_FAIL("%s: got %.17g, want %.17g, off by %.3g", #got, test_g, test_w, test_d); } while (0)
+#define CHECK_TEXT(text, part) do { const char *test_t = (text); if (!strstr(test_t, (part))) TEST_FAIL("\"%s\" does not contain \"%s\"", test_t, (part)); } while (0)
+/* Ends the test as skipped: use from the test function itself. */
+#define TEST_SKIP(reason) do { printf("  skipped: %s\n", reason); test_skip_now = 1; return; } while (0)
+
+/* LLMPAR_TEST_DATA/relative in one of four rotating static buffers, or NULL if the variable is unset. Main thread only. */
+static inline const char *test_data(const char *relative)
+{
+    static char buffer[4][1024];
+    static int next;
+    const char *root = getenv("LLMPAR_TEST_DATA");
+    if (!root || !root[0]) return NULL;
+    next = (next + 1) % 4;
+    snprintf(buffer[next], sizeof buffer[next], "%s/%s", root, relative);
+    return buffer[next];
+}
+#define TEST_DATA(variable, relative) const char *variable = test_data(relative); if (!variable) TEST_SKIP("LLMPAR_TEST_DATA is not set")
+
+typedef struct test_entry { const char *name; void (*run)(void); } test_entry;
+static inline int test_main(int argc, char **argv, const test_entry *tests, int count)
+{
+    for (int i = 0; i < count; i++) {
+        if (argc > 1 && !strstr(tests[i].name, argv[1])) continue;
+        int before = test_failures;
+        test_skip_now = 0;
+        tests[i].run();
+        if (test_failures != before) { test_failed++; printf("FAILED %s\n", tests[i].name); }
+        else if (test_skip_now) test_skipped++;
+        else test_passed++;
+        fflush(stdout);
+    }
+    if (test_skipped) printf("%d passed, %d failed, %d skipped\n", test_passed, test_failed, test_skipped);
+    else printf("%d passed, %d failed\n", test_passed, test_failed);
+    return test_failed != 0;
+}
+#define T_(f) { #f, f }
+#define TEST_LIST(...) int main(int argc, char **argv) { static const test_entry tests[] = { __VA_ARGS__ }; return test_main(argc, argv, tests, (int)(sizeof tests / sizeof tests[0])); }
+
+#endif
