@@ -1,0 +1,85 @@
+#include "base/heap.h"
+#include "base/size.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* What lies just below every pointer that was handed out:
+
+     raw              memory - sizeof(header)     memory (multiple of 64)
+      |... up to 63 ...| header                  | bytes ...              */
+typedef struct llmpar__heap_header {
+    void *raw;       /* as the hook gave it */
+    size_t total;    /* as asked of the hook */
+    size_t bytes;    /* as asked by the caller */
+} llmpar__heap_header;
+
+#define LLMPAR__HEAP_ALIGN 64
+
+static void *llmpar__heap_malloc(void *user, size_t bytes)
+{
+    (void)user;
+    return malloc(bytes);
+}
+
+static void llmpar__heap_release(void *user, void *memory, size_t bytes)
+{
+    (void)user;
+    (void)bytes;
+    free(memory);
+}
+
+LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allocator)
+{
+    memset(heap, 0, sizeof *heap);
+    if (allocator && allocator->alloc) {
+        heap->allocator = *allocator; /* without a free hook nothing is given back: the user's region goes at once */
+    } else {
+        heap->allocator.alloc = llmpar__heap_malloc;
+        heap->allocator.free = llmpar__heap_release;
+    }
+}
+
+LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    llmpar__heap_header header;
+    char *memory;
+    if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
+    if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
+    if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
+    header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
+    if (!header.raw) return NULL;
+    memory = (char *)header.raw + sizeof header;
+    memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
+    memcpy(memory - sizeof header, &header, sizeof header);
+    heap->calls++;
+    heap->live += header.bytes;
+    if (heap->live > heap->peak) heap->peak = heap->live;
+    return memory;
+}
+
+LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    void *memory = llmpar_heap_alloc(heap, count, size);
+    if (memory) memset(memory, 0, count * size);
+    return memory;
+}
+
+LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
+    if (copy) memcpy(copy, text, bytes);
+    return copy;
+}
+
+LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
+{
+    llmpar__heap_header header;
+    if (!memory) return;
+    memcpy(&header, (char *)memory - sizeof header, sizeof header);
+    heap->live -= header.bytes;
+    if (heap->allocator.free) heap->allocator.free(heap->allocator.user, header.raw, header.total);
+}
+
+#undef LLMPAR__HEAP_ALIGN
