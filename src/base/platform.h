@@ -3,6 +3,19 @@
 #ifndef LLMPAR_PLATFORM_H
 #define LLMPAR_PLATFORM_H
 
+/* Modules built one by one include this before any system header; the generated header does the same at its top. */
+#ifdef LLMPAR__SEPARATE
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#if defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#endif
+
 #include <stddef.h>
 #include <stdint.h>
 

@@ -1,0 +1,166 @@
+# llmpar. `make help` lists the targets. Needs a C compiler, make, libm and pthreads; what else a suite wants, it names.
+
+CC = cc
+CXX = c++
+CLANG = clang
+LDLIBS = -lpthread -lm
+# TEST=test_gemm runs one program of a suite.
+TEST =
+
+SRC := $(sort $(shell find src -type f))
+MODULES := $(filter %.c,$(SRC))
+HEADERS := llmpar.h llmpar_cuda.h llmpar_nccl.h
+EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
+SUITE := $(or $(TEST),$(filter-out test_exact,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
+
+all: $(EXAMPLES)
+
+help:
+	@echo 'make               the examples, from the committed llmpar.h, into build/'
+	@echo 'make demo          trains a small Llama on a 2x2 mesh and compares the bits with one rank'
+	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
+	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
+	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
+	@echo 'make test-plant    plants faults and expects the tests to find them'
+	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-tsan     the suite under ThreadSanitizer'
+	@echo 'make test-header   the suite on the committed header (clang); test-cxx: compiled as C++; test-separate: module by module'
+	@echo 'make check         everything that a commit has to pass; check-full: with the long runs'
+	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
+	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
+	@echo 'make bench         the benchmarks    make clean: removes build/'
+
+# ---- generated headers ----
+
+amalgamate = awk -v src=src $(1) -f tools/amalgamate.awk src/$(basename $(notdir $@)).spine.h > $@.tmp && mv $@.tmp $@
+
+gen: $(HEADERS:%=build/gen/%)
+	cp $(HEADERS:%=build/gen/%) .
+
+build/gen/%.h: FORCE
+	@mkdir -p $(@D)
+	@$(call amalgamate)
+
+# The same text with #line directives: what tests, sanitizers and gdb see.
+build/dev/%.h: $(SRC) tools/amalgamate.awk
+	@mkdir -p $(@D)
+	@$(call amalgamate,-v lines=1)
+
+check-gen: $(HEADERS:%=build/gen/%)
+	@for h in $(HEADERS); do cmp -s $$h build/gen/$$h || { echo "$$h is not what src/ gives: run \`make gen\` and commit it"; exit 1; }; done
+	@echo "generated headers are those of src/"
+
+# ---- examples and benchmarks: one file each, on the committed header ----
+
+$(EXAMPLES): build/%: examples/%.c llmpar.h
+	@mkdir -p $(@D)
+	$(CC) -O3 -g -I. $< -o $@ $(LDLIBS)
+
+$(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
+	@mkdir -p $(@D)
+	$(CC) -O2 -g -Ibuild/dev $^ -o $@ $(LDLIBS)
+
+demo: build/demo
+	build/demo
+
+bench: $(BENCHES)
+	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
+
+# ---- the suite: the implementation is compiled once a configuration and linked by all tests ----
+
+# $(1) name, $(2) folder of llmpar.h, $(3) compiler of the tests and linker, $(4) their flags, $(5) command that compiles the implementation
+define configuration
+build/$(1)/llmpar.o: $(if $(filter .,$(2)),llmpar.h,build/dev/llmpar.h)
+	@mkdir -p $$(@D)
+	$(5) -DLLMPAR_IMPLEMENTATION -c $$< -o $$@
+
+build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar.o
+	@mkdir -p $$(@D)
+	@$(3) $(4) -Wall -Wextra -MMD -MP -MF $$@.d -I$(2) -Itests $$< build/$(1)/llmpar.o -o $$@ $(LDLIBS)
+
+build-$(1): $(SUITE:%=build/$(1)/%)
+run-$(1):
+	@-$(MAKE) --no-print-directory -k build-$(1)
+	@tests/run.sh build/$(1) $(SUITE)
+
+-include $(wildcard build/$(1)/*.d)
+endef
+
+asan = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+tsan = -fsanitize=thread
+WARN = -Wall -Wextra -Wshadow -Wundef
+
+$(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) -O3 -g $(WARN) -x c))
+$(eval $(call configuration,header,.,$(CLANG),-O1 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
+$(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O3 -g -std=c++11 $(WARN) -x c++))
+$(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(asan) -x c))
+$(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
+
+# Module by module: extern instead of static between them, one object each.
+SEPARATE := $(MODULES:src/%.c=build/separate/%.o)
+SEPARATE_FLAGS = -std=c99 -pedantic $(WARN) -Wconversion -Wno-sign-conversion -ffp-contract=off -DLLMPAR__SEPARATE -Isrc
+
+build/separate/%.o: src/%.c
+	@mkdir -p $(@D)
+	@$(CC) -O3 -g $(SEPARATE_FLAGS) -MMD -MP -c $< -o $@
+
+build/separate/llmpar.a: $(SEPARATE)
+	@rm -f $@
+	@ar rcs $@ $^
+
+build/separate/llmpar.h:
+	@mkdir -p $(@D)
+	@echo '#include "llmpar.spine.h"' > $@
+
+build/separate/test_%: tests/test_%.c build/separate/llmpar.a build/separate/llmpar.h
+	@$(CC) -O1 -g -Wall -Wextra -DLLMPAR__SEPARATE -Ibuild/separate -Isrc -Itests -MMD -MP -MF $@.d $< build/separate/llmpar.a -o $@ $(LDLIBS)
+
+build-separate: $(SUITE:%=build/separate/%)
+run-separate:
+	@-$(MAKE) --no-print-directory -k build-separate
+	@tests/run.sh build/separate $(SUITE)
+
+-include $(wildcard build/separate/*/*.d build/separate/*.d)
+
+test: run-plain
+test-separate: run-separate
+test-header:
+	@tests/need.sh clang clang -- $(MAKE) --no-print-directory run-header
+test-cxx:
+	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-cxx
+test-asan:
+	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-asan
+test-tsan:
+	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-tsan
+
+test-exact: build/plain/test_exact
+	@tests/run.sh build/plain test_exact
+
+test-plant:
+	@tests/plant/run.sh
+
+# ---- checks ----
+
+check-layers:
+	@tools/check_layers.sh
+
+check-compile: $(HEADERS:%=build/gen/%)
+	@tests/compile/run.sh
+
+check-budget: build/gen/llmpar.h
+	@tools/check_budget.sh
+
+check:
+	@tools/check.sh
+
+check-full:
+	@tools/check.sh full
+
+clean:
+	rm -rf build
+
+.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant \
+	check-layers check-compile check-budget check check-full clean FORCE \
+	$(foreach c,plain header cxx asan tsan separate,build-$(c) run-$(c))
+.SECONDARY:

@@ -1,0 +1,199 @@
+/*
+llmpar.h - train and run Llama-family models on many ranks at once
+
+    Fully sharded data parallelism (FSDP) x tensor parallelism (TP) on a 2D device mesh, in one C99 header.
+    Loss, gradients and saved weights have the same bits on every mesh.
+    MIT licence, see the end of the file.
+
+DO THIS
+
+    In ONE .c (or .cc) file of your program:
+
+        #define LLMPAR_IMPLEMENTATION
+        #include "llmpar.h"
+
+    before any other #include. Everywhere else include "llmpar.h" alone. Compile that one file with -O3, even in a
+    debug build (the kernels are in it), and link with -lpthread -lm:
+
+        cc -O3 -c llmpar_impl.c
+        cc -g program.c llmpar_impl.o -o program -lpthread -lm
+
+    A whole program, one file (C99; in C++ write `llmpar_mesh_desc d = {};` and fill it in):
+
+        #define LLMPAR_IMPLEMENTATION
+        #include "llmpar.h"
+        #include <stdio.h>
+
+        static llmpar_status train(llmpar_ctx *ctx, void *user)              // every rank runs this
+        {
+            llmpar_mesh *mesh = NULL; llmpar_llama *model = NULL; llmpar_trainer *t = NULL; llmpar_step s;
+            llmpar_status st = llmpar_mesh_create(ctx, &(llmpar_mesh_desc){ .dp_shard = 2, .tp = 2 }, &mesh);
+            if (!st) st = llmpar_llama_create(ctx, &(llmpar_llama_desc){ .preset = "tiny", .seed = 1 }, &model);
+            if (!st) st = llmpar_parallelize(mesh, model, &(llmpar_trainer_desc){ .data = (const char *)user, .seq_len = 256, .batch = 8, .lr = 1e-3 }, &t);
+            for (int i = 0; !st && i < 200; i++) st = llmpar_trainer_step(t, &s);
+            if (!st) st = llmpar_save_hf(t, "out");                          // transformers loads this
+            llmpar_trainer_destroy(t); llmpar_llama_destroy(model); llmpar_mesh_destroy(mesh);   // NULL is fine
+            return st;
+        }
+
+        int main(void)
+        {
+            llmpar_error err;
+            if (llmpar_launch(&(llmpar_launch_desc){ .ranks = 4 }, train, (void *)"input.txt", &err)) { fprintf(stderr, "%s\n", err.text); return 1; }
+            return 0;
+        }
+
+    The ranks are threads of your process. Every call that takes a ctx, or an object made from one, is collective -
+    all ranks make it, in the same order - unless its comment says local.
+
+OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
+
+    LLMPAR_IMPLEMENTATION   this file gets the functions
+    LLMPAR_STATIC           every function is static: the library is private to this file
+    LLMPAR_API              storage class and attributes of the public declarations, default `extern`
+                            (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
+    LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
+    LLMPAR_NO_TEXT          ... of tokenizer and token data
+    LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
+    LLMPAR_NO_SIM           ... of the device and the communicator that only count
+    LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone, the same bits
+                            (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
+
+    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level (same bits, other speed).
+
+llmpar DOES NOT
+
+    - print, exit or abort: every fallible call returns llmpar_status, and the text of the error names rank, mesh
+      coordinate, tensor, expected and got. (llmpar_launch and the trainer write to callbacks; their default is
+      stderr and stdout.)
+    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator.
+    - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
+      switched off for this header alone; your own code keeps its flags.
+    - train on several machines or on GPUs in this version: the ranks are threads. Whoever needs more brings a
+      device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces
+      are deterministic, and refused under `exact = require`.
+
+CHAPTERS: base (status, memory, numbers) - tables (one rank's view, device, communicator) - cpu - comm - mesh - tp -
+fsdp - optim - io - text - model - model_io - run. Each declaration says its shapes, its owner and its errors.
+*/
+
+/* Feature-test macros have to precede the first system header. */
+#if defined(LLMPAR_IMPLEMENTATION) && !defined(LLMPAR__IMPLEMENTED) && !defined(__CUDACC__)
+#if defined(__STRICT_ANSI__) && (defined(_FEATURES_H) || defined(_SYS_CDEFS_H_)) && !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE) && !defined(_DARWIN_C_SOURCE)
+#error "llmpar: in strict mode (-std=c99) llmpar.h must come before every system header in the file that defines LLMPAR_IMPLEMENTATION; or compile that file with -std=gnu99 or -D_DEFAULT_SOURCE"
+#endif
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+#if defined(__APPLE__) && !defined(_DARWIN_C_SOURCE)
+#define _DARWIN_C_SOURCE 1
+#endif
+#endif
+
+#ifndef LLMPAR_H
+#define LLMPAR_H
+
+#include "base/platform.h"
+
+LLMPAR_EXTERN_C_BEGIN
+
+/* Chapter: base */
+#include "base/status.h"
+#include "base/heap.h"
+#include "base/size.h"
+#include "base/dtype.h"
+#include "base/math.h"
+#include "base/exact_sum.h"
+#include "base/rng.h"
+#include "base/json.h"
+
+/* Chapter: tables */
+#include "tables/ctx.h"
+#include "tables/device.h"
+#include "tables/comm.h"
+#include "tables/arena.h"
+
+/* Chapter: cpu */
+#include "cpu/cpu.h"
+
+/* Chapter: comm */
+#include "comm/threads.h"
+
+/* Chapter: mesh */
+#include "mesh/mesh.h"
+#include "mesh/dtensor.h"
+#include "mesh/redistribute.h"
+
+/* Chapter: io */
+#include "io/file.h"
+#include "io/safetensors.h"
+
+/* Chapter: run */
+#include "run/launch.h"
+
+LLMPAR_EXTERN_C_END
+
+#endif /* LLMPAR_H */
+
+/* ==== implementation ==== */
+
+#if defined(LLMPAR_IMPLEMENTATION) && !defined(LLMPAR__IMPLEMENTED) && !defined(LLMPAR__SEPARATE)
+#define LLMPAR__IMPLEMENTED
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
+#endif
+
+/* a*b+c must not become a fused multiply-add behind the source's back: bits would depend on the instruction set. */
+#if defined(__clang__)
+#pragma float_control(push)
+#pragma clang fp contract(off)
+#else
+#pragma GCC push_options
+#pragma GCC optimize ("fp-contract=off")
+#endif
+
+/* Warnings that the modules' own builds leave off, or that only look at the style of a foreign file. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#ifdef __cplusplus
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#endif
+
+#include "base/status.c"
+#include "base/heap.c"
+#include "base/size.c"
+#include "base/dtype.c"
+
+#pragma GCC diagnostic pop
+
+#if defined(__clang__)
+#pragma float_control(pop)
+#else
+#pragma GCC pop_options
+#endif
+
+#endif /* LLMPAR_IMPLEMENTATION */
+
+/*
+MIT License
+
+Copyright (c) 2026 llmpar authors
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/

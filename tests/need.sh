@@ -1,0 +1,21 @@
+#!/bin/sh
+# tests/need.sh TOOL PACKAGE -- COMMAND...   runs the command, or says which Debian package the suite lacks.
+# TOOL is a program, or a -fsanitize= flag that $CC must be able to link.
+tool=$1 package=$2
+shift 3
+case $tool in
+-fsanitize=*)
+    mkdir -p build
+    echo 'int main(void) { return 0; }' >build/need.c
+    ${CC:-cc} "$tool" build/need.c -o build/need 2>/dev/null
+    found=$?
+    ;;
+*)
+    command -v "$tool" >/dev/null 2>&1
+    found=$?
+    ;;
+esac
+if [ "$found" -eq 0 ]; then exec "$@"; fi
+echo "skipped: needs $tool (Debian package: $package; tools/setup installs it)"
+echo "0 passed, 0 failed, 1 skipped"
+[ -z "$LLMPAR_NO_SKIP" ]

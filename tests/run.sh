@@ -1,0 +1,45 @@
+#!/bin/sh
+# Runs the test programs of one configuration: tests/run.sh build/plain test_json test_gemm ...
+# One line a program, the whole log of one that fails, and the sum as the last line. With LLMPAR_TEST_DATA set, a skip is a failure.
+folder=$1
+shift
+passed=0 failed=0 skipped=0
+for test in "$@"; do
+    log=$folder/$test.log
+    start=$(date +%s)
+    if [ -x "$folder/$test" ]; then
+        timeout "${LLMPAR_TEST_TIMEOUT:-600}" "$folder/$test" >"$log" 2>&1
+        code=$?
+    else
+        echo "$folder/$test was not built" >"$log"
+        code=127
+    fi
+    seconds=$(($(date +%s) - start))
+    last=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
+    set_counts=$(echo "$last" | sed -n -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?$/p=\1 f=\2 s=\4/p')
+    p=0 f=0 s=0
+    eval "$set_counts"
+    s=${s:-0}
+    if [ "$code" -ne 0 ] && [ "$f" -eq 0 ]; then f=1; fi   # crashed, hung, or did not build
+    if [ -z "$last" ] && [ "$f" -eq 0 ]; then f=1; fi
+    note=
+    if [ -n "$LLMPAR_TEST_DATA" ] && [ "$s" -gt 0 ]; then
+        f=$((f + s)) s=0
+        note=" (skipped although LLMPAR_TEST_DATA is set)"
+    fi
+    if [ "$f" -gt 0 ]; then
+        [ -n "$last" ] || last="exit code $code"
+        printf '%-24s FAILED  %s%s\n' "$test" "$last" "$note"
+        sed 's/^/    /' "$log" | tail -n 60
+    else
+        printf '%-24s %s, %d s\n' "$test" "$last" "$seconds"
+    fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+done
+if [ "$skipped" -gt 0 ]; then
+    echo "$skipped skipped: set LLMPAR_TEST_DATA to the folder of the test data"
+    echo "$passed passed, $failed failed, $skipped skipped"
+else
+    echo "$passed passed, $failed failed"
+fi
+[ "$failed" -eq 0 ]
