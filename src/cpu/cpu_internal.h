@@ -16,6 +16,9 @@ typedef struct llmpar__cpu {
    not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
 LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
 LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
+/* threads >= 2, the caller's included. Owned by the caller; destroy takes NULL and joins. */
+LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out);
+LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 
 /* Slots: gemm.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);

@@ -1,0 +1,225 @@
+/* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
+   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
+#include "cpu/cpu_internal.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+#define LLMPAR__POOL_SPINS 200
+#define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
+
+typedef struct llmpar__pool_worker {
+    struct llmpar__pool *pool;
+    pthread_t thread;
+    int32_t index;  /* 1 .. threads - 1 */
+    char name[16];
+} llmpar__pool_worker;
+
+struct llmpar__pool {
+    llmpar_heap *heap;
+    llmpar__pool_worker *workers; /* [threads - 1]; owned */
+    int32_t threads, started;
+    pthread_mutex_t mutex;
+    pthread_cond_t start, done;
+    /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
+    void (*fn)(void *arg, int64_t task, int32_t worker);
+    void *arg;
+    int64_t tasks;
+    /* atomic */
+    int64_t next;       /* first task nobody has taken */
+    uint32_t generation;
+    int32_t active;     /* workers that have not finished the current run */
+    int stop;
+};
+
+static void llmpar__pool_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("yield");
+#endif
+}
+
+/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
+static void llmpar__pool_reset_float_control(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
+#else
+    uint64_t zero = 0;
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
+#endif
+}
+
+static void llmpar__pool_get_name(char name[16])
+{
+    name[0] = 0;
+#if defined(__linux__)
+    prctl(PR_GET_NAME, name, 0, 0, 0);
+#else
+    pthread_getname_np(pthread_self(), name, 16);
+#endif
+    name[15] = 0;
+}
+
+/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
+static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
+{
+    char suffix[16];
+    size_t length = strlen(base), suffix_length;
+    snprintf(suffix, sizeof suffix, " w%d", (int)index);
+    suffix_length = strlen(suffix);
+    if (length > 15 - suffix_length) length = 15 - suffix_length;
+    memcpy(name, base, length);
+    memcpy(name + length, suffix, suffix_length + 1);
+}
+
+static void llmpar__pool_set_name(const char *name)
+{
+#if defined(__linux__)
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+#else
+    pthread_setname_np(name);
+#endif
+}
+
+static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
+{
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+        if (task >= pool->tasks) return;
+        pool->fn(pool->arg, task, worker);
+    }
+}
+
+static void *llmpar__pool_main(void *arg)
+{
+    llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
+    struct llmpar__pool *pool = self->pool;
+    uint32_t seen = 0;
+    llmpar__pool_set_name(self->name);
+    llmpar__pool_reset_float_control();
+    for (;;) {
+        int spins = 0;
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
+            llmpar__pool_pause();
+            spins++;
+        }
+        if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
+            pthread_mutex_lock(&pool->mutex);
+            while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        seen++;
+        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        llmpar__pool_take(pool, self->index);
+        if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
+            pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+/* Everybody leaves the wait for the next generation. */
+static void llmpar__pool_release(struct llmpar__pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    __atomic_add_fetch(&pool->generation, 1u, __ATOMIC_ACQ_REL);
+    pthread_cond_broadcast(&pool->start);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
+{
+    int32_t i;
+    if (!pool) return;
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    llmpar__pool_release(pool);
+    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->start);
+    pthread_mutex_destroy(&pool->mutex);
+    llmpar_heap_free(pool->heap, pool->workers);
+    llmpar_heap_free(pool->heap, pool);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
+{
+    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
+    pthread_attr_t attributes;
+    char base[16];
+    int32_t i;
+    int failed = 0;
+    *out = NULL;
+    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    pool->heap = heap;
+    pool->threads = threads;
+    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
+    if (!pool->workers) {
+        llmpar_heap_free(heap, pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->start, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    llmpar__pool_get_name(base);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
+    for (i = 0; i < threads - 1 && !failed; i++) {
+        llmpar__pool_worker *worker = &pool->workers[i];
+        worker->pool = pool;
+        worker->index = i + 1;
+        llmpar__pool_name_worker(worker->name, base, i + 1);
+        failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
+        if (!failed) pool->started++;
+    }
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+        int32_t started = pool->started;
+        llmpar__pool_destroy(pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
+    }
+    *out = pool;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks)
+{
+    struct llmpar__pool *pool = cpu->pool;
+    int spins = 0;
+    if (!pool || tasks <= 1) {
+        int64_t task;
+        for (task = 0; task < tasks; task++) fn(arg, task, 0);
+        return;
+    }
+    pool->fn = fn;
+    pool->arg = arg;
+    pool->tasks = tasks;
+    __atomic_store_n(&pool->next, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
+    llmpar__pool_release(pool);
+    llmpar__pool_take(pool, 0);
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
+        llmpar__pool_pause();
+        spins++;
+    }
+    if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
+        pthread_mutex_lock(&pool->mutex);
+        while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
+{
+    return cpu->pool ? cpu->pool->threads : 1;
+}
+
+#undef LLMPAR__POOL_SPINS
+#undef LLMPAR__POOL_STACK
