@@ -1,0 +1,574 @@
+#include "io/safetensors.h"
+#include "base/json.h"
+#include "base/size.h"
+
+#include <stdio.h>
+#include <string.h>
+
+/* The format's limits: https://github.com/huggingface/safetensors#format */
+#define LLMPAR__ST_MAX_HEADER 100000000u
+#define LLMPAR__ST_MAX_DIMS 8
+
+typedef struct llmpar__st_dtype { const char *name; llmpar_dtype dtype; } llmpar__st_dtype;
+
+/* Every dtype the format knows; LLMPAR_DTYPE_DEFAULT: not one of ours. */
+static const llmpar__st_dtype llmpar__st_dtypes[] = {
+    { "F32", LLMPAR_F32 }, { "F64", LLMPAR_F64 }, { "BF16", LLMPAR_BF16 }, { "F16", LLMPAR_F16 },
+    { "I32", LLMPAR_I32 }, { "I64", LLMPAR_I64 }, { "U64", LLMPAR_U64 }, { "U8", LLMPAR_U8 },
+    { "BOOL", LLMPAR_DTYPE_DEFAULT }, { "I8", LLMPAR_DTYPE_DEFAULT }, { "I16", LLMPAR_DTYPE_DEFAULT }, { "U16", LLMPAR_DTYPE_DEFAULT },
+    { "U32", LLMPAR_DTYPE_DEFAULT }, { "F4", LLMPAR_DTYPE_DEFAULT }, { "F6_E2M3", LLMPAR_DTYPE_DEFAULT }, { "F6_E3M2", LLMPAR_DTYPE_DEFAULT },
+    { "F8_E5M2", LLMPAR_DTYPE_DEFAULT }, { "F8_E4M3", LLMPAR_DTYPE_DEFAULT }, { "F8_E8M0", LLMPAR_DTYPE_DEFAULT },
+    { "F8_E4M3FNUZ", LLMPAR_DTYPE_DEFAULT }, { "F8_E5M2FNUZ", LLMPAR_DTYPE_DEFAULT }, { "C64", LLMPAR_DTYPE_DEFAULT }
+};
+#define LLMPAR__ST_DTYPES (sizeof llmpar__st_dtypes / sizeof llmpar__st_dtypes[0])
+static const char llmpar__st_supported[] = "F32, F64, BF16, F16, I32, I64, U64 or U8";
+
+/* What an open file owns; llmpar_safetensors.state points to it, and its first member is what the user holds. */
+typedef struct llmpar__st_file {
+    llmpar_safetensors file;
+    llmpar_heap *heap;
+    llmpar_mapped mapped;        /* zero for open_memory */
+    char *path;
+    char *names;                 /* all names, each zero-terminated */
+    llmpar_safetensor *tensors;
+} llmpar__st_file;
+
+/* Where reading stands, for messages. */
+typedef struct llmpar__st_reader {
+    const char *path;
+    const char *header;          /* the JSON text */
+    const char *tensor;          /* name, UTF-8 */
+    size_t data_bytes;           /* bytes after the header */
+    llmpar_error *error;
+} llmpar__st_reader;
+
+/* ---- sorting: heapsort, because the library takes no memory behind the allocator's back and qsort may ---- */
+
+typedef int (*llmpar__st_before)(const llmpar_safetensor *a, const llmpar_safetensor *b);
+
+static int llmpar__st_by_name(const llmpar_safetensor *a, const llmpar_safetensor *b) { return strcmp(a->name, b->name) < 0; }
+
+/* Empty tensors before the one that starts at the same byte. */
+static int llmpar__st_by_begin(const llmpar_safetensor *a, const llmpar_safetensor *b)
+{
+    return a->begin != b->begin ? a->begin < b->begin : a->bytes < b->bytes;
+}
+
+static void llmpar__st_sink(llmpar_safetensor *t, size_t root, size_t count, llmpar__st_before before)
+{
+    llmpar_safetensor value = t[root];
+    for (;;) {
+        size_t child = 2 * root + 1;
+        if (child >= count) break;
+        if (child + 1 < count && before(&t[child], &t[child + 1])) child++;
+        if (!before(&value, &t[child])) break;
+        t[root] = t[child];
+        root = child;
+    }
+    t[root] = value;
+}
+
+static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_before before)
+{
+    size_t i;
+    for (i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
+    for (i = count; i > 1; i--) {
+        llmpar_safetensor last = t[i - 1];
+        t[i - 1] = t[0];
+        t[0] = last;
+        llmpar__st_sink(t, 0, i - 1, before);
+    }
+}
+
+/* ---- reading ---- */
+
+static const char *llmpar__st_type_name(const llmpar_json *value)
+{
+    switch (value->type) {
+    case LLMPAR_JSON_NULL: return "null";
+    case LLMPAR_JSON_BOOL: return "a boolean";
+    case LLMPAR_JSON_NUMBER: return "a number";
+    case LLMPAR_JSON_STRING: return "a string";
+    case LLMPAR_JSON_ARRAY: return "an array";
+    case LLMPAR_JSON_OBJECT: return "an object";
+    default: return "?";
+    }
+}
+
+/* A non-negative integer written as one: no fraction, no exponent, no "-0". */
+static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *field, size_t index, const llmpar_json *value, int64_t *out)
+{
+    if (value->type != LLMPAR_JSON_NUMBER)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] is %s, expected a non-negative integer (header byte %zu)",
+                                r->path, r->tensor, field, index, llmpar__st_type_name(value), value->position);
+    if (!value->is_integer || r->header[value->position] == '-') {
+        const char *text = r->header + value->position; /* ends: at least the object's '}' follows */
+        size_t length = strspn(text, "+-.0123456789eE");
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] = %.*s, expected a non-negative integer below 2^63 (header byte %zu)",
+                                r->path, r->tensor, field, index, length > 40 ? 40 : (int)length, text, value->position);
+    }
+    *out = value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_read_dtype(const llmpar__st_reader *r, const llmpar_json *value, llmpar_dtype *out)
+{
+    size_t i;
+    if (value->type != LLMPAR_JSON_STRING)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype is %s, expected a string (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+    for (i = 0; i < LLMPAR__ST_DTYPES; i++) {
+        if (strlen(llmpar__st_dtypes[i].name) != value->length || memcmp(llmpar__st_dtypes[i].name, value->string, value->length)) continue;
+        *out = llmpar__st_dtypes[i].dtype;
+        if (*out != LLMPAR_DTYPE_DEFAULT) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": dtype %s is not supported, expected %s (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_dtypes[i].name, llmpar__st_supported, value->position);
+    }
+    return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown dtype \"%.60s\", expected %s (header byte %zu)",
+                            r->path, r->tensor, value->string, llmpar__st_supported, value->position);
+}
+
+static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llmpar_json *value, llmpar_safetensor *out, size_t *bytes)
+{
+    const llmpar_json *extent;
+    size_t count = llmpar_dtype_size(out->dtype), i = 0;
+    llmpar_status status;
+    if (value->type != LLMPAR_JSON_ARRAY)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": shape is %s, expected an array (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+    if (value->length > LLMPAR__ST_MAX_DIMS)
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": shape has %zu dims, at most %d are supported (header byte %zu)",
+                                r->path, r->tensor, value->length, LLMPAR__ST_MAX_DIMS, value->position);
+    /* The product is taken in the reference's order: a zero extent does not excuse an overflow before it. */
+    for (extent = value->child; extent; extent = extent->next, i++) {
+        status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
+        if (status) return status;
+        if (!llmpar_size_mul(count, (size_t)out->shape[i], &count))
+            return llmpar_error_set(r->error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": the product of the shape overflows at shape[%zu] = %lld (header byte %zu)",
+                                    r->path, r->tensor, i, (long long)out->shape[i], extent->position);
+    }
+    out->dims = (int32_t)value->length;
+    *bytes = count;
+    return LLMPAR_OK;
+}
+
+/* Leaves out->begin relative to the data. */
+static llmpar_status llmpar__st_read_offsets(const llmpar__st_reader *r, const llmpar_json *value, size_t bytes, llmpar_safetensor *out)
+{
+    int64_t begin = 0, end = 0;
+    llmpar_status status;
+    if (value->type != LLMPAR_JSON_ARRAY || value->length != 2)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets is %s of length %zu, expected an array of 2 (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0, value->position);
+    status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
+    if (!status) status = llmpar__st_extent(r, "data_offsets", 1, value->child->next, &end);
+    if (status) return status;
+    if (end < begin)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] end before they begin (header byte %zu)",
+                                r->path, r->tensor, (long long)begin, (long long)end, value->position);
+    if ((uint64_t)end > (uint64_t)r->data_bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data (header byte %zu)",
+                                r->path, r->tensor, (long long)begin, (long long)end, r->data_bytes, value->position);
+    if ((uint64_t)(end - begin) != (uint64_t)bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld (header byte %zu)",
+                                r->path, r->tensor, bytes, (long long)begin, (long long)end, (long long)(end - begin), value->position);
+    out->begin = (size_t)begin;
+    out->bytes = bytes;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_json *entry, llmpar_safetensor *out)
+{
+    const llmpar_json *member, *dtype = llmpar_json_get(entry, "dtype"), *shape = llmpar_json_get(entry, "shape"), *offsets = llmpar_json_get(entry, "data_offsets");
+    size_t bytes = 0;
+    llmpar_status status;
+    if (strlen(entry->key) != entry->key_length)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (header byte %zu)", r->path, entry->key, entry->position);
+    if (entry->type != LLMPAR_JSON_OBJECT)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
+    if (!dtype || !shape || !offsets)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s is missing (header byte %zu)",
+                                r->path, r->tensor, !dtype ? "dtype" : !shape ? "shape" : "data_offsets", entry->position);
+    for (member = entry->child; member; member = member->next)
+        if (member != dtype && member != shape && member != offsets)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown field \"%.60s\", expected dtype, shape and data_offsets (header byte %zu)",
+                                    r->path, r->tensor, member->key, member->position);
+    status = llmpar__st_read_dtype(r, dtype, &out->dtype);
+    if (!status) status = llmpar__st_read_shape(r, shape, out, &bytes);
+    if (!status) status = llmpar__st_read_offsets(r, offsets, bytes, out);
+    return status;
+}
+
+static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
+{
+    const llmpar_json *member;
+    if (metadata->type != LLMPAR_JSON_OBJECT)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
+                                r->path, llmpar__st_type_name(metadata), metadata->position);
+    for (member = metadata->child; member; member = member->next)
+        if (member->type != LLMPAR_JSON_STRING)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
+                                    r->path, member->key, llmpar__st_type_name(member), member->position);
+    return LLMPAR_OK;
+}
+
+/* Fills s->tensors and s->names from the parsed header; begin is still relative. */
+static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reader *r, const llmpar_json *root)
+{
+    const llmpar_json *entry;
+    size_t count = 0, name_bytes = 0, at = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (entry = root->child; entry && !status; entry = entry->next) {
+        if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) {
+            status = llmpar__st_check_metadata(r, entry);
+            continue;
+        }
+        count++;
+        name_bytes += entry->key_length + 1; /* each byte stands in a header of at most 10^8 */
+    }
+    if (status) return status;
+    s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
+    s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
+    if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
+    for (entry = root->child; entry; entry = entry->next) {
+        llmpar_safetensor *tensor = &s->tensors[s->file.count];
+        if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) continue;
+        r->tensor = entry->key;
+        status = llmpar__st_read_tensor(r, entry, tensor);
+        if (status) return status;
+        memcpy(s->names + at, entry->key, entry->key_length + 1);
+        tensor->name = s->names + at;
+        at += entry->key_length + 1;
+        s->file.count++;
+    }
+    return LLMPAR_OK;
+}
+
+/* Every byte of the data belongs to exactly one tensor. Makes `begin` absolute. */
+static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st_reader *r, size_t data_at)
+{
+    size_t reached = 0;
+    int32_t i;
+    llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_begin);
+    for (i = 0; i < s->file.count; i++) {
+        llmpar_safetensor *tensor = &s->tensors[i];
+        if (tensor->begin > reached)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
+                                    r->path, tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
+        if (tensor->begin < reached)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)",
+                                    r->path, tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
+        reached += tensor->bytes;
+        tensor->begin += data_at;
+    }
+    if (reached != r->data_bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: %zu bytes follow the last tensor (file byte %zu)", r->path, r->data_bytes - reached, data_at + reached);
+    llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_name);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_parse(llmpar__st_file *s, const unsigned char *data, size_t bytes, llmpar_error *error)
+{
+    llmpar__st_reader r;
+    llmpar_json_desc desc;
+    llmpar_json *root = NULL;
+    llmpar_status status;
+    uint64_t length = 0;
+    char name[256];
+    int i;
+    memset(&r, 0, sizeof r);
+    memset(&desc, 0, sizeof desc);
+    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %zu bytes, expected at least 8 for the header length", s->path, bytes);
+    for (i = 7; i >= 0; i--) length = length << 8 | data[i];
+    if (length > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)length, LLMPAR__ST_MAX_HEADER);
+    if (length > bytes - 8)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %zu bytes follow it: the file is truncated (file byte 0)",
+                                s->path, (unsigned long long)length, bytes - 8);
+    if (length == 0 || data[8] != '{')
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
+    snprintf(name, sizeof name, "%.200s: header", s->path);
+    desc.name = name;
+    desc.unique_keys = 1;
+    status = llmpar_json_parse(s->heap, (const char *)data + 8, (size_t)length, &desc, &root, error);
+    if (status) return status;
+    r.path = s->path;
+    r.header = (const char *)data + 8;
+    r.data_bytes = bytes - 8 - (size_t)length;
+    r.error = error;
+    status = llmpar__st_read_header(s, &r, root);
+    llmpar_json_destroy(s->heap, root);
+    if (!status) status = llmpar__st_check_cover(s, &r, 8 + (size_t)length);
+    if (status) return status;
+    s->file.tensor = s->tensors;
+    s->file.data = data;
+    s->file.path = s->path;
+    return LLMPAR_OK;
+}
+
+/* An empty file object with its path, or NULL. */
+static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, llmpar_error *error)
+{
+    llmpar__st_file *s = (llmpar__st_file *)llmpar_heap_zalloc(heap, 1, sizeof *s);
+    if (s) {
+        s->heap = heap;
+        s->file.state = s;
+        s->path = llmpar_heap_strdup(heap, path);
+        if (s->path) return s;
+        llmpar_heap_free(heap, s);
+    }
+    llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    return NULL;
+}
+
+LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
+{
+    llmpar__st_file *s;
+    llmpar_heap *heap;
+    if (!file) return;
+    s = (llmpar__st_file *)file->state;
+    heap = s->heap;
+    llmpar_file_unmap(&s->mapped);
+    llmpar_heap_free(heap, s->tensors);
+    llmpar_heap_free(heap, s->names);
+    llmpar_heap_free(heap, s->path);
+    llmpar_heap_free(heap, s);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error)
+{
+    llmpar__st_file *s;
+    llmpar_status status;
+    *out = NULL;
+    s = llmpar__st_create(heap, path, error);
+    if (!s) return LLMPAR_ERR_MEMORY;
+    status = llmpar_file_map(path, &s->mapped, error);
+    if (!status) status = llmpar__st_parse(s, s->mapped.data, s->mapped.bytes, error);
+    if (status) {
+        llmpar_safetensors_close(&s->file);
+        return status;
+    }
+    *out = &s->file;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
+{
+    llmpar__st_file *s;
+    llmpar_status status;
+    *out = NULL;
+    s = llmpar__st_create(heap, name, error);
+    if (!s) return LLMPAR_ERR_MEMORY;
+    status = llmpar__st_parse(s, (const unsigned char *)data, bytes, error);
+    if (status) {
+        llmpar_safetensors_close(&s->file);
+        return status;
+    }
+    *out = &s->file;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name)
+{
+    int32_t low = 0, high = file->count;
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        int order = strcmp(name, file->tensor[middle].name);
+        if (order == 0) return &file->tensor[middle];
+        if (order < 0) high = middle;
+        else low = middle + 1;
+    }
+    return NULL;
+}
+
+/* ---- writing ---- */
+
+struct llmpar_safetensors_writer {
+    llmpar_heap *heap;
+    llmpar_writer *writer;
+    char *path;
+    size_t expected, written; /* bytes of data */
+};
+
+/* The dtype's name in the format, NULL if it is not a stored type. */
+static const char *llmpar__st_dtype_name(llmpar_dtype dtype)
+{
+    size_t i;
+    for (i = 0; i < LLMPAR__ST_DTYPES; i++)
+        if (dtype != LLMPAR_DTYPE_DEFAULT && llmpar__st_dtypes[i].dtype == dtype) return llmpar__st_dtypes[i].name;
+    return NULL;
+}
+
+/* A text that grows; with text == NULL it only counts. */
+typedef struct llmpar__st_text { char *text; size_t used, capacity; } llmpar__st_text;
+
+static void llmpar__st_put(llmpar__st_text *t, const char *part)
+{
+    size_t length = strlen(part);
+    if (t->text) memcpy(t->text + t->used, part, length);
+    t->used += length;
+}
+
+static void llmpar__st_put_number(llmpar__st_text *t, uint64_t value)
+{
+    char digits[24];
+    snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
+    llmpar__st_put(t, digits);
+}
+
+static void llmpar__st_put_string(llmpar__st_text *t, const char *string)
+{
+    size_t length = strlen(string);
+    if (t->text) t->used += llmpar_json_escape(string, length, t->text + t->used, t->capacity - t->used);
+    else t->used += llmpar_json_escape(string, length, NULL, 0);
+}
+
+/* The header's JSON with its padding. The shapes have been checked. */
+static void llmpar__st_put_header(llmpar__st_text *t, const llmpar_safetensor *tensors, int32_t count)
+{
+    uint64_t at = 0;
+    int32_t i, d;
+    llmpar__st_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (i = 0; i < count; i++) {
+        uint64_t bytes = llmpar_dtype_size(tensors[i].dtype);
+        llmpar__st_put(t, ",");
+        llmpar__st_put_string(t, tensors[i].name);
+        llmpar__st_put(t, ":{\"dtype\":\"");
+        llmpar__st_put(t, llmpar__st_dtype_name(tensors[i].dtype));
+        llmpar__st_put(t, "\",\"shape\":[");
+        for (d = 0; d < tensors[i].dims; d++) {
+            if (d) llmpar__st_put(t, ",");
+            llmpar__st_put_number(t, (uint64_t)tensors[i].shape[d]);
+            bytes *= (uint64_t)tensors[i].shape[d];
+        }
+        llmpar__st_put(t, "],\"data_offsets\":[");
+        llmpar__st_put_number(t, at);
+        llmpar__st_put(t, ",");
+        at += bytes;
+        llmpar__st_put_number(t, at);
+        llmpar__st_put(t, "]}");
+    }
+    llmpar__st_put(t, "}");
+    while (t->used % 8) llmpar__st_put(t, " ");
+}
+
+/* Everything the reader would refuse, before a file is created. *total: bytes of data. */
+static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
+{
+    int32_t i, d;
+    *total = 0;
+    if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
+    for (i = 0; i < count; i++) {
+        const llmpar_safetensor *tensor = &tensors[i];
+        size_t bytes = llmpar_dtype_size(tensor->dtype);
+        int64_t elements;
+        if (!tensor->name || !strcmp(tensor->name, "__metadata__"))
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor %d: name %s, expected another", path, (int)i, tensor->name ? "__metadata__ is reserved" : "is NULL");
+        if (!llmpar__st_dtype_name(tensor->dtype))
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": dtype %d is no stored type, expected %s", path, tensor->name, (int)tensor->dtype, llmpar__st_supported);
+        if (tensor->dims < 0 || tensor->dims > LLMPAR__ST_MAX_DIMS)
+            return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": %d dims, expected 0 to %d", path, tensor->name, (int)tensor->dims, LLMPAR__ST_MAX_DIMS);
+        for (d = 0; d < tensor->dims; d++)
+            if (tensor->shape[d] < 0)
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": shape[%d] = %lld, expected at least 0", path, tensor->name, (int)d, (long long)tensor->shape[d]);
+        if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
+            return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
+    }
+    return LLMPAR_OK;
+}
+
+/* The reader refuses a duplicate name, so the writer must not make one. */
+static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
+{
+    llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
+    llmpar_status status = LLMPAR_OK;
+    int32_t i;
+    if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
+    if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
+    llmpar__st_sort(sorted, (size_t)count, llmpar__st_by_name);
+    for (i = 1; i < count && !status; i++)
+        if (!strcmp(sorted[i - 1].name, sorted[i].name))
+            status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\" is declared twice", path, sorted[i].name);
+    llmpar_heap_free(heap, sorted);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
+{
+    llmpar_safetensors_writer *w;
+    llmpar__st_text header;
+    unsigned char length[8];
+    size_t total, i;
+    llmpar_status status;
+    *out = NULL;
+    memset(&header, 0, sizeof header);
+    status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
+    if (status) return status;
+    llmpar__st_put_header(&header, tensors, count);
+    if (header.used > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
+    header.capacity = header.used + 1; /* json_escape ends its text with a NUL */
+    header.used = 0;
+    header.text = (char *)llmpar_heap_alloc(heap, header.capacity, 1);
+    w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    if (w) {
+        w->heap = heap;
+        w->expected = total;
+        w->path = llmpar_heap_strdup(heap, path);
+    }
+    if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
+    if (!status) status = llmpar_writer_open(heap, path, &w->writer, error);
+    if (!status) {
+        llmpar__st_put_header(&header, tensors, count);
+        for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
+        status = llmpar_writer_write(w->writer, length, sizeof length, error);
+    }
+    if (!status) status = llmpar_writer_write(w->writer, header.text, header.used, error);
+    llmpar_heap_free(heap, header.text);
+    if (status) {
+        llmpar_safetensors_writer_abandon(w);
+        return status;
+    }
+    *out = w;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
+{
+    llmpar_status status;
+    if (bytes > writer->expected - writer->written)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
+    status = llmpar_writer_write(writer->writer, data, bytes, error);
+    if (!status) writer->written += bytes;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    llmpar_status status;
+    if (writer->written != writer->expected)
+        status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
+    else {
+        llmpar_writer *inner = writer->writer;
+        writer->writer = NULL;
+        status = llmpar_writer_commit(inner, error);
+    }
+    llmpar_safetensors_writer_abandon(writer);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer)
+{
+    llmpar_heap *heap;
+    if (!writer) return;
+    heap = writer->heap;
+    llmpar_writer_abandon(writer->writer);
+    llmpar_heap_free(heap, writer->path);
+    llmpar_heap_free(heap, writer);
+}
+
+#undef LLMPAR__ST_MAX_HEADER
+#undef LLMPAR__ST_MAX_DIMS
+#undef LLMPAR__ST_DTYPES
