@@ -2,6 +2,8 @@
 
 CC = cc
 CXX = c++
+# Of the implementation, in the suite that gdb and tests use.
+OPT = -O3
 CLANG = clang
 LDLIBS = -lpthread -lm
 # TEST=test_gemm runs one program of a suite.
@@ -91,7 +93,7 @@ asan = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-po
 tsan = -fsanitize=thread
 WARN = -Wall -Wextra -Wshadow -Wundef
 
-$(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) -O3 -g $(WARN) -x c))
+$(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) $(OPT) -g $(WARN) -x c))
 $(eval $(call configuration,header,.,$(CLANG),-O1 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
 $(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O3 -g -std=c++11 $(WARN) -x c++))
 $(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(asan) -x c))
@@ -143,6 +145,8 @@ test-plant:
 # ---- checks ----
 
 check-layers:
+	@rm -rf $(filter-out $(SEPARATE),$(wildcard build/separate/*/*.o))
+	@$(MAKE) -s -k SEPARATE_FLAGS='$(SEPARATE_FLAGS) -Werror' $(SEPARATE) || true
 	@tools/check_layers.sh
 
 check-compile: $(HEADERS:%=build/gen/%)

@@ -1,0 +1,120 @@
+#!/bin/sh
+# Does every module keep its layer? make check-layers has compiled each alone (build/separate); this looks at the text and the objects:
+#   includes        only the own layer or a lower one, never inside a conditional; public headers take stddef and stdint alone
+#   macros          LLMPAR_ names; those of a .c or .inc file are undefined at its end
+#   globals         no module has a mutable one
+#   outside world   stdio and the environment only in run/, exit and abort nowhere, nothing of libm
+#   spine           every module is on the list of one
+failures=0
+modules=0
+
+fail()
+{
+    echo "$1"
+    failures=$((failures + 1))
+}
+
+# The layers that a room may include, itself aside.
+below()
+{
+    case $1 in
+    base) echo "" ;;
+    tables | text) echo "base" ;;
+    cpu | comm | sim | io | cuda | nccl | mesh) echo "base tables" ;;
+    tp | fsdp) echo "base tables mesh" ;;
+    optim) echo "base tables mesh fsdp" ;;
+    model) echo "base tables mesh tp fsdp optim" ;;
+    model_io) echo "base tables mesh tp fsdp optim model io" ;;
+    run) echo "base tables mesh tp fsdp optim model io model_io text cpu comm sim" ;;
+    *) return 1 ;;
+    esac
+}
+
+for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mindepth 2 -name '*.inc' | sort); do
+    modules=$((modules + 1))
+    room=${file#src/}
+    module=$room
+    room=${room%%/*}
+    allowed=$(below "$room") || { fail "$file: src/$room is not a room of docs/architecture.md"; continue; }
+
+    for include in $(sed -n 's/^[ \t]*#[ \t]*include[ \t]*"\([^"]*\)".*/\1/p' "$file"); do
+        case " $allowed $room " in
+        *" ${include%%/*} "*) ;;
+        *) fail "$file: includes \"$include\", which is not below src/$room (allowed: $room $allowed)" ;;
+        esac
+        [ -f "src/$include" ] || fail "$file: includes \"$include\", which does not exist"
+    done
+
+    guard=0
+    case $file in *.h) guard=1 ;; esac
+    awk -v guard=$guard -v file="$file" '
+        /^[ \t]*#[ \t]*if/ { depth++ }
+        /^[ \t]*#[ \t]*endif/ { depth-- }
+        /^[ \t]*#[ \t]*include[ \t]*"/ && depth > guard && file !~ /\.inc$/ {
+            # A .inc may be inlined inside a conditional: it is a piece of the body.
+            if ($0 !~ /\.inc"/) { print file ":" NR ": own include inside a conditional"; bad = 1 }
+        }
+        END { exit bad }' "$file" || failures=$((failures + 1))
+
+    case $file in
+    *.h)
+        grep -q "^#include \"$module\"" src/*.spine.h || continue # shared between modules, not public
+        for include in $(sed -n 's/^[ \t]*#[ \t]*include[ \t]*<\([^>]*\)>.*/\1/p' "$file"); do
+            case $include in
+            stddef.h | stdint.h) ;;
+            *) fail "$file: public declarations need only stddef.h and stdint.h, not <$include>" ;;
+            esac
+        done
+        ;;
+    esac
+
+    case $file in
+    src/base/platform.h) ;;
+    *)
+        awk -v file="$file" '
+            /^[ \t]*#[ \t]*define[ \t]/ {
+                name = $0; sub(/^[ \t]*#[ \t]*define[ \t]+/, "", name); sub(/[^A-Za-z0-9_].*/, "", name)
+                if (name !~ /^LLMPAR_/) { print file ":" NR ": macro " name " does not begin with LLMPAR_"; bad = 1 }
+                if (!(name in line)) line[name] = NR
+            }
+            /^[ \t]*#[ \t]*undef[ \t]/ { name = $0; sub(/^[ \t]*#[ \t]*undef[ \t]+/, "", name); sub(/[^A-Za-z0-9_].*/, "", name); delete line[name] }
+            END {
+                if (file ~ /\.(c|inc)$/) for (name in line) { print file ":" line[name] ": macro " name " is not undefined at the end of the file"; bad = 1 }
+                exit bad
+            }' "$file" || failures=$((failures + 1))
+        ;;
+    esac
+
+    case $file in
+    *.c)
+        grep -q "^#include \"$module\"" src/*.spine.h || fail "$file: no spine lists it"
+        object=build/separate/${module%.c}.o
+        [ -f "$object" ] || { fail "$file: does not compile alone"; continue; }
+        globals=$(objdump -t "$object" | awk '($3 == "O" || $2 == "O") && $0 ~ /[ \t](\.data|\.bss|\.tdata|\.tbss|\*COM\*)/ && $0 !~ /\.data\.rel\.ro/ { print $NF }')
+        [ -z "$globals" ] || fail "$file: mutable globals: $(echo $globals)"
+        for symbol in $(nm -u "$object" | awk '{ print $2 }'); do
+            case $symbol in
+            exit | _exit | abort | __assert_fail | quick_exit | atexit) fail "$file: calls $symbol: the library returns a status" ;;
+            printf | fprintf | vprintf | vfprintf | puts | putchar | putc | fputs | fputc | fopen* | fdopen | fclose | fread | fwrite | fflush | fgets | fscanf | stdout | stderr | stdin | perror | getenv | setenv)
+                [ "$room" = run ] || fail "$file: uses $symbol: only src/run touches stdio and the environment"
+                ;;
+            esac
+        done
+        ;;
+    esac
+done
+
+if words=$(grep -nE 'TODO|FIXME|XXX' -r src tests examples bench tools docs --include='*.[ch]' --include='*.inc' --include='*.md' 2>/dev/null); then
+    fail "left over: $words"
+fi
+
+# Everything together without libm: what is missing then is libm's, or a private function that nobody defines.
+echo 'int main(void) { return 0; }' >build/separate/nothing.c
+${CC:-cc} build/separate/nothing.c $(find build/separate -mindepth 2 -name '*.o') -lpthread -o build/separate/nothing 2>build/separate/nothing.log ||
+    fail "the modules do not link without libm: $(grep -o "undefined reference to .*" build/separate/nothing.log | sort | uniq -c)"
+
+if [ "$failures" -gt 0 ]; then
+    echo "$failures layer violations in $modules files"
+    exit 1
+fi
+echo "$modules files in $(ls -d src/*/ | wc -l) rooms keep their layers"
