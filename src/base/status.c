@@ -17,7 +17,7 @@ LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
 LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
 {
     /* Formatted aside first: an argument may point into *error. */
-    char text[sizeof ((llmpar_error *)0)->text];
+    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
     va_list arguments;
     int length;
     size_t i;
@@ -34,7 +34,10 @@ LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
     for (i = 0; text[i]; i++)
         if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
     while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
+    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
+    memcpy(where, error->where, sizeof where);
     llmpar_error_clear(error);
+    memcpy(error->where, where, sizeof where);
     error->status = status;
     memcpy(error->text, text, i + 1);
     return status;

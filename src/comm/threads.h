@@ -11,7 +11,7 @@ typedef struct llmpar_threads_world llmpar_threads_world;
 typedef struct llmpar_threads_desc {
     int32_t ranks;
     int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
-    double deadline;       /* seconds a collective may wait for its peers before every rank reports LLMPAR_ERR_TIMEOUT; default 0 = none */
+    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none. Not in lockstep, where a debugger may stop the clock */
 } llmpar_threads_desc;
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
@@ -21,6 +21,8 @@ LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NU
 LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
 /* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */
 LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+/* Makes *error the job's failure, if it is the first, and wakes every rank: what comm->abort does, for a rank that has no communicator yet. error->status is not OK. Local. */
+LLMPAR_API void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error);
 /* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */
 LLMPAR_API void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank);
 

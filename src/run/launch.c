@@ -1,0 +1,298 @@
+/* launch: rank threads, their contexts, and the root error.
+
+   One rank's life, on its own thread (on the caller's for a world of one rank):
+     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all -> communicator and device destroyed
+   The check hook runs when all ranks have ended, on the caller's thread, rank by rank. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#include "run/launch.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+#include "comm/threads.h"
+#include "cpu/cpu.h"
+#include "tables/device.h"
+
+#define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
+#define LLMPAR__LAUNCH_MAX_RANKS 4096
+
+/* What all ranks of one launch share; read-only while they run. */
+typedef struct llmpar__launch_job {
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level;
+    llmpar_rank_fn fn;
+    void *user;
+    llmpar_threads_world *world;
+} llmpar__launch_job;
+
+typedef struct llmpar__launch_rank {
+    llmpar_ctx ctx;
+    const llmpar__launch_job *job;
+    pthread_t thread;
+} llmpar__launch_rank;
+
+/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
+static uint64_t llmpar__launch_float_state(void)
+{
+#if defined(__x86_64__)
+    unsigned old = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(old & ~(0x8000u | 0x6000u | 0x0040u)); /* FTZ, rounding, DAZ */
+    return old;
+#else
+    uint64_t old;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(old));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(old & ~((uint64_t)0x3 << 22 | (uint64_t)1 << 24 | (uint64_t)1 << 19))); /* rounding, FZ, FZ16 */
+    return old;
+#endif
+}
+
+static void llmpar__launch_float_restore(uint64_t state)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr((unsigned)state);
+#else
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(state));
+#endif
+}
+
+static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, const char *line)
+{
+    (void)user;
+    if (level == LLMPAR_LOG_INFO) return;
+    fprintf(stderr, "llmpar: rank %d: %s%s\n", rank, level == LLMPAR_LOG_WARNING ? "warning: " : "", line);
+}
+
+/* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler) differ here. */
+static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
+{
+    enum { M = 5, N = 19, K = 67 };
+    llmpar_device *device = ctx->device;
+    size_t floats = M * K + N * K + M * N, workspace_bytes;
+    llmpar_gemm_segment segment[4];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    memset(segment, 0, sizeof segment);
+    float *a = (float *)llmpar_heap_alloc(&ctx->heap, floats, sizeof *a);
+    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
+    float *b = a + M * K, *c = b + N * K;
+    for (int i = 0; i < M * K + N * K; i++) a[i] = (float)((i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
+    for (int i = 0; i < 4; i++) {
+        int begin = i * K / 4;
+        segment[i].a = a + begin;
+        segment[i].b = b + begin;
+        segment[i].lda = segment[i].ldb = K;
+        segment[i].k = (i + 1) * K / 4 - begin;
+        segment[i].piece = i;
+    }
+    args.m = M;
+    args.n = N;
+    args.c = c;
+    args.ldc = N;
+    args.segments = segment;
+    args.segment_count = args.pieces = 4;
+    args.kind = LLMPAR_GEMM_NT;
+    args.dtype = LLMPAR_F32;
+    workspace_bytes = device->gemm_workspace(device, &args);
+    llmpar_stream *stream = NULL;
+    llmpar_status st = device->alloc(device, workspace_bytes, &args.workspace);
+    args.workspace_bytes = workspace_bytes;
+    if (!st) st = device->stream_create(device, "self-test", &stream);
+    if (!st) st = device->gemm(device, stream, &args);
+    if (stream) {
+        llmpar_status synchronized = device->synchronize(device, stream);
+        if (!st) st = synchronized;
+        device->stream_destroy(device, stream);
+    }
+    uint64_t hash = 0xcbf29ce484222325u;
+    const unsigned char *bytes = (const unsigned char *)c;
+    for (size_t i = 0; !st && i < M * N * sizeof *c; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    for (const char *p = device->name; *p; p++) hash = (hash ^ (unsigned char)*p) * 0x100000001b3u;
+    device->free(device, args.workspace, workspace_bytes);
+    llmpar_heap_free(&ctx->heap, a);
+    *out = hash;
+    return st;
+}
+
+/* All ranks compute alike, or all say who does not. */
+static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
+{
+    if (ctx->world == 1) return LLMPAR_OK;
+    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
+    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
+    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
+    llmpar_stream *stream = NULL;
+    if (!st) st = ctx->device->stream_create(ctx->device, "launch", &stream);
+    if (!st) {
+        llmpar_collective call;
+        memset(&call, 0, sizeof call);
+        call.send = &mine;
+        call.recv = all;
+        call.count = 1;
+        call.dtype = LLMPAR_U64;
+        call.tag = "launch/self_test";
+        st = llmpar_all_gather(ctx->comm, stream, &call);
+        llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
+        if (!st) st = synchronized;
+        ctx->device->stream_destroy(ctx->device, stream);
+    }
+    for (int32_t i = 1; i < ctx->world && !st; i++)
+        if (all[i] != all[0])
+            st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
+                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
+    llmpar_heap_free(&ctx->heap, all);
+    return st;
+}
+
+static void llmpar__launch_run(llmpar__launch_rank *self)
+{
+    const llmpar__launch_job *job = self->job;
+    llmpar_ctx *ctx = &self->ctx;
+    llmpar_cpu_desc cpu;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = job->desc.threads;
+    cpu.level = job->level;
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
+    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
+    if (!st) st = llmpar__launch_agree(ctx);
+    if (!st) st = job->fn(ctx, job->user);
+    if (st) {
+        llmpar_error error = ctx->error;
+        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error.rank = ctx->rank;
+        error.status = st;
+        llmpar_threads_world_fail(job->world, &error);
+    }
+    llmpar_threads_rank_finished(job->world, ctx->rank);
+    llmpar_comm_destroy(ctx->comm);
+    llmpar_cpu_destroy(ctx->device);
+    ctx->comm = NULL;
+    ctx->device = NULL;
+}
+
+static void *llmpar__launch_thread(void *arg)
+{
+    llmpar__launch_rank *self = (llmpar__launch_rank *)arg;
+    char name[16];
+    snprintf(name, sizeof name, "r%d", (int)self->ctx.rank);
+#if defined(__linux__)
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+#elif defined(__APPLE__)
+    pthread_setname_np(name);
+#endif
+    llmpar__launch_float_state(); /* the thread ends with it */
+    llmpar__launch_run(self);
+    return NULL;
+}
+
+/* Checks the desc and fills in the defaults. */
+static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
+{
+    if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (one rank) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
+    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!desc->ranks) desc->ranks = 1;
+    if (!desc->threads) desc->threads = 1;
+    if (!desc->log) desc->log = llmpar__launch_log;
+    const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
+    *level = llmpar_cpu_best_level();
+    if (text && !llmpar_cpu_level_parse(text, level)) {
+        char choices[128];
+        size_t used = 0;
+        choices[0] = 0;
+        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?") && used < sizeof choices; i++) {
+            int n = snprintf(choices + used, sizeof choices - used, "%s%s", used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
+            used += n > 0 ? (size_t)n : 0;
+        }
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    llmpar_error local;
+    if (!error) error = &local;
+    llmpar_error_clear(error);
+    if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    llmpar__launch_job job;
+    memset(&job, 0, sizeof job);
+    if (given) job.desc = *given;
+    job.fn = fn;
+    job.user = user;
+    llmpar_status st = llmpar__launch_resolve(&job.desc, &job.level, error);
+    if (st) return st;
+
+    int32_t ranks = job.desc.ranks, started = 0;
+    llmpar_heap heap; /* of this thread; the ranks' splits use it under the world's lock */
+    llmpar_threads_desc threads;
+    memset(&threads, 0, sizeof threads);
+    threads.ranks = ranks;
+    threads.lockstep = job.desc.lockstep;
+    threads.deadline = job.desc.deadline;
+    llmpar_heap_init(&heap, job.desc.allocator);
+    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    if (!rank) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+    st = llmpar_threads_world_create(&heap, &threads, &job.world, error);
+    if (st) {
+        llmpar_heap_free(&heap, rank);
+        return st;
+    }
+    for (int32_t i = 0; i < ranks; i++) {
+        llmpar_ctx *ctx = &rank[i].ctx;
+        rank[i].job = &job;
+        ctx->rank = i;
+        ctx->world = ranks;
+        llmpar_heap_init(&ctx->heap, job.desc.allocator);
+        llmpar_error_clear(&ctx->error);
+        ctx->error.rank = i;
+        ctx->log = job.desc.log;
+        ctx->log_user = job.desc.log_user;
+    }
+
+    if (ranks == 1) {
+        uint64_t state = llmpar__launch_float_state();
+        llmpar__launch_run(&rank[0]);
+        llmpar__launch_float_restore(state);
+        started = 1;
+    } else {
+        pthread_attr_t attributes;
+        int failed = pthread_attr_init(&attributes);
+        if (!failed) {
+            pthread_attr_setstacksize(&attributes, LLMPAR__LAUNCH_STACK);
+            while (started < ranks && !failed) {
+                failed = pthread_create(&rank[started].thread, &attributes, llmpar__launch_thread, &rank[started]);
+                if (!failed) started++;
+            }
+            pthread_attr_destroy(&attributes);
+        }
+        if (failed) {
+            llmpar_error broken;
+            llmpar_error_clear(&broken);
+            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
+            broken.rank = started;
+            llmpar_threads_world_fail(job.world, &broken);
+            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job.world, i);
+        }
+        for (int32_t i = 0; i < started; i++) pthread_join(rank[i].thread, NULL);
+    }
+    for (int32_t i = 0; i < started && job.desc.check; i++) job.desc.check(&rank[i].ctx, user);
+    llmpar_threads_world_error(job.world, error);
+    llmpar_threads_world_destroy(job.world);
+    llmpar_heap_free(&heap, rank);
+    return error->status;
+}
+
+#undef LLMPAR__LAUNCH_STACK
+#undef LLMPAR__LAUNCH_MAX_RANKS
