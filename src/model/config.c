@@ -1,0 +1,596 @@
+#include "model/config.h"
+#include "base/json.h"
+#include "base/math.h"
+#include "base/size.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
+
+/* ---- presets ---- */
+
+typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
+
+/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high}, tied, bos, eos_count, {eos}, init_std */
+static const llmpar__config_preset llmpar__config_presets[] = {
+    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02 } },
+    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
+    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
+    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0 }, 1, 128000, 1, { 128001 }, 0.02 } }
+};
+#define LLMPAR__CONFIG_PRESETS (sizeof llmpar__config_presets / sizeof llmpar__config_presets[0])
+
+LLMPAR_DEF llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error)
+{
+    char list[200];
+    size_t i, used = 0;
+    memset(out, 0, sizeof *out);
+    for (i = 0; i < LLMPAR__CONFIG_PRESETS; i++) {
+        if (name && !strcmp(name, llmpar__config_presets[i].name)) {
+            *out = llmpar__config_presets[i].config;
+            return LLMPAR_OK;
+        }
+        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s", i == 0 ? "" : i + 1 == LLMPAR__CONFIG_PRESETS ? " or " : ", ", llmpar__config_presets[i].name);
+    }
+    return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama preset: \"%.100s\" is unknown, expected %s", name ? name : "", list);
+}
+
+/* ---- checking: one pass finds the fault, callers say where it stands ---- */
+
+/* What is wrong: the field by its name in config.json, and the rest of the sentence. */
+typedef struct llmpar__config_fault { const char *field; char text[320]; } llmpar__config_fault;
+
+static int llmpar__config_say_range(llmpar__config_fault *f, const char *field, int64_t value, int64_t low, int64_t high)
+{
+    if (value >= low && value <= high) return 0;
+    f->field = field;
+    snprintf(f->text, sizeof f->text, "%s = %lld, expected an integer from %lld to %lld", field, (long long)value, (long long)low, (long long)high);
+    return 1;
+}
+
+static int llmpar__config_say_real(llmpar__config_fault *f, const char *field, double value, int good, const char *expected)
+{
+    if (good && llmpar_isfinite_f64(value)) return 0;
+    f->field = field;
+    snprintf(f->text, sizeof f->text, "%s = %g, expected %s", field, value, expected);
+    return 1;
+}
+
+/* Limits are far above any model; they make sure that products of two or three of them fit in 64 bits. */
+static const int64_t llmpar__config_max_vocab = (int64_t)1 << 24, llmpar__config_max_hidden = (int64_t)1 << 20, llmpar__config_max_intermediate = (int64_t)1 << 22;
+static const int64_t llmpar__config_max_layers = (int64_t)1 << 16, llmpar__config_max_heads = (int64_t)1 << 16, llmpar__config_max_head_dim = (int64_t)1 << 14;
+static const int64_t llmpar__config_max_positions = (int64_t)1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
+
+static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
+{
+    const llmpar_rope_scaling *s = &c->rope_scaling;
+    if (s->kind == LLMPAR_ROPE_NONE) return 0;
+    if (s->kind != LLMPAR_ROPE_LINEAR && s->kind != LLMPAR_ROPE_LLAMA3) {
+        f->field = "rope_type";
+        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear or llama3", (int)s->kind);
+        return 1;
+    }
+    if (llmpar__config_say_real(f, "factor", s->factor, s->factor >= 1 && s->factor <= 1e6, "a number from 1 to 1e6")) return 1;
+    if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
+    if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
+    if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
+}
+
+static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
+{
+    int32_t i;
+    int64_t params;
+    if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
+    if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
+    if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
+    if (llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, llmpar__config_max_layers)) return 1;
+    if (llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, llmpar__config_max_heads)) return 1;
+    if (llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
+    if (c->heads % c->kv_heads) {
+        f->field = "num_attention_heads";
+        snprintf(f->text, sizeof f->text, "num_attention_heads = %d is not divisible by num_key_value_heads = %d", (int)c->heads, (int)c->kv_heads);
+        return 1;
+    }
+    if (llmpar__config_say_range(f, "head_dim", c->head_dim, 2, llmpar__config_max_head_dim)) return 1;
+    if (c->head_dim % 2) {
+        f->field = "head_dim";
+        snprintf(f->text, sizeof f->text, "head_dim = %d, expected an even number (rotary position embedding turns pairs)", (int)c->head_dim);
+        return 1;
+    }
+    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)) return 1;
+    if (llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")) return 1;
+    if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")) return 1;
+    if (llmpar__config_find_rope_fault(c, f)) return 1;
+    if (llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)) return 1;
+    if (llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)) return 1;
+    if (llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
+    for (i = 0; i < c->eos_count; i++)
+        if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
+    if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
+    params = llmpar_llama_param_count(c);
+    if (params > llmpar__config_max_params) {
+        f->field = "num_hidden_layers";
+        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d with these sizes makes %lld parameters, expected at most %lld", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
+        return 1;
+    }
+    return 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_config_check(const llmpar_llama_config *config, llmpar_error *error)
+{
+    llmpar__config_fault fault;
+    if (!llmpar__config_find_fault(config, &fault)) return LLMPAR_OK;
+    return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama config: %s", fault.text);
+}
+
+/* ---- reading config.json ---- */
+
+typedef struct llmpar__config_reader {
+    const char *name;        /* for messages */
+    const char *text;
+    size_t length;
+    const llmpar_json *root;
+    llmpar_error *error;
+} llmpar__config_reader;
+
+/* The value as it stands in the text, cut to `capacity`. */
+static const char *llmpar__config_excerpt(const llmpar__config_reader *r, const llmpar_json *value, char *out, size_t capacity)
+{
+    size_t i = 0, at = value->position;
+    char open = at < r->length ? r->text[at] : 0;
+    if (value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT) {
+        snprintf(out, capacity, "%s", open == '[' ? "an array" : "an object");
+        return out;
+    }
+    while (at + i < r->length && i + 1 < capacity) {
+        char c = r->text[at + i];
+        if (open == '"' ? i > 0 && c == '"' && r->text[at + i - 1] != '\\' : strchr(" \t\r\n,]}", c) != NULL) {
+            if (open == '"') out[i++] = c;
+            break;
+        }
+        out[i++] = c;
+    }
+    out[i] = 0;
+    return out;
+}
+
+static llmpar_status llmpar__config_wrong(const llmpar__config_reader *r, llmpar_status status, const llmpar_json *value, const char *expected)
+{
+    char excerpt[80];
+    return llmpar_error_set(r->error, status, "%s: %.80s = %s, expected %s (byte %zu)", r->name, value->key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), expected, value->position);
+}
+
+/* An integer field. NULL value: `missing` if that is allowed, else an error. */
+static llmpar_status llmpar__config_int(const llmpar__config_reader *r, const llmpar_json *object, const char *key, int null_is_missing, int required, int32_t missing, int32_t *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    *out = missing;
+    if (!value || (null_is_missing && value->type == LLMPAR_JSON_NULL)) {
+        if (!required) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing (byte %zu)", r->name, key, object->position);
+    }
+    if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < INT32_MIN || value->integer > INT32_MAX)
+        return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "an integer from 1 to 2147483647");
+    *out = (int32_t)value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_real(const llmpar__config_reader *r, const llmpar_json *object, const char *key, int required, double missing, double *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    *out = missing;
+    if (!value) {
+        if (!required) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing from %s (byte %zu)", r->name, key, object->key ? object->key : "the object", object->position);
+    }
+    if (value->type != LLMPAR_JSON_NUMBER) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "a number");
+    *out = value->number;
+    return LLMPAR_OK;
+}
+
+static int llmpar__config_is_text(const llmpar_json *value, const char *text)
+{
+    return value && value->type == LLMPAR_JSON_STRING && value->length == strlen(text) && !memcmp(value->string, text, value->length);
+}
+
+/* What a field may say when only one behaviour is built. An absent field and null always mean that behaviour. */
+typedef enum llmpar__config_rule { LLMPAR__CONFIG_FALSE, LLMPAR__CONFIG_TRUE, LLMPAR__CONFIG_NULL, LLMPAR__CONFIG_ZERO, LLMPAR__CONFIG_ONE } llmpar__config_rule;
+typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule; } llmpar__config_only;
+
+/* Fields of transformers' Llama and of its relatives that change what is computed. */
+static const llmpar__config_only llmpar__config_fixed[] = {
+    { "attention_bias", LLMPAR__CONFIG_FALSE }, { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO },
+    { "sliding_window", LLMPAR__CONFIG_NULL }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
+    { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
+    { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
+    { "layer_types", LLMPAR__CONFIG_NULL }, { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
+    { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
+    { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
+    { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
+};
+
+static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, llmpar__config_rule rule)
+{
+    static const char *const expected[] = { "false or null: nothing else is supported", "true or null: nothing else is supported", "null: nothing else is supported",
+                                            "0 or null: nothing else is supported", "1 or null: nothing else is supported" };
+    int good = 0;
+    if (!value || value->type == LLMPAR_JSON_NULL) return LLMPAR_OK;
+    switch (rule) {
+    case LLMPAR__CONFIG_FALSE: good = value->type == LLMPAR_JSON_BOOL && !value->boolean; break;
+    case LLMPAR__CONFIG_TRUE: good = value->type == LLMPAR_JSON_BOOL && value->boolean; break;
+    case LLMPAR__CONFIG_NULL: break;
+    case LLMPAR__CONFIG_ZERO: good = value->type == LLMPAR_JSON_NUMBER && value->number == 0; break;
+    case LLMPAR__CONFIG_ONE: good = value->type == LLMPAR_JSON_NUMBER && value->number == 1; break;
+    default: break;
+    }
+    return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
+}
+
+static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r)
+{
+    const llmpar_json *model_type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *activation = llmpar_json_get(r->root, "hidden_act");
+    llmpar_status status = LLMPAR_OK;
+    size_t i;
+    if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
+    if (!model_type && !architectures)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\" (byte %zu)", r->name, r->root->position);
+    if (model_type && !llmpar__config_is_text(model_type, "llama")) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, model_type, "\"llama\"");
+    if (architectures && (architectures->type != LLMPAR_JSON_ARRAY || architectures->length != 1 || !llmpar__config_is_text(architectures->child, "LlamaForCausalLM"))) {
+        char excerpt[80];
+        int one = architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1;
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"LlamaForCausalLM\"] (byte %zu)", r->name, one ? "[" : "",
+                                llmpar__config_excerpt(r, one ? architectures->child : architectures, excerpt, sizeof excerpt), one ? "]" : "", architectures->position);
+    }
+    /* transformers knows silu by the name of swish too. */
+    if (activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
+        status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
+    for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
+        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
+    return status;
+}
+
+static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads");
+    llmpar_status status = llmpar__config_int(r, root, "vocab_size", 0, 1, 0, &c->vocab);
+    if (!status) status = llmpar__config_int(r, root, "hidden_size", 0, 1, 0, &c->hidden);
+    if (!status) status = llmpar__config_int(r, root, "intermediate_size", 0, 1, 0, &c->intermediate);
+    if (!status) status = llmpar__config_int(r, root, "num_hidden_layers", 0, 1, 0, &c->layers);
+    if (!status) status = llmpar__config_int(r, root, "num_attention_heads", 0, 1, 0, &c->heads);
+    if (status) return status;
+    if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
+    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, c->heads, &c->kv_heads);
+    if (!status) status = llmpar__config_int(r, root, "head_dim", 1, 0, 0, &c->head_dim);
+    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, 2048, &c->max_positions);
+    if (status) return status;
+    if (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL) {
+        if (c->hidden > 0 && c->hidden % c->heads)
+            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
+                                    r->name, (int)c->heads, (int)c->hidden, heads->position);
+        c->head_dim = c->hidden / c->heads;
+    }
+    return LLMPAR_OK;
+}
+
+/* A field of config.json's top level as a token id: null (or the -1 that some writers use) means none. */
+static llmpar_status llmpar__config_read_id(const llmpar__config_reader *r, const llmpar_llama_config *c, const char *key, const llmpar_json *value, int32_t *out)
+{
+    char excerpt[80];
+    if (value->type == LLMPAR_JSON_NULL) {
+        *out = -1;
+        return LLMPAR_OK;
+    }
+    if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < -1 || value->integer >= c->vocab)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s = %s, expected a token id below vocab_size = %d, or null (byte %zu)",
+                                r->name, key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
+    *out = (int32_t)value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *bos = llmpar_json_get(r->root, "bos_token_id"), *eos = llmpar_json_get(r->root, "eos_token_id"), *item;
+    llmpar_status status = LLMPAR_OK;
+    int32_t id = -1;
+    c->bos_id = c->vocab > 1 ? 1 : -1; /* transformers' defaults: 1 and 2 */
+    if (bos) status = llmpar__config_read_id(r, c, "bos_token_id", bos, &c->bos_id);
+    if (status) return status;
+    c->eos_count = 0;
+    if (!eos) {
+        if (c->vocab > 2) c->eos_id[c->eos_count++] = 2;
+        return LLMPAR_OK;
+    }
+    if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: eos_token_id has %zu ids, at most %d are supported (byte %zu)", r->name, eos->length, LLMPAR_MAX_EOS, eos->position);
+    for (item = eos->type == LLMPAR_JSON_ARRAY ? eos->child : eos; item && !status; item = eos->type == LLMPAR_JSON_ARRAY ? item->next : NULL) {
+        status = llmpar__config_read_id(r, c, "eos_token_id", item, &id);
+        if (!status && id >= 0) c->eos_id[c->eos_count++] = id;
+    }
+    return status;
+}
+
+/* The kind of scaling, from "rope_type" or the older "type". */
+static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
+{
+    const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
+    if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
+        return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
+    if (!type) type = older;
+    if (!type) {
+        /* {"rope_theta": ...} alone is how newer files write unscaled RoPE; parameters of a scaling without its name are a fault. */
+        if (llmpar_json_get(rope, "factor"))
+            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
+        *out = LLMPAR_ROPE_NONE;
+    }
+    else if (llmpar__config_is_text(type, "default")) *out = LLMPAR_ROPE_NONE;
+    else if (llmpar__config_is_text(type, "linear")) *out = LLMPAR_ROPE_LINEAR;
+    else if (llmpar__config_is_text(type, "llama3")) *out = LLMPAR_ROPE_LLAMA3;
+    else return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\" or \"llama3\"");
+    return LLMPAR_OK;
+}
+
+/* rope_scaling (with rope_theta beside it) or rope_parameters (with rope_theta inside). */
+static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    static const char *const known[] = { "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "attention_factor" };
+    const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
+    const llmpar_json *rope;
+    llmpar_rope_scaling *s = &c->rope_scaling;
+    llmpar_status status = llmpar__config_real(r, r->root, "rope_theta", 0, 10000.0, &c->rope_theta);
+    double theta = c->rope_theta;
+    size_t i;
+    if (status) return status;
+    if (scaling && scaling->type == LLMPAR_JSON_NULL) scaling = NULL;
+    if (parameters && parameters->type == LLMPAR_JSON_NULL) parameters = NULL;
+    if (scaling && parameters)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: both rope_scaling and rope_parameters are given, expected one (bytes %zu and %zu)", r->name, scaling->position, parameters->position);
+    rope = scaling ? scaling : parameters;
+    if (!rope) return LLMPAR_OK;
+    if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
+    status = llmpar__config_read_rope_kind(r, rope, &s->kind);
+    for (member = rope->child; member && !status; member = member->next) {
+        for (i = 0; i < sizeof known / sizeof known[0] && strcmp(member->key, known[i]); i++) {}
+        if (i == sizeof known / sizeof known[0])
+            status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
+    }
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
+    if (status) return status;
+    if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
+    if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
+    status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
+    if (status || s->kind == LLMPAR_ROPE_LINEAR) return status;
+    status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
+    if (!status) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
+    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, 1, 0, &s->original_max_positions);
+    /* Newer transformers let a field of this name outside the object win. */
+    if (!status && outside && (outside->type != LLMPAR_JSON_NUMBER || outside->number != (double)s->original_max_positions))
+        status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, outside, "the value inside the rope object");
+    return status;
+}
+
+static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
+    llmpar__config_fault fault;
+    llmpar_status status;
+    if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
+    status = llmpar__config_read_identity(r);
+    if (!status) status = llmpar__config_read_sizes(r, c);
+    if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
+    if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
+    if (!status) status = llmpar__config_read_rope(r, c);
+    if (!status && tie && tie->type != LLMPAR_JSON_BOOL) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, tie, "true or false");
+    if (status) return status;
+    c->tied = tie ? tie->boolean : 0;
+    c->bos_id = -1;
+    /* Sizes first: the range of a token id is only meaningful under a good vocabulary. */
+    if (!llmpar__config_find_fault(c, &fault)) return llmpar__config_read_ids(r, c);
+    rope = llmpar_json_get(r->root, "rope_scaling");
+    if (!rope || rope->type == LLMPAR_JSON_NULL) rope = llmpar_json_get(r->root, "rope_parameters");
+    place = llmpar_json_get(rope, fault.field);
+    if (!place) place = llmpar_json_get(r->root, fault.field);
+    if (!place) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (a default; byte %zu)", r->name, fault.text, r->root->position);
+    return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (byte %zu)", r->name, fault.text, place->position);
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
+{
+    llmpar__config_reader reader;
+    llmpar_json_desc desc;
+    llmpar_json *root = NULL;
+    llmpar_status status;
+    memset(out, 0, sizeof *out);
+    memset(&desc, 0, sizeof desc);
+    memset(&reader, 0, sizeof reader);
+    desc.name = name ? name : "config.json";
+    desc.unique_keys = 1;
+    status = llmpar_json_parse(heap, text, length, &desc, &root, error);
+    if (status) return status;
+    reader.name = desc.name;
+    reader.text = text;
+    reader.length = length;
+    reader.root = root;
+    reader.error = error;
+    status = llmpar__config_read(&reader, out);
+    if (status) memset(out, 0, sizeof *out);
+    llmpar_json_destroy(heap, root);
+    return status;
+}
+
+/* ---- writing config.json ---- */
+
+typedef struct llmpar__config_text { char *text; size_t used, capacity; } llmpar__config_text;
+
+static void llmpar__config_put(llmpar__config_text *t, const char *part)
+{
+    for (; *part; part++, t->used++)
+        if (t->used < t->capacity) t->text[t->used] = *part;
+}
+
+static void llmpar__config_put_int(llmpar__config_text *t, const char *key, int64_t value)
+{
+    char line[128];
+    snprintf(line, sizeof line, "  \"%s\": %lld,\n", key, (long long)value);
+    llmpar__config_put(t, line);
+}
+
+/* The shortest text that reads back as the same double, with a '.' whatever the process's locale, and always a fraction or exponent, as Python writes it. */
+static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, const char *key, double value, const char *after)
+{
+    char number[48], line[160];
+    size_t i, used = 0;
+    int digits, has_point = 0;
+    for (digits = 1; digits <= 17; digits++) {
+        if (value >= 1 && value < 1e15 && value == (double)(int64_t)value) snprintf(number, sizeof number, "%.0f", value);
+        else snprintf(number, sizeof number, "%.*g", digits, value);
+        if (strtod(number, NULL) == value) break;
+    }
+    for (i = 0; number[i]; i++) {
+        if (strchr("0123456789+-eE", number[i])) {
+            if (number[i] == 'e' || number[i] == 'E') has_point = 1;
+            number[used++] = number[i];
+        }
+        else if (!has_point) {
+            number[used++] = '.';
+            has_point = 1;
+        }
+    }
+    number[used] = 0;
+    snprintf(line, sizeof line, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
+    llmpar__config_put(t, line);
+}
+
+static void llmpar__config_put_eos(llmpar__config_text *t, const llmpar_llama_config *c)
+{
+    char number[32];
+    int32_t i;
+    llmpar__config_put(t, "  \"eos_token_id\": ");
+    if (c->eos_count == 0) llmpar__config_put(t, "null");
+    if (c->eos_count > 1) llmpar__config_put(t, "[");
+    for (i = 0; i < c->eos_count; i++) {
+        snprintf(number, sizeof number, "%s%d", i ? ", " : "", (int)c->eos_id[i]);
+        llmpar__config_put(t, number);
+    }
+    llmpar__config_put(t, c->eos_count > 1 ? "],\n" : ",\n");
+}
+
+static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_config *c)
+{
+    const llmpar_rope_scaling *s = &c->rope_scaling;
+    if (s->kind == LLMPAR_ROPE_NONE) {
+        llmpar__config_put(t, "  \"rope_scaling\": null,\n");
+        return;
+    }
+    llmpar__config_put(t, "  \"rope_scaling\": {\n");
+    llmpar__config_put(t, s->kind == LLMPAR_ROPE_LINEAR ? "    \"rope_type\": \"linear\",\n" : "    \"rope_type\": \"llama3\",\n");
+    if (s->kind == LLMPAR_ROPE_LLAMA3) {
+        llmpar__config_put(t, "  ");
+        llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
+        llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
+        llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
+    }
+    llmpar__config_put_real(t, "    ", "factor", s->factor, "");
+    llmpar__config_put(t, "  },\n");
+}
+
+LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
+{
+    llmpar__config_text t;
+    t.text = text;
+    t.used = 0;
+    t.capacity = capacity ? capacity - 1 : 0;
+    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"LlamaForCausalLM\"\n  ],\n  \"model_type\": \"llama\",\n");
+    llmpar__config_put_int(&t, "vocab_size", config->vocab);
+    llmpar__config_put_int(&t, "hidden_size", config->hidden);
+    llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
+    llmpar__config_put_int(&t, "num_hidden_layers", config->layers);
+    llmpar__config_put_int(&t, "num_attention_heads", config->heads);
+    llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
+    llmpar__config_put_int(&t, "head_dim", config->head_dim);
+    llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
+    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
+    llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
+    llmpar__config_put_rope(&t, config);
+    llmpar__config_put_real(&t, "  ", "initializer_range", config->init_std, ",");
+    if (config->bos_id < 0) llmpar__config_put(&t, "  \"bos_token_id\": null,\n");
+    else llmpar__config_put_int(&t, "bos_token_id", config->bos_id);
+    llmpar__config_put_eos(&t, config);
+    llmpar__config_put(&t, config->tied ? "  \"tie_word_embeddings\": true\n}\n" : "  \"tie_word_embeddings\": false\n}\n");
+    if (capacity) text[t.used < t.capacity ? t.used : t.capacity] = 0;
+    return t.used;
+}
+
+/* ---- what follows from the shape ---- */
+
+LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
+{
+    int64_t d = config->hidden, q = (int64_t)config->heads * config->head_dim, kv = (int64_t)config->kv_heads * config->head_dim;
+    int64_t layer = 2 * d * q + 2 * d * kv + 3 * d * config->intermediate + 2 * d;
+    return config->layers * layer + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
+}
+
+LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
+{
+    double multiplying = (double)(llmpar_llama_param_count(config) - (config->tied ? 0 : (int64_t)config->vocab * config->hidden));
+    return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
+}
+
+LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out)
+{
+    const llmpar_rope_scaling *s = &config->rope_scaling;
+    int32_t i, pairs = config->head_dim / 2;
+    for (i = 0; i < pairs; i++) {
+        double f = 1 / llmpar_pow_f64(config->rope_theta, 2.0 * i / config->head_dim);
+        if (s->kind == LLMPAR_ROPE_LINEAR) f /= s->factor;
+        if (s->kind == LLMPAR_ROPE_LLAMA3) {
+            /* Rotations within the original context: many are kept, few are slowed down by `factor`, between them a linear blend. */
+            double wavelength = LLMPAR__CONFIG_TWO_PI / f, original = s->original_max_positions;
+            if (wavelength > original / s->low_freq_factor) f /= s->factor;
+            else if (!(wavelength < original / s->high_freq_factor)) {
+                double smooth = (original / wavelength - s->low_freq_factor) / (s->high_freq_factor - s->low_freq_factor);
+                f = (1 - smooth) * f / s->factor + smooth * f;
+            }
+        }
+        out[i] = f;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
+{
+    int64_t p;
+    int32_t i, pairs = config->head_dim / 2;
+    double *inv_freq, c, s;
+    if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: dtype = %s, expected f32 or f64", llmpar_dtype_name(dtype));
+    /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
+    if (positions < 0 || positions > 1000000000)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
+    inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
+    if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
+    llmpar_rope_inv_freq(config, inv_freq);
+    for (p = 0; p < positions; p++)
+        for (i = 0; i < pairs; i++) {
+            int64_t at = p * pairs + i;
+            llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);
+            if (dtype == LLMPAR_F64) {
+                ((double *)cosine)[at] = c;
+                ((double *)sine)[at] = s;
+            }
+            else {
+                ((float *)cosine)[at] = (float)c;
+                ((float *)sine)[at] = (float)s;
+            }
+        }
+    llmpar_heap_free(heap, inv_freq);
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__CONFIG_TWO_PI
+#undef LLMPAR__CONFIG_PRESETS
