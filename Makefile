@@ -144,7 +144,7 @@ test-plant:
 
 # ---- checks ----
 
-check-layers:
+check-layers: build/gen/llmpar.h
 	@rm -rf $(filter-out $(SEPARATE),$(wildcard build/separate/*/*.o))
 	@$(MAKE) -s -k SEPARATE_FLAGS='$(SEPARATE_FLAGS) -Werror' $(SEPARATE) || true
 	@tools/check_layers.sh

@@ -1064,9 +1064,11 @@ LLMPAR_EXTERN_C_END
 #endif
 
 /* a*b+c must not become a fused multiply-add behind the source's back: bits would depend on the instruction set. */
-#if defined(__clang__)
+#if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(push)
 #pragma clang fp contract(off)
+#elif defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
 #else
 #pragma GCC push_options
 #pragma GCC optimize ("fp-contract=off")
@@ -1098,7 +1100,7 @@ LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
 LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
 {
     /* Formatted aside first: an argument may point into *error. */
-    char text[sizeof ((llmpar_error *)0)->text];
+    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
     va_list arguments;
     int length;
     size_t i;
@@ -1115,7 +1117,10 @@ LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
     for (i = 0; text[i]; i++)
         if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
     while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
+    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
+    memcpy(where, error->where, sizeof where);
     llmpar_error_clear(error);
+    memcpy(error->where, where, sizeof where);
     error->status = status;
     memcpy(error->text, text, i + 1);
     return status;
@@ -1420,11 +1425,2023 @@ LLMPAR_DEF int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in,
 
 #undef LLMPAR__DTYPE_LOOP
 #undef LLMPAR__DTYPE_PAIR
+/* ==== src/base/math.c ==== */
+/* ==== src/base/math_internal.h ==== */
+/* math_internal: the one place where an integer becomes a correctly rounded double; shared by json and exact_sum. */
+#ifndef LLMPAR_MATH_INTERNAL_H
+#define LLMPAR_MATH_INTERNAL_H
+
+
+/* (significand + d) * 2^exponent with 0 < d < 1 if `sticky`, else d = 0; rounded once to nearest, ties to even.
+   Subnormals and infinity as IEEE has them. With sticky set the significand must have at least 55 bits. */
+LLMPAR__PRIVATE double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent);
+
+#endif
+/* ---- src/base/math.c goes on ---- */
+
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+
+/* Polynomial coefficients are Chebyshev fits (near-minimax) made at 200 bits; beside each stands the fit's own error. Comments
+   name the reduction, which is the textbook one: Muller, "Elementary Functions", chapters 5, 6 and 11.
+   Every scaling is by powers of two made from bits, so nothing depends on tables, on a C library or on fma. */
+
+static inline uint32_t llmpar__math_bits_f32(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float llmpar__math_from_bits_f32(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint64_t llmpar__math_bits_f64(double value)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline double llmpar__math_from_bits_f64(uint64_t bits)
+{
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* e^x = 2^n e^r, n = round(x / ln 2), |r| <= 0.347. Selects only, so that a loop over it vectorises; a NaN walks through
+   the unsigned arithmetic and comes out of the product. */
+LLMPAR_DEF float llmpar_exp_f32(float x)
+{
+    float clamped = x > 90.0f ? 90.0f : x;
+    float shifted, n, r, p;
+    uint32_t k, half;
+    clamped = clamped < -110.0f ? -110.0f : clamped;
+    shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
+    n = shifted - 12582912.0f;
+    k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
+    r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
+    r = r - n * 1.42860677e-06f;
+    p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
+    p = p * r + 0.00836320297f;
+    p = p * r + 0.0416665544f;
+    p = p * r + 0.166665768f;
+    p = p * r + 0.5f;
+    p = 1.0f + (r + r * r * p);
+    half = (k >> 1) | (k & 0x80000000u); /* k / 2 in two's complement */
+    /* two factors: 2^128 is no float, and a subnormal result is rounded by the last product alone */
+    p = p * llmpar__math_from_bits_f32((half + 127u) << 23);
+    return p * llmpar__math_from_bits_f32((k - half + 127u) << 23);
+}
+
+/* x = 2^k m, m in [sqrt(1/2), sqrt(2)); with f = m - 1 and s = f / (2 + f), log m = 2 atanh s = f - (f^2/2 - s (f^2/2 + R)). */
+LLMPAR_DEF float llmpar_log_f32(float x)
+{
+    uint32_t bits = llmpar__math_bits_f32(x);
+    uint32_t tiny = bits < 0x00800000u;
+    /* a subnormal is an integer times 2^-149: converted, not multiplied, so that denormals-are-zero cannot touch it */
+    uint32_t normal = tiny ? llmpar__math_bits_f32((float)(int32_t)bits) : bits;
+    uint32_t moved = normal + (0x3F800000u - 0x3F3504F3u);
+    float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
+    float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+    float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p, result;
+    p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
+    p = p * z + 0.285507786f;
+    p = p * z + 0.400001222f;
+    p = p * z + 0.666666666f;
+    result = k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f)));
+    result = bits >= 0x7F800000u ? x + x : result; /* +inf stays; NaN stays; negatives next */
+    result = bits > 0x80000000u && bits <= 0xFF800000u ? llmpar__math_from_bits_f32(0x7FC00000u) : result;
+    return (bits & 0x7FFFFFFFu) == 0 ? llmpar__math_from_bits_f32(0xFF800000u) : result;
+}
+
+/* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
+static double llmpar__math_exp_pair(double high, double low)
+{
+    double shifted, n, r, p;
+    int64_t k, half;
+    if (!(high < 709.79)) return high >= 709.79 ? llmpar__math_from_bits_f64(0x7FF0000000000000u) : high;
+    if (high < -745.2) return 0.0;
+    shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
+    n = shifted - 6755399441055744.0;
+    k = (int64_t)n;
+    r = high - n * 0.69314718036912382; /* 32 bits of ln 2: the product is exact */
+    r = r - (n * 1.9082149292705877e-10 - low);
+    p = 2.0914717341716378e-09; /* (e^r - 1 - r) / r^2, relative to e^r within 2e-19 */
+    p = p * r + 2.5105259538448494e-08;
+    p = p * r + 2.755727357010214e-07;
+    p = p * r + 2.7557255297969643e-06;
+    p = p * r + 2.4801587325605324e-05;
+    p = p * r + 0.00019841269874901259;
+    p = p * r + 0.0013888888888883731;
+    p = p * r + 0.0083333333333261116;
+    p = p * r + 0.041666666666666671;
+    p = p * r + 0.16666666666666671;
+    p = p * r + 0.5;
+    p = 1.0 + (r + r * r * p);
+    half = k / 2;
+    p = p * llmpar__math_from_bits_f64((uint64_t)(half + 1023) << 52);
+    return p * llmpar__math_from_bits_f64((uint64_t)(k - half + 1023) << 52);
+}
+
+LLMPAR_DEF double llmpar_exp_f64(double x)
+{
+    return llmpar__math_exp_pair(x, 0.0);
+}
+
+/* x = 2^k (1 + f), 1 + f in [sqrt(1/2), sqrt(2)), for a positive finite x. Returns k. */
+static int llmpar__math_split(double x, double *f)
+{
+    uint64_t bits = llmpar__math_bits_f64(x), moved;
+    int offset = 1023;
+    if (bits < 0x0010000000000000u) { /* subnormal: an integer times 2^-1074 */
+        bits = llmpar__math_bits_f64((double)(int64_t)bits);
+        offset += 1074;
+    }
+    moved = bits + (0x3FF0000000000000u - 0x3FE6A09E667F3BCDu);
+    *f = llmpar__math_from_bits_f64((moved & 0x000FFFFFFFFFFFFFu) + 0x3FE6A09E667F3BCDu) - 1.0;
+    return (int)(moved >> 52) - offset;
+}
+
+/* (2 atanh(s) / s - 2) / z with z = s^2, |s| <= 0.1716; within 3e-20 of the logarithm. */
+static double llmpar__math_log_polynomial(double z)
+{
+    double p = 0.13088034850927555;
+    p = p * z + 0.13268638369266825;
+    p = p * z + 0.15386244737621665;
+    p = p * z + 0.18181795547521137;
+    p = p * z + 0.22222222392581045;
+    p = p * z + 0.28571428570799784;
+    p = p * z + 0.40000000000000885;
+    return p * z + 0.66666666666666663;
+}
+
+LLMPAR_DEF double llmpar_log_f64(double x)
+{
+    double f, s, z, square, k;
+    if (!(x > 0.0)) return llmpar__math_from_bits_f64(x == 0.0 ? 0xFFF0000000000000u : 0x7FF8000000000000u);
+    if (!llmpar_isfinite_f64(x)) return x;
+    k = (double)llmpar__math_split(x, &f);
+    s = f / (2.0 + f);
+    z = s * s;
+    square = 0.5 * f * f;
+    return k * 0.69314718036912382 + (f - (square - (s * (square + z * llmpar__math_log_polynomial(z)) + k * 1.9082149292705877e-10)));
+}
+
+/* a * b = *high + *low exactly (Dekker 1971), for products well inside the range. */
+static void llmpar__math_product(double a, double b, double *high, double *low)
+{
+    double a1 = a * 134217729.0, b1 = b * 134217729.0, a2, b2; /* 2^27 + 1 */
+    a1 = a1 - (a1 - a);
+    b1 = b1 - (b1 - b);
+    a2 = a - a1;
+    b2 = b - b1;
+    *high = a * b;
+    *low = ((a1 * b1 - *high) + a1 * b2 + a2 * b1) + a2 * b2;
+}
+
+/* base^exponent = e^(exponent log base), the logarithm and the product in pairs of doubles: a relative error of 2^-58
+   in the logarithm is an absolute one of at most 2^-51.9 in an exponent of 69. */
+LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
+{
+    const double infinity = llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    double f, k, total, rest, s, s_low, c, product, product_low, high, low, sum;
+    if (exponent == 0.0 || base == 1.0) return 1.0;
+    if (!(base >= 0.0) || exponent != exponent) return llmpar__math_from_bits_f64(0x7FF8000000000000u);
+    if (base == 0.0 || base == infinity) return (base == 0.0) == (exponent < 0.0) ? infinity : 0.0;
+    /* |log base| >= 2^-53, so 2^65 decides as infinity does, and the product below stays in range */
+    if (exponent > 36893488147419103232.0) exponent = 36893488147419103232.0;
+    if (exponent < -36893488147419103232.0) exponent = -36893488147419103232.0;
+
+    k = (double)llmpar__math_split(base, &f);
+    /* s + s_low = f / (2 + f): the quotient's exact remainder gives the second part */
+    total = 2.0 + f;
+    rest = f - (total - 2.0);
+    s = f / total;
+    llmpar__math_product(s, total, &product, &product_low);
+    s_low = (((f - product) - product_low) - s * rest) / total;
+    c = s * (s * s) * llmpar__math_log_polynomial(s * s);
+    /* log base = high + low, every sum with its rest */
+    sum = k * 0.69314718036912382;
+    high = sum + 2.0 * s;
+    low = k != 0.0 ? (sum - high) + 2.0 * s : 0.0;
+    low = low + (k * 1.9082149292705877e-10 + (2.0 * s_low + c));
+
+    llmpar__math_product(exponent, high, &product, &product_low);
+    product_low = product_low + exponent * low;
+    sum = product + product_low;
+    if (!(sum < 800.0 && sum > -800.0)) return sum > 0.0 ? infinity : 0.0;
+    return llmpar__math_exp_pair(sum, (product - sum) + product_low);
+}
+
+LLMPAR_DEF void llmpar_sincos_f64(double x, double *sine, double *cosine)
+{
+    double shifted, n, r, high, low, z, p, s, c;
+    int64_t quadrant;
+    if (!(x >= -1e9 && x <= 1e9)) {
+        *sine = *cosine = llmpar__math_from_bits_f64(0x7FF8000000000000u);
+        return;
+    }
+    shifted = x * 0.63661977236758138 + 6755399441055744.0;
+    n = shifted - 6755399441055744.0;
+    quadrant = (int64_t)n;
+    /* pi/2 in 23 + 23 + 53 bits: n has 30, so the first two products and differences are exact */
+    r = (x - n * 1.5707962512969971) - n * 7.5497894158615964e-08;
+    p = n * 5.390302858158119e-15;
+    high = r - p;
+    low = (r - high) - p;
+    z = high * high;
+    p = 1.5917848524808262e-10; /* (sin(r)/r - 1) / r^2, |r| <= pi/4, within 1.3e-17 of sin(r)/r */
+    p = p * z - 2.5051127944014188e-08;
+    p = p * z + 2.7557316083816358e-06;
+    p = p * z - 0.00019841269836722418;
+    p = p * z + 0.0083333333333309254;
+    p = p * z - 0.16666666666666666;
+    s = high + (high * z * p + low);
+    p = -1.1382456778061306e-11; /* (cos(r) - 1 + r^2/2) / r^4 within 5e-19 of cos(r) */
+    p = p * z + 2.0876143827993133e-09;
+    p = p * z - 2.7557317260008837e-07;
+    p = p * z + 2.480158729874307e-05;
+    p = p * z - 0.0013888888888887382;
+    p = p * z + 0.041666666666666664;
+    c = 1.0 - (0.5 * z - (z * z * p - high * low));
+    *sine = quadrant & 1 ? c : s;
+    *cosine = quadrant & 1 ? s : c;
+    if (quadrant & 2) *sine = -*sine;
+    if ((quadrant + 1) & 2) *cosine = -*cosine;
+}
+
+/* The instruction, not __builtin_sqrt: that may call libm for negative arguments. */
+LLMPAR_DEF double llmpar_sqrt_f64(double x)
+{
+#if defined(__x86_64__)
+    __m128d v = _mm_set_sd(x);
+    return _mm_cvtsd_f64(_mm_sqrt_sd(v, v));
+#else
+    return vget_lane_f64(vsqrt_f64(vdup_n_f64(x)), 0);
+#endif
+}
+
+LLMPAR_DEF float llmpar_sqrt_f32(float x)
+{
+#if defined(__x86_64__)
+    return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#else
+    return vget_lane_f32(vsqrt_f32(vdup_n_f32(x)), 0);
+#endif
+}
+
+LLMPAR_DEF int llmpar_isfinite_f32(float x)
+{
+    return (llmpar__math_bits_f32(x) & 0x7F800000u) != 0x7F800000u;
+}
+
+LLMPAR_DEF int llmpar_isfinite_f64(double x)
+{
+    return (llmpar__math_bits_f64(x) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
+}
+
+LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent)
+{
+    uint64_t kept, lost, half;
+    int length, drop;
+    if (significand == 0) return 0.0;
+    length = 64 - __builtin_clzll(significand);
+    if (exponent + length > 1024) return llmpar__math_from_bits_f64(0x7FF0000000000000u);
+    if (exponent + length < -1074) return 0.0; /* below half of the smallest subnormal, 2^-1075 */
+    /* the last bit kept has weight 2^-1074 or is the 53rd */
+    drop = length - 53;
+    if (exponent + drop < -1074) drop = (int)(-1074 - exponent);
+    if (drop <= 0) {
+        kept = significand << -drop;
+    } else {
+        /* drop <= length <= 64 */
+        kept = drop < 64 ? significand >> drop : 0;
+        lost = drop < 64 ? significand & (((uint64_t)1 << drop) - 1) : significand;
+        half = (uint64_t)1 << (drop - 1);
+        if (lost > half || (lost == half && (sticky || (kept & 1)))) kept++;
+    }
+    /* kept counts units of 2^(exponent + drop): as bits, the subnormals and normals are one line; a carry moves up by itself */
+    if (kept < 0x0010000000000000u) return llmpar__math_from_bits_f64(kept);
+    return llmpar__math_from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
+}
+/* ==== src/base/exact_sum.c ==== */
+
+#include <string.h>
+
+/* limb i of the number    ... | 66 | 65 | ... | 1 | 0 |   weight 2^(32 i - 1088)
+   A finite double is a 53-bit integer at bit position max(exponent, 1) + 13 of this register, so it touches three limbs, each
+   by less than 2^32. Limbs are signed and hold 2^30 such terms without a carry. */
+#define LLMPAR__EXACT_NUMBER 67 /* limbs of the number */
+#define LLMPAR__EXACT_INFINITY 69
+#define LLMPAR__EXACT_NEGATIVE_INFINITY 70
+#define LLMPAR__EXACT_NAN 71
+
+/* limbs += (or -=) value * 2^(position - 1088), value < 2^64, 0 <= position < 32 * 64 */
+static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int position, int negative)
+{
+    int64_t *limb = limbs + (position >> 5);
+    int shift = position & 31;
+    uint64_t low = (value & 0xFFFFFFFFu) << shift, high = (value >> 32) << shift; /* each < 2^63 */
+    int64_t first, second, third;
+    high += low >> 32;
+    first = (int64_t)(low & 0xFFFFFFFFu);
+    second = (int64_t)(high & 0xFFFFFFFFu);
+    third = (int64_t)(high >> 32);
+    limb[0] += negative ? -first : first;
+    limb[1] += negative ? -second : second;
+    limb[2] += negative ? -third : third;
+}
+
+LLMPAR_DEF void llmpar_exact_sum_add(llmpar_exact_sum *sum, double value)
+{
+    uint64_t bits, fraction;
+    int exponent, negative;
+    memcpy(&bits, &value, sizeof bits);
+    fraction = bits & 0x000FFFFFFFFFFFFFu;
+    exponent = (int)(bits >> 52) & 0x7FF;
+    negative = (int)(bits >> 63);
+    if (exponent == 0x7FF) {
+        sum->limb[fraction ? LLMPAR__EXACT_NAN : negative ? LLMPAR__EXACT_NEGATIVE_INFINITY : LLMPAR__EXACT_INFINITY]++;
+        return;
+    }
+    if (exponent) fraction |= 0x0010000000000000u;
+    else exponent = 1;
+    llmpar__exact_place(sum->limb, fraction, exponent + 13, negative);
+}
+
+/* A finite float is an integer below 2^24 times 2^(max(exponent, 1) - 150); its square is an integer below 2^48 at bit
+   position 2 max(exponent, 1) + 788. */
+static inline void llmpar__exact_square(llmpar_exact_sum *sum, uint32_t bits)
+{
+    uint32_t exponent = (bits >> 23) & 0xFFu, fraction = bits & 0x007FFFFFu;
+    if (exponent == 0xFFu) {
+        sum->limb[fraction ? LLMPAR__EXACT_NAN : LLMPAR__EXACT_INFINITY]++;
+        return;
+    }
+    if (exponent) fraction |= 0x00800000u;
+    else exponent = 1;
+    llmpar__exact_place(sum->limb, (uint64_t)fraction * fraction, 2 * (int)exponent + 788, 0);
+}
+
+/* Terms with the same exponent share a 64-bit bucket, which 2^16 squares cannot overflow; buckets go to the limbs at the end of
+   a block. Two sets of buckets, used in turn, hide the latency of adding to the same bucket again. */
+static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *value, size_t count)
+{
+    uint64_t bucket[2][256];
+    size_t i;
+    int e;
+    memset(bucket, 0, sizeof bucket);
+    for (i = 0; i < count; i++) {
+        uint32_t bits, exponent, fraction;
+        memcpy(&bits, value + i, sizeof bits);
+        exponent = (bits >> 23) & 0xFFu;
+        fraction = (bits & 0x007FFFFFu) | (uint32_t)(exponent != 0) << 23;
+        if (exponent == 0xFFu) llmpar__exact_square(sum, bits);
+        else bucket[i & 1][exponent] += (uint64_t)fraction * fraction;
+    }
+    for (e = 0; e < 255; e++) {
+        int position = 2 * (e ? e : 1) + 788;
+        if (bucket[0][e]) llmpar__exact_place(sum->limb, bucket[0][e], position, 0);
+        if (bucket[1][e]) llmpar__exact_place(sum->limb, bucket[1][e], position, 0);
+    }
+}
+
+LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const float *value, size_t count)
+{
+    const size_t block = 65536;
+    size_t i;
+    llmpar_exact_sum_carry(sum);
+    while (count >= 256) { /* below this the buckets cost more than they save; the value is the same */
+        size_t now = count < block ? count : block;
+        llmpar__exact_squares_block(sum, value, now);
+        llmpar_exact_sum_carry(sum);
+        value += now;
+        count -= now;
+    }
+    for (i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, value + i, sizeof bits);
+        llmpar__exact_square(sum, bits);
+    }
+    llmpar_exact_sum_carry(sum);
+}
+
+LLMPAR_DEF void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact_sum *other)
+{
+    int i;
+    for (i = 0; i < LLMPAR_EXACT_SUM_LIMBS; i++) sum->limb[i] += other->limb[i];
+}
+
+/* Limbs below the top one become [0, 2^32); the top one keeps the sign. */
+LLMPAR_DEF void llmpar_exact_sum_carry(llmpar_exact_sum *sum)
+{
+    int i;
+    for (i = 0; i < LLMPAR__EXACT_NUMBER - 1; i++) {
+        sum->limb[i + 1] += sum->limb[i] >> 32; /* rounds down, on negatives too */
+        sum->limb[i] &= 0xFFFFFFFF;
+    }
+}
+
+LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
+{
+    llmpar_exact_sum digits = *sum;
+    const int64_t *special = sum->limb;
+    uint64_t significand;
+    double value;
+    int top, i, shift, sticky, negative;
+
+    if (special[LLMPAR__EXACT_NAN] || (special[LLMPAR__EXACT_INFINITY] && special[LLMPAR__EXACT_NEGATIVE_INFINITY])) {
+        const uint64_t nan = 0x7FF8000000000000u;
+        memcpy(&value, &nan, sizeof value);
+        return value;
+    }
+    if (special[LLMPAR__EXACT_INFINITY] || special[LLMPAR__EXACT_NEGATIVE_INFINITY]) {
+        const uint64_t infinity = special[LLMPAR__EXACT_INFINITY] ? 0x7FF0000000000000u : 0xFFF0000000000000u;
+        memcpy(&value, &infinity, sizeof value);
+        return value;
+    }
+
+    llmpar_exact_sum_carry(&digits);
+    negative = digits.limb[LLMPAR__EXACT_NUMBER - 1] < 0;
+    if (negative) {
+        for (i = 0; i < LLMPAR__EXACT_NUMBER; i++) digits.limb[i] = -digits.limb[i];
+        llmpar_exact_sum_carry(&digits);
+    }
+    for (top = LLMPAR__EXACT_NUMBER - 1; top > 0 && digits.limb[top] == 0; top--) { }
+    if (digits.limb[top] > 0xFFFFFFFF) { /* only the top limb can: 2^1056 and up */
+        const uint64_t infinity = negative ? 0xFFF0000000000000u : 0x7FF0000000000000u;
+        memcpy(&value, &infinity, sizeof value);
+        return value;
+    }
+    /* 64 bits from the highest bit down, and whether anything lies below */
+    significand = (uint64_t)digits.limb[top] << 32;
+    if (top > 0) significand |= (uint64_t)digits.limb[top - 1];
+    sticky = 0;
+    if (top > 1) {
+        shift = __builtin_clzll(significand); /* 0..31: limb[top] is not zero */
+        if (shift) significand = significand << shift | (uint64_t)digits.limb[top - 2] >> (32 - shift);
+        sticky = ((uint64_t)digits.limb[top - 2] & ((((uint64_t)1 << 32) - 1) >> shift)) != 0;
+        for (i = 0; i < top - 2; i++) sticky |= digits.limb[i] != 0;
+        value = llmpar__math_round_scaled(significand, sticky, 32 * (top - 1) - 1088 - shift);
+    } else {
+        value = llmpar__math_round_scaled(significand, 0, 32 * (top - 1) - 1088);
+    }
+    return negative ? -value : value;
+}
+
+#undef LLMPAR__EXACT_NUMBER
+#undef LLMPAR__EXACT_INFINITY
+#undef LLMPAR__EXACT_NEGATIVE_INFINITY
+#undef LLMPAR__EXACT_NAN
+/* ==== src/base/rng.c ==== */
+
+/* Philox4x32-10: ten rounds of two 32 x 32 -> 64 bit products, the key bumped by Weyl constants between them.
+   Constants and order from Random123's philox.h (Salmon et al. 2011, section 3.3). */
+static void llmpar__rng_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
+{
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
+    int round;
+    for (round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
+}
+
+/* Two Philox blocks in a chain: the first mixes (seed; purpose, hash of name), the second, under the first's output,
+   (step, sample). For one seed, purpose and name no two (step, sample) share a stream: a block is a bijection of its counter. */
+LLMPAR_DEF llmpar_rng llmpar_rng_key(uint64_t seed, uint32_t purpose, const char *name, uint64_t step, uint64_t sample)
+{
+    llmpar_rng rng;
+    uint32_t counter[4], words[4], key[2];
+    uint64_t hash = 0xCBF29CE484222325u; /* FNV-1a, 64 bit */
+    for (; name && *name; name++) hash = (hash ^ (unsigned char)*name) * 0x100000001B3u;
+    key[0] = (uint32_t)seed;
+    key[1] = (uint32_t)(seed >> 32);
+    counter[0] = (uint32_t)hash;
+    counter[1] = (uint32_t)(hash >> 32);
+    counter[2] = purpose;
+    counter[3] = 0;
+    llmpar__rng_philox(counter, key, words);
+    counter[0] = (uint32_t)step ^ words[2];
+    counter[1] = (uint32_t)(step >> 32) ^ words[3];
+    counter[2] = (uint32_t)sample;
+    counter[3] = (uint32_t)(sample >> 32);
+    llmpar__rng_philox(counter, words, words);
+    rng.key[0] = words[0];
+    rng.key[1] = words[1];
+    rng.counter_high[0] = words[2];
+    rng.counter_high[1] = words[3];
+    return rng;
+}
+
+LLMPAR_DEF void llmpar_rng_words(const llmpar_rng *rng, uint64_t position, uint32_t words[4])
+{
+    uint32_t counter[4];
+    counter[0] = (uint32_t)position;
+    counter[1] = (uint32_t)(position >> 32);
+    counter[2] = rng->counter_high[0];
+    counter[3] = rng->counter_high[1];
+    llmpar__rng_philox(counter, rng->key, words);
+}
+
+/* The upper 53 of 64 bits, as a multiple of 2^-53. */
+static double llmpar__rng_unit(uint32_t high, uint32_t low)
+{
+    return (double)(((uint64_t)high << 32 | low) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Elements 2i and 2i + 1 are made of the four words at position i. */
+LLMPAR_DEF double llmpar_rng_uniform(const llmpar_rng *rng, uint64_t index)
+{
+    uint32_t words[4];
+    llmpar_rng_words(rng, index >> 1, words);
+    return index & 1 ? llmpar__rng_unit(words[2], words[3]) : llmpar__rng_unit(words[0], words[1]);
+}
+
+/* Box and Muller 1958: the pair at position i is element 2i (cosine) and 2i + 1 (sine). */
+static void llmpar__rng_normal_pair(const llmpar_rng *rng, uint64_t position, double pair[2])
+{
+    uint32_t words[4];
+    double radius, sine, cosine;
+    llmpar_rng_words(rng, position, words);
+    radius = llmpar_sqrt_f64(-2.0 * llmpar_log_f64(1.0 - llmpar__rng_unit(words[0], words[1]))); /* of (0, 1] */
+    llmpar_sincos_f64(6.2831853071795862 * llmpar__rng_unit(words[2], words[3]), &sine, &cosine);
+    pair[0] = radius * cosine;
+    pair[1] = radius * sine;
+}
+
+LLMPAR_DEF double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index)
+{
+    double pair[2];
+    llmpar__rng_normal_pair(rng, index >> 1, pair);
+    return pair[index & 1];
+}
+
+LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out)
+{
+    double pair[2] = { 0.0, 0.0 };
+    size_t i;
+    for (i = 0; i < count; i++) {
+        uint64_t index = first + i;
+        if (i == 0 || !(index & 1)) llmpar__rng_normal_pair(rng, index >> 1, pair);
+        out[i] = (float)((double)mean + (double)stddev * pair[index & 1]);
+    }
+}
+/* ==== src/base/json.c ==== */
+
+#include <string.h>
+
+/* A document is one allocation, sized by a count over the text before anything is parsed:
+
+     | node 0 = root | node 1 | ...  one for each possible value | text's length + 1 bytes of decoded strings |
+
+   A string is decoded to the same offset in the last part at which it stands in the text (escapes only shrink it, the closing quote's place
+   takes the NUL), so a key's own byte position needs no field. Nothing recurses: an open container keeps its parent in
+   `next`, which it needs only once it is closed. */
+
+typedef struct llmpar__json_parser {
+    llmpar_heap *heap;
+    const char *text;
+    size_t length, at;
+    const char *name;
+    uint32_t max_depth;
+    int unique_keys;
+    llmpar_json *nodes; /* owned; becomes the document */
+    size_t used;        /* nodes so far */
+    char *strings;      /* behind the nodes */
+    llmpar_error *error;
+} llmpar__json_parser;
+
+/* ---- errors: each returns 0, so that a reader can `return` it ---- */
+
+static int llmpar__json_expected(llmpar__json_parser *p, size_t position, const char *expected)
+{
+    if (position >= p->length) {
+        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got the end of the text", p->name, position, expected);
+    } else {
+        unsigned byte = (unsigned char)p->text[position];
+        if (byte > 0x20 && byte < 0x7F)
+            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got '%c'", p->name, position, expected, (int)byte);
+        else
+            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got byte 0x%02X", p->name, position, expected, byte);
+    }
+    return 0;
+}
+
+static void llmpar__json_skip_space(llmpar__json_parser *p)
+{
+    while (p->at < p->length) {
+        char c = p->text[p->at];
+        if (c != ' ' && c != '\t' && c != '\n' && c != '\r') return;
+        p->at++;
+    }
+}
+
+/* The character at the cursor, or -1 at the end. */
+static int llmpar__json_peek(const llmpar__json_parser *p)
+{
+    return p->at < p->length ? (unsigned char)p->text[p->at] : -1;
+}
+
+/* ---- strings ---- */
+
+/* Bytes of the UTF-8 character at text, 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
+   refused (Unicode 15, table 3-7). */
+static size_t llmpar__json_utf8(const char *text, size_t length)
+{
+    unsigned first, second, low = 0x80, high = 0xBF;
+    size_t bytes, i;
+    if (length == 0) return 0;
+    first = (unsigned char)text[0];
+    if (first < 0x80) return 1;
+    if (first < 0xC2 || first > 0xF4) return 0;
+    bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    if (length < bytes) return 0;
+    if (first == 0xE0) low = 0xA0;
+    if (first == 0xED) high = 0x9F;
+    if (first == 0xF0) low = 0x90;
+    if (first == 0xF4) high = 0x8F;
+    second = (unsigned char)text[1];
+    if (second < low || second > high) return 0;
+    for (i = 2; i < bytes; i++)
+        if (((unsigned char)text[i] & 0xC0) != 0x80) return 0;
+    return bytes;
+}
+
+static char *llmpar__json_put_utf8(char *out, uint32_t code)
+{
+    if (code < 0x80) {
+        *out++ = (char)code;
+    } else if (code < 0x800) {
+        *out++ = (char)(0xC0 | code >> 6);
+        *out++ = (char)(0x80 | (code & 0x3F));
+    } else if (code < 0x10000) {
+        *out++ = (char)(0xE0 | code >> 12);
+        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
+        *out++ = (char)(0x80 | (code & 0x3F));
+    } else {
+        *out++ = (char)(0xF0 | code >> 18);
+        *out++ = (char)(0x80 | (code >> 12 & 0x3F));
+        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
+        *out++ = (char)(0x80 | (code & 0x3F));
+    }
+    return out;
+}
+
+/* Four hexadecimal digits at the cursor. */
+static int llmpar__json_hex4(llmpar__json_parser *p, uint32_t *code)
+{
+    int i;
+    *code = 0;
+    for (i = 0; i < 4; i++, p->at++) {
+        int c = llmpar__json_peek(p);
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return llmpar__json_expected(p, p->at, "four hexadecimal digits after \\u");
+        *code = *code * 16 + (uint32_t)digit;
+    }
+    return 1;
+}
+
+/* What follows \u, two escapes for a code above U+FFFF. */
+static int llmpar__json_unicode(llmpar__json_parser *p, uint32_t *code)
+{
+    size_t start = p->at - 2;
+    uint32_t second;
+    if (!llmpar__json_hex4(p, code)) return 0;
+    if (*code < 0xD800 || *code > 0xDFFF) return 1;
+    if (*code > 0xDBFF) return llmpar__json_expected(p, start, "no second half of a surrogate pair without a first");
+    if (p->length - p->at < 2 || p->text[p->at] != '\\' || p->text[p->at + 1] != 'u')
+        return llmpar__json_expected(p, p->at, "the second half of a surrogate pair");
+    start = p->at;
+    p->at += 2;
+    if (!llmpar__json_hex4(p, &second)) return 0;
+    if (second < 0xDC00 || second > 0xDFFF) return llmpar__json_expected(p, start, "the second half of a surrogate pair");
+    *code = 0x10000 + ((*code - 0xD800) << 10) + (second - 0xDC00);
+    return 1;
+}
+
+/* The string whose opening quote is at the cursor. */
+static int llmpar__json_read_string(llmpar__json_parser *p, const char **string, size_t *length)
+{
+    char *begin = p->strings + p->at + 1, *out = begin;
+    p->at++;
+    for (;;) {
+        int c = llmpar__json_peek(p);
+        if (c == '"') break;
+        if (c < 0x20) return llmpar__json_expected(p, p->at, "a character of a string or its closing '\"'");
+        if (c != '\\') {
+            size_t bytes = llmpar__json_utf8(p->text + p->at, p->length - p->at);
+            if (!bytes) return llmpar__json_expected(p, p->at, "UTF-8");
+            for (; bytes; bytes--) *out++ = p->text[p->at++];
+            continue;
+        }
+        p->at++;
+        c = llmpar__json_peek(p);
+        if (c == 'u') {
+            uint32_t code;
+            p->at++;
+            if (!llmpar__json_unicode(p, &code)) return 0;
+            out = llmpar__json_put_utf8(out, code);
+            continue;
+        }
+        switch (c) {
+        case '"': case '\\': case '/': *out++ = (char)c; break;
+        case 'b': *out++ = '\b'; break;
+        case 'f': *out++ = '\f'; break;
+        case 'n': *out++ = '\n'; break;
+        case 'r': *out++ = '\r'; break;
+        case 't': *out++ = '\t'; break;
+        default: return llmpar__json_expected(p, p->at, "one of \"\\/bfnrtu after \\");
+        }
+        p->at++;
+    }
+    p->at++;
+    *out = 0;
+    *string = begin;
+    *length = (size_t)(out - begin);
+    return 1;
+}
+
+/* ---- numbers ---- */
+
+/* A natural number below 2^2816, for decimals that double arithmetic cannot round exactly. */
+#define LLMPAR__JSON_BIG_LIMBS 88
+typedef struct llmpar__json_big {
+    uint32_t limb[LLMPAR__JSON_BIG_LIMBS]; /* lowest first */
+    int used;                              /* limbs; the highest is not zero */
+} llmpar__json_big;
+
+/* big = big * factor + term */
+static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, uint32_t term)
+{
+    uint64_t carry = term;
+    int i;
+    for (i = 0; i < big->used; i++) {
+        carry += (uint64_t)big->limb[i] * factor;
+        big->limb[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+    if (carry) big->limb[big->used++] = (uint32_t)carry;
+}
+
+static int llmpar__json_big_bits(const llmpar__json_big *big)
+{
+    return big->used ? 32 * big->used - __builtin_clz(big->limb[big->used - 1]) : 0;
+}
+
+static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
+{
+    int limbs = bits / 32, i;
+    if (!big->used) return;
+    if (limbs) {
+        for (i = big->used - 1; i >= 0; i--) big->limb[i + limbs] = big->limb[i];
+        for (i = 0; i < limbs; i++) big->limb[i] = 0;
+        big->used += limbs;
+    }
+    if (bits % 32) llmpar__json_big_multiply(big, (uint32_t)1 << bits % 32, 0);
+}
+
+static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_big *b)
+{
+    int i;
+    if (a->used != b->used) return a->used < b->used;
+    for (i = a->used - 1; i >= 0; i--)
+        if (a->limb[i] != b->limb[i]) return a->limb[i] < b->limb[i];
+    return 0;
+}
+
+/* a -= b, a >= b */
+static void llmpar__json_big_subtract(llmpar__json_big *a, const llmpar__json_big *b)
+{
+    int64_t borrow = 0;
+    int i;
+    for (i = 0; i < a->used; i++) {
+        borrow += (int64_t)a->limb[i] - (i < b->used ? (int64_t)b->limb[i] : 0);
+        a->limb[i] = (uint32_t)borrow;
+        borrow >>= 32;
+    }
+    while (a->used && a->limb[a->used - 1] == 0) a->used--;
+}
+
+/* digits (most significant first) * 10^scale, rounded once: both sides of the fraction are brought to the same length, then 64
+   quotient bits come out by subtraction, and a rest that is not zero is the sticky bit. */
+static double llmpar__json_exact(const unsigned char *digits, int count, int scale)
+{
+    llmpar__json_big above, below;
+    uint64_t quotient = 0;
+    int i, shift;
+    above.used = 0;
+    for (i = 0; i < count; i++) llmpar__json_big_multiply(&above, 10, digits[i]);
+    below.limb[0] = 1;
+    below.used = 1;
+    for (i = 0; i < scale; i++) llmpar__json_big_multiply(&above, 5, 0);
+    for (i = 0; i > scale; i--) llmpar__json_big_multiply(&below, 5, 0);
+    shift = llmpar__json_big_bits(&above) - llmpar__json_big_bits(&below);
+    if (shift < 0) llmpar__json_big_shift(&above, -shift);
+    else llmpar__json_big_shift(&below, shift);
+    for (i = 0; i < 64; i++) { /* above < 2 below */
+        quotient <<= 1;
+        if (!llmpar__json_big_less(&above, &below)) {
+            llmpar__json_big_subtract(&above, &below);
+            quotient |= 1;
+        }
+        llmpar__json_big_multiply(&above, 2, 0);
+    }
+    return llmpar__math_round_scaled(quotient, above.used != 0, (int64_t)shift + scale - 63);
+}
+
+/* The correctly rounded value of an unsigned number that fits the grammar; infinity where it is too large. 800 digits decide
+   (768 are enough for any double or midpoint); non-zero ones beyond count as one more digit 1. */
+static double llmpar__json_decimal(const char *text, size_t length)
+{
+    static const double power[23] = { 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11,
+                                      1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
+    const int64_t limit = (int64_t)1 << 59; /* beyond any text's length: zeros cannot bring a clamped exponent back */
+    unsigned char digits[801];
+    int count = 0, fraction = 0, beyond = 0, i;
+    int64_t scale = 0, exponent = 0;
+    size_t at;
+    for (at = 0; at < length && (text[at] | 0x20) != 'e'; at++) {
+        if (text[at] == '.') {
+            fraction = 1;
+        } else if (count == 800) {
+            beyond |= text[at] != '0';
+            scale += !fraction;
+        } else {
+            if (count || text[at] != '0') digits[count++] = (unsigned char)(text[at] - '0');
+            scale -= fraction;
+        }
+    }
+    if (at < length) {
+        int negative = text[at + 1] == '-';
+        for (at += text[at + 1] == '-' || text[at + 1] == '+' ? 2 : 1; at < length; at++)
+            if (exponent < limit) exponent = exponent * 10 + (text[at] - '0');
+        if (exponent > limit) exponent = limit;
+        scale += negative ? -exponent : exponent;
+    }
+    if (beyond) {
+        digits[count++] = 1;
+        scale--;
+    }
+    for (; count && digits[count - 1] == 0; count--) scale++;
+    if (count == 0) return 0.0;
+    if (count + scale > 310) return llmpar__math_round_scaled(1, 0, 2000);
+    if (count + scale < -330) return 0.0;
+    if (count <= 15 && scale >= -22 && scale <= 22) { /* both operands exact: one rounding (Clinger 1990) */
+        uint64_t value = 0;
+        for (i = 0; i < count; i++) value = value * 10 + digits[i];
+        return scale < 0 ? (double)value / power[-scale] : (double)value * power[scale];
+    }
+    return llmpar__json_exact(digits, count, (int)scale);
+}
+
+static int llmpar__json_is_digit(int c) { return c >= '0' && c <= '9'; }
+
+/* At least one digit at the cursor. */
+static int llmpar__json_digits(llmpar__json_parser *p)
+{
+    if (!llmpar__json_is_digit(llmpar__json_peek(p))) return llmpar__json_expected(p, p->at, "a digit");
+    while (llmpar__json_is_digit(llmpar__json_peek(p))) p->at++;
+    return 1;
+}
+
+static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
+{
+    size_t begin, i;
+    uint64_t magnitude = 0;
+    int negative = llmpar__json_peek(p) == '-', whole = 1;
+    p->at += (size_t)negative;
+    begin = p->at;
+    if (llmpar__json_peek(p) == '0') p->at++;
+    else if (!llmpar__json_digits(p)) return 0;
+    for (i = begin; i < p->at && whole; i++)
+        whole = !__builtin_mul_overflow(magnitude, (uint64_t)10, &magnitude) && !__builtin_add_overflow(magnitude, (uint64_t)(p->text[i] - '0'), &magnitude);
+    if (llmpar__json_peek(p) == '.') {
+        whole = 0;
+        p->at++;
+        if (!llmpar__json_digits(p)) return 0;
+    }
+    if (llmpar__json_peek(p) == 'e' || llmpar__json_peek(p) == 'E') {
+        whole = 0;
+        p->at++;
+        if (llmpar__json_peek(p) == '+' || llmpar__json_peek(p) == '-') p->at++;
+        if (!llmpar__json_digits(p)) return 0;
+    }
+    node->type = LLMPAR_JSON_NUMBER;
+    node->number = llmpar__json_decimal(p->text + begin, p->at - begin);
+    if (node->number > 1.7976931348623157e308) {
+        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected a number up to 1.8e308, got a larger one", p->name, node->position);
+        return 0;
+    }
+    if (negative) node->number = -node->number;
+    if (whole && magnitude <= (uint64_t)INT64_MAX + (uint64_t)negative) {
+        node->is_integer = 1;
+        node->integer = negative ? (magnitude ? -(int64_t)(magnitude - 1) - 1 : 0) : (int64_t)magnitude;
+    }
+    return 1;
+}
+
+/* ---- member names ---- */
+
+/* Any total order in which equal names are neighbours; equal ones in text order. */
+static int llmpar__json_key_before(const llmpar_json *a, const llmpar_json *b)
+{
+    int order;
+    if (a->key_length != b->key_length) return a->key_length < b->key_length;
+    order = memcmp(a->key, b->key, a->key_length);
+    return order ? order < 0 : a->key < b->key;
+}
+
+static void llmpar__json_sift(const llmpar_json **member, size_t root, size_t count)
+{
+    const llmpar_json *moving = member[root];
+    size_t child;
+    for (; (child = 2 * root + 1) < count; root = child) {
+        if (child + 1 < count && llmpar__json_key_before(member[child], member[child + 1])) child++;
+        if (!llmpar__json_key_before(moving, member[child])) break;
+        member[root] = member[child];
+    }
+    member[root] = moving;
+}
+
+/* Refuses an object with two members of the same name. A heap sort: no input makes it quadratic or deep. */
+static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *object)
+{
+    const llmpar_json **member, *duplicate = NULL, *node, *swap;
+    size_t count = 0, i;
+    int shown;
+    if (object->length < 2) return 1;
+    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
+    if (!member) {
+        llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
+        return 0;
+    }
+    for (node = object->child; node; node = node->next) member[count++] = node;
+    for (i = count / 2; i-- > 0;) llmpar__json_sift(member, i, count);
+    for (i = count - 1; i > 0; i--) {
+        swap = member[0];
+        member[0] = member[i];
+        member[i] = swap;
+        llmpar__json_sift(member, 0, i);
+    }
+    for (i = 1; i < count; i++)
+        if (member[i]->key_length == member[i - 1]->key_length && memcmp(member[i]->key, member[i - 1]->key, member[i]->key_length) == 0)
+            if (!duplicate || member[i]->key < duplicate->key) duplicate = member[i];
+    llmpar_heap_free(p->heap, (void *)member);
+    if (!duplicate) return 1;
+    shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
+    while (shown > 0 && ((unsigned char)duplicate->key[shown] & 0xC0) == 0x80) shown--; /* whole characters */
+    llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected every member name once, got \"%.*s\" again", p->name,
+                     (size_t)(duplicate->key - p->strings) - 1, shown, duplicate->key);
+    return 0;
+}
+
+/* ---- values ---- */
+
+static int llmpar__json_read_key(llmpar__json_parser *p, llmpar_json *node)
+{
+    if (llmpar__json_peek(p) != '"') return llmpar__json_expected(p, p->at, "'\"' of a member's name");
+    if (!llmpar__json_read_string(p, &node->key, &node->key_length)) return 0;
+    llmpar__json_skip_space(p);
+    if (llmpar__json_peek(p) != ':') return llmpar__json_expected(p, p->at, "':'");
+    p->at++;
+    llmpar__json_skip_space(p);
+    return 1;
+}
+
+static int llmpar__json_read_word(llmpar__json_parser *p, const char *word)
+{
+    size_t length = strlen(word);
+    if (p->length - p->at < length || memcmp(p->text + p->at, word, length) != 0) return llmpar__json_expected(p, p->at, "a value");
+    p->at += length;
+    return 1;
+}
+
+static int llmpar__json_read_scalar(llmpar__json_parser *p, llmpar_json *node)
+{
+    int c = llmpar__json_peek(p);
+    if (c == '"') {
+        node->type = LLMPAR_JSON_STRING;
+        return llmpar__json_read_string(p, &node->string, &node->length);
+    }
+    if (c == '-' || llmpar__json_is_digit(c)) return llmpar__json_read_number(p, node);
+    if (c == 'n') return llmpar__json_read_word(p, "null"); /* NULL is type 0 */
+    if (c != 't' && c != 'f') return llmpar__json_expected(p, p->at, "a value");
+    node->type = LLMPAR_JSON_BOOL;
+    node->boolean = c == 't';
+    return llmpar__json_read_word(p, c == 't' ? "true" : "false");
+}
+
+static int llmpar__json_read_document(llmpar__json_parser *p)
+{
+    llmpar_json *parent = NULL, *last = NULL, *node; /* last: the newest complete child of parent */
+    uint32_t depth = 0;
+    for (;;) {
+        int c, closer;
+        llmpar__json_skip_space(p);
+        node = &p->nodes[p->used++];
+        memset(node, 0, sizeof *node);
+        if (parent && parent->type == LLMPAR_JSON_OBJECT && !llmpar__json_read_key(p, node)) return 0;
+        node->position = p->at;
+        if (last) last->next = node;
+        else if (parent) parent->child = node;
+        if (parent) parent->length++;
+        c = llmpar__json_peek(p);
+        if (c == '[' || c == '{') {
+            node->type = c == '[' ? LLMPAR_JSON_ARRAY : LLMPAR_JSON_OBJECT;
+            if (depth == p->max_depth) {
+                llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected at most %u nested arrays and objects, got more", p->name, p->at, (unsigned)p->max_depth);
+                return 0;
+            }
+            p->at++;
+            llmpar__json_skip_space(p);
+            if (llmpar__json_peek(p) != (c == '[' ? ']' : '}')) {
+                node->next = parent;
+                parent = node;
+                last = NULL;
+                depth++;
+                continue;
+            }
+            p->at++;
+        } else if (!llmpar__json_read_scalar(p, node)) {
+            return 0;
+        }
+        for (last = node;; last = node) { /* close what ends here */
+            llmpar__json_skip_space(p);
+            c = llmpar__json_peek(p);
+            if (!parent) return c < 0 ? 1 : llmpar__json_expected(p, p->at, "the end of the text");
+            closer = parent->type == LLMPAR_JSON_ARRAY ? ']' : '}';
+            if (c == ',') break;
+            if (c != closer) return llmpar__json_expected(p, p->at, closer == ']' ? "',' or ']'" : "',' or '}'");
+            p->at++;
+            node = parent;
+            parent = node->next;
+            node->next = NULL;
+            depth--;
+            if (p->unique_keys && node->type == LLMPAR_JSON_OBJECT && !llmpar__json_check_unique(p, node)) return 0;
+        }
+        p->at++;
+    }
+}
+
+/* No text has more values than one and its '[', '{' and ',' outside strings: one of them stands before every value but the root. */
+static size_t llmpar__json_count(const char *text, size_t length)
+{
+    size_t count = 1, i;
+    int inside = 0;
+    for (i = 0; i < length; i++) {
+        char c = text[i];
+        if (c == '"') inside = !inside;
+        else if (inside && c == '\\') i++;
+        else if (!inside && (c == ',' || c == '[' || c == '{')) count++;
+    }
+    return count;
+}
+
+LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
+{
+    llmpar__json_parser p;
+    llmpar_error own; /* the status must be known where the caller wants no text */
+    size_t bytes;
+    *out = NULL;
+    llmpar_error_clear(&own);
+    memset(&p, 0, sizeof p);
+    p.heap = heap;
+    p.text = text;
+    p.length = length;
+    p.name = desc && desc->name ? desc->name : "json";
+    p.max_depth = desc && desc->max_depth ? desc->max_depth : 128;
+    p.unique_keys = desc ? desc->unique_keys : 0;
+    p.error = &own;
+    if (llmpar_size_mul(llmpar__json_count(text, length), sizeof *p.nodes, &bytes) && llmpar_size_add(bytes, length, &bytes) && llmpar_size_add(bytes, 1, &bytes))
+        p.nodes = (llmpar_json *)llmpar_heap_alloc(heap, bytes, 1);
+    if (!p.nodes) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: no memory for the values of %zu bytes of text", p.name, length);
+    p.strings = (char *)p.nodes + (bytes - length - 1);
+    if (!llmpar__json_read_document(&p)) {
+        llmpar_heap_free(heap, p.nodes);
+        return llmpar_error_set(error, own.status, "%s", own.text);
+    }
+    *out = p.nodes;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root)
+{
+    llmpar_heap_free(heap, root);
+}
+
+LLMPAR_DEF const llmpar_json *llmpar_json_get(const llmpar_json *object, const char *key)
+{
+    const llmpar_json *member;
+    size_t length = strlen(key);
+    if (!object || object->type != LLMPAR_JSON_OBJECT) return NULL;
+    for (member = object->child; member; member = member->next)
+        if (member->key_length == length && memcmp(member->key, key, length) == 0) return member;
+    return NULL;
+}
+
+/* ---- writing ---- */
+
+LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out, size_t capacity)
+{
+    static const char hex[] = "0123456789abcdef";
+    static const char plain[] = "\b\f\n\r\t\"\\", letter[] = "bfnrt\"\\";
+    size_t needed = 0, at = 0, i, bytes;
+    char piece[8];
+    int ended = 0;
+    for (i = 0; i <= length + 1; i++) { /* the opening quote, at most `length` characters, the closing quote */
+        size_t piece_length = 1;
+        piece[0] = '"';
+        if (i > 0 && at < length) {
+            unsigned char c = (unsigned char)text[at];
+            const char *found = c ? strchr(plain, c) : NULL;
+            bytes = llmpar__json_utf8(text + at, length - at);
+            if (found) {
+                piece[0] = '\\';
+                piece[1] = letter[found - plain];
+                piece_length = 2;
+            } else if (c < 0x20) {
+                memcpy(piece, "\\u00", 4);
+                piece[4] = hex[c >> 4];
+                piece[5] = hex[c & 15];
+                piece_length = 6;
+            } else if (bytes) {
+                memcpy(piece, text + at, bytes);
+                piece_length = bytes;
+            } else {
+                memcpy(piece, "\xEF\xBF\xBD", 3);
+                piece_length = 3;
+                bytes = 1;
+            }
+            at += bytes;
+        } else if (i > 0) {
+            ended = 1;
+        }
+        for (bytes = 0; bytes < piece_length; bytes++, needed++)
+            if (needed + 1 < capacity) out[needed] = piece[bytes];
+        if (ended) break;
+    }
+    if (capacity) out[needed < capacity ? needed : capacity - 1] = 0;
+    return needed;
+}
+
+#undef LLMPAR__JSON_BIG_LIMBS
+
+/* ==== src/io/file.c ==== */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1
+#endif
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L
+#endif
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#define LLMPAR__FILE_BUFFER ((size_t)256 << 10)
+
+static const unsigned char llmpar__file_nothing[1] = { 0 }; /* what an empty file's `data` points to */
+
+static llmpar_status llmpar__file_error(llmpar_error *error, const char *path, const char *operation, int number)
+{
+    return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: %s: %s", path, operation, strerror(number));
+}
+
+LLMPAR_DEF int llmpar_is_directory(const char *path)
+{
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+}
+
+LLMPAR_DEF int llmpar_is_file(const char *path)
+{
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+}
+
+/* ---- mapped reads ---- */
+
+LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error)
+{
+    struct stat s;
+    void *base;
+    int fd, number;
+    memset(out, 0, sizeof *out);
+    /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
+    fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return llmpar__file_error(error, path, "cannot open", errno);
+    if (fstat(fd, &s) != 0) {
+        number = errno;
+        close(fd);
+        return llmpar__file_error(error, path, "cannot stat", number);
+    }
+    if (!S_ISREG(s.st_mode)) {
+        close(fd);
+        return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got %s", path,
+                                S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
+    }
+    if (s.st_size == 0) {
+        close(fd);
+        out->data = llmpar__file_nothing;
+        return LLMPAR_OK;
+    }
+    base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    number = errno;
+    close(fd);
+    if (base == MAP_FAILED) return llmpar__file_error(error, path, "cannot map", number);
+    out->base = base;
+    out->data = (const unsigned char *)base;
+    out->bytes = (size_t)s.st_size;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_file_unmap(llmpar_mapped *file)
+{
+    if (!file) return;
+    if (file->base) munmap(file->base, file->bytes);
+    memset(file, 0, sizeof *file);
+}
+
+/* ---- atomic writes ---- */
+
+struct llmpar_writer {
+    llmpar_heap *heap;
+    char *path;            /* final name; owned */
+    char *temporary;       /* path.tmp; owned */
+    unsigned char *buffer; /* [LLMPAR__FILE_BUFFER]; owned */
+    size_t used;           /* bytes waiting in buffer */
+    int fd;                /* -1 when closed */
+    int created;           /* temporary exists and is ours to remove */
+    int failed;            /* a write failed: commit must not succeed */
+};
+
+static void llmpar__writer_destroy(llmpar_writer *writer)
+{
+    llmpar_heap *heap = writer->heap;
+    if (writer->fd >= 0) close(writer->fd);
+    if (writer->created) unlink(writer->temporary);
+    llmpar_heap_free(heap, writer->path);
+    llmpar_heap_free(heap, writer->temporary);
+    llmpar_heap_free(heap, writer->buffer);
+    llmpar_heap_free(heap, writer);
+}
+
+LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path, llmpar_writer **out, llmpar_error *error)
+{
+    llmpar_writer *writer;
+    size_t length = strlen(path);
+    int number;
+    *out = NULL;
+    if (llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a directory", path);
+    writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
+    if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
+    writer->heap = heap;
+    writer->fd = -1;
+    writer->path = llmpar_heap_strdup(heap, path);
+    writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
+    writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
+    if (!writer->path || !writer->temporary || !writer->buffer) {
+        llmpar__writer_destroy(writer);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer of %zu bytes", path, LLMPAR__FILE_BUFFER);
+    }
+    memcpy(writer->temporary, path, length);
+    memcpy(writer->temporary + length, ".tmp", sizeof ".tmp");
+    writer->fd = open(writer->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (writer->fd < 0) {
+        number = errno;
+        llmpar__file_error(error, writer->temporary, "cannot create", number);
+        llmpar__writer_destroy(writer);
+        return LLMPAR_ERR_IO;
+    }
+    writer->created = 1;
+    *out = writer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__writer_put(llmpar_writer *writer, const unsigned char *data, size_t bytes, llmpar_error *error)
+{
+    while (bytes > 0) {
+        /* One write of more than 2 GiB is cut short by the kernel anyway. */
+        size_t part = bytes < ((size_t)1 << 30) ? bytes : (size_t)1 << 30;
+        ssize_t written = write(writer->fd, data, part);
+        if (written < 0) {
+            if (errno == EINTR) continue;
+            writer->failed = 1;
+            return llmpar__file_error(error, writer->temporary, "cannot write", errno);
+        }
+        if (written == 0) {
+            writer->failed = 1;
+            return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: 0 of %zu bytes accepted", writer->temporary, part);
+        }
+        data += written;
+        bytes -= (size_t)written;
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__writer_flush(llmpar_writer *writer, llmpar_error *error)
+{
+    size_t used = writer->used;
+    writer->used = 0;
+    return llmpar__writer_put(writer, writer->buffer, used, error);
+}
+
+LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error)
+{
+    llmpar_status status;
+    if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
+    if (bytes == 0) return LLMPAR_OK;
+    if (bytes <= LLMPAR__FILE_BUFFER - writer->used) {
+        memcpy(writer->buffer + writer->used, data, bytes);
+        writer->used += bytes;
+        return LLMPAR_OK;
+    }
+    status = llmpar__writer_flush(writer, error);
+    if (status) return status;
+    if (bytes >= LLMPAR__FILE_BUFFER) return llmpar__writer_put(writer, (const unsigned char *)data, bytes, error);
+    memcpy(writer->buffer, data, bytes);
+    writer->used = bytes;
+    return LLMPAR_OK;
+}
+
+/* The rename itself is durable only when the directory is. File systems that cannot sync a directory say EINVAL. */
+static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const char *path, llmpar_error *error)
+{
+    const char *slash = strrchr(path, '/');
+    char *parent;
+    llmpar_status status = LLMPAR_OK;
+    int fd;
+    if (!slash) parent = llmpar_heap_strdup(heap, ".");
+    else if (slash == path) parent = llmpar_heap_strdup(heap, "/");
+    else {
+        parent = llmpar_heap_strdup(heap, path);
+        if (parent) parent[slash - path] = 0;
+    }
+    if (!parent) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for the directory's name", path);
+    fd = open(parent, O_RDONLY | O_CLOEXEC);
+    /* A directory may be writable and not readable; then the rename stands without a sync. */
+    if (fd < 0 && errno != EACCES) status = llmpar__file_error(error, parent, "cannot open the directory", errno);
+    if (fd >= 0) {
+        if (fsync(fd) != 0 && errno != EINVAL && errno != EROFS) status = llmpar__file_error(error, parent, "cannot sync the directory", errno);
+        close(fd);
+    }
+    llmpar_heap_free(heap, parent);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
+{
+    llmpar_status status;
+    int fd;
+    if (writer->failed) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
+    else status = llmpar__writer_flush(writer, error);
+    if (!status && fsync(writer->fd) != 0) status = llmpar__file_error(error, writer->temporary, "cannot sync", errno);
+    fd = writer->fd;
+    writer->fd = -1;
+    /* After close the descriptor is gone, whatever close says. */
+    if (close(fd) != 0 && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", errno);
+    if (!status && rename(writer->temporary, writer->path) != 0) status = llmpar__file_error(error, writer->path, "cannot rename the finished file to it", errno);
+    if (!status) {
+        writer->created = 0;
+        status = llmpar__file_sync_parent(writer->heap, writer->path, error);
+    }
+    llmpar__writer_destroy(writer);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
+{
+    if (writer) llmpar__writer_destroy(writer);
+}
+
+/* ---- directories ---- */
+
+LLMPAR_DEF llmpar_status llmpar_directory_ensure(const char *path, llmpar_error *error)
+{
+    char probe[4096];
+    int length, fd;
+    if (mkdir(path, 0777) != 0) {
+        int number = errno;
+        if (number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
+        if (!llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
+    }
+    /* access() answers yes to root on read-only media: only a file that was really made proves it. */
+    length = snprintf(probe, sizeof probe, "%s/.llmpar-XXXXXX", path);
+    if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 16);
+    fd = mkstemp(probe);
+    if (fd < 0) return llmpar__file_error(error, path, "cannot write in the directory", errno);
+    close(fd);
+    if (unlink(probe) != 0) return llmpar__file_error(error, probe, "cannot remove", errno);
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__FILE_BUFFER
+/* ==== src/io/safetensors.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+/* The format's limits: https://github.com/huggingface/safetensors#format */
+#define LLMPAR__ST_MAX_HEADER 100000000u
+#define LLMPAR__ST_MAX_DIMS 8
+
+typedef struct llmpar__st_dtype { const char *name; llmpar_dtype dtype; } llmpar__st_dtype;
+
+/* Every dtype the format knows; LLMPAR_DTYPE_DEFAULT: not one of ours. */
+static const llmpar__st_dtype llmpar__st_dtypes[] = {
+    { "F32", LLMPAR_F32 }, { "F64", LLMPAR_F64 }, { "BF16", LLMPAR_BF16 }, { "F16", LLMPAR_F16 },
+    { "I32", LLMPAR_I32 }, { "I64", LLMPAR_I64 }, { "U64", LLMPAR_U64 }, { "U8", LLMPAR_U8 },
+    { "BOOL", LLMPAR_DTYPE_DEFAULT }, { "I8", LLMPAR_DTYPE_DEFAULT }, { "I16", LLMPAR_DTYPE_DEFAULT }, { "U16", LLMPAR_DTYPE_DEFAULT },
+    { "U32", LLMPAR_DTYPE_DEFAULT }, { "F4", LLMPAR_DTYPE_DEFAULT }, { "F6_E2M3", LLMPAR_DTYPE_DEFAULT }, { "F6_E3M2", LLMPAR_DTYPE_DEFAULT },
+    { "F8_E5M2", LLMPAR_DTYPE_DEFAULT }, { "F8_E4M3", LLMPAR_DTYPE_DEFAULT }, { "F8_E8M0", LLMPAR_DTYPE_DEFAULT },
+    { "F8_E4M3FNUZ", LLMPAR_DTYPE_DEFAULT }, { "F8_E5M2FNUZ", LLMPAR_DTYPE_DEFAULT }, { "C64", LLMPAR_DTYPE_DEFAULT }
+};
+#define LLMPAR__ST_DTYPES (sizeof llmpar__st_dtypes / sizeof llmpar__st_dtypes[0])
+static const char llmpar__st_supported[] = "F32, F64, BF16, F16, I32, I64, U64 or U8";
+
+/* What an open file owns; llmpar_safetensors.state points to it, and its first member is what the user holds. */
+typedef struct llmpar__st_file {
+    llmpar_safetensors file;
+    llmpar_heap *heap;
+    llmpar_mapped mapped;        /* zero for open_memory */
+    char *path;
+    char *names;                 /* all names, each zero-terminated */
+    llmpar_safetensor *tensors;
+} llmpar__st_file;
+
+/* Where reading stands, for messages. */
+typedef struct llmpar__st_reader {
+    const char *path;
+    const char *header;          /* the JSON text */
+    const char *tensor;          /* name, UTF-8 */
+    size_t data_bytes;           /* bytes after the header */
+    llmpar_error *error;
+} llmpar__st_reader;
+
+/* ---- sorting: heapsort, because the library takes no memory behind the allocator's back and qsort may ---- */
+
+typedef int (*llmpar__st_before)(const llmpar_safetensor *a, const llmpar_safetensor *b);
+
+static int llmpar__st_by_name(const llmpar_safetensor *a, const llmpar_safetensor *b) { return strcmp(a->name, b->name) < 0; }
+
+/* Empty tensors before the one that starts at the same byte. */
+static int llmpar__st_by_begin(const llmpar_safetensor *a, const llmpar_safetensor *b)
+{
+    return a->begin != b->begin ? a->begin < b->begin : a->bytes < b->bytes;
+}
+
+static void llmpar__st_sink(llmpar_safetensor *t, size_t root, size_t count, llmpar__st_before before)
+{
+    llmpar_safetensor value = t[root];
+    for (;;) {
+        size_t child = 2 * root + 1;
+        if (child >= count) break;
+        if (child + 1 < count && before(&t[child], &t[child + 1])) child++;
+        if (!before(&value, &t[child])) break;
+        t[root] = t[child];
+        root = child;
+    }
+    t[root] = value;
+}
+
+static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_before before)
+{
+    size_t i;
+    for (i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
+    for (i = count; i > 1; i--) {
+        llmpar_safetensor last = t[i - 1];
+        t[i - 1] = t[0];
+        t[0] = last;
+        llmpar__st_sink(t, 0, i - 1, before);
+    }
+}
+
+/* ---- reading ---- */
+
+static const char *llmpar__st_type_name(const llmpar_json *value)
+{
+    switch (value->type) {
+    case LLMPAR_JSON_NULL: return "null";
+    case LLMPAR_JSON_BOOL: return "a boolean";
+    case LLMPAR_JSON_NUMBER: return "a number";
+    case LLMPAR_JSON_STRING: return "a string";
+    case LLMPAR_JSON_ARRAY: return "an array";
+    case LLMPAR_JSON_OBJECT: return "an object";
+    default: return "?";
+    }
+}
+
+/* A non-negative integer written as one: no fraction, no exponent, no "-0". */
+static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *field, size_t index, const llmpar_json *value, int64_t *out)
+{
+    if (value->type != LLMPAR_JSON_NUMBER)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] is %s, expected a non-negative integer (header byte %zu)",
+                                r->path, r->tensor, field, index, llmpar__st_type_name(value), value->position);
+    if (!value->is_integer || r->header[value->position] == '-') {
+        const char *text = r->header + value->position; /* ends: at least the object's '}' follows */
+        size_t length = strspn(text, "+-.0123456789eE");
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] = %.*s, expected a non-negative integer below 2^63 (header byte %zu)",
+                                r->path, r->tensor, field, index, length > 40 ? 40 : (int)length, text, value->position);
+    }
+    *out = value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_read_dtype(const llmpar__st_reader *r, const llmpar_json *value, llmpar_dtype *out)
+{
+    size_t i;
+    if (value->type != LLMPAR_JSON_STRING)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype is %s, expected a string (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+    for (i = 0; i < LLMPAR__ST_DTYPES; i++) {
+        if (strlen(llmpar__st_dtypes[i].name) != value->length || memcmp(llmpar__st_dtypes[i].name, value->string, value->length)) continue;
+        *out = llmpar__st_dtypes[i].dtype;
+        if (*out != LLMPAR_DTYPE_DEFAULT) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": dtype %s is not supported, expected %s (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_dtypes[i].name, llmpar__st_supported, value->position);
+    }
+    return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown dtype \"%.60s\", expected %s (header byte %zu)",
+                            r->path, r->tensor, value->string, llmpar__st_supported, value->position);
+}
+
+static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llmpar_json *value, llmpar_safetensor *out, size_t *bytes)
+{
+    const llmpar_json *extent;
+    size_t count = llmpar_dtype_size(out->dtype), i = 0;
+    llmpar_status status;
+    if (value->type != LLMPAR_JSON_ARRAY)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": shape is %s, expected an array (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+    if (value->length > LLMPAR__ST_MAX_DIMS)
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": shape has %zu dims, at most %d are supported (header byte %zu)",
+                                r->path, r->tensor, value->length, LLMPAR__ST_MAX_DIMS, value->position);
+    /* The product is taken in the reference's order: a zero extent does not excuse an overflow before it. */
+    for (extent = value->child; extent; extent = extent->next, i++) {
+        status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
+        if (status) return status;
+        if (!llmpar_size_mul(count, (size_t)out->shape[i], &count))
+            return llmpar_error_set(r->error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": the product of the shape overflows at shape[%zu] = %lld (header byte %zu)",
+                                    r->path, r->tensor, i, (long long)out->shape[i], extent->position);
+    }
+    out->dims = (int32_t)value->length;
+    *bytes = count;
+    return LLMPAR_OK;
+}
+
+/* Leaves out->begin relative to the data. */
+static llmpar_status llmpar__st_read_offsets(const llmpar__st_reader *r, const llmpar_json *value, size_t bytes, llmpar_safetensor *out)
+{
+    int64_t begin = 0, end = 0;
+    llmpar_status status;
+    if (value->type != LLMPAR_JSON_ARRAY || value->length != 2)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets is %s of length %zu, expected an array of 2 (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0, value->position);
+    status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
+    if (!status) status = llmpar__st_extent(r, "data_offsets", 1, value->child->next, &end);
+    if (status) return status;
+    if (end < begin)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] end before they begin (header byte %zu)",
+                                r->path, r->tensor, (long long)begin, (long long)end, value->position);
+    if ((uint64_t)end > (uint64_t)r->data_bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data (header byte %zu)",
+                                r->path, r->tensor, (long long)begin, (long long)end, r->data_bytes, value->position);
+    if ((uint64_t)(end - begin) != (uint64_t)bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld (header byte %zu)",
+                                r->path, r->tensor, bytes, (long long)begin, (long long)end, (long long)(end - begin), value->position);
+    out->begin = (size_t)begin;
+    out->bytes = bytes;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_json *entry, llmpar_safetensor *out)
+{
+    const llmpar_json *member, *dtype = llmpar_json_get(entry, "dtype"), *shape = llmpar_json_get(entry, "shape"), *offsets = llmpar_json_get(entry, "data_offsets");
+    size_t bytes = 0;
+    llmpar_status status;
+    if (strlen(entry->key) != entry->key_length)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (header byte %zu)", r->path, entry->key, entry->position);
+    if (entry->type != LLMPAR_JSON_OBJECT)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
+                                r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
+    if (!dtype || !shape || !offsets)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s is missing (header byte %zu)",
+                                r->path, r->tensor, !dtype ? "dtype" : !shape ? "shape" : "data_offsets", entry->position);
+    for (member = entry->child; member; member = member->next)
+        if (member != dtype && member != shape && member != offsets)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown field \"%.60s\", expected dtype, shape and data_offsets (header byte %zu)",
+                                    r->path, r->tensor, member->key, member->position);
+    status = llmpar__st_read_dtype(r, dtype, &out->dtype);
+    if (!status) status = llmpar__st_read_shape(r, shape, out, &bytes);
+    if (!status) status = llmpar__st_read_offsets(r, offsets, bytes, out);
+    return status;
+}
+
+static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
+{
+    const llmpar_json *member;
+    if (metadata->type != LLMPAR_JSON_OBJECT)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
+                                r->path, llmpar__st_type_name(metadata), metadata->position);
+    for (member = metadata->child; member; member = member->next)
+        if (member->type != LLMPAR_JSON_STRING)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
+                                    r->path, member->key, llmpar__st_type_name(member), member->position);
+    return LLMPAR_OK;
+}
+
+/* Fills s->tensors and s->names from the parsed header; begin is still relative. */
+static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reader *r, const llmpar_json *root)
+{
+    const llmpar_json *entry;
+    size_t count = 0, name_bytes = 0, at = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (entry = root->child; entry && !status; entry = entry->next) {
+        if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) {
+            status = llmpar__st_check_metadata(r, entry);
+            continue;
+        }
+        count++;
+        name_bytes += entry->key_length + 1; /* each byte stands in a header of at most 10^8 */
+    }
+    if (status) return status;
+    s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
+    s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
+    if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
+    for (entry = root->child; entry; entry = entry->next) {
+        llmpar_safetensor *tensor = &s->tensors[s->file.count];
+        if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) continue;
+        r->tensor = entry->key;
+        status = llmpar__st_read_tensor(r, entry, tensor);
+        if (status) return status;
+        memcpy(s->names + at, entry->key, entry->key_length + 1);
+        tensor->name = s->names + at;
+        at += entry->key_length + 1;
+        s->file.count++;
+    }
+    return LLMPAR_OK;
+}
+
+/* Every byte of the data belongs to exactly one tensor. Makes `begin` absolute. */
+static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st_reader *r, size_t data_at)
+{
+    size_t reached = 0;
+    int32_t i;
+    llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_begin);
+    for (i = 0; i < s->file.count; i++) {
+        llmpar_safetensor *tensor = &s->tensors[i];
+        if (tensor->begin > reached)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
+                                    r->path, tensor->name, tensor->begin, reached, tensor->begin - reached, data_at + reached);
+        if (tensor->begin < reached)
+            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: it overlaps tensor \"%.200s\" (file byte %zu)",
+                                    r->path, tensor->name, tensor->begin, reached, s->tensors[i - 1].name, data_at + tensor->begin);
+        reached += tensor->bytes;
+        tensor->begin += data_at;
+    }
+    if (reached != r->data_bytes)
+        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: %zu bytes follow the last tensor (file byte %zu)", r->path, r->data_bytes - reached, data_at + reached);
+    llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_name);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_parse(llmpar__st_file *s, const unsigned char *data, size_t bytes, llmpar_error *error)
+{
+    llmpar__st_reader r;
+    llmpar_json_desc desc;
+    llmpar_json *root = NULL;
+    llmpar_status status;
+    uint64_t length = 0;
+    char name[256];
+    int i;
+    memset(&r, 0, sizeof r);
+    memset(&desc, 0, sizeof desc);
+    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %zu bytes, expected at least 8 for the header length", s->path, bytes);
+    for (i = 7; i >= 0; i--) length = length << 8 | data[i];
+    if (length > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)length, LLMPAR__ST_MAX_HEADER);
+    if (length > bytes - 8)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %zu bytes follow it: the file is truncated (file byte 0)",
+                                s->path, (unsigned long long)length, bytes - 8);
+    if (length == 0 || data[8] != '{')
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
+    snprintf(name, sizeof name, "%.200s: header", s->path);
+    desc.name = name;
+    desc.unique_keys = 1;
+    status = llmpar_json_parse(s->heap, (const char *)data + 8, (size_t)length, &desc, &root, error);
+    if (status) return status;
+    r.path = s->path;
+    r.header = (const char *)data + 8;
+    r.data_bytes = bytes - 8 - (size_t)length;
+    r.error = error;
+    status = llmpar__st_read_header(s, &r, root);
+    llmpar_json_destroy(s->heap, root);
+    if (!status) status = llmpar__st_check_cover(s, &r, 8 + (size_t)length);
+    if (status) return status;
+    s->file.tensor = s->tensors;
+    s->file.data = data;
+    s->file.path = s->path;
+    return LLMPAR_OK;
+}
+
+/* An empty file object with its path, or NULL. */
+static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, llmpar_error *error)
+{
+    llmpar__st_file *s = (llmpar__st_file *)llmpar_heap_zalloc(heap, 1, sizeof *s);
+    if (s) {
+        s->heap = heap;
+        s->file.state = s;
+        s->path = llmpar_heap_strdup(heap, path);
+        if (s->path) return s;
+        llmpar_heap_free(heap, s);
+    }
+    llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    return NULL;
+}
+
+LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
+{
+    llmpar__st_file *s;
+    llmpar_heap *heap;
+    if (!file) return;
+    s = (llmpar__st_file *)file->state;
+    heap = s->heap;
+    llmpar_file_unmap(&s->mapped);
+    llmpar_heap_free(heap, s->tensors);
+    llmpar_heap_free(heap, s->names);
+    llmpar_heap_free(heap, s->path);
+    llmpar_heap_free(heap, s);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error)
+{
+    llmpar__st_file *s;
+    llmpar_status status;
+    *out = NULL;
+    s = llmpar__st_create(heap, path, error);
+    if (!s) return LLMPAR_ERR_MEMORY;
+    status = llmpar_file_map(path, &s->mapped, error);
+    if (!status) status = llmpar__st_parse(s, s->mapped.data, s->mapped.bytes, error);
+    if (status) {
+        llmpar_safetensors_close(&s->file);
+        return status;
+    }
+    *out = &s->file;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
+{
+    llmpar__st_file *s;
+    llmpar_status status;
+    *out = NULL;
+    s = llmpar__st_create(heap, name, error);
+    if (!s) return LLMPAR_ERR_MEMORY;
+    status = llmpar__st_parse(s, (const unsigned char *)data, bytes, error);
+    if (status) {
+        llmpar_safetensors_close(&s->file);
+        return status;
+    }
+    *out = &s->file;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name)
+{
+    int32_t low = 0, high = file->count;
+    while (low < high) {
+        int32_t middle = low + (high - low) / 2;
+        int order = strcmp(name, file->tensor[middle].name);
+        if (order == 0) return &file->tensor[middle];
+        if (order < 0) high = middle;
+        else low = middle + 1;
+    }
+    return NULL;
+}
+
+/* ---- writing ---- */
+
+struct llmpar_safetensors_writer {
+    llmpar_heap *heap;
+    llmpar_writer *writer;
+    char *path;
+    size_t expected, written; /* bytes of data */
+};
+
+/* The dtype's name in the format, NULL if it is not a stored type. */
+static const char *llmpar__st_dtype_name(llmpar_dtype dtype)
+{
+    size_t i;
+    for (i = 0; i < LLMPAR__ST_DTYPES; i++)
+        if (dtype != LLMPAR_DTYPE_DEFAULT && llmpar__st_dtypes[i].dtype == dtype) return llmpar__st_dtypes[i].name;
+    return NULL;
+}
+
+/* A text that grows; with text == NULL it only counts. */
+typedef struct llmpar__st_text { char *text; size_t used, capacity; } llmpar__st_text;
+
+static void llmpar__st_put(llmpar__st_text *t, const char *part)
+{
+    size_t length = strlen(part);
+    if (t->text) memcpy(t->text + t->used, part, length);
+    t->used += length;
+}
+
+static void llmpar__st_put_number(llmpar__st_text *t, uint64_t value)
+{
+    char digits[24];
+    snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
+    llmpar__st_put(t, digits);
+}
+
+static void llmpar__st_put_string(llmpar__st_text *t, const char *string)
+{
+    size_t length = strlen(string);
+    if (t->text) t->used += llmpar_json_escape(string, length, t->text + t->used, t->capacity - t->used);
+    else t->used += llmpar_json_escape(string, length, NULL, 0);
+}
+
+/* The header's JSON with its padding. The shapes have been checked. */
+static void llmpar__st_put_header(llmpar__st_text *t, const llmpar_safetensor *tensors, int32_t count)
+{
+    uint64_t at = 0;
+    int32_t i, d;
+    llmpar__st_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (i = 0; i < count; i++) {
+        uint64_t bytes = llmpar_dtype_size(tensors[i].dtype);
+        llmpar__st_put(t, ",");
+        llmpar__st_put_string(t, tensors[i].name);
+        llmpar__st_put(t, ":{\"dtype\":\"");
+        llmpar__st_put(t, llmpar__st_dtype_name(tensors[i].dtype));
+        llmpar__st_put(t, "\",\"shape\":[");
+        for (d = 0; d < tensors[i].dims; d++) {
+            if (d) llmpar__st_put(t, ",");
+            llmpar__st_put_number(t, (uint64_t)tensors[i].shape[d]);
+            bytes *= (uint64_t)tensors[i].shape[d];
+        }
+        llmpar__st_put(t, "],\"data_offsets\":[");
+        llmpar__st_put_number(t, at);
+        llmpar__st_put(t, ",");
+        at += bytes;
+        llmpar__st_put_number(t, at);
+        llmpar__st_put(t, "]}");
+    }
+    llmpar__st_put(t, "}");
+    while (t->used % 8) llmpar__st_put(t, " ");
+}
+
+/* Everything the reader would refuse, before a file is created. *total: bytes of data. */
+static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
+{
+    int32_t i, d;
+    *total = 0;
+    if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
+    for (i = 0; i < count; i++) {
+        const llmpar_safetensor *tensor = &tensors[i];
+        size_t bytes = llmpar_dtype_size(tensor->dtype);
+        int64_t elements;
+        if (!tensor->name || !strcmp(tensor->name, "__metadata__"))
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor %d: name %s, expected another", path, (int)i, tensor->name ? "__metadata__ is reserved" : "is NULL");
+        if (!llmpar__st_dtype_name(tensor->dtype))
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": dtype %d is no stored type, expected %s", path, tensor->name, (int)tensor->dtype, llmpar__st_supported);
+        if (tensor->dims < 0 || tensor->dims > LLMPAR__ST_MAX_DIMS)
+            return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": %d dims, expected 0 to %d", path, tensor->name, (int)tensor->dims, LLMPAR__ST_MAX_DIMS);
+        for (d = 0; d < tensor->dims; d++)
+            if (tensor->shape[d] < 0)
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": shape[%d] = %lld, expected at least 0", path, tensor->name, (int)d, (long long)tensor->shape[d]);
+        if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
+            return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": its size, or that of the whole file, overflows", path, tensor->name);
+    }
+    return LLMPAR_OK;
+}
+
+/* The reader refuses a duplicate name, so the writer must not make one. */
+static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
+{
+    llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
+    llmpar_status status = LLMPAR_OK;
+    int32_t i;
+    if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
+    if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
+    llmpar__st_sort(sorted, (size_t)count, llmpar__st_by_name);
+    for (i = 1; i < count && !status; i++)
+        if (!strcmp(sorted[i - 1].name, sorted[i].name))
+            status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\" is declared twice", path, sorted[i].name);
+    llmpar_heap_free(heap, sorted);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
+{
+    llmpar_safetensors_writer *w;
+    llmpar__st_text header;
+    unsigned char length[8];
+    size_t total, i;
+    llmpar_status status;
+    *out = NULL;
+    memset(&header, 0, sizeof header);
+    status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
+    if (status) return status;
+    llmpar__st_put_header(&header, tensors, count);
+    if (header.used > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
+    header.capacity = header.used + 1; /* json_escape ends its text with a NUL */
+    header.used = 0;
+    header.text = (char *)llmpar_heap_alloc(heap, header.capacity, 1);
+    w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    if (w) {
+        w->heap = heap;
+        w->expected = total;
+        w->path = llmpar_heap_strdup(heap, path);
+    }
+    if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
+    if (!status) status = llmpar_writer_open(heap, path, &w->writer, error);
+    if (!status) {
+        llmpar__st_put_header(&header, tensors, count);
+        for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
+        status = llmpar_writer_write(w->writer, length, sizeof length, error);
+    }
+    if (!status) status = llmpar_writer_write(w->writer, header.text, header.used, error);
+    llmpar_heap_free(heap, header.text);
+    if (status) {
+        llmpar_safetensors_writer_abandon(w);
+        return status;
+    }
+    *out = w;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
+{
+    llmpar_status status;
+    if (bytes > writer->expected - writer->written)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
+    status = llmpar_writer_write(writer->writer, data, bytes, error);
+    if (!status) writer->written += bytes;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    llmpar_status status;
+    if (writer->written != writer->expected)
+        status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
+    else {
+        llmpar_writer *inner = writer->writer;
+        writer->writer = NULL;
+        status = llmpar_writer_commit(inner, error);
+    }
+    llmpar_safetensors_writer_abandon(writer);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer)
+{
+    llmpar_heap *heap;
+    if (!writer) return;
+    heap = writer->heap;
+    llmpar_writer_abandon(writer->writer);
+    llmpar_heap_free(heap, writer->path);
+    llmpar_heap_free(heap, writer);
+}
+
+#undef LLMPAR__ST_MAX_HEADER
+#undef LLMPAR__ST_MAX_DIMS
+#undef LLMPAR__ST_DTYPES
 
 #pragma GCC diagnostic pop
 
-#if defined(__clang__)
+#if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(pop)
+#elif defined(__clang__)
+#pragma STDC FP_CONTRACT DEFAULT
 #else
 #pragma GCC pop_options
 #endif

@@ -149,9 +149,11 @@ LLMPAR_EXTERN_C_END
 #endif
 
 /* a*b+c must not become a fused multiply-add behind the source's back: bits would depend on the instruction set. */
-#if defined(__clang__)
+#if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(push)
 #pragma clang fp contract(off)
+#elif defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
 #else
 #pragma GCC push_options
 #pragma GCC optimize ("fp-contract=off")
@@ -168,11 +170,20 @@ LLMPAR_EXTERN_C_END
 #include "base/heap.c"
 #include "base/size.c"
 #include "base/dtype.c"
+#include "base/math.c"
+#include "base/exact_sum.c"
+#include "base/rng.c"
+#include "base/json.c"
+
+#include "io/file.c"
+#include "io/safetensors.c"
 
 #pragma GCC diagnostic pop
 
-#if defined(__clang__)
+#if defined(__clang__) && defined(__x86_64__)
 #pragma float_control(pop)
+#elif defined(__clang__)
+#pragma STDC FP_CONTRACT DEFAULT
 #else
 #pragma GCC pop_options
 #endif

@@ -121,6 +121,23 @@ for compiler in g++ clang++; do
 done
 group "implementation as C99, gnu11, C++11/17/20, static"
 
+# ---- other C library, other processor ----
+if have musl-gcc musl-tools; then
+    for order in alone first; do
+        check "musl c99 $order" musl-gcc -std=c99 $cc_flags $impl -fsyntax-only $out/llmpar.$order.c
+        check "musl gnu11 $order" musl-gcc -std=gnu11 $cc_flags -Wno-pedantic $impl -fsyntax-only $out/llmpar.$order.c
+    done
+    check "musl implementation" musl-gcc -O0 -I$headers $impl -c $out/llmpar.alone.c -o $out/impl_musl.o
+    check "musl user" musl-gcc -static -I$headers $here/user.c $out/impl_musl.o -o $out/user_musl
+    check "musl run" $out/user_musl
+fi
+if [ "$(uname -m)" = aarch64 ] || [ -d /usr/aarch64-linux-gnu/include ]; then
+    have clang clang && check "aarch64 c99" clang --target=aarch64-linux-gnu -isystem /usr/aarch64-linux-gnu/include -std=c99 $cc_flags $impl -O2 -c $out/llmpar.first.c -o $out/impl_aarch64.o
+else
+    have /usr/aarch64-linux-gnu/include libc6-dev-arm64-cross
+fi
+group "musl, aarch64"
+
 # ---- what can be left out: declarations stay, the rest compiles, is silent and links ----
 echo 'int main(void) { return 0; }' >$out/nothing.c
 for option in LLAMA TEXT IO SIM SIMD; do
