@@ -175,6 +175,17 @@ LLMPAR_EXTERN_C_END
 #include "base/rng.c"
 #include "base/json.c"
 
+#include "tables/ctx.c"
+#include "tables/comm.c"
+#include "tables/arena.c"
+
+#include "comm/threads_wait.c"
+#include "comm/threads.c"
+
+#include "mesh/mesh.c"
+#include "mesh/dtensor.c"
+#include "mesh/redistribute.c"
+
 #include "io/file.c"
 #include "io/safetensors.c"
 
