@@ -1,0 +1,148 @@
+/* attention: causal softmax attention with grouped queries and packed documents, forward and backward (Dao et al. 2022, "FlashAttention";
+   lse recomputation in backward). Scores exist only as tiles:
+
+        keys of one document, tiles of 64 counted from its start
+        | tile 0 | tile 1 | tile 2 |
+     q  |XXXXXXXX|XXXXX   |        |   a block of query rows walks the key tiles from left to right with a running maximum;
+     q  |XXXXXXXX|XXXXXX  |        |   only the columns its last row may see are computed
+     q  |XXXXXXXX|XXXXXXX |        |
+
+   A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
+   chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
+   that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
+   A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
+#include "cpu/cpu_internal.h"
+#include "cpu/vector.h"
+
+enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
+
+typedef struct llmpar__attention_job {
+    const llmpar_attention_args *args;
+    const llmpar_attention_backward_args *backward; /* NULL in forward */
+    char *workspace;       /* aligned to 64 */
+    size_t worker_bytes;   /* of it for each worker */
+    int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+} llmpar__attention_job;
+
+/* First position after the document that position i belongs to; *begin is its first. */
+static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
+{
+    const int32_t *start = a->doc_start ? a->doc_start + sequence * a->tk : NULL;
+    int64_t end = a->tk;
+    *begin = start ? start[i] : 0;
+    if (start) for (end = i + 1; end < a->tk && start[end] == start[i];) end++;
+    return end;
+}
+
+/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
+static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
+/* Partial sums that wait at the same time while that tree is walked from left to right. */
+static int64_t llmpar__attention_slots(int64_t n)
+{
+    int64_t left, a, b;
+    if (n < 2) return 1;
+    left = llmpar__attention_split(n);
+    a = llmpar__attention_slots(left);
+    b = llmpar__attention_slots(n - left) + 1;
+    return a > b ? a : b;
+}
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f64
+#include "cpu/attention.inc"
+#define LLMPAR__VLEVEL portable_f64
+#include "cpu/attention_backward.inc"
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#include "cpu/attention.inc"
+#define LLMPAR__VLEVEL portable
+#include "cpu/attention_backward.inc"
+#define LLMPAR__VLEVEL avx2
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#include "cpu/attention.inc"
+#define LLMPAR__VLEVEL avx2
+#include "cpu/attention_backward.inc"
+#define LLMPAR__VLEVEL avx512
+#define LLMPAR__ATTENTION_COLUMNS 4
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#include "cpu/attention.inc"
+#define LLMPAR__VLEVEL avx512
+#include "cpu/attention_backward.inc"
+
+static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
+static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);
+
+/* Bytes for one worker. Rows are padded to 16 elements, so that the answer is the same at every level. */
+static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int backward)
+{
+    int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
+    if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
+    else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
+    return (size_t)count * llmpar_dtype_size(a->dtype);
+}
+
+static size_t llmpar__attention_bytes(llmpar_device *device, const llmpar_attention_args *a, int backward)
+{
+    int64_t workers = llmpar__v_min(llmpar__pool_threads((llmpar__cpu *)device->state), llmpar__v_max(1, a->batch * a->kv_heads));
+    if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1 || a->tk < 1) return 0;
+    return (size_t)workers * llmpar__attention_worker_bytes(a, backward) + 64;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args) { return llmpar__attention_bytes(device, args, 0); }
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args) { return llmpar__attention_bytes(device, &args->forward, 1); }
+
+static llmpar_status llmpar__attention_check(llmpar_device *device, const char *name, const llmpar_attention_args *a, int backward)
+{
+    size_t need = llmpar__attention_bytes(device, a, backward);
+    llmpar_status status = llmpar__v_check(device, name, a->dtype);
+    if (status) return status;
+    if (a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1)
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "%s: %lld heads, %lld kv heads, head_dim %lld: expected heads to be a multiple of kv heads", name, (long long)a->heads, (long long)a->kv_heads, (long long)a->head_dim);
+    if (a->tq > a->tk || a->tk > a->tk_stride || (backward && (a->tq != a->tk || a->tk != a->tk_stride)))
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "%s: tq %lld, tk %lld, tk_stride %lld: expected %s", name, (long long)a->tq, (long long)a->tk, (long long)a->tk_stride, backward ? "three equal numbers" : "tq <= tk <= tk_stride");
+    if (!a->workspace || a->workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "%s: workspace of %llu bytes, expected %llu", name, (unsigned long long)a->workspace_bytes, (unsigned long long)need);
+    if (a->doc_start) for (int64_t b = 0; b < a->batch; b++) {
+        const int32_t *start = a->doc_start + b * a->tk;
+        int64_t first = a->tk - a->tq;
+        for (int64_t i = first; i < a->tk; i++)
+            if (start[i] < 0 || start[i] > i || (i > first && start[i] != i && start[i] != start[i - 1]))
+                return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "%s: doc_start of sequence %lld, position %lld is %d: expected the position itself or the value before it", name, (long long)b, (long long)i, (int)start[i]);
+    }
+    return LLMPAR_OK;
+}
+
+static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__attention_job job;
+    job.args = a;
+    job.backward = backward;
+    job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
+    job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
+    job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)
+{
+    llmpar_status status;
+    (void)stream;
+    if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+    status = llmpar__attention_check(device, "attention", args, 0);
+    if (!status) llmpar__attention_run(device, llmpar__attention_forward_kernels, args, NULL);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args)
+{
+    llmpar_status status;
+    (void)stream;
+    if (args->forward.batch <= 0 || args->forward.tq <= 0 || args->forward.heads <= 0) return LLMPAR_OK;
+    status = llmpar__attention_check(device, "attention_backward", &args->forward, 1);
+    if (!status) llmpar__attention_run(device, llmpar__attention_backward_kernels, &args->forward, args);
+    return status;
+}

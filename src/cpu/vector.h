@@ -1,0 +1,168 @@
+/* vector: short vectors of one level, and the names a kernel template is made from.
+
+   A template (norm.inc, attention.inc, ...) is included once a level with LLMPAR__VLEVEL set to one of
+     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
+     avx2, avx512             the same text with wider vectors and fused multiply-adds
+   and ends by undefining LLMPAR__VLEVEL. Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
+     static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
+   Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
+   depends on where an element lies. */
+#ifndef LLMPAR_VECTOR_H
+#define LLMPAR_VECTOR_H
+
+#include "base/math.h"
+#include "base/size.h"
+#include "cpu/cpu_internal.h"
+#include <string.h>
+
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#define LLMPAR__VX86 1
+#include <immintrin.h>
+#else
+#define LLMPAR__VX86 0
+#endif
+
+typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
+
+#define LLMPAR__VPASTE2(a, b) a##b
+#define LLMPAR__VPASTE(a, b) LLMPAR__VPASTE2(a, b)
+#define LLMPAR__VFN(name) LLMPAR__VPASTE(llmpar__##name##_, LLMPAR__VLEVEL)   /* a kernel's name at this level */
+#define LLMPAR__V(name) LLMPAR__VPASTE(llmpar__v_##name##_, LLMPAR__VLEVEL)   /* a vector function: LLMPAR__V(load)(p) */
+#define LLMPAR__VREAL LLMPAR__VPASTE(llmpar__real_, LLMPAR__VLEVEL)           /* float or double */
+#define LLMPAR__VEC LLMPAR__VPASTE(llmpar__vec_, LLMPAR__VLEVEL)              /* LLMPAR__VLANES of them */
+#define LLMPAR__VBITS LLMPAR__VPASTE(llmpar__bits_, LLMPAR__VLEVEL)           /* the unsigned integers of the same shape */
+#define LLMPAR__VLANES LLMPAR__VPASTE(LLMPAR__VLANES_, LLMPAR__VLEVEL)
+#define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
+#define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
+#define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
+#define LLMPAR__VKERNEL static LLMPAR__VTARGET
+#if defined(__clang__)
+#define LLMPAR__VUNROLL _Pragma("unroll")
+#else
+#define LLMPAR__VUNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define LLMPAR__VLANES_portable_f64 2
+#define LLMPAR__VLANES_portable 4
+#define LLMPAR__VLANES_avx2 8
+#define LLMPAR__VLANES_avx512 16
+#define LLMPAR__VTARGET_portable_f64
+#define LLMPAR__VTARGET_portable
+#define LLMPAR__VTARGET_avx2 __attribute__((target("avx2,fma")))
+#define LLMPAR__VTARGET_avx512 __attribute__((target("avx512f,avx2,fma")))
+#define LLMPAR__VBUILT_portable_f64 1
+#define LLMPAR__VBUILT_portable 1
+#define LLMPAR__VBUILT_avx2 LLMPAR__VX86
+#define LLMPAR__VBUILT_avx512 LLMPAR__VX86
+
+#if LLMPAR__VX86
+#define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
+#else
+#define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
+#endif
+
+/* Which of the four a call runs. */
+static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F64) return 0;
+    return cpu->level == LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
+}
+static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t llmpar__v_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
+/* Most operations take F32 and F64; anything else is told so. */
+static inline llmpar_status llmpar__v_check(llmpar_device *device, const char *name, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64) return LLMPAR_OK;
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32 or f64", name, llmpar_dtype_name(dtype));
+}
+
+typedef double llmpar__real_portable_f64;
+typedef double llmpar__vec_portable_f64 __attribute__((vector_size(16)));
+typedef double llmpar__loose_portable_f64 __attribute__((vector_size(16), aligned(8), may_alias));
+typedef uint64_t llmpar__bits_portable_f64 __attribute__((vector_size(16)));
+typedef uint64_t llmpar__bit_portable_f64;
+typedef float llmpar__real_portable;
+typedef float llmpar__vec_portable __attribute__((vector_size(16)));
+typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
+typedef uint32_t llmpar__bit_portable;
+
+#define LLMPAR__VLEVEL portable_f64
+#include "cpu/vector_portable.inc"
+static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
+{
+    llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
+    return y;
+}
+#define LLMPAR__VLEVEL portable
+#include "cpu/vector_portable.inc"
+static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
+{
+    llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
+    return y;
+}
+
+#if LLMPAR__VX86
+typedef float llmpar__real_avx2;
+typedef uint32_t llmpar__bit_avx2;
+typedef __m256 llmpar__vec_avx2;
+typedef uint32_t llmpar__bits_avx2 __attribute__((vector_size(32)));
+#define LLMPAR__VLEVEL avx2
+LLMPAR__VINLINE __m256 llmpar__v_splat_avx2(float x) { return _mm256_set1_ps(x); }
+LLMPAR__VINLINE __m256i llmpar__v_mask_avx2(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+LLMPAR__VINLINE __m256 llmpar__v_load_avx2(const float *p) { return _mm256_loadu_ps(p); }
+LLMPAR__VINLINE void llmpar__v_store_avx2(float *p, __m256 x) { _mm256_storeu_ps(p, x); }
+LLMPAR__VINLINE __m256 llmpar__v_load_n_avx2(const float *p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, llmpar__v_mask_avx2(n)); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
+{
+    if (n >= 8) _mm256_storeu_ps(p, x);
+    else _mm256_maskstore_ps(p, llmpar__v_mask_avx2(n), x);
+}
+LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m256 llmpar__v_less_avx2(__m256 a, __m256 b, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+LLMPAR__VINLINE __m256 llmpar__v_nan_avx2(__m256 a, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+LLMPAR__VINLINE __m256 llmpar__v_larger_avx2(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
+#undef LLMPAR__VLEVEL
+
+typedef float llmpar__real_avx512;
+typedef uint32_t llmpar__bit_avx512;
+typedef __m512 llmpar__vec_avx512;
+typedef uint32_t llmpar__bits_avx512 __attribute__((vector_size(64)));
+#define LLMPAR__VLEVEL avx512
+LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x); }
+LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
+LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
+LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
+LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x)
+{
+    if (n >= 16) _mm512_storeu_ps(p, x);
+    else _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x);
+}
+LLMPAR__VINLINE __m512 llmpar__v_keep_avx512(__m512 x, int64_t n, __m512 other) { return _mm512_mask_blend_ps(llmpar__v_mask_avx512(n), other, x); }
+LLMPAR__VINLINE __m512 llmpar__v_fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m512 llmpar__v_less_avx512(__m512 a, __m512 b, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), no, yes); }
+/* The maskz forms only because gcc 12 warns about its own header's plain ones in C++. */
+LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
+LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
+#undef LLMPAR__VLEVEL
+#endif
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VDOUBLE 1
+#include "cpu/vector_math.inc"
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__VDOUBLE 0
+#include "cpu/vector_math.inc"
+#define LLMPAR__VLEVEL avx2
+#define LLMPAR__VDOUBLE 0
+#include "cpu/vector_math.inc"
+#define LLMPAR__VLEVEL avx512
+#define LLMPAR__VDOUBLE 0
+#include "cpu/vector_math.inc"
+
+#endif
