@@ -1,6 +1,6 @@
 /* Any bytes as a safetensors file: refused with a text, or every tensor lies inside the data and is found by its name.
-     clang -g -O1 -fsanitize=fuzzer,address,undefined -Ibuild/dev tests/fuzz/fuzz_safetensors.c -o build/fuzz_safetensors -lpthread -lm */
-#define LLMPAR_IMPLEMENTATION
+     clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DLLMPAR_IMPLEMENTATION -I. tests/fuzz/fuzz_safetensors.c -lpthread -o build/fuzz_safetensors
+     build/fuzz_safetensors -max_total_time=60 CORPUS tests/fuzz/safetensors */
 #include "llmpar.h"
 #include <stdlib.h>
 
