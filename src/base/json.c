@@ -6,11 +6,12 @@
 
 /* A document is one allocation, sized by a count over the text before anything is parsed:
 
-     | node 0 = root | node 1 | ...  one for each possible value | text's length + 1 bytes of decoded strings |
+     | node 0 = root | node 1 | ... one for each possible value | length of the text + 1 bytes of decoded strings |
 
    A string is decoded to the same offset in the last part at which it stands in the text (escapes only shrink it, the closing quote's place
    takes the NUL), so a key's own byte position needs no field. Nothing recurses: an open container keeps its parent in
-   `next`, which it needs only once it is closed. */
+   `next`, which it needs only once it is closed. Memory: at most 60 bytes a byte of a valid text (empty arrays in an array), 90 of a
+   malformed one (commas), about 10 of a usual one. */
 
 typedef struct llmpar__json_parser {
     llmpar_heap *heap;
