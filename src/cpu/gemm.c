@@ -1,26 +1,446 @@
-/* gemm: the slot of the matrix product: checks of its arguments, and the choice of the code that runs. */
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
+   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
+   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+
+      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
+      parts         |        part 0         |        part 1        |part 2 |
+      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+
+   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
+   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
 #include "cpu/cpu_internal.h"
 
 #include "base/size.h"
 
-/* One step of a chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
-#if defined(__aarch64__)
-#define LLMPAR__GEMM_FMA_F32(a, b, sum) __builtin_fmaf(a, b, sum)
-#define LLMPAR__GEMM_FMA_F64(a, b, sum) __builtin_fma(a, b, sum)
-#else
-#define LLMPAR__GEMM_FMA_F32(a, b, sum) ((a) * (b) + (sum))
-#define LLMPAR__GEMM_FMA_F64(a, b, sum) ((a) * (b) + (sum))
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
 #endif
 
-#define LLMPAR__GEMM_REAL float
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_FMA_F32
-#include "cpu/gemm_portable.inc"
+/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
+#if defined(__aarch64__)
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
+#else
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
+#endif
 
 #define LLMPAR__GEMM_REAL double
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_FMA_F64
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
 #include "cpu/gemm_portable.inc"
+
+#if defined(LLMPAR_NO_SIMD)
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#include "cpu/gemm_portable.inc"
+#endif
+
+/* ---- kernels ---- */
+
+#if !defined(LLMPAR_NO_SIMD)
+
+typedef struct llmpar__gemm_step {
+    int64_t k;
+    int32_t depth;   /* partial tiles on the stack before the step */
+    int32_t merges;  /* how many of them are added, from the top; the result is pushed, unless it is the block's last step and goes to c */
+} llmpar__gemm_step;
+
+/* One tile of c during one part of the summed dim. */
+typedef struct llmpar__gemm_tile {
+    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
+    float *c, *stack;                  /* stack: [depth, tile rows, tile columns] */
+    int64_t ldc;
+    const llmpar__gemm_step *steps;
+    int64_t step_count;
+    int rows, columns;                 /* that exist */
+    int load, store;                   /* the first step starts from c; the last step's result goes to c */
+} llmpar__gemm_tile;
+
+typedef struct llmpar__gemm_kernel {
+    int64_t rows, columns;             /* of a full tile */
+    void (*pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*tile)(const llmpar__gemm_tile *tile);
+} llmpar__gemm_kernel;
+
+#if defined(__x86_64__)
+
+/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
+#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
+    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
+    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
+} while (0)
+#define LLMPAR__GEMM_STORE_1(v, out, width) _mm_storeu_ps(out, v)
+#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
+/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
+#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
+#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
+#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
+    __m512 v_ = (v); \
+    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
+    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
+    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
+    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
+} while (0)
+
+/* portable, any processor */
+typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
+#define LLMPAR__GEMM_TARGET
+#define LLMPAR__GEMM_VECTOR __m128
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
+#define LLMPAR__GEMM_LANES 4
+#define LLMPAR__GEMM_ROWS 4
+#define LLMPAR__GEMM_SPREAD(x) _mm_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm_add_ps(_mm_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm, __m128, in, ld, out, width, LLMPAR__GEMM_STORE_1)
+#include "cpu/gemm_kernel.inc"
+
+/* portable, the same bits twice as wide */
+typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_add_ps(_mm256_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+#include "cpu/gemm_kernel.inc"
+
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+#include "cpu/gemm_kernel.inc"
+
+typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m512
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
+#define LLMPAR__GEMM_LANES 16
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm512_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
+#include "cpu/gemm_kernel.inc"
+
+#undef LLMPAR__GEMM_TRANSPOSE_X86
+#undef LLMPAR__GEMM_512_loadu_ps
+#undef LLMPAR__GEMM_512_unpacklo_ps
+#undef LLMPAR__GEMM_512_unpackhi_ps
+#undef LLMPAR__GEMM_512_shuffle_ps
+#undef LLMPAR__GEMM_STORE_1
+#undef LLMPAR__GEMM_STORE_2
+#undef LLMPAR__GEMM_STORE_4
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel sse2 = { 4, 8, llmpar__gemm_sse2_pack_a, llmpar__gemm_sse2_pack_b, llmpar__gemm_sse2_tile };
+    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
+    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
+    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
+    if (level == LLMPAR_CPU_AVX512) return avx512;
+    if (level == LLMPAR_CPU_AVX2) return avx2;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx") ? avx : sse2;
+}
+
+#else /* aarch64: its vector unit and fma are always there */
+
+typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
+#define LLMPAR__GEMM_TARGET
+#define LLMPAR__GEMM_VECTOR float32x4_t
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
+#define LLMPAR__GEMM_LANES 4
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
+#include "cpu/gemm_kernel.inc"
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
+    (void)level;
+    return neon;
+}
+
+#endif
+
+/* ---- blocks ---- */
+
+/* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
+typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
+
+typedef struct llmpar__gemm_run {
+    const llmpar_gemm_args *args;
+    llmpar__gemm_kernel kernel;
+    int32_t threads, levels;              /* levels: partial tiles that a stack holds, 0 with one piece */
+    int64_t block_m, block_n, block_k;    /* multiples of the tile, not larger than the product needs */
+    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
+    int one_part;                         /* the whole summed dim is one part: no stack outlives a tile's turn */
+    size_t a_bytes, b_bytes, stack_bytes, step_bytes, chunk_bytes;
+    /* workspace, in this order; 64-byte aligned */
+    float *a, *b, *stack;
+    llmpar__gemm_step *steps;             /* of the current part */
+    llmpar__gemm_chunk *chunks;
+    /* the current block and part */
+    int64_t i0, j0, m, n, a_panels, b_panels, column_groups;
+    int64_t k, step_count, chunk_count;
+    int load, store;
+    /* where the next part begins */
+    int32_t segment, piece, depth;
+    int64_t segment_done;                 /* k of `segment` already taken */
+    int inside;                           /* a part ended inside `piece` */
+} llmpar__gemm_run;
+
+/* Sizes in cache: a panel of A in L1, block_n columns of B in L2, block_m rows of A in L3. */
+enum { LLMPAR__GEMM_BLOCK_M = 960, LLMPAR__GEMM_BLOCK_N = 480, LLMPAR__GEMM_BLOCK_K = 384, LLMPAR__GEMM_THIN_N = 4096, LLMPAR__GEMM_THIN_K = 256 };
+/* Fewer multiplications than this are done before a worker has woken up. */
+#define LLMPAR__GEMM_SERIAL (1 << 20)
+
+static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
+
+static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int64_t total = 0, parts, tile, stacks;
+    int32_t s, n;
+    memset(run, 0, sizeof *run);
+    run->args = args;
+    run->kernel = llmpar__gemm_choose(cpu->level);
+    run->threads = llmpar__pool_threads(cpu);
+    for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
+    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
+    run->thin = args->m <= 2 * run->kernel.rows;
+    run->block_m = llmpar_round_up(args->m < LLMPAR__GEMM_BLOCK_M ? args->m : (int64_t)LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = run->thin ? LLMPAR__GEMM_THIN_N : LLMPAR__GEMM_BLOCK_N;
+    run->block_n = llmpar_round_up(args->n < run->block_n ? args->n : run->block_n, run->kernel.columns);
+    run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_BLOCK_K;
+    parts = (total + run->block_k - 1) / run->block_k;
+    run->one_part = parts <= 1;
+    run->block_k = parts ? (total + parts - 1) / parts : 0; /* parts of equal size */
+
+    tile = run->kernel.rows * run->kernel.columns;
+    stacks = run->one_part ? run->threads : run->block_m * run->block_n / tile;
+    run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads * run->kernel.columns : run->block_n) * run->block_k * (int64_t)sizeof(float));
+    run->stack_bytes = llmpar__gemm_round(stacks * run->levels * tile * (int64_t)sizeof(float));
+    run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
+    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
+}
+
+/* With room to align. */
+static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
+{
+    return run->a_bytes + run->b_bytes + run->stack_bytes + run->step_bytes + run->chunk_bytes + 63;
+}
+
+static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
+{
+    char *at = (char *)workspace;
+    at += (64 - (uintptr_t)at % 64) % 64;
+    run->a = (float *)(void *)at;
+    at += run->a_bytes;
+    run->b = (float *)(void *)at;
+    at += run->b_bytes;
+    run->stack = (float *)(void *)at;
+    at += run->stack_bytes;
+    run->steps = (llmpar__gemm_step *)(void *)at;
+    at += run->step_bytes;
+    run->chunks = (llmpar__gemm_chunk *)(void *)at;
+}
+
+/* Chunks and steps of the next part; 0 when there is none. A piece without terms is a step without terms: its +0 is added like any other. */
+static int llmpar__gemm_next_part(llmpar__gemm_run *run)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t step_k = 0;
+    if (run->piece == args->pieces) return 0;
+    run->k = run->step_count = run->chunk_count = 0;
+    run->load = run->inside || args->accumulate;
+    run->store = 0;
+    run->inside = 0;
+    for (;;) {
+        const llmpar_gemm_segment *segment = run->segment < args->segment_count ? &args->segments[run->segment] : NULL;
+        llmpar__gemm_step *step = &run->steps[run->step_count];
+        int in_piece = segment && segment->piece == run->piece;
+        if (in_piece && run->segment_done == segment->k) {
+            run->segment++;
+            run->segment_done = 0;
+        } else if (in_piece && run->k < run->block_k) {
+            llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
+            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
+            chunk->segment = run->segment;
+            chunk->begin = run->segment_done;
+            chunk->k = left < room ? left : room;
+            run->segment_done += chunk->k;
+            run->k += chunk->k;
+            step_k += chunk->k;
+        } else if (in_piece) { /* the part is full */
+            if (step_k == 0) return 1;
+            step->k = step_k;
+            step->depth = run->depth;
+            step->merges = 0;
+            run->step_count++;
+            run->store = run->inside = 1;
+            return 1;
+        } else { /* the piece is complete */
+            int32_t done = ++run->piece;
+            step->k = step_k;
+            step->depth = run->depth;
+            step->merges = 0;
+            if (done == args->pieces) step->merges = run->depth;
+            else for (; done % 2 == 0; done /= 2) step->merges++;
+            run->depth += 1 - step->merges;
+            run->step_count++;
+            step_k = 0;
+            if (run->piece == args->pieces) {
+                run->store = 1;
+                return 1;
+            }
+        }
+    }
+}
+
+static void llmpar__gemm_pack_a(const llmpar__gemm_run *run, int64_t panel, float *out)
+{
+    const llmpar_gemm_args *args = run->args;
+    int transposed = args->kind != LLMPAR_GEMM_TN;
+    int64_t i = run->i0 + panel * run->kernel.rows, valid = run->i0 + run->m - i, c;
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[c];
+        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
+        const float *in = (const float *)segment->a + (transposed ? i * segment->lda + chunk->begin : chunk->begin * segment->lda + i);
+        run->kernel.pack_a(in, segment->lda, transposed, valid, chunk->k, out);
+        out += chunk->k * run->kernel.rows;
+    }
+}
+
+static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, float *out)
+{
+    const llmpar_gemm_args *args = run->args;
+    int transposed = args->kind == LLMPAR_GEMM_NT;
+    int64_t j = run->j0 + panel * run->kernel.columns, valid = run->j0 + run->n - j, c;
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[c];
+        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
+        const float *in = (const float *)segment->b + (transposed ? j * segment->ldb + chunk->begin : chunk->begin * segment->ldb + j);
+        run->kernel.pack_b(in, segment->ldb, transposed, valid, chunk->k, out);
+        out += chunk->k * run->kernel.columns;
+    }
+}
+
+/* Panels of A, then, unless the product is thin, panels of B. */
+static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    (void)worker;
+    if (task < run->a_panels) llmpar__gemm_pack_a(run, task, run->a + task * run->kernel.rows * run->k);
+    else llmpar__gemm_pack_b(run, task - run->a_panels, run->b + (task - run->a_panels) * run->kernel.columns * run->k);
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+{
+    llmpar__gemm_tile tile;
+    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, stack = run->one_part ? worker : i * run->b_panels + j;
+    tile.a = run->a + i * run->kernel.rows * run->k;
+    tile.b = b;
+    tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    tile.stack = run->stack + stack * run->levels * run->kernel.rows * run->kernel.columns;
+    tile.ldc = run->args->ldc;
+    tile.steps = run->steps;
+    tile.step_count = run->step_count;
+    tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
+    tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
+    tile.load = run->load;
+    tile.store = run->store;
+    run->kernel.tile(&tile);
+}
+
+/* One panel of A with a group of panels of B, so that A's panel stays in L1. */
+static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t i = task / run->column_groups, group = task % run->column_groups, j;
+    for (j = llmpar_piece_begin(group, run->b_panels, run->column_groups); j < llmpar_piece_begin(group + 1, run->b_panels, run->column_groups); j++)
+        llmpar__gemm_tile_at(run, i, j, run->b + j * run->kernel.columns * run->k, worker);
+}
+
+/* One panel of B, packed here, with the one or two panels of A. */
+static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    float *b = run->b + worker * run->kernel.columns * run->block_k;
+    int64_t i;
+    llmpar__gemm_pack_b(run, task, b);
+    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+}
+
+static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
+{
+    run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
+    run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
+    run->column_groups = run->threads == 1 ? 1 : (4 * run->threads + run->a_panels - 1) / run->a_panels; /* a few tasks a worker */
+    if (run->column_groups > run->b_panels) run->column_groups = run->b_panels;
+    run->segment = run->piece = run->depth = 0;
+    run->segment_done = 0;
+    run->inside = 0;
+    while (llmpar__gemm_next_part(run)) {
+        llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->a_panels + (run->thin ? 0 : run->b_panels));
+        if (run->thin) llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+        else llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->column_groups);
+    }
+}
+
+static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
+{
+    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
+    llmpar__gemm_run run;
+    size_t bytes;
+    llmpar__gemm_prepare(&run, &cpu, args);
+    bytes = args->workspace ? args->workspace_bytes : 0;
+    if (bytes < llmpar__gemm_bytes(&run))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
+    llmpar__gemm_lay_out(&run, args->workspace);
+    if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
+    for (run.j0 = 0; run.j0 < args->n; run.j0 += run.block_n) {
+        run.n = args->n - run.j0 < run.block_n ? args->n - run.j0 : run.block_n;
+        for (run.i0 = 0; run.i0 < args->m; run.i0 += run.block_m) {
+            run.m = args->m - run.i0 < run.block_m ? args->m - run.i0 : run.block_m;
+            llmpar__gemm_block(&run, &cpu);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__GEMM_SERIAL
+
+#endif /* LLMPAR_NO_SIMD */
+
+/* ---- the slot ---- */
 
 static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm_args *args)
 {
@@ -51,6 +471,13 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
 
 LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
 {
+#if !defined(LLMPAR_NO_SIMD)
+    if (args->dtype == LLMPAR_F32 && args->m > 0 && args->n > 0) {
+        llmpar__gemm_run run;
+        llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
+        return llmpar__gemm_bytes(&run);
+    }
+#endif
     (void)device;
     (void)args;
     return 0;
@@ -59,13 +486,21 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_gemm_args copy = *args;
+    llmpar_gemm_args copy = *args; /* pool tasks take a pointer to what is not const */
     llmpar_status status = llmpar__gemm_check(device, args);
     (void)stream;
     if (status || args->m == 0 || args->n == 0) return status;
-    llmpar__pool_run(cpu, args->dtype == LLMPAR_F32 ? llmpar__gemm_row_f32 : llmpar__gemm_row_f64, &copy, args->m);
+    if (args->dtype == LLMPAR_F64) {
+        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
+        return LLMPAR_OK;
+    }
+#if defined(LLMPAR_NO_SIMD)
+    llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
     return LLMPAR_OK;
+#else
+    return llmpar__gemm_run_f32(device, args);
+#endif
 }
 
-#undef LLMPAR__GEMM_FMA_F32
-#undef LLMPAR__GEMM_FMA_F64
+#undef LLMPAR__GEMM_CHAIN_F32
+#undef LLMPAR__GEMM_CHAIN_F64

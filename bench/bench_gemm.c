@@ -1,0 +1,150 @@
+/* bench_gemm: the matrix product on one core, level by level, beside the arithmetic peak of that level measured in the same run
+   (the level's own instructions on registers alone). Prints GFLOP/s and the part of the peak; the last column is what 8 exact pieces cost over one.
+
+     bench_gemm [level [kind m n k]]      kinds: nt nn tn */
+#include "llmpar.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* ---- peak: independent chains in registers, enough to hide the latency ---- */
+
+#define PEAK(name, target, vector, lanes, chains, spread, step) \
+    target static double name(long rounds, volatile float *sink) \
+    { \
+        vector sum[chains], x = spread(1.0f + 1e-7f * sink[0]), y = spread(1e-7f); \
+        double start; \
+        int i; \
+        for (i = 0; i < chains; i++) sum[i] = spread((float)i); \
+        start = seconds(); \
+        for (long round = 0; round < rounds; round++) \
+            for (i = 0; i < chains; i++) sum[i] = step(x, sum[i], y); \
+        start = seconds() - start; \
+        for (i = 0; i < chains; i++) sink[i % 4] += *(float *)&sum[i]; \
+        return 2.0 * lanes * chains * (double)rounds / start * 1e-9; \
+    }
+#if defined(__x86_64__)
+#define MULTIPLY_ADD_4(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
+#define MULTIPLY_ADD_8(a, b, c) _mm256_add_ps(_mm256_mul_ps(a, b), c)
+PEAK(peak_sse2, , __m128, 4, 12, _mm_set1_ps, MULTIPLY_ADD_4)
+PEAK(peak_avx, __attribute__((target("avx"))), __m256, 8, 12, _mm256_set1_ps, MULTIPLY_ADD_8)
+PEAK(peak_avx2, __attribute__((target("avx2,fma"))), __m256, 8, 12, _mm256_set1_ps, _mm256_fmadd_ps)
+PEAK(peak_avx512, __attribute__((target("avx512f"))), __m512, 16, 12, _mm512_set1_ps, _mm512_fmadd_ps)
+static double peak(llmpar_cpu_level level)
+{
+    volatile float sink[4] = { 0, 0, 0, 0 };
+    if (level == LLMPAR_CPU_AVX512) return peak_avx512(100000, sink);
+    if (level == LLMPAR_CPU_AVX2) return peak_avx2(200000, sink);
+    return __builtin_cpu_supports("avx") ? peak_avx(100000, sink) : peak_sse2(100000, sink);
+}
+#else
+#define FMA_NEON(a, b, c) vfmaq_f32(c, a, b)
+PEAK(peak_neon, , float32x4_t, 4, 24, vdupq_n_f32, FMA_NEON)
+static double peak(llmpar_cpu_level level)
+{
+    volatile float sink[4] = { 0, 0, 0, 0 };
+    (void)level;
+    return peak_neon(100000, sink);
+}
+#endif
+
+/* ---- products ---- */
+
+static const char *const kind_names[] = { "?", "nt", "nn", "tn" };
+
+static float *matrix(llmpar_device *device, int64_t count)
+{
+    void *memory = NULL;
+    if (device->alloc(device, (size_t)count * sizeof(float), &memory)) exit(1);
+    for (int64_t i = 0; i < count; i++) ((float *)memory)[i] = (float)((i * 2654435761u) % 1000) * 1e-3f - 0.5f;
+    return (float *)memory;
+}
+
+/* Best of several runs, in GFLOP/s; the summed dim in `pieces` equal pieces. Raises *top to the best peak seen between the runs, because clocks move. */
+static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, int32_t pieces, double budget, double *top)
+{
+    float *a = matrix(device, m * k), *b = matrix(device, n * k), *c = matrix(device, m * n);
+    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)calloc((size_t)pieces, sizeof *segments);
+    llmpar_gemm_args args;
+    double best = 1e30, begin = seconds();
+    memset(&args, 0, sizeof args);
+    args.m = m;
+    args.n = n;
+    args.c = c;
+    args.ldc = n;
+    args.segments = segments;
+    args.segment_count = args.pieces = pieces;
+    args.kind = kind;
+    args.dtype = LLMPAR_F32;
+    for (int32_t i = 0; i < pieces; i++) {
+        int64_t first = llmpar_piece_begin(i, k, pieces);
+        segments[i].piece = i;
+        segments[i].k = llmpar_piece_begin(i + 1, k, pieces) - first;
+        segments[i].lda = kind == LLMPAR_GEMM_TN ? m : k;
+        segments[i].ldb = kind == LLMPAR_GEMM_NT ? k : n;
+        segments[i].a = a + (kind == LLMPAR_GEMM_TN ? first * m : first);
+        segments[i].b = b + (kind == LLMPAR_GEMM_NT ? first : first * n);
+    }
+    args.workspace_bytes = device->gemm_workspace(device, &args);
+    if (device->alloc(device, args.workspace_bytes, &args.workspace)) exit(1);
+    for (int round = 0; round < 3 || seconds() - begin < budget; round++) {
+        double now = peak(level), start;
+        if (now > *top) *top = now;
+        start = seconds();
+        if (device->gemm(device, NULL, &args)) { fprintf(stderr, "%s\n", device->error->text); exit(1); }
+        start = seconds() - start;
+        if (start < best) best = start;
+    }
+    device->free(device, args.workspace, args.workspace_bytes);
+    device->free(device, a, (size_t)(m * k) * sizeof(float));
+    device->free(device, b, (size_t)(n * k) * sizeof(float));
+    device->free(device, c, (size_t)(m * n) * sizeof(float));
+    free(segments);
+    return 2.0 * (double)m * (double)n * (double)k / best * 1e-9;
+}
+
+int main(int argc, char **argv)
+{
+    static const int64_t shapes[][3] = { { 1536, 1536, 1536 }, { 1024, 1024, 4096 }, { 4096, 512, 512 }, { 256, 256, 256 }, { 12, 2048, 2048 }, { 1, 2048, 2048 } };
+    llmpar_cpu_level only = LLMPAR_CPU_DEFAULT;
+    if (argc > 1 && !llmpar_cpu_level_parse(argv[1], &only)) { fprintf(stderr, "bench_gemm: expected portable, avx2 or avx512, got %s\n", argv[1]); return 1; }
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
+        llmpar_heap heap;
+        llmpar_error error;
+        llmpar_cpu_desc desc;
+        llmpar_device *device;
+        double top = 0;
+        if (only && level != (int)only) continue;
+        memset(&desc, 0, sizeof desc);
+        desc.level = (llmpar_cpu_level)level;
+        llmpar_heap_init(&heap, NULL);
+        llmpar_error_clear(&error);
+        if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "%s\n", error.text); return 1; }
+        printf("%s\n  kind     m     n     k   1 piece      peak  of peak  8 pieces    cost\n", device->name);
+        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
+            for (int kind = 1; kind <= 3; kind++) {
+                double one, eight;
+                int64_t m = argc > 5 ? atoll(argv[3]) : shapes[s][0], n = argc > 5 ? atoll(argv[4]) : shapes[s][1], k = argc > 5 ? atoll(argv[5]) : shapes[s][2];
+                if (argc > 5 && (s > 0 || strcmp(argv[2], kind_names[kind]))) continue;
+                one = measure(device, desc.level, (llmpar_gemm_kind)kind, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
+                eight = measure(device, desc.level, (llmpar_gemm_kind)kind, m, n, k, 8, argc > 5 ? 1.0 : 0.1, &top);
+                printf("  %4s %5d %5d %5d %9.1f %9.1f %7.1f%% %9.1f %6.1f%%\n", kind_names[kind], (int)m, (int)n, (int)k, one, top, 100 * one / top, eight, 100 * (one / eight - 1));
+            }
+        llmpar_cpu_destroy(device);
+    }
+    return 0;
+}
