@@ -1,0 +1,358 @@
+#include "model/llama.h"
+#include "model/llama_internal.h"
+
+#include <string.h>
+
+/* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
+
+/* ---- embedding: scratch part[N,D] (before the select), dfull[N,D] (gathered gradient) ---- */
+
+typedef struct llmpar__embed { llmpar__shape s; const llmpar_llama *model; const llmpar_tp *tp; char *part, *dfull; size_t scratch; } llmpar__embed;
+
+static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *scratch, llmpar__embed *out)
+{
+    size_t at = 0;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    size_t part = llmpar__llama_take(&at, out->tp->ranks > 1 ? out->s.n * out->s.d : 0, out->s.size);
+    out->scratch = at;
+    if (!scratch) return;
+    out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
+}
+
+static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
+{
+    llmpar__embed_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+}
+
+static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
+{
+    memset(args, 0, sizeof *args);
+    args->tokens.batch = e->s.b;
+    args->tokens.t = args->tokens.t_total = e->s.t;
+    args->tokens.leaves = e->s.leaves;
+    args->tokens.canon = e->tp->pieces;
+    args->dim = e->s.d;
+    args->v_begin = e->s.v_begin;
+    args->v_local = e->s.v;
+    args->ids = micro->ids;
+    args->dtype = e->s.dtype;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    const llmpar_llama *model = ((const llmpar__layer *)user)->model;
+    llmpar__embed_lay(model, micro, dtype, NULL, &e);
+    llmpar__embed_backward_args(&e, micro, &args);
+    out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
+    out->scratch = e.scratch;
+    out->workspace = model->ctx->device->embedding_backward_workspace(model->ctx->device, &args);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_args args;
+    llmpar__embed_open(call, &e);
+    memset(&args, 0, sizeof args);
+    args.rows = e.s.n;
+    args.dim = e.s.d;
+    args.v_begin = e.s.v_begin;
+    args.v_local = e.s.v;
+    args.ids = call->micro->ids;
+    args.table = call->params[0];
+    args.out = e.tp->ranks > 1 ? (void *)e.part : call->output;
+    args.dtype = e.s.dtype;
+    return call->device->embedding(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    llmpar__embed_open(call, &e);
+    llmpar__embed_backward_args(&e, call->micro, &args);
+    args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
+    args.dtable = call->grads[0];
+    args.workspace = call->workspace;
+    args.workspace_bytes = call->workspace_bytes;
+    return call->device->embedding_backward(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}}, LLMPAR__IF_TP},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = 2;
+    return backward ? backward_rows : forward_rows;
+}
+
+/* ---- head
+   saved    h[Ns,D] rstd[Ns]  logits[N,V/tp]  max[N] target[N] (together: one reduction)  sum[N]
+   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part without sequence parallel)  leaves[leaves,D] ---- */
+
+typedef struct llmpar__head {
+    llmpar__shape s;
+    const llmpar_llama *model;
+    const llmpar_tp *tp;
+    char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
+    const char *in;
+    size_t saved, scratch;
+} llmpar__head;
+
+static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
+{
+    size_t at = 0, size;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    const llmpar__shape *s = &out->s;
+    size = s->size;
+    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, size), logits = llmpar__llama_take(&at, s->n * s->v, size);
+    size_t max = llmpar__llama_take(&at, 2 * s->n, size), sum = llmpar__llama_take(&at, s->n, size);
+    out->saved = at;
+    at = 0;
+    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, s->n * s->d, size);
+    size_t dh = out->tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, size);
+    out->scratch = at;
+    if (!saved || !scratch) return;
+    out->h = (char *)saved + h;
+    out->rstd = (char *)saved + rstd;
+    out->logits = (char *)saved + logits;
+    out->max = (char *)saved + max;
+    out->target = out->max + (size_t)s->n * size;
+    out->sum = (char *)saved + sum;
+    out->full = (char *)scratch + full;
+    out->part = (char *)scratch + part;
+    out->dh = (char *)scratch + dh;
+    out->leaves = (char *)scratch + leaves;
+    out->in = out->tp->sequence_parallel ? out->full : out->h;
+}
+
+static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
+{
+    llmpar__head_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+}
+
+static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = h->logits;
+    operand->b = w;
+    operand->lda = h->s.v;
+    operand->ldb = h->s.d;
+    operand->grain = 1;
+    operand->begin = h->s.v_begin;
+    operand->count = h->s.v;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__head h;
+    llmpar_tp_operand operand;
+    llmpar__head_lay(((const llmpar__layer *)user)->model, micro, dtype, NULL, NULL, &h);
+    llmpar__head_operand(&h, NULL, &operand);
+    out->saved = h.saved;
+    out->scratch = h.scratch;
+    out->workspace = llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, dtype);
+    size_t dx = llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, dtype);
+    size_t dw = llmpar_tp_weight_gradient_workspace(h.tp, h.s.n, h.s.leaves, h.s.v, h.s.d, dtype);
+    if (dx > out->workspace) out->workspace = dx;
+    if (dw > out->workspace) out->workspace = dw;
+    return LLMPAR_OK;
+}
+
+/* The output projection [V/tp, D]: its own parameter, or the embedding table. */
+static void *llmpar__head_weight(const llmpar_unit_call *call) { return call->borrowed ? call->borrowed[0] : call->params[1]; }
+static void *llmpar__head_grad(const llmpar_unit_call *call) { return call->borrowed_grads ? call->borrowed_grads[0] : call->grads[1]; }
+
+static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, llmpar_xent_args *args)
+{
+    memset(args, 0, sizeof *args);
+    args->rows = h->s.n;
+    args->ld = args->v_local = h->s.v;
+    args->v_begin = h->s.v_begin;
+    args->v_total = h->model->config.vocab;
+    args->canon = h->tp->pieces;
+    args->logits = h->logits;
+    args->targets = call->micro->targets;
+    args->max = h->max;
+    args->target_logit = h->target;
+    args->sum = h->sum;
+    args->dtype = h->s.dtype;
+}
+
+static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
+}
+
+static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    llmpar_status status = llmpar_tp_product(h.tp, call->stream, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, h.in, h.s.d, llmpar__head_weight(call), h.s.d, h.logits, h.s.v, h.s.dtype, call->workspace, call->workspace_bytes);
+    llmpar__head_xent(call, &h, &xent);
+    return status ? status : call->device->xent_max(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
+{
+    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = values;
+    c.count = (size_t)count;
+    c.dtype = call->dtype;
+    c.op = op;
+    c.tag = tag;
+    return llmpar_all_reduce(tp->comm, call->stream, &c);
+}
+
+static llmpar_status llmpar__head_max(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__head_combine(call, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX);
+}
+
+static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    llmpar__head_xent(call, &h, &xent);
+    return call->device->xent_sum(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__head_combine(call, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
+}
+
+static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_loss_args args;
+    llmpar__head_open(call, &h);
+    memset(&args, 0, sizeof args);
+    args.rows = h.s.n;
+    args.max = h.max;
+    args.target_logit = h.target;
+    args.sum = h.sum;
+    args.targets = call->micro->targets;
+    args.accumulator = call->micro->loss;
+    args.token_loss = call->micro->token_loss;
+    args.dtype = h.s.dtype;
+    return call->device->xent_loss(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__head_dlogits(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_backward_args xent;
+    llmpar_tp_operand operand;
+    llmpar__head_open(call, &h);
+    llmpar__head_xent(call, &h, &xent.forward);
+    xent.scale = call->micro->grad_scale;
+    llmpar_status status = call->device->xent_backward(call->device, call->stream, &xent);
+    llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
+    return status ? status : llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_weight_gradient(h.tp, call->stream, h.s.n, h.s.leaves, h.s.v, h.s.d, h.logits, h.s.v, h.in, h.s.d, llmpar__head_grad(call), h.s.dtype, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_TP},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}}, LLMPAR__IF_TP},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_SP},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = 7;
+    return backward ? backward_rows : forward_rows;
+}

@@ -1,0 +1,423 @@
+#include "model/llama.h"
+#include "model/llama_internal.h"
+
+#include <string.h>
+
+#include "base/math.h"
+#include "base/rng.h"
+#include "base/size.h"
+
+/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
+   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
+typedef struct llmpar__session {
+    llmpar_llama *model;
+    llmpar_fsdp *fsdp;
+    llmpar_device *device;
+    llmpar_stream *stream;
+    llmpar_tp tp;                  /* the model's, without sequence parallel */
+    llmpar__shape s;               /* b = 1, t = rows */
+    llmpar_dtype dtype;
+    int64_t rows, capacity;
+    size_t workspace_bytes, cache_bytes;
+    void *block, *cache, *workspace; /* block: all activations */
+    void *x, *h, *q, *o, *part, *gate, *up, *logits;
+    int32_t *ids;                  /* device [rows] */
+    float *host;                   /* [rows, V] logits as f32 */
+    void *gathered;                /* device [tp, widest vocabulary part] */
+    int32_t unsharded_units;
+} llmpar__session;
+
+static llmpar_status llmpar__session_memory(llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    size_t at = 0;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, g->rows * s->d, s->size);
+    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
+    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
+    size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
+    g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
+    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, g->cache_bytes, "kv cache", &g->cache);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, g->workspace_bytes, "generation", &g->workspace);
+    if (status) return status;
+    char *base = (char *)g->block;
+    g->x = base + x;
+    g->h = base + h;
+    g->part = base + part;
+    g->q = base + q;
+    g->o = base + o;
+    g->gate = base + gate;
+    g->up = base + up;
+    g->logits = base + logits;
+    g->gathered = base + gathered;
+    g->ids = (int32_t *)(void *)(base + ids);
+    g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
+    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
+}
+
+static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
+{
+    const llmpar__shape *s = &g->s;
+    char *cache = (char *)g->cache + (size_t)layer * (size_t)(g->capacity * 2 * s->k * s->e) * s->size;
+    memset(args, 0, sizeof *args);
+    args->batch = 1;
+    args->tq = count;
+    args->tk = position + count;
+    args->tk_stride = g->capacity;
+    args->heads = s->h;
+    args->kv_heads = s->k;
+    args->head_dim = s->e;
+    args->q = g->q;
+    if (g->cache) {
+        args->k = cache;
+        args->v = cache + (size_t)(s->k * s->e) * s->size;
+    }
+    args->ldq = args->ldo = s->h * s->e;
+    args->ldk = args->ldv = 2 * s->k * s->e;
+    args->out = g->o;
+    args->scale = llmpar__llama_scale(g->model);
+    args->dtype = g->dtype;
+    args->workspace = g->workspace;
+    args->workspace_bytes = g->workspace_bytes;
+}
+
+static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = a;
+    operand->b = w;
+    operand->count = llmpar_tp_count(&g->tp, grains);
+    operand->begin = llmpar_tp_begin(&g->tp, grains);
+    operand->grain = grain;
+    operand->lda = operand->ldb = operand->count * grain;
+}
+
+static size_t llmpar__session_workspace(const llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    int64_t widths[4];
+    size_t most = 0, w;
+    widths[0] = s->h * s->e;
+    widths[1] = s->k * s->e;
+    widths[2] = s->f;
+    widths[3] = s->v;
+    llmpar_tp_operand row;
+    llmpar_attention_args attention;
+    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
+    for (int pass = 0; pass < 2; pass++) {
+        int64_t rows = pass ? g->rows : 1;
+        for (int i = 0; i < 4; i++) {
+            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
+            if (w > most) most = w;
+        }
+        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
+        w = g->device->attention_workspace(g->device, &attention);
+        if (w > most) most = w;
+    }
+    return most;
+}
+
+static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t capacity, llmpar__session *g)
+{
+    llmpar_micro micro;
+    memset(g, 0, sizeof *g);
+    g->model = model;
+    g->fsdp = fsdp;
+    g->device = model->ctx->device;
+    g->dtype = llmpar_fsdp_dtype(fsdp);
+    if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (capacity > model->positions)
+        return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
+    g->tp = model->tp;
+    g->tp.sequence_parallel = 0;
+    g->rows = rows;
+    g->capacity = capacity;
+    memset(&micro, 0, sizeof micro);
+    micro.batch = 1;
+    micro.t = rows;
+    micro.leaves = 1;
+    llmpar__llama_shape(model, &micro, g->dtype, &g->s);
+    g->workspace_bytes = llmpar__session_workspace(g);
+    llmpar_status status = g->device->stream_create(g->device, "generation", &g->stream);
+    if (!status) status = llmpar__session_memory(g);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
+        status = llmpar_fsdp_unshard(fsdp, u, NULL);
+        g->unsharded_units = u + 1;
+    }
+    return status;
+}
+
+static void llmpar__session_close(llmpar__session *g)
+{
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    if (g->stream) {
+        g->device->synchronize(g->device, g->stream);
+        g->device->stream_destroy(g->device, g->stream);
+    }
+    llmpar_arena_free(arena, g->block);
+    llmpar_arena_free(arena, g->cache);
+    llmpar_arena_free(arena, g->workspace);
+    llmpar_heap_free(&g->model->ctx->heap, g->host);
+}
+
+static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
+{
+    llmpar_rope_args args;
+    memset(&args, 0, sizeof args);
+    args.batch = 1;
+    args.t = count;
+    args.heads = heads;
+    args.head_dim = g->s.e;
+    args.ld = ld;
+    args.position = position;
+    args.x = x;
+    args.cosine = g->model->cosine;
+    args.sine = g->model->sine;
+    args.dtype = g->dtype;
+    return g->device->rope(g->device, g->stream, &args);
+}
+
+static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *p = NULL;
+    llmpar_attention_args attention;
+    llmpar_swiglu_args swiglu;
+    llmpar_tp_operand row;
+    llmpar_add_args add;
+    int64_t ld = 2 * s->k * s->e;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, layer + 1, &p); /* counted: already gathered */
+    if (status) return status;
+    status = llmpar_fsdp_reshard(g->fsdp, layer + 1);
+    llmpar__session_attention(g, layer, position, count, &attention);
+    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->part);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
+    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
+    if (!status) status = g->device->attention(g->device, g->stream, &attention);
+    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    /* x += part, h = norm(x); rstd is not needed and goes where gate will be */
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->part, g->x, p[LLMPAR__NORM2], g->x, g->h, g->gate);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = count;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = g->gate;
+    swiglu.up = g->up;
+    swiglu.h = g->gate;
+    swiglu.dtype = g->dtype;
+    if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
+    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    memset(&add, 0, sizeof add);
+    add.count = (size_t)(count * s->d);
+    add.a = g->x;
+    add.b = g->part;
+    add.out = g->x;
+    add.dtype = g->dtype;
+    return status ? status : g->device->add(g->device, g->stream, &add);
+}
+
+/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
+static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_heap *heap = &g->model->ctx->heap;
+    int32_t head = c->layers + 1;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    void *const *p = NULL, *const *table = NULL;
+    llmpar_collective call;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
+    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (status) return status;
+    const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->part);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&call, 0, sizeof call);
+    call.send = g->logits;
+    call.recv = g->gathered;
+    call.count = (size_t)(count * widest);
+    call.dtype = g->dtype;
+    call.tag = "logits/all_gather";
+    if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
+    size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
+    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
+    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
+    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
+    if (!status) status = g->device->synchronize(g->device, g->stream);
+    for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
+        int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
+        for (int64_t row = 0; row < count; row++)
+            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
+    }
+    llmpar_heap_free(heap, raw);
+    return status;
+}
+
+static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
+{
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *table = NULL;
+    llmpar_embedding_args args;
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
+    memset(&args, 0, sizeof args);
+    args.rows = count;
+    args.dim = g->s.d;
+    args.v_begin = g->s.v_begin;
+    args.v_local = g->s.v;
+    args.ids = g->ids;
+    args.table = status ? NULL : table[0];
+    args.out = g->x;
+    args.dtype = g->dtype;
+    if (!status) status = g->device->embedding(g->device, g->stream, &args);
+    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
+    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
+{
+    llmpar__session g;
+    if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
+    llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
+    if (!status) status = llmpar__session_forward(&g, ids, 0, count);
+    if (!status) status = llmpar__session_head(&g, 0, count);
+    if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
+    llmpar__session_close(&g);
+    return status;
+}
+
+/* ---- sampling ---- */
+
+static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
+{
+    int32_t best = 0;
+    for (int32_t i = 1; i < vocab; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
+static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
+{
+    for (;;) {
+        int32_t child = 2 * at + 1;
+        if (child >= count) return;
+        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
+        int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+        at = child;
+    }
+}
+
+/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+{
+    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    double sum = 0, mass = 0, target;
+    for (int32_t i = 0; i < vocab; i++) {
+        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
+        sum += (double)logits[i];
+        order[i] = i;
+    }
+    if (!(top_p > 0 && top_p < 1)) {
+        target = uniform * sum;
+        for (int32_t i = 0; i < vocab; i++) {
+            mass += (double)logits[i];
+            if (mass > target) return i;
+        }
+        return vocab - 1;
+    }
+    int32_t count = vocab, kept = 0;
+    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
+    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
+        int32_t top = order[0];
+        mass += (double)logits[top];
+        order[0] = order[--count];
+        order[count] = top;
+        kept++;
+        llmpar__sample_sift(order, count, 0, logits);
+    }
+    target = uniform * mass;
+    mass = 0;
+    for (int32_t i = 0; i < kept; i++) {
+        mass += (double)logits[order[vocab - 1 - i]];
+        if (mass > target) return order[vocab - 1 - i];
+    }
+    return order[vocab - kept];
+}
+
+static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
+{
+    for (int32_t i = 0; i < c->eos_count; i++)
+        if (c->eos_id[i] == id) return 1;
+    return 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    enum { CHUNK = 256 };
+    const llmpar_llama_config *c = &model->config;
+    llmpar__session g;
+    int32_t tokens = desc->tokens ? desc->tokens : 128;
+    *count = 0;
+    if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
+    if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
+    if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
+    if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
+    int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
+    if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
+    llmpar_status status = llmpar__session_open(model, fsdp, rows, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
+    int64_t position = 0, last = 0;
+    while (!status && position < desc->prompt_count) {
+        int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
+        status = llmpar__session_forward(&g, desc->prompt + position, position, n);
+        position += n;
+        last = n - 1;
+    }
+    for (int32_t i = 0; i < tokens && !status; i++) {
+        status = llmpar__session_head(&g, last, 1);
+        if (status) break;
+        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        if (!llmpar_isfinite_f32(g.host[id])) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        if (status) break;
+        ids[(*count)++] = id;
+        if (desc->on_token) status = desc->on_token(desc->user, id);
+        if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
+        status = llmpar__session_forward(&g, &id, position++, 1);
+        last = 0;
+    }
+    llmpar__session_close(&g);
+    llmpar_heap_free(&model->ctx->heap, order);
+    return status;
+}

@@ -1,0 +1,329 @@
+#include "model/llama.h"
+#include "model/llama_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/math.h"
+#include "base/size.h"
+
+enum { LLMPAR__NAME_BYTES = 80 };
+
+static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
+{
+    char *text = model->names + (size_t)(*used)++ * LLMPAR__NAME_BYTES;
+    snprintf(text, LLMPAR__NAME_BYTES, format, (int)layer);
+    return text;
+}
+
+static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std)
+{
+    memset(param, 0, sizeof *param);
+    param->name = llmpar__llama_name(model, used, format, layer);
+    param->dims = columns ? 2 : 1;
+    param->shape[0] = rows;
+    param->shape[1] = columns;
+    param->init_std = std;
+    param->init_value = std == 0 ? 1 : 0;
+    param->no_decay = columns == 0;
+}
+
+/* Names, shapes and units; placements come with apply. Projections back into the residual stream start smaller by sqrt(2L) (Radford et al. 2019, section 2.3). */
+static void llmpar__llama_describe(llmpar_llama *model)
+{
+    static const char *const names[LLMPAR__BLOCK_PARAMS] = {
+        "model.layers.%d.input_layernorm.weight", "model.layers.%d.self_attn.q_proj.weight", "model.layers.%d.self_attn.k_proj.weight",
+        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.post_attention_layernorm.weight",
+        "model.layers.%d.mlp.gate_proj.weight", "model.layers.%d.mlp.up_proj.weight", "model.layers.%d.mlp.down_proj.weight"};
+    const llmpar_llama_config *c = &model->config;
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
+    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
+    double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
+    int32_t used = 0;
+    llmpar_param *param = model->params;
+    for (int32_t i = 0; i < c->layers + 2; i++) {
+        model->layers[i].model = model;
+        model->layers[i].index = i - 1;
+        model->units[i].user = &model->layers[i];
+        model->units[i].params = param;
+        if (i == 0) {
+            model->units[i].name = "embed";
+            model->units[i].sizes = llmpar__embed_sizes;
+            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
+        } else if (i <= c->layers) {
+            model->units[i].name = llmpar__llama_name(model, &used, "layers.%d", i - 1);
+            model->units[i].sizes = llmpar__block_sizes;
+            for (int p = 0; p < LLMPAR__BLOCK_PARAMS; p++) {
+                int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                llmpar__llama_param(model, param++, &used, names[p], i - 1, rows[p], columns[p], norm ? 0 : back ? deep : std);
+            }
+        } else {
+            model->units[i].name = "head";
+            model->units[i].sizes = llmpar__head_sizes;
+            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
+            if (c->tied) model->units[i].borrow = 1;
+            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
+        }
+        model->units[i].param_count = (int32_t)(param - model->units[i].params);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
+{
+    *out = NULL;
+    if (!desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
+    llmpar_llama_config config;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = LLMPAR_OK;
+    if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
+    else config = *desc->config;
+    if (!status) status = llmpar_llama_config_check(&config, &error);
+    if (status) return llmpar_fail(ctx, status, "%s", error.text);
+    llmpar_heap *heap = &ctx->heap;
+    llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
+    if (!model) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory");
+    model->ctx = ctx;
+    model->config = config;
+    model->seed = desc->seed;
+    size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
+    model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
+    model->layers = (llmpar__layer *)llmpar_heap_zalloc(heap, units, sizeof *model->layers);
+    model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
+    if (!model->units || !model->params || !model->layers || !model->names) {
+        llmpar_llama_destroy(model);
+        return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
+    }
+    llmpar__llama_describe(model);
+    *out = model;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
+{
+    if (!model) return;
+    llmpar_heap *heap = &model->ctx->heap;
+    for (int kind = 0; kind < LLMPAR__UNIT_KINDS; kind++)
+        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[kind][way].ops);
+    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(model->dtype);
+    model->ctx->device->free(model->ctx->device, model->cosine, table);
+    model->ctx->device->free(model->ctx->device, model->sine, table);
+    llmpar_tp_destroy(&model->tp);
+    llmpar_heap_free(heap, model->units);
+    llmpar_heap_free(heap, model->params);
+    llmpar_heap_free(heap, model->layers);
+    llmpar_heap_free(heap, model->names);
+    llmpar_heap_free(heap, model);
+}
+
+LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return &model->config; }
+LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model->seed; }
+LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return &model->tp; }
+
+LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
+{
+    if (count) *count = model->config.layers + 2;
+    return model->units;
+}
+
+/* ---- meeting a mesh ---- */
+
+/* The rows that exist for this mesh, waits renumbered. A wait for a row that does not exist needs none: its own predecessors are earlier on the waiting stream. */
+static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__op_row *rows, int32_t count, llmpar__op_list *out)
+{
+    const llmpar_tp *tp = &model->tp;
+    int32_t place[64];
+    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)count, sizeof *out->ops);
+    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    for (int32_t i = 0; i < count; i++) {
+        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        place[i] = here ? out->count + 1 : 0;
+        if (!here) continue;
+        llmpar_unit_op *op = &out->ops[out->count++];
+        *op = rows[i].op;
+        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] ? place[op->wait[w] - 1] : 0;
+    }
+    return LLMPAR_OK;
+}
+
+static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain, int32_t replicas)
+{
+    param->tp.kind = LLMPAR_SHARD;
+    param->tp.axis = LLMPAR_AXIS_TP;
+    param->tp.dim = dim;
+    param->tp.grain = grain;
+    param->tp.replicas = replicas;
+}
+
+static llmpar_status llmpar__llama_lists(llmpar_llama *model)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int kind = 0; kind < LLMPAR__UNIT_KINDS && !status; kind++)
+        for (int way = 0; way < 2 && !status; way++) {
+            int32_t count = 0;
+            const llmpar__op_row *rows = kind == LLMPAR__EMBED ? llmpar__embed_ops(way, &count) : kind == LLMPAR__HEAD ? llmpar__head_ops(way, &count) : way ? llmpar__block_backward_ops(&count) : llmpar__block_forward_ops(&count);
+            status = llmpar__llama_list(model, rows, count, &model->lists[kind][way]);
+        }
+    for (int32_t i = 0; i < model->config.layers + 2 && !status; i++) {
+        int kind = i == 0 ? LLMPAR__EMBED : i <= model->config.layers ? LLMPAR__BLOCK : LLMPAR__HEAD;
+        model->units[i].forward = model->lists[kind][0].ops;
+        model->units[i].forward_count = model->lists[kind][0].count;
+        model->units[i].backward = model->lists[kind][1].ops;
+        model->units[i].backward_count = model->lists[kind][1].count;
+    }
+    return status;
+}
+
+static llmpar_status llmpar__llama_rope(llmpar_llama *model)
+{
+    llmpar_ctx *ctx = model->ctx;
+    llmpar_device *device = ctx->device;
+    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(model->dtype);
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
+    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
+    llmpar_stream *stream = NULL;
+    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, model->dtype, host, (char *)host + bytes, &error);
+    if (status) llmpar_fail(ctx, status, "%s", error.text);
+    if (!status) status = device->alloc(device, bytes, &model->cosine);
+    if (!status) status = device->alloc(device, bytes, &model->sine);
+    if (!status) status = device->stream_create(device, "set-up", &stream);
+    if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
+    if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
+    if (!status) status = device->synchronize(device, stream);
+    if (stream) device->stream_destroy(device, stream);
+    llmpar_heap_free(&ctx->heap, host);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
+{
+    const llmpar_llama_config *c = &model->config;
+    if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
+    if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
+    if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
+    if (desc->sequence_parallel && desc->positions % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: sequence parallel: sequence length %lld is not divisible by tp = %d", (long long)desc->positions, (int)tp->ranks);
+    model->applied = 1;
+    model->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    model->positions = desc->positions;
+    llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
+    if (status) return status;
+    int32_t units = c->layers + 2;
+    for (int32_t i = 0; i < units; i++) {
+        llmpar_param *p = model->params + (model->units[i].params - model->params);
+        if (i == 0) llmpar__llama_shard(&p[0], 0, 1, 1);
+        else if (i == units - 1 && !c->tied) llmpar__llama_shard(&p[1], 0, 1, 1);
+        if (i == 0 || i == units - 1) continue;
+        llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
+        llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
+        llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
+        llmpar__llama_shard(&p[LLMPAR__WO], 1, c->head_dim, 1);
+        llmpar__llama_shard(&p[LLMPAR__GATE], 0, 1, 1);
+        llmpar__llama_shard(&p[LLMPAR__UP], 0, 1, 1);
+        llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
+    }
+    status = llmpar__llama_lists(model);
+    return status ? status : llmpar__llama_rope(model);
+}
+
+/* ---- shapes and pieces that the unit files share ---- */
+
+LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, llmpar__shape *s)
+{
+    const llmpar_llama_config *c = &model->config;
+    const llmpar_tp *tp = &model->tp;
+    memset(s, 0, sizeof *s);
+    s->b = micro->batch;
+    s->t = micro->t;
+    s->n = s->b * s->t;
+    s->ts = tp->sequence_parallel ? s->t / tp->ranks : s->t;
+    s->ns = s->b * s->ts;
+    s->d = c->hidden;
+    s->e = c->head_dim;
+    s->f = llmpar_tp_count(tp, c->intermediate);
+    s->h = c->heads / tp->ranks;
+    s->k = tp->replicas > 1 ? 1 : c->kv_heads / tp->ranks;
+    s->ld = (s->h + 2 * s->k) * s->e;
+    s->v = llmpar_tp_count(tp, c->vocab);
+    s->v_begin = llmpar_tp_begin(tp, c->vocab);
+    s->leaves = micro->leaves;
+    s->size = llmpar_dtype_size(dtype);
+    s->dtype = dtype;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size)
+{
+    size_t begin = *at;
+    *at = (begin + (size_t)elements * size + 63) / 64 * 64;
+    return begin;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
+{
+    llmpar_rmsnorm_args args;
+    memset(&args, 0, sizeof args);
+    args.rows = rows;
+    args.dim = model->config.hidden;
+    args.x = x;
+    args.residual = residual;
+    args.w = w;
+    args.sum = sum;
+    args.y = y;
+    args.rstd = rstd;
+    args.eps = model->config.rms_eps;
+    args.dtype = model->dtype;
+    return ctx->device->rmsnorm(ctx->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
+{
+    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    llmpar_rmsnorm_backward_args args;
+    memset(&args, 0, sizeof args);
+    args.tokens.batch = s->b;
+    args.tokens.t = s->ts;
+    args.tokens.t_begin = tp->sequence_parallel ? tp->rank * s->ts : 0;
+    args.tokens.t_total = s->t;
+    args.tokens.leaves = s->leaves;
+    args.tokens.canon = tp->pieces;
+    args.dim = s->d;
+    args.dy = dy;
+    args.x = x;
+    args.w = w;
+    args.rstd = rstd;
+    args.dresidual = dresidual;
+    args.dx = dx;
+    args.dw_leaves = dw_leaves;
+    args.dtype = s->dtype;
+    return call->device->rmsnorm_backward(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+{
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = dw_leaves;
+    c.count = (size_t)(s->leaves * s->d);
+    c.dtype = s->dtype;
+    c.tag = "norm weight/all_reduce";
+    return llmpar_all_reduce(((const llmpar__layer *)call->user)->model->tp.comm, call->stream, &c);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
+{
+    const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
+    if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->size;
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = (int32_t)s->leaves;
+    args.count = (size_t)s->d;
+    args.out = dw;
+    args.dtype = s->dtype;
+    llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
+    llmpar_heap_free(&call->ctx->heap, (void *)in);
+    return status;
+}

@@ -1,0 +1,60 @@
+/* llama: a Llama 3 as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
+
+   One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
+     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
+   Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
+#ifndef LLMPAR_LLAMA_H
+#define LLMPAR_LLAMA_H
+
+#include "fsdp/fsdp.h"
+#include "model/config.h"
+#include "tp/tp.h"
+
+typedef struct llmpar_llama llmpar_llama;
+
+/* Exactly one of preset and config. */
+typedef struct llmpar_llama_desc {
+    const char *preset;                 /* "tiny", "15m", "110m", "1b" */
+    const llmpar_llama_config *config;  /* copied */
+    uint64_t seed;                      /* initialisation; default 0 */
+} llmpar_llama_desc;
+
+/* The units exist from here on: embed, layers.0 .., head. Collective only in that all ranks give the same desc. */
+LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
+LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
+LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
+LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
+/* The units, owned by the model. Between create and the fsdp object a user may replace any unit's callbacks (after llmpar_llama_apply, which sets them). Local. */
+LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
+
+/* How the model meets a mesh. */
+typedef struct llmpar_llama_apply_desc {
+    int32_t canon;               /* pieces of every sum that tp may split; default 8 */
+    int32_t sequence_parallel;   /* 1: the residual stream is sharded over T between the linear layers */
+    llmpar_dtype dtype;          /* default F32 */
+    int64_t positions;           /* longest T; RoPE tables are made for it */
+} llmpar_llama_apply_desc;
+
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Once per model. */
+LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
+LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
+
+/* logits[count, V] (f32, host) of one sequence ids[count]: every rank gets all. Collective over the mesh of fsdp. */
+LLMPAR_API llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits);
+
+typedef struct llmpar_generate_desc {
+    const int32_t *prompt;    /* at least one id */
+    int32_t prompt_count;
+    int32_t tokens;           /* ids to generate at most; default 128 */
+    double temperature;       /* 0: greedy (the first of equal maxima) */
+    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020) */
+    uint64_t seed;            /* of sampling */
+    int32_t stop_at_eos;      /* 1: ends after one of the config's eos ids */
+    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank; may be NULL */
+    void *user;
+} llmpar_generate_desc;
+
+/* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp. */
+LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+
+#endif

@@ -1,0 +1,69 @@
+/* llama_internal: the model's state and the shapes its unit files share. */
+#ifndef LLMPAR_LLAMA_INTERNAL_H
+#define LLMPAR_LLAMA_INTERNAL_H
+
+#include "model/llama.h"
+
+typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
+
+/* A list of unit instructions with the condition under which each exists. */
+enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
+typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when; } llmpar__op_row;
+typedef struct llmpar__op_list { llmpar_unit_op *ops; int32_t count; } llmpar__op_list;
+enum { LLMPAR__EMBED = 0, LLMPAR__BLOCK = 1, LLMPAR__HEAD = 2, LLMPAR__UNIT_KINDS = 3 };
+
+struct llmpar_llama {
+    llmpar_ctx *ctx;
+    llmpar_llama_config config;
+    uint64_t seed;
+    llmpar_unit *units;            /* [layers + 2] */
+    llmpar_param *params;          /* all units' parameters */
+    llmpar__layer *layers;         /* [layers + 2] */
+    char *names;                   /* text of all names */
+    llmpar__op_list lists[LLMPAR__UNIT_KINDS][2]; /* forward, backward */
+    llmpar_tp tp;
+    llmpar_dtype dtype;
+    int64_t positions;
+    void *cosine, *sine;           /* device [positions, E/2] */
+    int applied;
+};
+
+/* Local extents of one micro-batch. */
+typedef struct llmpar__shape {
+    int64_t b, t, n;          /* sequences, tokens each, all rows */
+    int64_t ts, ns;           /* tokens and rows of the residual stream on this rank */
+    int64_t d, f, h, k, e;    /* hidden; local F, query heads, kv heads; head dim */
+    int64_t ld;               /* (h + 2k)*e: row of the joint q,k,v buffer */
+    int64_t v, v_begin;       /* local vocabulary */
+    int64_t leaves;
+    size_t size;              /* bytes of an element */
+    llmpar_dtype dtype;
+} llmpar__shape;
+
+LLMPAR__PRIVATE void llmpar__llama_shape(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, llmpar__shape *out);
+/* Next `elements` elements of a buffer of which *at bytes are taken; returns their byte offset, a multiple of 64. */
+LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size);
+
+/* block.c */
+LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_forward_ops(int32_t *count);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_backward_ops(int32_t *count);
+/* parameters of a block, in flat order */
+enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
+/* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
+LLMPAR__PRIVATE llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count);
+
+LLMPAR__PRIVATE double llmpar__llama_scale(const llmpar_llama *model); /* of attention scores: 1/sqrt(E) */
+
+/* dx = dresidual + norm backward of dy; per-leaf weight gradients into dw_leaves, to be combined by llmpar__llama_norm_weight. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves);
+/* Sequence parallel: sums dw_leaves[leaves, D] over tp, leaf by leaf. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves);
+/* dw[D] = tree over leaves. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
+LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
+
+#endif
