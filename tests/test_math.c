@@ -71,7 +71,7 @@ TEST(exp_f32_bound)
     }
     for (float x = -104.5f; x < -87.0f; x += 0x1p-14f) worse(exp((double)x) < 0x1p-126 ? &subnormal : &normal, ulps_f32(llmpar_exp_f32(x), exp((double)x)), (double)x);
     for (float x = 88.7f; x < 88.74f; x = nextafterf(x, 100.0f)) worse(&normal, ulps_f32(llmpar_exp_f32(x), exp((double)x)), (double)x);
-    CHECK_WORST(normal, 1.0);
+    CHECK_WORST(normal, 1.25);
     CHECK_WORST(subnormal, 1.0);
     CHECK(llmpar_exp_f32(0.0f) == 1.0f && llmpar_exp_f32(-0.0f) == 1.0f);
     CHECK(llmpar_exp_f32(INFINITY) == INFINITY && llmpar_exp_f32(-INFINITY) == 0.0f && isnan(llmpar_exp_f32(NAN)) && isnan(llmpar_exp_f32(-NAN)));

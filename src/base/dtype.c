@@ -46,6 +46,12 @@ static inline float llmpar__dtype_float(uint32_t bits)
     return value;
 }
 
+/* condition (0 or 1) ? yes : no, with both computed: as a branch around a float operation gcc would keep the loop scalar. */
+static inline uint32_t llmpar__dtype_select(int condition, uint32_t yes, uint32_t no)
+{
+    return no ^ ((yes ^ no) & (0u - (uint32_t)condition));
+}
+
 /* The inline bodies work on f32 bits: the 32-bit step of f64 -> 16 bit never exists as a float, whose subnormals could be flushed. */
 static inline uint16_t llmpar__dtype_to_bf16(uint32_t bits)
 {
@@ -68,9 +74,9 @@ static inline uint16_t llmpar__dtype_to_f16(uint32_t bits)
     /* below: adding 0.5 puts the last bit of the f16 subnormal at the last bit of the sum, so the addition rounds */
     uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(magnitude) + 0.5f) - 0x3F000000u;
     uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
-    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x47800000u ? 0x7C00u : half; /* 65536 and up; [65520, 65536) became infinity by the carry */
-    half = magnitude > 0x7F800000u ? nan : half;
+    uint32_t half = llmpar__dtype_select(magnitude < 0x38800000u, subnormal, normal);
+    half = llmpar__dtype_select(magnitude >= 0x47800000u, 0x7C00u, half); /* 65536 and up; [65520, 65536) became infinity by the carry */
+    half = llmpar__dtype_select(magnitude > 0x7F800000u, nan, half);
     return (uint16_t)(sign | half);
 }
 
@@ -81,9 +87,8 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
     /* the 10 bits as the fraction of a number in [2^-14, 2^-13), less 2^-14: exact, and never an f32 subnormal */
     uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
     uint32_t special = 0x7F800000u | (magnitude << 13) | (magnitude > 0x7C00u ? 0x00400000u : 0u);
-    uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
-    bits = magnitude >= 0x7C00u ? special : bits;
-    return sign | bits;
+    uint32_t bits = llmpar__dtype_select(magnitude < 0x0400u, subnormal, normal);
+    return sign | llmpar__dtype_select(magnitude >= 0x7C00u, special, bits);
 }
 
 /* f64 -> f32 bits rounded to odd: of the two neighbours the one whose last bit is 1, unless exact. Rounding that once

@@ -86,7 +86,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
     const size_t block = 65536;
     size_t i;
     llmpar_exact_sum_carry(sum);
-    while (count >= 256) { /* below this the buckets cost more than they save; the value is the same */
+    while (count >= 512) { /* below this the buckets cost more than they save; the value is the same */
         size_t now = count < block ? count : block;
         llmpar__exact_squares_block(sum, value, now);
         llmpar_exact_sum_carry(sum);

@@ -41,14 +41,21 @@ static inline double llmpar__math_from_bits_f64(uint64_t bits)
     return value;
 }
 
+/* condition (0 or 1) ? yes : no on bit patterns, with both computed: gcc keeps a loop scalar where it may turn a choice between
+   floats into a branch. */
+static inline uint32_t llmpar__math_select(int condition, uint32_t yes, uint32_t no)
+{
+    return no ^ ((yes ^ no) & (0u - (uint32_t)condition));
+}
+
 /* e^x = 2^n e^r, n = round(x / ln 2), |r| <= 0.347. Selects only, so that a loop over it vectorises; a NaN walks through
    the unsigned arithmetic and comes out of the product. */
 LLMPAR_DEF float llmpar_exp_f32(float x)
 {
-    float clamped = x > 90.0f ? 90.0f : x;
+    uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
+    /* to [-110, 110], which is far enough for 0 and infinity */
+    float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
     float shifted, n, r, p;
-    uint32_t k, half;
-    clamped = clamped < -110.0f ? -110.0f : clamped;
     shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
     n = shifted - 12582912.0f;
     k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
@@ -70,21 +77,23 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
 LLMPAR_DEF float llmpar_log_f32(float x)
 {
     uint32_t bits = llmpar__math_bits_f32(x);
-    uint32_t tiny = bits < 0x00800000u;
+    int tiny = bits < 0x00800000u;
     /* a subnormal is an integer times 2^-149: converted, not multiplied, so that denormals-are-zero cannot touch it */
-    uint32_t normal = tiny ? llmpar__math_bits_f32((float)(int32_t)bits) : bits;
+    uint32_t normal = llmpar__math_select(tiny, llmpar__math_bits_f32((float)(int32_t)bits), bits);
     uint32_t moved = normal + (0x3F800000u - 0x3F3504F3u);
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
     float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-    float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p, result;
+    float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
+    uint32_t result;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    result = k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f)));
-    result = bits >= 0x7F800000u ? x + x : result; /* +inf stays; NaN stays; negatives next */
-    result = bits > 0x80000000u && bits <= 0xFF800000u ? llmpar__math_from_bits_f32(0x7FC00000u) : result;
-    return (bits & 0x7FFFFFFFu) == 0 ? llmpar__math_from_bits_f32(0xFF800000u) : result;
+    result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
+    result = llmpar__math_select(bits == 0x7F800000u, bits, result);
+    result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
+    return llmpar__math_from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
 }
 
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
