@@ -113,6 +113,7 @@ TEST(json_tree)
     CHECK(node->next->key_length == 3 && !memcmp(node->next->key, "b\0c", 4) && node->next->type == LLMPAR_JSON_ARRAY);
     node = llmpar_json_get(llmpar_json_get(llmpar_json_get(root, "d"), "e"), "f");
     CHECK(node && node->type == LLMPAR_JSON_BOOL && !node->boolean);
+    CHECK(llmpar_json_get(root, "d")->next == NULL && llmpar_json_get(llmpar_json_get(root, "d"), "e")->next == NULL); /* last children that have children */
     CHECK(!llmpar_json_get(NULL, "a") && !llmpar_json_get(a, "a") && !llmpar_json_get(root, "z"));
     llmpar_json_destroy(&heap, root);
     llmpar_json_destroy(&heap, NULL);
