@@ -83,7 +83,7 @@ static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream,
 
     size_t send_bytes = kind == LLMPAR__COMM_REDUCE_SCATTER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
     size_t recv_bytes = kind == LLMPAR__COMM_ALL_GATHER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
-    if (call.send && call.recv && needs_send && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
+    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
         size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
         const char *send = (const char *)call.send, *recv = (const char *)call.recv;
         int fine = send == recv && (kind == LLMPAR__COMM_ALL_REDUCE || kind == LLMPAR__COMM_BROADCAST || ranks == 1);

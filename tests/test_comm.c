@@ -1,0 +1,698 @@
+/* The threads communicator: every collective against a plain reference, bit for bit; then every way in which one can fail. */
+#include "test.h"
+
+#include <pthread.h>
+#include <time.h>
+
+/* ---- what every test needs ---- */
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void nap(double seconds)
+{
+    struct timespec t = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };
+    nanosleep(&t, NULL);
+}
+
+static uint64_t mix(uint64_t x)
+{
+    x ^= x >> 30; x *= 0xbf58476d1ce4e5b9u; x ^= x >> 27; x *= 0x94d049bb133111ebu; x ^= x >> 31;
+    return x;
+}
+
+/* Element i of rank r's send buffer. Magnitudes differ widely: another order of a sum gives other bits. */
+static void element(void *out, llmpar_dtype dtype, int rank, size_t i)
+{
+    uint64_t h = mix((uint64_t)rank * 1000003u + i + 1);
+    double value = ((double)(h >> 40) / 16777216.0 - 0.5) * (double)(1u << (h & 15));
+    float f = (float)value;
+    int64_t s = (int64_t)h >> 8;
+    if (dtype == LLMPAR_F32) memcpy(out, &f, 4);
+    else if (dtype == LLMPAR_F64) memcpy(out, &value, 8);
+    else if (dtype == LLMPAR_I64) memcpy(out, &s, 8);
+    else memcpy(out, &h, llmpar_dtype_size(dtype));
+}
+
+static void fill(void *buffer, llmpar_dtype dtype, int rank, size_t count)
+{
+    for (size_t i = 0; i < count; i++) element((char *)buffer + i * llmpar_dtype_size(dtype), dtype, rank, i);
+}
+
+/* Element i of the reduction over ranks [a, b). */
+static void reduced(void *out, llmpar_dtype dtype, llmpar_reduce_op op, int a, int b, size_t i)
+{
+    if (b - a == 1) { element(out, dtype, a, i); return; }
+    union { float f; double d; int64_t i; uint64_t u; } x, y;
+    int split = 1;
+    while (split * 2 < b - a) split *= 2;
+    reduced(&x, dtype, op, a, a + split, i);
+    reduced(&y, dtype, op, a + split, b, i);
+    switch ((int)dtype) {
+    case LLMPAR_F32: x.f = op == LLMPAR_MAX ? (y.f > x.f ? y.f : x.f) : x.f + y.f; memcpy(out, &x.f, 4); break;
+    case LLMPAR_F64: x.d = op == LLMPAR_MAX ? (y.d > x.d ? y.d : x.d) : x.d + y.d; memcpy(out, &x.d, 8); break;
+    case LLMPAR_I64: if (op == LLMPAR_MAX) x.i = y.i > x.i ? y.i : x.i; else x.u += y.u; memcpy(out, &x.i, 8); break;
+    default: x.u += y.u; memcpy(out, &x.u, 8); break;
+    }
+}
+
+static void no_leak(const llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    CHECK_INT(ctx->heap.live, 0);
+}
+
+static llmpar_status launch(int ranks, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    llmpar_launch_desc desc = { .ranks = ranks, .check = no_leak };
+    return llmpar_launch(&desc, fn, user, error);
+}
+
+/* ---- values ---- */
+
+typedef struct sample { size_t count, blocks; llmpar_dtype dtype; llmpar_reduce_op op; int in_place; } sample;
+
+static llmpar_status one_sample(llmpar_ctx *ctx, const sample *s)
+{
+    size_t item = llmpar_dtype_size(s->dtype), n = (size_t)ctx->world, r = (size_t)ctx->rank, blocks = s->blocks ? s->blocks : 1, part = s->count * blocks;
+    char *send = (char *)malloc(part * n * item + 1), *recv = (char *)malloc(part * n * item + 1), *want = (char *)malloc(part * n * item + 1);
+    llmpar_collective call = { .send = send, .recv = recv, .count = s->count, .blocks = s->blocks, .dtype = s->dtype, .op = s->op, .tag = "sample" };
+    llmpar_status st = LLMPAR_OK;
+    int reducible = s->dtype == LLMPAR_F32 || s->dtype == LLMPAR_F64 || s->dtype == LLMPAR_I64 || (s->dtype == LLMPAR_U64 && s->op == LLMPAR_SUM);
+
+    /* all_gather */
+    if (!s->in_place || blocks == 1) {
+        memset(recv, 0x55, part * n * item);
+        fill(send, s->dtype, (int)r, part);
+        if (s->in_place) { memcpy(recv + r * part * item, send, part * item); call.send = recv + r * part * item; }
+        st = llmpar_all_gather(ctx->comm, NULL, &call);
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t i = 0; i < n; i++)
+                for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, b * s->count + e);
+        CHECK_BYTES(recv, want, part * n * item);
+    }
+    /* reduce_scatter */
+    if (!st && reducible && (!s->in_place || blocks == 1)) {
+        fill(send, s->dtype, (int)r, part * n);
+        call.send = send;
+        call.recv = s->in_place ? send + r * part * item : recv;
+        st = llmpar_reduce_scatter(ctx->comm, NULL, &call);
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t e = 0; e < s->count; e++) reduced(want + (b * s->count + e) * item, s->dtype, s->op, 0, (int)n, (b * n + r) * s->count + e);
+        CHECK_BYTES(call.recv, want, part * item);
+    }
+    /* all_reduce */
+    if (!st && reducible) {
+        memset(recv, 0x55, part * item);
+        fill(send, s->dtype, (int)r, part);
+        call.send = send;
+        call.recv = s->in_place ? send : recv;
+        st = llmpar_all_reduce(ctx->comm, NULL, &call);
+        for (size_t e = 0; e < part; e++) reduced(want + e * item, s->dtype, s->op, 0, (int)n, e);
+        CHECK_BYTES(call.recv, want, part * item);
+        if (!s->in_place) {
+            fill(want, s->dtype, (int)r, part);
+            CHECK_BYTES(send, want, part * item); /* the input is left alone */
+        }
+    }
+    /* broadcast from every root */
+    for (int root = 0; !st && root < (int)n; root++) {
+        fill(send, s->dtype, (int)r, part);
+        memset(recv, 0x55, part * item);
+        call.send = (int)r == root ? send : NULL;
+        call.recv = (int)r == root ? (s->in_place ? send : NULL) : recv;
+        call.root = root;
+        st = llmpar_broadcast(ctx->comm, NULL, &call);
+        fill(want, s->dtype, root, part);
+        CHECK_BYTES((int)r == root ? send : recv, want, part * item);
+    }
+    call.root = 0;
+    /* all_to_all */
+    if (!st && !s->in_place) {
+        fill(send, s->dtype, (int)r, part * n);
+        call.send = send;
+        call.recv = recv;
+        st = llmpar_all_to_all(ctx->comm, NULL, &call);
+        for (size_t b = 0; b < blocks; b++)
+            for (size_t i = 0; i < n; i++)
+                for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, (b * n + r) * s->count + e);
+        CHECK_BYTES(recv, want, part * n * item);
+    }
+    /* a ring of messages: the even ranks send first */
+    if (!st && n > 1) {
+        int next = (int)((r + 1) % n), previous = (int)((r + n - 1) % n);
+        fill(send, s->dtype, (int)r, part);
+        memset(recv, 0x55, part * item);
+        call.send = send;
+        call.recv = recv;
+        for (int phase = 0; phase < 2 && !st; phase++) {
+            int sends = (r == n - 1 && n % 2) ? phase == 1 : (int)(r % 2) == phase; /* of an odd ring the last rank receives first */
+            call.peer = sends ? next : previous;
+            st = sends ? llmpar_send(ctx->comm, NULL, &call) : llmpar_recv(ctx->comm, NULL, &call);
+        }
+        fill(want, s->dtype, previous, part);
+        CHECK_BYTES(recv, want, part * item);
+    }
+    free(send);
+    free(recv);
+    free(want);
+    return st;
+}
+
+static llmpar_status all_samples(llmpar_ctx *ctx, void *user)
+{
+    static const size_t counts[] = { 0, 1, 7, 64, 513, 20011 };
+    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_I64, LLMPAR_U64, LLMPAR_BF16, LLMPAR_U8, LLMPAR_I32 };
+    llmpar_status st = LLMPAR_OK;
+    (void)user;
+    for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++)
+        for (size_t d = 0; d < sizeof dtypes / sizeof dtypes[0]; d++)
+            for (int v = 0; v < 6 && !st; v++) {
+                sample s = { counts[c], v < 2 ? 0 : v < 4 ? 1 : 3, dtypes[d], v & 1 ? LLMPAR_MAX : LLMPAR_SUM, v == 2 || v == 3 };
+                if (s.count > 1000 && (d || v > 2 || ctx->world > 3)) continue; /* the others only need to cross the size of a slot */
+                if (s.count > 500 && d > 2 && ctx->world > 4) continue;
+                st = one_sample(ctx, &s);
+            }
+    return st;
+}
+
+TEST(values)
+{
+    for (int ranks = 1; ranks <= 8; ranks++) CHECK_OK(launch(ranks, all_samples, NULL, NULL));
+}
+
+TEST(values_lockstep)
+{
+    llmpar_launch_desc desc = { .ranks = 3, .lockstep = 1, .check = no_leak };
+    CHECK_OK(llmpar_launch(&desc, all_samples, NULL, NULL));
+}
+
+static llmpar_status counters(llmpar_ctx *ctx, void *user)
+{
+    float x[4] = { 1, 2, 3, 4 }, y[16];
+    llmpar_collective call = { .send = x, .recv = y, .count = 4, .dtype = LLMPAR_F32, .root = 2 };
+    llmpar_comm *comm = ctx->comm;
+    uint64_t sequence = comm->sequence, bytes = comm->bytes_sent;
+    (void)user;
+    CHECK_OK(llmpar_all_gather(comm, NULL, &call));
+    CHECK_INT(comm->bytes_sent - bytes, 3 * 16);
+    bytes = comm->bytes_sent;
+    CHECK_OK(llmpar_all_reduce(comm, NULL, &call));
+    CHECK_INT(comm->bytes_sent - bytes, 24);
+    bytes = comm->bytes_sent;
+    CHECK_OK(llmpar_broadcast(comm, NULL, &call));
+    CHECK_INT(comm->bytes_sent - bytes, ctx->rank == 2 ? 48 : 0);
+    bytes = comm->bytes_sent;
+    CHECK_OK(llmpar_comm_barrier(comm, NULL, "b"));
+    CHECK_INT(comm->bytes_sent - bytes, 0);
+    CHECK_INT(comm->sequence - sequence, 4);
+    return LLMPAR_OK;
+}
+TEST(counts_bytes) { CHECK_OK(launch(4, counters, NULL, NULL)); }
+
+/* ---- split ---- */
+
+static llmpar_status splits(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    int r = ctx->rank, n = ctx->world;
+    llmpar_comm *rows = NULL, *columns = NULL, *half = NULL;
+    CHECK_OK(llmpar_comm_split(ctx->comm, r / 2, -r, "rows", &rows)); /* keys downwards: the order is turned round */
+    CHECK_OK(llmpar_comm_split(ctx->comm, r % 2, 0, "columns", &columns));
+    CHECK_OK(llmpar_comm_split(ctx->comm, r == 0 ? -1 : 7, 0, "all but the first", &half));
+    CHECK(rows && columns);
+    CHECK((half == NULL) == (r == 0));
+    if (!rows || !columns) return LLMPAR_ERR_INTERNAL;
+    int members = r / 2 * 2 + 1 < n ? 2 : 1;
+    CHECK_INT(rows->ranks, members);
+    CHECK_INT(rows->rank, members == 1 ? 0 : 1 - r % 2);
+    CHECK_INT(columns->rank, r / 2);
+    CHECK_TEXT(columns->axis, "columns");
+    double x = (double)(1 << r), sum = 0, want = 0;
+    llmpar_collective call = { .send = &x, .recv = &sum, .count = 1, .dtype = LLMPAR_F64, .tag = "sum" };
+    for (int round = 0; round < 3; round++) {
+        CHECK_OK(llmpar_all_reduce(columns, NULL, &call));
+        want = 0;
+        for (int i = r % 2; i < n; i += 2) want += (double)(1 << i);
+        CHECK_NEAR(sum, want, 0);
+        if (half) {
+            CHECK_OK(llmpar_all_reduce(half, NULL, &call));
+            CHECK_NEAR(sum, (double)((1 << n) - 2), 0);
+        }
+        CHECK_OK(llmpar_all_reduce(rows, NULL, &call));
+    }
+    llmpar_comm *again = NULL;
+    CHECK_OK(llmpar_comm_split(columns, 0, 0, "again", &again));
+    llmpar_comm_destroy(columns);
+    CHECK_OK(llmpar_all_reduce(again, NULL, &call));
+    CHECK_NEAR(sum, want, 0);
+    llmpar_comm_destroy(again);
+    llmpar_comm_destroy(rows);
+    llmpar_comm_destroy(half);
+    return LLMPAR_OK;
+}
+TEST(split) { for (int n = 1; n <= 7; n++) CHECK_OK(launch(n, splits, NULL, NULL)); }
+
+static llmpar_status split_out_of_memory(llmpar_ctx *ctx, void *user)
+{
+    llmpar_comm *comm = NULL, *other = NULL;
+    if (ctx->rank == 1) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)*(int *)user;
+    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &comm);
+    if (!st) st = llmpar_comm_split(ctx->comm, 0, -ctx->rank, "all", &other);
+    llmpar_comm_destroy(other);
+    llmpar_comm_destroy(comm);
+    return st;
+}
+TEST(split_without_memory)
+{
+    int failed = 0;
+    for (int k = 1; k < 12; k++) {
+        llmpar_error error;
+        llmpar_status st = launch(3, split_out_of_memory, &k, &error);
+        if (!st) { CHECK(failed >= 4); return; }
+        failed++;
+        CHECK_INT(st, LLMPAR_ERR_MEMORY);
+        CHECK_INT(error.rank, 1);
+        CHECK_TEXT(error.text, "out of memory");
+    }
+    CHECK(!"memory never sufficed");
+}
+
+/* ---- errors ---- */
+
+typedef struct report { llmpar_status status[8]; char text[8][700]; double seconds[8]; } report;
+
+static void note(llmpar_ctx *ctx, report *out, llmpar_status st, double start)
+{
+    out->status[ctx->rank] = st;
+    out->seconds[ctx->rank] = now() - start;
+    snprintf(out->text[ctx->rank], sizeof out->text[0], "%s", llmpar_last_error(ctx));
+}
+
+static llmpar_status disagree(llmpar_ctx *ctx, void *user)
+{
+    report *out = (report *)user;
+    int odd = ctx->rank == 2, how = (int)out->seconds[7];
+    float x[600] = { 0 }, y[600] = { 0 };
+    llmpar_collective call = { .send = x, .recv = y, .count = how > 9 ? 550u : 50u, .dtype = LLMPAR_F32, .tag = "layers.1/x" };
+    llmpar_status st;
+    if (odd && how % 10 == 1) call.count = 49;
+    if (odd && how % 10 == 2) call.op = LLMPAR_MAX;
+    if (odd && how % 10 == 3) call.tag = "layers.2/x";
+    if (odd && how % 10 == 4) call.dtype = LLMPAR_F64, call.count /= 2;
+    if (odd && how % 10 == 5) call.root = 1;
+    if (odd && how % 10 == 6) st = llmpar_comm_barrier(ctx->comm, NULL, "layers.1/x");
+    else if (how % 10 == 5) st = llmpar_broadcast(ctx->comm, NULL, &call);
+    else st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    for (int i = 0; i < 600; i++) CHECK(y[i] == 0); /* nothing moved */
+    note(ctx, out, st, now());
+    return st;
+}
+TEST(mismatch)
+{
+    static const char *const other[] = { "", "1 x 49 elements", "all_reduce max", "\"layers.2/x\"", "f64", "root 1", "rank 2: barrier" };
+    for (int size = 0; size < 2; size++)
+        for (int how = 1; how <= 6; how++) {
+            static report out;
+            llmpar_error error;
+            memset(&out, 0, sizeof out);
+            out.seconds[7] = how + 10 * size;
+            CHECK_STATUS(launch(4, disagree, &out, &error), LLMPAR_ERR_MISMATCH);
+            for (int r = 0; r < 4; r++) {
+                CHECK_INT(out.status[r], LLMPAR_ERR_MISMATCH);
+                CHECK_TEXT(out.text[r], "rank 0: ");
+                CHECK_TEXT(out.text[r], "rank 2: ");
+                CHECK_TEXT(out.text[r], other[how]);
+                CHECK_TEXT(out.text[r], "\"layers.1/x\"");
+            }
+            CHECK_TEXT(error.text, other[how]);
+        }
+}
+
+static llmpar_status disagree_message(llmpar_ctx *ctx, void *user)
+{
+    float x[8] = { 1 };
+    llmpar_collective call = { .send = x, .recv = x, .count = ctx->rank ? 4u : 5u, .dtype = LLMPAR_F32, .tag = "m", .peer = 1 - ctx->rank };
+    llmpar_status st = ctx->rank ? llmpar_recv(ctx->comm, NULL, &call) : llmpar_send(ctx->comm, NULL, &call);
+    note(ctx, (report *)user, st, now());
+    return st;
+}
+TEST(mismatch_of_a_message)
+{
+    static report out;
+    llmpar_error error;
+    CHECK_STATUS(launch(2, disagree_message, &out, &error), LLMPAR_ERR_MISMATCH);
+    for (int r = 0; r < 2; r++) {
+        CHECK_INT(out.status[r], LLMPAR_ERR_MISMATCH);
+        CHECK_TEXT(out.text[r], "rank 0: send \"m\" f32, 1 x 5 elements; rank 1: recv \"m\" f32, 1 x 4 elements");
+    }
+}
+
+static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
+{
+    report *out = (report *)user;
+    float x[4] = { 0 }, y[4];
+    llmpar_collective call = { .send = x, .recv = y, .count = 4, .dtype = LLMPAR_F32, .tag = "step/x" };
+    llmpar_comm *pair = NULL;
+    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
+    if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    if (!st && ctx->rank == 3) {
+        nap(0.05); /* the others wait by now */
+        llmpar_comm_destroy(pair);
+        out->seconds[7] = now();
+        return llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
+    }
+    if (!st && ctx->rank == 0) nap(0.15); /* comes to its next collective only afterwards, and on another communicator */
+    if (!st) st = llmpar_all_reduce(ctx->rank == 0 ? pair : ctx->comm, NULL, &call);
+    note(ctx, out, st, out->seconds[7]);
+    CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
+    llmpar_comm_destroy(pair);
+    return st;
+}
+TEST(peer_failure_wakes_everybody)
+{
+    static report out;
+    llmpar_error error;
+    CHECK_STATUS(launch(5, peer_fails, &out, &error), LLMPAR_ERR_NONFINITE);
+    CHECK_INT(error.rank, 3);
+    CHECK_TEXT(error.text, "the loss is nan");
+    for (int r = 0; r < 5; r++) {
+        if (r == 3) continue;
+        CHECK_INT(out.status[r], LLMPAR_ERR_PEER);
+        CHECK_TEXT(out.text[r], "rank 3 failed: non-finite value: the loss is nan");
+        CHECK_TEXT(out.text[r], "all_reduce \"step/x\"");
+        CHECK(out.seconds[r] < 2);
+    }
+}
+
+static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
+{
+    float x = 1, y;
+    llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_F32, .tag = "step/x", .peer = 1 };
+    if (ctx->rank == 1) {
+        nap(*(double *)user);
+        return LLMPAR_OK;
+    }
+    if (ctx->rank == 2) return llmpar_recv(ctx->comm, NULL, &call);
+    return llmpar_all_reduce(ctx->comm, NULL, &call);
+}
+TEST(a_rank_that_returns_while_others_wait)
+{
+    for (int late = 0; late < 2; late++)
+        for (int lockstep = 0; lockstep < 2; lockstep++) {
+            llmpar_error error;
+            double delay = 0.05 * late, start = now();
+            llmpar_launch_desc desc = { .ranks = 3, .lockstep = lockstep, .check = no_leak };
+            CHECK_STATUS(llmpar_launch(&desc, returns_early, &delay, &error), LLMPAR_ERR_MISMATCH);
+            CHECK_TEXT(error.text, "rank 1 has returned without it");
+            CHECK_TEXT(error.text, "step/x");
+            CHECK(now() - start < 2);
+        }
+}
+
+static llmpar_status late(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    llmpar_status st = llmpar_comm_barrier(ctx->comm, NULL, "first");
+    if (ctx->rank == 1) nap(0.4);
+    if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "second");
+    return st;
+}
+TEST(deadline)
+{
+    llmpar_error error;
+    llmpar_launch_desc desc = { .ranks = 3, .deadline = 0.1, .check = no_leak };
+    double start = now();
+    CHECK_STATUS(llmpar_launch(&desc, late, NULL, &error), LLMPAR_ERR_TIMEOUT);
+    CHECK(now() - start < 2);
+    CHECK_TEXT(error.text, "barrier \"second\"");
+    CHECK_TEXT(error.text, "waited 0.1 s");
+    CHECK_TEXT(error.text, "rank 1: outside");
+    CHECK_TEXT(error.text, error.rank == 0 ? "rank 2: barrier \"second\"" : "rank 0: barrier \"second\"");
+    desc.deadline = 20;
+    CHECK_OK(llmpar_launch(&desc, late, NULL, &error));
+}
+
+static llmpar_status crossed(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    llmpar_comm *other = NULL;
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "other", &other);
+    if (!st) st = llmpar_comm_barrier(ctx->rank ? other : ctx->comm, NULL, "one"); /* two communicators in different orders */
+    if (!st) st = llmpar_comm_barrier(ctx->rank ? ctx->comm : other, NULL, "two");
+    llmpar_comm_destroy(other);
+    return st;
+}
+TEST(lockstep_finds_a_deadlock)
+{
+    llmpar_error error;
+    llmpar_launch_desc desc = { .ranks = 2, .lockstep = 1, .check = no_leak };
+    CHECK_STATUS(llmpar_launch(&desc, crossed, NULL, &error), LLMPAR_ERR_MISMATCH);
+    CHECK_TEXT(error.text, "nobody can go on");
+    CHECK_TEXT(error.text, "on other");
+    CHECK_TEXT(error.text, "on world");
+}
+
+static int running;
+static llmpar_status alone(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    llmpar_status st = LLMPAR_OK;
+    for (int i = 0; i < 20 && !st; i++) {
+        CHECK_INT(running, 0); /* no atomics: ThreadSanitizer sees whether one rank at a time runs */
+        running = 1;
+        if (ctx->rank == i % 3) nap(0.001);
+        running = 0;
+        st = llmpar_comm_barrier(ctx->comm, NULL, "turn");
+    }
+    return st;
+}
+TEST(lockstep_runs_one_rank_at_a_time)
+{
+    llmpar_launch_desc desc = { .ranks = 4, .lockstep = 1, .check = no_leak };
+    CHECK_OK(llmpar_launch(&desc, alone, NULL, NULL));
+}
+
+static llmpar_status aborts(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    if (ctx->rank == 1) {
+        llmpar_error error;
+        llmpar_error_clear(&error);
+        llmpar_error_set(&error, LLMPAR_ERR_IO, "the disk is full");
+        ctx->comm->abort(ctx->comm, &error);
+    }
+    llmpar_status st = llmpar_comm_barrier(ctx->comm, NULL, "b");
+    CHECK_INT(st, LLMPAR_ERR_PEER);
+    return st;
+}
+TEST(abort_by_hand)
+{
+    llmpar_error error;
+    CHECK_STATUS(launch(3, aborts, NULL, &error), LLMPAR_ERR_IO);
+    CHECK_INT(error.rank, 1);
+    CHECK_TEXT(error.text, "the disk is full");
+}
+
+/* Ranks fail at random moments, and whoever gets an error frees its buffers at once: nobody may still be reading them. (The sanitizers look.) */
+static llmpar_status storm(llmpar_ctx *ctx, void *user)
+{
+    uint64_t seed = *(uint64_t *)user;
+    llmpar_comm *half = NULL;
+    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank % 2, 0, "half", &half);
+    int victim = (int)(mix(seed) % (uint64_t)ctx->world), when = (int)(mix(seed + 1) % 12);
+    for (int i = 0; i < 12 && !st; i++) {
+        size_t count = mix(seed + 2 + (uint64_t)i) % 5000;
+        if (ctx->rank == victim && i == when) {
+            st = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "victim");
+            break;
+        }
+        float *x = (float *)malloc((count + 1) * sizeof *x), *y = (float *)malloc((count + 1) * sizeof *y);
+        for (size_t e = 0; e < count; e++) x[e] = (float)ctx->rank;
+        llmpar_collective call = { .send = x, .recv = y, .count = count, .dtype = LLMPAR_F32, .tag = "storm" };
+        st = llmpar_all_reduce(mix(seed + 100 + (uint64_t)i) & 1 ? half : ctx->comm, NULL, &call);
+        memset(x, 0xff, (count + 1) * sizeof *x);
+        free(x);
+        free(y);
+    }
+    llmpar_comm_destroy(half);
+    return st;
+}
+TEST(random_failures)
+{
+    for (uint64_t i = 0; i < 120; i++) {
+        llmpar_error error;
+        uint64_t seed = i * 1000;
+        CHECK_STATUS(launch(2 + (int)(i % 5), storm, &seed, &error), LLMPAR_ERR_NONFINITE);
+        CHECK_TEXT(error.text, "victim");
+    }
+}
+
+/* ---- what the wrappers refuse ---- */
+
+#define REFUSED(call_expression, want, part) do { CHECK_STATUS(call_expression, want); CHECK_TEXT(ctx->error.text, part); llmpar_error_clear(&ctx->error); } while (0)
+static llmpar_status refusals(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    float x[64] = { 0 }, y[64];
+    llmpar_comm *comm = ctx->comm;
+    const llmpar_collective good = { .send = x, .recv = y, .count = 8, .dtype = LLMPAR_F32, .tag = "t" };
+    llmpar_collective c = good;
+    c.dtype = LLMPAR_DTYPE_DEFAULT;
+    REFUSED(llmpar_all_gather(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "dtype 0");
+    c = good; c.dtype = LLMPAR_BF16;
+    REFUSED(llmpar_all_reduce(comm, NULL, &c), LLMPAR_ERR_UNSUPPORTED, "no sum of bf16");
+    c = good; c.dtype = LLMPAR_U64; c.op = LLMPAR_MAX;
+    REFUSED(llmpar_reduce_scatter(comm, NULL, &c), LLMPAR_ERR_UNSUPPORTED, "no max of u64");
+    c = good; c.op = (llmpar_reduce_op)5;
+    REFUSED(llmpar_all_reduce(comm, NULL, &c), LLMPAR_ERR_UNSUPPORTED, "no such operation");
+    c = good; c.send = NULL;
+    REFUSED(llmpar_all_reduce(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "send is NULL");
+    c = good; c.recv = NULL;
+    REFUSED(llmpar_all_to_all(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "recv is NULL");
+    c = good; c.root = 2;
+    REFUSED(llmpar_broadcast(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "root 2, expected 0 to 1");
+    c = good; c.peer = ctx->rank;
+    REFUSED(llmpar_send(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "expected another rank");
+    c = good; c.peer = -1;
+    REFUSED(llmpar_recv(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "peer -1");
+    c = good; c.count = SIZE_MAX / 4;
+    REFUSED(llmpar_all_gather(comm, NULL, &c), LLMPAR_ERR_OVERFLOW, "overflow");
+    c = good; c.recv = x + 4;
+    REFUSED(llmpar_all_reduce(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "overlap");
+    c = good; c.recv = x; c.send = x + (ctx->rank ? 0 : 8);
+    REFUSED(llmpar_all_gather(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "overlap");
+    c = good; c.recv = x;
+    REFUSED(llmpar_all_to_all(comm, NULL, &c), LLMPAR_ERR_ARGUMENT, "overlap");
+    llmpar_comm broken = *comm;
+    broken.abi = 77;
+    REFUSED(llmpar_all_reduce(&broken, NULL, &good), LLMPAR_ERR_ABI, "abi 77");
+    broken = *comm;
+    broken.size = (uint32_t)offsetof(llmpar_comm, all_to_all);
+    REFUSED(llmpar_all_to_all(&broken, NULL, &good), LLMPAR_ERR_ABI, "expected abi 1");
+    broken = *comm;
+    broken.all_gather = NULL;
+    REFUSED(llmpar_all_gather(&broken, NULL, &good), LLMPAR_ERR_UNSUPPORTED, "no such collective");
+    return llmpar_all_reduce(comm, NULL, &good); /* and all of that has done no harm */
+}
+TEST(wrappers_refuse) { CHECK_OK(launch(2, refusals, NULL, NULL)); }
+
+/* ---- a device that runs late: everything waits for synchronize ---- */
+
+typedef struct late_call { llmpar_status (*fn)(void *); uint64_t arg[32]; } late_call;
+typedef struct late_device { llmpar_device table; llmpar_device *real; late_call queue[64]; int queued; llmpar_status stuck; } late_device;
+
+static llmpar_status late_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *), const void *arg, size_t bytes)
+{
+    late_device *self = (late_device *)(void *)device;
+    (void)stream;
+    if (self->stuck) return self->stuck;
+    late_call *call = &self->queue[self->queued++];
+    call->fn = fn;
+    memcpy(call->arg, arg, bytes);
+    return LLMPAR_OK;
+}
+static llmpar_status late_synchronize(llmpar_device *device, llmpar_stream *stream)
+{
+    late_device *self = (late_device *)(void *)device;
+    (void)stream;
+    for (int i = 0; i < self->queued && !self->stuck; i++) self->stuck = self->queue[i].fn(self->queue[i].arg);
+    self->queued = 0;
+    return self->stuck;
+}
+
+static llmpar_status on_a_late_device(llmpar_ctx *ctx, void *user)
+{
+    static late_device devices[3];
+    late_device *late = &devices[ctx->rank];
+    memset(late, 0, sizeof *late);
+    late->table = *ctx->device; /* operations with stream NULL go to the CPU, at once */
+    late->table.host_call = late_host_call;
+    late->table.synchronize = late_synchronize;
+    llmpar_device *before = ctx->comm->device;
+    ctx->comm->device = &late->table;
+    char tag[32];
+    double x[4] = { 1, 2, 3, 4 }, y[4] = { 0 }, z[12] = { 0 };
+    llmpar_collective sum = { .send = x, .recv = y, .count = 4, .dtype = LLMPAR_F64, .tag = tag }, gather = { .send = y, .recv = z, .count = 4, .dtype = LLMPAR_F64, .tag = tag };
+    snprintf(tag, sizeof tag, "first");
+    CHECK_OK(llmpar_all_reduce(ctx->comm, NULL, &sum));
+    snprintf(tag, sizeof tag, "second");
+    CHECK_OK(llmpar_all_gather(ctx->comm, NULL, &gather));
+    snprintf(tag, sizeof tag, "rank %d", (int)ctx->rank); /* borrowed only until the call returns: this must not matter */
+    CHECK_NEAR(y[0], 0, 0);
+    CHECK_OK(late_synchronize(&late->table, NULL));
+    CHECK_NEAR(y[3], 12, 0);
+    CHECK_NEAR(z[8], 3, 0);
+    llmpar_status st = LLMPAR_OK;
+    if (user) { /* a failure sticks and returns from the wait and the next call */
+        if (ctx->rank == 2) st = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "boom");
+        else {
+            CHECK_OK(llmpar_all_reduce(ctx->comm, NULL, &sum));
+            CHECK_STATUS(late_synchronize(&late->table, NULL), LLMPAR_ERR_PEER);
+            CHECK_STATUS(llmpar_all_reduce(ctx->comm, NULL, &sum), LLMPAR_ERR_PEER);
+            st = LLMPAR_ERR_PEER;
+        }
+    }
+    ctx->comm->device = before;
+    return st;
+}
+TEST(collectives_on_a_late_device)
+{
+    CHECK_OK(launch(3, on_a_late_device, NULL, NULL));
+    CHECK_STATUS(launch(3, on_a_late_device, "fail", NULL), LLMPAR_ERR_NONFINITE);
+}
+
+/* ---- a device whose arithmetic fails in the middle ---- */
+
+static llmpar_status bad_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args)
+{
+    (void)stream;
+    (void)args;
+    return llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "no sums today");
+}
+static llmpar_status with_a_bad_device(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    llmpar_device bad = *ctx->device;
+    if (ctx->rank == 1) bad.tree_sum = bad_sum;
+    llmpar_device *before = ctx->comm->device;
+    ctx->comm->device = &bad;
+    float *x = (float *)calloc(3000, sizeof *x);
+    llmpar_collective call = { .send = x, .recv = x, .count = 3000, .dtype = LLMPAR_F32, .tag = "t" };
+    llmpar_status st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    CHECK_INT(st, ctx->rank == 1 ? LLMPAR_ERR_INTERNAL : LLMPAR_ERR_PEER);
+    free(x);
+    ctx->comm->device = before;
+    return st;
+}
+TEST(device_failure)
+{
+    llmpar_error error;
+    CHECK_STATUS(launch(3, with_a_bad_device, NULL, &error), LLMPAR_ERR_INTERNAL);
+    CHECK_INT(error.rank, 1);
+    CHECK_TEXT(error.text, "no sums today");
+}
+
+/* Many ranks, few processors, many calls: nobody is forgotten asleep. */
+static llmpar_status crowd(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = LLMPAR_OK;
+    (void)user;
+    for (int64_t i = 0; i < 150 && !st; i++) {
+        int64_t x = ctx->rank + i, y = -1;
+        llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_I64, .tag = "crowd" };
+        st = llmpar_all_reduce(ctx->comm, NULL, &call);
+        CHECK_INT(y, 24 * 23 / 2 + 24 * i);
+    }
+    return st;
+}
+TEST(many_ranks) { CHECK_OK(launch(24, crowd, NULL, NULL)); }
+
+TEST_LIST(T_(values), T_(values_lockstep), T_(counts_bytes), T_(split), T_(split_without_memory), T_(mismatch), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody),
+          T_(a_rank_that_returns_while_others_wait), T_(deadline), T_(lockstep_finds_a_deadlock), T_(lockstep_runs_one_rank_at_a_time), T_(abort_by_hand), T_(random_failures), T_(wrappers_refuse),
+          T_(collectives_on_a_late_device), T_(device_failure), T_(many_ranks))

@@ -1,0 +1,263 @@
+/* launch: the ranks' surroundings, which error is the root, and that nothing is left behind. */
+#define _DEFAULT_SOURCE 1
+#include "test.h"
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+static int checked;
+static void no_leak(const llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    CHECK_INT(ctx->heap.live, 0);
+    CHECK_INT(ctx->rank, checked); /* one after the other, on the launching thread */
+    checked++;
+}
+
+typedef struct seen { pthread_t thread[8]; char name[8][16]; int ranks; } seen;
+
+static llmpar_status look(llmpar_ctx *ctx, void *user)
+{
+    seen *out = (seen *)user;
+    CHECK_INT(ctx->world, out->ranks);
+    CHECK(ctx->rank >= 0 && ctx->rank < ctx->world);
+    CHECK(ctx->device && ctx->comm);
+    CHECK_INT(ctx->comm->rank, ctx->rank);
+    CHECK_INT(ctx->comm->ranks, ctx->world);
+    CHECK(ctx->device->error == &ctx->error && ctx->comm->error == &ctx->error);
+    out->thread[ctx->rank] = pthread_self();
+#if defined(__linux__)
+    prctl(PR_GET_NAME, out->name[ctx->rank], 0, 0, 0);
+#endif
+    return LLMPAR_OK;
+}
+
+TEST(ranks_and_names)
+{
+    static seen out;
+    llmpar_error error;
+    char before[16] = "", name[16];
+    llmpar_launch_desc desc = { .ranks = 3, .check = no_leak };
+#if defined(__linux__)
+    prctl(PR_GET_NAME, before, 0, 0, 0);
+#endif
+    out.ranks = 3;
+    checked = 0;
+    CHECK_OK(llmpar_launch(&desc, look, &out, &error));
+    CHECK_INT(error.status, LLMPAR_OK);
+    CHECK_INT(checked, 3);
+    for (int r = 0; r < 3; r++) {
+        CHECK(!pthread_equal(out.thread[r], pthread_self()));
+        snprintf(name, sizeof name, "r%d", r);
+#if defined(__linux__)
+        CHECK(!strcmp(out.name[r], name));
+#endif
+    }
+    memset(&desc, 0, sizeof desc); /* a zero desc is one rank, on this thread, whose name stays */
+    out.ranks = 1;
+    CHECK_OK(llmpar_launch(&desc, look, &out, NULL));
+    CHECK(pthread_equal(out.thread[0], pthread_self()));
+    CHECK(!strcmp(out.name[0], before));
+    CHECK_OK(llmpar_launch(NULL, look, &out, NULL));
+}
+
+static llmpar_status fails(llmpar_ctx *ctx, void *user)
+{
+    int how = *(int *)user;
+    llmpar_status st;
+    llmpar_mesh *mesh = NULL;
+    llmpar_mesh_desc desc = { .tp = ctx->world };
+    if (how == 4) return LLMPAR_ERR_PEER; /* nobody has failed before: no such thing */
+    if (how == 3) CHECK_OK(llmpar_mesh_create(ctx, &desc, &mesh));
+    if (ctx->rank == ctx->world - 1) {
+        llmpar_mesh_destroy(mesh);
+        if (how == 1) return LLMPAR_ERR_FORMAT;
+        return llmpar_fail(ctx, LLMPAR_ERR_IO, "cannot read %s", "x.bin");
+    }
+    st = llmpar_comm_barrier(ctx->comm, NULL, "wait");
+    if (ctx->world > 1) CHECK_INT(st, LLMPAR_ERR_PEER);
+    CHECK_TEXT(llmpar_last_error(ctx), "barrier \"wait\" on world: rank");
+    if (how == 3) CHECK_TEXT(llmpar_last_error(ctx), "(tp=2)");
+    if (how == 3) CHECK(strstr(ctx->error.where, "tp=") != NULL);
+    CHECK_INT(ctx->error.rank, ctx->rank);
+    llmpar_mesh_destroy(mesh);
+    return how == 2 ? LLMPAR_OK : st; /* 2: it does not care */
+}
+
+TEST(root_error)
+{
+    llmpar_error error;
+    int how;
+    for (int ranks = 1; ranks <= 3; ranks += 2)
+        for (how = 0; how < 4; how++) {
+            llmpar_launch_desc desc = { .ranks = ranks, .check = no_leak };
+            checked = 0;
+            memset(&error, 0x5a, sizeof error); /* need not be initialised */
+            CHECK_STATUS(llmpar_launch(&desc, fails, &how, &error), how == 1 ? LLMPAR_ERR_FORMAT : LLMPAR_ERR_IO);
+            CHECK_INT(checked, ranks);
+            CHECK_INT(error.rank, ranks - 1);
+            CHECK_TEXT(error.text, how == 1 ? "malformed input" : "cannot read x.bin");
+            CHECK(!strcmp(error.where, how == 3 && ranks == 3 ? "tp=2" : ""));
+        }
+    how = 4;
+    llmpar_launch_desc desc = { .ranks = 2 };
+    CHECK_STATUS(llmpar_launch(&desc, fails, &how, &error), LLMPAR_ERR_INTERNAL);
+    CHECK_TEXT(error.text, "without a text");
+}
+
+static llmpar_status nothing(llmpar_ctx *ctx, void *user)
+{
+    (void)ctx;
+    if (user) ++*(int *)user;
+    return LLMPAR_OK;
+}
+
+TEST(bad_descs)
+{
+    llmpar_error error;
+    int called = 0;
+    llmpar_launch_desc desc = { .ranks = -1 };
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "ranks = -1");
+    desc.ranks = 1 << 30;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    desc.ranks = 2;
+    desc.threads = -3;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "threads = -3");
+    desc.threads = 0;
+    desc.deadline = -1;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "deadline = -1");
+    desc.deadline = 0;
+    desc.cpu = "avx3";
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_CONFIG);
+    CHECK_TEXT(error.text, "cpu \"avx3\" is not a dispatch level (portable, avx2, avx512");
+    CHECK_STATUS(llmpar_launch(&desc, NULL, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_INT(called, 0);
+    desc.cpu = NULL;
+    char before[64] = "";
+    if (getenv("LLMPAR_CPU")) snprintf(before, sizeof before, "%s", getenv("LLMPAR_CPU"));
+    setenv("LLMPAR_CPU", "fast", 1);
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_CONFIG);
+    CHECK_TEXT(error.text, "LLMPAR_CPU \"fast\"");
+    desc.ranks = 1;
+    desc.cpu = "portable"; /* the desc wins */
+    CHECK_OK(llmpar_launch(&desc, nothing, &called, &error));
+    CHECK_INT(called, 1);
+    if (before[0]) setenv("LLMPAR_CPU", before, 1);
+    else unsetenv("LLMPAR_CPU");
+}
+
+/* Hooks that count, and that give out at a chosen allocation of the whole job. */
+typedef struct counting { int64_t live, calls, fail_at; } counting;
+static void *counting_alloc(void *user, size_t bytes)
+{
+    counting *c = (counting *)user;
+    int64_t call = __atomic_add_fetch(&c->calls, 1, __ATOMIC_SEQ_CST);
+    if (c->fail_at && call >= c->fail_at) return NULL;
+    void *memory = malloc(bytes);
+    if (memory) __atomic_add_fetch(&c->live, (int64_t)bytes, __ATOMIC_SEQ_CST);
+    return memory;
+}
+static void counting_free(void *user, void *memory, size_t bytes)
+{
+    __atomic_sub_fetch(&((counting *)user)->live, (int64_t)bytes, __ATOMIC_SEQ_CST);
+    free(memory);
+}
+
+static llmpar_status meshes(llmpar_ctx *ctx, void *user)
+{
+    llmpar_mesh *mesh = NULL;
+    llmpar_mesh_desc desc = { .dp_shard = ctx->world / 2, .tp = 2 };
+    (void)user;
+    llmpar_status st = llmpar_mesh_create(ctx, &desc, &mesh);
+    if (!st) st = llmpar_comm_barrier(mesh->dp, NULL, "b");
+    llmpar_mesh_destroy(mesh);
+    return st;
+}
+
+TEST(allocator_hooks)
+{
+    counting c = { 0, 0, 0 };
+    llmpar_allocator allocator = { counting_alloc, counting_free, &c };
+    llmpar_launch_desc desc = { .ranks = 4, .allocator = &allocator };
+    llmpar_error error;
+    CHECK_OK(llmpar_launch(&desc, meshes, NULL, &error));
+    CHECK(c.calls > 20);
+    CHECK_INT(c.live, 0);
+    int64_t needed = c.calls;
+    for (int64_t fail_at = 1; fail_at < needed; fail_at += 1 + fail_at / 12) {
+        c.calls = 0;
+        c.fail_at = fail_at;
+        llmpar_status st = llmpar_launch(&desc, meshes, NULL, &error);
+        CHECK_INT(st, LLMPAR_ERR_MEMORY);
+        CHECK(error.text[0] != 0);
+        CHECK_INT(c.live, 0);
+    }
+}
+
+#if defined(__x86_64__)
+static llmpar_status denormals(llmpar_ctx *ctx, void *user)
+{
+    volatile float tiny = 1e-39f, half = 0.5f;
+    (void)user;
+    CHECK(tiny * half > 0);
+    CHECK_INT(__builtin_ia32_stmxcsr() & 0xe040u, 0);
+    float x = 1e-39f, y = 0;
+    llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_F32, .tag = "tiny" };
+    CHECK_OK(llmpar_all_reduce(ctx->comm, NULL, &call));
+    CHECK(y > 0);
+    return LLMPAR_OK;
+}
+TEST(float_state)
+{
+    unsigned before = __builtin_ia32_stmxcsr(), odd = before | 0x8040u | 0x4000u; /* flush to zero, denormals are zero, round up */
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        llmpar_launch_desc desc = { .ranks = ranks };
+        __builtin_ia32_ldmxcsr(odd);
+        CHECK_OK(llmpar_launch(&desc, denormals, NULL, NULL));
+        CHECK_INT(__builtin_ia32_stmxcsr() & 0xe040u, odd & 0xe040u);
+        __builtin_ia32_ldmxcsr(before);
+    }
+}
+#else
+TEST(float_state) { TEST_SKIP("x86-64 only"); }
+#endif
+
+static void keep_line(void *user, int rank, llmpar_log_level level, const char *line)
+{
+    snprintf((char *)user, 256, "%d %d %s", rank, (int)level, line);
+}
+static llmpar_status logs(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    llmpar_log(ctx, LLMPAR_LOG_WARNING, "x = %d", 5);
+    return LLMPAR_OK;
+}
+TEST(log_sink)
+{
+    char line[256] = "";
+    llmpar_launch_desc desc = { .log = keep_line, .log_user = line };
+    CHECK_OK(llmpar_launch(&desc, logs, NULL, NULL));
+    CHECK(!strcmp(line, "0 2 x = 5"));
+}
+
+/* A rank starts ranks of its own. */
+static llmpar_status nested(llmpar_ctx *ctx, void *user)
+{
+    llmpar_launch_desc desc = { .ranks = 2 };
+    llmpar_error error;
+    CHECK_OK(llmpar_launch(&desc, nothing, NULL, &error));
+    (void)user;
+    return llmpar_comm_barrier(ctx->comm, NULL, "after");
+}
+TEST(nested_launch)
+{
+    llmpar_launch_desc desc = { .ranks = 2 };
+    CHECK_OK(llmpar_launch(&desc, nested, NULL, NULL));
+}
+
+TEST_LIST(T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
