@@ -1,0 +1,135 @@
+#include "run/trainer.h"
+#include "run/trainer_internal.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Metrics to stdout; progress in place on stderr, if that is a terminal. */
+static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *line)
+{
+    (void)user;
+    int terminal = isatty(2);
+    if (kind == LLMPAR_SINK_METRICS) {
+        if (terminal) fputs("\r\033[K", stderr);
+        printf("%s\n", line);
+        fflush(stdout);
+    } else if (terminal) {
+        fprintf(stderr, "\r\033[K%s", line);
+        fflush(stderr);
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
+{
+    if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
+    if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
+    t->log = fopen(t->desc.log, "w");
+    return t->log ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
+{
+    if (t->progress) t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, "");
+    if (t->log) fclose((FILE *)t->log); /* every line was flushed and checked when written */
+    t->log = NULL;
+    t->progress = 0;
+}
+
+static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
+{
+    FILE *file = (FILE *)t->log;
+    llmpar_arena_usage usage;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
+    fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
+    for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
+    fprintf(file, "\"total\":%llu}}\n", (unsigned long long)usage.peak_total);
+    if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const llmpar_step *step)
+{
+    char line[256];
+    if (t->ctx->rank) return LLMPAR_OK;
+    double gib = (double)step->memory / (1024.0 * 1024.0 * 1024.0), percent = 100.0 * step->mfu;
+    long long tps = (long long)(step->tokens_per_second + 0.5);
+    if (t->desc.log_every > 0 && (step->step == 1 || step->step % t->desc.log_every == 0)) {
+        snprintf(line, sizeof line, "step: %5lld  loss: %8.5f  grad_norm: %8.4f  memory: %6.3fGiB  tps: %lld  tflops: %.4f  mfu: %.2f%%", (long long)step->step, step->loss, step->grad_norm, gib, tps, step->tflops, percent);
+        t->desc.sink(t->desc.sink_user, LLMPAR_SINK_METRICS, line);
+    }
+    if (t->desc.log_every > 0) {
+        if (t->desc.total_steps > 0) {
+            int64_t left = t->desc.total_steps - step->step;
+            snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  %lld tokens/s  %.0f s left", (long long)step->step, (long long)t->desc.total_steps, step->loss, tps, (double)(left > 0 ? left : 0) * step->seconds);
+        } else {
+            snprintf(line, sizeof line, "step %lld  loss %.4f  %lld tokens/s", (long long)step->step, step->loss, tps);
+        }
+        t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, line);
+        t->progress = 1;
+    }
+    return t->log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
+}
+
+/* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
+{
+    enum { SIDE = 384, TRIES = 4 };
+    llmpar_ctx *ctx = t->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    void *data = NULL, *workspace = NULL, *rate = NULL;
+    size_t size = llmpar_dtype_size(t->desc.dtype), matrix = (size_t)SIDE * SIDE * size;
+    memset(&args, 0, sizeof args);
+    memset(&segment, 0, sizeof segment);
+    segment.k = segment.lda = segment.ldb = SIDE;
+    args.m = args.n = args.ldc = SIDE;
+    args.segments = &segment;
+    args.segment_count = args.pieces = 1;
+    args.kind = LLMPAR_GEMM_NT;
+    args.dtype = t->desc.dtype;
+    args.workspace_bytes = device->gemm_workspace(device, &args);
+    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
+    if (!status) status = device->zero(device, t->stream, data, 3 * matrix);
+    segment.a = data;
+    segment.b = (char *)data + matrix;
+    args.c = (char *)data + 2 * matrix;
+    args.workspace = workspace;
+    double best = 0;
+    for (int i = 0; i < TRIES && !status; i++) {
+        status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
+        double begin = llmpar__run_seconds();
+        if (!status) status = device->gemm(device, t->stream, &args);
+        if (!status) status = device->synchronize(device, t->stream);
+        double flops = 2.0 * SIDE * SIDE * SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        if (i > 0 && flops > best) best = flops; /* the first one warms up */
+    }
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = rate;
+    call.count = 1;
+    call.dtype = LLMPAR_F64;
+    call.tag = "peak";
+    if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
+    if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
+    if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
+    if (!status) status = device->synchronize(device, t->stream);
+    llmpar_arena_free(arena, rate);
+    llmpar_arena_free(arena, workspace);
+    llmpar_arena_free(arena, data);
+    llmpar_arena_reset_peaks(arena);
+    return status;
+}

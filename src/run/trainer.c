@@ -1,0 +1,146 @@
+#include "run/trainer.h"
+#include "run/trainer_internal.h"
+
+#include <string.h>
+
+/* Index within the step of sequence j of micro-batch m on this data rank; docs/exact.md, "The batch":
+     sync     | m0: r0 r1 | m1: r0 r1 |      every micro-batch is reduced over the ranks
+     no_sync  | r0: m0 m1 | r1: m0 m1 |      every rank sums its own first */
+static int64_t llmpar__trainer_index(const llmpar_trainer *t, int32_t m, int64_t j)
+{
+    int64_t ranks = t->mesh->dp_ranks, rank = t->mesh->dp_rank, part = t->desc.no_sync ? rank * t->desc.grad_accum + m : m * ranks + rank;
+    return part * t->local + j;
+}
+
+/* One sequence into ids and targets of a micro-batch; counts its targets. mask: a sequence that only fills up the batch. */
+static llmpar_status llmpar__trainer_sequence(llmpar_trainer *t, int64_t index, int held_out, int mask, int32_t *ids, int32_t *targets, int64_t *counted)
+{
+    llmpar_ctx *ctx = t->ctx;
+    int64_t length = t->desc.seq_len;
+    int32_t vocab = llmpar_llama_get_config(t->model)->vocab, *tokens = t->staging;
+    llmpar_status status = held_out ? llmpar_data_eval_sequence(&t->data, mask ? 0 : index, tokens) : t->desc.sequence(t->desc.sequence_user, index, tokens);
+    if (status) return llmpar_fail(ctx, status, "sequence %lld: the data source failed (%s)", (long long)index, llmpar_status_string(status));
+    for (int64_t i = 0; i <= length; i++) {
+        /* A negative token is a target that is not counted; as an input it stands for id 0. */
+        if (tokens[i] >= vocab) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "sequence %lld: token id %d at position %lld, expected at most %d", (long long)index, (int)tokens[i], (long long)i, (int)vocab - 1);
+        if (i < length) ids[i] = tokens[i] < 0 ? 0 : tokens[i];
+        if (i > 0) {
+            targets[i - 1] = mask || tokens[i] < 0 ? -1 : tokens[i];
+            *counted += targets[i - 1] >= 0;
+        }
+    }
+    return LLMPAR_OK;
+}
+
+/* All tokens of a step (first = global index of its first sequence), or of a group of held-out sequences below `limit`. */
+static llmpar_status llmpar__trainer_tokens(llmpar_trainer *t, int64_t first, int held_out, int64_t limit, int64_t *counted)
+{
+    llmpar_device *device = t->ctx->device;
+    int64_t length = t->desc.seq_len, rows = t->local * length;
+    int32_t *ids = t->staging + length + 1, *targets = ids + rows;
+    llmpar_status status = LLMPAR_OK;
+    *counted = 0;
+    for (int32_t m = 0; m < t->desc.grad_accum && !status; m++) {
+        for (int64_t j = 0; j < t->local && !status; j++) {
+            int64_t index = first + llmpar__trainer_index(t, m, j);
+            status = llmpar__trainer_sequence(t, index, held_out, held_out && index >= limit, ids + j * length, targets + j * length, counted);
+        }
+        if (!status) status = device->copy(device, t->stream, t->ids + m * rows, ids, (size_t)rows * sizeof *ids);
+        if (!status) status = device->copy(device, t->stream, t->targets + m * rows, targets, (size_t)rows * sizeof *ids);
+        if (!status) status = device->synchronize(device, t->stream);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int32_t unit, const void *shard)
+{
+    (void)fsdp;
+    return llmpar_tensor_file_write(((llmpar_trainer *)user)->gradient_file, unit, shard);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
+{
+    if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    llmpar_heap_free(&t->ctx->heap, t->gradients);
+    t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
+    return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+}
+
+static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
+{
+    llmpar_arena_usage usage;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
+    double positions = (double)t->desc.batch * (double)t->desc.seq_len;
+    out->tokens_per_second = out->seconds > 0 ? positions / out->seconds : 0;
+    out->tflops = out->tokens_per_second * llmpar_llama_flops_per_token(llmpar_llama_get_config(t->model), t->desc.seq_len) * 1e-12;
+    out->mfu = t->peak_flops > 0 ? out->tflops * 1e12 / t->peak_flops : 0;
+    out->memory = usage.peak_total;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out)
+{
+    llmpar_step step;
+    llmpar_run run;
+    memset(&step, 0, sizeof step);
+    memset(&run, 0, sizeof run);
+    if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    double begin = llmpar__run_seconds();
+    step.step = t->steps + 1;
+    step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
+    llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
+    if (!status && t->gradients) status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+    if (status) return status;
+    run.micro = t->micro;
+    run.optimizer = llmpar_adamw_optimizer(t->adamw);
+    if (t->gradient_file) {
+        run.on_gradient = llmpar__trainer_gradient;
+        run.on_gradient_user = t;
+    }
+    llmpar_adamw_set_lr(t->adamw, step.lr);
+    status = llmpar_fsdp_run(t->fsdp, t->train->list, t->train->count, &run);
+    if (status == LLMPAR_ERR_NONFINITE) {
+        llmpar_error first = t->ctx->error; /* the step's number goes in front */
+        llmpar_error_clear(&t->ctx->error);
+        memcpy(t->ctx->error.where, first.where, sizeof first.where);
+        llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
+    }
+    if (t->gradient_file) {
+        if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
+        else llmpar_tensor_file_abandon(t->gradient_file);
+        t->gradient_file = NULL;
+        llmpar_heap_free(&t->ctx->heap, t->gradients);
+        t->gradients = NULL;
+    }
+    if (status) return status;
+    t->steps++;
+    step.tokens = run.global_tokens;
+    step.loss = run.loss;
+    step.grad_norm = run.grad_norm;
+    step.skipped = run.skipped;
+    step.seconds = llmpar__run_seconds() - begin;
+    llmpar__trainer_rates(t, &step);
+    if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
+    if (out) *out = step;
+    return llmpar__metrics_step(t, &step);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
+{
+    *loss = 0;
+    if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
+    int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
+    double sum = 0;
+    llmpar_status status = LLMPAR_OK;
+    /* Groups as large as a training batch; the last one is filled up with sequences that do not count. */
+    for (int64_t first = 0; first < limit && !status; first += t->desc.batch) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        status = llmpar__trainer_tokens(t, first, 1, limit, &run.tokens);
+        run.micro = t->micro;
+        if (!status) status = llmpar_fsdp_run(t->fsdp, t->eval->list, t->eval->count, &run);
+        sum += run.loss * (double)run.global_tokens;
+        tokens += run.global_tokens;
+    }
+    if (!status) *loss = sum / (double)tokens;
+    return status;
+}
