@@ -431,5 +431,46 @@ TEST(reads_a_real_config)
     CHECK_INT(heap.live, 0);
 }
 
+/* config.json as transformers 5 writes it (rope_parameters), its frequencies in float64, and its number of weights: tests/golden/README.md. */
+TEST(reads_what_transformers_writes)
+{
+    static const char *const names[] = { "llama3_untied", "linear_tied" };
+    int k;
+    for (k = 0; k < 2; k++) {
+        char path[256], *text;
+        size_t length;
+        llmpar_llama_config c;
+        llmpar_json *root = NULL;
+        const llmpar_json *value;
+        llmpar_safetensors *file = NULL;
+        double out[64];
+        int64_t elements, total = 0;
+        int i = 0;
+        snprintf(path, sizeof path, "tests/golden/%s/config.json", names[k]);
+        text = read_file(path, &length);
+        llmpar_error_clear(&err);
+        if (llmpar_llama_config_parse(ready(), text, length, path, &c, &err)) TEST_FAIL("%s", err.text);
+        free(text);
+        CHECK_INT(c.rope_scaling.kind, k ? LLMPAR_ROPE_LINEAR : LLMPAR_ROPE_LLAMA3); CHECK_INT(c.tied, k); CHECK_INT(c.head_dim, k ? 6 : 8);
+        snprintf(path, sizeof path, "tests/golden/%s/expected.json", names[k]);
+        text = read_file(path, &length);
+        CHECK_OK(llmpar_json_parse(ready(), text, length, NULL, &root, NULL));
+        llmpar_rope_inv_freq(&c, out);
+        for (value = llmpar_json_get(root, "inv_freq")->child; value; value = value->next, i++) CHECK_NEAR(out[i], value->number, 1e-14 * value->number);
+        CHECK_INT(i, c.head_dim / 2);
+        llmpar_json_destroy(&heap, root);
+        free(text);
+        snprintf(path, sizeof path, "tests/golden/%s/model.safetensors", names[k]);
+        CHECK_OK(llmpar_safetensors_open(ready(), path, &file, NULL));
+        for (i = 0; file && i < file->count; i++) {
+            CHECK(llmpar_extent_product(file->tensor[i].shape, file->tensor[i].dims, &elements));
+            total += elements;
+        }
+        llmpar_safetensors_close(file);
+        CHECK_INT(llmpar_llama_param_count(&c), total);
+    }
+    CHECK_INT(heap.live, 0);
+}
+
 TEST_LIST(T_(presets), T_(counts), T_(reads_fields_and_defaults), T_(reads_rope), T_(refuses), T_(refuses_wrong_documents), T_(out_of_memory), T_(checks_structs),
-          T_(writes_what_it_reads), T_(rope_frequencies), T_(rope_tables_are_exact), T_(rope_as_transformers_prints_it), T_(reads_a_real_config))
+          T_(writes_what_it_reads), T_(rope_frequencies), T_(rope_tables_are_exact), T_(rope_as_transformers_prints_it), T_(reads_a_real_config), T_(reads_what_transformers_writes))
