@@ -16,7 +16,7 @@ LLMPAR_API void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
 LLMPAR_API void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact_sum *other);
 /* Normalises limbs to 32 bits; the value is unchanged. */
 LLMPAR_API void llmpar_exact_sum_carry(llmpar_exact_sum *sum);
-/* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give. Does not change *sum. */
+/* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give; an empty or zero sum is +0. Does not change *sum. */
 LLMPAR_API double llmpar_exact_sum_value(const llmpar_exact_sum *sum);
 
 #endif

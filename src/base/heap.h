@@ -5,7 +5,8 @@
 #include "base/status.h"
 
 /* User hooks. alloc returns memory aligned to at least 16 bytes or NULL; free gets the size that was asked for.
-   Both are called from the rank's own thread only. Zero-initialised = malloc/free. */
+   Both are called from the rank's own thread only. Zero-initialised = malloc/free;
+   alloc without free = nothing is given back (a region that goes as a whole). */
 typedef struct llmpar_allocator {
     void *(*alloc)(void *user, size_t bytes);
     void (*free)(void *user, void *memory, size_t bytes);
@@ -18,7 +19,7 @@ typedef struct llmpar_heap {
     uint64_t live;              /* bytes now allocated (as requested) */
     uint64_t peak;              /* largest `live` so far */
     uint64_t calls;             /* successful allocations so far */
-    uint64_t fail_at;           /* test hook: the fail_at-th allocation (1 = next when calls is 0) returns NULL; 0 = never */
+    uint64_t fail_at;           /* test hook: the fail_at-th allocation (1 = next when calls is 0) and all later ones return NULL; 0 = never */
 } llmpar_heap;
 
 /* allocator may be NULL (malloc/free). Cannot fail. */
