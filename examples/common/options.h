@@ -1,0 +1,85 @@
+/* options: what the example programs share on their command lines: checked numbers, one clear line on stderr, exit code 2 for
+   a wrong command line and 1 for what went wrong later. */
+#ifndef EXAMPLES_OPTIONS_H
+#define EXAMPLES_OPTIONS_H
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Prints the line, returns 2. */
+__attribute__((format(printf, 1, 2), unused)) static int option_error(const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    vfprintf(stderr, format, list);
+    va_end(list);
+    fputc('\n', stderr);
+    return 2;
+}
+
+/* 0, or 2 with the line printed: value, expectation. */
+__attribute__((unused)) static int option_long(const char *name, const char *text, long low, long high, long *out)
+{
+    char *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || errno || value < low || value > high) return option_error("%s \"%s\": expected a whole number %ld .. %ld", name, text, low, high);
+    *out = value;
+    return 0;
+}
+
+__attribute__((unused)) static int option_seed(const char *name, const char *text, unsigned long *out)
+{
+    char *end;
+    errno = 0;
+    unsigned long value = strtoul(text, &end, 10);
+    if (end == text || *end || errno || *text == '-') return option_error("%s \"%s\": expected a whole number 0 .. 18446744073709551615", name, text);
+    *out = value;
+    return 0;
+}
+
+__attribute__((unused)) static int option_double(const char *name, const char *text, double low, double high, double *out)
+{
+    char *end;
+    errno = 0;
+    double value = strtod(text, &end);
+    if (end == text || *end || errno || !(value >= low && value <= high)) return option_error("%s \"%s\": expected a number %g .. %g", name, text, low, high);
+    *out = value;
+    return 0;
+}
+
+/* One of `count` words; *out gets its index. */
+__attribute__((unused)) static int option_word(const char *name, const char *text, const char *const *words, int count, int *out)
+{
+    char list[256] = "";
+    for (int i = 0; i < count; i++) {
+        if (!strcmp(text, words[i])) {
+            *out = i;
+            return 0;
+        }
+        snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "", words[i]);
+    }
+    return option_error("%s \"%s\": expected one of %s", name, text, list);
+}
+
+#ifdef LLMPAR_H
+/* The root error is printed once, by main: rank threads stay quiet. */
+__attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_level level, const char *line)
+{
+    (void)user;
+    if (level == LLMPAR_LOG_WARNING && rank == 0) fprintf(stderr, "warning: %s\n", line);
+}
+
+/* "train_llama: rank 3 (dp_shard=1 tp=1): ..."; returns 1. */
+__attribute__((unused)) static int print_error(const char *program, const llmpar_error *error)
+{
+    if (error->rank >= 0 && error->where[0]) fprintf(stderr, "%s: rank %d (%s): %s\n", program, (int)error->rank, error->where, error->text);
+    else fprintf(stderr, "%s: %s\n", program, error->text);
+    return 1;
+}
+#endif
+
+#endif

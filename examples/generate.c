@@ -1,0 +1,165 @@
+/* generate: text from a Hugging Face directory, with a KV cache under tensor parallelism. Every tp prints the same ids.
+
+   cc -O3 -I. examples/generate.c -o build/generate -lpthread -lm       (or: make build/generate)
+   build/generate --model DIR --tp 2 --prompt-ids 1 --tokens 200 --ids
+   build/generate --model out --prompt "ROMEO:" --temperature 0.8 --top-p 0.95 --seed 1   (models over bytes, vocabulary 256) */
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+
+#include <ctype.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/options.h"
+
+typedef struct settings {
+    const char *model, *prompt, *prompt_ids;
+    int32_t *ids, prompt_count;
+    long tp, tokens, threads;
+    unsigned long seed;
+    double temperature, top_p;
+    int print_ids, bytes;
+} settings;
+
+static void usage(void)
+{
+    puts("usage: generate --model DIR (--prompt TEXT | --prompt-ids 1,2,3) [options]\n"
+         "  --model DIR         Hugging Face directory (config.json, model.safetensors)\n"
+         "  --prompt TEXT       prompt; its bytes are the tokens, for models with vocabulary 256\n"
+         "  --prompt-ids LIST   prompt as token ids, comma-separated\n"
+         "  --tokens N          tokens to generate at most (default 128)\n"
+         "  --temperature X     0 = greedy (default 0)\n"
+         "  --top-p X           nucleus sampling, 0 < X <= 1 (default 1: off)\n"
+         "  --seed N            of sampling (default 0)\n"
+         "  --tp N              tensor-parallel ranks (default 1)\n"
+         "  --threads N         workers inside a rank (default 1)\n"
+         "  --ids               print prompt and generated ids on one line instead of text\n"
+         "  --help");
+}
+
+/* Ends at an eos id of the config in text mode; with --ids exactly --tokens ids are wanted. */
+static llmpar_status on_token(void *user, int32_t id)
+{
+    const settings *s = (const settings *)user;
+    if (s->print_ids) return LLMPAR_OK;
+    putchar(id < 256 ? id : '?');
+    fflush(stdout);
+    return LLMPAR_OK;
+}
+
+static llmpar_status generate(llmpar_ctx *ctx, void *user)
+{
+    const settings *s = (const settings *)user;
+    llmpar_mesh *mesh = NULL;
+    llmpar_llama *model = NULL;
+    llmpar_trainer *trainer = NULL;
+    llmpar_llama_config config;
+    llmpar_mesh_desc mesh_desc;
+    llmpar_llama_desc model_desc;
+    llmpar_trainer_desc trainer_desc;
+    llmpar_generate_desc desc;
+    int32_t *ids = NULL, count = 0;
+    memset(&mesh_desc, 0, sizeof mesh_desc);
+    memset(&model_desc, 0, sizeof model_desc);
+    memset(&trainer_desc, 0, sizeof trainer_desc);
+    memset(&desc, 0, sizeof desc);
+    mesh_desc.tp = (int32_t)s->tp;
+    model_desc.config = &config;
+    trainer_desc.seq_len = s->prompt_count + s->tokens;
+    llmpar_status status = llmpar_hf_config(ctx, s->model, &config);
+    if (!status && s->bytes && config.vocab != 256) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "--prompt needs a model over bytes (vocabulary 256), %s has %d: use --prompt-ids", s->model, (int)config.vocab);
+    if (!status && trainer_desc.seq_len > config.max_positions)
+        status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "prompt of %d ids + %ld tokens is more than the model's max_position_embeddings = %d", (int)s->prompt_count, s->tokens, (int)config.max_positions);
+    if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
+    if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
+    if (!status) status = llmpar_parallelize(mesh, model, &trainer_desc, &trainer);
+    if (!status) status = llmpar_load_hf(trainer, s->model);
+    if (!status && !(ids = (int32_t *)malloc((size_t)s->tokens * sizeof *ids))) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory");
+    desc.prompt = s->ids;
+    desc.prompt_count = s->prompt_count;
+    desc.tokens = (int32_t)s->tokens;
+    desc.temperature = s->temperature;
+    desc.top_p = s->top_p;
+    desc.seed = s->seed;
+    desc.stop_at_eos = !s->print_ids;
+    desc.user = (void *)s;
+    if (ctx->rank == 0) desc.on_token = on_token;
+    if (!status && ctx->rank == 0 && s->prompt && !s->print_ids) printf("%s", s->prompt);
+    if (!status) status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids, &count);
+    if (!status && ctx->rank == 0 && s->print_ids)
+        for (int32_t i = 0; i < s->prompt_count + count; i++) printf("%s%d", i ? " " : "", (int)(i < s->prompt_count ? s->ids[i] : ids[i - s->prompt_count]));
+    if (!status && ctx->rank == 0) printf("\n");
+    free(ids);
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(model);
+    llmpar_mesh_destroy(mesh);
+    return status;
+}
+
+/* The prompt as ids: bytes of the text, or the numbers of the list. */
+static int read_prompt(settings *s)
+{
+    size_t room = strlen(s->prompt ? s->prompt : s->prompt_ids) + 1;
+    s->ids = (int32_t *)malloc(room * sizeof *s->ids);
+    if (!s->ids) return option_error("out of memory");
+    if (s->prompt) {
+        for (const char *c = s->prompt; *c; c++) s->ids[s->prompt_count++] = (unsigned char)*c;
+        s->bytes = 1;
+    } else {
+        for (const char *c = s->prompt_ids;; c++) {
+            char *end;
+            long id = isdigit((unsigned char)*c) ? strtol(c, &end, 10) : -1;
+            if (id < 0 || id > INT32_MAX || (*end && *end != ',')) return option_error("--prompt-ids \"%s\": expected numbers 0 or more, separated by commas", s->prompt_ids);
+            s->ids[s->prompt_count++] = (int32_t)id;
+            c = end;
+            if (!*c) break;
+        }
+    }
+    return s->prompt_count ? 0 : option_error("the prompt is empty, expected at least one token");
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {{"model", 1, 0, 'm'}, {"prompt", 1, 0, 'p'}, {"prompt-ids", 1, 0, 'i'}, {"tokens", 1, 0, 'n'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'q'},
+                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"ids", 0, 0, 'I'},    {"help", 0, 0, 'h'},        {0, 0, 0, 0}};
+    settings s;
+    memset(&s, 0, sizeof s);
+    s.tokens = 128;
+    s.tp = s.threads = 1;
+    int bad = 0;
+    for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        switch (c) {
+        case 'm': s.model = optarg; break;
+        case 'p': s.prompt = optarg; break;
+        case 'i': s.prompt_ids = optarg; break;
+        case 'n': bad = option_long("--tokens", optarg, 1, 1 << 24, &s.tokens); break;
+        case 't': bad = option_double("--temperature", optarg, 0, 1000, &s.temperature); break;
+        case 'q': bad = option_double("--top-p", optarg, 1e-9, 1, &s.top_p); break;
+        case 's': bad = option_seed("--seed", optarg, &s.seed); break;
+        case 'T': bad = option_long("--tp", optarg, 1, 4096, &s.tp); break;
+        case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
+        case 'I': s.print_ids = 1; break;
+        case 'h': usage(); return 0;
+        default: bad = 2; /* getopt_long has said what */
+        }
+    }
+    if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
+    if (!bad && !s.model) bad = option_error("--model is missing, see --help");
+    if (!bad && !s.prompt == !s.prompt_ids) bad = option_error("expected exactly one of --prompt and --prompt-ids, see --help");
+    if (!bad) bad = read_prompt(&s);
+    if (bad) {
+        free(s.ids);
+        return 2;
+    }
+    llmpar_launch_desc launch;
+    llmpar_error error;
+    memset(&launch, 0, sizeof launch);
+    launch.ranks = (int32_t)s.tp;
+    launch.threads = (int32_t)s.threads;
+    launch.log = quiet_log;
+    llmpar_status status = llmpar_launch(&launch, generate, &s, &error);
+    free(s.ids);
+    return status ? print_error("generate", &error) : 0;
+}
