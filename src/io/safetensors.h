@@ -12,7 +12,7 @@ typedef struct llmpar_safetensor {
     llmpar_dtype dtype;
     int32_t dims;               /* <= 8 */
     int64_t shape[8];
-    size_t begin, bytes;        /* absolute position in the file */
+    size_t begin, bytes;        /* absolute position in the file; the format does not promise alignment: copy before use as numbers */
 } llmpar_safetensor;
 
 typedef struct llmpar_safetensors {
@@ -24,7 +24,8 @@ typedef struct llmpar_safetensors {
 } llmpar_safetensors;
 
 /* Maps and validates: header length <= 100,000,000 and inside the file, JSON with unique keys, known dtypes, shape product equal to the byte range, ranges that follow one another without
-   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position. Owned by the caller. Local. */
+   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more
+   than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. Owned by the caller. Local. */
 LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error);
 /* The same from memory (for fuzzing); data is borrowed. name for messages. */
 LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error);
