@@ -234,7 +234,8 @@ LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 
 
 /* User hooks. alloc returns memory aligned to at least 16 bytes or NULL; free gets the size that was asked for.
-   Both are called from the rank's own thread only. Zero-initialised = malloc/free. */
+   Both are called from the rank's own thread only. Zero-initialised = malloc/free;
+   alloc without free = nothing is given back (a region that goes as a whole). */
 typedef struct llmpar_allocator {
     void *(*alloc)(void *user, size_t bytes);
     void (*free)(void *user, void *memory, size_t bytes);
@@ -247,7 +248,7 @@ typedef struct llmpar_heap {
     uint64_t live;              /* bytes now allocated (as requested) */
     uint64_t peak;              /* largest `live` so far */
     uint64_t calls;             /* successful allocations so far */
-    uint64_t fail_at;           /* test hook: the fail_at-th allocation (1 = next when calls is 0) returns NULL; 0 = never */
+    uint64_t fail_at;           /* test hook: the fail_at-th allocation (1 = next when calls is 0) and all later ones return NULL; 0 = never */
 } llmpar_heap;
 
 /* allocator may be NULL (malloc/free). Cannot fail. */
@@ -335,8 +336,9 @@ LLMPAR_API float llmpar_exp_f32(float x);   /* <= 2 ulp; under -104 gives 0, ove
 LLMPAR_API float llmpar_log_f32(float x);   /* <= 2 ulp, subnormals included; 0 gives -inf, negative gives NaN */
 LLMPAR_API double llmpar_exp_f64(double x); /* <= 2 ulp */
 LLMPAR_API double llmpar_log_f64(double x); /* <= 2 ulp */
-LLMPAR_API double llmpar_pow_f64(double base, double exponent); /* base > 0; relative error <= 4e-15 for results in [1e-30, 1e30] */
-/* sine and cosine of x, |x| <= 1e9 (Cody-Waite with a three-part pi/2 and own polynomials): absolute error <= 2^-52. */
+LLMPAR_API double llmpar_pow_f64(double base, double exponent); /* base >= 0, else NaN; 0 and infinite arguments as IEEE pow; relative error <= 4e-15 for results in [1e-30, 1e30] */
+/* sine and cosine of x, |x| <= 1e9 (Cody-Waite with a three-part pi/2 and own polynomials): absolute error <= 2^-52.
+   Beyond 1e9, infinite or NaN: both NaN. */
 LLMPAR_API void llmpar_sincos_f64(double x, double *sine, double *cosine);
 LLMPAR_API double llmpar_sqrt_f64(double x); /* correctly rounded (IEEE) */
 LLMPAR_API float llmpar_sqrt_f32(float x);   /* correctly rounded (IEEE) */
@@ -362,7 +364,7 @@ LLMPAR_API void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
 LLMPAR_API void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact_sum *other);
 /* Normalises limbs to 32 bits; the value is unchanged. */
 LLMPAR_API void llmpar_exact_sum_carry(llmpar_exact_sum *sum);
-/* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give. Does not change *sum. */
+/* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give; an empty or zero sum is +0. Does not change *sum. */
 LLMPAR_API double llmpar_exact_sum_value(const llmpar_exact_sum *sum);
 
 #endif
@@ -378,13 +380,14 @@ typedef enum llmpar_rng_purpose { LLMPAR_RNG_INIT = 1, LLMPAR_RNG_SAMPLE = 2, LL
 /* The key of a stream; plain data. Made by llmpar_rng_key from (seed, purpose, name, step, sample). */
 typedef struct llmpar_rng { uint32_t key[2]; uint32_t counter_high[2]; } llmpar_rng;
 
-/* name may be NULL. Initialisation uses step = sample = 0 (docs/exact.md). */
+/* name may be NULL, which is the empty name. Initialisation uses step = sample = 0 (docs/exact.md). */
 LLMPAR_API llmpar_rng llmpar_rng_key(uint64_t seed, uint32_t purpose, const char *name, uint64_t step, uint64_t sample);
 /* The four 32-bit words at `position`. */
 LLMPAR_API void llmpar_rng_words(const llmpar_rng *rng, uint64_t position, uint32_t words[4]);
 /* Uniform in [0, 1) with 53 bits, element `index`. */
 LLMPAR_API double llmpar_rng_uniform(const llmpar_rng *rng, uint64_t index);
-/* Standard normal, element `index` (Box-Muller in f64 with own log and sincos). */
+/* Standard normal, element `index` (Box-Muller in f64 with own log and sincos). Made of the words of uniform(index) and its
+   neighbour: one stream serves one of the two. */
 LLMPAR_API double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index);
 /* out[i] = mean + stddev * normal(first + i) rounded to f32, i < count. */
 LLMPAR_API void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out);
@@ -422,7 +425,7 @@ typedef struct llmpar_json_desc {
 
 /* Parses exactly one value with optional white space around it. *out is owned by the caller, freed by llmpar_json_destroy with the same heap; NULL
    on error. desc may be NULL. Errors: LLMPAR_ERR_FORMAT "NAME: byte 17: expected ',' or '}', got 'x'"; LLMPAR_ERR_MEMORY. Memory is
-   bounded by a small multiple of `length`. */
+   bounded by 60 bytes a byte of text (90 if malformed), about 10 in usual texts. */
 LLMPAR_API llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error);
 LLMPAR_API void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root);
 /* Member by name (zero-terminated), or NULL. object may be NULL or no object: NULL. */
@@ -953,6 +956,478 @@ LLMPAR_API void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
 
 #endif
 
+/* Chapter: tp */
+/* ==== src/tp/tp.h ==== */
+/* tp: tensor parallelism over one mesh axis: column- and row-parallel linear layers, sequence-parallel gather and reduce, vocab-parallel select. Shoeybi et al. 2019 (Megatron), Korthikanti et al. 2022 (sequence parallel).
+   Every function enqueues on the stream it is given and works for one rank, where it is plain. Sums follow docs/exact.md: pieces of the sharded dim, balanced tree, collective.
+
+   Shapes: N = B*T rows of all tokens; Ns = B*(T/tp) rows with sequence parallel, else N. G grains (heads, rows of F, vocabulary ids) of `grain` elements are cut over tp by llmpar_piece_begin. */
+#ifndef LLMPAR_TP_H
+#define LLMPAR_TP_H
+
+
+typedef struct llmpar_tp {
+    llmpar_ctx *ctx;          /* borrowed */
+    llmpar_comm *comm;        /* borrowed; the tp axis */
+    llmpar_comm *kv;          /* owned; the ranks that hold the same kv head, NULL if replicas == 1 */
+    int32_t rank, ranks;
+    int32_t pieces;           /* of every sharded sum over the whole axis: canon where ranks divide it, else ranks */
+    int32_t replicas;         /* ranks per kv head: max(1, tp / K) */
+    int32_t sequence_parallel;
+} llmpar_tp;
+
+/* canon: power of two, 0 = 8. kv_heads K: K % tp == 0 or tp % K == 0, else LLMPAR_ERR_MESH. Collective over comm. */
+LLMPAR_API llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out);
+LLMPAR_API void llmpar_tp_destroy(llmpar_tp *tp); /* a zeroed struct is fine; local */
+
+/* First grain of this rank, and number of grains it holds. Local. */
+LLMPAR_API int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains);
+LLMPAR_API int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains);
+
+/* One operand pair of a sum over a sharded dim: a[N, *] and b hold `count` grains of `grain` elements beginning at global grain `begin`; b is [D, *] (NT) or [*, D] (NN). stride: elements between rows.
+   owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
+typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; } llmpar_tp_operand;
+
+/* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN. */
+LLMPAR_API llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes);
+/* Workspace of llmpar_tp_partial for these extents; pointers in the operands are ignored. Local. */
+LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype);
+
+/* Column-parallel forward, and every other product that no mesh splits: out[m,n] = one chain over k. */
+LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out, int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
+LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
+
+/* Weight gradient dw[out_dim, in_dim] = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
+LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
+LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
+
+/* Sequence parallel: full[B,T,D] <- local[B,T/tp,D]. Not called without sequence parallel. */
+LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype);
+/* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial). One rank: copies unless equal. */
+LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype);
+/* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. dim * size of dtype is a multiple of 8. */
+LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
+
+#endif
+
+/* Chapter: fsdp */
+/* ==== src/fsdp/unit.h ==== */
+/* unit: what FSDP gathers at once: named tensors and callbacks. FSDP knows units, never a model, so anybody's network is a first-class client.
+
+   A step runs the units in order: forward 0..n-1, backward n-1..0. Unit u's output is unit u+1's input; the first unit reads the token ids of the micro-batch, the last one
+   computes the loss. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
+   tensor-parallel communication is planned, printed and overlapped like the rest. */
+#ifndef LLMPAR_UNIT_H
+#define LLMPAR_UNIT_H
+
+
+/* One parameter. name and everything in it are copied by llmpar_fsdp_create. */
+typedef struct llmpar_param {
+    const char *name;                 /* Hugging Face name, unique over all units */
+    int32_t dims;
+    int32_t no_decay;                 /* 1: weight decay does not apply (norms, biases) */
+    int64_t shape[LLMPAR_MAX_DIMS];   /* global */
+    llmpar_placement tp;              /* {0} = Replicate, or Shard(dim) on LLMPAR_AXIS_TP */
+    double init_std;                  /* normal(0, init_std), keyed by (seed, name, element); 0: the constant init_value */
+    double init_value;
+} llmpar_param;
+
+/* The part of the step's data that one micro-batch of this rank works on. B = batch sequences of T = t tokens. */
+typedef struct llmpar_micro {
+    int32_t index;                /* micro-batch number, 0.. */
+    int64_t batch, t;             /* local sequences, tokens each (global T) */
+    int64_t leaves;               /* leaves of the batch tree in this micro-batch (docs/exact.md); divides batch */
+    const int32_t *ids, *targets; /* [B,T] device memory; target < 0: not counted */
+    float grad_scale;             /* what dlogits are multiplied with: loss scale / unmasked tokens of the whole step */
+    int64_t *loss;                /* device, 72 limbs (base/exact_sum.h): the unit that has the loss adds its token losses here */
+    double *token_loss;           /* device [B,T] or NULL */
+} llmpar_micro;
+
+/* Bytes a unit needs for one micro-batch; filled by llmpar_unit.sizes. */
+typedef struct llmpar_unit_sizes {
+    size_t output;     /* activations handed to the next unit; 0 for the last */
+    size_t saved;      /* kept from forward to backward */
+    size_t scratch;    /* used inside one forward or backward */
+    size_t workspace;  /* passed to operations */
+} llmpar_unit_sizes;
+
+typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2 } llmpar_pass;
+
+/* Everything a callback sees. Pointers are device memory, valid until the last instruction of the pass has run. params[i] is the tp-local tensor i, row-major. */
+typedef struct llmpar_unit_call {
+    llmpar_ctx *ctx;
+    llmpar_device *device;
+    llmpar_stream *stream;              /* of the instruction that runs */
+    void *user;                         /* llmpar_unit.user */
+    const llmpar_micro *micro;
+    llmpar_pass pass;
+    llmpar_dtype dtype;                 /* of parameters, activations and gradients */
+    void *const *params;                /* [param_count] */
+    void *const *grads;                 /* backward: [param_count], each to be fully overwritten */
+    void *const *borrowed;              /* parameters of the borrowed unit, or NULL */
+    void *const *borrowed_grads;        /* backward: its gradients from this use, each to be fully overwritten */
+    const void *input;                  /* previous unit's output; NULL for the first */
+    void *output;                       /* forward */
+    const void *doutput;                /* backward: gradient of output; NULL for the last */
+    void *dinput;                       /* backward: gradient of input, to be fully overwritten; NULL for the first */
+    void *saved, *scratch, *workspace;
+    size_t workspace_bytes;
+} llmpar_unit_call;
+
+typedef enum llmpar_unit_op_kind { LLMPAR_COMPUTE = 0, LLMPAR_TP_GATHER = 1, LLMPAR_TP_REDUCE = 2 } llmpar_unit_op_kind;
+
+/* One instruction of a unit's forward or backward. wait = 1 + index of an earlier instruction of the same list that must be complete (0: none); instructions of one stream run in list order anyway. COMPUTE runs on the compute
+   stream, TP_* on the tp stream. */
+typedef struct llmpar_unit_op {
+    const char *name;                              /* "qkv + attention"; static text */
+    llmpar_status (*run)(llmpar_unit_call *call);  /* enqueues on call->stream */
+    llmpar_unit_op_kind kind;
+    int32_t wait[2];
+} llmpar_unit_op;
+
+typedef struct llmpar_unit {
+    const char *name;                 /* "layers.3" */
+    const llmpar_param *params;       /* borrowed until llmpar_fsdp_create returns */
+    int32_t param_count;
+    int32_t borrow;                   /* 1 + index of another unit whose parameters this one reads too (tied embeddings); 0: none */
+    const llmpar_unit_op *forward, *backward; /* borrowed as long as the fsdp object */
+    int32_t forward_count, backward_count;
+    /* Sizes for a micro-batch shape (micro's batch, t, leaves). Local. */
+    llmpar_status (*sizes)(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+    void *user;
+} llmpar_unit;
+
+#endif
+/* ==== src/fsdp/schedule.h ==== */
+/* schedule: what a step does, as data. A pure function turns (units, policy) into a list of instructions; validate.h proves it; the executor runs it. */
+#ifndef LLMPAR_SCHEDULE_H
+#define LLMPAR_SCHEDULE_H
+
+
+/* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard)
+   FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0
+   FORWARD u m         unit u on micro-batch m
+   BACKWARD u m        its gradients into buffer `slot`, and for a borrowed unit into buffer `from` of that unit's use 1 (local buffers; shard buffers where parameters are unsharded)
+   REDUCE u            local buffer `from` -> shard buffer `slot` (reduce-scatter over dp_shard); use: 0 own, 1 borrowed
+   REDUCE_REPLICA u    shard buffer `slot` summed over dp_replicate (all of dp in ZeRO-0)
+   ACCUMULATE u        buffer slot <- slot + from; from is released. `local`: local buffers, else shards; from_use: the use `from` belongs to
+   NORM u              exact square sum of shard buffer `slot`
+   SCALAR_REDUCE       pass 0: counted tokens of the step; pass 1: loss and norm over the world, then the host decides found_inf
+   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 */
+typedef enum llmpar_op { LLMPAR_OP_GATHER = 1, LLMPAR_OP_FREE, LLMPAR_OP_FORWARD, LLMPAR_OP_BACKWARD, LLMPAR_OP_REDUCE, LLMPAR_OP_REDUCE_REPLICA, LLMPAR_OP_ACCUMULATE, LLMPAR_OP_NORM, LLMPAR_OP_SCALAR_REDUCE, LLMPAR_OP_OPTIM } llmpar_op;
+typedef enum llmpar_stream_id { LLMPAR_STREAM_COMPUTE = 0, LLMPAR_STREAM_GATHER = 1, LLMPAR_STREAM_REDUCE = 2, LLMPAR_STREAM_TP = 3, LLMPAR_STREAM_COUNT = 4 } llmpar_stream_id;
+typedef enum llmpar_predicate { LLMPAR_ALWAYS = 0, LLMPAR_IF_FINITE = 1 } llmpar_predicate; /* IF_FINITE: found_inf == 0 */
+
+#define LLMPAR_WAITS 4
+#define LLMPAR_GRAD_SLOTS 24 /* log2(micro-batches) + 2 at most */
+
+typedef struct llmpar_instruction {
+    llmpar_op op;
+    int32_t unit, micro_batch;       /* -1 where it does not apply */
+    int32_t pass;                    /* llmpar_pass for FORWARD; 0/1 for SCALAR_REDUCE */
+    int32_t use;                     /* 0: the unit's own gradient; 1: gradient of the unit from the unit that borrows it */
+    int32_t slot, from, from_use;    /* gradient buffers; -1 none */
+    int32_t local;                   /* FREE, ACCUMULATE: the slots are local (whole) gradients, else shards */
+    llmpar_stream_id stream;
+    llmpar_predicate predicate;
+    int32_t wait_count, waits[LLMPAR_WAITS]; /* indices of earlier instructions on other streams that must be complete */
+} llmpar_instruction;
+
+/* What a schedule is made from. Zero is the default everywhere. */
+typedef struct llmpar_policy {
+    int32_t micro_batches;        /* default 1; a power of two for equal bits */
+    int32_t no_sync;              /* 0: reduce every micro-batch; 1: keep local gradients, reduce after the last */
+    int32_t prefetch;             /* units gathered ahead of their use; default 0 */
+    int32_t unsharded;            /* 1: parameters are whole on every rank (ZeRO-0, or dp_shard = 1): no GATHER, no FREE */
+    int32_t replicas;             /* ranks that hold the same shard; default 1: no REDUCE_REPLICA */
+    int32_t keep_after_forward;   /* 1: parameters stay gathered from first to last use of the step */
+    int32_t forward_only;         /* 1: evaluation */
+} llmpar_policy;
+
+typedef struct llmpar_schedule {
+    llmpar_instruction *list;     /* owned */
+    int32_t count, capacity, units;
+    llmpar_policy policy;
+    llmpar_heap *heap;            /* borrowed */
+} llmpar_schedule;
+
+/* Pure: depends on units' borrow fields, their number and the policy alone. LLMPAR_ERR_ARGUMENT for a policy out of range. Owned by the caller. Local. */
+LLMPAR_API llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error);
+LLMPAR_API void llmpar_schedule_destroy(llmpar_schedule *schedule); /* NULL is fine */
+/* One instruction a line: index, stream, op, operands, waits; a unit's own instructions once, where it first runs. Returns bytes needed without the NUL. Local. */
+LLMPAR_API size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, char *text, size_t capacity);
+LLMPAR_API const char *llmpar_op_name(llmpar_op op);
+
+/* Proves a list, whoever wrote it: operands in range; waits point back; nothing is used before it is gathered or after it is freed; every buffer that is read was written and every one written is consumed; every
+   unit runs forward before backward, each (unit, use, micro-batch) gradient reaches exactly one OPTIM through exactly one REDUCE; what another stream wrote or still reads is waited for.
+   LLMPAR_ERR_SCHEDULE names the instruction and the reason. heap: scratch. Local. */
+LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
+
+#endif
+/* ==== src/fsdp/fsdp.h ==== */
+/* fsdp: flat shards of units, and the executor that runs a schedule over them. It knows no model and no policy.
+
+    unit u, 3 parameters, dp_shard = 4:   | w_q ........ | w_k .. | w_o ...... |0|
+    flat shards:                          |  rank 0  |  rank 1  |  rank 2  |  rank 3  |
+
+   A unit's tp-local parameters lie one after the other in one flat buffer, each beginning at a multiple of 128 elements, cut evenly over dp_shard (shards are multiples of 128; padding is zero, in
+   no file and no norm). Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (FSDP). */
+#ifndef LLMPAR_FSDP_H
+#define LLMPAR_FSDP_H
+
+
+#define LLMPAR_FLAT_ALIGN 128
+
+typedef struct llmpar_fsdp llmpar_fsdp;
+
+typedef struct llmpar_fsdp_desc {
+    int32_t zero;              /* 0 is a meaning of its own, so: LLMPAR_ZERO_DEFAULT = ZeRO-3 */
+    llmpar_dtype dtype;        /* parameters, activations, gradients: F32 (default) or F64 */
+    uint64_t memory_limit;     /* arena limit in bytes, 0 = none */
+    uint64_t seed;             /* initialisation */
+} llmpar_fsdp_desc;
+#define LLMPAR_ZERO_DEFAULT 0
+#define LLMPAR_ZERO_0 1 /* DDP: whole parameters, gradients summed over dp */
+#define LLMPAR_ZERO_3 2 /* parameters, gradients and optimizer state sharded over dp_shard */
+
+/* The part of one parameter inside this rank's shard. */
+typedef struct llmpar_segment {
+    int32_t param;        /* index in the unit */
+    int32_t no_decay;
+    int32_t owner;        /* 1: this rank's copy counts in norms */
+    int64_t begin, count; /* elements of the shard */
+} llmpar_segment;
+
+/* What an OPTIM instruction hands to the optimizer. Buffers are shards of `elements` elements. */
+typedef struct llmpar_update {
+    int32_t unit;
+    llmpar_dtype dtype;
+    int64_t elements;
+    void *param;
+    const void *grad;
+    const llmpar_segment *segments;
+    int32_t segment_count;
+    double grad_scale;     /* from begin_step */
+    llmpar_stream *stream;
+} llmpar_update;
+
+/* The executor calls the optimizer through this table. */
+typedef struct llmpar_optimizer {
+    void *state;
+    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping). Local. */
+    llmpar_status (*begin_step)(void *state, double grad_norm, double *grad_scale);
+    llmpar_status (*update)(void *state, const llmpar_update *update);
+} llmpar_optimizer;
+
+/* One step's input and result. */
+typedef struct llmpar_run {
+    const llmpar_micro *micro;        /* [policy.micro_batches]; grad_scale and loss are filled in by the executor */
+    int64_t tokens;                   /* in: counted tokens of this rank (all its micro-batches) */
+    double loss_scale;                /* default 1 */
+    const llmpar_optimizer *optimizer;/* NULL: OPTIM only releases the gradient after on_gradient */
+    /* Called before OPTIM of each unit with its gradient shard (saving gradients in tests, looking); may be NULL. Collective. */
+    llmpar_status (*on_gradient)(void *user, llmpar_fsdp *fsdp, int32_t unit, const void *shard);
+    void *on_gradient_user;
+    /* out */
+    int64_t global_tokens;
+    double loss;                      /* mean over counted tokens of the step */
+    double grad_norm;                 /* 0 for forward-only */
+    int32_t skipped;                  /* 1: no token of the step counts (N = 0), so nothing was updated */
+} llmpar_run;
+
+/* Allocates the shards (initialised by seed and name; no rank ever holds a whole tensor) and streams. Borrows mesh; copies units' names and params; borrows their callbacks. Collective. */
+LLMPAR_API llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out);
+LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local */
+/* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
+   and parameters are unchanged. Collective. */
+LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
+
+/* policy.unsharded and replicas as this object needs them. Local. */
+LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
+LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
+LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit);
+LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);
+LLMPAR_API llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp);
+LLMPAR_API llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp);
+/* This rank's shard and the segments in it. Local. */
+LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
+/* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
+LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
+LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);
+/* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard needs a reshard. Collective over dp_shard. */
+LLMPAR_API llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params);
+LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
+/* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */
+LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *text, size_t capacity);
+
+#endif
+
+/* Chapter: optim */
+/* ==== src/optim/adamw.h ==== */
+/* adamw: AdamW (Loshchilov & Hutter 2019) on this rank's shards, behind fsdp's optimizer table; with the learning rate schedule and gradient clipping that go with it. */
+#ifndef LLMPAR_ADAMW_H
+#define LLMPAR_ADAMW_H
+
+
+/* Linear warm-up from 0 over `warmup` steps, then half a cosine from lr to lr_min at step `total` (Loshchilov & Hutter 2017), then lr_min. total 0: constant after warm-up.
+   step counts from 1. Pure. */
+LLMPAR_API double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step);
+/* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
+LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
+
+typedef struct llmpar_adamw_desc {
+    double beta1, beta2;   /* default 0.9, 0.95 */
+    double eps;            /* default 1e-8 */
+    double decay;          /* weight decay, not on parameters with no_decay; default 0.1; negative: none */
+    double clip;           /* global gradient norm; default 1.0; negative: off */
+} llmpar_adamw_desc;
+
+typedef struct llmpar_adamw llmpar_adamw;
+
+LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc);
+/* Zeroed moments for every shard, in the arena of fsdp (OPTIMIZER). Borrows fsdp. LLMPAR_ERR_ARGUMENT for values out of range. Local. */
+LLMPAR_API llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out);
+LLMPAR_API void llmpar_adamw_destroy(llmpar_adamw *adamw); /* NULL is fine; before the fsdp object; local */
+/* The table for llmpar_run; valid as long as adamw. Local. */
+LLMPAR_API const llmpar_optimizer *llmpar_adamw_optimizer(const llmpar_adamw *adamw);
+/* Learning rate of the coming update; its number is one more than updates so far. Local. */
+LLMPAR_API void llmpar_adamw_set_lr(llmpar_adamw *adamw, double lr);
+LLMPAR_API int64_t llmpar_adamw_steps(const llmpar_adamw *adamw);
+/* Shard-sized first and second moments of a unit, for checkpoints. Local. */
+LLMPAR_API void llmpar_adamw_moments(llmpar_adamw *adamw, int32_t unit, void **first, void **second);
+
+#endif
+
+/* Chapter: model */
+/* ==== src/model/config.h ==== */
+/* config: the shape of a Llama: presets, reading and writing a Hugging Face config.json, and what follows from the shape alone
+   (parameter count, FLOPs, RoPE tables). Plain data, all functions are local and pure. Shape letters: V vocab, D hidden, F intermediate, L layers, H heads, K kv heads, E head dim, T positions. */
+#ifndef LLMPAR_CONFIG_H
+#define LLMPAR_CONFIG_H
+
+
+typedef enum llmpar_rope_kind { LLMPAR_ROPE_NONE = 0, LLMPAR_ROPE_LINEAR = 1, LLMPAR_ROPE_LLAMA3 = 2 } llmpar_rope_kind;
+
+/* How RoPE frequencies are stretched to longer contexts (transformers: modeling_rope_utils). Unused fields are 0. */
+typedef struct llmpar_rope_scaling {
+    llmpar_rope_kind kind;
+    int32_t original_max_positions; /* llama3: the context of pre-training */
+    double factor;                  /* linear, llama3; >= 1 */
+    double low_freq_factor;         /* llama3 */
+    double high_freq_factor;        /* llama3; > low_freq_factor */
+} llmpar_rope_scaling;
+
+#define LLMPAR_MAX_EOS 8
+
+typedef struct llmpar_llama_config {
+    int32_t vocab;          /* V */
+    int32_t hidden;         /* D */
+    int32_t intermediate;   /* F */
+    int32_t layers;         /* L */
+    int32_t heads;          /* H query heads */
+    int32_t kv_heads;       /* K, divides H */
+    int32_t head_dim;       /* E, even; H * E may differ from D */
+    int32_t max_positions;  /* longest T the model was made for */
+    double rms_eps, rope_theta;
+    llmpar_rope_scaling rope_scaling;
+    int32_t tied;           /* 1: lm_head.weight is model.embed_tokens.weight */
+    int32_t bos_id;         /* -1: none */
+    int32_t eos_count;      /* 0: none */
+    int32_t eos_id[LLMPAR_MAX_EOS]; /* any of these ends a text */
+    double init_std;        /* standard deviation of initial weights */
+} llmpar_llama_config;
+
+/* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
+LLMPAR_API llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error);
+
+/* Reads a Hugging Face config.json: text[length], `name` for messages (NULL: "config.json"). Defaults are transformers' LlamaConfig's. A field that would change the
+   mathematics and is not supported is refused by name; other unknown fields are ignored. The result has passed llmpar_llama_config_check.
+   LLMPAR_ERR_FORMAT (no JSON), LLMPAR_ERR_CONFIG (a field's value), LLMPAR_ERR_UNSUPPORTED: field, value, expectation, byte position. */
+LLMPAR_API llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error);
+
+/* Everything a model takes for granted: positive sizes, K divides H, even E, finite positive reals, ids inside the vocabulary, and tensor
+   sizes and parameter bytes that fit. LLMPAR_ERR_CONFIG names the field. */
+LLMPAR_API llmpar_status llmpar_llama_config_check(const llmpar_llama_config *config, llmpar_error *error);
+
+/* A config.json that transformers loads and llmpar_llama_config_parse reads back to the same struct, bit for bit. Returns the bytes needed without the final NUL; writes
+   nothing past `capacity` (text may be NULL when capacity is 0). No dtype is written: transformers takes the weights' own. */
+LLMPAR_API size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity);
+
+/* All parameters, tied embeddings once. */
+LLMPAR_API int64_t llmpar_llama_param_count(const llmpar_llama_config *config);
+
+/* Forward and backward of one token: 6N + 12*L*H*E*T. N = parameters that multiply: all but the token embedding table, which is a look-up. Tied or
+   not, the output projection counts as V*D: its product is computed. (torchtitan leaves it out when tied; untied the counts agree.) No recomputation, no saving for causality. */
+LLMPAR_API double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len);
+
+/* out[E/2]: the angle a position adds in pair i (elements i and i + E/2), after scaling; computed in f64. */
+LLMPAR_API void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out);
+
+/* cosine, sine [positions, E/2] of position * inv_freq, from f64 and rounded once to dtype (LLMPAR_F32 or LLMPAR_F64). transformers computes inv_freq and
+   the angle in f32: its angle at position p is off by up to about p * 2^-23 rad, this one by p * 2^-52. LLMPAR_ERR_ARGUMENT: another dtype, negative
+   positions, or an angle beyond 1e9. Uses `heap` for E/2 doubles. */
+LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error);
+
+#endif
+/* ==== src/model/llama.h ==== */
+/* llama: a Llama 3 as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
+
+   One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
+     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
+   Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
+#ifndef LLMPAR_LLAMA_H
+#define LLMPAR_LLAMA_H
+
+
+typedef struct llmpar_llama llmpar_llama;
+
+/* Exactly one of preset and config. */
+typedef struct llmpar_llama_desc {
+    const char *preset;                 /* "tiny", "15m", "110m", "1b" */
+    const llmpar_llama_config *config;  /* copied */
+    uint64_t seed;                      /* initialisation; default 0 */
+} llmpar_llama_desc;
+
+/* The units exist from here on: embed, layers.0 .., head. Collective only in that all ranks give the same desc. */
+LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
+LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
+LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
+LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
+/* The units, owned by the model. Between create and the fsdp object a user may replace any unit's callbacks (after llmpar_llama_apply, which sets them). Local. */
+LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
+
+/* How the model meets a mesh. */
+typedef struct llmpar_llama_apply_desc {
+    int32_t canon;               /* pieces of every sum that tp may split; default 8 */
+    int32_t sequence_parallel;   /* 1: the residual stream is sharded over T between the linear layers */
+    llmpar_dtype dtype;          /* default F32 */
+    int64_t positions;           /* longest T; RoPE tables are made for it */
+} llmpar_llama_apply_desc;
+
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Once per model. */
+LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
+LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
+
+/* logits[count, V] (f32, host) of one sequence ids[count]: every rank gets all. Collective over the mesh of fsdp. */
+LLMPAR_API llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits);
+
+typedef struct llmpar_generate_desc {
+    const int32_t *prompt;    /* at least one id */
+    int32_t prompt_count;
+    int32_t tokens;           /* ids to generate at most; default 128 */
+    double temperature;       /* 0: greedy (the first of equal maxima) */
+    double top_p;             /* 0 or 1: off; else nucleus sampling (Holtzman et al. 2020) */
+    uint64_t seed;            /* of sampling */
+    int32_t stop_at_eos;      /* 1: ends after one of the config's eos ids */
+    llmpar_status (*on_token)(void *user, int32_t id); /* each generated id, on every rank; may be NULL */
+    void *user;
+} llmpar_generate_desc;
+
+/* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp. */
+LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
+
+#endif
+
 /* Chapter: io */
 /* ==== src/io/file.h ==== */
 /* file: the file primitives: mapped reads, atomic writes, directories. Errors name path, operation and errno text. */
@@ -1022,6 +1497,83 @@ LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 
 #endif
 
+/* Chapter: text */
+/* ==== src/text/data.h ==== */
+/* data: token sequences for training and evaluation out of one text. Plain data, no allocation; every function is local and pure, so ranks agree without talking.
+
+     tokens:  |---------------- training ----------------|-- held out (the end) --|
+     epoch 0:   .|--T--|--T--|--T--|--T--|--T--|--T--|--T--|..    the dots: a phase drawn per epoch
+     epoch 1:   ....|--T--|--T--|--T--|--T--|--T--|--T--|--T--|   (other cuts each epoch)
+
+   The order. A sequence is known by its global index g = step * B + i (i-th sequence of a step with B sequences over all ranks and micro-batches). The training part is cut
+   into S windows; epoch e = g / S starts its first window at phase(seed, e), and g mod S goes through a permutation keyed by (seed, e): every window once an epoch, in shuffled order.
+   Nothing else enters, so neither the mesh nor the number of micro-batches can change what a step sees. */
+#ifndef LLMPAR_DATA_H
+#define LLMPAR_DATA_H
+
+
+/* Fills tokens[T+1] of the training sequence `global_index` >= 0: T inputs, each followed by its target. Must be a pure function of the index. */
+typedef llmpar_status (*llmpar_sequence_fn)(void *user, int64_t global_index, int32_t *tokens);
+
+typedef struct llmpar_data_desc {
+    const void *bytes;   /* the text, borrowed as long as the llmpar_data is used; each byte is a token (vocabulary 256) */
+    size_t count;        /* bytes */
+    int64_t seq_len;     /* T >= 1 */
+    uint64_t seed;
+    double held_out;     /* share of the text at its end that is never trained on; default 0.05; below 1 */
+    int32_t no_held_out; /* 1: nothing is held out */
+    const char *name;    /* for messages, default "data"; not kept */
+} llmpar_data_desc;
+
+typedef struct llmpar_data {
+    const unsigned char *tokens; /* borrowed */
+    int64_t train_count;         /* tokens[0 .. train_count) are trained on */
+    int64_t eval_count;          /* the ones behind them are held out */
+    int64_t seq_len;             /* T */
+    int64_t windows;             /* S: training sequences in an epoch, >= 1 */
+    int64_t phases;              /* an epoch's phase is in [0, phases), 1 <= phases <= T */
+    int64_t eval_windows;        /* whole sequences in the held-out part; 0 only if nothing is held out */
+    uint64_t seed;
+} llmpar_data;
+
+/* LLMPAR_ERR_ARGUMENT: a field of the desc. LLMPAR_ERR_FORMAT: no data, or less than one sequence (T+1 tokens) in either part; the text has the numbers. */
+LLMPAR_API llmpar_status llmpar_data_init(const llmpar_data_desc *desc, llmpar_data *out, llmpar_error *error);
+
+/* A llmpar_sequence_fn: data points to a llmpar_data, which is only read. LLMPAR_ERR_ARGUMENT for a negative index. */
+LLMPAR_API llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens);
+
+/* tokens[T+1] of held-out sequence `index` in [0, eval_windows): consecutive windows, so that their targets are tokens [train_count + 1, train_count + eval_windows * T]. */
+LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens);
+
+#endif
+
+/* Chapter: model_io */
+/* ==== src/model_io/hf.h ==== */
+/* hf: Hugging Face directories: config.json and model.safetensors, read into any mesh and written from any mesh. */
+#ifndef LLMPAR_HF_H
+#define LLMPAR_HF_H
+
+
+/* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
+LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
+
+/* Reads DIR/model.safetensors into the shards: every rank maps the file and touches only its own part. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
+   and f16 are converted. LLMPAR_ERR_FORMAT names the tensor. Nothing is changed unless all names and shapes fit. Local on every rank (all ranks call it). */
+LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory);
+
+/* Writes config.json and model.safetensors (dtype of the shards) from world rank 0; never more than one tensor whole on a rank. The directory is made unless it is there; files appear under their names only when
+   complete. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
+LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory);
+
+/* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, .. */
+typedef struct llmpar_tensor_file llmpar_tensor_file;
+LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out);       /* collective */
+LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
+LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
+LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
+
+#endif
+
 /* Chapter: run */
 /* ==== src/run/launch.h ==== */
 /* launch: makes the ranks (threads of this process), gives each its ctx, and collects the root error. */
@@ -1047,6 +1599,82 @@ typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
    A rank that returns an error wakes all others. Rank threads are named "r3" (the mesh adds the tp coordinate). The lowest common dispatch level is used on all ranks; a self-test hash
    that differs between ranks is LLMPAR_ERR_MISMATCH. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
+
+#endif
+/* ==== src/run/trainer.h ==== */
+/* trainer: the recipe (mesh + model + placements + units + optimizer) and the training loop with its metrics. */
+#ifndef LLMPAR_TRAINER_H
+#define LLMPAR_TRAINER_H
+
+
+typedef enum llmpar_exact { LLMPAR_EXACT_DEFAULT = 0, LLMPAR_EXACT_OFF = 1, LLMPAR_EXACT_ON = 2, LLMPAR_EXACT_REQUIRE = 3 } llmpar_exact;
+
+typedef enum llmpar_sink_kind { LLMPAR_SINK_METRICS = 1, LLMPAR_SINK_PROGRESS = 2 } llmpar_sink_kind;
+/* One line without its newline, from world rank 0. */
+typedef void (*llmpar_sink_fn)(void *user, llmpar_sink_kind kind, const char *line);
+
+/* Zero is a default everywhere. */
+typedef struct llmpar_trainer_desc {
+    const char *data;             /* path of a text; its bytes are the tokens (vocabulary >= 256) */
+    llmpar_sequence_fn sequence;  /* or own data: tokens[seq_len + 1] of a global index; a token < 0 as target is not counted. Exactly one of data and sequence (neither: no training, only load, save, generate) */
+    void *sequence_user;
+    double held_out;              /* share of data kept for evaluation; default 0.05 */
+    int64_t seq_len;              /* T; required */
+    int64_t batch;                /* global sequences a step, over all ranks and micro-batches; default: one a data rank and micro-batch */
+    int32_t grad_accum;           /* micro-batches a step; default 1 */
+    int32_t no_sync;              /* 1: gradients stay local until the last micro-batch; same bits, more memory, fewer bytes */
+    int32_t zero;                 /* LLMPAR_ZERO_0 or LLMPAR_ZERO_3 (default) */
+    int32_t prefetch;             /* units gathered ahead; default 0 */
+    int32_t sequence_parallel;    /* 1: on (where tp > 1) */
+    llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
+    int32_t canon;                /* pieces of sums that tp may split; power of two, default 8; OFF uses 1 */
+    llmpar_dtype dtype;           /* F32 (default) or F64 */
+    double lr;                    /* peak learning rate; default 1e-3 */
+    double lr_min;                /* after the cosine; default lr / 10 */
+    int64_t warmup;               /* steps; default 0 */
+    int64_t total_steps;          /* of the cosine; default 0: constant */
+    llmpar_adamw_desc adamw;
+    uint64_t memory_limit;        /* arena bytes a rank; default none */
+    const char *log;              /* path of a JSON-lines file, one object a step; default none */
+    int32_t log_every;            /* console line every n steps; default 10; negative: none */
+    llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
+    void *sink_user;
+} llmpar_trainer_desc;
+
+/* What a step did. */
+typedef struct llmpar_step {
+    int64_t step;                 /* 1, 2, .. */
+    int64_t tokens;               /* counted tokens of the step, all ranks */
+    double loss;                  /* mean over them */
+    double grad_norm;             /* before clipping */
+    double lr;
+    double seconds;               /* of this rank */
+    double tokens_per_second;     /* all ranks */
+    double tflops;                /* all ranks, by llmpar_llama_flops_per_token */
+    double mfu;                   /* share of what the ranks' own matrix product reached at start, all running at once */
+    uint64_t memory;              /* peak arena bytes of this rank so far */
+    int32_t skipped;              /* 1: no token counted, nothing was updated */
+} llmpar_step;
+
+typedef struct llmpar_trainer llmpar_trainer;
+
+/* Checks and fills in defaults. LLMPAR_ERR_ARGUMENT / LLMPAR_ERR_MESH with the numbers: batch not divisible by data ranks x grad_accum; REQUIRE outside the guarantee. Local. */
+LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error);
+/* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken. Collective. */
+LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
+LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
+/* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
+/* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
+/* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
+LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
+LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
+LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer);          /* NULL with own data; local */
+/* Whole directory in, whole directory out. Collective. */
+LLMPAR_API llmpar_status llmpar_load_hf(llmpar_trainer *trainer, const char *directory);
+LLMPAR_API llmpar_status llmpar_save_hf(llmpar_trainer *trainer, const char *directory);
 
 #endif
 
@@ -1320,6 +1948,12 @@ static inline float llmpar__dtype_float(uint32_t bits)
     return value;
 }
 
+/* condition (0 or 1) ? yes : no, with both computed: as a branch around a float operation gcc would keep the loop scalar. */
+static inline uint32_t llmpar__dtype_select(int condition, uint32_t yes, uint32_t no)
+{
+    return no ^ ((yes ^ no) & (0u - (uint32_t)condition));
+}
+
 /* The inline bodies work on f32 bits: the 32-bit step of f64 -> 16 bit never exists as a float, whose subnormals could be flushed. */
 static inline uint16_t llmpar__dtype_to_bf16(uint32_t bits)
 {
@@ -1342,9 +1976,9 @@ static inline uint16_t llmpar__dtype_to_f16(uint32_t bits)
     /* below: adding 0.5 puts the last bit of the f16 subnormal at the last bit of the sum, so the addition rounds */
     uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(magnitude) + 0.5f) - 0x3F000000u;
     uint32_t nan = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
-    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x47800000u ? 0x7C00u : half; /* 65536 and up; [65520, 65536) became infinity by the carry */
-    half = magnitude > 0x7F800000u ? nan : half;
+    uint32_t half = llmpar__dtype_select(magnitude < 0x38800000u, subnormal, normal);
+    half = llmpar__dtype_select(magnitude >= 0x47800000u, 0x7C00u, half); /* 65536 and up; [65520, 65536) became infinity by the carry */
+    half = llmpar__dtype_select(magnitude > 0x7F800000u, nan, half);
     return (uint16_t)(sign | half);
 }
 
@@ -1355,9 +1989,8 @@ static inline uint32_t llmpar__dtype_from_f16(uint16_t half)
     /* the 10 bits as the fraction of a number in [2^-14, 2^-13), less 2^-14: exact, and never an f32 subnormal */
     uint32_t subnormal = llmpar__dtype_bits(llmpar__dtype_float(0x38800000u + (magnitude << 13)) - 6.103515625e-05f);
     uint32_t special = 0x7F800000u | (magnitude << 13) | (magnitude > 0x7C00u ? 0x00400000u : 0u);
-    uint32_t bits = magnitude < 0x0400u ? subnormal : normal;
-    bits = magnitude >= 0x7C00u ? special : bits;
-    return sign | bits;
+    uint32_t bits = llmpar__dtype_select(magnitude < 0x0400u, subnormal, normal);
+    return sign | llmpar__dtype_select(magnitude >= 0x7C00u, special, bits);
 }
 
 /* f64 -> f32 bits rounded to odd: of the two neighbours the one whose last bit is 1, unless exact. Rounding that once
@@ -1479,14 +2112,21 @@ static inline double llmpar__math_from_bits_f64(uint64_t bits)
     return value;
 }
 
+/* condition (0 or 1) ? yes : no on bit patterns, with both computed: gcc keeps a loop scalar where it may turn a choice between
+   floats into a branch. */
+static inline uint32_t llmpar__math_select(int condition, uint32_t yes, uint32_t no)
+{
+    return no ^ ((yes ^ no) & (0u - (uint32_t)condition));
+}
+
 /* e^x = 2^n e^r, n = round(x / ln 2), |r| <= 0.347. Selects only, so that a loop over it vectorises; a NaN walks through
    the unsigned arithmetic and comes out of the product. */
 LLMPAR_DEF float llmpar_exp_f32(float x)
 {
-    float clamped = x > 90.0f ? 90.0f : x;
+    uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
+    /* to [-110, 110], which is far enough for 0 and infinity */
+    float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
     float shifted, n, r, p;
-    uint32_t k, half;
-    clamped = clamped < -110.0f ? -110.0f : clamped;
     shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
     n = shifted - 12582912.0f;
     k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
@@ -1508,21 +2148,23 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
 LLMPAR_DEF float llmpar_log_f32(float x)
 {
     uint32_t bits = llmpar__math_bits_f32(x);
-    uint32_t tiny = bits < 0x00800000u;
+    int tiny = bits < 0x00800000u;
     /* a subnormal is an integer times 2^-149: converted, not multiplied, so that denormals-are-zero cannot touch it */
-    uint32_t normal = tiny ? llmpar__math_bits_f32((float)(int32_t)bits) : bits;
+    uint32_t normal = llmpar__math_select(tiny, llmpar__math_bits_f32((float)(int32_t)bits), bits);
     uint32_t moved = normal + (0x3F800000u - 0x3F3504F3u);
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
     float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-    float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p, result;
+    float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
+    uint32_t result;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    result = k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f)));
-    result = bits >= 0x7F800000u ? x + x : result; /* +inf stays; NaN stays; negatives next */
-    result = bits > 0x80000000u && bits <= 0xFF800000u ? llmpar__math_from_bits_f32(0x7FC00000u) : result;
-    return (bits & 0x7FFFFFFFu) == 0 ? llmpar__math_from_bits_f32(0xFF800000u) : result;
+    result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
+    result = llmpar__math_select(bits == 0x7F800000u, bits, result);
+    result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
+    return llmpar__math_from_bits_f32(llmpar__math_select((bits & 0x7FFFFFFFu) == 0, 0xFF800000u, result));
 }
 
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
@@ -1822,7 +2464,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
     const size_t block = 65536;
     size_t i;
     llmpar_exact_sum_carry(sum);
-    while (count >= 256) { /* below this the buckets cost more than they save; the value is the same */
+    while (count >= 512) { /* below this the buckets cost more than they save; the value is the same */
         size_t now = count < block ? count : block;
         llmpar__exact_squares_block(sum, value, now);
         llmpar_exact_sum_carry(sum);
@@ -2013,11 +2655,12 @@ LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first
 
 /* A document is one allocation, sized by a count over the text before anything is parsed:
 
-     | node 0 = root | node 1 | ...  one for each possible value | text's length + 1 bytes of decoded strings |
+     | node 0 = root | node 1 | ... one for each possible value | length of the text + 1 bytes of decoded strings |
 
    A string is decoded to the same offset in the last part at which it stands in the text (escapes only shrink it, the closing quote's place
    takes the NUL), so a key's own byte position needs no field. Nothing recurses: an open container keeps its parent in
-   `next`, which it needs only once it is closed. */
+   `next`, which it needs only once it is closed. Memory: at most 60 bytes a byte of a valid text (empty arrays in an array), 90 of a
+   malformed one (commas), about 10 of a usual one. */
 
 typedef struct llmpar__json_parser {
     llmpar_heap *heap;
@@ -2607,13 +3250,7394 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
 
 #undef LLMPAR__JSON_BIG_LIMBS
 
+/* ==== src/tables/ctx.c ==== */
+/* ctx: failing with a text, and logging. */
+
+#include <stdarg.h>
+#include <stdio.h>
+
+LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
+{
+    if (ctx->error.status != LLMPAR_OK) return status;
+    char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    ctx->error.rank = ctx->rank;
+    llmpar_error_set(&ctx->error, status, "%s", text);
+    ctx->error.rank = ctx->rank;
+    return status;
+}
+
+LLMPAR_DEF const char *llmpar_last_error(const llmpar_ctx *ctx)
+{
+    return ctx->error.status != LLMPAR_OK ? ctx->error.text : "";
+}
+
+LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...)
+{
+    if (!ctx->log) return;
+    char line[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
+}
+/* ==== src/tables/comm.c ==== */
+/* comm: the wrappers: what is checked before any implementation sees a call, the counters, and the one-rank case. */
+
+#include <string.h>
+
+
+typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
+
+/* Which of a call's buffers hold `ranks` parts a block, and who needs them. */
+typedef enum llmpar__comm_kind {
+    LLMPAR__COMM_ALL_GATHER,
+    LLMPAR__COMM_REDUCE_SCATTER,
+    LLMPAR__COMM_ALL_REDUCE,
+    LLMPAR__COMM_BROADCAST,
+    LLMPAR__COMM_ALL_TO_ALL,
+    LLMPAR__COMM_SEND,
+    LLMPAR__COMM_RECV
+} llmpar__comm_kind;
+
+static const char *llmpar__comm_name(llmpar__comm_kind kind)
+{
+    static const char *const names[] = { "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv" };
+    return names[kind];
+}
+
+static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
+{
+    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
+                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
+}
+
+static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
+    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+}
+
+static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
+    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
+}
+
+/* One rank: every collective is at most a copy. */
+static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
+{
+    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
+    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
+}
+
+static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar__comm_kind kind, llmpar__comm_slot slot, size_t slot_end)
+{
+    const char *name = llmpar__comm_name(kind);
+    llmpar_status st = llmpar__comm_abi(comm, slot_end);
+    if (st) return st;
+    llmpar_collective call = *given;
+    if (!call.blocks) call.blocks = 1;
+    if (!call.tag) call.tag = "";
+    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
+    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
+    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
+                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
+    int reduces = kind == LLMPAR__COMM_REDUCE_SCATTER || kind == LLMPAR__COMM_ALL_REDUCE;
+    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
+                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
+    if (!reduces) call.op = LLMPAR_SUM;
+    if (kind != LLMPAR__COMM_BROADCAST) call.root = 0;
+    if (call.root < 0 || call.root >= comm->ranks)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
+    int point = kind == LLMPAR__COMM_SEND || kind == LLMPAR__COMM_RECV;
+    if (!point) call.peer = 0;
+    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
+                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
+    int needs_send = kind != LLMPAR__COMM_RECV && !(kind == LLMPAR__COMM_BROADCAST && comm->rank != call.root);
+    int needs_recv = kind != LLMPAR__COMM_SEND && !(kind == LLMPAR__COMM_BROADCAST && comm->rank == call.root);
+    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
+
+    size_t send_bytes = kind == LLMPAR__COMM_REDUCE_SCATTER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
+    size_t recv_bytes = kind == LLMPAR__COMM_ALL_GATHER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
+    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
+        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
+        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
+        int fine = send == recv && (kind == LLMPAR__COMM_ALL_REDUCE || kind == LLMPAR__COMM_BROADCAST || ranks == 1);
+        if (kind == LLMPAR__COMM_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
+        if (kind == LLMPAR__COMM_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
+        if (!fine)
+            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
+                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
+    }
+
+    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
+    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
+    else st = slot(comm, stream, &call);
+    if (st) return st;
+    comm->sequence++;
+    uint64_t moved = part;
+    if (kind == LLMPAR__COMM_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
+    else if (kind == LLMPAR__COMM_RECV || (kind == LLMPAR__COMM_BROADCAST && comm->rank != call.root)) moved = 0;
+    else if (kind != LLMPAR__COMM_SEND) moved = (uint64_t)part * (ranks - 1);
+    comm->bytes_sent += moved;
+    return LLMPAR_OK;
+}
+
+/* A slot that lies beyond the table's size is empty. */
+#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
+#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
+
+LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR__COMM_ALL_GATHER); }
+LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR__COMM_REDUCE_SCATTER); }
+LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR__COMM_ALL_REDUCE); }
+LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR__COMM_BROADCAST); }
+LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR__COMM_ALL_TO_ALL); }
+LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR__COMM_SEND); }
+LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR__COMM_RECV); }
+
+LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
+    if (!st && comm->ranks > 1) st = comm->barrier(comm, stream, tag ? tag : "");
+    if (!st) comm->sequence++;
+    return st;
+}
+
+LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    *out = NULL;
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
+    if (!st) st = comm->split(comm, color, key, name ? name : "", out);
+    if (!st) comm->sequence++;
+    return st;
+}
+
+LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
+{
+    if (comm) comm->destroy(comm);
+}
+
+#undef LLMPAR__COMM_END
+#undef LLMPAR__COMM_CALL
+/* ==== src/tables/arena.c ==== */
+/* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
+
+   Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
+   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#define LLMPAR__ARENA_BUCKETS 256u
+
+typedef struct llmpar__arena_block {
+    struct llmpar__arena_block *next; /* in its chain */
+    void *memory;
+    size_t bytes;                     /* rounded */
+    llmpar_tag tag;
+    const char *label;                /* borrowed */
+} llmpar__arena_block;
+
+struct llmpar_arena {
+    llmpar_ctx *ctx; /* borrowed */
+    uint64_t limit;
+    llmpar_arena_usage usage;
+    llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
+    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size */
+};
+
+LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
+{
+    static const char *const names[] = { "parameters", "gathered", "gradients", "optimizer", "activations", "communication", "workspace" };
+    return (unsigned)tag < LLMPAR_TAG_COUNT ? names[tag] : "?";
+}
+
+static unsigned llmpar__arena_hash(uint64_t key)
+{
+    return (unsigned)((key * 0x9e3779b97f4a7c15u) >> 32) % LLMPAR__ARENA_BUCKETS;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
+{
+    *out = NULL;
+    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
+    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
+    arena->ctx = ctx;
+    arena->limit = limit;
+    *out = arena;
+    return LLMPAR_OK;
+}
+
+static void llmpar__arena_release(llmpar_arena *arena, llmpar__arena_block **chains)
+{
+    for (unsigned i = 0; i < LLMPAR__ARENA_BUCKETS; i++) {
+        llmpar__arena_block *block = chains[i];
+        chains[i] = NULL;
+        while (block) {
+            llmpar__arena_block *next = block->next;
+            arena->ctx->device->free(arena->ctx->device, block->memory, block->bytes);
+            arena->usage.reserved -= block->bytes;
+            llmpar_heap_free(&arena->ctx->heap, block);
+            block = next;
+        }
+    }
+}
+
+LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
+{
+    if (!arena) return;
+    llmpar__arena_release(arena, arena->live);
+    llmpar__arena_release(arena, arena->idle);
+    llmpar_heap_free(&arena->ctx->heap, arena);
+}
+
+/* `why` completes "arena: activations "layers.3 saved": 4096 bytes: ...". */
+static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
+{
+    char list[320];
+    size_t used = 0;
+    list[0] = 0;
+    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
+        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
+    return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
+                       (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
+}
+
+/* Drops the device's own text about a failure that is mended, or that the arena can tell better. */
+static void llmpar__arena_forget(llmpar_ctx *ctx)
+{
+    ctx->error.status = LLMPAR_OK;
+    ctx->error.text[0] = 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out)
+{
+    llmpar_ctx *ctx = arena->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena_usage *usage = &arena->usage;
+    *out = NULL;
+    if (!label) label = "";
+    if ((unsigned)tag >= LLMPAR_TAG_COUNT) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "arena: \"%s\": tag %d, expected 0 to %d", label, (int)tag, LLMPAR_TAG_COUNT - 1);
+    size_t need;
+    if (!llmpar_size_add(bytes ? bytes : 1, device->alignment - 1, &need)) return llmpar__arena_full(arena, tag, bytes, label, "size overflow");
+    need &= ~(device->alignment - 1);
+    if (arena->limit && (need > arena->limit || usage->live_total > arena->limit - need)) return llmpar__arena_full(arena, tag, need, label, "over the limit");
+
+    unsigned bucket = llmpar__arena_hash(need);
+    llmpar__arena_block **link = &arena->idle[bucket], *block;
+    while (*link && (*link)->bytes != need) link = &(*link)->next;
+    block = *link;
+    if (block) {
+        *link = block->next;
+    } else {
+        /* Idle blocks must not push what is really held over the limit. */
+        if (arena->limit && usage->reserved > arena->limit - need) llmpar__arena_release(arena, arena->idle);
+        block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
+        if (!block) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
+        int clean = ctx->error.status == LLMPAR_OK;
+        llmpar_status st = device->alloc(device, need, &block->memory);
+        if (st == LLMPAR_ERR_MEMORY && usage->reserved > usage->live_total) {
+            llmpar__arena_release(arena, arena->idle);
+            if (clean) llmpar__arena_forget(ctx);
+            st = device->alloc(device, need, &block->memory);
+        }
+        if (st) {
+            if (st == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
+            llmpar_heap_free(&ctx->heap, block);
+            return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
+        }
+        block->bytes = need;
+        usage->reserved += need;
+    }
+    block->tag = tag;
+    block->label = label;
+    bucket = llmpar__arena_hash((uint64_t)(uintptr_t)block->memory);
+    block->next = arena->live[bucket];
+    arena->live[bucket] = block;
+    usage->live[tag] += need;
+    usage->live_total += need;
+    if (usage->live[tag] > usage->peak[tag]) usage->peak[tag] = usage->live[tag];
+    if (usage->live_total > usage->peak_total) usage->peak_total = usage->live_total;
+    *out = block->memory;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
+{
+    if (!memory) return;
+    llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
+    while (*link && (*link)->memory != memory) link = &(*link)->next;
+    block = *link;
+    if (!block) { /* nothing to return an error through: it shows up as the rank's error */
+        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
+        return;
+    }
+    *link = block->next;
+    arena->usage.live[block->tag] -= block->bytes;
+    arena->usage.live_total -= block->bytes;
+    unsigned bucket = llmpar__arena_hash(block->bytes);
+    block->next = arena->idle[bucket];
+    arena->idle[bucket] = block;
+}
+
+LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
+{
+    *out = arena->usage;
+}
+
+LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
+{
+    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) arena->usage.peak[t] = arena->usage.live[t];
+    arena->usage.peak_total = arena->usage.live_total;
+}
+
+#undef LLMPAR__ARENA_BUCKETS
+
+/* ==== src/cpu/cpu.c ==== */
+/* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
+   only the failure that sticks to it, and an event only the failure of what was recorded. */
+/* ==== src/cpu/cpu_internal.h ==== */
+/* cpu_internal: what the operation files of the CPU device share: the device's state, the worker pool, and one function a slot. */
+#ifndef LLMPAR_CPU_INTERNAL_H
+#define LLMPAR_CPU_INTERNAL_H
+
+
+struct llmpar__pool;
+
+typedef struct llmpar__cpu {
+    llmpar_heap *heap;
+    llmpar_cpu_level level;
+    struct llmpar__pool *pool; /* NULL: one thread */
+} llmpar__cpu;
+
+/* Runs fn(arg, task, worker) for every task in [0, tasks), 0 <= worker < threads, and returns when all are done. Which worker takes which task is
+   not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
+LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
+LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
+/* threads >= 2, the caller's included. Owned by the caller; destroy takes NULL and joins. */
+LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out);
+LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
+
+/* Slots: gemm.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
+/* norm.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
+/* rope.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
+/* attention.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args);
+/* swiglu.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_backward_args *args);
+/* embedding.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
+/* xent.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
+/* elementwise.c: tree_sum, max, add, scale, cast, copy_rows */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
+/* optim.c: adamw, square_sum */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+
+#endif
+/* ---- src/cpu/cpu.c goes on ---- */
+
+#include <stdio.h>
+#include <string.h>
+
+#define LLMPAR__CPU_MAX_THREADS 1024
+
+typedef struct llmpar__cpu_stream { llmpar_status status; } llmpar__cpu_stream;
+typedef struct llmpar__cpu_event { llmpar_status status; } llmpar__cpu_event; /* of the stream when last recorded */
+
+/* The device, its state and its name in one allocation of the rank's heap. */
+typedef struct llmpar__cpu_device {
+    llmpar_device table;
+    llmpar__cpu state;
+    char name[32];
+} llmpar__cpu_device;
+
+LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
+{
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return LLMPAR_CPU_AVX512;
+    return LLMPAR_CPU_AVX2;
+#else
+    return LLMPAR_CPU_PORTABLE;
+#endif
+}
+
+LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
+{
+    switch (level) {
+    case LLMPAR_CPU_PORTABLE: return "portable";
+    case LLMPAR_CPU_AVX2: return "avx2";
+    case LLMPAR_CPU_AVX512: return "avx512";
+    case LLMPAR_CPU_DEFAULT: break;
+    }
+    return "?";
+}
+
+LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
+{
+    int i;
+    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
+        if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
+            *out = (llmpar_cpu_level)i;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* ---- memory ---- */
+
+static llmpar_status llmpar__cpu_alloc(llmpar_device *device, size_t bytes, void **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    *out = llmpar_heap_alloc(cpu->heap, bytes, 1);
+    if (!*out) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for %llu bytes", (unsigned long long)bytes);
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_free(llmpar_device *device, void *memory, size_t bytes)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    (void)bytes;
+    llmpar_heap_free(cpu->heap, memory);
+}
+
+/* ---- streams and events; a NULL stream keeps no failure ---- */
+
+static llmpar_status llmpar__cpu_stuck(llmpar_stream *stream)
+{
+    return stream ? ((llmpar__cpu_stream *)(void *)stream)->status : LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stick(llmpar_stream *stream, llmpar_status status)
+{
+    if (stream && status) ((llmpar__cpu_stream *)(void *)stream)->status = status;
+    return status;
+}
+
+static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (bytes) memmove(out, in, bytes);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (bytes) memset(out, 0, bytes);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
+    *out = (llmpar_stream *)(void *)stream;
+    if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_stream_destroy(llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_heap_free(cpu->heap, stream);
+}
+
+static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_stream *stream)
+{
+    (void)device;
+    return llmpar__cpu_stuck(stream);
+}
+
+static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu_event *event = (llmpar__cpu_event *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *event);
+    *out = (llmpar_event *)(void *)event;
+    if (!event) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for an event");
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_event_destroy(llmpar_device *device, llmpar_event *event)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_heap_free(cpu->heap, event);
+}
+
+static llmpar_status llmpar__cpu_event_record(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
+{
+    (void)device;
+    ((llmpar__cpu_event *)(void *)event)->status = llmpar__cpu_stuck(stream);
+    return llmpar__cpu_stuck(stream);
+}
+
+/* What waits for the work of a failed stream has failed too. */
+static llmpar_status llmpar__cpu_event_wait(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    return llmpar__cpu_stick(stream, ((llmpar__cpu_event *)(void *)event)->status);
+}
+
+static llmpar_status llmpar__cpu_event_synchronize(llmpar_device *device, llmpar_event *event)
+{
+    (void)device;
+    return ((llmpar__cpu_event *)(void *)event)->status;
+}
+
+static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    union { char bytes[256]; double alignment_of_double; int64_t alignment_of_int; void *alignment_of_pointer; } copy;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (arg_bytes > sizeof copy.bytes)
+        return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
+    if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
+    return llmpar__cpu_stick(stream, fn(copy.bytes));
+}
+
+/* ---- operations: each runs unless its stream has failed, and a failure sticks ---- */
+
+#define LLMPAR__CPU_OPERATIONS(X) \
+    X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum)
+
+#define LLMPAR__CPU_RUN(slot, args_type) \
+    static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
+    { \
+        if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream); \
+        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(device, stream, args)); \
+    }
+#define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
+LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
+LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
+LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
+LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
+LLMPAR__CPU_RUN(xent_backward, llmpar_xent_backward_args)
+
+static void llmpar__cpu_fill_table(llmpar_device *table)
+{
+    table->alloc = llmpar__cpu_alloc;
+    table->free = llmpar__cpu_free;
+    table->copy = llmpar__cpu_copy;
+    table->zero = llmpar__cpu_zero;
+    table->stream_create = llmpar__cpu_stream_create;
+    table->stream_destroy = llmpar__cpu_stream_destroy;
+    table->synchronize = llmpar__cpu_synchronize;
+    table->event_create = llmpar__cpu_event_create;
+    table->event_destroy = llmpar__cpu_event_destroy;
+    table->event_record = llmpar__cpu_event_record;
+    table->event_wait = llmpar__cpu_event_wait;
+    table->event_synchronize = llmpar__cpu_event_synchronize;
+    table->host_call = llmpar__cpu_host_call;
+#define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
+    LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
+    LLMPAR__CPU_FILL(xent_max)
+    LLMPAR__CPU_FILL(xent_sum)
+    LLMPAR__CPU_FILL(xent_loss)
+    LLMPAR__CPU_FILL(xent_backward)
+#undef LLMPAR__CPU_FILL
+    table->gemm_workspace = llmpar__cpu_gemm_workspace;
+    table->attention_workspace = llmpar__cpu_attention_workspace;
+    table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
+    table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+}
+
+#undef LLMPAR__CPU_OPERATIONS
+#undef LLMPAR__CPU_RUN
+#undef LLMPAR__CPU_RUN_OWN
+
+/* ---- creation ---- */
+
+LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out)
+{
+    llmpar_cpu_level best = llmpar_cpu_best_level(), level = best;
+    int32_t threads = 1;
+    llmpar__cpu_device *cpu;
+    *out = NULL;
+    if (desc && desc->level != LLMPAR_CPU_DEFAULT) level = desc->level;
+    if (desc && desc->threads != 0) threads = desc->threads;
+    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
+    if ((int)level > (int)best)
+        return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "cpu: level %s was asked for, this processor or build has at most %s", llmpar_cpu_level_name(level), llmpar_cpu_level_name(best));
+    if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: expected 1 to %d threads, got %d", LLMPAR__CPU_MAX_THREADS, (int)threads);
+
+    cpu = (llmpar__cpu_device *)llmpar_heap_zalloc(heap, 1, sizeof *cpu);
+    if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
+    cpu->state.heap = heap;
+    cpu->state.level = level;
+    if (threads > 1) {
+        llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
+        if (status) {
+            llmpar_heap_free(heap, cpu);
+            return status;
+        }
+    }
+    snprintf(cpu->name, sizeof cpu->name, "cpu %s", llmpar_cpu_level_name(level));
+    cpu->table.abi = LLMPAR_DEVICE_ABI;
+    cpu->table.size = (uint32_t)sizeof(llmpar_device);
+    cpu->table.name = cpu->name;
+    cpu->table.error = error;
+    cpu->table.state = &cpu->state;
+    cpu->table.alignment = 64;
+    llmpar__cpu_fill_table(&cpu->table);
+    *out = &cpu->table;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
+{
+    llmpar__cpu *cpu;
+    if (!device) return;
+    cpu = (llmpar__cpu *)device->state;
+    llmpar__pool_destroy(cpu->pool);
+    llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
+}
+
+#undef LLMPAR__CPU_MAX_THREADS
+/* ==== src/cpu/pool.c ==== */
+/* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
+   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
+
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+#define LLMPAR__POOL_SPINS 200
+#define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
+
+typedef struct llmpar__pool_worker {
+    struct llmpar__pool *pool;
+    pthread_t thread;
+    int32_t index;  /* 1 .. threads - 1 */
+    char name[16];
+} llmpar__pool_worker;
+
+struct llmpar__pool {
+    llmpar_heap *heap;
+    llmpar__pool_worker *workers; /* [threads - 1]; owned */
+    int32_t threads, started;
+    pthread_mutex_t mutex;
+    pthread_cond_t start, done;
+    /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
+    void (*fn)(void *arg, int64_t task, int32_t worker);
+    void *arg;
+    int64_t tasks;
+    /* atomic */
+    int64_t next;       /* first task nobody has taken */
+    uint32_t generation;
+    int32_t active;     /* workers that have not finished the current run */
+    int stop;
+};
+
+static void llmpar__pool_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("yield");
+#endif
+}
+
+/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
+static void llmpar__pool_reset_float_control(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
+#else
+    uint64_t zero = 0;
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
+#endif
+}
+
+static void llmpar__pool_get_name(char name[16])
+{
+    name[0] = 0;
+#if defined(__linux__)
+    prctl(PR_GET_NAME, name, 0, 0, 0);
+#else
+    pthread_getname_np(pthread_self(), name, 16);
+#endif
+    name[15] = 0;
+}
+
+/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
+static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
+{
+    char suffix[16];
+    size_t length = strlen(base), suffix_length;
+    snprintf(suffix, sizeof suffix, " w%d", (int)index);
+    suffix_length = strlen(suffix);
+    if (length > 15 - suffix_length) length = 15 - suffix_length;
+    memcpy(name, base, length);
+    memcpy(name + length, suffix, suffix_length + 1);
+}
+
+static void llmpar__pool_set_name(const char *name)
+{
+#if defined(__linux__)
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+#else
+    pthread_setname_np(name);
+#endif
+}
+
+static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
+{
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+        if (task >= pool->tasks) return;
+        pool->fn(pool->arg, task, worker);
+    }
+}
+
+static void *llmpar__pool_main(void *arg)
+{
+    llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
+    struct llmpar__pool *pool = self->pool;
+    uint32_t seen = 0;
+    llmpar__pool_set_name(self->name);
+    llmpar__pool_reset_float_control();
+    for (;;) {
+        int spins = 0;
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
+            llmpar__pool_pause();
+            spins++;
+        }
+        if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
+            pthread_mutex_lock(&pool->mutex);
+            while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        seen++;
+        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        llmpar__pool_take(pool, self->index);
+        if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
+            pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+/* Everybody leaves the wait for the next generation. */
+static void llmpar__pool_release(struct llmpar__pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    __atomic_add_fetch(&pool->generation, 1u, __ATOMIC_ACQ_REL);
+    pthread_cond_broadcast(&pool->start);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
+{
+    int32_t i;
+    if (!pool) return;
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    llmpar__pool_release(pool);
+    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->start);
+    pthread_mutex_destroy(&pool->mutex);
+    llmpar_heap_free(pool->heap, pool->workers);
+    llmpar_heap_free(pool->heap, pool);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
+{
+    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
+    pthread_attr_t attributes;
+    char base[16];
+    int32_t i;
+    int failed = 0;
+    *out = NULL;
+    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    pool->heap = heap;
+    pool->threads = threads;
+    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
+    if (!pool->workers) {
+        llmpar_heap_free(heap, pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->start, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    llmpar__pool_get_name(base);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
+    for (i = 0; i < threads - 1 && !failed; i++) {
+        llmpar__pool_worker *worker = &pool->workers[i];
+        worker->pool = pool;
+        worker->index = i + 1;
+        llmpar__pool_name_worker(worker->name, base, i + 1);
+        failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
+        if (!failed) pool->started++;
+    }
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+        int32_t started = pool->started;
+        llmpar__pool_destroy(pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
+    }
+    *out = pool;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks)
+{
+    struct llmpar__pool *pool = cpu->pool;
+    int spins = 0;
+    if (!pool || tasks <= 1) {
+        int64_t task;
+        for (task = 0; task < tasks; task++) fn(arg, task, 0);
+        return;
+    }
+    pool->fn = fn;
+    pool->arg = arg;
+    pool->tasks = tasks;
+    __atomic_store_n(&pool->next, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
+    llmpar__pool_release(pool);
+    llmpar__pool_take(pool, 0);
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
+        llmpar__pool_pause();
+        spins++;
+    }
+    if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
+        pthread_mutex_lock(&pool->mutex);
+        while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
+{
+    return cpu->pool ? cpu->pool->threads : 1;
+}
+
+#undef LLMPAR__POOL_SPINS
+#undef LLMPAR__POOL_STACK
+/* ==== src/cpu/gemm.c ==== */
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
+   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
+   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+
+      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
+      parts         |        part 0         |        part 1        |part 2 |
+      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+
+   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
+   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
+
+
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
+/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
+#if defined(__aarch64__)
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
+#else
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
+#endif
+
+#define LLMPAR__GEMM_REAL double
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
+    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
+    int64_t j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+/* ---- src/cpu/gemm.c goes on ---- */
+
+#if defined(LLMPAR_NO_SIMD)
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
+    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
+    int64_t j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+/* ---- src/cpu/gemm.c goes on ---- */
+#endif
+
+/* ---- kernels ---- */
+
+#if !defined(LLMPAR_NO_SIMD)
+
+typedef struct llmpar__gemm_step {
+    int64_t k;
+    int32_t depth;        /* partial tiles on the stack before the step */
+    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
+    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
+    int32_t save;         /* what is pushed is needed in a later part */
+} llmpar__gemm_step;
+
+/* One tile of c during one part of the summed dim. */
+typedef struct llmpar__gemm_tile {
+    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
+    float *c;
+    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
+    int64_t ldc;
+    const llmpar__gemm_step *steps;
+    int64_t step_count;
+    int rows, columns;                 /* that exist */
+    int load, store;                   /* the first step starts from c; the last step's result goes to c */
+} llmpar__gemm_tile;
+
+typedef struct llmpar__gemm_kernel {
+    int64_t rows, columns;             /* of a full tile */
+    void (*pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*tile)(const llmpar__gemm_tile *tile);
+} llmpar__gemm_kernel;
+
+#if defined(__x86_64__)
+
+/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
+#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
+    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
+    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
+} while (0)
+#define LLMPAR__GEMM_STORE_1(v, out, width) _mm_storeu_ps(out, v)
+#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
+/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
+#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
+#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
+#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
+    __m512 v_ = (v); \
+    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
+    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
+    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
+    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
+} while (0)
+
+/* portable, any processor */
+typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
+#define LLMPAR__GEMM_TARGET
+#define LLMPAR__GEMM_VECTOR __m128
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
+#define LLMPAR__GEMM_LANES 4
+#define LLMPAR__GEMM_ROWS 4
+#define LLMPAR__GEMM_SPREAD(x) _mm_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm_add_ps(_mm_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm, __m128, in, ld, out, width, LLMPAR__GEMM_STORE_1)
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
+   transposed: in[width, k], else in[k, width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+{
+    int64_t i = 0;
+    int r;
+    if (valid < width) {
+        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
+    } else if (transposed) {
+        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
+            for (; r < width; r++) {
+                int lane;
+                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+            }
+        }
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
+    } else {
+        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
+}
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+/* ---- src/cpu/gemm.c goes on ---- */
+
+/* portable, the same bits twice as wide */
+typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_add_ps(_mm256_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
+   transposed: in[width, k], else in[k, width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+{
+    int64_t i = 0;
+    int r;
+    if (valid < width) {
+        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
+    } else if (transposed) {
+        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
+            for (; r < width; r++) {
+                int lane;
+                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+            }
+        }
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
+    } else {
+        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
+}
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+/* ---- src/cpu/gemm.c goes on ---- */
+
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
+   transposed: in[width, k], else in[k, width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+{
+    int64_t i = 0;
+    int r;
+    if (valid < width) {
+        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
+    } else if (transposed) {
+        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
+            for (; r < width; r++) {
+                int lane;
+                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+            }
+        }
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
+    } else {
+        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
+}
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+/* ---- src/cpu/gemm.c goes on ---- */
+
+typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m512
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
+#define LLMPAR__GEMM_LANES 16
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm512_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
+   transposed: in[width, k], else in[k, width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+{
+    int64_t i = 0;
+    int r;
+    if (valid < width) {
+        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
+    } else if (transposed) {
+        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
+            for (; r < width; r++) {
+                int lane;
+                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+            }
+        }
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
+    } else {
+        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
+}
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+/* ---- src/cpu/gemm.c goes on ---- */
+
+#undef LLMPAR__GEMM_TRANSPOSE_X86
+#undef LLMPAR__GEMM_512_loadu_ps
+#undef LLMPAR__GEMM_512_unpacklo_ps
+#undef LLMPAR__GEMM_512_unpackhi_ps
+#undef LLMPAR__GEMM_512_shuffle_ps
+#undef LLMPAR__GEMM_STORE_1
+#undef LLMPAR__GEMM_STORE_2
+#undef LLMPAR__GEMM_STORE_4
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel sse2 = { 4, 8, llmpar__gemm_sse2_pack_a, llmpar__gemm_sse2_pack_b, llmpar__gemm_sse2_tile };
+    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
+    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
+    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
+    if (level == LLMPAR_CPU_AVX512) return avx512;
+    if (level == LLMPAR_CPU_AVX2) return avx2;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx") ? avx : sse2;
+}
+
+#else /* aarch64: its vector unit and fma are always there */
+
+typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
+#define LLMPAR__GEMM_TARGET
+#define LLMPAR__GEMM_VECTOR float32x4_t
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
+#define LLMPAR__GEMM_LANES 4
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
+   transposed: in[width, k], else in[k, width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+{
+    int64_t i = 0;
+    int r;
+    if (valid < width) {
+        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
+    } else if (transposed) {
+        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
+            for (; r < width; r++) {
+                int lane;
+                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+            }
+        }
+        for (; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
+    } else {
+        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
+{
+    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
+}
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+/* ---- src/cpu/gemm.c goes on ---- */
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
+    (void)level;
+    return neon;
+}
+
+#endif
+
+/* ---- blocks ---- */
+
+/* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
+typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
+
+typedef struct llmpar__gemm_run {
+    const llmpar_gemm_args *args;
+    llmpar__gemm_kernel kernel;
+    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
+    int64_t block_m, block_n, block_k;    /* multiples of the tile, not larger than the product needs */
+    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
+    size_t a_bytes, b_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
+    /* workspace, in this order; 64-byte aligned */
+    float *a, *b, *stack, *saved;
+    llmpar__gemm_step *steps;             /* of the current part */
+    llmpar__gemm_chunk *chunks;
+    /* the current block and part */
+    int64_t i0, j0, m, n, a_panels, b_panels, column_groups;
+    int64_t k, step_count, chunk_count;
+    int load, store;
+    /* where the next part begins */
+    int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
+    int64_t segment_done;                 /* k of `segment` already taken */
+    int inside;                           /* a part ended inside `piece` */
+} llmpar__gemm_run;
+
+/* Sizes in cache: a panel of A in L1, GROUP_N columns of B in L2, the block's A and B in L3. Packing costs less the larger a block is; the stacks that outlive
+   a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK = 960, LLMPAR__GEMM_STACK_M = 960, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
+/* Fewer multiplications than this are done before a worker has woken up. */
+#define LLMPAR__GEMM_SERIAL (1 << 20)
+
+static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
+
+/* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
+static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
+{
+    int64_t k = 0, boundary = part;
+    int32_t s, deepest = 0;
+    for (s = 0; s < args->segment_count; s++) {
+        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
+            int32_t depth = 0, p;
+            for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
+            if (depth > deepest) deepest = depth;
+        }
+    }
+    return deepest;
+}
+
+static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int64_t total = 0, parts, tile, limit_m, limit_n;
+    int32_t s, n;
+    memset(run, 0, sizeof *run);
+    run->args = args;
+    run->kernel = llmpar__gemm_choose(cpu->level);
+    run->threads = llmpar__pool_threads(cpu);
+    for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
+    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
+    run->thin = args->m <= 2 * run->kernel.rows;
+    run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
+    parts = (total + run->block_k - 1) / run->block_k;
+    run->block_k = parts ? (total + parts - 1) / parts : 0; /* parts of equal size */
+    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
+    limit_m = run->levels_saved ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK;
+    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK;
+    run->block_m = llmpar_round_up(args->m < limit_m ? args->m : limit_m, run->kernel.rows);
+    run->block_n = llmpar_round_up(args->n < limit_n ? args->n : limit_n, run->kernel.columns);
+
+    tile = run->kernel.rows * run->kernel.columns;
+    run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads * run->kernel.columns : run->block_n) * run->block_k * (int64_t)sizeof(float));
+    run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
+    run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
+    run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
+    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
+}
+
+/* With room to align. */
+static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
+{
+    return run->a_bytes + run->b_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
+}
+
+static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
+{
+    char *at = (char *)workspace;
+    at += (64 - (uintptr_t)at % 64) % 64;
+    run->a = (float *)(void *)at;
+    at += run->a_bytes;
+    run->b = (float *)(void *)at;
+    at += run->b_bytes;
+    run->stack = (float *)(void *)at;
+    at += run->stack_bytes;
+    run->saved = (float *)(void *)at;
+    at += run->saved_bytes;
+    run->steps = (llmpar__gemm_step *)(void *)at;
+    at += run->step_bytes;
+    run->chunks = (llmpar__gemm_chunk *)(void *)at;
+}
+
+static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
+{
+    llmpar__gemm_step *step = &run->steps[run->step_count++];
+    int32_t kept = run->depth - merges;
+    step->k = k;
+    step->depth = run->depth;
+    step->merges = merges;
+    step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
+    step->save = 0;
+    if (kept < run->lowest) run->lowest = kept;
+}
+
+/* Chunks of the next part, and its steps up to where it ends. A piece without terms is a step without terms: its +0 is added like any other. */
+static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t step_k = 0;
+    run->k = run->step_count = run->chunk_count = 0;
+    run->load = run->inside || args->accumulate;
+    run->store = run->inside = 0;
+    run->lowest = run->depth;
+    while (run->piece < args->pieces) {
+        const llmpar_gemm_segment *segment = run->segment < args->segment_count ? &args->segments[run->segment] : NULL;
+        if (!segment || segment->piece != run->piece) { /* the piece is complete */
+            int32_t done = ++run->piece, merges = 0;
+            if (done == args->pieces) merges = run->depth;
+            else for (; done % 2 == 0; done /= 2) merges++;
+            llmpar__gemm_add_step(run, step_k, merges);
+            run->depth += 1 - merges;
+            step_k = 0;
+        } else if (run->segment_done == segment->k) {
+            run->segment++;
+            run->segment_done = 0;
+        } else if (run->k < run->block_k) {
+            llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
+            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
+            chunk->segment = run->segment;
+            chunk->begin = run->segment_done;
+            chunk->k = left < room ? left : room;
+            run->segment_done += chunk->k;
+            run->k += chunk->k;
+            step_k += chunk->k;
+        } else { /* the part is full */
+            run->inside = step_k > 0;
+            break;
+        }
+    }
+    if (run->inside) llmpar__gemm_add_step(run, step_k, 0);
+    run->store = run->inside || run->piece == args->pieces;
+}
+
+/* 0 when there is no part left. */
+static int llmpar__gemm_next_part(llmpar__gemm_run *run)
+{
+    int64_t s;
+    int32_t lowest;
+    if (run->piece == run->args->pieces) return 0;
+    llmpar__gemm_collect_part(run);
+    /* What is pushed and not taken off before the part ends is saved. */
+    lowest = run->levels + 1;
+    for (s = run->step_count - 1; s >= 0; s--) {
+        int32_t kept = run->steps[s].depth - run->steps[s].merges;
+        run->steps[s].save = kept < lowest && !(s == run->step_count - 1 && run->store);
+        if (kept < lowest) lowest = kept;
+    }
+    return 1;
+}
+
+static void llmpar__gemm_pack_a(const llmpar__gemm_run *run, int64_t panel, float *out)
+{
+    const llmpar_gemm_args *args = run->args;
+    int transposed = args->kind != LLMPAR_GEMM_TN;
+    int64_t i = run->i0 + panel * run->kernel.rows, valid = run->i0 + run->m - i, c;
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[c];
+        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
+        const float *in = (const float *)segment->a + (transposed ? i * segment->lda + chunk->begin : chunk->begin * segment->lda + i);
+        run->kernel.pack_a(in, segment->lda, transposed, valid, chunk->k, out);
+        out += chunk->k * run->kernel.rows;
+    }
+}
+
+static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, float *out)
+{
+    const llmpar_gemm_args *args = run->args;
+    int transposed = args->kind == LLMPAR_GEMM_NT;
+    int64_t j = run->j0 + panel * run->kernel.columns, valid = run->j0 + run->n - j, c;
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[c];
+        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
+        const float *in = (const float *)segment->b + (transposed ? j * segment->ldb + chunk->begin : chunk->begin * segment->ldb + j);
+        run->kernel.pack_b(in, segment->ldb, transposed, valid, chunk->k, out);
+        out += chunk->k * run->kernel.columns;
+    }
+}
+
+/* Panels of A, then, unless the product is thin, panels of B. */
+static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    (void)worker;
+    if (task < run->a_panels) llmpar__gemm_pack_a(run, task, run->a + task * run->kernel.rows * run->k);
+    else llmpar__gemm_pack_b(run, task - run->a_panels, run->b + (task - run->a_panels) * run->kernel.columns * run->k);
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+{
+    llmpar__gemm_tile tile;
+    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
+    tile.a = run->a + i * run->kernel.rows * run->k;
+    tile.b = b;
+    tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    tile.stack = run->stack + worker * run->levels * size;
+    tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
+    tile.ldc = run->args->ldc;
+    tile.steps = run->steps;
+    tile.step_count = run->step_count;
+    tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
+    tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
+    tile.load = run->load;
+    tile.store = run->store;
+    run->kernel.tile(&tile);
+}
+
+/* One panel of A, which stays in L1, with a group of panels of B, which stays in L2 for the next panel of A. */
+static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t i = task % run->a_panels, group = task / run->a_panels, j;
+    for (j = llmpar_piece_begin(group, run->b_panels, run->column_groups); j < llmpar_piece_begin(group + 1, run->b_panels, run->column_groups); j++)
+        llmpar__gemm_tile_at(run, i, j, run->b + j * run->kernel.columns * run->k, worker);
+}
+
+/* One panel of B, packed here, with the one or two panels of A. */
+static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    float *b = run->b + worker * run->kernel.columns * run->block_k;
+    int64_t i;
+    llmpar__gemm_pack_b(run, task, b);
+    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+}
+
+static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
+{
+    run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
+    run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
+    run->column_groups = (run->n + LLMPAR__GEMM_GROUP_N - 1) / LLMPAR__GEMM_GROUP_N;
+    if (run->threads > 1 && run->column_groups * run->a_panels < 4 * run->threads) run->column_groups = (4 * run->threads + run->a_panels - 1) / run->a_panels; /* a few tasks a worker */
+    if (run->column_groups > run->b_panels) run->column_groups = run->b_panels;
+    run->segment = run->piece = run->depth = 0;
+    run->segment_done = 0;
+    run->inside = 0;
+    while (llmpar__gemm_next_part(run)) {
+        llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->a_panels + (run->thin ? 0 : run->b_panels));
+        if (run->thin) llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+        else llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->column_groups);
+    }
+}
+
+static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
+{
+    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
+    llmpar__gemm_run run;
+    size_t bytes;
+    llmpar__gemm_prepare(&run, &cpu, args);
+    bytes = args->workspace ? args->workspace_bytes : 0;
+    if (bytes < llmpar__gemm_bytes(&run))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
+    llmpar__gemm_lay_out(&run, args->workspace);
+    if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
+    for (run.j0 = 0; run.j0 < args->n; run.j0 += run.block_n) {
+        run.n = args->n - run.j0 < run.block_n ? args->n - run.j0 : run.block_n;
+        for (run.i0 = 0; run.i0 < args->m; run.i0 += run.block_m) {
+            run.m = args->m - run.i0 < run.block_m ? args->m - run.i0 : run.block_m;
+            llmpar__gemm_block(&run, &cpu);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__GEMM_SERIAL
+
+#endif /* LLMPAR_NO_SIMD */
+
+/* ---- the slot ---- */
+
+static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm_args *args)
+{
+    int32_t s, previous = 0;
+    if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
+    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32 or f64, got %s", llmpar_dtype_name(args->dtype));
+    if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
+    if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
+    if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
+    if (args->accumulate && args->pieces != 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs exactly 1 piece, got %d", (int)args->pieces);
+    for (s = 0; s < args->segment_count; s++) {
+        const llmpar_gemm_segment *segment = &args->segments[s];
+        int64_t a_width = args->kind == LLMPAR_GEMM_TN ? args->m : segment->k, b_width = args->kind == LLMPAR_GEMM_NT ? segment->k : args->n;
+        int64_t a_rows = args->kind == LLMPAR_GEMM_TN ? segment->k : args->m, b_rows = args->kind == LLMPAR_GEMM_NT ? args->n : segment->k;
+        if (segment->k < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld", (int)s, (long long)segment->k);
+        if (segment->piece < previous || segment->piece >= args->pieces)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
+        previous = segment->piece;
+        if (a_rows > 1 && segment->lda < a_width)
+            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
+        if (b_rows > 1 && segment->ldb < b_width)
+            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
+{
+#if !defined(LLMPAR_NO_SIMD)
+    if (args->dtype == LLMPAR_F32 && args->m > 0 && args->n > 0) {
+        llmpar__gemm_run run;
+        llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
+        return llmpar__gemm_bytes(&run);
+    }
+#endif
+    (void)device;
+    (void)args;
+    return 0;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_gemm_args copy = *args; /* pool tasks take a pointer to what is not const */
+    llmpar_status status = llmpar__gemm_check(device, args);
+    (void)stream;
+    if (status || args->m == 0 || args->n == 0) return status;
+    if (args->dtype == LLMPAR_F64) {
+        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
+        return LLMPAR_OK;
+    }
+#if defined(LLMPAR_NO_SIMD)
+    llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
+    return LLMPAR_OK;
+#else
+    return llmpar__gemm_run_f32(device, args);
+#endif
+}
+
+#undef LLMPAR__GEMM_CHAIN_F32
+#undef LLMPAR__GEMM_CHAIN_F64
+/* ==== src/cpu/attention.c ==== */
+/* attention: causal softmax attention with grouped queries and packed documents, forward and backward (Dao et al. 2022, "FlashAttention";
+   lse recomputation in backward). Scores exist only as tiles:
+
+        keys of one document, tiles of 64 counted from its start
+        | tile 0 | tile 1 | tile 2 |
+     q  |XXXXXXXX|XXXXX   |        |   a block of query rows walks the key tiles from left to right with a running maximum;
+     q  |XXXXXXXX|XXXXXX  |        |   only the columns its last row may see are computed
+     q  |XXXXXXXX|XXXXXXX |        |
+
+   A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
+   chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
+   that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
+   A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
+/* ==== src/cpu/vector.h ==== */
+/* vector: short vectors of one level, and the names a kernel template is made from.
+
+   A template (norm.inc, attention.inc, ...) is included once a level with LLMPAR__VLEVEL set to one of
+     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
+     avx2, avx512             the same text with wider vectors and fused multiply-adds
+   and ends by undefining LLMPAR__VLEVEL. Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
+     static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
+   Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
+   depends on where an element lies. */
+#ifndef LLMPAR_VECTOR_H
+#define LLMPAR_VECTOR_H
+
+#include <string.h>
+
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#define LLMPAR__VX86 1
+#include <immintrin.h>
+#else
+#define LLMPAR__VX86 0
+#endif
+
+typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
+
+#define LLMPAR__VPASTE2(a, b) a##b
+#define LLMPAR__VPASTE(a, b) LLMPAR__VPASTE2(a, b)
+#define LLMPAR__VFN(name) LLMPAR__VPASTE(llmpar__##name##_, LLMPAR__VLEVEL)   /* a kernel's name at this level */
+#define LLMPAR__V(name) LLMPAR__VPASTE(llmpar__v_##name##_, LLMPAR__VLEVEL)   /* a vector function: LLMPAR__V(load)(p) */
+#define LLMPAR__VREAL LLMPAR__VPASTE(llmpar__real_, LLMPAR__VLEVEL)           /* float or double */
+#define LLMPAR__VEC LLMPAR__VPASTE(llmpar__vec_, LLMPAR__VLEVEL)              /* LLMPAR__VLANES of them */
+#define LLMPAR__VBITS LLMPAR__VPASTE(llmpar__bits_, LLMPAR__VLEVEL)           /* the unsigned integers of the same shape */
+#define LLMPAR__VLANES LLMPAR__VPASTE(LLMPAR__VLANES_, LLMPAR__VLEVEL)
+#define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
+#define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
+#define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
+#define LLMPAR__VKERNEL static LLMPAR__VTARGET
+#if defined(__clang__)
+#define LLMPAR__VUNROLL _Pragma("unroll")
+#else
+#define LLMPAR__VUNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define LLMPAR__VLANES_portable_f64 2
+#define LLMPAR__VLANES_portable 4
+#define LLMPAR__VLANES_avx2 8
+#define LLMPAR__VLANES_avx512 16
+#define LLMPAR__VTARGET_portable_f64
+#define LLMPAR__VTARGET_portable
+#define LLMPAR__VTARGET_avx2 __attribute__((target("avx2,fma")))
+#define LLMPAR__VTARGET_avx512 __attribute__((target("avx512f,avx2,fma")))
+#define LLMPAR__VBUILT_portable_f64 1
+#define LLMPAR__VBUILT_portable 1
+#define LLMPAR__VBUILT_avx2 LLMPAR__VX86
+#define LLMPAR__VBUILT_avx512 LLMPAR__VX86
+
+#if LLMPAR__VX86
+#define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
+#else
+#define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
+#endif
+
+/* Which of the four a call runs. */
+static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F64) return 0;
+    return cpu->level == LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
+}
+static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t llmpar__v_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
+/* Most operations take F32 and F64; anything else is told so. */
+static inline llmpar_status llmpar__v_check(llmpar_device *device, const char *name, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64) return LLMPAR_OK;
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32 or f64", name, llmpar_dtype_name(dtype));
+}
+
+typedef double llmpar__real_portable_f64;
+typedef double llmpar__vec_portable_f64 __attribute__((vector_size(16)));
+typedef double llmpar__loose_portable_f64 __attribute__((vector_size(16), aligned(8), may_alias));
+typedef uint64_t llmpar__bits_portable_f64 __attribute__((vector_size(16)));
+typedef uint64_t llmpar__bit_portable_f64;
+typedef float llmpar__real_portable;
+typedef float llmpar__vec_portable __attribute__((vector_size(16)));
+typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
+typedef uint32_t llmpar__bit_portable;
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameter: LLMPAR__VLEVEL, portable or portable_f64.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = { 0 };
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = x;
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? p[k] : 0;
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else for (int k = 0; k < n; k++) p[k] = x[k];
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    LLMPAR__VEC y = { 0 };
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/vector.h goes on ---- */
+static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
+{
+    llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
+    return y;
+}
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameter: LLMPAR__VLEVEL, portable or portable_f64.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = { 0 };
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = x;
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? p[k] : 0;
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else for (int k = 0; k < n; k++) p[k] = x[k];
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    LLMPAR__VEC y = { 0 };
+    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/vector.h goes on ---- */
+static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
+{
+    llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
+    return y;
+}
+
+#if LLMPAR__VX86
+typedef float llmpar__real_avx2;
+typedef uint32_t llmpar__bit_avx2;
+typedef __m256 llmpar__vec_avx2;
+typedef uint32_t llmpar__bits_avx2 __attribute__((vector_size(32)));
+#define LLMPAR__VLEVEL avx2
+LLMPAR__VINLINE __m256 llmpar__v_splat_avx2(float x) { return _mm256_set1_ps(x); }
+LLMPAR__VINLINE __m256i llmpar__v_mask_avx2(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+LLMPAR__VINLINE __m256 llmpar__v_load_avx2(const float *p) { return _mm256_loadu_ps(p); }
+LLMPAR__VINLINE void llmpar__v_store_avx2(float *p, __m256 x) { _mm256_storeu_ps(p, x); }
+LLMPAR__VINLINE __m256 llmpar__v_load_n_avx2(const float *p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, llmpar__v_mask_avx2(n)); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
+{
+    if (n >= 8) _mm256_storeu_ps(p, x);
+    else _mm256_maskstore_ps(p, llmpar__v_mask_avx2(n), x);
+}
+LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m256 llmpar__v_less_avx2(__m256 a, __m256 b, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+LLMPAR__VINLINE __m256 llmpar__v_nan_avx2(__m256 a, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
+LLMPAR__VINLINE __m256 llmpar__v_larger_avx2(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
+#undef LLMPAR__VLEVEL
+
+typedef float llmpar__real_avx512;
+typedef uint32_t llmpar__bit_avx512;
+typedef __m512 llmpar__vec_avx512;
+typedef uint32_t llmpar__bits_avx512 __attribute__((vector_size(64)));
+#define LLMPAR__VLEVEL avx512
+LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x); }
+LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
+LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
+LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
+LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x)
+{
+    if (n >= 16) _mm512_storeu_ps(p, x);
+    else _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x);
+}
+LLMPAR__VINLINE __m512 llmpar__v_keep_avx512(__m512 x, int64_t n, __m512 other) { return _mm512_mask_blend_ps(llmpar__v_mask_avx512(n), other, x); }
+LLMPAR__VINLINE __m512 llmpar__v_fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m512 llmpar__v_less_avx512(__m512 a, __m512 b, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), no, yes); }
+/* The maskz forms only because gcc 12 warns about its own header's plain ones in C++. */
+LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
+LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
+#undef LLMPAR__VLEVEL
+#endif
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VDOUBLE 1
+/* ==== src/cpu/vector_math.inc ==== */
+/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
+#if LLMPAR__VBUILT
+
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] += a[k + w];
+    }
+    return a[0];
+}
+
+/* The larger one, NaN if any is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
+    }
+    return a[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
+   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
+   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
+    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
+    enum { terms = 12 };
+#else
+    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
+    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
+    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
+    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
+    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
+    scale = (scale + bias) << shift;
+    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+}
+
+/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
+   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
+   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
+typedef struct LLMPAR__V(tree) {
+    LLMPAR__VEC value[48][4];
+    int height[48]; /* where value[i] parts from value[i - 1] */
+    int depth;
+    int64_t last;
+} LLMPAR__V(tree);
+
+LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+{
+    tree->depth = 0;
+    tree->last = 0;
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+{
+    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
+        tree->depth--;
+        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
+    }
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+{
+    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
+    LLMPAR__V(tree_join)(tree, height);
+    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
+    tree->height[tree->depth++] = height;
+    tree->last = index;
+}
+/* The sum lies in value[0]; +0 if no leaf arrived. */
+LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+{
+    LLMPAR__V(tree_join)(tree, 65);
+    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+/* ---- src/cpu/vector.h goes on ---- */
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__VDOUBLE 0
+/* ==== src/cpu/vector_math.inc ==== */
+/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
+#if LLMPAR__VBUILT
+
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] += a[k + w];
+    }
+    return a[0];
+}
+
+/* The larger one, NaN if any is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
+    }
+    return a[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
+   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
+   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
+    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
+    enum { terms = 12 };
+#else
+    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
+    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
+    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
+    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
+    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
+    scale = (scale + bias) << shift;
+    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+}
+
+/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
+   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
+   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
+typedef struct LLMPAR__V(tree) {
+    LLMPAR__VEC value[48][4];
+    int height[48]; /* where value[i] parts from value[i - 1] */
+    int depth;
+    int64_t last;
+} LLMPAR__V(tree);
+
+LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+{
+    tree->depth = 0;
+    tree->last = 0;
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+{
+    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
+        tree->depth--;
+        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
+    }
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+{
+    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
+    LLMPAR__V(tree_join)(tree, height);
+    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
+    tree->height[tree->depth++] = height;
+    tree->last = index;
+}
+/* The sum lies in value[0]; +0 if no leaf arrived. */
+LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+{
+    LLMPAR__V(tree_join)(tree, 65);
+    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+/* ---- src/cpu/vector.h goes on ---- */
+#define LLMPAR__VLEVEL avx2
+#define LLMPAR__VDOUBLE 0
+/* ==== src/cpu/vector_math.inc ==== */
+/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
+#if LLMPAR__VBUILT
+
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] += a[k + w];
+    }
+    return a[0];
+}
+
+/* The larger one, NaN if any is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
+    }
+    return a[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
+   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
+   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
+    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
+    enum { terms = 12 };
+#else
+    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
+    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
+    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
+    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
+    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
+    scale = (scale + bias) << shift;
+    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+}
+
+/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
+   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
+   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
+typedef struct LLMPAR__V(tree) {
+    LLMPAR__VEC value[48][4];
+    int height[48]; /* where value[i] parts from value[i - 1] */
+    int depth;
+    int64_t last;
+} LLMPAR__V(tree);
+
+LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+{
+    tree->depth = 0;
+    tree->last = 0;
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+{
+    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
+        tree->depth--;
+        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
+    }
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+{
+    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
+    LLMPAR__V(tree_join)(tree, height);
+    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
+    tree->height[tree->depth++] = height;
+    tree->last = index;
+}
+/* The sum lies in value[0]; +0 if no leaf arrived. */
+LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+{
+    LLMPAR__V(tree_join)(tree, 65);
+    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+/* ---- src/cpu/vector.h goes on ---- */
+#define LLMPAR__VLEVEL avx512
+#define LLMPAR__VDOUBLE 0
+/* ==== src/cpu/vector_math.inc ==== */
+/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
+#if LLMPAR__VBUILT
+
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] += a[k + w];
+    }
+    return a[0];
+}
+
+/* The larger one, NaN if any is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
+    }
+    return a[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
+   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
+   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
+    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
+    enum { terms = 12 };
+#else
+    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
+    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
+    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
+    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
+    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
+    scale = (scale + bias) << shift;
+    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+}
+
+/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
+   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
+   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
+typedef struct LLMPAR__V(tree) {
+    LLMPAR__VEC value[48][4];
+    int height[48]; /* where value[i] parts from value[i - 1] */
+    int depth;
+    int64_t last;
+} LLMPAR__V(tree);
+
+LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+{
+    tree->depth = 0;
+    tree->last = 0;
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+{
+    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
+        tree->depth--;
+        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
+    }
+}
+LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+{
+    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
+    LLMPAR__V(tree_join)(tree, height);
+    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
+    tree->height[tree->depth++] = height;
+    tree->last = index;
+}
+/* The sum lies in value[0]; +0 if no leaf arrived. */
+LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+{
+    LLMPAR__V(tree_join)(tree, 65);
+    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+/* ---- src/cpu/vector.h goes on ---- */
+
+#endif
+/* ---- src/cpu/attention.c goes on ---- */
+
+enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
+
+typedef struct llmpar__attention_job {
+    const llmpar_attention_args *args;
+    const llmpar_attention_backward_args *backward; /* NULL in forward */
+    char *workspace;       /* aligned to 64 */
+    size_t worker_bytes;   /* of it for each worker */
+    int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+} llmpar__attention_job;
+
+/* First position after the document that position i belongs to; *begin is its first. */
+static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
+{
+    const int32_t *start = a->doc_start ? a->doc_start + sequence * a->tk : NULL;
+    int64_t end = a->tk;
+    *begin = start ? start[i] : 0;
+    if (start) for (end = i + 1; end < a->tk && start[end] == start[i];) end++;
+    return end;
+}
+
+/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
+static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
+/* Partial sums that wait at the same time while that tree is walked from left to right. */
+static int64_t llmpar__attention_slots(int64_t n)
+{
+    int64_t left, a, b;
+    if (n < 2) return 1;
+    left = llmpar__attention_split(n);
+    a = llmpar__attention_slots(left);
+    b = llmpar__attention_slots(n - left) + 1;
+    return a > b ? a : b;
+}
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f64
+/* ==== src/cpu/attention.inc ==== */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
+   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+#if LLMPAR__VBUILT
+
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+{
+    LLMPAR__VEC s[4][4], y[4], x;
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
+    }
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
+        LLMPAR__VUNROLL
+        for (int r = 0; r < 4; r++) {
+            x = LLMPAR__V(splat)(a[r * a_row]);
+            LLMPAR__VUNROLL
+            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
+        }
+    }
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
+    }
+}
+
+/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+{
+    int64_t j = 0;
+    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
+        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+}
+
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = rows; r % 4; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        for (int64_t j = 0; j < e; j++) {
+            const LLMPAR__VREAL *column = in + key * ld_in + j;
+            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+        }
+    }
+}
+
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+{
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
+    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
+    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
+    for (int64_t r = 0; r < rows; r++) {
+        top[r] = least[0];
+        weight[r] = LLMPAR__V(splat)(0);
+    }
+    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
+            LLMPAR__VREAL change[16], next[4];
+            if (limit <= 0) continue;
+            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VEC most = least;
+                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
+                change[x] = 0;
+                if (!seen[x]) continue;
+                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+                next[x] = LLMPAR__V(max_lane)(most);
+                if (!(next[x] > top[r + x])) next[x] = top[r + x];
+                change[x] = top[r + x] - next[x];
+            }
+            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
+                LLMPAR__VEC shift, factor;
+                int64_t j = 0;
+                if (seen[x]) {
+                    shift = LLMPAR__V(splat)(next[x]);
+                    factor = LLMPAR__V(splat)(change[x]);
+                    weight[r + x] = weight[r + x] * factor;
+                    for (; j < seen[x]; j += LLMPAR__VLANES) {
+                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
+                        LLMPAR__V(store)(score + j, y);
+                        weight[r + x] = weight[r + x] + y;
+                    }
+                    /* A factor of exactly 1 changes no bit. */
+                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
+                    top[r + x] = next[x];
+                }
+                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
+            }
+            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
+        }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        end = llmpar__attention_document(a, b, i, &begin);
+        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+                int64_t row = first - (a->tk - a->tq);
+                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/attention_backward.inc ==== */
+/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
+   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+#if LLMPAR__VBUILT
+
+/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+typedef struct LLMPAR__VFN(attention_state) {
+    const llmpar__attention_job *job;
+    int64_t b, kv, begin, n, ld;
+    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
+    LLMPAR__VREAL *lse, *d;
+    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    int64_t slot_size;
+} LLMPAR__VFN(attention_state);
+
+/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+{
+    const llmpar_attention_args *a = s->job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
+    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
+    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
+    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
+    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
+    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
+    for (int64_t r = 0; r < n; r++) {
+        LLMPAR__VEC sum = zero;
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        s->d[r] = LLMPAR__V(sum)(sum);
+    }
+    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
+        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
+            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
+            for (int64_t r = 0; r < count; r += 4) {
+                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
+                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                for (int64_t x = r; x < r + 4; x++) {
+                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
+                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
+                    if (seen > 0) {
+                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
+                        for (; j < seen; j += LLMPAR__VLANES) {
+                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
+                            LLMPAR__V(store)(score + j, y);
+                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
+                        }
+                    }
+                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
+                        LLMPAR__V(store)(score + j, zero);
+                        LLMPAR__V(store)(slope + j, zero);
+                    }
+                }
+                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
+            }
+            for (int64_t j = 0; j < key_count; j += 4) {
+                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
+                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+}
+
+/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+{
+    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
+    int64_t left;
+    if (count == 1) {
+        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        return;
+    }
+    left = llmpar__attention_split(count);
+    LLMPAR__VFN(attention_heads)(s, h, left, slot);
+    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
+    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
+    LLMPAR__VFN(attention_state) s;
+    s.job = job;
+    s.b = task / a->kv_heads;
+    s.kv = task % a->kv_heads;
+    s.ld = llmpar_round_up(e, 16);
+    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
+    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
+    s.dout = s.q + size;
+    s.dq = s.dout + size;
+    s.rows = s.dq + size;
+    s.keys = s.rows + size;
+    s.values = s.keys + size;
+    s.slots = s.values + size;
+    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
+    s.d = s.lse + size / s.ld;
+    for (int64_t i = 0; i < a->tk; i = end) {
+        const LLMPAR__VREAL *k, *v;
+        LLMPAR__VREAL *dk, *dv;
+        end = llmpar__attention_document(a, s.b, i, &s.begin);
+        s.n = end - s.begin;
+        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
+        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
+        for (int64_t r = 0; r < s.n; r++)
+            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
+                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
+                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+/* ==== src/cpu/attention.inc ==== */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
+   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+#if LLMPAR__VBUILT
+
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+{
+    LLMPAR__VEC s[4][4], y[4], x;
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
+    }
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
+        LLMPAR__VUNROLL
+        for (int r = 0; r < 4; r++) {
+            x = LLMPAR__V(splat)(a[r * a_row]);
+            LLMPAR__VUNROLL
+            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
+        }
+    }
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
+    }
+}
+
+/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+{
+    int64_t j = 0;
+    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
+        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+}
+
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = rows; r % 4; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        for (int64_t j = 0; j < e; j++) {
+            const LLMPAR__VREAL *column = in + key * ld_in + j;
+            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+        }
+    }
+}
+
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+{
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
+    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
+    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
+    for (int64_t r = 0; r < rows; r++) {
+        top[r] = least[0];
+        weight[r] = LLMPAR__V(splat)(0);
+    }
+    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
+            LLMPAR__VREAL change[16], next[4];
+            if (limit <= 0) continue;
+            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VEC most = least;
+                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
+                change[x] = 0;
+                if (!seen[x]) continue;
+                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+                next[x] = LLMPAR__V(max_lane)(most);
+                if (!(next[x] > top[r + x])) next[x] = top[r + x];
+                change[x] = top[r + x] - next[x];
+            }
+            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
+                LLMPAR__VEC shift, factor;
+                int64_t j = 0;
+                if (seen[x]) {
+                    shift = LLMPAR__V(splat)(next[x]);
+                    factor = LLMPAR__V(splat)(change[x]);
+                    weight[r + x] = weight[r + x] * factor;
+                    for (; j < seen[x]; j += LLMPAR__VLANES) {
+                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
+                        LLMPAR__V(store)(score + j, y);
+                        weight[r + x] = weight[r + x] + y;
+                    }
+                    /* A factor of exactly 1 changes no bit. */
+                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
+                    top[r + x] = next[x];
+                }
+                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
+            }
+            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
+        }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        end = llmpar__attention_document(a, b, i, &begin);
+        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+                int64_t row = first - (a->tk - a->tq);
+                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/attention_backward.inc ==== */
+/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
+   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+#if LLMPAR__VBUILT
+
+/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+typedef struct LLMPAR__VFN(attention_state) {
+    const llmpar__attention_job *job;
+    int64_t b, kv, begin, n, ld;
+    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
+    LLMPAR__VREAL *lse, *d;
+    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    int64_t slot_size;
+} LLMPAR__VFN(attention_state);
+
+/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+{
+    const llmpar_attention_args *a = s->job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
+    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
+    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
+    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
+    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
+    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
+    for (int64_t r = 0; r < n; r++) {
+        LLMPAR__VEC sum = zero;
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        s->d[r] = LLMPAR__V(sum)(sum);
+    }
+    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
+        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
+            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
+            for (int64_t r = 0; r < count; r += 4) {
+                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
+                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                for (int64_t x = r; x < r + 4; x++) {
+                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
+                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
+                    if (seen > 0) {
+                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
+                        for (; j < seen; j += LLMPAR__VLANES) {
+                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
+                            LLMPAR__V(store)(score + j, y);
+                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
+                        }
+                    }
+                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
+                        LLMPAR__V(store)(score + j, zero);
+                        LLMPAR__V(store)(slope + j, zero);
+                    }
+                }
+                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
+            }
+            for (int64_t j = 0; j < key_count; j += 4) {
+                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
+                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+}
+
+/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+{
+    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
+    int64_t left;
+    if (count == 1) {
+        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        return;
+    }
+    left = llmpar__attention_split(count);
+    LLMPAR__VFN(attention_heads)(s, h, left, slot);
+    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
+    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
+    LLMPAR__VFN(attention_state) s;
+    s.job = job;
+    s.b = task / a->kv_heads;
+    s.kv = task % a->kv_heads;
+    s.ld = llmpar_round_up(e, 16);
+    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
+    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
+    s.dout = s.q + size;
+    s.dq = s.dout + size;
+    s.rows = s.dq + size;
+    s.keys = s.rows + size;
+    s.values = s.keys + size;
+    s.slots = s.values + size;
+    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
+    s.d = s.lse + size / s.ld;
+    for (int64_t i = 0; i < a->tk; i = end) {
+        const LLMPAR__VREAL *k, *v;
+        LLMPAR__VREAL *dk, *dv;
+        end = llmpar__attention_document(a, s.b, i, &s.begin);
+        s.n = end - s.begin;
+        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
+        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
+        for (int64_t r = 0; r < s.n; r++)
+            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
+                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
+                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+#define LLMPAR__ATTENTION_COLUMNS 2
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+/* ==== src/cpu/attention.inc ==== */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
+   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+#if LLMPAR__VBUILT
+
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+{
+    LLMPAR__VEC s[4][4], y[4], x;
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
+    }
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
+        LLMPAR__VUNROLL
+        for (int r = 0; r < 4; r++) {
+            x = LLMPAR__V(splat)(a[r * a_row]);
+            LLMPAR__VUNROLL
+            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
+        }
+    }
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
+    }
+}
+
+/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+{
+    int64_t j = 0;
+    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
+        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+}
+
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = rows; r % 4; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        for (int64_t j = 0; j < e; j++) {
+            const LLMPAR__VREAL *column = in + key * ld_in + j;
+            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+        }
+    }
+}
+
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+{
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
+    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
+    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
+    for (int64_t r = 0; r < rows; r++) {
+        top[r] = least[0];
+        weight[r] = LLMPAR__V(splat)(0);
+    }
+    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
+            LLMPAR__VREAL change[16], next[4];
+            if (limit <= 0) continue;
+            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VEC most = least;
+                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
+                change[x] = 0;
+                if (!seen[x]) continue;
+                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+                next[x] = LLMPAR__V(max_lane)(most);
+                if (!(next[x] > top[r + x])) next[x] = top[r + x];
+                change[x] = top[r + x] - next[x];
+            }
+            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
+                LLMPAR__VEC shift, factor;
+                int64_t j = 0;
+                if (seen[x]) {
+                    shift = LLMPAR__V(splat)(next[x]);
+                    factor = LLMPAR__V(splat)(change[x]);
+                    weight[r + x] = weight[r + x] * factor;
+                    for (; j < seen[x]; j += LLMPAR__VLANES) {
+                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
+                        LLMPAR__V(store)(score + j, y);
+                        weight[r + x] = weight[r + x] + y;
+                    }
+                    /* A factor of exactly 1 changes no bit. */
+                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
+                    top[r + x] = next[x];
+                }
+                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
+            }
+            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
+        }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        end = llmpar__attention_document(a, b, i, &begin);
+        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+                int64_t row = first - (a->tk - a->tq);
+                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/attention_backward.inc ==== */
+/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
+   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+#if LLMPAR__VBUILT
+
+/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+typedef struct LLMPAR__VFN(attention_state) {
+    const llmpar__attention_job *job;
+    int64_t b, kv, begin, n, ld;
+    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
+    LLMPAR__VREAL *lse, *d;
+    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    int64_t slot_size;
+} LLMPAR__VFN(attention_state);
+
+/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+{
+    const llmpar_attention_args *a = s->job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
+    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
+    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
+    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
+    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
+    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
+    for (int64_t r = 0; r < n; r++) {
+        LLMPAR__VEC sum = zero;
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        s->d[r] = LLMPAR__V(sum)(sum);
+    }
+    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
+        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
+            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
+            for (int64_t r = 0; r < count; r += 4) {
+                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
+                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                for (int64_t x = r; x < r + 4; x++) {
+                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
+                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
+                    if (seen > 0) {
+                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
+                        for (; j < seen; j += LLMPAR__VLANES) {
+                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
+                            LLMPAR__V(store)(score + j, y);
+                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
+                        }
+                    }
+                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
+                        LLMPAR__V(store)(score + j, zero);
+                        LLMPAR__V(store)(slope + j, zero);
+                    }
+                }
+                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
+            }
+            for (int64_t j = 0; j < key_count; j += 4) {
+                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
+                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+}
+
+/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+{
+    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
+    int64_t left;
+    if (count == 1) {
+        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        return;
+    }
+    left = llmpar__attention_split(count);
+    LLMPAR__VFN(attention_heads)(s, h, left, slot);
+    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
+    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
+    LLMPAR__VFN(attention_state) s;
+    s.job = job;
+    s.b = task / a->kv_heads;
+    s.kv = task % a->kv_heads;
+    s.ld = llmpar_round_up(e, 16);
+    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
+    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
+    s.dout = s.q + size;
+    s.dq = s.dout + size;
+    s.rows = s.dq + size;
+    s.keys = s.rows + size;
+    s.values = s.keys + size;
+    s.slots = s.values + size;
+    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
+    s.d = s.lse + size / s.ld;
+    for (int64_t i = 0; i < a->tk; i = end) {
+        const LLMPAR__VREAL *k, *v;
+        LLMPAR__VREAL *dk, *dv;
+        end = llmpar__attention_document(a, s.b, i, &s.begin);
+        s.n = end - s.begin;
+        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
+        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
+        for (int64_t r = 0; r < s.n; r++)
+            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
+                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
+                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+#define LLMPAR__ATTENTION_COLUMNS 4
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+/* ==== src/cpu/attention.inc ==== */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
+   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+#if LLMPAR__VBUILT
+
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+{
+    LLMPAR__VEC s[4][4], y[4], x;
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
+    }
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
+        LLMPAR__VUNROLL
+        for (int r = 0; r < 4; r++) {
+            x = LLMPAR__V(splat)(a[r * a_row]);
+            LLMPAR__VUNROLL
+            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
+        }
+    }
+    LLMPAR__VUNROLL
+    for (int r = 0; r < 4; r++) {
+        LLMPAR__VUNROLL
+        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
+    }
+}
+
+/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+{
+    int64_t j = 0;
+    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
+        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+}
+
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = rows; r % 4; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        for (int64_t j = 0; j < e; j++) {
+            const LLMPAR__VREAL *column = in + key * ld_in + j;
+            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+        }
+    }
+}
+
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+{
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
+    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
+    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
+    for (int64_t r = 0; r < rows; r++) {
+        top[r] = least[0];
+        weight[r] = LLMPAR__V(splat)(0);
+    }
+    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
+            LLMPAR__VREAL change[16], next[4];
+            if (limit <= 0) continue;
+            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VEC most = least;
+                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
+                change[x] = 0;
+                if (!seen[x]) continue;
+                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+                next[x] = LLMPAR__V(max_lane)(most);
+                if (!(next[x] > top[r + x])) next[x] = top[r + x];
+                change[x] = top[r + x] - next[x];
+            }
+            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
+                LLMPAR__VEC shift, factor;
+                int64_t j = 0;
+                if (seen[x]) {
+                    shift = LLMPAR__V(splat)(next[x]);
+                    factor = LLMPAR__V(splat)(change[x]);
+                    weight[r + x] = weight[r + x] * factor;
+                    for (; j < seen[x]; j += LLMPAR__VLANES) {
+                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
+                        LLMPAR__V(store)(score + j, y);
+                        weight[r + x] = weight[r + x] + y;
+                    }
+                    /* A factor of exactly 1 changes no bit. */
+                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
+                    top[r + x] = next[x];
+                }
+                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
+            }
+            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
+        }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        end = llmpar__attention_document(a, b, i, &begin);
+        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+                int64_t row = first - (a->tk - a->tq);
+                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ---- src/cpu/attention.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/attention_backward.inc ==== */
+/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
+   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+#if LLMPAR__VBUILT
+
+/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+typedef struct LLMPAR__VFN(attention_state) {
+    const llmpar__attention_job *job;
+    int64_t b, kv, begin, n, ld;
+    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
+    LLMPAR__VREAL *lse, *d;
+    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    int64_t slot_size;
+} LLMPAR__VFN(attention_state);
+
+/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+{
+    const llmpar_attention_args *a = s->job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
+    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
+    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
+    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
+    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
+    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
+    for (int64_t r = 0; r < n; r++) {
+        LLMPAR__VEC sum = zero;
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        s->d[r] = LLMPAR__V(sum)(sum);
+    }
+    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
+        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
+            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
+            for (int64_t r = 0; r < count; r += 4) {
+                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
+                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                for (int64_t x = r; x < r + 4; x++) {
+                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
+                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
+                    if (seen > 0) {
+                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
+                        for (; j < seen; j += LLMPAR__VLANES) {
+                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
+                            LLMPAR__V(store)(score + j, y);
+                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
+                        }
+                    }
+                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
+                        LLMPAR__V(store)(score + j, zero);
+                        LLMPAR__V(store)(slope + j, zero);
+                    }
+                }
+                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
+            }
+            for (int64_t j = 0; j < key_count; j += 4) {
+                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
+                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+}
+
+/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+{
+    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
+    int64_t left;
+    if (count == 1) {
+        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        return;
+    }
+    left = llmpar__attention_split(count);
+    LLMPAR__VFN(attention_heads)(s, h, left, slot);
+    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
+    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
+    LLMPAR__VFN(attention_state) s;
+    s.job = job;
+    s.b = task / a->kv_heads;
+    s.kv = task % a->kv_heads;
+    s.ld = llmpar_round_up(e, 16);
+    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
+    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
+    s.dout = s.q + size;
+    s.dq = s.dout + size;
+    s.rows = s.dq + size;
+    s.keys = s.rows + size;
+    s.values = s.keys + size;
+    s.slots = s.values + size;
+    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
+    s.d = s.lse + size / s.ld;
+    for (int64_t i = 0; i < a->tk; i = end) {
+        const LLMPAR__VREAL *k, *v;
+        LLMPAR__VREAL *dk, *dv;
+        end = llmpar__attention_document(a, s.b, i, &s.begin);
+        s.n = end - s.begin;
+        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
+        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
+        for (int64_t r = 0; r < s.n; r++)
+            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
+                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
+                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
+            }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/attention.c goes on ---- */
+
+static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
+static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);
+
+/* Bytes for one worker. Rows are padded to 16 elements, so that the answer is the same at every level. */
+static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int backward)
+{
+    int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
+    if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
+    else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
+    return (size_t)count * llmpar_dtype_size(a->dtype);
+}
+
+static size_t llmpar__attention_bytes(llmpar_device *device, const llmpar_attention_args *a, int backward)
+{
+    int64_t workers = llmpar__v_min(llmpar__pool_threads((llmpar__cpu *)device->state), llmpar__v_max(1, a->batch * a->kv_heads));
+    if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1 || a->tk < 1) return 0;
+    return (size_t)workers * llmpar__attention_worker_bytes(a, backward) + 64;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args) { return llmpar__attention_bytes(device, args, 0); }
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args) { return llmpar__attention_bytes(device, &args->forward, 1); }
+
+static llmpar_status llmpar__attention_check(llmpar_device *device, const char *name, const llmpar_attention_args *a, int backward)
+{
+    size_t need = llmpar__attention_bytes(device, a, backward);
+    llmpar_status status = llmpar__v_check(device, name, a->dtype);
+    if (status) return status;
+    if (a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1)
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "%s: %lld heads, %lld kv heads, head_dim %lld: expected heads to be a multiple of kv heads", name, (long long)a->heads, (long long)a->kv_heads, (long long)a->head_dim);
+    if (a->tq > a->tk || a->tk > a->tk_stride || (backward && (a->tq != a->tk || a->tk != a->tk_stride)))
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "%s: tq %lld, tk %lld, tk_stride %lld: expected %s", name, (long long)a->tq, (long long)a->tk, (long long)a->tk_stride, backward ? "three equal numbers" : "tq <= tk <= tk_stride");
+    if (!a->workspace || a->workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "%s: workspace of %llu bytes, expected %llu", name, (unsigned long long)a->workspace_bytes, (unsigned long long)need);
+    if (a->doc_start) for (int64_t b = 0; b < a->batch; b++) {
+        const int32_t *start = a->doc_start + b * a->tk;
+        int64_t first = a->tk - a->tq;
+        for (int64_t i = first; i < a->tk; i++)
+            if (start[i] < 0 || start[i] > i || (i > first && start[i] != i && start[i] != start[i - 1]))
+                return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "%s: doc_start of sequence %lld, position %lld is %d: expected the position itself or the value before it", name, (long long)b, (long long)i, (int)start[i]);
+    }
+    return LLMPAR_OK;
+}
+
+static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *kernels, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__attention_job job;
+    job.args = a;
+    job.backward = backward;
+    job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
+    job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
+    job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)
+{
+    llmpar_status status;
+    (void)stream;
+    if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+    status = llmpar__attention_check(device, "attention", args, 0);
+    if (!status) llmpar__attention_run(device, llmpar__attention_forward_kernels, args, NULL);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args)
+{
+    llmpar_status status;
+    (void)stream;
+    if (args->forward.batch <= 0 || args->forward.tq <= 0 || args->forward.heads <= 0) return LLMPAR_OK;
+    status = llmpar__attention_check(device, "attention_backward", &args->forward, 1);
+    if (!status) llmpar__attention_run(device, llmpar__attention_backward_kernels, &args->forward, args);
+    return status;
+}
+/* ==== src/cpu/norm.c ==== */
+/* norm: RMSNorm (Zhang & Sennrich 2019) forward and backward. The hidden dim is never split, so the sum over it is in lanes; the sum of dw over tokens
+   may be split by a mesh and follows docs/exact.md: a chain per T-piece, a tree over T-pieces, one row a leaf. */
+
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
+typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/norm.inc ==== */
+/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
+    const llmpar_rmsnorm_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
+        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VEC s[4], scale;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        if (a->residual) {
+            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
+            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
+            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
+            x = sum;
+        }
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES;
+                if (j < d) {
+                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
+                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                }
+            }
+        }
+        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
+        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
+        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
+        rstd = scale[0];
+        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+    }
+}
+
+/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
+        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
+                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+            }
+        }
+        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
+            int64_t n = d - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+    }
+}
+
+/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (; column < end; column += 4 * LLMPAR__VLANES) {
+        LLMPAR__V(tree_begin)(&tree);
+        for (int64_t piece = 0; piece < tokens->canon; piece++) {
+            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+            LLMPAR__VEC s[4];
+            if (t0 >= t1) continue;
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
+                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
+                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                    }
+                }
+            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
+            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, piece, s);
+        }
+        LLMPAR__V(tree_finish)(&tree);
+        for (int k = 0; k < 4; k++) {
+            int64_t j = column + k * LLMPAR__VLANES;
+            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/norm.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/norm.inc ==== */
+/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
+    const llmpar_rmsnorm_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
+        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VEC s[4], scale;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        if (a->residual) {
+            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
+            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
+            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
+            x = sum;
+        }
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES;
+                if (j < d) {
+                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
+                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                }
+            }
+        }
+        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
+        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
+        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
+        rstd = scale[0];
+        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+    }
+}
+
+/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
+        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
+                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+            }
+        }
+        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
+            int64_t n = d - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+    }
+}
+
+/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (; column < end; column += 4 * LLMPAR__VLANES) {
+        LLMPAR__V(tree_begin)(&tree);
+        for (int64_t piece = 0; piece < tokens->canon; piece++) {
+            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+            LLMPAR__VEC s[4];
+            if (t0 >= t1) continue;
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
+                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
+                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                    }
+                }
+            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
+            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, piece, s);
+        }
+        LLMPAR__V(tree_finish)(&tree);
+        for (int k = 0; k < 4; k++) {
+            int64_t j = column + k * LLMPAR__VLANES;
+            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/norm.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/norm.inc ==== */
+/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
+    const llmpar_rmsnorm_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
+        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VEC s[4], scale;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        if (a->residual) {
+            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
+            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
+            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
+            x = sum;
+        }
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES;
+                if (j < d) {
+                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
+                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                }
+            }
+        }
+        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
+        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
+        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
+        rstd = scale[0];
+        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+    }
+}
+
+/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
+        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
+                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+            }
+        }
+        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
+            int64_t n = d - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+    }
+}
+
+/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (; column < end; column += 4 * LLMPAR__VLANES) {
+        LLMPAR__V(tree_begin)(&tree);
+        for (int64_t piece = 0; piece < tokens->canon; piece++) {
+            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+            LLMPAR__VEC s[4];
+            if (t0 >= t1) continue;
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
+                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
+                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                    }
+                }
+            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
+            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, piece, s);
+        }
+        LLMPAR__V(tree_finish)(&tree);
+        for (int k = 0; k < 4; k++) {
+            int64_t j = column + k * LLMPAR__VLANES;
+            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/norm.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/norm.inc ==== */
+/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
+    const llmpar_rmsnorm_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
+        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VEC s[4], scale;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        if (a->residual) {
+            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
+            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
+            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
+            x = sum;
+        }
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES;
+                if (j < d) {
+                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
+                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                }
+            }
+        }
+        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
+        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
+        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
+        rstd = scale[0];
+        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+    }
+}
+
+/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
+        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
+                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+            }
+        }
+        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
+            int64_t n = d - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+    }
+}
+
+/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (; column < end; column += 4 * LLMPAR__VLANES) {
+        LLMPAR__V(tree_begin)(&tree);
+        for (int64_t piece = 0; piece < tokens->canon; piece++) {
+            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+            LLMPAR__VEC s[4];
+            if (t0 >= t1) continue;
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
+                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
+                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                    }
+                }
+            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
+            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, piece, s);
+        }
+        LLMPAR__V(tree_finish)(&tree);
+        for (int k = 0; k < 4; k++) {
+            int64_t j = column + k * LLMPAR__VLANES;
+            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/norm.c goes on ---- */
+
+static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
+static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);
+static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS(norm_dw);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__norm_job job;
+    llmpar_status status = llmpar__v_check(device, "rmsnorm", args->dtype);
+    (void)stream;
+    if (status || args->rows <= 0 || args->dim <= 0) return status;
+    job.args = args;
+    job.step = llmpar__v_max(1, 8192 / args->dim);
+    llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    const llmpar_tokens *tokens = &args->tokens;
+    llmpar__norm_backward_job job;
+    int kernel = llmpar__v_index(cpu, args->dtype);
+    llmpar_status status = llmpar__v_check(device, "rmsnorm_backward", args->dtype);
+    (void)stream;
+    if (status || args->dim <= 0) return status;
+    job.args = args;
+    job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.blocks = llmpar__v_blocks(args->dim, 64);
+    /* dw first: dx may take the place of dy. */
+    if (args->dw_leaves && tokens->leaves > 0) {
+        if (tokens->canon < 1 || tokens->batch % tokens->leaves)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
+        llmpar__pool_run(cpu, llmpar__norm_dw_kernels[kernel], &job, tokens->leaves * job.blocks);
+    }
+    llmpar__pool_run(cpu, llmpar__norm_dx_kernels[kernel], &job, llmpar__v_blocks(tokens->batch * tokens->t, job.step));
+    return LLMPAR_OK;
+}
+/* ==== src/cpu/rope.c ==== */
+/* rope: rotary position embedding in place (Su et al. 2021), half-split order. */
+
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/rope.inc ==== */
+/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
+   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
+    const llmpar_rope_args *p = job->args;
+    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
+    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t position = p->position + row % p->t;
+        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
+        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
+            int64_t n = half - i;
+            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+            for (int64_t h = 0; h < p->heads; h++) {
+                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
+                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/rope.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/rope.inc ==== */
+/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
+   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
+    const llmpar_rope_args *p = job->args;
+    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
+    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t position = p->position + row % p->t;
+        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
+        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
+            int64_t n = half - i;
+            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+            for (int64_t h = 0; h < p->heads; h++) {
+                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
+                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/rope.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/rope.inc ==== */
+/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
+   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
+    const llmpar_rope_args *p = job->args;
+    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
+    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t position = p->position + row % p->t;
+        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
+        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
+            int64_t n = half - i;
+            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+            for (int64_t h = 0; h < p->heads; h++) {
+                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
+                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/rope.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/rope.inc ==== */
+/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
+   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
+    const llmpar_rope_args *p = job->args;
+    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
+    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t position = p->position + row % p->t;
+        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
+        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
+            int64_t n = half - i;
+            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+            for (int64_t h = 0; h < p->heads; h++) {
+                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
+                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/rope.c goes on ---- */
+
+static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS(rope_rotate);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__rope_job job;
+    llmpar_status status = llmpar__v_check(device, "rope", args->dtype);
+    (void)stream;
+    if (status || args->batch <= 0 || args->t <= 0 || args->heads <= 0 || args->head_dim <= 0) return status;
+    if (args->head_dim % 2) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "rope: head_dim %lld, expected an even number", (long long)args->head_dim);
+    job.args = args;
+    job.step = llmpar__v_max(1, 8192 / (args->heads * args->head_dim));
+    llmpar__pool_run(cpu, llmpar__rope_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->batch * args->t, job.step));
+    return LLMPAR_OK;
+}
+/* ==== src/cpu/swiglu.c ==== */
+/* swiglu: h = gate * sigmoid(gate) * up (Shazeer 2020), forward and backward, element-wise. */
+
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/swiglu.inc ==== */
+/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
+{
+    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
+    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_args *a = job->forward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
+        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+        }
+    }
+}
+
+/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_backward_args *a = job->backward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
+        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+            LLMPAR__V(store_n)(dup + i, n, d * silu);
+            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/swiglu.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/swiglu.inc ==== */
+/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
+{
+    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
+    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_args *a = job->forward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
+        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+        }
+    }
+}
+
+/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_backward_args *a = job->backward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
+        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+            LLMPAR__V(store_n)(dup + i, n, d * silu);
+            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/swiglu.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/swiglu.inc ==== */
+/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
+{
+    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
+    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_args *a = job->forward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
+        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+        }
+    }
+}
+
+/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_backward_args *a = job->backward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
+        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+            LLMPAR__V(store_n)(dup + i, n, d * silu);
+            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/swiglu.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/swiglu.inc ==== */
+/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
+{
+    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
+    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_args *a = job->forward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
+        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+        }
+    }
+}
+
+/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_backward_args *a = job->backward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
+        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+            LLMPAR__V(store_n)(dup + i, n, d * silu);
+            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/swiglu.c goes on ---- */
+
+static const llmpar__kernel llmpar__swiglu_forward_kernels[4] = LLMPAR__VKERNELS(swiglu_forward);
+static const llmpar__kernel llmpar__swiglu_backward_kernels[4] = LLMPAR__VKERNELS(swiglu_backward);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__swiglu_job job;
+    llmpar_status status = llmpar__v_check(device, "swiglu", args->dtype);
+    (void)stream;
+    if (status || args->rows <= 0 || args->dim <= 0) return status;
+    job.forward = args;
+    job.backward = NULL;
+    job.step = llmpar__v_max(1, 8192 / args->dim);
+    llmpar__pool_run(cpu, llmpar__swiglu_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_backward_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__swiglu_job job;
+    llmpar_status status = llmpar__v_check(device, "swiglu_backward", args->dtype);
+    (void)stream;
+    if (status || args->rows <= 0 || args->dim <= 0) return status;
+    job.forward = NULL;
+    job.backward = args;
+    job.step = llmpar__v_max(1, 8192 / args->dim);
+    llmpar__pool_run(cpu, llmpar__swiglu_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
+    return LLMPAR_OK;
+}
+/* ==== src/cpu/embedding.c ==== */
+/* embedding: rows of a vocab-sharded table by id, and its gradient. Forward is a select, not a sum with zeros. Backward sorts the tokens by id (stably, by
+   counting) and sums row by row: nothing of the table's size but the result is touched. */
+
+typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
+typedef struct llmpar__embedding_backward_job {
+    const llmpar_embedding_backward_args *args;
+    const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
+    const int64_t *order;
+} llmpar__embedding_backward_job;
+
+#define LLMPAR__EMBEDDING_IDS 8 /* ids a task */
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/embedding.inc ==== */
+/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
+   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
+    const llmpar_embedding_backward_args *a = job->args;
+    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
+    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
+        const int64_t *order = job->order + job->begin[v];
+        int64_t count = job->begin[v + 1] - job->begin[v];
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
+        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
+            LLMPAR__V(tree_begin)(&tree);
+            for (int64_t i = 0; i < count;) {
+                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
+                LLMPAR__VEC s[4];
+                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+                for (; i < count && order[i] < leaf_end; i++) {
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES;
+                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                    }
+                }
+                LLMPAR__V(tree_push)(&tree, leaf, s);
+            }
+            LLMPAR__V(tree_finish)(&tree);
+            for (int k = 0; k < 4; k++) {
+                int64_t j = column + k * LLMPAR__VLANES;
+                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/embedding.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/embedding.inc ==== */
+/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
+   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
+    const llmpar_embedding_backward_args *a = job->args;
+    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
+    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
+        const int64_t *order = job->order + job->begin[v];
+        int64_t count = job->begin[v + 1] - job->begin[v];
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
+        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
+            LLMPAR__V(tree_begin)(&tree);
+            for (int64_t i = 0; i < count;) {
+                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
+                LLMPAR__VEC s[4];
+                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+                for (; i < count && order[i] < leaf_end; i++) {
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES;
+                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                    }
+                }
+                LLMPAR__V(tree_push)(&tree, leaf, s);
+            }
+            LLMPAR__V(tree_finish)(&tree);
+            for (int k = 0; k < 4; k++) {
+                int64_t j = column + k * LLMPAR__VLANES;
+                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/embedding.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/embedding.inc ==== */
+/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
+   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
+    const llmpar_embedding_backward_args *a = job->args;
+    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
+    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
+        const int64_t *order = job->order + job->begin[v];
+        int64_t count = job->begin[v + 1] - job->begin[v];
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
+        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
+            LLMPAR__V(tree_begin)(&tree);
+            for (int64_t i = 0; i < count;) {
+                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
+                LLMPAR__VEC s[4];
+                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+                for (; i < count && order[i] < leaf_end; i++) {
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES;
+                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                    }
+                }
+                LLMPAR__V(tree_push)(&tree, leaf, s);
+            }
+            LLMPAR__V(tree_finish)(&tree);
+            for (int k = 0; k < 4; k++) {
+                int64_t j = column + k * LLMPAR__VLANES;
+                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/embedding.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/embedding.inc ==== */
+/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
+   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
+    const llmpar_embedding_backward_args *a = job->args;
+    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
+    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
+        const int64_t *order = job->order + job->begin[v];
+        int64_t count = job->begin[v + 1] - job->begin[v];
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
+        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
+            LLMPAR__V(tree_begin)(&tree);
+            for (int64_t i = 0; i < count;) {
+                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
+                LLMPAR__VEC s[4];
+                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+                for (; i < count && order[i] < leaf_end; i++) {
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES;
+                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                    }
+                }
+                LLMPAR__V(tree_push)(&tree, leaf, s);
+            }
+            LLMPAR__V(tree_finish)(&tree);
+            for (int k = 0; k < 4; k++) {
+                int64_t j = column + k * LLMPAR__VLANES;
+                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
+            }
+        }
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/embedding.c goes on ---- */
+
+static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
+
+static void llmpar__embedding_gather(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_job *job = (const llmpar__embedding_job *)arg;
+    const llmpar_embedding_args *a = job->args;
+    size_t bytes = (size_t)a->dim * llmpar_dtype_size(a->dtype);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t id = a->ids[row] - a->v_begin;
+        if (id >= 0 && id < a->v_local) memcpy((char *)a->out + (size_t)row * bytes, (const char *)a->table + (size_t)id * bytes, bytes);
+        else memset((char *)a->out + (size_t)row * bytes, 0, bytes);
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_args *args)
+{
+    llmpar__embedding_job job;
+    llmpar_status status = llmpar__v_check(device, "embedding", args->dtype);
+    (void)stream;
+    if (status || args->rows <= 0 || args->dim <= 0) return status;
+    job.args = args;
+    job.step = llmpar__v_max(1, 8192 / args->dim);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__embedding_gather, &job, llmpar__v_blocks(args->rows, job.step));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args)
+{
+    (void)device;
+    /* One int64 a token, v_local + 1 for the counts, and room to align. */
+    return (size_t)(llmpar__v_max(0, args->v_local) + 1 + llmpar__v_max(0, args->tokens.batch * args->tokens.t)) * sizeof(int64_t) + sizeof(int64_t);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_backward_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    int64_t rows = args->tokens.batch * args->tokens.t, v_local = args->v_local, *begin, *order;
+    size_t need = llmpar__cpu_embedding_backward_workspace(device, args);
+    llmpar__embedding_backward_job job;
+    llmpar_status status = llmpar__v_check(device, "embedding_backward", args->dtype);
+    (void)stream;
+    if (status || v_local <= 0 || args->dim <= 0) return status;
+    if (rows > 0 && (args->tokens.leaves < 1 || args->tokens.batch % args->tokens.leaves))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "embedding_backward: %lld leaves for batch %lld, expected leaves that divide the batch", (long long)args->tokens.leaves, (long long)args->tokens.batch);
+    if (!args->workspace || args->workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "embedding_backward: workspace of %llu bytes, expected %llu", (unsigned long long)args->workspace_bytes, (unsigned long long)need);
+    begin = (int64_t *)(((uintptr_t)args->workspace + 7u) & ~(uintptr_t)7u);
+    order = begin + v_local + 1;
+    memset(begin, 0, (size_t)(v_local + 1) * sizeof *begin);
+    /* begin[v] counts id v, then says where its tokens begin; filling moves it on to where they end. */
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t id = args->ids[r] - args->v_begin;
+        if (id >= 0 && id < v_local) begin[id]++;
+    }
+    for (int64_t v = 0, sum = 0; v <= v_local; v++) {
+        int64_t count = begin[v];
+        begin[v] = sum;
+        sum += count;
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t id = args->ids[r] - args->v_begin;
+        if (id >= 0 && id < v_local) order[begin[id]++] = r;
+    }
+    /* Now begin[v] is the end of v, which is the begin of v + 1. */
+    memmove(begin + 1, begin, (size_t)v_local * sizeof *begin);
+    begin[0] = 0;
+    job.args = args;
+    job.begin = begin;
+    job.order = order;
+    llmpar__pool_run(cpu, llmpar__embedding_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(v_local, LLMPAR__EMBEDDING_IDS));
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__EMBEDDING_IDS
+/* ==== src/cpu/xent.c ==== */
+/* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocab pieces, loss, gradient.
+   The caller combines over the "tp" axis between the steps; logits are never gathered and never rescaled. */
+
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/xent.inc ==== */
+/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = least;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+    }
+}
+
+/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
+        LLMPAR__VREAL sum[64];
+        int heights[64], depth = 0;
+        int64_t last = 0;
+        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
+        for (int64_t piece = 0; piece < a->canon; piece++) {
+            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
+            LLMPAR__VEC s = zero;
+            int height;
+            if (begin >= stop) continue;
+            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
+            sum[depth] = LLMPAR__V(sum)(s);
+            heights[depth++] = height;
+            last = piece;
+        }
+        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
+        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
+        if (a->targets[row] < 0) {
+            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            continue;
+        }
+        sum = one / sum;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        else target = -1;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
+        if (target >= 0) x[target] = hit[0];
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/xent.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/xent.inc ==== */
+/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = least;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+    }
+}
+
+/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
+        LLMPAR__VREAL sum[64];
+        int heights[64], depth = 0;
+        int64_t last = 0;
+        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
+        for (int64_t piece = 0; piece < a->canon; piece++) {
+            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
+            LLMPAR__VEC s = zero;
+            int height;
+            if (begin >= stop) continue;
+            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
+            sum[depth] = LLMPAR__V(sum)(s);
+            heights[depth++] = height;
+            last = piece;
+        }
+        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
+        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
+        if (a->targets[row] < 0) {
+            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            continue;
+        }
+        sum = one / sum;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        else target = -1;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
+        if (target >= 0) x[target] = hit[0];
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/xent.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/xent.inc ==== */
+/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = least;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+    }
+}
+
+/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
+        LLMPAR__VREAL sum[64];
+        int heights[64], depth = 0;
+        int64_t last = 0;
+        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
+        for (int64_t piece = 0; piece < a->canon; piece++) {
+            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
+            LLMPAR__VEC s = zero;
+            int height;
+            if (begin >= stop) continue;
+            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
+            sum[depth] = LLMPAR__V(sum)(s);
+            heights[depth++] = height;
+            last = piece;
+        }
+        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
+        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
+        if (a->targets[row] < 0) {
+            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            continue;
+        }
+        sum = one / sum;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        else target = -1;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
+        if (target >= 0) x[target] = hit[0];
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/xent.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/xent.inc ==== */
+/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = least;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+    }
+}
+
+/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
+        LLMPAR__VREAL sum[64];
+        int heights[64], depth = 0;
+        int64_t last = 0;
+        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
+        for (int64_t piece = 0; piece < a->canon; piece++) {
+            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
+            LLMPAR__VEC s = zero;
+            int height;
+            if (begin >= stop) continue;
+            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
+            sum[depth] = LLMPAR__V(sum)(s);
+            heights[depth++] = height;
+            last = piece;
+        }
+        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
+        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
+        if (a->targets[row] < 0) {
+            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            continue;
+        }
+        sum = one / sum;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        else target = -1;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
+        if (target >= 0) x[target] = hit[0];
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/xent.c goes on ---- */
+
+static const llmpar__kernel llmpar__xent_max_kernels[4] = LLMPAR__VKERNELS(xent_rows_max);
+static const llmpar__kernel llmpar__xent_sum_kernels[4] = LLMPAR__VKERNELS(xent_rows_sum);
+static const llmpar__kernel llmpar__xent_backward_kernels[4] = LLMPAR__VKERNELS(xent_rows_backward);
+
+static llmpar_status llmpar__xent_run(llmpar_device *device, const char *name, const llmpar__kernel *kernels, const llmpar_xent_args *args, double scale)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__xent_job job;
+    llmpar_status status = llmpar__v_check(device, name, args->dtype);
+    if (status || args->rows <= 0) return status;
+    if (args->canon < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "%s: canon %d, expected at least 1", name, (int)args->canon);
+    job.args = args;
+    job.step = llmpar__v_max(1, 8192 / llmpar__v_max(1, args->v_local));
+    job.scale = scale;
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args)
+{
+    (void)stream;
+    return llmpar__xent_run(device, "xent_max", llmpar__xent_max_kernels, args, 0);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args)
+{
+    (void)stream;
+    return llmpar__xent_run(device, "xent_sum", llmpar__xent_sum_kernels, args, 0);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args)
+{
+    (void)stream;
+    return llmpar__xent_run(device, "xent_backward", llmpar__xent_backward_kernels, &args->forward, args->scale);
+}
+
+/* One pass on the calling thread: a logarithm a row. The accumulator is carried at the end, so that any number of calls may follow. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args)
+{
+    llmpar_exact_sum *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
+    llmpar_status status = llmpar__v_check(device, "xent_loss", args->dtype);
+    (void)stream;
+    if (status || args->rows <= 0) return status;
+    for (int64_t row = 0; row < args->rows; row++) {
+        double loss = 0;
+        if (args->targets[row] >= 0) {
+            if (args->dtype == LLMPAR_F64) loss = (llmpar_log_f64(((const double *)args->sum)[row]) + ((const double *)args->max)[row]) - ((const double *)args->target_logit)[row];
+            else loss = (llmpar_log_f64((double)((const float *)args->sum)[row]) + (double)((const float *)args->max)[row]) - (double)((const float *)args->target_logit)[row];
+            llmpar_exact_sum_add(accumulator, loss);
+        }
+        if (args->token_loss) args->token_loss[row] = loss;
+    }
+    llmpar_exact_sum_carry(accumulator);
+    return LLMPAR_OK;
+}
+/* ==== src/cpu/elementwise.c ==== */
+/* elementwise: tree_sum, max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
+   work is cut into chunks for the workers at will. */
+
+#define LLMPAR__ELEMENTWISE_CHUNK 16384
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/elementwise.inc ==== */
+/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC sum[32], s;
+        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
+        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
+        else {
+            int depth = 0;
+            for (int32_t j = 0; j < a->n; j++) {
+                s = LLMPAR__V(load_n)(in[j] + i, n);
+                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
+                sum[depth++] = s;
+            }
+            s = sum[--depth];
+            while (depth) s = sum[--depth] + s;
+        }
+        LLMPAR__V(store_n)(out + i, n, s);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
+        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_add_args *p = (const llmpar_add_args *)arg;
+    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
+    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/elementwise.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/elementwise.inc ==== */
+/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC sum[32], s;
+        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
+        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
+        else {
+            int depth = 0;
+            for (int32_t j = 0; j < a->n; j++) {
+                s = LLMPAR__V(load_n)(in[j] + i, n);
+                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
+                sum[depth++] = s;
+            }
+            s = sum[--depth];
+            while (depth) s = sum[--depth] + s;
+        }
+        LLMPAR__V(store_n)(out + i, n, s);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
+        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_add_args *p = (const llmpar_add_args *)arg;
+    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
+    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/elementwise.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/elementwise.inc ==== */
+/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC sum[32], s;
+        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
+        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
+        else {
+            int depth = 0;
+            for (int32_t j = 0; j < a->n; j++) {
+                s = LLMPAR__V(load_n)(in[j] + i, n);
+                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
+                sum[depth++] = s;
+            }
+            s = sum[--depth];
+            while (depth) s = sum[--depth] + s;
+        }
+        LLMPAR__V(store_n)(out + i, n, s);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
+        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_add_args *p = (const llmpar_add_args *)arg;
+    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
+    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/elementwise.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/elementwise.inc ==== */
+/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC sum[32], s;
+        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
+        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
+        else {
+            int depth = 0;
+            for (int32_t j = 0; j < a->n; j++) {
+                s = LLMPAR__V(load_n)(in[j] + i, n);
+                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
+                sum[depth++] = s;
+            }
+            s = sum[--depth];
+            while (depth) s = sum[--depth] + s;
+        }
+        LLMPAR__V(store_n)(out + i, n, s);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
+        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_add_args *p = (const llmpar_add_args *)arg;
+    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
+    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/elementwise.c goes on ---- */
+
+static const llmpar__kernel llmpar__elementwise_tree_kernels[4] = LLMPAR__VKERNELS(elementwise_tree);
+static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
+static const llmpar__kernel llmpar__elementwise_add_kernels[4] = LLMPAR__VKERNELS(elementwise_add);
+static const llmpar__kernel llmpar__elementwise_scale_kernels[4] = LLMPAR__VKERNELS(elementwise_scale);
+
+static void llmpar__elementwise_run(llmpar_device *device, const llmpar__kernel *kernels, llmpar_dtype dtype, const void *args, size_t count)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)count, LLMPAR__ELEMENTWISE_CHUNK));
+}
+
+/* Integer addition is associative (modulo 2^64), so a plain sum has the tree's bits. Signed as unsigned: overflow wraps. */
+static void llmpar__elementwise_tree_u64(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, end = begin + LLMPAR__ELEMENTWISE_CHUNK;
+    uint64_t *out = (uint64_t *)a->out;
+    (void)worker;
+    if (end > a->count) end = a->count;
+    for (size_t i = begin; i < end; i++) {
+        uint64_t sum = 0;
+        for (int32_t j = 0; j < a->n; j++) sum += ((const uint64_t *)a->in[j])[i];
+        out[i] = sum;
+    }
+}
+
+static void llmpar__elementwise_max_i64(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, end = begin + LLMPAR__ELEMENTWISE_CHUNK;
+    int64_t *out = (int64_t *)a->out;
+    (void)worker;
+    if (end > a->count) end = a->count;
+    for (size_t i = begin; i < end; i++) {
+        int64_t most = ((const int64_t *)a->in[0])[i];
+        for (int32_t j = 1; j < a->n; j++) most = llmpar__v_max(most, ((const int64_t *)a->in[j])[i]);
+        out[i] = most;
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args)
+{
+    (void)stream;
+    if (args->n < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "tree_sum: n = %d, expected at least 1", (int)args->n);
+    if (args->dtype == LLMPAR_I64 || args->dtype == LLMPAR_U64) {
+        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_tree_u64, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
+        return LLMPAR_OK;
+    }
+    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "tree_sum: dtype %s, expected f32, f64, i64 or u64", llmpar_dtype_name(args->dtype));
+    llmpar__elementwise_run(device, llmpar__elementwise_tree_kernels, args->dtype, args, args->count);
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args)
+{
+    (void)stream;
+    if (args->n < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "max: n = %d, expected at least 1", (int)args->n);
+    if (args->dtype == LLMPAR_I64) {
+        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_max_i64, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
+        return LLMPAR_OK;
+    }
+    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "max: dtype %s, expected f32, f64 or i64", llmpar_dtype_name(args->dtype));
+    llmpar__elementwise_run(device, llmpar__elementwise_max_kernels, args->dtype, args, args->count);
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args)
+{
+    llmpar_status status = llmpar__v_check(device, "add", args->dtype);
+    (void)stream;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args)
+{
+    llmpar_status status = llmpar__v_check(device, "scale", args->dtype);
+    (void)stream;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
+    return status;
+}
+
+static void llmpar__elementwise_cast(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_cast_args *a = (const llmpar_cast_args *)arg;
+    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, count = a->count - begin;
+    (void)worker;
+    if (count > LLMPAR__ELEMENTWISE_CHUNK) count = LLMPAR__ELEMENTWISE_CHUNK;
+    llmpar_convert((char *)a->out + begin * llmpar_dtype_size(a->out_dtype), a->out_dtype, (const char *)a->in + begin * llmpar_dtype_size(a->in_dtype), a->in_dtype, count);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args)
+{
+    (void)stream;
+    /* A conversion of nothing says whether the pair is known. */
+    if (!llmpar_convert(args->out, args->out_dtype, args->in, args->in_dtype, 0))
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "cast: from %s to %s, expected floating types", llmpar_dtype_name(args->in_dtype), llmpar_dtype_name(args->out_dtype));
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_cast, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
+    return LLMPAR_OK;
+}
+
+typedef struct llmpar__elementwise_copy_job { const llmpar_copy_rows_args *args; int64_t step; } llmpar__elementwise_copy_job;
+
+static void llmpar__elementwise_copy(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__elementwise_copy_job *job = (const llmpar__elementwise_copy_job *)arg;
+    const llmpar_copy_rows_args *a = job->args;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t r = task * job->step; r < end; r++)
+        memcpy((char *)a->out + (size_t)(r * a->ld_out) * a->size, (const char *)a->in + (size_t)(r * a->ld_in) * a->size, (size_t)a->width * a->size);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args)
+{
+    llmpar__elementwise_copy_job job;
+    (void)stream;
+    if (args->rows <= 0 || args->width <= 0 || !args->size) return LLMPAR_OK;
+    job.args = args;
+    job.step = llmpar__v_max(1, LLMPAR__ELEMENTWISE_CHUNK / args->width);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_copy, &job, llmpar__v_blocks(args->rows, job.step));
+    (void)device;
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__ELEMENTWISE_CHUNK
+/* ==== src/cpu/optim.c ==== */
+/* optim: AdamW (Loshchilov & Hutter 2019) element by element, and the order-free sum of squares that the gradient norm needs. */
+
+#define LLMPAR__OPTIM_CHUNK 8192
+
+#define LLMPAR__VLEVEL portable_f64
+/* ==== src/cpu/optim.inc ==== */
+/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+   The order of operations is the contract (every rounding counts):
+     g' = g * grad_scale
+     m  = fma(beta1, m, (1 - beta1) * g')
+     v  = fma(beta2, v, ((1 - beta2) * g') * g')
+     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
+    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
+    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
+        LLMPAR__V(store_n)(m + i, n, m1);
+        LLMPAR__V(store_n)(v + i, n, v1);
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/optim.c goes on ---- */
+#define LLMPAR__VLEVEL portable
+/* ==== src/cpu/optim.inc ==== */
+/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+   The order of operations is the contract (every rounding counts):
+     g' = g * grad_scale
+     m  = fma(beta1, m, (1 - beta1) * g')
+     v  = fma(beta2, v, ((1 - beta2) * g') * g')
+     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
+    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
+    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
+        LLMPAR__V(store_n)(m + i, n, m1);
+        LLMPAR__V(store_n)(v + i, n, v1);
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/optim.c goes on ---- */
+#define LLMPAR__VLEVEL avx2
+/* ==== src/cpu/optim.inc ==== */
+/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+   The order of operations is the contract (every rounding counts):
+     g' = g * grad_scale
+     m  = fma(beta1, m, (1 - beta1) * g')
+     v  = fma(beta2, v, ((1 - beta2) * g') * g')
+     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
+    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
+    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
+        LLMPAR__V(store_n)(m + i, n, m1);
+        LLMPAR__V(store_n)(v + i, n, v1);
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/optim.c goes on ---- */
+#define LLMPAR__VLEVEL avx512
+/* ==== src/cpu/optim.inc ==== */
+/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+   The order of operations is the contract (every rounding counts):
+     g' = g * grad_scale
+     m  = fma(beta1, m, (1 - beta1) * g')
+     v  = fma(beta2, v, ((1 - beta2) * g') * g')
+     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
+    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
+    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
+        LLMPAR__V(store_n)(m + i, n, m1);
+        LLMPAR__V(store_n)(v + i, n, v1);
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+#endif
+#undef LLMPAR__VLEVEL
+/* ---- src/cpu/optim.c goes on ---- */
+
+static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS(optim_adamw);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_status status = llmpar__v_check(device, "adamw", args->dtype);
+    (void)stream;
+    if (!status) llmpar__pool_run(cpu, llmpar__optim_adamw_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
+    return status;
+}
+
+/* Each task sums into an accumulator of its own; accumulators are integers, so how many there are does not show. */
+enum { LLMPAR__OPTIM_PARTS = 16 };
+typedef struct llmpar__optim_square_job { const llmpar_square_sum_args *args; size_t step; llmpar_exact_sum part[LLMPAR__OPTIM_PARTS]; } llmpar__optim_square_job;
+
+static void llmpar__optim_square(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__optim_square_job *job = (llmpar__optim_square_job *)arg;
+    llmpar_exact_sum *part = &job->part[task];
+    size_t begin = (size_t)task * job->step, end = begin + job->step;
+    (void)worker;
+    if (end > job->args->count) end = job->args->count;
+    memset(part, 0, sizeof *part);
+    if (job->args->dtype == LLMPAR_F32) llmpar_exact_sum_add_squares_f32(part, (const float *)job->args->x + begin, end - begin);
+    else for (size_t i = begin; i < end; i++) {
+        double x = ((const double *)job->args->x)[i];
+        llmpar_exact_sum_add(part, x * x);
+        if (!((i + 1) & 0xfffffffu)) llmpar_exact_sum_carry(part);
+    }
+    llmpar_exact_sum_carry(part);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args)
+{
+    llmpar__optim_square_job job;
+    llmpar_exact_sum *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
+    llmpar_status status = llmpar__v_check(device, "square_sum", args->dtype);
+    int64_t tasks;
+    (void)stream;
+    if (status || !args->count) return status;
+    tasks = llmpar__v_min(LLMPAR__OPTIM_PARTS, llmpar__v_blocks((int64_t)args->count, 4096));
+    job.args = args;
+    job.step = (size_t)llmpar__v_blocks((int64_t)args->count, tasks);
+    tasks = llmpar__v_blocks((int64_t)args->count, (int64_t)job.step);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__optim_square, &job, tasks);
+    for (int64_t i = 0; i < tasks; i++) llmpar_exact_sum_merge(accumulator, &job.part[i]);
+    llmpar_exact_sum_carry(accumulator);
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__OPTIM_CHUNK
+
+/* ==== src/comm/threads_wait.c ==== */
+/* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
+
+   A communicator has one word: completed barriers in the upper half, ranks that have arrived in the lower half. The last rank to arrive moves the upper half on, in one step.
+   A rank that gives up (another rank failed, finished, or is late) takes its arrival back, also in one step, and only while the barrier is not complete. So either all ranks pass
+   a barrier or none does, and whoever passed it may touch its peers' memory until the next one: they cannot have walked away.
+
+   A wait looks at the word a few times and then sleeps on the communicator's condition variable: there may be many more ranks than processors. Everything slow (sleeping, failing,
+   the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
+
+   Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
+   further, nobody ever will: that is reported as what each rank waits for. */
+/* ==== src/comm/threads_internal.h ==== */
+/* threads_internal: what the two files of the threads communicator share: threads.c (the collectives) stands on
+   threads_wait.c (who waits for whom, and how a wait ends). */
+#ifndef LLMPAR_COMM_THREADS_INTERNAL_H
+#define LLMPAR_COMM_THREADS_INTERNAL_H
+
+
+#include <pthread.h>
+
+#define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
+
+typedef enum llmpar__threads_kind {
+    LLMPAR__THREADS_BARRIER = 0,
+    LLMPAR__THREADS_ALL_GATHER,
+    LLMPAR__THREADS_REDUCE_SCATTER,
+    LLMPAR__THREADS_ALL_REDUCE,
+    LLMPAR__THREADS_BROADCAST,
+    LLMPAR__THREADS_ALL_TO_ALL,
+    LLMPAR__THREADS_SEND,
+    LLMPAR__THREADS_RECV,
+    LLMPAR__THREADS_SPLIT,
+    LLMPAR__THREADS_SPLIT_GROUP /* second half of a split */
+} llmpar__threads_kind;
+
+/* One rank's side of one call. All but send and recv is compared between the ranks. */
+typedef struct llmpar__threads_call {
+    llmpar__threads_kind kind;
+    llmpar_dtype dtype;
+    llmpar_reduce_op op;
+    int32_t root, peer;
+    size_t count, blocks;
+    const void *send;
+    void *recv;
+    char tag[64]; /* cut; the rest is zero */
+} llmpar__threads_call;
+
+/* What a rank shows to its peers. Two per rank, used in turns, so that a slot is rewritten only after every peer has come to the next call. */
+typedef struct llmpar__threads_slot {
+    unsigned char payload[LLMPAR__THREADS_INLINE]; /* aligned to 64 */
+    llmpar__threads_call call;
+    uint64_t pad[8 - (sizeof(llmpar__threads_call) / 8) % 8];
+} llmpar__threads_slot;
+
+/* One direction between two ranks. The upper half of `phase` counts 3 steps a message: 3k empty, 3k+1 posted, 3k+2 taken, 3(k+1) done = empty. */
+typedef struct llmpar__threads_channel {
+    uint64_t phase;              /* atomic; upper half as above, all ones once withdrawn */
+    llmpar__threads_call sender; /* written before "posted" */
+    llmpar__threads_call receiver; /* written before "done" */
+    int32_t mismatch;
+    int32_t pad;
+} llmpar__threads_channel;
+
+/* The shared half of a communicator. Owned by the world, freed when the last rank's half is destroyed. */
+typedef struct llmpar__threads_group {
+    struct llmpar__threads_group *next, **link; /* the world's list */
+    llmpar_threads_world *world;
+    int32_t ranks, references;                  /* references: under the world's lock */
+    int32_t *world_rank;                        /* [ranks] */
+    uint32_t *arrived;                          /* [ranks] atomic: number of each rank's latest call */
+    llmpar__threads_slot *slots;                /* [2][ranks] */
+    llmpar__threads_channel *channels;          /* [ranks sender][ranks receiver], atomic pointer, made by the first send or recv */
+    char axis[24];
+    pthread_cond_t wake;                        /* with the world's lock */
+    int32_t sleepers;                           /* atomic */
+    int32_t pad[11];
+    uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
+} llmpar__threads_group;
+
+/* What a rank says about itself to the others; under the world's lock except `finished`. */
+typedef struct llmpar__threads_rank {
+    const llmpar__threads_group *group; /* where it sleeps, NULL: it does not */
+    const llmpar__threads_call *call;
+    uint32_t number;
+    int32_t finished;                   /* atomic */
+    pthread_cond_t turn;                /* lockstep: signalled when it gets the turn */
+} llmpar__threads_rank;
+
+struct llmpar_threads_world {
+    llmpar_heap *heap;
+    llmpar_threads_desc desc;
+    pthread_mutex_t lock;
+    int32_t aborted;              /* atomic */
+    int32_t spins;                /* how often a wait looks before it sleeps */
+    int32_t turn, idle_turns;     /* lockstep: the rank that runs; turns passed on since somebody got further */
+    llmpar_error failure;         /* the root error */
+    llmpar__threads_group *groups, *world_group; /* all of them; the first one, of all ranks */
+    llmpar__threads_rank *rank;   /* [ranks] */
+};
+
+/* One rank's half of a communicator; llmpar_comm's `state`. Owned by the rank's heap. */
+typedef struct llmpar__threads_comm {
+    llmpar_comm comm; /* first: the table itself */
+    llmpar_heap *heap;
+    llmpar_threads_world *world;
+    llmpar__threads_group *group;
+    int32_t world_rank;
+    uint32_t number;       /* collectives begun: the parity picks the slot */
+    const void **inputs;   /* [ranks] scratch for the reductions */
+} llmpar__threads_comm;
+
+/* Waiting (threads_wait.c). */
+
+/* "all_reduce" and so on. */
+LLMPAR__PRIVATE const char *llmpar__threads_kind_name(llmpar__threads_kind kind);
+/* A group of `ranks` members with these world ranks (copied), holding `ranks` references; NULL: out of memory. */
+LLMPAR__PRIVATE llmpar__threads_group *llmpar__threads_group_create(llmpar_threads_world *world, int32_t ranks, const int32_t *world_rank, const char *axis);
+LLMPAR__PRIVATE void llmpar__threads_group_release(llmpar__threads_group *group);
+/* Arrives at the group's next barrier and waits until all have. abortable: the wait may end with an error (another rank failed, finished, or is late), and the arrival is then
+   taken back, so that nobody can pass a barrier from which a rank has walked away. Otherwise the barrier always completes: only for peers that are known to come. */
+LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable);
+/* Waits until the upper half of channel->phase is no longer `step`, which the rank with index `peer` will bring about; on an error it has been set to "withdrawn". */
+LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
+/* Moves a channel from one step to another and wakes who waits for it; 0 if it was not at `from`. */
+LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. call may be NULL. */
+LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call);
+/* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
+LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
+/* Lockstep: waits for the rank's first turn. Nothing otherwise. */
+LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
+
+#endif
+/* ---- src/comm/threads_wait.c goes on ---- */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static double llmpar__threads_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void llmpar__threads_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("yield");
+#endif
+}
+
+LLMPAR__PRIVATE_DEF const char *llmpar__threads_kind_name(llmpar__threads_kind kind)
+{
+    static const char *const names[] = { "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split", "split" };
+    return names[kind];
+}
+
+/* World. */
+
+static void llmpar__threads_broadcast_all(llmpar_threads_world *world)
+{
+    for (llmpar__threads_group *g = world->groups; g; g = g->next) pthread_cond_broadcast(&g->wake);
+}
+
+static int llmpar__threads_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes)) return 0;
+#if !defined(__APPLE__)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
+    int failed = pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return !failed;
+}
+
+LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error)
+{
+    *out = NULL;
+    if (desc->ranks < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: ranks = %d, expected at least 1", (int)desc->ranks);
+    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    llmpar_threads_world *world = (llmpar_threads_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    if (!world) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for %d ranks", (int)desc->ranks);
+    world->heap = heap;
+    world->desc = *desc;
+    llmpar_error_clear(&world->failure);
+    pthread_mutex_init(&world->lock, NULL);
+    long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    world->spins = processors >= desc->ranks ? 60 : 6;
+    world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
+    int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
+    if (world->rank)
+        for (int32_t i = 0; i < desc->ranks; i++) llmpar__threads_cond_init(&world->rank[i].turn);
+    if (world->rank && all) {
+        for (int32_t i = 0; i < desc->ranks; i++) all[i] = i;
+        world->world_group = llmpar__threads_group_create(world, desc->ranks, all, "world");
+    }
+    llmpar_heap_free(heap, all);
+    if (!world->world_group) {
+        llmpar_threads_world_destroy(world);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for %d ranks", (int)desc->ranks);
+    }
+    *out = world;
+    return LLMPAR_OK;
+}
+
+static void llmpar__threads_group_free(llmpar__threads_group *group)
+{
+    llmpar_heap *heap = group->world->heap;
+    *group->link = group->next;
+    if (group->next) group->next->link = group->link;
+    pthread_cond_destroy(&group->wake);
+    llmpar_heap_free(heap, group->world_rank);
+    llmpar_heap_free(heap, group->arrived);
+    llmpar_heap_free(heap, group->slots);
+    llmpar_heap_free(heap, group->channels);
+    llmpar_heap_free(heap, group);
+}
+
+LLMPAR_DEF void llmpar_threads_world_destroy(llmpar_threads_world *world)
+{
+    if (!world) return;
+    while (world->groups) llmpar__threads_group_free(world->groups);
+    if (world->rank)
+        for (int32_t i = 0; i < world->desc.ranks; i++) pthread_cond_destroy(&world->rank[i].turn);
+    pthread_mutex_destroy(&world->lock);
+    llmpar_heap_free(world->heap, world->rank);
+    llmpar_heap_free(world->heap, world);
+}
+
+LLMPAR_DEF void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out)
+{
+    pthread_mutex_lock(&world->lock);
+    *out = world->failure;
+    pthread_mutex_unlock(&world->lock);
+}
+
+/* Under the lock. */
+static void llmpar__threads_record(llmpar_threads_world *world, const llmpar_error *error)
+{
+    if (world->failure.status == LLMPAR_OK) {
+        world->failure = *error;
+        if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    }
+    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
+    llmpar__threads_broadcast_all(world);
+}
+
+LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar__threads_record(world, error);
+    pthread_mutex_unlock(&world->lock);
+}
+
+/* Groups. */
+
+LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_threads_world *world, int32_t ranks, const int32_t *world_rank, const char *axis)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar_heap *heap = world->heap;
+    llmpar__threads_group *group = (llmpar__threads_group *)llmpar_heap_zalloc(heap, 1, sizeof *group);
+    if (group) {
+        group->world = world;
+        group->ranks = group->references = ranks;
+        group->next = world->groups;
+        group->link = &world->groups;
+        if (group->next) group->next->link = &group->next;
+        world->groups = group;
+        snprintf(group->axis, sizeof group->axis, "%.23s", axis);
+        llmpar__threads_cond_init(&group->wake);
+        group->world_rank = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *group->world_rank);
+        group->arrived = (uint32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *group->arrived);
+        group->slots = (llmpar__threads_slot *)llmpar_heap_zalloc(heap, 2 * (size_t)ranks, sizeof *group->slots);
+        if (group->world_rank && group->arrived && group->slots) {
+            memcpy(group->world_rank, world_rank, (size_t)ranks * sizeof *world_rank);
+        } else {
+            llmpar__threads_group_free(group);
+            group = NULL;
+        }
+    }
+    pthread_mutex_unlock(&world->lock);
+    return group;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__threads_group_release(llmpar__threads_group *group)
+{
+    llmpar_threads_world *world = group->world;
+    pthread_mutex_lock(&world->lock);
+    if (--group->references == 0) llmpar__threads_group_free(group);
+    pthread_mutex_unlock(&world->lock);
+}
+
+/* Failing. */
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status)
+{
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (status != LLMPAR_ERR_PEER) {
+        llmpar_error error = *tc->comm.error;
+        error.status = status;
+        error.rank = tc->world_rank;
+        llmpar_threads_world_fail(tc->world, &error);
+    }
+    return status;
+}
+
+/* "all_reduce "layers.1/x" (call 12 on tp)"; number 0: send or recv. */
+static void llmpar__threads_describe(char *text, size_t capacity, const llmpar__threads_group *group, const llmpar__threads_call *call, uint32_t number)
+{
+    const char *name = llmpar__threads_kind_name(call->kind);
+    if (number) snprintf(text, capacity, "%s \"%s\" (call %u on %s)", name, call->tag, (unsigned)number, group->axis);
+    else snprintf(text, capacity, "%s \"%s\" (%s rank %d of %s)", name, call->tag, call->kind == LLMPAR__THREADS_SEND ? "to" : "from", (int)call->peer, group->axis);
+}
+
+/* Under the lock: "rank 0: in all_reduce .., rank 1: not in a collective, ..": all ranks of the world, as far as the text holds. */
+static void llmpar__threads_who(char *text, size_t capacity, const llmpar_threads_world *world, const llmpar__threads_group *group)
+{
+    size_t used = 0;
+    text[0] = 0;
+    for (int32_t i = 0; i < world->desc.ranks && used + 24 < capacity; i++) {
+        const llmpar__threads_rank *r = &world->rank[i];
+        char where[160];
+        if (r->group) {
+            llmpar__threads_describe(where, sizeof where, r->group, r->call, r->number);
+        } else {
+            int32_t member = 0;
+            while (member < group->ranks && group->world_rank[member] != i) member++;
+            if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) snprintf(where, sizeof where, "has returned");
+            else if (member < group->ranks) snprintf(where, sizeof where, "outside, has begun %u calls on %s", (unsigned)__atomic_load_n(&group->arrived[member], __ATOMIC_SEQ_CST), group->axis);
+            else snprintf(where, sizeof where, "outside");
+        }
+        int n = snprintf(text + used, capacity - used, "%srank %d: %s", i ? "; " : "", (int)i, where);
+        used += n > 0 ? (size_t)n : 0;
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call)
+{
+    if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
+    llmpar_error failure;
+    llmpar_threads_world_error(tc->world, &failure);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s%s%s%s on %s: rank %d%s%s%s failed: %s: %s", call ? llmpar__threads_kind_name(call->kind) : "split", call ? " \"" : "",
+                            call ? call->tag : "", call ? "\"" : "", tc->group->axis, (int)failure.rank, failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "",
+                            llmpar_status_string(failure.status), failure.text);
+}
+
+/* The general wait. */
+
+typedef struct llmpar__threads_wait {
+    uint64_t *word;                    /* atomic */
+    uint32_t high;                     /* the wait is for the upper half of *word to become another */
+    uint32_t number;                   /* of the collective; 0 for send and recv */
+    int32_t peer;                      /* index in the group, -1: all that have not come to call `number` */
+    int32_t abortable;
+    const llmpar__threads_call *call;
+} llmpar__threads_wait;
+
+typedef enum llmpar__threads_outcome { LLMPAR__THREADS_READY, LLMPAR__THREADS_ABORTED, LLMPAR__THREADS_GONE, LLMPAR__THREADS_LATE, LLMPAR__THREADS_STUCK } llmpar__threads_outcome;
+
+static int llmpar__threads_ready(const llmpar__threads_wait *wait)
+{
+    return (uint32_t)(__atomic_load_n(wait->word, __ATOMIC_SEQ_CST) >> 32) != wait->high;
+}
+
+/* A peer that returned from its function without coming to this call, or -1. */
+static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+{
+    const llmpar__threads_group *group = tc->group;
+    for (int32_t i = 0; i < group->ranks; i++) {
+        if (wait->peer >= 0 && i != wait->peer) continue;
+        if (!__atomic_load_n(&tc->world->rank[group->world_rank[i]].finished, __ATOMIC_SEQ_CST)) continue;
+        /* It finished: whether it came to this call before is settled now. */
+        if (wait->peer >= 0 ? !llmpar__threads_ready(wait) : (int32_t)(wait->number - __atomic_load_n(&group->arrived[i], __ATOMIC_SEQ_CST)) > 0) return i;
+    }
+    return -1;
+}
+
+/* Hands the turn to the next rank that still runs. Under the lock. */
+static void llmpar__threads_pass_turn(llmpar_threads_world *world)
+{
+    for (int32_t i = 0; i < world->desc.ranks; i++) {
+        world->turn = world->turn + 1 == world->desc.ranks ? 0 : world->turn + 1;
+        if (!__atomic_load_n(&world->rank[world->turn].finished, __ATOMIC_SEQ_CST)) break;
+    }
+    pthread_cond_signal(&world->rank[world->turn].turn);
+}
+
+static void llmpar__threads_take_turn(llmpar_threads_world *world, int32_t rank)
+{
+    while (world->turn != rank) pthread_cond_wait(&world->rank[rank].turn, &world->lock);
+}
+
+/* Under the lock, one look a turn. */
+static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+{
+    llmpar_threads_world *world = tc->world;
+    for (;;) {
+        if (llmpar__threads_ready(wait)) {
+            world->idle_turns = 0;
+            return LLMPAR__THREADS_READY;
+        }
+        if (wait->abortable) {
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
+            if (world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
+        }
+        world->idle_turns++;
+        llmpar__threads_pass_turn(world);
+        llmpar__threads_take_turn(world, tc->world_rank);
+    }
+}
+
+/* Under the lock. */
+static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+{
+    llmpar_threads_world *world = tc->world;
+    llmpar__threads_group *group = tc->group;
+    double limit = wait->abortable && world->desc.deadline > 0 ? llmpar__threads_now() + world->desc.deadline : 0;
+    for (;;) {
+        if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
+        if (wait->abortable) {
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
+            if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
+        }
+        if (limit > 0) {
+            struct timespec until;
+#if defined(__APPLE__)
+            clock_gettime(CLOCK_REALTIME, &until);
+#else
+            clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+            double rest = limit - llmpar__threads_now();
+            if (rest < 0) rest = 0;
+            if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
+            long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
+            until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
+            until.tv_nsec = nanoseconds % 1000000000;
+            pthread_cond_timedwait(&group->wake, &world->lock, &until);
+        } else {
+            pthread_cond_wait(&group->wake, &world->lock);
+        }
+    }
+}
+
+/* Waits; the text of a failed wait goes to `text` while the lock still holds everybody in place. */
+static llmpar__threads_outcome llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, char *text, size_t capacity)
+{
+    llmpar_threads_world *world = tc->world;
+    llmpar__threads_group *group = tc->group;
+    if (!world->desc.lockstep)
+        for (int32_t i = 0; i < world->spins; i++) {
+            if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
+            llmpar__threads_pause();
+        }
+    pthread_mutex_lock(&world->lock);
+    llmpar__threads_rank *self = &world->rank[tc->world_rank];
+    self->group = group;
+    self->call = wait->call;
+    self->number = wait->number;
+    __atomic_add_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
+    llmpar__threads_outcome outcome = world->desc.lockstep ? llmpar__threads_wait_lockstep(tc, wait) : llmpar__threads_wait_asleep(tc, wait);
+    __atomic_sub_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
+    if (outcome != LLMPAR__THREADS_READY && outcome != LLMPAR__THREADS_ABORTED) {
+        char what[192], who[448];
+        llmpar__threads_describe(what, sizeof what, group, wait->call, wait->number);
+        llmpar__threads_who(who, sizeof who, world, group);
+        int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
+        if (gone >= 0) snprintf(text, capacity, "%s: rank %d has returned without it (%s)", what, (int)group->world_rank[gone], who);
+        else if (outcome == LLMPAR__THREADS_STUCK) snprintf(text, capacity, "%s: nobody can go on (%s)", what, who);
+        else snprintf(text, capacity, "%s: waited %g s for the other ranks (%s)", what, world->desc.deadline, who);
+    }
+    self->group = NULL;
+    self->call = NULL;
+    pthread_mutex_unlock(&world->lock);
+    return outcome;
+}
+
+/* Wakes whoever sleeps on the group's words, after one of them was changed. */
+static void llmpar__threads_wake(llmpar__threads_group *group)
+{
+    if (!__atomic_load_n(&group->sleepers, __ATOMIC_SEQ_CST)) return;
+    pthread_mutex_lock(&group->world->lock);
+    pthread_cond_broadcast(&group->wake);
+    pthread_mutex_unlock(&group->world->lock);
+}
+
+/* The error of a wait that did not end well. */
+static llmpar_status llmpar__threads_outcome_error(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, llmpar__threads_outcome outcome, const char *text)
+{
+    if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_failed(tc, llmpar__threads_check(tc, wait->call));
+    llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
+    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, status, "%s", text));
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable)
+{
+    llmpar__threads_group *group = tc->group;
+    uint64_t old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
+    for (;;) {
+        int last = (uint32_t)old + 1 == (uint32_t)group->ranks;
+        uint64_t next = last ? ((old >> 32) + 1) << 32 : old + 1;
+        if (!__atomic_compare_exchange_n(&group->barrier, &old, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+        if (!last) break;
+        llmpar__threads_wake(group);
+        return LLMPAR_OK;
+    }
+    llmpar__threads_wait wait;
+    char text[700];
+    wait.word = &group->barrier;
+    wait.high = (uint32_t)(old >> 32);
+    wait.number = tc->number;
+    wait.peer = -1;
+    wait.abortable = abortable;
+    wait.call = call;
+    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
+    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
+    old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
+    while ((uint32_t)(old >> 32) == wait.high)
+        if (__atomic_compare_exchange_n(&group->barrier, &old, old - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+            return llmpar__threads_outcome_error(tc, &wait, outcome, text);
+    return LLMPAR_OK; /* completed in the meantime after all */
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to)
+{
+    uint64_t old = (uint64_t)from << 32;
+    if (!__atomic_compare_exchange_n(&channel->phase, &old, (uint64_t)to << 32, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) return 0;
+    llmpar__threads_wake(tc->group);
+    return 1;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
+{
+    llmpar__threads_wait wait;
+    char text[700];
+    wait.word = &channel->phase;
+    wait.high = step;
+    wait.number = 0;
+    wait.peer = peer;
+    wait.abortable = abortable;
+    wait.call = call;
+    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
+    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
+    if (!llmpar__threads_step(tc, channel, step, 0xffffffffu)) return LLMPAR_OK; /* moved on in the meantime after all */
+    return llmpar__threads_outcome_error(tc, &wait, outcome, text);
+}
+
+/* The rank's life. */
+
+LLMPAR__PRIVATE_DEF void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank)
+{
+    if (!world->desc.lockstep) return;
+    pthread_mutex_lock(&world->lock);
+    llmpar__threads_take_turn(world, rank);
+    world->idle_turns = 0;
+    pthread_mutex_unlock(&world->lock);
+}
+
+LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank)
+{
+    pthread_mutex_lock(&world->lock);
+    __atomic_store_n(&world->rank[rank].finished, 1, __ATOMIC_SEQ_CST);
+    world->idle_turns = 0;
+    if (world->desc.lockstep && world->turn == rank) llmpar__threads_pass_turn(world);
+    llmpar__threads_broadcast_all(world);
+    pthread_mutex_unlock(&world->lock);
+}
+/* ==== src/comm/threads.c ==== */
+/* threads: collectives between the rank threads of one process.
+
+   A collective, on every rank (n ranks, this one is r):
+     publish   what I am about to do, and where my buffers are, in my slot of the communicator
+     barrier   from here on all slots are complete; compare them: all ranks do the same thing, or all report both sides and nothing has moved
+     work      read the peers' buffers directly; nobody leaves the collective meanwhile, so they stay where they are
+     barrier   buffers belong to their owners again
+   Up to LLMPAR__THREADS_INLINE bytes travel inside the slot: then the second barrier is not needed, because a rank has two slots and uses them in turns.
+
+   All-reduce: rank r alone reads slice r of all inputs, and writes its sum to slice r of everybody's output. So in place (recv == send) is safe: what is overwritten
+   was read by nobody else. The slice is done in pieces that stay in the cache between the sum and the copies.
+       send 0  |s0|s1|s2|s3|     rank 2 reads s2 of all,  recv 0 |  |  |S2|  |
+       send 1  |s0|s1|s2|s3|  -> S2 = (s2+s2)+(s2+s2)  -> recv 1 |  |  |S2|  |
+       ..                        and writes it to all     ..
+
+   Order of sums: element by element, the device's tree_sum over the contributions in rank order. That is the whole contract; slices and pieces cut elements, never sums.
+
+   Device and streams: the whole collective is one host call on the stream (device->host_call), so it takes its place among the stream's operations on a device
+   that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the large copies are the device's tree_sum, max and copy with stream NULL,
+   which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. A device that runs late must run its host
+   calls in the order in which they were issued. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
+
+#include <stdio.h>
+#include <string.h>
+
+#define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice that are summed and passed on at a time */
+
+/* The argument of the host call. */
+typedef struct llmpar__threads_job {
+    llmpar__threads_comm *tc;
+    llmpar__threads_call call;
+} llmpar__threads_job;
+
+static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
+
+/* "rank 1: all_reduce sum "layers.1/x" f32, 2 x 100 elements, root 0". */
+static void llmpar__threads_side(char *text, size_t capacity, int32_t rank, const llmpar__threads_call *call)
+{
+    int reduces = call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_REDUCE;
+    int n = snprintf(text, capacity, "rank %d: %s%s \"%s\"", (int)rank, llmpar__threads_kind_name(call->kind), !reduces ? "" : call->op == LLMPAR_MAX ? " max" : " sum", call->tag);
+    if (n < 0 || (size_t)n >= capacity || call->kind == LLMPAR__THREADS_BARRIER || call->kind >= LLMPAR__THREADS_SPLIT) return;
+    size_t used = (size_t)n;
+    n = snprintf(text + used, capacity - used, " %s, %lu x %lu elements", llmpar_dtype_name(call->dtype), (unsigned long)call->blocks, (unsigned long)call->count);
+    used += n > 0 ? (size_t)n : 0;
+    if (call->kind == LLMPAR__THREADS_BROADCAST && used < capacity) snprintf(text + used, capacity - used, ", root %d", (int)call->root);
+}
+
+static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, uint32_t number, int32_t rank_a, const llmpar__threads_call *a, int32_t rank_b, const llmpar__threads_call *b)
+{
+    char side_a[256], side_b[256], which[32] = "";
+    llmpar__threads_side(side_a, sizeof side_a, rank_a, a);
+    llmpar__threads_side(side_b, sizeof side_b, rank_b, b);
+    if (number) snprintf(which, sizeof which, " in call %u", (unsigned)number);
+    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "the ranks of %s disagree%s: %s; %s", tc->group->axis, which, side_a, side_b));
+}
+
+static int llmpar__threads_same(const llmpar__threads_call *a, const llmpar__threads_call *b)
+{
+    return a->kind == b->kind && a->dtype == b->dtype && a->op == b->op && a->root == b->root && a->count == b->count && a->blocks == b->blocks && !memcmp(a->tag, b->tag, sizeof a->tag);
+}
+
+/* Publishes this rank's call and payload, waits for all others, and compares. *slots is then the array of all ranks' slots, valid until the next-but-one call.
+   The payload (bytes may be 0) must fit the slot. */
+static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar__threads_call *call, const void *payload, size_t bytes, llmpar__threads_slot **slots)
+{
+    llmpar__threads_group *group = tc->group;
+    int32_t rank = tc->comm.rank;
+    llmpar_status st = llmpar__threads_check(tc, call);
+    if (st) return llmpar__threads_failed(tc, st);
+    uint32_t number = ++tc->number;
+    llmpar__threads_slot *all = group->slots + (number & 1) * (size_t)group->ranks;
+    all[rank].call = *call;
+    if (bytes) memcpy(all[rank].payload, payload, bytes);
+    __atomic_store_n(&group->arrived[rank], number, __ATOMIC_SEQ_CST);
+    st = llmpar__threads_barrier(tc, &all[rank].call, 1);
+    if (st) return st;
+    for (int32_t i = 1; i < group->ranks; i++)
+        if (!llmpar__threads_same(&all[0].call, &all[i].call)) return llmpar__threads_mismatch(tc, number, group->world_rank[0], &all[0].call, group->world_rank[i], &all[i].call);
+    *slots = all;
+    return LLMPAR_OK;
+}
+
+/* out[count] = sum or max over the ranks of tc->inputs, in tree order. */
+static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmpar__threads_call *call, size_t count, void *out)
+{
+    llmpar_device *device = tc->comm.device;
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = tc->inputs;
+    args.n = tc->comm.ranks;
+    args.count = count;
+    args.out = out;
+    args.dtype = call->dtype;
+    return call->op == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+}
+
+static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
+{
+    if (!bytes || out == in) return LLMPAR_OK;
+    return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+}
+
+/* The data of rank i: in its slot, or where its send pointer says. */
+static const char *llmpar__threads_source(const llmpar__threads_slot *slots, int32_t i, int in_slot)
+{
+    return in_slot ? (const char *)slots[i].payload : (const char *)slots[i].call.send;
+}
+
+/* All-reduce of large buffers: my slice of all, to all. */
+static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots)
+{
+    size_t item = llmpar_dtype_size(call->dtype), total = call->count * call->blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    size_t grain = 256 / item, grains = (total + grain - 1) / grain; /* slices begin at whole cache lines of aligned buffers */
+    size_t begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
+    size_t end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    llmpar_status st = LLMPAR_OK;
+    for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
+        size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
+        char *mine = (char *)call->recv + at * item;
+        for (size_t i = 0; i < n; i++) tc->inputs[i] = (const char *)slots[i].call.send + at * item;
+        st = llmpar__threads_reduce(tc, call, count, mine);
+        for (size_t i = 0; i < n && !st; i++)
+            if (i != r) st = llmpar__threads_copy(tc, (char *)slots[i].call.recv + at * item, mine, count * item);
+    }
+    return st;
+}
+
+/* What this rank does between the barriers. part = bytes of one rank's part of one block. */
+static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots, int in_slot)
+{
+    size_t part = call->count * llmpar_dtype_size(call->dtype), n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    char *recv = (char *)call->recv;
+    llmpar_status st = LLMPAR_OK;
+    if (!part) return LLMPAR_OK;
+    switch (call->kind) {
+    case LLMPAR__THREADS_ALL_REDUCE:
+        if (!in_slot) return llmpar__threads_slice(tc, call, slots);
+        for (size_t i = 0; i < n; i++) tc->inputs[i] = slots[i].payload;
+        return llmpar__threads_reduce(tc, call, call->count * call->blocks, recv);
+    case LLMPAR__THREADS_REDUCE_SCATTER:
+        for (size_t b = 0; b < call->blocks && !st; b++) {
+            for (size_t i = 0; i < n; i++) tc->inputs[i] = llmpar__threads_source(slots, (int32_t)i, in_slot) + (b * n + r) * part;
+            st = llmpar__threads_reduce(tc, call, call->count, recv + b * part);
+        }
+        return st;
+    case LLMPAR__THREADS_ALL_GATHER:
+        for (size_t k = 0; k < n; k++) { /* each rank begins with its own: not all at the same peer */
+            size_t i = (r + k) % n;
+            const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
+            for (size_t b = 0; b < call->blocks && !st; b++) {
+                char *to = recv + (b * n + i) * part;
+                if (i != r || to != (const char *)call->send + b * part) st = llmpar__threads_copy(tc, to, from + b * part, part);
+            }
+        }
+        return st;
+    case LLMPAR__THREADS_BROADCAST:
+        if (!recv || recv == call->send) return LLMPAR_OK;
+        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->root, in_slot), part * call->blocks);
+    case LLMPAR__THREADS_ALL_TO_ALL:
+        for (size_t k = 0; k < n; k++) {
+            size_t i = (r + k) % n;
+            const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
+            for (size_t b = 0; b < call->blocks && !st; b++) st = llmpar__threads_copy(tc, recv + (b * n + i) * part, from + (b * n + r) * part, part);
+        }
+        return st;
+    default: return LLMPAR_OK;
+    }
+}
+
+/* One direction between two ranks; see the phases at llmpar__threads_channel. Runs as a host call. */
+static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpar__threads_call *call)
+{
+    llmpar__threads_group *group = tc->group;
+    size_t n = (size_t)group->ranks, me = (size_t)tc->comm.rank, peer = (size_t)call->peer;
+    llmpar_status st = llmpar__threads_check(tc, call);
+    if (st) return llmpar__threads_failed(tc, st);
+    llmpar__threads_channel *channels = __atomic_load_n(&group->channels, __ATOMIC_SEQ_CST);
+    if (!channels) {
+        pthread_mutex_lock(&tc->world->lock);
+        channels = group->channels;
+        if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
+        __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
+        pthread_mutex_unlock(&tc->world->lock);
+        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar__threads_kind_name(call->kind), call->tag, (int)n));
+    }
+    int sends = call->kind == LLMPAR__THREADS_SEND;
+    llmpar__threads_channel *channel = &channels[sends ? me * n + peer : peer * n + me];
+    uint32_t step = (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) / 3 * 3; /* "empty" of this message */
+    if (sends) {
+        channel->sender = *call;
+        channel->mismatch = 0;
+        llmpar__threads_step(tc, channel, step, step + 1);
+        st = llmpar__threads_await(tc, call, channel, step + 1, call->peer, 1);
+        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, call, channel, step + 2, call->peer, 0);
+    } else {
+        st = llmpar__threads_await(tc, call, channel, step, call->peer, 1);
+        if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) { /* the sender has failed and taken its message back */
+            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, call));
+            return st;
+        }
+        if (!st) {
+            const llmpar__threads_call *from = &channel->sender;
+            channel->receiver = *call;
+            channel->mismatch = from->dtype != call->dtype || from->count != call->count || from->blocks != call->blocks;
+            llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->count * call->blocks * llmpar_dtype_size(call->dtype));
+            int mismatch = channel->mismatch;
+            llmpar__threads_call other = *from;
+            llmpar__threads_step(tc, channel, step + 2, step + 3);
+            if (copied) return llmpar__threads_failed(tc, copied);
+            if (mismatch) return llmpar__threads_mismatch(tc, 0, group->world_rank[peer], &other, tc->world_rank, call);
+        }
+    }
+    if (st) return st;
+    if (sends && channel->mismatch) return llmpar__threads_mismatch(tc, 0, tc->world_rank, call, group->world_rank[peer], &channel->receiver);
+    return LLMPAR_OK;
+}
+
+/* The host function of every collective. */
+static llmpar_status llmpar__threads_run(void *arg)
+{
+    llmpar__threads_job *job = (llmpar__threads_job *)arg;
+    llmpar__threads_comm *tc = job->tc;
+    llmpar__threads_call *call = &job->call;
+    if (call->kind == LLMPAR__THREADS_SEND || call->kind == LLMPAR__THREADS_RECV) return llmpar__threads_point(tc, call);
+    /* A barrier has count 0. */
+    size_t bytes = call->count * call->blocks * llmpar_dtype_size(call->dtype);
+    if (call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_TO_ALL) bytes *= (size_t)tc->comm.ranks;
+    int in_slot = bytes <= LLMPAR__THREADS_INLINE;
+    size_t payload = in_slot && !(call->kind == LLMPAR__THREADS_BROADCAST && call->root != tc->comm.rank) ? bytes : 0;
+    llmpar__threads_slot *slots = NULL;
+    llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
+    if (st) return st;
+    st = llmpar__threads_work(tc, call, slots, in_slot);
+    if (!in_slot) llmpar__threads_barrier(tc, call, 0); /* always: peers may still read my buffers, whatever became of my own work */
+    return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
+}
+
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar__threads_kind kind)
+{
+    llmpar__threads_job job;
+    memset(&job, 0, sizeof job);
+    job.tc = (llmpar__threads_comm *)comm->state;
+    job.call.kind = kind;
+    job.call.dtype = given->dtype;
+    job.call.op = given->op;
+    job.call.root = given->root;
+    job.call.peer = given->peer;
+    job.call.count = given->count;
+    job.call.blocks = given->blocks;
+    job.call.send = given->send;
+    job.call.recv = given->recv;
+    size_t length = strlen(given->tag);
+    memcpy(job.call.tag, given->tag, llmpar__threads_min(length, sizeof job.call.tag - 1));
+    return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
+}
+
+static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_GATHER); }
+static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_REDUCE_SCATTER); }
+static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_REDUCE); }
+static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_BROADCAST); }
+static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_TO_ALL); }
+static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_SEND); }
+static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_RECV); }
+static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR__THREADS_BARRIER);
+}
+
+static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
+{
+    llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
+    llmpar_error mine = *error;
+    if (mine.rank < 0) mine.rank = tc->world_rank;
+    llmpar_threads_world_fail(tc->world, &mine);
+}
+
+static void llmpar__threads_destroy(llmpar_comm *comm)
+{
+    llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
+    llmpar_heap *heap = tc->heap;
+    llmpar__threads_group_release(tc->group);
+    llmpar_heap_free(heap, tc->inputs);
+    llmpar_heap_free(heap, tc);
+}
+
+static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
+
+/* This rank's half of `group`. On failure the reference to the group is given back. */
+static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
+    if (!tc || !inputs) {
+        llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %s: out of memory", group->axis);
+        llmpar_heap_free(heap, tc);
+        llmpar_heap_free(heap, inputs);
+        llmpar__threads_group_release(group);
+        return LLMPAR_ERR_MEMORY;
+    }
+    tc->heap = heap;
+    tc->world = group->world;
+    tc->group = group;
+    tc->world_rank = group->world_rank[rank];
+    tc->inputs = inputs;
+    llmpar_comm *comm = &tc->comm;
+    comm->abi = LLMPAR_COMM_ABI;
+    comm->size = (uint32_t)sizeof *comm;
+    comm->rank = rank;
+    comm->ranks = group->ranks;
+    comm->axis = group->axis;
+    comm->device = device;
+    comm->error = error;
+    comm->state = tc;
+    comm->split = llmpar__threads_split;
+    comm->destroy = llmpar__threads_destroy;
+    comm->barrier = llmpar__threads_meet_all;
+    comm->all_gather = llmpar__threads_all_gather;
+    comm->reduce_scatter = llmpar__threads_reduce_scatter;
+    comm->all_reduce = llmpar__threads_all_reduce;
+    comm->broadcast = llmpar__threads_broadcast;
+    comm->all_to_all = llmpar__threads_all_to_all;
+    comm->send = llmpar__threads_send;
+    comm->recv = llmpar__threads_recv;
+    comm->abort = llmpar__threads_abort;
+    *out = comm;
+    return LLMPAR_OK;
+}
+
+/* The ranks show (color, key); the first of each color makes the group and shows it; the others of that color take it. */
+static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
+    *out = NULL;
+    llmpar__threads_call call;
+    memset(&call, 0, sizeof call);
+    call.kind = LLMPAR__THREADS_SPLIT;
+    memcpy(call.tag, name, llmpar__threads_min(strlen(name), sizeof call.tag - 1));
+    int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
+    mine[0] = color;
+    mine[1] = key;
+    llmpar__threads_slot *slots = NULL;
+    llmpar_status st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
+    if (st) return st;
+    for (int32_t i = 0; i < n && color >= 0; i++) {
+        memcpy(theirs, slots[i].payload, sizeof theirs);
+        if (theirs[0] != color) continue;
+        ranks++;
+        if (theirs[1] < key || (theirs[1] == key && i < comm->rank)) rank++;
+        if (leader < 0 || theirs[1] < leader_key) {
+            leader = i;
+            leader_key = theirs[1];
+        }
+    }
+    llmpar__threads_group *group = NULL;
+    if (leader == comm->rank) {
+        int32_t *members = (int32_t *)llmpar_heap_alloc(tc->heap, (size_t)ranks, sizeof *members);
+        if (members) {
+            for (int32_t i = 0; i < n; i++) {
+                int32_t place = 0, other[2];
+                memcpy(theirs, slots[i].payload, sizeof theirs);
+                if (theirs[0] != color) continue;
+                for (int32_t j = 0; j < n; j++) {
+                    memcpy(other, slots[j].payload, sizeof other);
+                    if (other[0] == color && (other[1] < theirs[1] || (other[1] == theirs[1] && j < i))) place++;
+                }
+                members[place] = tc->group->world_rank[i];
+            }
+            group = llmpar__threads_group_create(tc->world, ranks, members, name);
+        }
+        llmpar_heap_free(tc->heap, members);
+    }
+    call.kind = LLMPAR__THREADS_SPLIT_GROUP;
+    st = llmpar__threads_meet(tc, &call, &group, sizeof group, &slots);
+    if (st || color < 0) return st;
+    memcpy(&group, slots[leader].payload, sizeof group);
+    if (!group) return llmpar__threads_failed(tc, llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)ranks));
+    st = llmpar__threads_half(group, rank, tc->heap, comm->device, comm->error, out);
+    return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    *out = NULL;
+    if (rank < 0 || rank >= world->desc.ranks) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: rank %d, expected 0 to %d", (int)rank, (int)world->desc.ranks - 1);
+    llmpar__threads_first_turn(world, rank);
+    return llmpar__threads_half(world->world_group, rank, heap, device, error, out);
+}
+
+#undef LLMPAR__THREADS_PIECE
+
 /* ==== src/io/file.c ==== */
-#ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE 1
-#endif
-#ifndef _POSIX_C_SOURCE
-#define _POSIX_C_SOURCE 200809L
-#endif
 
 #include <errno.h>
 #include <fcntl.h>
@@ -3435,6 +11459,6206 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_MAX_HEADER
 #undef LLMPAR__ST_MAX_DIMS
 #undef LLMPAR__ST_DTYPES
+
+/* ==== src/mesh/mesh.c ==== */
+/* mesh: world ranks on five named axes, and the communicators along them. */
+/* ==== src/mesh/mesh_internal.h ==== */
+/* mesh_internal: what the files of this room share. */
+#ifndef LLMPAR_MESH_INTERNAL_H
+#define LLMPAR_MESH_INTERNAL_H
+
+
+/* Appends to text[capacity] at *used like snprintf, also past the capacity: *used counts what the whole needs. */
+LLMPAR__PRIVATE void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
+
+#endif
+/* ---- src/mesh/mesh.c goes on ---- */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+LLMPAR_DEF const char *llmpar_axis_name(llmpar_axis axis)
+{
+    static const char *const names[] = { "dp_replicate", "dp_shard", "cp", "pp", "tp" };
+    return (unsigned)axis < LLMPAR_MESH_AXES ? names[axis] : "?";
+}
+
+LLMPAR_DEF llmpar_status llmpar_mesh_desc_resolve(llmpar_mesh_desc *desc, int32_t world, llmpar_error *error)
+{
+    int32_t *const degree[LLMPAR_MESH_AXES] = { &desc->dp_replicate, &desc->dp_shard, &desc->cp, &desc->pp, &desc->tp };
+    int64_t product = 1;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) {
+        if (*degree[a] == 0) *degree[a] = 1;
+        if (*degree[a] < 0) return llmpar_error_set(error, LLMPAR_ERR_MESH, "mesh: %s = %d, expected a degree of at least 1", llmpar_axis_name((llmpar_axis)a), (int)*degree[a]);
+    }
+    for (int a = LLMPAR_AXIS_CP; a <= LLMPAR_AXIS_PP; a++)
+        if (*degree[a] > 1) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "mesh: %s = %d: this axis is reserved and not built yet, expected 1", llmpar_axis_name((llmpar_axis)a), (int)*degree[a]);
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) product *= product > INT32_MAX ? 1 : *degree[a]; /* too large already: no overflow */
+    if (product != world)
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "mesh: dp_replicate %d x dp_shard %d x cp %d x pp %d x tp %d = %s%lld ranks, but the world has %d", (int)desc->dp_replicate,
+                                (int)desc->dp_shard, (int)desc->cp, (int)desc->pp, (int)desc->tp, product > INT32_MAX ? "more than " : "", (long long)(product > INT32_MAX ? INT32_MAX : product), (int)world);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    int32_t rank = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) rank = rank * mesh->degree[a] + coordinate[a];
+    return rank;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
+    va_end(args);
+    if (n > 0) *used += (size_t)n;
+}
+
+/* Thread names are for debuggers: "r3" becomes "r3 tp1", and only where launch has given that name. */
+static void llmpar__mesh_name_thread(const llmpar_mesh *mesh)
+{
+#if defined(__linux__)
+    char now[16], plain[16], full[32];
+    memset(now, 0, sizeof now);
+    snprintf(plain, sizeof plain, "r%d", (int)mesh->ctx->rank);
+    if (mesh->degree[LLMPAR_AXIS_TP] == 1 || prctl(PR_GET_NAME, now, 0, 0, 0) || strcmp(now, plain)) return;
+    snprintf(full, sizeof full, "r%d tp%d", (int)mesh->ctx->rank, (int)mesh->coordinate[LLMPAR_AXIS_TP]);
+    prctl(PR_SET_NAME, full, 0, 0, 0); /* the kernel cuts at 15 characters */
+#else
+    (void)mesh;
+#endif
+}
+
+LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_desc *given, llmpar_mesh **out)
+{
+    *out = NULL;
+    llmpar_mesh_desc desc = *given;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status st = llmpar_mesh_desc_resolve(&desc, ctx->world, &error);
+    if (st) return llmpar_fail(ctx, st, "%s", error.text);
+    llmpar_mesh *mesh = (llmpar_mesh *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *mesh);
+    if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
+    mesh->ctx = ctx;
+    mesh->world = ctx->comm;
+    int32_t degree[LLMPAR_MESH_AXES], rest = ctx->rank;
+    degree[LLMPAR_AXIS_DP_REPLICATE] = desc.dp_replicate;
+    degree[LLMPAR_AXIS_DP_SHARD] = desc.dp_shard;
+    degree[LLMPAR_AXIS_CP] = desc.cp;
+    degree[LLMPAR_AXIS_PP] = desc.pp;
+    degree[LLMPAR_AXIS_TP] = desc.tp;
+    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
+        mesh->degree[a] = degree[a];
+        mesh->coordinate[a] = rest % degree[a];
+        rest /= degree[a];
+    }
+    mesh->dp_ranks = degree[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD];
+    mesh->dp_rank = mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD] + mesh->coordinate[LLMPAR_AXIS_DP_SHARD];
+    size_t used = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (degree[a] > 1) llmpar__mesh_append(mesh->where, sizeof mesh->where, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)mesh->coordinate[a]);
+    if (ctx->error.status == LLMPAR_OK) memcpy(ctx->error.where, mesh->where, sizeof mesh->where);
+    llmpar__mesh_name_thread(mesh);
+
+    /* The ranks of an axis share all other coordinates: the color is the world rank at coordinate 0. */
+    for (int a = 0; a <= LLMPAR_MESH_AXES && !st; a++) {
+        int32_t first[LLMPAR_MESH_AXES];
+        memcpy(first, mesh->coordinate, sizeof first);
+        int flat = a == LLMPAR_MESH_AXES;
+        if (flat) first[LLMPAR_AXIS_DP_REPLICATE] = first[LLMPAR_AXIS_DP_SHARD] = 0;
+        else first[a] = 0;
+        st = llmpar_comm_split(ctx->comm, llmpar_mesh_rank_at(mesh, first), flat ? mesh->dp_rank : mesh->coordinate[a], flat ? "dp" : llmpar_axis_name((llmpar_axis)a), flat ? &mesh->dp : &mesh->comm[a]);
+    }
+    if (st) {
+        llmpar_mesh_destroy(mesh);
+        return st;
+    }
+    *out = mesh;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_mesh_destroy(llmpar_mesh *mesh)
+{
+    if (!mesh) return;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) llmpar_comm_destroy(mesh->comm[a]);
+    llmpar_comm_destroy(mesh->dp);
+    llmpar_heap_free(&mesh->ctx->heap, mesh);
+}
+
+/* mesh: dp_replicate 1 x dp_shard 2 x tp 2 = 4 ranks
+
+                         tp 0   tp 1
+      dp_shard 0       |    0 |    1 |
+      dp_shard 1       |    2 |   [3]|   <- this rank                                             */
+LLMPAR_DEF size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t capacity)
+{
+    size_t used = 0;
+    if (capacity) text[0] = 0;
+    const int32_t *degree = mesh->degree;
+    llmpar__mesh_append(text, capacity, &used, "mesh: dp_replicate %d x dp_shard %d x tp %d = %d ranks, this is rank %d\n\n%26s", (int)degree[LLMPAR_AXIS_DP_REPLICATE], (int)degree[LLMPAR_AXIS_DP_SHARD],
+                        (int)degree[LLMPAR_AXIS_TP], (int)mesh->ctx->world, (int)mesh->ctx->rank, "");
+    for (int32_t t = 0; t < degree[LLMPAR_AXIS_TP]; t++) llmpar__mesh_append(text, capacity, &used, "  tp %-3d", (int)t);
+    llmpar__mesh_append(text, capacity, &used, "\n");
+    int32_t at[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 };
+    for (at[0] = 0; at[0] < degree[0]; at[0]++)
+        for (at[1] = 0; at[1] < degree[1]; at[1]++) {
+            char row[64];
+            if (degree[0] > 1) snprintf(row, sizeof row, "dp_replicate %d dp_shard %d", (int)at[0], (int)at[1]);
+            else snprintf(row, sizeof row, "dp_shard %d", (int)at[1]);
+            llmpar__mesh_append(text, capacity, &used, "  %-24s|", row);
+            for (at[4] = 0; at[4] < degree[4]; at[4]++) {
+                int32_t rank = llmpar_mesh_rank_at(mesh, at);
+                char cell[16];
+                snprintf(cell, sizeof cell, rank == mesh->ctx->rank ? "[%d]" : " %d ", (int)rank);
+                llmpar__mesh_append(text, capacity, &used, "%6s|", cell);
+            }
+            llmpar__mesh_append(text, capacity, &used, "\n");
+        }
+    return used;
+}
+/* ==== src/mesh/dtensor.c ==== */
+/* dtensor: the arithmetic of cutting. Placements are applied in their order: each SHARD shrinks the rectangle along one dim, a FLAT at the end takes a range of its row-major elements. */
+
+#include <string.h>
+
+
+static int64_t llmpar__dtensor_grain(const llmpar_placement *p) { return p->grain ? p->grain : 1; }
+static int32_t llmpar__dtensor_replicas(const llmpar_placement *p) { return p->replicas ? p->replicas : 1; }
+
+/* Part `part` of `extent` elements cut into `parts` at whole grains. */
+static void llmpar__dtensor_part(int64_t extent, int64_t grain, int32_t parts, int32_t part, int64_t *offset, int64_t *length)
+{
+    int64_t begin = llmpar_piece_begin(part, extent / grain, parts) * grain;
+    *offset = begin;
+    *length = llmpar_piece_begin(part + 1, extent / grain, parts) * grain - begin;
+}
+
+LLMPAR_DEF llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error)
+{
+    const char *name = tensor->name ? tensor->name : "tensor";
+    int64_t elements, grain[LLMPAR_MAX_DIMS];
+    int64_t smallest[LLMPAR_MAX_DIMS]; /* over the ranks */
+    int seen[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 }, flat = 0;
+    if (!llmpar_dtype_size(tensor->dtype)) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: dtype %d is not a stored type", name, (int)tensor->dtype);
+    if (tensor->dims < 0 || tensor->dims > LLMPAR_MAX_DIMS) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 to %d", name, (int)tensor->dims, LLMPAR_MAX_DIMS);
+    if (tensor->placements < 0 || tensor->placements > LLMPAR_MESH_AXES) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %d placements, expected 0 to %d", name, (int)tensor->placements, LLMPAR_MESH_AXES);
+    for (int32_t d = 0; d < tensor->dims; d++)
+        if (tensor->shape[d] < 0) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: dim %d has extent %lld, expected 0 or more", name, (int)d, (long long)tensor->shape[d]);
+    if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || elements > INT64_MAX / (int64_t)llmpar_dtype_size(tensor->dtype))
+        return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the product of its extents overflows", name);
+    for (int32_t d = 0; d < tensor->dims; d++) {
+        smallest[d] = tensor->shape[d];
+        grain[d] = 0;
+    }
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        if ((unsigned)p->axis >= LLMPAR_MESH_AXES) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: placement %d names axis %d, expected 0 to %d", name, (int)i, (int)p->axis, LLMPAR_MESH_AXES - 1);
+        const char *axis = llmpar_axis_name(p->axis);
+        if (seen[p->axis]++) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: axis %s is named twice", name, axis);
+        if (p->kind == LLMPAR_REPLICATE || p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX) continue;
+        if (flat) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: a cut on %s after Flat: expected Flat to be the last cut", name, axis);
+        if (p->kind == LLMPAR_SHARD) {
+            if (p->dim < 0 || p->dim >= tensor->dims) return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s, expected a dim below %d", name, (int)p->dim, axis, (int)tensor->dims);
+            int64_t g = llmpar__dtensor_grain(p);
+            int32_t replicas = llmpar__dtensor_replicas(p);
+            if (g < 1 || tensor->shape[p->dim] % g || (grain[p->dim] && grain[p->dim] % g))
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s: grain %lld does not divide %s %lld", name, (int)p->dim, axis, (long long)g, grain[p->dim] && g > 0 && tensor->shape[p->dim] % g == 0 ? "the grain of the earlier cut," : "the extent",
+                                        (long long)(grain[p->dim] && g > 0 && tensor->shape[p->dim] % g == 0 ? grain[p->dim] : tensor->shape[p->dim]));
+            if (replicas < 1 || degree[p->axis] % replicas)
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Shard(%d) on %s: %d replicas do not divide the degree %d", name, (int)p->dim, axis, (int)replicas, (int)degree[p->axis]);
+            grain[p->dim] = g;
+            smallest[p->dim] = smallest[p->dim] / g / (degree[p->axis] / replicas) * g; /* floor(G/n) grains is the least that any part has */
+        } else if (p->kind == LLMPAR_FLAT) {
+            int64_t least = 0;
+            flat = 1;
+            if (p->unit_elements < 0 || p->unit_elements % degree[p->axis])
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: a unit of %lld elements cannot be cut evenly over %d ranks", name, axis, (long long)p->unit_elements, (int)degree[p->axis]);
+            /* Ranks with uneven earlier cuts lay out their units by their own extents, so the largest part need not fit here. */
+            llmpar_extent_product(smallest, tensor->dims, &least);
+            if (p->offset < 0 || p->offset > p->unit_elements || least > p->unit_elements - p->offset)
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", name, axis, (long long)least, (long long)p->offset, (long long)p->unit_elements);
+        } else {
+            return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: placement %d has kind %d, expected 0 to %d", name, (int)i, (int)p->kind, (int)LLMPAR_FLAT);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out)
+{
+    int cut[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 };
+    const llmpar_placement *flat = NULL;
+    memset(out, 0, sizeof *out);
+    out->is_owner = 1;
+    for (int32_t d = 0; d < tensor->dims; d++) out->shape[d] = tensor->shape[d];
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        if (p->kind == LLMPAR_SHARD) {
+            int32_t replicas = llmpar__dtensor_replicas(p);
+            int64_t begin, length;
+            llmpar__dtensor_part(out->shape[p->dim], llmpar__dtensor_grain(p), degree[p->axis] / replicas, coordinate[p->axis] / replicas, &begin, &length);
+            out->offset[p->dim] += begin;
+            out->shape[p->dim] = length;
+            if (coordinate[p->axis] % replicas) out->is_owner = 0;
+            cut[p->axis] = 1;
+        } else if (p->kind == LLMPAR_FLAT) {
+            flat = p;
+            cut[p->axis] = 1;
+        }
+    }
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (!cut[a] && coordinate[a]) out->is_owner = 0;
+    out->elements = 1;
+    for (int32_t d = 0; d < tensor->dims; d++) out->elements *= out->shape[d];
+    out->flat_count = out->elements;
+    if (flat) {
+        /* unit   |....|== this tensor ==========|......|
+           shard         |=== this rank ===|              */
+        int64_t size = flat->unit_elements / degree[flat->axis], begin = size * coordinate[flat->axis], end = begin + size;
+        int64_t from = flat->offset > begin ? flat->offset : begin, to = flat->offset + out->elements < end ? flat->offset + out->elements : end;
+        out->flat_count = to > from ? to - from : 0;
+        out->flat_begin = out->flat_count ? from - flat->offset : 0;
+        out->shard_begin = out->flat_count ? from - begin : 0;
+    }
+}
+
+LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity)
+{
+    size_t used = 0;
+    if (capacity) text[0] = 0;
+    llmpar__mesh_append(text, capacity, &used, "[");
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        if (i) llmpar__mesh_append(text, capacity, &used, ", ");
+        if (p->kind == LLMPAR_SHARD && p->replicas > 1) llmpar__mesh_append(text, capacity, &used, "Shard(%d) x %d replicas", (int)p->dim, (int)p->replicas);
+        else if (p->kind == LLMPAR_SHARD) llmpar__mesh_append(text, capacity, &used, "Shard(%d)", (int)p->dim);
+        else if (p->kind == LLMPAR_FLAT) llmpar__mesh_append(text, capacity, &used, "Flat(%lld)", (long long)p->offset);
+        else llmpar__mesh_append(text, capacity, &used, "%s", p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : p->kind == LLMPAR_PARTIAL_MAX ? "Partial(max)" : "Replicate");
+        llmpar__mesh_append(text, capacity, &used, " on %s", llmpar_axis_name(p->axis));
+    }
+    llmpar__mesh_append(text, capacity, &used, "]");
+    return used;
+}
+
+/* The coordinate of a world rank. */
+static void llmpar__dtensor_coordinate(const llmpar_mesh *mesh, int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
+        coordinate[a] = rank % mesh->degree[a];
+        rank /= mesh->degree[a];
+    }
+}
+
+/* Character of the rank that owns element (row, column) of the 1-D or 2-D tensor. */
+static char llmpar__dtensor_owner(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t ranks, int64_t row, int64_t column)
+{
+    static const char digits[] = "0123456789abcdefghijklmnopqrstuvwxyz";
+    for (int32_t r = 0; r < ranks; r++) {
+        int32_t coordinate[LLMPAR_MESH_AXES];
+        llmpar_local local;
+        llmpar__dtensor_coordinate(mesh, r, coordinate);
+        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
+        int64_t width = local.shape[tensor->dims - 1], column_at = column - local.offset[tensor->dims - 1], row_at = tensor->dims == 2 ? row - local.offset[0] : 0;
+        if (!local.is_owner || column_at < 0 || column_at >= width || row_at < 0 || (tensor->dims == 2 && row_at >= local.shape[0])) continue;
+        int64_t element = row_at * width + column_at;
+        if (element >= local.flat_begin && element < local.flat_begin + local.flat_count) return r < 36 ? digits[r] : '#';
+    }
+    return '.';
+}
+
+/* wq f32[8,6] [Shard(0) on tp, Flat(0) on dp_shard]
+     rank 0 dp_shard=0 tp=0   [0:4, 0:6]  flat [0:12) at 0 of the shard  48 bytes, owner
+     ..
+     map (digit = owning rank, one character = 1 x 1 elements)
+       000000
+       ..                                                                                              */
+LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
+{
+    enum { MAP_ROWS = 16, MAP_COLUMNS = 64 };
+    size_t used = 0, item = llmpar_dtype_size(tensor->dtype);
+    int32_t ranks = 1;
+    int flat = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) ranks *= mesh->degree[a];
+    for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
+    char placements[256];
+    llmpar_dtensor_placements(tensor, placements, sizeof placements);
+    if (capacity) text[0] = 0;
+    llmpar__mesh_append(text, capacity, &used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, &used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
+    llmpar__mesh_append(text, capacity, &used, "] %s\n", placements);
+    for (int32_t r = 0; r < ranks; r++) {
+        int32_t coordinate[LLMPAR_MESH_AXES];
+        llmpar_local local;
+        llmpar__dtensor_coordinate(mesh, r, coordinate);
+        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
+        llmpar__mesh_append(text, capacity, &used, "  rank %d", (int)r);
+        for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+            if (mesh->degree[a] > 1) llmpar__mesh_append(text, capacity, &used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
+        llmpar__mesh_append(text, capacity, &used, "  [");
+        for (int32_t d = 0; d < tensor->dims; d++)
+            llmpar__mesh_append(text, capacity, &used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
+        llmpar__mesh_append(text, capacity, &used, "]");
+        if (flat)
+            llmpar__mesh_append(text, capacity, &used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
+        llmpar__mesh_append(text, capacity, &used, "  %lld bytes%s\n", (long long)(local.flat_count * (int64_t)item), local.is_owner ? "" : " (copy)");
+    }
+    if (tensor->dims != 1 && tensor->dims != 2) return used;
+    int64_t rows = tensor->dims == 2 ? tensor->shape[0] : 1, columns = tensor->shape[tensor->dims - 1];
+    if (rows < 1 || columns < 1) return used;
+    int64_t down = (rows + MAP_ROWS - 1) / MAP_ROWS, across = (columns + MAP_COLUMNS - 1) / MAP_COLUMNS;
+    llmpar__mesh_append(text, capacity, &used, "  map (digit: owning rank; one character: %lld x %lld elements)\n", (long long)down, (long long)across);
+    for (int64_t row = 0; row < rows; row += down) {
+        char line[MAP_COLUMNS + 1];
+        int n = 0;
+        for (int64_t column = 0; column < columns; column += across) line[n++] = llmpar__dtensor_owner(tensor, mesh, ranks, row, column);
+        line[n] = 0;
+        llmpar__mesh_append(text, capacity, &used, "    %s\n", line);
+    }
+    return used;
+}
+/* ==== src/mesh/redistribute.c ==== */
+/* redistribute: undoing the cuts, the last one first, one axis at a time.
+
+     local --(last cut's axis)--> larger part --(..)--> full
+   On each axis every owner broadcasts its part to the axis, and the receivers put it into its place in the next larger rectangle. A range (FLAT) and a cut of the outermost
+   dim have one place, so the data is received where it belongs; other rectangles come by way of scratch. Empty parts are known to be empty on every rank and are not sent. */
+
+#include <string.h>
+
+
+/* The cuts of a tensor on axes with more than one rank, in their order. */
+typedef struct llmpar__redistribute_plan {
+    int32_t cuts;
+    int32_t placement[LLMPAR_MESH_AXES];
+    llmpar_local rect[LLMPAR_MESH_AXES + 1]; /* rect[i]: this rank's rectangle after i cuts; rect[0] is the whole tensor */
+} llmpar__redistribute_plan;
+
+static void llmpar__redistribute_local(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t placements, const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out)
+{
+    llmpar_dtensor prefix = *tensor;
+    prefix.placements = placements;
+    llmpar_dtensor_local(&prefix, mesh->degree, coordinate, out);
+}
+
+static void llmpar__redistribute_make(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar__redistribute_plan *plan)
+{
+    plan->cuts = 0;
+    llmpar__redistribute_local(tensor, mesh, 0, mesh->coordinate, &plan->rect[0]);
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        /* A Flat over one rank still moves the data to its offset in the shard, so it counts as a cut. */
+        if (p->kind == LLMPAR_FLAT || (p->kind == LLMPAR_SHARD && mesh->degree[p->axis] > 1)) {
+            plan->placement[plan->cuts++] = i;
+            llmpar__redistribute_local(tensor, mesh, i + 1, mesh->coordinate, &plan->rect[plan->cuts]);
+        }
+    }
+}
+
+/* What `coordinate` holds after the cut of placement `index`. */
+static void llmpar__redistribute_part(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t index, int32_t rank_on_axis, llmpar_local *out)
+{
+    int32_t coordinate[LLMPAR_MESH_AXES];
+    memcpy(coordinate, mesh->coordinate, sizeof coordinate);
+    coordinate[tensor->placement[index].axis] = rank_on_axis;
+    llmpar__redistribute_local(tensor, mesh, index + 1, coordinate, out);
+}
+
+/* Does a part along `dim` lie in one piece in the larger rectangle? */
+static int llmpar__redistribute_contiguous(const llmpar_local *whole, int32_t dim)
+{
+    for (int32_t d = 0; d < dim; d++)
+        if (whole->shape[d] != 1) return 0;
+    return 1;
+}
+
+/* Elements of the largest part that comes by way of scratch when cut `i` is undone. */
+static int64_t llmpar__redistribute_staging(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const llmpar__redistribute_plan *plan, int32_t i)
+{
+    const llmpar_placement *p = &tensor->placement[plan->placement[i]];
+    int64_t most = 0;
+    if (p->kind == LLMPAR_FLAT || llmpar__redistribute_contiguous(&plan->rect[i], p->dim)) return 0;
+    for (int32_t r = 0; r < mesh->degree[p->axis]; r++) {
+        llmpar_local part;
+        llmpar__redistribute_part(tensor, mesh, plan->placement[i], r, &part);
+        if (part.elements > most) most = part.elements;
+    }
+    return most;
+}
+
+/* Scratch: the rectangles between the first cut and the last, each in its own place, then the largest staging area. */
+LLMPAR_DEF int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, const llmpar_mesh *mesh)
+{
+    llmpar__redistribute_plan plan;
+    int64_t elements = 0, staging = 0;
+    llmpar__redistribute_make(tensor, mesh, &plan);
+    for (int32_t i = 0; i < plan.cuts; i++) {
+        int64_t need = llmpar__redistribute_staging(tensor, mesh, &plan, i);
+        if (i) elements += plan.rect[i].elements;
+        if (need > staging) staging = need;
+    }
+    return elements + staging;
+}
+
+/* One owner's part to all ranks of its axis, into its place in `out`, the rectangle `whole`. `mine`: this rank's part, read where this rank is that owner. */
+static llmpar_status llmpar__redistribute_send(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_placement *p, const llmpar_local *whole, const llmpar_local *part,
+                                               int32_t owner, const char *mine, char *staging, char *out)
+{
+    llmpar_device *device = mesh->ctx->device;
+    llmpar_comm *comm = mesh->comm[p->axis];
+    size_t item = llmpar_dtype_size(tensor->dtype);
+    int64_t count = p->kind == LLMPAR_FLAT ? part->flat_count : part->elements, inner = 1, outer = 1, first = 0;
+    if (!count) return LLMPAR_OK;
+    int direct = p->kind == LLMPAR_FLAT || llmpar__redistribute_contiguous(whole, p->dim);
+    if (p->kind == LLMPAR_SHARD) {
+        for (int32_t d = 0; d < p->dim; d++) outer *= whole->shape[d];
+        for (int32_t d = p->dim + 1; d < tensor->dims; d++) inner *= whole->shape[d];
+        first = (part->offset[p->dim] - whole->offset[p->dim]) * inner;
+    } else {
+        first = part->flat_begin;
+    }
+    char *place = out + (size_t)first * item;
+    int is_owner = comm->rank == owner;
+    const char *from = is_owner ? mine : direct ? place : staging;
+    if (comm->ranks > 1) {
+        llmpar_collective call;
+        memset(&call, 0, sizeof call);
+        call.send = is_owner ? mine : NULL;
+        call.recv = is_owner ? NULL : direct ? place : staging;
+        call.count = (size_t)count;
+        call.dtype = tensor->dtype;
+        call.root = owner;
+        call.tag = tensor->name;
+        llmpar_status st = llmpar_broadcast(comm, stream, &call);
+        if (st) return st;
+    }
+    if (direct) return is_owner ? device->copy(device, stream, place, from, (size_t)count * item) : LLMPAR_OK;
+    llmpar_copy_rows_args rows;
+    memset(&rows, 0, sizeof rows);
+    rows.rows = outer;
+    rows.width = rows.ld_in = part->shape[p->dim] * inner;
+    rows.ld_out = whole->shape[p->dim] * inner;
+    rows.size = item;
+    rows.in = from;
+    rows.out = place;
+    return device->copy_rows(device, stream, &rows);
+}
+
+LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const void *local, void *scratch, void *full)
+{
+    llmpar_device *device = mesh->ctx->device;
+    size_t item = llmpar_dtype_size(tensor->dtype);
+    const char *name = tensor->name ? tensor->name : "tensor";
+    llmpar__redistribute_plan plan;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status st = llmpar_dtensor_check(tensor, mesh->degree, &error);
+    if (st) return llmpar_fail(mesh->ctx, st, "%s", error.text);
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        int partial = p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX, elsewhere = p->kind != LLMPAR_REPLICATE && p->axis != LLMPAR_AXIS_DP_SHARD && p->axis != LLMPAR_AXIS_TP;
+        if ((partial || elsewhere) && mesh->degree[p->axis] > 1) {
+            char placements[256];
+            llmpar_dtensor_placements(tensor, placements, sizeof placements);
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_UNSUPPORTED, "%s: %s cannot be made whole: expected Shard or Flat on dp_shard and tp only", name, placements);
+        }
+    }
+    llmpar__redistribute_make(tensor, mesh, &plan);
+    for (int32_t i = 0; i < tensor->placements; i++) { /* the check knows the smallest part only */
+        const llmpar_placement *p = &tensor->placement[i];
+        if (p->kind == LLMPAR_FLAT && plan.rect[plan.cuts].elements > p->unit_elements - p->offset)
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "%s: Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", name, llmpar_axis_name(p->axis), (long long)plan.rect[plan.cuts].elements,
+                               (long long)p->offset, (long long)p->unit_elements);
+    }
+    if (!plan.cuts) {
+        if (plan.rect[0].elements && local != full) return device->copy(device, stream, full, local, (size_t)plan.rect[0].elements * item);
+        return LLMPAR_OK;
+    }
+    char *staging = (char *)scratch;
+    for (int32_t i = 1; i < plan.cuts; i++) staging += (size_t)plan.rect[i].elements * item;
+    char *area = staging; /* the rectangles lie before it, the last cut's first */
+    const char *mine = (const char *)local;
+    for (int32_t i = plan.cuts - 1; i >= 0 && !st; i--) {
+        const llmpar_placement *p = &tensor->placement[plan.placement[i]];
+        if (i) area -= (size_t)plan.rect[i].elements * item;
+        char *out = i ? area : (char *)full;
+        int32_t replicas = p->kind == LLMPAR_SHARD && p->replicas > 1 ? p->replicas : 1;
+        for (int32_t owner = 0; owner < mesh->degree[p->axis] && !st; owner += replicas) {
+            llmpar_local part;
+            llmpar__redistribute_part(tensor, mesh, plan.placement[i], owner, &part);
+            const char *from = p->kind == LLMPAR_FLAT && owner == mesh->coordinate[p->axis] ? mine + (size_t)part.shard_begin * item : mine;
+            st = llmpar__redistribute_send(tensor, mesh, stream, p, &plan.rect[i], &part, owner, from, staging, out);
+        }
+        mine = out;
+    }
+    return st;
+}
+
+LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const void *full, void *local)
+{
+    llmpar_local part;
+    size_t item = llmpar_dtype_size(tensor->dtype);
+    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    char *out = (char *)local + (size_t)part.shard_begin * item;
+    int64_t run = tensor->dims ? part.shape[tensor->dims - 1] : 1, at = part.flat_begin, end = part.flat_begin + part.flat_count;
+    while (at < end) { /* a run of the rectangle's innermost dim at a time */
+        int64_t length = run - at % run, rest = at / run, from = tensor->dims ? part.offset[tensor->dims - 1] + at % run : 0, stride = tensor->dims ? tensor->shape[tensor->dims - 1] : 1;
+        if (length > end - at) length = end - at;
+        for (int32_t d = tensor->dims - 2; d >= 0; d--) {
+            from += (part.offset[d] + rest % part.shape[d]) * stride;
+            rest /= part.shape[d];
+            stride *= tensor->shape[d];
+        }
+        memcpy(out, (const char *)full + (size_t)from * item, (size_t)length * item);
+        out += (size_t)length * item;
+        at += length;
+    }
+}
+
+/* ==== src/tp/tp.c ==== */
+
+#include <string.h>
+
+
+LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
+{
+    memset(out, 0, sizeof *out);
+    out->ctx = ctx;
+    out->comm = comm;
+    out->rank = comm->rank;
+    out->ranks = comm->ranks;
+    if (canon == 0) canon = 8;
+    if (!llmpar_is_pow2(canon)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "tp: canon = %d is not a power of two", (int)canon);
+    /* Ranks that do not divide the pieces still give a deterministic result, one piece a rank, but one that depends on tp. */
+    out->pieces = canon % comm->ranks == 0 ? canon : comm->ranks;
+    out->sequence_parallel = sequence_parallel && comm->ranks > 1;
+    out->replicas = 1;
+    if (kv_heads % comm->ranks != 0) {
+        if (kv_heads <= 0 || comm->ranks % kv_heads != 0)
+            return llmpar_fail(ctx, LLMPAR_ERR_MESH, "tp: num_key_value_heads = %d and tp = %d: one must divide the other", (int)kv_heads, (int)comm->ranks);
+        out->replicas = comm->ranks / kv_heads;
+        return llmpar_comm_split(comm, comm->rank / out->replicas, comm->rank, "tp.kv", &out->kv);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
+{
+    llmpar_comm_destroy(tp->kv);
+    tp->kv = NULL;
+}
+
+LLMPAR_DEF int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains) { return llmpar_piece_begin(tp->rank, grains, tp->ranks); }
+
+LLMPAR_DEF int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains)
+{
+    return llmpar_piece_begin(tp->rank + 1, grains, tp->ranks) - llmpar_piece_begin(tp->rank, grains, tp->ranks);
+}
+
+/* Enough for one piece a query head group: operands (q, k, v) x local pieces. */
+#define LLMPAR__TP_SEGMENTS 192
+
+/* First of this operand's own grains whose query grain is >= limit: ceil(limit / per), clamped to what the rank holds. */
+static int64_t llmpar__tp_operand_grain(const llmpar_tp_operand *operand, int64_t limit)
+{
+    int64_t per = operand->per > 0 ? operand->per : 1;
+    int64_t grain = (limit + per - 1) / per, end = operand->begin + operand->count;
+    return grain < operand->begin ? operand->begin : grain > end ? end : grain;
+}
+
+/* The segments of this rank's pieces, in piece order and within a piece in operand order; -1 when they do not fit. With pointers = 0 only extents are filled in. */
+static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, int pointers,
+                                   llmpar_gemm_segment *segments)
+{
+    size_t size = llmpar_dtype_size(dtype);
+    int32_t local = tp->pieces / tp->ranks, count = 0;
+    for (int32_t piece = 0; piece < local; piece++) {
+        int64_t global = (int64_t)tp->rank * local + piece;
+        int64_t low = llmpar_piece_begin(global, grains, tp->pieces), high = llmpar_piece_begin(global + 1, grains, tp->pieces);
+        for (int32_t o = 0; o < operand_count; o++) {
+            const llmpar_tp_operand *operand = &operands[o];
+            int64_t first = llmpar__tp_operand_grain(operand, low), last = llmpar__tp_operand_grain(operand, high);
+            if (last <= first) continue;
+            if (count == LLMPAR__TP_SEGMENTS) return -1;
+            llmpar_gemm_segment *segment = &segments[count++];
+            memset(segment, 0, sizeof *segment);
+            int64_t skip = (first - operand->begin) * operand->grain;
+            segment->k = (last - first) * operand->grain;
+            segment->piece = piece;
+            segment->lda = operand->lda;
+            segment->ldb = operand->ldb;
+            if (pointers) {
+                segment->a = (const char *)operand->a + (size_t)skip * size;
+                segment->b = (const char *)operand->b + (size_t)(kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
+            }
+        }
+    }
+    return count;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
+                                           llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 1, segments);
+    if (args.segment_count < 0) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)(tp->pieces / tp->ranks), (int)operand_count, LLMPAR__TP_SEGMENTS);
+    args.m = rows;
+    args.n = dim;
+    args.c = out;
+    args.ldc = dim;
+    args.segments = segments;
+    args.pieces = tp->pieces / tp->ranks;
+    args.kind = kind;
+    args.dtype = dtype;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+}
+
+LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype)
+{
+    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 0, segments);
+    if (args.segment_count < 0) return 0; /* the call itself reports it */
+    args.m = rows;
+    args.n = dim;
+    args.ldc = dim;
+    args.segments = segments;
+    args.pieces = tp->pieces / tp->ranks;
+    args.kind = kind;
+    args.dtype = dtype;
+    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+}
+
+static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment *segment, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
+{
+    memset(args, 0, sizeof *args);
+    memset(segment, 0, sizeof *segment);
+    segment->k = k;
+    args->m = m;
+    args->n = n;
+    args->ldc = n;
+    args->segments = segment;
+    args->segment_count = 1;
+    args->pieces = 1;
+    args->kind = kind;
+    args->dtype = dtype;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out,
+                                           int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
+    segment.a = a;
+    segment.b = b;
+    segment.lda = lda;
+    segment.ldb = ldb;
+    args.c = out;
+    args.ldc = ldo;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+}
+
+LLMPAR_DEF size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
+{
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
+    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+}
+
+/* One piece a leaf: rows [i*rows/leaves, (i+1)*rows/leaves). The list lives on the rank's heap since leaves have no cap. */
+static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_t leaves, const void *dy, int64_t lddy, const void *x, int64_t ldx, llmpar_dtype dtype, llmpar_gemm_args *args)
+{
+    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)llmpar_heap_zalloc(&tp->ctx->heap, (size_t)leaves, sizeof *segments);
+    if (!segments) return llmpar_fail(tp->ctx, LLMPAR_ERR_MEMORY, "tp: no memory for %lld gemm segments", (long long)leaves);
+    size_t size = llmpar_dtype_size(dtype);
+    int64_t each = rows / leaves;
+    for (int64_t i = 0; i < leaves; i++) {
+        segments[i].k = each;
+        segments[i].piece = (int32_t)i;
+        segments[i].lda = lddy;
+        segments[i].ldb = ldx;
+        if (dy) segments[i].a = (const char *)dy + (size_t)(i * each * lddy) * size;
+        if (x) segments[i].b = (const char *)x + (size_t)(i * each * ldx) * size;
+    }
+    args->segments = segments;
+    args->segment_count = (int32_t)leaves;
+    args->pieces = (int32_t)leaves;
+    args->kind = LLMPAR_GEMM_TN;
+    args->dtype = dtype;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw,
+                                                   llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    if (leaves < 1 || rows % leaves) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %lld leaves do not divide %lld rows", (long long)leaves, (long long)rows);
+    llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
+    if (status) return status;
+    args.m = out_dim;
+    args.n = in_dim;
+    args.c = dw;
+    args.ldc = in_dim;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
+    return status;
+}
+
+LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype)
+{
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
+    args.m = out_dim;
+    args.n = in_dim;
+    args.ldc = in_dim;
+    size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
+    return bytes;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = local;
+    call.recv = full;
+    call.count = (size_t)(t / tp->ranks * dim);
+    call.blocks = (size_t)batch;
+    call.dtype = dtype;
+    call.tag = tag;
+    return llmpar_all_gather(tp->comm, stream, &call);
+}
+
+static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = in;
+    call.recv = out;
+    call.dtype = dtype;
+    call.tag = tag;
+    if (tp->sequence_parallel) {
+        call.count = (size_t)(t / tp->ranks) * row;
+        call.blocks = (size_t)batch;
+        return llmpar_reduce_scatter(tp->comm, stream, &call);
+    }
+    call.count = (size_t)(batch * t) * row;
+    return llmpar_all_reduce(tp->comm, stream, &call);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype)
+{
+    return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
+{
+    size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
+    if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
+    return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
+}
+
+#undef LLMPAR__TP_SEGMENTS
+
+/* ==== src/fsdp/flat.c ==== */
+/* ==== src/fsdp/fsdp_internal.h ==== */
+/* fsdp_internal: the state that flat.c lays out and executor.c runs over. */
+#ifndef LLMPAR_FSDP_INTERNAL_H
+#define LLMPAR_FSDP_INTERNAL_H
+
+
+#define LLMPAR__UNIT_EVENTS 64 /* instructions in a unit's forward or backward */
+
+typedef struct llmpar__flat {
+    llmpar_unit unit;                 /* name and params are copies owned here */
+    int64_t elements;                 /* of the whole flat buffer, padding included */
+    int64_t shard_elements;
+    int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
+    int64_t *count;                   /* [param_count] tp-local elements */
+    llmpar_segment *segments;
+    int32_t segment_count;
+    int32_t gathers;                  /* unshard() calls and GATHER not yet undone */
+    void *shard;                      /* parameters; PARAMETERS */
+    void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where unsharded */
+    void **params;                    /* [param_count] into gathered */
+    void **grads;                     /* [2][param_count] scratch for unit calls */
+    void *grad[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot]; GRADIENTS */
+    void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
+    char *label[6];                   /* names of its buffers and collectives for messages */
+} llmpar__flat;
+enum { LLMPAR__LABEL_SHARD, LLMPAR__LABEL_GATHER, LLMPAR__LABEL_GRADIENT, LLMPAR__LABEL_REDUCE, LLMPAR__LABEL_REPLICA, LLMPAR__LABEL_ACTIVATIONS };
+
+struct llmpar_fsdp {
+    llmpar_ctx *ctx;
+    llmpar_mesh *mesh;
+    llmpar_device *device;
+    llmpar_arena *arena;
+    llmpar_dtype dtype;
+    int32_t unsharded, replicas;
+    llmpar_comm *shard_comm;          /* dp_shard; one rank where unsharded */
+    llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where unsharded */
+    int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
+    uint64_t seed;
+    llmpar__flat *units;
+    int32_t unit_count;
+    llmpar_stream *stream[LLMPAR_STREAM_COUNT];
+    llmpar_event **event;             /* by instruction index, NULL until needed */
+    int32_t event_count;
+    llmpar_event *unit_event[LLMPAR__UNIT_EVENTS + 1];
+    llmpar_event *free_event[LLMPAR_STREAM_COUNT]; /* behind the last release on each stream */
+    uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
+    int64_t *scalars;                 /* device: loss limbs, then square limbs */
+};
+#define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
+
+/* Allocates and enqueues the all-gather of a unit on `stream`. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
+LLMPAR__PRIVATE void llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat);
+/* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
+
+#endif
+/* ---- src/fsdp/flat.c goes on ---- */
+
+#include <string.h>
+#include <stdio.h>
+
+
+/* ---- layout ---- */
+
+LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out)
+{
+    const llmpar__flat *flat = &fsdp->units[unit];
+    const llmpar_param *p = &flat->unit.params[param];
+    memset(out, 0, sizeof *out);
+    out->name = p->name;
+    out->dtype = fsdp->dtype;
+    out->dims = p->dims;
+    for (int i = 0; i < p->dims; i++) out->shape[i] = p->shape[i];
+    if (p->tp.kind == LLMPAR_SHARD) {
+        out->placement[out->placements] = p->tp;
+        out->placement[out->placements++].axis = LLMPAR_AXIS_TP;
+    }
+    if (fsdp->unsharded) return;
+    llmpar_placement *cut = &out->placement[out->placements++];
+    cut->kind = LLMPAR_FLAT;
+    cut->axis = LLMPAR_AXIS_DP_SHARD;
+    cut->offset = flat->offset ? flat->offset[param] : 0;
+    cut->unit_elements = flat->elements;
+}
+
+LLMPAR_DEF void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard)
+{
+    if (!fsdp->unsharded) return shard;
+    return (char *)shard + (size_t)fsdp->units[unit].offset[param] * llmpar_dtype_size(fsdp->dtype);
+}
+
+/* Offsets of the tp-local tensors, the flat buffer's size, and this rank's segments. */
+static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
+{
+    llmpar_ctx *ctx = fsdp->ctx;
+    llmpar__flat *flat = &fsdp->units[index];
+    int32_t n = flat->unit.param_count;
+    int64_t at = 0, ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
+    for (int32_t i = 0; i < n; i++) {
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        llmpar_fsdp_dtensor(fsdp, index, i, &tensor);
+        if (tensor.placements && tensor.placement[tensor.placements - 1].kind == LLMPAR_FLAT) tensor.placements--; /* the flat cut is what we are laying out */
+        llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
+        if (status) return status;
+        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        flat->offset[i] = at;
+        flat->count[i] = local.elements;
+        if (local.elements > ((int64_t)1 << 40)) return llmpar_fail(ctx, LLMPAR_ERR_OVERFLOW, "%s: %lld local elements are more than 2^40", tensor.name, (long long)local.elements);
+        at = llmpar_round_up(at + local.elements, LLMPAR_FLAT_ALIGN);
+    }
+    flat->offset[n] = at;
+    flat->elements = llmpar_round_up(at, LLMPAR_FLAT_ALIGN * ranks);
+    if (flat->elements == 0) flat->elements = LLMPAR_FLAT_ALIGN * ranks;
+    flat->shard_elements = flat->elements / ranks;
+    for (int32_t i = 0; i < n; i++) {
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        llmpar_fsdp_dtensor(fsdp, index, i, &tensor);
+        llmpar_status status = llmpar_dtensor_check(&tensor, fsdp->mesh->degree, &ctx->error);
+        if (status) return status;
+        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        if (local.flat_count == 0) continue;
+        llmpar_segment *segment = &flat->segments[flat->segment_count++];
+        segment->param = i;
+        segment->no_decay = flat->unit.params[i].no_decay;
+        segment->owner = fsdp->counts && local.is_owner;
+        segment->begin = fsdp->unsharded ? flat->offset[i] : local.shard_begin;
+        segment->count = local.flat_count;
+    }
+    return LLMPAR_OK;
+}
+
+/* ---- creation ---- */
+
+static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
+{
+    size_t bytes = strlen(unit) + strlen(what) + 2;
+    char *text = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    if (text) snprintf(text, bytes, "%s/%s", unit, what);
+    return text;
+}
+
+static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const llmpar_unit *unit)
+{
+    static const char *const what[] = {"shard", "all_gather", "gradient", "reduce_scatter", "all_reduce", "activations"};
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    llmpar__flat *flat = &fsdp->units[index];
+    size_t n = (size_t)unit->param_count;
+    flat->unit = *unit;
+    flat->unit.params = NULL;
+    flat->unit.name = NULL;
+    if (unit->param_count < 0 || unit->forward_count > LLMPAR__UNIT_EVENTS || unit->backward_count > LLMPAR__UNIT_EVENTS)
+        return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: %d parameters, %d + %d instructions; expected >= 0 and at most %d a pass", unit->name, (int)unit->param_count, (int)unit->forward_count,
+                           (int)unit->backward_count, LLMPAR__UNIT_EVENTS);
+    flat->unit.name = llmpar_heap_strdup(heap, unit->name);
+    llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
+    flat->unit.params = params;
+    flat->offset = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
+    flat->count = (int64_t *)llmpar_heap_zalloc(heap, n + 1, sizeof(int64_t));
+    flat->segments = (llmpar_segment *)llmpar_heap_zalloc(heap, n + 1, sizeof(llmpar_segment));
+    flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
+    flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
+    int missing = !flat->unit.name || !params || !flat->offset || !flat->count || !flat->segments || !flat->params || !flat->grads;
+    for (int i = 0; i < 6 && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
+    for (size_t i = 0; i < n && !missing; i++) {
+        params[i] = unit->params[i];
+        params[i].name = llmpar_heap_strdup(heap, unit->params[i].name);
+        missing = !params[i].name;
+    }
+    if (missing) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "unit %s: out of memory for its description", unit->name);
+    return llmpar__flat_layout(fsdp, index);
+}
+
+/* Elements [first, first + count) of the row-major rectangle, as runs that are contiguous in the global tensor. */
+static int64_t llmpar__flat_global(const llmpar_param *param, const llmpar_local *local, int64_t element, int64_t *run)
+{
+    int64_t index = 0, stride = 1, rest = element;
+    *run = param->dims ? local->shape[param->dims - 1] - element % local->shape[param->dims - 1] : 1;
+    for (int32_t d = param->dims - 1; d >= 0; d--) {
+        index += (rest % local->shape[d] + local->offset[d]) * stride;
+        rest /= local->shape[d];
+        stride *= param->shape[d];
+    }
+    return index;
+}
+
+/* Initial values: each element from its own counter, so that a rank makes only what it holds. */
+static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
+{
+    enum { CHUNK = 2048 };
+    llmpar__flat *flat = &fsdp->units[index];
+    size_t size = llmpar_dtype_size(fsdp->dtype);
+    float values[CHUNK];
+    double wide[CHUNK];
+    llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], flat->shard, (size_t)flat->shard_elements * size);
+    for (int32_t s = 0; s < flat->segment_count && !status; s++) {
+        const llmpar_segment *segment = &flat->segments[s];
+        const llmpar_param *param = &flat->unit.params[segment->param];
+        llmpar_rng rng = llmpar_rng_key(fsdp->seed, LLMPAR_RNG_INIT, param->name, 0, 0);
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        llmpar_fsdp_dtensor(fsdp, index, segment->param, &tensor);
+        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
+        for (int64_t done = 0; done < segment->count && !status;) {
+            int64_t run, count = segment->count - done;
+            int64_t first = llmpar__flat_global(param, &local, local.flat_begin + done, &run);
+            if (count > run) count = run;
+            if (count > CHUNK) count = CHUNK;
+            if (param->init_std == 0)
+                for (int64_t i = 0; i < count; i++) values[i] = (float)param->init_value;
+            else
+                llmpar_rng_fill_normal_f32(&rng, (uint64_t)first, (size_t)count, 0.0f, (float)param->init_std, values);
+            const void *source = values;
+            if (fsdp->dtype == LLMPAR_F64) {
+                for (int64_t i = 0; i < count; i++) wide[i] = values[i];
+                source = wide;
+            }
+            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], (char *)flat->shard + (size_t)(segment->begin + done) * size, source, (size_t)count * size);
+            if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+            done += count;
+        }
+    }
+    return status;
+}
+
+static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
+{
+    static const char *const names[] = {"compute", "gather", "reduce", "tp"};
+    llmpar_ctx *ctx = fsdp->ctx;
+    llmpar_device *device = fsdp->device;
+    llmpar_status status = LLMPAR_OK;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->stream_create(device, names[s], &fsdp->stream[s]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->event_create(device, &fsdp->free_event[s]);
+    for (int e = 0; e <= LLMPAR__UNIT_EVENTS && !status; e++) status = device->event_create(device, &fsdp->unit_event[e]);
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_copy(fsdp, u, &units[u]);
+    /* Names are keys of files and of the random numbers: twice the same would be a silent copy. */
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
+        for (int32_t i = 0; i < fsdp->units[u].unit.param_count && !status; i++)
+            for (int32_t v = 0; v <= u && !status; v++)
+                for (int32_t j = 0; j < (v == u ? i : fsdp->units[v].unit.param_count) && !status; j++)
+                    if (!strcmp(fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.params[j].name))
+                        status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "parameter name %s stands in units %s and %s, expected once", fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.name, fsdp->units[u].unit.name);
+    void *scalars = NULL;
+    if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, LLMPAR__SCALARS * sizeof(int64_t), "loss and norm", &scalars);
+    fsdp->scalars = (int64_t *)scalars;
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        size_t size = llmpar_dtype_size(fsdp->dtype);
+        status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_PARAMETERS, (size_t)flat->shard_elements * size, flat->label[LLMPAR__LABEL_SHARD], &flat->shard);
+        if (!status) status = llmpar__flat_initialise(fsdp, u);
+        if (!status && fsdp->unsharded) {
+            flat->gathered = flat->shard;
+            for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->shard + (size_t)flat->offset[i] * size;
+        }
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out)
+{
+    llmpar_ctx *ctx = mesh->ctx;
+    *out = NULL;
+    if (unit_count < 1) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units, expected at least 1", (int)unit_count);
+    if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 or LLMPAR_ZERO_3", (int)desc->zero);
+    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32 or f64", llmpar_dtype_name(dtype));
+    llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
+    if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
+    fsdp->ctx = ctx;
+    fsdp->mesh = mesh;
+    fsdp->device = ctx->device;
+    fsdp->dtype = dtype;
+    fsdp->seed = desc->seed;
+    fsdp->unsharded = desc->zero == LLMPAR_ZERO_0 || mesh->degree[LLMPAR_AXIS_DP_SHARD] == 1;
+    fsdp->shard_comm = fsdp->unsharded ? NULL : mesh->comm[LLMPAR_AXIS_DP_SHARD];
+    fsdp->replica_comm = fsdp->unsharded ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
+    fsdp->replicas = fsdp->replica_comm->ranks;
+    fsdp->counts = fsdp->replica_comm->rank == 0;
+    fsdp->unit_count = unit_count;
+    fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
+    llmpar_status status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
+    if (!status) status = llmpar__fsdp_setup(fsdp, units);
+    if (status) {
+        llmpar_fsdp_destroy(fsdp);
+        return status;
+    }
+    *out = fsdp;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
+{
+    if (!fsdp) return;
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+        if (fsdp->stream[s]) fsdp->device->synchronize(fsdp->device, fsdp->stream[s]); /* its failure was reported where it happened */
+    for (int32_t u = 0; u < fsdp->unit_count && fsdp->units; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        for (int32_t i = 0; i < flat->unit.param_count && flat->unit.params; i++) llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params[i].name);
+        for (int i = 0; i < 6; i++) llmpar_heap_free(heap, flat->label[i]);
+        llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params);
+        llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.name);
+        llmpar_heap_free(heap, flat->offset);
+        llmpar_heap_free(heap, flat->count);
+        llmpar_heap_free(heap, flat->segments);
+        llmpar_heap_free(heap, flat->params);
+        llmpar_heap_free(heap, flat->grads);
+        llmpar_heap_free(heap, flat->output);
+        llmpar_heap_free(heap, flat->saved);
+        llmpar_heap_free(heap, flat->dinput);
+    }
+    llmpar_arena_destroy(fsdp->arena);
+    for (int32_t e = 0; e < fsdp->event_count; e++)
+        if (fsdp->event[e]) fsdp->device->event_destroy(fsdp->device, fsdp->event[e]);
+    for (int e = 0; e <= LLMPAR__UNIT_EVENTS; e++)
+        if (fsdp->unit_event[e]) fsdp->device->event_destroy(fsdp->device, fsdp->unit_event[e]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
+        if (fsdp->free_event[s]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s]);
+        if (fsdp->stream[s]) fsdp->device->stream_destroy(fsdp->device, fsdp->stream[s]);
+    }
+    llmpar_heap_free(heap, fsdp->event);
+    llmpar_heap_free(heap, fsdp->units);
+    llmpar_heap_free(heap, fsdp);
+}
+
+/* ---- gathering ---- */
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+{
+    size_t size = llmpar_dtype_size(fsdp->dtype);
+    if (fsdp->unsharded || flat->gathers++ > 0) return LLMPAR_OK;
+    llmpar_status status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_GATHERED, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GATHER], &flat->gathered);
+    if (status) return status;
+    for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = flat->shard;
+    call.recv = flat->gathered;
+    call.count = (size_t)flat->shard_elements;
+    call.dtype = fsdp->dtype;
+    call.tag = flat->label[LLMPAR__LABEL_GATHER];
+    return llmpar_all_gather(fsdp->shard_comm, stream, &call);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat)
+{
+    if (fsdp->unsharded || flat->gathers == 0 || --flat->gathers > 0) return;
+    llmpar_arena_free(fsdp->arena, flat->gathered);
+    flat->gathered = NULL;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    llmpar_status status = llmpar__fsdp_gather(fsdp, flat, fsdp->stream[LLMPAR_STREAM_GATHER]);
+    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
+    if (params) *params = flat->params;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    if (!fsdp->unsharded && flat->gathers == 0) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
+    llmpar__fsdp_release(fsdp, flat);
+    return LLMPAR_OK;
+}
+
+/* ---- looking in ---- */
+
+LLMPAR_DEF void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy)
+{
+    policy->unsharded = fsdp->unsharded;
+    policy->replicas = fsdp->replicas;
+}
+LLMPAR_DEF int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp) { return fsdp->unit_count; }
+LLMPAR_DEF const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit) { return &fsdp->units[unit].unit; }
+LLMPAR_DEF llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp) { return fsdp->mesh; }
+LLMPAR_DEF llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp) { return fsdp->arena; }
+LLMPAR_DEF llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp) { return fsdp->dtype; }
+
+LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    if (elements) *elements = flat->shard_elements;
+    if (segments) *segments = flat->segments;
+    if (segment_count) *segment_count = flat->segment_count;
+    return flat->shard;
+}
+
+static llmpar_status llmpar__flat_scan(llmpar_fsdp *fsdp, const llmpar__flat *flat, const void *shard, int64_t base, int64_t *best)
+{
+    int64_t limbs[LLMPAR_EXACT_SUM_LIMBS];
+    size_t size = llmpar_dtype_size(fsdp->dtype);
+    for (int32_t s = 0; s < flat->segment_count; s++) {
+        const llmpar_segment *segment = &flat->segments[s];
+        llmpar_square_sum_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)segment->count;
+        args.x = (const char *)shard + (size_t)segment->begin * size;
+        args.accumulator = fsdp->scalars;
+        args.dtype = fsdp->dtype;
+        llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], fsdp->scalars, sizeof limbs);
+        if (!status) status = fsdp->device->square_sum(fsdp->device, fsdp->stream[0], &args);
+        if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], limbs, fsdp->scalars, sizeof limbs);
+        if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+        if (status) return status;
+        int special = limbs[LLMPAR_EXACT_SUM_LIMBS - 3] || limbs[LLMPAR_EXACT_SUM_LIMBS - 2] || limbs[LLMPAR_EXACT_SUM_LIMBS - 1];
+        if (special && (*best < 0 || base + segment->param < *best)) *best = base + segment->param;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index)
+{
+    llmpar_status status = LLMPAR_OK;
+    int64_t best = -1, agreed;
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_scan(fsdp, &fsdp->units[u], fsdp->units[u].shard, (int64_t)u << 16, &best);
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
+        if (fsdp->units[u].grad[0][0][0]) status = llmpar__flat_scan(fsdp, &fsdp->units[u], fsdp->units[u].grad[0][0][0], ((int64_t)1 << 40) + ((int64_t)u << 16), &best);
+    if (status) return status;
+    /* The smallest index wins: the largest of its negative. */
+    agreed = best < 0 ? INT64_MIN / 2 : -best;
+    status = fsdp->device->copy(fsdp->device, fsdp->stream[0], fsdp->scalars, &agreed, sizeof agreed);
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = fsdp->scalars;
+    call.count = 1;
+    call.dtype = LLMPAR_I64;
+    call.op = LLMPAR_MAX;
+    call.tag = "first non-finite tensor";
+    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, fsdp->stream[0], &call);
+    if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], &agreed, fsdp->scalars, sizeof agreed);
+    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    *index = agreed == INT64_MIN / 2 ? -1 : -agreed;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *text, size_t capacity)
+{
+    int64_t index;
+    llmpar_status status = llmpar__fsdp_first_nonfinite(fsdp, &index);
+    if (capacity) text[0] = 0;
+    if (!status && index >= 0) snprintf(text, capacity, "%s", fsdp->units[(index >> 16) & 0xffffff].unit.params[index & 0xffff].name);
+    return status;
+}
+/* ==== src/fsdp/schedule.c ==== */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
+{
+    switch (op) {
+    case LLMPAR_OP_GATHER: return "GATHER";
+    case LLMPAR_OP_FREE: return "FREE";
+    case LLMPAR_OP_FORWARD: return "FORWARD";
+    case LLMPAR_OP_BACKWARD: return "BACKWARD";
+    case LLMPAR_OP_REDUCE: return "REDUCE";
+    case LLMPAR_OP_REDUCE_REPLICA: return "REDUCE_REPLICA";
+    case LLMPAR_OP_ACCUMULATE: return "ACCUMULATE";
+    case LLMPAR_OP_NORM: return "NORM";
+    case LLMPAR_OP_SCALAR_REDUCE: return "SCALAR_REDUCE";
+    case LLMPAR_OP_OPTIM: return "OPTIM";
+    }
+    return "?";
+}
+
+/* The compute steps of a step in order: for every micro-batch all forwards, then all backwards.
+
+     step:   F0 F1 F2 B2 B1 B0 | F0 F1 ...
+     resident (prefetch 0): unit 2 stays from F2 to B2, unit 0 from B0 to the next F0; all others are freed after a use and gathered again.
+     prefetch d: the gather stands d steps before its use; a gather that would stand before the preceding free cancels both. */
+typedef struct llmpar__plan {
+    llmpar_schedule *schedule;
+    const llmpar_unit *units;
+    int32_t steps_per_micro, steps;
+    unsigned char *flag;      /* [steps][units]: 1 gather before, 2 free after */
+    int32_t *last_gather;     /* [units] instruction index, -1 */
+    int32_t *depth;           /* [units][2] occupied buffers of the binary counter */
+    int32_t last_param_free;  /* instruction index, -1 */
+    int32_t last_grad_free;
+    int32_t status;           /* 1: out of memory */
+} llmpar__plan;
+
+static int32_t llmpar__plan_unit(const llmpar__plan *plan, int32_t step, int *backward)
+{
+    int32_t n = plan->schedule->units, k = step % plan->steps_per_micro;
+    *backward = k >= n;
+    return k < n ? k : 2 * n - 1 - k;
+}
+
+static int llmpar__plan_uses(const llmpar__plan *plan, int32_t step, int32_t unit)
+{
+    int backward;
+    int32_t own = llmpar__plan_unit(plan, step, &backward);
+    return own == unit || plan->units[own].borrow - 1 == unit;
+}
+
+static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t micro, llmpar_stream_id stream)
+{
+    llmpar_schedule *schedule = plan->schedule;
+    static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1}};
+    if (schedule->count == schedule->capacity) {
+        int32_t capacity = schedule->capacity ? schedule->capacity * 2 : 64;
+        llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
+        if (!list) {
+            plan->status = 1;
+            schedule->count = 0; /* keep writing into the old list; the caller reports */
+            if (!schedule->list) return NULL;
+        } else {
+            if (schedule->count) memcpy(list, schedule->list, (size_t)schedule->count * sizeof *list);
+            llmpar_heap_free(schedule->heap, schedule->list);
+            schedule->list = list;
+            schedule->capacity = capacity;
+        }
+    }
+    llmpar_instruction *instruction = &schedule->list[schedule->count++];
+    *instruction = empty;
+    instruction->op = op;
+    instruction->unit = unit;
+    instruction->micro_batch = micro;
+    instruction->stream = stream;
+    return instruction;
+}
+
+static void llmpar__plan_wait(llmpar_instruction *instruction, int32_t index)
+{
+    if (index < 0) return;
+    for (int32_t i = 0; i < instruction->wait_count; i++)
+        if (instruction->waits[i] == index) return;
+    if (instruction->wait_count < LLMPAR_WAITS) instruction->waits[instruction->wait_count++] = index;
+}
+
+/* Where the gathers and frees stand. */
+static void llmpar__plan_residency(llmpar__plan *plan)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t n = plan->schedule->units;
+    for (int32_t unit = 0; unit < n; unit++) {
+        int32_t previous = -1;
+        for (int32_t step = 0; step < plan->steps; step++) {
+            if (!llmpar__plan_uses(plan, step, unit)) continue;
+            int32_t gather = step - policy->prefetch < 0 ? 0 : step - policy->prefetch;
+            if (previous >= 0 && (step == previous + 1 || policy->keep_after_forward || gather <= previous)) {
+                previous = step;
+                continue;
+            }
+            if (previous >= 0) plan->flag[(size_t)previous * (size_t)n + (size_t)unit] |= 2u;
+            plan->flag[(size_t)gather * (size_t)n + (size_t)unit] |= 1u;
+            previous = step;
+        }
+        if (previous >= 0) plan->flag[(size_t)previous * (size_t)n + (size_t)unit] |= 2u;
+    }
+}
+
+static void llmpar__plan_gathers(llmpar__plan *plan, int32_t step)
+{
+    int32_t n = plan->schedule->units, last = step + plan->schedule->policy.prefetch;
+    /* In order of need, which for a step may be its own unit and the one it borrows. */
+    for (int32_t ahead = step; ahead <= last && ahead < plan->steps; ahead++)
+        for (int32_t unit = 0; unit < n; unit++) {
+            unsigned char *flag = &plan->flag[(size_t)step * (size_t)n + (size_t)unit];
+            if (!(*flag & 1u) || !llmpar__plan_uses(plan, ahead, unit)) continue;
+            *flag &= (unsigned char)~1u;
+            llmpar_instruction *gather = llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER);
+            if (!gather) return;
+            llmpar__plan_wait(gather, plan->last_param_free);
+            plan->last_gather[unit] = plan->schedule->count - 1;
+        }
+}
+
+/* One more gradient of (unit, use) is in buffer depth-1 of the counter: merge while the number of micro-batches says so.
+   Micro-batch m completes as many subtrees as m + 1 has trailing zero bits. `last` folds what is left when M is no power of two. */
+static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int last, int local, llmpar_stream_id stream)
+{
+    int32_t *depth = &plan->depth[unit * 2 + use];
+    for (int32_t bits = micro + 1; *depth > 1 && ((bits & 1) == 0 || last); bits >>= 1) {
+        llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, unit, micro, stream);
+        if (!add) return;
+        add->use = add->from_use = use;
+        add->slot = *depth - 2;
+        add->from = *depth - 1;
+        add->local = local;
+        --*depth;
+    }
+}
+
+/* Local buffer `from` to the shard counter's next buffer, summed over replicas. */
+static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t from, int32_t slot, int32_t after)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    if (!policy->unsharded) {
+        llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE, unit, micro, LLMPAR_STREAM_REDUCE);
+        if (!reduce) return;
+        reduce->use = use;
+        reduce->from = from;
+        reduce->slot = slot;
+        llmpar__plan_wait(reduce, after);
+    }
+    if (policy->replicas > 1) {
+        llmpar_instruction *replica = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE_REPLICA, unit, micro, LLMPAR_STREAM_REDUCE);
+        if (!replica) return;
+        replica->use = use;
+        replica->slot = slot;
+        llmpar__plan_wait(replica, after);
+    }
+}
+
+static void llmpar__plan_free_local(llmpar__plan *plan, int32_t unit, int32_t use, int32_t slot)
+{
+    llmpar_instruction *release = llmpar__plan_emit(plan, LLMPAR_OP_FREE, unit, -1, LLMPAR_STREAM_REDUCE);
+    if (!release) return;
+    release->use = use;
+    release->slot = slot;
+    release->local = 1;
+    plan->last_grad_free = plan->schedule->count - 1;
+}
+
+/* Everything one (unit, use) gradient goes through after its backward; returns 1 if local buffer `from` is to be freed later. */
+static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t slot, int32_t backward)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int last = micro + 1 == policy->micro_batches;
+    int32_t *depth = &plan->depth[unit * 2 + use];
+    if (policy->no_sync) {
+        int local = !policy->unsharded;
+        llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
+        if (!last) return 0;
+        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count - 1);
+        return local;
+    }
+    if (!policy->unsharded) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
+        llmpar__plan_reduce(plan, unit, use, micro, slot, *depth, backward);
+        ++*depth;
+    } else {
+        llmpar__plan_reduce(plan, unit, use, micro, -1, slot, backward);
+    }
+    int32_t before = plan->schedule->count;
+    llmpar__plan_count(plan, unit, use, micro, last, 0, LLMPAR_STREAM_REDUCE);
+    if (plan->schedule->list && plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before], backward);
+    return !policy->unsharded;
+}
+
+static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[4])
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t borrow = plan->units[unit].borrow - 1;
+    /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
+    int counted = policy->no_sync || policy->unsharded;
+    int32_t slot = counted ? plan->depth[unit * 2]++ : 0;
+    int32_t from = borrow < 0 ? -1 : counted ? plan->depth[borrow * 2 + 1]++ : 0;
+    llmpar_instruction *backward = llmpar__plan_emit(plan, LLMPAR_OP_BACKWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
+    if (!backward) return;
+    backward->pass = LLMPAR_PASS_BACKWARD;
+    backward->slot = slot;
+    backward->from = from;
+    backward->local = !policy->unsharded;
+    int32_t index = plan->schedule->count - 1;
+    if (!policy->unsharded) {
+        llmpar__plan_wait(backward, plan->last_gather[unit]);
+        if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
+    }
+    llmpar__plan_wait(backward, plan->last_grad_free);
+    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
+    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
+    /* The buffer that was reduced one step ago is freed now, so that this backward did not have to wait for that reduction. */
+    if (pending[0] >= 0) llmpar__plan_free_local(plan, pending[0], 0, 0);
+    if (pending[1] >= 0) llmpar__plan_free_local(plan, pending[1], 1, 0);
+    pending[0] = release ? unit : -1;
+    pending[1] = release_borrowed ? borrow : -1;
+}
+
+static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[4])
+{
+    int backward;
+    int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
+    int32_t borrow = plan->units[unit].borrow - 1;
+    if (!plan->schedule->policy.unsharded) llmpar__plan_gathers(plan, step);
+    if (backward) {
+        llmpar__plan_backward(plan, unit, micro, pending);
+    } else {
+        llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
+        if (!forward) return;
+        forward->pass = plan->schedule->policy.forward_only ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
+        if (!plan->schedule->policy.unsharded) {
+            llmpar__plan_wait(forward, plan->last_gather[unit]);
+            if (borrow >= 0) llmpar__plan_wait(forward, plan->last_gather[borrow]);
+        }
+    }
+    if (plan->schedule->policy.unsharded) return;
+    for (int32_t other = 0; other < n; other++)
+        if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
+            llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
+            plan->last_param_free = plan->schedule->count - 1;
+        }
+}
+
+/* Tied weights: g = g_head + g_embed, once, on the shard. Then norms, the one scalar reduction, the updates. */
+static void llmpar__plan_finish(llmpar__plan *plan)
+{
+    int32_t n = plan->schedule->units;
+    if (!plan->schedule->policy.forward_only) {
+        for (int32_t unit = 0; unit < n; unit++) {
+            int32_t borrow = plan->units[unit].borrow - 1;
+            if (borrow < 0) continue;
+            llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, borrow, -1, LLMPAR_STREAM_REDUCE);
+            if (!add) return;
+            add->slot = add->from = 0;
+            add->from_use = 1;
+            if (plan->schedule->policy.unsharded) llmpar__plan_wait(add, plan->schedule->count - 2);
+        }
+        for (int32_t unit = 0; unit < n; unit++) {
+            llmpar_instruction *norm = llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE);
+            if (!norm) return;
+            norm->slot = 0;
+        }
+    }
+    /* Behind the last compute instruction: it wrote gradients (unsharded) and the loss. */
+    int32_t compute = -1;
+    for (int32_t i = 0; i < plan->schedule->count; i++)
+        if (plan->schedule->list[i].stream == LLMPAR_STREAM_COMPUTE) compute = i;
+    if (!plan->schedule->policy.forward_only && plan->schedule->policy.unsharded)
+        for (int32_t i = 0; i < plan->schedule->count; i++)
+            if (plan->schedule->list[i].op == LLMPAR_OP_NORM) llmpar__plan_wait(&plan->schedule->list[i], compute);
+    llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
+    if (!reduce) return;
+    reduce->pass = 1;
+    llmpar__plan_wait(reduce, compute);
+    if (plan->schedule->policy.forward_only) return;
+    int32_t after = plan->schedule->count - 1;
+    for (int32_t unit = 0; unit < n; unit++) {
+        llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
+        if (!optim) return;
+        optim->slot = 0;
+        optim->predicate = LLMPAR_IF_FINITE;
+        llmpar__plan_wait(optim, after);
+    }
+}
+
+static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
+    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
+    if (policy->micro_batches < 1 || policy->micro_batches > (1 << 20)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: micro_batches = %d, expected 1 .. %d", (int)policy->micro_batches, 1 << 20);
+    if (policy->prefetch < 0 || policy->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: prefetch = %d, expected 0 .. 64", (int)policy->prefetch);
+    if (policy->replicas < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: replicas = %d, expected at least 1", (int)policy->replicas);
+    for (int32_t unit = 0; unit < unit_count; unit++) {
+        int32_t borrow = units[unit].borrow - 1;
+        if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
+        for (int32_t other = 0; other < unit && borrow >= 0; other++)
+            if (units[other].borrow - 1 == borrow) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
+{
+    llmpar_policy resolved = *policy;
+    *out = NULL;
+    if (resolved.micro_batches == 0) resolved.micro_batches = 1;
+    if (resolved.replicas == 0) resolved.replicas = 1;
+    llmpar_status status = llmpar__plan_check(units, unit_count, &resolved, error);
+    if (status) return status;
+    llmpar__plan plan;
+    memset(&plan, 0, sizeof plan);
+    llmpar_schedule *schedule = (llmpar_schedule *)llmpar_heap_zalloc(heap, 1, sizeof *schedule);
+    if (!schedule) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory");
+    schedule->heap = heap;
+    schedule->units = unit_count;
+    schedule->policy = resolved;
+    plan.schedule = schedule;
+    plan.units = units;
+    plan.steps_per_micro = resolved.forward_only ? unit_count : 2 * unit_count;
+    plan.steps = plan.steps_per_micro * resolved.micro_batches;
+    plan.last_param_free = plan.last_grad_free = -1;
+    plan.flag = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)plan.steps, (size_t)unit_count);
+    plan.last_gather = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof(int32_t));
+    plan.depth = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 2, sizeof(int32_t));
+    if (!plan.flag || !plan.last_gather || !plan.depth) plan.status = 1;
+    if (!plan.status) {
+        int32_t pending[4] = {-1, -1, -1, -1};
+        llmpar__plan_residency(&plan);
+        llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
+        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step, pending);
+        if (pending[0] >= 0) llmpar__plan_free_local(&plan, pending[0], 0, 0);
+        if (pending[1] >= 0) llmpar__plan_free_local(&plan, pending[1], 1, 0);
+        llmpar__plan_finish(&plan);
+    }
+    llmpar_heap_free(heap, plan.depth);
+    llmpar_heap_free(heap, plan.last_gather);
+    llmpar_heap_free(heap, plan.flag);
+    if (plan.status) {
+        llmpar_schedule_destroy(schedule);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: out of memory for %d units, %d micro-batches", (int)unit_count, (int)resolved.micro_batches);
+    }
+    *out = schedule;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
+{
+    if (!schedule) return;
+    llmpar_heap *heap = schedule->heap;
+    llmpar_heap_free(heap, schedule->list);
+    llmpar_heap_free(heap, schedule);
+}
+
+/* Text that may be longer than its buffer: counts what it would take. */
+typedef struct llmpar__schedule_text { char *text; size_t capacity, length; } llmpar__schedule_text;
+static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...)
+{
+    va_list list;
+    size_t room = out->length < out->capacity ? out->capacity - out->length : 0;
+    va_start(list, format);
+    int written = vsnprintf(room ? out->text + out->length : NULL, room, format, list);
+    va_end(list);
+    if (written > 0) out->length += (size_t)written;
+}
+
+static void llmpar__schedule_put_ops(llmpar__schedule_text *out, const llmpar_unit_op *ops, int32_t count)
+{
+    static const char *const kind[] = {"COMPUTE", "TP_GATHER", "TP_REDUCE"};
+    for (int32_t i = 0; i < count; i++) {
+        llmpar__schedule_put(out, "          . %2d %-7s %-9s %s", (int)i, ops[i].kind == LLMPAR_COMPUTE ? "compute" : "tp", kind[ops[i].kind], ops[i].name);
+        for (int32_t w = 0; w < 2; w++)
+            if (ops[i].wait[w]) llmpar__schedule_put(out, "%s%d", w && ops[i].wait[0] ? "," : "  after .", (int)ops[i].wait[w] - 1);
+        llmpar__schedule_put(out, "\n");
+    }
+}
+
+LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, char *text, size_t capacity)
+{
+    static const char *const stream[] = {"compute", "gather", "reduce", "tp"};
+    llmpar__schedule_text out;
+    out.text = text;
+    out.capacity = capacity;
+    out.length = 0;
+    if (capacity) text[0] = 0;
+    for (int32_t i = 0; i < schedule->count; i++) {
+        const llmpar_instruction *in = &schedule->list[i];
+        llmpar__schedule_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
+        if (in->unit >= 0) llmpar__schedule_put(&out, " %s", units[in->unit].name);
+        if (in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " mb%d", (int)in->micro_batch);
+        if (in->op == LLMPAR_OP_SCALAR_REDUCE) llmpar__schedule_put(&out, "%s", in->pass ? " loss, norm" : " tokens");
+        const char *kind = in->local ? "local" : "shard";
+        const char *use = in->use ? ".borrowed" : "";
+        if (in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " -> %s%d", kind, (int)in->slot);
+        if (in->op == LLMPAR_OP_BACKWARD && in->from >= 0) llmpar__schedule_put(&out, ", %s.borrowed %s%d", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
+        if (in->op == LLMPAR_OP_REDUCE) llmpar__schedule_put(&out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
+        if (in->op == LLMPAR_OP_ACCUMULATE) llmpar__schedule_put(&out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from);
+        if ((in->op == LLMPAR_OP_FREE && in->slot >= 0) || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM) llmpar__schedule_put(&out, "%s %s%d", use, kind, (int)in->slot);
+        if (in->predicate == LLMPAR_IF_FINITE) llmpar__schedule_put(&out, " if finite");
+        for (int32_t w = 0; w < in->wait_count; w++) llmpar__schedule_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
+        llmpar__schedule_put(&out, "\n");
+        /* A unit's own list: the first time a unit with this list runs. */
+        if (in->op != LLMPAR_OP_FORWARD && in->op != LLMPAR_OP_BACKWARD) continue;
+        int seen = in->micro_batch > 0;
+        const llmpar_unit_op *ops = in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward : units[in->unit].backward;
+        for (int32_t j = 0; j < i && !seen; j++)
+            if (schedule->list[j].op == in->op && (in->op == LLMPAR_OP_FORWARD ? units[schedule->list[j].unit].forward : units[schedule->list[j].unit].backward) == ops) seen = 1;
+        if (!seen) llmpar__schedule_put_ops(&out, ops, in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward_count : units[in->unit].backward_count);
+    }
+    return out.length;
+}
+/* ==== src/fsdp/validate.c ==== */
+
+#include <string.h>
+
+/* A list is walked once. Order between streams is proved with vector clocks: clock[i][s] is the last instruction of stream s that is complete before
+   instruction i starts. Gradient buffers carry what is in them: how many (use, micro-batch) gradients, and the sum of one random number for each, so that a lost, doubled or foreign one shows. */
+typedef struct llmpar__buffer {
+    int32_t live, writer, consumed, reduced, replica, normed;
+    int32_t reader[LLMPAR_STREAM_COUNT]; /* last reading instruction of each stream, -1 */
+    int64_t gradients;
+    uint64_t content;
+} llmpar__buffer;
+
+typedef struct llmpar__unit_state {
+    int32_t gathered;                    /* instruction, -1 */
+    int32_t reader[LLMPAR_STREAM_COUNT];
+    int32_t forwards, backwards, last_forward, last_backward, updated;
+    llmpar__buffer buffer[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot] */
+} llmpar__unit_state;
+
+typedef struct llmpar__proof {
+    const llmpar_instruction *list;
+    const llmpar_unit *units;
+    int32_t count, unit_count, at, scalar[2];
+    llmpar_policy policy;
+    llmpar__unit_state *state;
+    int32_t (*clock)[LLMPAR_STREAM_COUNT];
+    llmpar_error *error;
+} llmpar__proof;
+
+static llmpar_status llmpar__proof_fail(llmpar__proof *proof, const char *reason)
+{
+    const llmpar_instruction *in = &proof->list[proof->at];
+    const char *unit = in->unit >= 0 && in->unit < proof->unit_count ? proof->units[in->unit].name : "-";
+    return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: instruction %d, %s %s: %s", (int)proof->at, llmpar_op_name(in->op), unit, reason);
+}
+
+/* Is instruction `earlier` complete before the one at hand starts? */
+static int llmpar__proof_after(const llmpar__proof *proof, int32_t earlier)
+{
+    return earlier < 0 || proof->clock[proof->at][proof->list[earlier].stream] >= earlier;
+}
+
+static int llmpar__proof_after_readers(const llmpar__proof *proof, const int32_t reader[LLMPAR_STREAM_COUNT])
+{
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+        if (!llmpar__proof_after(proof, reader[s])) return 0;
+    return 1;
+}
+
+static void llmpar__proof_no_readers(int32_t reader[LLMPAR_STREAM_COUNT])
+{
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) reader[s] = -1;
+}
+
+/* A number that stands for one gradient (splitmix64). */
+static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t micro)
+{
+    uint64_t x = ((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)micro << 1) + (uint64_t)use + 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+static int llmpar__proof_borrowed(const llmpar__proof *proof, int32_t unit)
+{
+    for (int32_t i = 0; i < proof->unit_count; i++)
+        if (proof->units[i].borrow - 1 == unit) return 1;
+    return 0;
+}
+
+static int llmpar__proof_complete(const llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer)
+{
+    int uses = 1 + llmpar__proof_borrowed(proof, unit);
+    uint64_t content = 0;
+    for (int use = 0; use < uses; use++)
+        for (int32_t m = 0; m < proof->policy.micro_batches; m++) content += llmpar__proof_token(unit, use, m);
+    return buffer->gradients == (int64_t)uses * proof->policy.micro_batches && buffer->content == content;
+}
+
+static llmpar__buffer *llmpar__proof_buffer(llmpar__proof *proof, int32_t unit, int32_t use, int32_t local, int32_t slot)
+{
+    return &proof->state[unit].buffer[use][local][slot];
+}
+
+static void llmpar__proof_write(llmpar__proof *proof, llmpar__buffer *buffer)
+{
+    memset(buffer, 0, sizeof *buffer);
+    buffer->live = 1;
+    buffer->writer = proof->at;
+    llmpar__proof_no_readers(buffer->reader);
+}
+
+static llmpar_status llmpar__proof_read(llmpar__proof *proof, llmpar__buffer *buffer)
+{
+    if (!buffer->live) return llmpar__proof_fail(proof, "reads a gradient buffer that nothing has written");
+    if (!llmpar__proof_after(proof, buffer->writer)) return llmpar__proof_fail(proof, "reads a gradient buffer without waiting for its writer");
+    buffer->reader[proof->list[proof->at].stream] = proof->at;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_OPTIM) return llmpar__proof_fail(proof, "no such op");
+    if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return llmpar__proof_fail(proof, "no such stream");
+    if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return llmpar__proof_fail(proof, "no such unit");
+    if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
+    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
+    if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
+    if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
+    for (int32_t w = 0; w < in->wait_count; w++)
+        if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
+    int needs_slot = in->op == LLMPAR_OP_BACKWARD || in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_ACCUMULATE || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM;
+    int needs_from = in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_ACCUMULATE || (in->op == LLMPAR_OP_BACKWARD && proof->units[in->unit].borrow);
+    if ((needs_slot && in->slot < 0) || (needs_from && in->from < 0)) return llmpar__proof_fail(proof, "a gradient buffer is missing");
+    return LLMPAR_OK;
+}
+
+static void llmpar__proof_clock(llmpar__proof *proof, const llmpar_instruction *in, int32_t last[LLMPAR_STREAM_COUNT], int32_t host[LLMPAR_STREAM_COUNT])
+{
+    int32_t *clock = proof->clock[proof->at];
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) clock[s] = host[s];
+    for (int32_t w = -1; w < in->wait_count; w++) {
+        int32_t earlier = w < 0 ? last[in->stream] : in->waits[w];
+        if (earlier < 0) continue;
+        for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+            if (proof->clock[earlier][s] > clock[s]) clock[s] = proof->clock[earlier][s];
+        if (earlier > clock[proof->list[earlier].stream]) clock[proof->list[earlier].stream] = earlier;
+    }
+    last[in->stream] = proof->at;
+    if (in->op == LLMPAR_OP_SCALAR_REDUCE) { /* the host waits for it: whatever comes later comes after it */
+        for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+            if (clock[s] > host[s]) host[s] = clock[s];
+        if (proof->at > host[in->stream]) host[in->stream] = proof->at;
+    }
+}
+
+static llmpar_status llmpar__proof_params(llmpar__proof *proof, int32_t unit)
+{
+    llmpar__unit_state *state = &proof->state[unit];
+    if (proof->policy.unsharded) return LLMPAR_OK;
+    if (state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
+    if (!llmpar__proof_after(proof, state->gathered)) return llmpar__proof_fail(proof, "uses parameters without waiting for their gather");
+    state->reader[proof->list[proof->at].stream] = proof->at;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    int32_t borrow = proof->units[in->unit].borrow - 1, n = proof->unit_count;
+    llmpar_status status = llmpar__proof_params(proof, in->unit);
+    if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
+    if (status) return status;
+    if (in->op == LLMPAR_OP_FORWARD) {
+        if ((in->pass == LLMPAR_PASS_EVAL) != (proof->policy.forward_only != 0) || in->pass == LLMPAR_PASS_BACKWARD) return llmpar__proof_fail(proof, "its pass does not fit the policy");
+        if (state->forwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
+        if (in->unit > 0 && (proof->state[in->unit - 1].forwards != in->micro_batch + 1 || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
+        state->forwards++;
+        state->last_forward = proof->at;
+        return LLMPAR_OK;
+    }
+    if (proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
+    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    if (state->backwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
+    const llmpar__unit_state *behind = &proof->state[in->unit + 1 < n ? in->unit + 1 : in->unit];
+    int32_t needed = in->unit + 1 < n ? behind->last_backward : state->last_forward;
+    if ((in->unit + 1 < n ? behind->backwards : state->forwards) <= in->micro_batch || !llmpar__proof_after(proof, needed)) return llmpar__proof_fail(proof, "runs before the unit behind it");
+    for (int use = 0; use < (borrow >= 0 ? 2 : 1); use++) {
+        int32_t unit = use ? borrow : in->unit;
+        llmpar__buffer *buffer = llmpar__proof_buffer(proof, unit, use, in->local, use ? in->from : in->slot);
+        if (buffer->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
+        llmpar__proof_write(proof, buffer);
+        buffer->gradients = 1;
+        buffer->content = llmpar__proof_token(unit, use, in->micro_batch);
+        if (!in->local && !proof->policy.unsharded) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
+        buffer->reduced = !in->local;
+    }
+    state->backwards++;
+    state->last_backward = proof->at;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__buffer *from = llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from), *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    llmpar_status status = llmpar__proof_read(proof, from);
+    if (status) return status;
+    if (from->consumed) return llmpar__proof_fail(proof, "reduces a gradient twice");
+    if (to->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
+    from->consumed = 1;
+    llmpar__proof_write(proof, to);
+    to->gradients = from->gradients;
+    to->content = from->content;
+    to->reduced = 1;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot), *from = llmpar__proof_buffer(proof, in->unit, in->from_use, in->local, in->from);
+    if (to == from) return llmpar__proof_fail(proof, "adds a gradient buffer to itself");
+    int ordered = llmpar__proof_after_readers(proof, to->reader);
+    llmpar_status status = llmpar__proof_read(proof, to);
+    if (!status) status = llmpar__proof_read(proof, from);
+    if (status) return status;
+    if (!ordered) return llmpar__proof_fail(proof, "changes a gradient buffer that another stream still reads");
+    if (to->consumed || from->consumed || to->normed || from->normed) return llmpar__proof_fail(proof, "adds to a gradient that was already reduced or measured");
+    if (to->reduced != from->reduced || to->replica != from->replica) return llmpar__proof_fail(proof, "adds gradients that are not at the same stage of reduction");
+    to->gradients += from->gradients;
+    to->content += from->content;
+    to->writer = proof->at;
+    from->live = 0;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    if (in->slot < 0) {
+        if (state->gathered < 0) return llmpar__proof_fail(proof, "frees parameters that are not gathered");
+        if (!llmpar__proof_after(proof, state->gathered) || !llmpar__proof_after_readers(proof, state->reader)) return llmpar__proof_fail(proof, "frees parameters that another stream may still use");
+        state->gathered = -1;
+        return LLMPAR_OK;
+    }
+    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot);
+    if (!buffer->live) return llmpar__proof_fail(proof, "frees a gradient buffer that nothing has written");
+    if (!buffer->consumed) return llmpar__proof_fail(proof, "frees a gradient that was not reduced");
+    if (!llmpar__proof_after(proof, buffer->writer) || !llmpar__proof_after_readers(proof, buffer->reader)) return llmpar__proof_fail(proof, "frees a gradient buffer that another stream may still use");
+    buffer->live = 0;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    if (in->op == LLMPAR_OP_SCALAR_REDUCE) {
+        int pass = in->pass != 0;
+        if (proof->scalar[pass] >= 0) return llmpar__proof_fail(proof, "runs twice");
+        proof->scalar[pass] = proof->at;
+        for (int32_t unit = 0; unit < proof->unit_count && pass; unit++) {
+            const llmpar__unit_state *state = &proof->state[unit];
+            if (state->forwards != proof->policy.micro_batches || !llmpar__proof_after(proof, state->last_forward)) return llmpar__proof_fail(proof, "runs before the loss is complete");
+            if (!proof->policy.forward_only && state->updated != 1) return llmpar__proof_fail(proof, "runs before every norm is known");
+            for (int32_t slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
+                if (state->buffer[0][0][slot].live && !llmpar__proof_after_readers(proof, state->buffer[0][0][slot].reader)) return llmpar__proof_fail(proof, "does not wait for a norm");
+        }
+        return LLMPAR_OK;
+    }
+    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    llmpar_status status = llmpar__proof_read(proof, buffer);
+    if (status) return status;
+    if (!llmpar__proof_complete(proof, in->unit, buffer)) return llmpar__proof_fail(proof, "the gradient does not hold every micro-batch and use exactly once");
+    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
+    if (in->op == LLMPAR_OP_NORM) {
+        if (buffer->normed) return llmpar__proof_fail(proof, "measures a gradient twice");
+        buffer->normed = 1;
+        proof->state[in->unit].updated = 1;
+        return LLMPAR_OK;
+    }
+    if (!buffer->normed || proof->scalar[1] < 0) return llmpar__proof_fail(proof, "updates before the norm is known");
+    if (in->predicate != LLMPAR_IF_FINITE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
+    buffer->live = 0;
+    proof->state[in->unit].updated = 2;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    switch (in->op) {
+    case LLMPAR_OP_GATHER:
+        if (proof->policy.unsharded) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
+        if (proof->state[in->unit].gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
+        proof->state[in->unit].gathered = proof->at;
+        llmpar__proof_no_readers(proof->state[in->unit].reader);
+        return LLMPAR_OK;
+    case LLMPAR_OP_FREE: return llmpar__proof_free(proof, in);
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_BACKWARD: return llmpar__proof_compute(proof, in);
+    case LLMPAR_OP_REDUCE: return llmpar__proof_reduce(proof, in);
+    case LLMPAR_OP_REDUCE_REPLICA: {
+        llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+        int ordered = llmpar__proof_after_readers(proof, buffer->reader);
+        llmpar_status status = llmpar__proof_read(proof, buffer);
+        if (status) return status;
+        if (!ordered) return llmpar__proof_fail(proof, "changes a gradient buffer that another stream still reads");
+        if (buffer->replica) return llmpar__proof_fail(proof, "sums a gradient over replicas twice");
+        buffer->replica = 1;
+        buffer->writer = proof->at;
+        return LLMPAR_OK;
+    }
+    case LLMPAR_OP_ACCUMULATE: return llmpar__proof_accumulate(proof, in);
+    case LLMPAR_OP_NORM:
+    case LLMPAR_OP_SCALAR_REDUCE:
+    case LLMPAR_OP_OPTIM: return llmpar__proof_final(proof, in);
+    }
+    return llmpar__proof_fail(proof, "no such op");
+}
+
+static llmpar_status llmpar__proof_end(llmpar__proof *proof)
+{
+    for (int32_t unit = 0; unit < proof->unit_count; unit++) {
+        const llmpar__unit_state *state = &proof->state[unit];
+        const char *name = proof->units[unit].name;
+        if (state->forwards != proof->policy.micro_batches) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)proof->policy.micro_batches);
+        if (state->gathered >= 0) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
+        for (int use = 0; use < 2; use++)
+            for (int local = 0; local < 2; local++)
+                for (int slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
+                    if (state->buffer[use][local][slot].live)
+                        return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
+        if (!proof->policy.forward_only && (state->backwards != proof->policy.micro_batches || state->updated != 2))
+            return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)proof->policy.micro_batches, state->updated == 2 ? "" : "not ");
+    }
+    if (proof->scalar[1] < 0) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
+    llmpar__proof proof;
+    llmpar_status status = LLMPAR_OK;
+    int32_t last[LLMPAR_STREAM_COUNT], host[LLMPAR_STREAM_COUNT];
+    memset(&proof, 0, sizeof proof);
+    proof.list = list;
+    proof.count = count;
+    proof.units = units;
+    proof.unit_count = unit_count;
+    proof.policy = *policy;
+    if (!proof.policy.micro_batches) proof.policy.micro_batches = 1;
+    proof.scalar[0] = proof.scalar[1] = -1;
+    proof.error = error;
+    if (count < 0 || unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: %d instructions for %d units", (int)count, (int)unit_count);
+    proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
+    proof.clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count, sizeof *proof.clock);
+    if (!proof.state || !proof.clock) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
+    for (int32_t unit = 0; unit < unit_count && !status; unit++) {
+        proof.state[unit].gathered = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
+        llmpar__proof_no_readers(proof.state[unit].reader);
+    }
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = -1;
+    for (proof.at = 0; proof.at < count && !status; proof.at++) {
+        const llmpar_instruction *in = &list[proof.at];
+        status = llmpar__proof_operands(&proof, in);
+        if (status) break;
+        llmpar__proof_clock(&proof, in, last, host);
+        status = llmpar__proof_instruction(&proof, in);
+    }
+    if (!status) status = llmpar__proof_end(&proof);
+    llmpar_heap_free(heap, proof.clock);
+    llmpar_heap_free(heap, proof.state);
+    return status;
+}
+/* ==== src/fsdp/executor.c ==== */
+
+#include <string.h>
+#include <stdio.h>
+
+
+/* One host thread walks the list. Data order between streams is in the list's waits; that freed memory may be handed to another stream
+   is the executor's own concern: who allocates waits for the last release on every other stream. */
+typedef struct llmpar__exec {
+    llmpar_fsdp *fsdp;
+    llmpar_run *run;
+    llmpar_micro *micro;       /* [micro_batches] with grad_scale and loss filled in */
+    int32_t micro_batches;
+    int32_t found_inf;
+    double grad_scale;         /* from the optimizer */
+    int64_t nonfinite;         /* index of the first non-finite tensor */
+} llmpar__exec;
+
+/* ---- memory in stream order ---- */
+
+static llmpar_status llmpar__exec_reuse(llmpar_fsdp *fsdp, llmpar_stream_id stream)
+{
+    for (int other = 0; other < LLMPAR_STREAM_COUNT; other++) {
+        if (other == (int)stream || fsdp->free_seen[stream][other] == fsdp->free_serial[other]) continue;
+        llmpar_status status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other]);
+        if (status) return status;
+        fsdp->free_seen[stream][other] = fsdp->free_serial[other];
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__exec_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out)
+{
+    llmpar_status status = llmpar__exec_reuse(fsdp, stream);
+    return status ? status : llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);
+}
+
+static llmpar_status llmpar__exec_freed(llmpar_fsdp *fsdp, llmpar_stream_id stream)
+{
+    fsdp->free_serial[stream]++;
+    return fsdp->device->event_record(fsdp->device, fsdp->stream[stream], fsdp->free_event[stream]);
+}
+
+static llmpar_status llmpar__exec_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory)
+{
+    if (!*memory) return LLMPAR_OK;
+    llmpar_arena_free(fsdp->arena, *memory);
+    *memory = NULL;
+    return llmpar__exec_freed(fsdp, stream);
+}
+
+/* ---- a unit's own instructions ---- */
+
+static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device;
+    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
+    llmpar_status status = LLMPAR_OK;
+    int used_tp = 0;
+    for (int32_t i = 0; i < count && !status; i++) {
+        int on_tp = ops[i].kind != LLMPAR_COMPUTE;
+        call->stream = on_tp ? tp : compute;
+        if (on_tp && !used_tp) { /* whatever the unit reads was written on the compute stream before */
+            status = device->event_record(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+            if (!status) status = device->event_wait(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+        }
+        used_tp |= on_tp;
+        for (int w = 0; w < 2 && !status; w++) {
+            int32_t wait = ops[i].wait[w] - 1;
+            if (wait < 0) continue;
+            if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
+            if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
+        }
+        if (!status) status = ops[i].run(call);
+        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
+    }
+    /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
+    if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    return status;
+}
+
+static llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+{
+    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
+    memset(out, 0, sizeof *out);
+    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
+}
+
+static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t borrow = flat->unit.borrow - 1;
+    memset(call, 0, sizeof *call);
+    call->ctx = fsdp->ctx;
+    call->device = fsdp->device;
+    call->user = flat->unit.user;
+    call->micro = &exec->micro[in->micro_batch];
+    call->pass = (llmpar_pass)in->pass;
+    call->dtype = fsdp->dtype;
+    call->params = flat->params;
+    if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
+    call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
+}
+
+static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
+{
+    llmpar_status status = llmpar__exec_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    if (!status) status = llmpar__exec_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
+    call->workspace_bytes = sizes->workspace;
+    return status;
+}
+
+static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_unit_call *call, llmpar_status status)
+{
+    llmpar_status a = llmpar__exec_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
+    llmpar_status b = llmpar__exec_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
+    return status ? status : a ? a : b;
+}
+
+static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t m = in->micro_batch;
+    llmpar_unit_sizes sizes;
+    llmpar_unit_call call;
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status && sizes.output) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->output[m]);
+    if (!status) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    call.output = flat->output[m];
+    call.saved = flat->saved[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.forward, flat->unit.forward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    if (status || in->pass != LLMPAR_PASS_EVAL) return status;
+    status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && in->unit > 0) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
+    return status;
+}
+
+/* A buffer for the whole gradient of a unit; its padding is zeroed, the rest is written by backward. */
+static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int32_t use, int32_t local, int32_t slot)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[unit];
+    size_t size = llmpar_dtype_size(fsdp->dtype);
+    void **buffer = &flat->grad[use][local][slot];
+    int32_t n = flat->unit.param_count;
+    llmpar_status status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
+    for (int32_t i = 0; i < n && !status; i++) {
+        int64_t end = flat->offset[i] + flat->count[i], next = i + 1 < n ? flat->offset[i + 1] : flat->elements;
+        flat->grads[use * n + i] = (char *)*buffer + (size_t)flat->offset[i] * size;
+        if (next > end) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], (char *)*buffer + (size_t)end * size, (size_t)(next - end) * size);
+    }
+    if (n == 0 && !status) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], *buffer, (size_t)flat->elements * size);
+    return status;
+}
+
+static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
+    int32_t m = in->micro_batch, borrow = flat->unit.borrow - 1;
+    llmpar_unit_sizes sizes, input;
+    llmpar_unit_call call;
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
+    if (!status && borrow >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
+    if (!status && before) {
+        status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
+        if (!status) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+    }
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    call.grads = flat->grads;
+    if (borrow >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
+    call.saved = flat->saved[m];
+    call.doutput = behind ? behind->dinput[m] : NULL;
+    call.dinput = flat->dinput[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.backward, flat->unit.backward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    if (!status) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && before) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
+    if (!status && behind) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
+    return status;
+}
+
+/* ---- gradients ---- */
+
+static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **shard = &flat->grad[in->use][0][in->slot];
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.dtype = fsdp->dtype;
+    call.count = (size_t)flat->shard_elements;
+    if (in->op == LLMPAR_OP_REDUCE) {
+        llmpar_status status = llmpar__exec_alloc(fsdp, in->stream, LLMPAR_TAG_GRADIENTS, call.count * llmpar_dtype_size(fsdp->dtype), flat->label[LLMPAR__LABEL_GRADIENT], shard);
+        if (status) return status;
+        call.send = flat->grad[in->use][1][in->from];
+        call.recv = *shard;
+        call.tag = flat->label[LLMPAR__LABEL_REDUCE];
+        return llmpar_reduce_scatter(fsdp->shard_comm, fsdp->stream[in->stream], &call);
+    }
+    call.send = call.recv = *shard;
+    call.tag = flat->label[LLMPAR__LABEL_REPLICA];
+    return llmpar_all_reduce(fsdp->replica_comm, fsdp->stream[in->stream], &call);
+}
+
+static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
+    llmpar_add_args args;
+    memset(&args, 0, sizeof args);
+    args.count = (size_t)(in->local ? flat->elements : flat->shard_elements);
+    args.a = *to; /* the lower micro-batch, on the left */
+    args.b = *from;
+    args.out = *to;
+    args.dtype = fsdp->dtype;
+    llmpar_status status = fsdp->device->add(fsdp->device, fsdp->stream[in->stream], &args);
+    return status ? status : llmpar__exec_free(fsdp, in->stream, from);
+}
+
+static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < flat->segment_count && !status; s++) {
+        const llmpar_segment *segment = &flat->segments[s];
+        if (!segment->owner) continue;
+        llmpar_square_sum_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)segment->count;
+        args.x = (const char *)flat->grad[in->use][0][in->slot] + (size_t)segment->begin * llmpar_dtype_size(fsdp->dtype);
+        args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;
+        args.dtype = fsdp->dtype;
+        status = fsdp->device->square_sum(fsdp->device, fsdp->stream[in->stream], &args);
+    }
+    return status;
+}
+
+/* ---- scalars ---- */
+
+static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, int64_t *values, size_t count, const char *tag)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_stream *stream = fsdp->stream[in->stream];
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = fsdp->scalars;
+    call.count = count;
+    call.dtype = LLMPAR_I64;
+    call.tag = tag;
+    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
+    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
+    if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
+    return status ? status : fsdp->device->synchronize(fsdp->device, stream);
+}
+
+static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    /* Every rank of a tp group holds the same sequences: they count once. */
+    int64_t tokens = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
+    llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
+    if (status) return status;
+    exec->run->global_tokens = tokens;
+    for (int32_t m = 0; m < exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
+    return fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
+}
+
+static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar_exact_sum sum[2];
+    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], sum, fsdp->scalars, sizeof sum);
+    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (status) return status;
+    if (fsdp->mesh->coordinate[LLMPAR_AXIS_TP] != 0) memset(&sum[0], 0, sizeof sum[0]); /* all of a tp group computed the same loss */
+    llmpar_exact_sum_carry(&sum[0]);
+    llmpar_exact_sum_carry(&sum[1]);
+    status = llmpar__exec_scalars(exec, in, sum[0].limb, LLMPAR__SCALARS, "loss, norm");
+    if (status) return status;
+    run->loss = run->global_tokens ? llmpar_exact_sum_value(&sum[0]) / (double)run->global_tokens : 0;
+    run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
+    run->skipped = run->global_tokens == 0;
+    exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
+    if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
+    if (run->optimizer && run->optimizer->begin_step && !run->skipped) {
+        status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
+        exec->grad_scale /= run->loss_scale;
+    }
+    return status;
+}
+
+static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **grad = &flat->grad[in->use][0][in->slot];
+    llmpar_status status = LLMPAR_OK;
+    if (run->on_gradient) {
+        status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, *grad);
+    }
+    if (!status && run->optimizer && !exec->found_inf && !run->skipped) {
+        llmpar_update update;
+        memset(&update, 0, sizeof update);
+        update.unit = in->unit;
+        update.dtype = fsdp->dtype;
+        update.elements = flat->shard_elements;
+        update.param = flat->shard;
+        update.grad = *grad;
+        update.segments = flat->segments;
+        update.segment_count = flat->segment_count;
+        update.grad_scale = exec->grad_scale;
+        update.stream = fsdp->stream[in->stream];
+        status = run->optimizer->update(run->optimizer->state, &update);
+    }
+    return status ? status : llmpar__exec_free(fsdp, in->stream, grad);
+}
+
+/* ---- the walk ---- */
+
+static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_status status;
+    switch (in->op) {
+    case LLMPAR_OP_GATHER:
+        status = llmpar__exec_reuse(fsdp, in->stream);
+        return status ? status : llmpar__fsdp_gather(fsdp, &fsdp->units[in->unit], fsdp->stream[in->stream]);
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) return llmpar__exec_free(fsdp, in->stream, &fsdp->units[in->unit].grad[in->use][in->local][in->slot]);
+        llmpar__fsdp_release(fsdp, &fsdp->units[in->unit]);
+        return llmpar__exec_freed(fsdp, in->stream);
+    case LLMPAR_OP_FORWARD: return llmpar__exec_forward(exec, in);
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_backward(exec, in);
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
+    case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);
+    case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
+    case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
+    case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
+    }
+    return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
+}
+
+static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < count && !status; i++) {
+        const llmpar_instruction *in = &list[i];
+        for (int32_t w = 0; w < in->wait_count && !status; w++)
+            if (list[in->waits[w]].stream != in->stream) status = fsdp->device->event_wait(fsdp->device, fsdp->stream[in->stream], fsdp->event[in->waits[w]]);
+        if (!status) status = llmpar__exec_instruction(exec, in);
+        if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
+    }
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
+        llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
+        if (!status) status = sync;
+    }
+    return status;
+}
+
+/* Events for the instructions that somebody waits for; they stay for the next step. */
+static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, unsigned char *awaited)
+{
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    if (count > fsdp->event_count) {
+        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
+        if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
+        if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
+        llmpar_heap_free(heap, fsdp->event);
+        fsdp->event = event;
+        fsdp->event_count = count;
+    }
+    for (int32_t i = 0; i < count; i++)
+        for (int32_t w = 0; w < list[i].wait_count; w++)
+            if (list[list[i].waits[w]].stream != list[i].stream) awaited[list[i].waits[w]] = 1;
+    for (int32_t i = 0; i < count; i++)
+        if (awaited[i] && !fsdp->event[i]) {
+            llmpar_status status = fsdp->device->event_create(fsdp->device, &fsdp->event[i]);
+            if (status) return status;
+        }
+    return LLMPAR_OK;
+}
+
+/* Whatever an interrupted step left behind. */
+static void llmpar__exec_clean(llmpar__exec *exec)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        for (int i = 0; i < 4 * LLMPAR_GRAD_SLOTS; i++) {
+            void **grad = &flat->grad[i / (2 * LLMPAR_GRAD_SLOTS)][i / LLMPAR_GRAD_SLOTS % 2][i % LLMPAR_GRAD_SLOTS];
+            llmpar_arena_free(fsdp->arena, *grad);
+            *grad = NULL;
+        }
+        void ***lists[3] = {&flat->output, &flat->saved, &flat->dinput};
+        for (int k = 0; k < 3; k++) {
+            for (int32_t m = 0; m < exec->micro_batches && *lists[k]; m++) llmpar_arena_free(fsdp->arena, (*lists[k])[m]);
+            llmpar_heap_free(&fsdp->ctx->heap, *lists[k]);
+            *lists[k] = NULL;
+        }
+        while (!fsdp->unsharded && flat->gathers > 0) llmpar__fsdp_release(fsdp, flat);
+    }
+}
+
+static llmpar_status llmpar__exec_report(llmpar__exec *exec)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    int64_t index = exec->nonfinite;
+    const char *what = index >= ((int64_t)1 << 40) ? "the gradient of " : "", *name = "no parameter or gradient (an activation)";
+    if (index >= 0) name = fsdp->units[(index >> 16) & 0xffffff].unit.params[index & 0xffff].name;
+    return llmpar_fail(fsdp->ctx, LLMPAR_ERR_NONFINITE, "loss %g, gradient norm %g: expected finite values; first non-finite tensor: %s%s", exec->run->loss, exec->run->grad_norm, what, name);
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run)
+{
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    llmpar__exec exec;
+    memset(&exec, 0, sizeof exec);
+    exec.fsdp = fsdp;
+    exec.run = run;
+    exec.grad_scale = 1;
+    exec.nonfinite = -1;
+    if (run->loss_scale == 0) run->loss_scale = 1;
+    run->loss = run->grad_norm = 0;
+    run->global_tokens = 0;
+    run->skipped = 0;
+    for (int32_t i = 0; i < count; i++)
+        if (list[i].micro_batch >= exec.micro_batches) exec.micro_batches = list[i].micro_batch + 1;
+    for (int32_t u = 0; u < fsdp->unit_count; u++)
+        if (fsdp->units[u].gathers) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
+    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
+    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    llmpar_status status = LLMPAR_OK;
+    if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
+    for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
+        exec.micro[m] = run->micro[m];
+        exec.micro[m].index = m;
+        exec.micro[m].loss = fsdp->scalars;
+    }
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
+    }
+    if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);
+    if (!status) status = llmpar__exec_walk(&exec, list, count, awaited);
+    llmpar__exec_clean(&exec);
+    llmpar_heap_free(heap, exec.micro);
+    llmpar_heap_free(heap, awaited);
+    if (!status && exec.found_inf) status = llmpar__exec_report(&exec);
+    return status;
+}
+
+/* ==== src/optim/adamw.c ==== */
+
+#include <string.h>
+
+
+struct llmpar_adamw {
+    llmpar_fsdp *fsdp;
+    llmpar_heap *heap;
+    llmpar_adamw_desc desc;
+    llmpar_optimizer table;
+    void **first, **second;   /* [units] */
+    double lr, power1, power2; /* beta^step */
+    int64_t steps;
+};
+
+LLMPAR_DEF double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step)
+{
+    const double pi = 3.14159265358979323846;
+    double sine, cosine;
+    if (step <= warmup) return warmup > 0 ? lr * (double)step / (double)warmup : lr;
+    if (total <= warmup) return lr;
+    if (step >= total) return lr_min;
+    llmpar_sincos_f64(pi * (double)(step - warmup) / (double)(total - warmup), &sine, &cosine);
+    return lr_min + 0.5 * (lr - lr_min) * (1.0 + cosine);
+}
+
+LLMPAR_DEF double llmpar_clip_scale(double norm, double max_norm)
+{
+    return max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0;
+}
+
+LLMPAR_DEF void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc)
+{
+    if (desc->beta1 == 0) desc->beta1 = 0.9;
+    if (desc->beta2 == 0) desc->beta2 = 0.95;
+    if (desc->eps == 0) desc->eps = 1e-8;
+    if (desc->decay == 0) desc->decay = 0.1;
+    if (desc->clip == 0) desc->clip = 1.0;
+}
+
+static llmpar_status llmpar__adamw_begin(void *state, double grad_norm, double *grad_scale)
+{
+    llmpar_adamw *adamw = (llmpar_adamw *)state;
+    *grad_scale = llmpar_clip_scale(grad_norm, adamw->desc.clip);
+    adamw->steps++;
+    adamw->power1 *= adamw->desc.beta1;
+    adamw->power2 *= adamw->desc.beta2;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *update)
+{
+    llmpar_adamw *adamw = (llmpar_adamw *)state;
+    llmpar_device *device = llmpar_fsdp_mesh(adamw->fsdp)->ctx->device;
+    size_t size = llmpar_dtype_size(update->dtype);
+    llmpar_status status = LLMPAR_OK;
+    /* Segment by segment: decay differs, and padding between them must stay zero. */
+    for (int32_t s = 0; s < update->segment_count && !status; s++) {
+        const llmpar_segment *segment = &update->segments[s];
+        size_t begin = (size_t)segment->begin * size;
+        llmpar_adamw_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)segment->count;
+        args.p = (char *)update->param + begin;
+        args.g = (const char *)update->grad + begin;
+        args.m = (char *)adamw->first[update->unit] + begin;
+        args.v = (char *)adamw->second[update->unit] + begin;
+        args.lr = adamw->lr;
+        args.beta1 = adamw->desc.beta1;
+        args.beta2 = adamw->desc.beta2;
+        args.eps = adamw->desc.eps;
+        args.decay = segment->no_decay || adamw->desc.decay < 0 ? 0 : adamw->desc.decay;
+        args.correction1 = 1 - adamw->power1;
+        args.correction2 = 1 - adamw->power2;
+        args.grad_scale = update->grad_scale;
+        args.dtype = update->dtype;
+        status = device->adamw(device, update->stream, &args);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__adamw_check(llmpar_ctx *ctx, const llmpar_adamw_desc *desc)
+{
+    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
+    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
+    if (!(desc->decay <= 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_arena *arena = llmpar_fsdp_arena(fsdp);
+    int32_t units = llmpar_fsdp_unit_count(fsdp);
+    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp));
+    llmpar_adamw_desc resolved = *desc;
+    *out = NULL;
+    llmpar_adamw_desc_resolve(&resolved);
+    llmpar_status status = llmpar__adamw_check(ctx, &resolved);
+    if (status) return status;
+    llmpar_adamw *adamw = (llmpar_adamw *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *adamw);
+    if (!adamw) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory");
+    adamw->fsdp = fsdp;
+    adamw->heap = &ctx->heap;
+    adamw->desc = resolved;
+    adamw->power1 = adamw->power2 = 1;
+    adamw->table.state = adamw;
+    adamw->table.begin_step = llmpar__adamw_begin;
+    adamw->table.update = llmpar__adamw_update;
+    adamw->first = (void **)llmpar_heap_zalloc(&ctx->heap, (size_t)units, sizeof(void *));
+    adamw->second = (void **)llmpar_heap_zalloc(&ctx->heap, (size_t)units, sizeof(void *));
+    if (!adamw->first || !adamw->second) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory for %d units", (int)units);
+    llmpar_stream *stream = NULL;
+    if (!status) status = ctx->device->stream_create(ctx->device, "set-up", &stream);
+    for (int32_t u = 0; u < units && !status; u++) {
+        int64_t elements;
+        const char *name = llmpar_fsdp_unit(fsdp, u)->name;
+        llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
+        void **moment[2] = {&adamw->first[u], &adamw->second[u]};
+        for (int i = 0; i < 2 && !status; i++) {
+            status = llmpar_arena_alloc(arena, LLMPAR_TAG_OPTIMIZER, (size_t)elements * size, name, moment[i]);
+            if (!status) status = ctx->device->zero(ctx->device, stream, *moment[i], (size_t)elements * size);
+        }
+    }
+    if (!status) status = ctx->device->synchronize(ctx->device, stream);
+    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    if (status) {
+        llmpar_adamw_destroy(adamw);
+        return status;
+    }
+    *out = adamw;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_adamw_destroy(llmpar_adamw *adamw)
+{
+    if (!adamw) return;
+    llmpar_arena *arena = llmpar_fsdp_arena(adamw->fsdp);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(adamw->fsdp); u++) {
+        if (adamw->first) llmpar_arena_free(arena, adamw->first[u]);
+        if (adamw->second) llmpar_arena_free(arena, adamw->second[u]);
+    }
+    llmpar_heap_free(adamw->heap, adamw->first);
+    llmpar_heap_free(adamw->heap, adamw->second);
+    llmpar_heap_free(adamw->heap, adamw);
+}
+
+LLMPAR_DEF const llmpar_optimizer *llmpar_adamw_optimizer(const llmpar_adamw *adamw) { return &adamw->table; }
+LLMPAR_DEF void llmpar_adamw_set_lr(llmpar_adamw *adamw, double lr) { adamw->lr = lr; }
+LLMPAR_DEF int64_t llmpar_adamw_steps(const llmpar_adamw *adamw) { return adamw->steps; }
+LLMPAR_DEF void llmpar_adamw_moments(llmpar_adamw *adamw, int32_t unit, void **first, void **second)
+{
+    *first = adamw->first[unit];
+    *second = adamw->second[unit];
+}
+
+/* ==== src/text/data.c ==== */
+
+#include <string.h>
+
+/* Streams of the data's random numbers; part of the order that a seed stands for. */
+static const char llmpar__data_phase_name[] = "data.phase", llmpar__data_order_name[] = "data.order";
+
+LLMPAR_DEF llmpar_status llmpar_data_init(const llmpar_data_desc *desc, llmpar_data *out, llmpar_error *error)
+{
+    const char *name = desc->name ? desc->name : "data";
+    double share = desc->no_held_out ? 0 : desc->held_out == 0 ? 0.05 : desc->held_out;
+    int64_t count = (int64_t)desc->count, t = desc->seq_len;
+    memset(out, 0, sizeof *out);
+    if (desc->count == 0) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: no data: the text has 0 bytes", name);
+    if (!desc->bytes) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: bytes is NULL, expected %zu bytes", name, desc->count);
+    if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: %zu bytes, expected less than 2^63", name, desc->count);
+    if (t < 1 || t > INT32_MAX) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: seq_len = %lld, expected 1 to %d", name, (long long)t, INT32_MAX);
+    if (!(share >= 0 && share < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: held_out = %g, expected a share above 0 and below 1", name, desc->held_out);
+    out->tokens = (const unsigned char *)desc->bytes;
+    out->eval_count = (int64_t)((double)count * share);
+    out->train_count = count - out->eval_count;
+    out->seq_len = t;
+    out->seed = desc->seed;
+    if (share > 0 && out->eval_count < t + 1)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: too short: %lld of %lld tokens are held out (%g %%), but one sequence needs seq_len + 1 = %lld", name,
+                                (long long)out->eval_count, (long long)count, share * 100, (long long)t + 1);
+    if (out->train_count < t + 1)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: too short: %lld of %lld tokens are for training, but one sequence needs seq_len + 1 = %lld", name,
+                                (long long)out->train_count, (long long)count, (long long)t + 1);
+    /* The last window ends at phase + S*T, and its last target must exist: phase + S*T < train_count for every phase. */
+    out->windows = out->train_count / t - 1;
+    if (out->windows < 1) out->windows = 1;
+    out->phases = out->train_count - out->windows * t;
+    if (out->phases > t) out->phases = t;
+    out->eval_windows = out->eval_count > 0 ? (out->eval_count - 1) / t : 0;
+    return LLMPAR_OK;
+}
+
+/* 64 random bits, a function of all arguments. */
+static uint64_t llmpar__data_random(uint64_t seed, const char *name, int64_t epoch, uint64_t position)
+{
+    llmpar_rng rng = llmpar_rng_key(seed, LLMPAR_RNG_DATA, name, (uint64_t)epoch, 0);
+    uint32_t words[4];
+    llmpar_rng_words(&rng, position, words);
+    return (uint64_t)words[1] << 32 | words[0];
+}
+
+/* Where `index` goes in epoch's permutation of [0, count): a Feistel network of eight rounds is a permutation of [0, 4^half), the smallest such range that holds count;
+   what falls outside is sent through again until it falls inside (cycle walking, fewer than 4 turns on average), which leaves a permutation of [0, count). */
+static int64_t llmpar__data_permute(uint64_t seed, int64_t epoch, int64_t count, int64_t index)
+{
+    llmpar_rng rng = llmpar_rng_key(seed, LLMPAR_RNG_DATA, llmpar__data_order_name, (uint64_t)epoch, 0);
+    uint64_t value = (uint64_t)index, mask;
+    int half = 1;
+    while (half < 32 && ((uint64_t)1 << 2 * half) < (uint64_t)count) half++;
+    mask = ((uint64_t)1 << half) - 1;
+    do {
+        uint64_t left = value >> half, right = value & mask, round;
+        for (round = 0; round < 8; round++) {
+            uint32_t words[4];
+            uint64_t next;
+            llmpar_rng_words(&rng, round << 32 | right, words);
+            next = left ^ (words[0] & mask);
+            left = right;
+            right = next;
+        }
+        value = left << half | right;
+    } while (value >= (uint64_t)count);
+    return (int64_t)value;
+}
+
+static void llmpar__data_copy(const llmpar_data *data, int64_t start, int32_t *tokens)
+{
+    int64_t i;
+    for (i = 0; i <= data->seq_len; i++) tokens[i] = data->tokens[start + i];
+}
+
+LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens)
+{
+    const llmpar_data *d = (const llmpar_data *)data;
+    int64_t epoch, phase, window;
+    if (global_index < 0) return LLMPAR_ERR_ARGUMENT;
+    epoch = global_index / d->windows;
+    phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
+    window = llmpar__data_permute(d->seed, epoch, d->windows, global_index % d->windows);
+    llmpar__data_copy(d, phase + window * d->seq_len, tokens);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens)
+{
+    if (index < 0 || index >= data->eval_windows) return LLMPAR_ERR_ARGUMENT;
+    llmpar__data_copy(data, data->train_count + index * data->seq_len, tokens);
+    return LLMPAR_OK;
+}
+
+/* ==== src/model/config.c ==== */
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
+
+/* ---- presets ---- */
+
+typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
+
+/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high}, tied, bos, eos_count, {eos}, init_std */
+static const llmpar__config_preset llmpar__config_presets[] = {
+    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02 } },
+    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
+    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
+    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0 }, 1, 128000, 1, { 128001 }, 0.02 } }
+};
+#define LLMPAR__CONFIG_PRESETS (sizeof llmpar__config_presets / sizeof llmpar__config_presets[0])
+
+LLMPAR_DEF llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error)
+{
+    char list[200];
+    size_t i, used = 0;
+    memset(out, 0, sizeof *out);
+    for (i = 0; i < LLMPAR__CONFIG_PRESETS; i++) {
+        if (name && !strcmp(name, llmpar__config_presets[i].name)) {
+            *out = llmpar__config_presets[i].config;
+            return LLMPAR_OK;
+        }
+        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s", i == 0 ? "" : i + 1 == LLMPAR__CONFIG_PRESETS ? " or " : ", ", llmpar__config_presets[i].name);
+    }
+    return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama preset: \"%.100s\" is unknown, expected %s", name ? name : "", list);
+}
+
+/* ---- checking: one pass finds the fault, callers say where it stands ---- */
+
+/* What is wrong: the field by its name in config.json, and the rest of the sentence. */
+typedef struct llmpar__config_fault { const char *field; char text[320]; } llmpar__config_fault;
+
+static int llmpar__config_say_range(llmpar__config_fault *f, const char *field, int64_t value, int64_t low, int64_t high)
+{
+    if (value >= low && value <= high) return 0;
+    f->field = field;
+    snprintf(f->text, sizeof f->text, "%s = %lld, expected an integer from %lld to %lld", field, (long long)value, (long long)low, (long long)high);
+    return 1;
+}
+
+static int llmpar__config_say_real(llmpar__config_fault *f, const char *field, double value, int good, const char *expected)
+{
+    if (good && llmpar_isfinite_f64(value)) return 0;
+    f->field = field;
+    snprintf(f->text, sizeof f->text, "%s = %g, expected %s", field, value, expected);
+    return 1;
+}
+
+/* Limits are far above any model; they make sure that products of two or three of them fit in 64 bits. */
+static const int64_t llmpar__config_max_vocab = (int64_t)1 << 24, llmpar__config_max_hidden = (int64_t)1 << 20, llmpar__config_max_intermediate = (int64_t)1 << 22;
+static const int64_t llmpar__config_max_layers = (int64_t)1 << 16, llmpar__config_max_heads = (int64_t)1 << 16, llmpar__config_max_head_dim = (int64_t)1 << 14;
+static const int64_t llmpar__config_max_positions = (int64_t)1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
+
+static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
+{
+    const llmpar_rope_scaling *s = &c->rope_scaling;
+    if (s->kind == LLMPAR_ROPE_NONE) return 0;
+    if (s->kind != LLMPAR_ROPE_LINEAR && s->kind != LLMPAR_ROPE_LLAMA3) {
+        f->field = "rope_type";
+        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear or llama3", (int)s->kind);
+        return 1;
+    }
+    if (llmpar__config_say_real(f, "factor", s->factor, s->factor >= 1 && s->factor <= 1e6, "a number from 1 to 1e6")) return 1;
+    if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
+    if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
+    if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
+}
+
+static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
+{
+    int32_t i;
+    int64_t params;
+    if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
+    if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
+    if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
+    if (llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, llmpar__config_max_layers)) return 1;
+    if (llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, llmpar__config_max_heads)) return 1;
+    if (llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
+    if (c->heads % c->kv_heads) {
+        f->field = "num_attention_heads";
+        snprintf(f->text, sizeof f->text, "num_attention_heads = %d is not divisible by num_key_value_heads = %d", (int)c->heads, (int)c->kv_heads);
+        return 1;
+    }
+    if (llmpar__config_say_range(f, "head_dim", c->head_dim, 2, llmpar__config_max_head_dim)) return 1;
+    if (c->head_dim % 2) {
+        f->field = "head_dim";
+        snprintf(f->text, sizeof f->text, "head_dim = %d, expected an even number (rotary position embedding turns pairs)", (int)c->head_dim);
+        return 1;
+    }
+    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)) return 1;
+    if (llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")) return 1;
+    if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")) return 1;
+    if (llmpar__config_find_rope_fault(c, f)) return 1;
+    if (llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)) return 1;
+    if (llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)) return 1;
+    if (llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
+    for (i = 0; i < c->eos_count; i++)
+        if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
+    if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
+    params = llmpar_llama_param_count(c);
+    if (params > llmpar__config_max_params) {
+        f->field = "num_hidden_layers";
+        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d with these sizes makes %lld parameters, expected at most %lld", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
+        return 1;
+    }
+    return 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_config_check(const llmpar_llama_config *config, llmpar_error *error)
+{
+    llmpar__config_fault fault;
+    if (!llmpar__config_find_fault(config, &fault)) return LLMPAR_OK;
+    return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama config: %s", fault.text);
+}
+
+/* ---- reading config.json ---- */
+
+typedef struct llmpar__config_reader {
+    const char *name;        /* for messages */
+    const char *text;
+    size_t length;
+    const llmpar_json *root;
+    llmpar_error *error;
+} llmpar__config_reader;
+
+/* The value as it stands in the text, cut to `capacity`. */
+static const char *llmpar__config_excerpt(const llmpar__config_reader *r, const llmpar_json *value, char *out, size_t capacity)
+{
+    size_t i = 0, at = value->position;
+    char open = at < r->length ? r->text[at] : 0;
+    if (value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT) {
+        snprintf(out, capacity, "%s", open == '[' ? "an array" : "an object");
+        return out;
+    }
+    while (at + i < r->length && i + 1 < capacity) {
+        char c = r->text[at + i];
+        if (open == '"' ? i > 0 && c == '"' && r->text[at + i - 1] != '\\' : strchr(" \t\r\n,]}", c) != NULL) {
+            if (open == '"') out[i++] = c;
+            break;
+        }
+        out[i++] = c;
+    }
+    out[i] = 0;
+    return out;
+}
+
+static llmpar_status llmpar__config_wrong(const llmpar__config_reader *r, llmpar_status status, const llmpar_json *value, const char *expected)
+{
+    char excerpt[80];
+    return llmpar_error_set(r->error, status, "%s: %.80s = %s, expected %s (byte %zu)", r->name, value->key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), expected, value->position);
+}
+
+/* An integer field. NULL value: `missing` if that is allowed, else an error. */
+static llmpar_status llmpar__config_int(const llmpar__config_reader *r, const llmpar_json *object, const char *key, int null_is_missing, int required, int32_t missing, int32_t *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    *out = missing;
+    if (!value || (null_is_missing && value->type == LLMPAR_JSON_NULL)) {
+        if (!required) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing (byte %zu)", r->name, key, object->position);
+    }
+    if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < INT32_MIN || value->integer > INT32_MAX)
+        return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "an integer from 1 to 2147483647");
+    *out = (int32_t)value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_real(const llmpar__config_reader *r, const llmpar_json *object, const char *key, int required, double missing, double *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    *out = missing;
+    if (!value) {
+        if (!required) return LLMPAR_OK;
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s is missing from %s (byte %zu)", r->name, key, object->key ? object->key : "the object", object->position);
+    }
+    if (value->type != LLMPAR_JSON_NUMBER) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, value, "a number");
+    *out = value->number;
+    return LLMPAR_OK;
+}
+
+static int llmpar__config_is_text(const llmpar_json *value, const char *text)
+{
+    return value && value->type == LLMPAR_JSON_STRING && value->length == strlen(text) && !memcmp(value->string, text, value->length);
+}
+
+/* What a field may say when only one behaviour is built. An absent field and null always mean that behaviour. */
+typedef enum llmpar__config_rule { LLMPAR__CONFIG_FALSE, LLMPAR__CONFIG_TRUE, LLMPAR__CONFIG_NULL, LLMPAR__CONFIG_ZERO, LLMPAR__CONFIG_ONE } llmpar__config_rule;
+typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule; } llmpar__config_only;
+
+/* Fields of transformers' Llama and of its relatives that change what is computed. */
+static const llmpar__config_only llmpar__config_fixed[] = {
+    { "attention_bias", LLMPAR__CONFIG_FALSE }, { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO },
+    { "sliding_window", LLMPAR__CONFIG_NULL }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
+    { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
+    { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
+    { "layer_types", LLMPAR__CONFIG_NULL }, { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
+    { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
+    { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
+    { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
+};
+
+static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, llmpar__config_rule rule)
+{
+    static const char *const expected[] = { "false or null: nothing else is supported", "true or null: nothing else is supported", "null: nothing else is supported",
+                                            "0 or null: nothing else is supported", "1 or null: nothing else is supported" };
+    int good = 0;
+    if (!value || value->type == LLMPAR_JSON_NULL) return LLMPAR_OK;
+    switch (rule) {
+    case LLMPAR__CONFIG_FALSE: good = value->type == LLMPAR_JSON_BOOL && !value->boolean; break;
+    case LLMPAR__CONFIG_TRUE: good = value->type == LLMPAR_JSON_BOOL && value->boolean; break;
+    case LLMPAR__CONFIG_NULL: break;
+    case LLMPAR__CONFIG_ZERO: good = value->type == LLMPAR_JSON_NUMBER && value->number == 0; break;
+    case LLMPAR__CONFIG_ONE: good = value->type == LLMPAR_JSON_NUMBER && value->number == 1; break;
+    default: break;
+    }
+    return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
+}
+
+static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r)
+{
+    const llmpar_json *model_type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *activation = llmpar_json_get(r->root, "hidden_act");
+    llmpar_status status = LLMPAR_OK;
+    size_t i;
+    if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
+    if (!model_type && !architectures)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\" (byte %zu)", r->name, r->root->position);
+    if (model_type && !llmpar__config_is_text(model_type, "llama")) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, model_type, "\"llama\"");
+    if (architectures && (architectures->type != LLMPAR_JSON_ARRAY || architectures->length != 1 || !llmpar__config_is_text(architectures->child, "LlamaForCausalLM"))) {
+        char excerpt[80];
+        int one = architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1;
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"LlamaForCausalLM\"] (byte %zu)", r->name, one ? "[" : "",
+                                llmpar__config_excerpt(r, one ? architectures->child : architectures, excerpt, sizeof excerpt), one ? "]" : "", architectures->position);
+    }
+    /* transformers knows silu by the name of swish too. */
+    if (activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
+        status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
+    for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
+        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
+    return status;
+}
+
+static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads");
+    llmpar_status status = llmpar__config_int(r, root, "vocab_size", 0, 1, 0, &c->vocab);
+    if (!status) status = llmpar__config_int(r, root, "hidden_size", 0, 1, 0, &c->hidden);
+    if (!status) status = llmpar__config_int(r, root, "intermediate_size", 0, 1, 0, &c->intermediate);
+    if (!status) status = llmpar__config_int(r, root, "num_hidden_layers", 0, 1, 0, &c->layers);
+    if (!status) status = llmpar__config_int(r, root, "num_attention_heads", 0, 1, 0, &c->heads);
+    if (status) return status;
+    if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
+    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, c->heads, &c->kv_heads);
+    if (!status) status = llmpar__config_int(r, root, "head_dim", 1, 0, 0, &c->head_dim);
+    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, 2048, &c->max_positions);
+    if (status) return status;
+    if (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL) {
+        if (c->hidden > 0 && c->hidden % c->heads)
+            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
+                                    r->name, (int)c->heads, (int)c->hidden, heads->position);
+        c->head_dim = c->hidden / c->heads;
+    }
+    return LLMPAR_OK;
+}
+
+/* A field of config.json's top level as a token id: null (or the -1 that some writers use) means none. */
+static llmpar_status llmpar__config_read_id(const llmpar__config_reader *r, const llmpar_llama_config *c, const char *key, const llmpar_json *value, int32_t *out)
+{
+    char excerpt[80];
+    if (value->type == LLMPAR_JSON_NULL) {
+        *out = -1;
+        return LLMPAR_OK;
+    }
+    if (value->type != LLMPAR_JSON_NUMBER || !value->is_integer || value->integer < -1 || value->integer >= c->vocab)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s = %s, expected a token id below vocab_size = %d, or null (byte %zu)",
+                                r->name, key, llmpar__config_excerpt(r, value, excerpt, sizeof excerpt), (int)c->vocab, value->position);
+    *out = (int32_t)value->integer;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *bos = llmpar_json_get(r->root, "bos_token_id"), *eos = llmpar_json_get(r->root, "eos_token_id"), *item;
+    llmpar_status status = LLMPAR_OK;
+    int32_t id = -1;
+    c->bos_id = c->vocab > 1 ? 1 : -1; /* transformers' defaults: 1 and 2 */
+    if (bos) status = llmpar__config_read_id(r, c, "bos_token_id", bos, &c->bos_id);
+    if (status) return status;
+    c->eos_count = 0;
+    if (!eos) {
+        if (c->vocab > 2) c->eos_id[c->eos_count++] = 2;
+        return LLMPAR_OK;
+    }
+    if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: eos_token_id has %zu ids, at most %d are supported (byte %zu)", r->name, eos->length, LLMPAR_MAX_EOS, eos->position);
+    for (item = eos->type == LLMPAR_JSON_ARRAY ? eos->child : eos; item && !status; item = eos->type == LLMPAR_JSON_ARRAY ? item->next : NULL) {
+        status = llmpar__config_read_id(r, c, "eos_token_id", item, &id);
+        if (!status && id >= 0) c->eos_id[c->eos_count++] = id;
+    }
+    return status;
+}
+
+/* The kind of scaling, from "rope_type" or the older "type". */
+static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
+{
+    const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
+    if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
+        return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
+    if (!type) type = older;
+    if (!type) {
+        /* {"rope_theta": ...} alone is how newer files write unscaled RoPE; parameters of a scaling without its name are a fault. */
+        if (llmpar_json_get(rope, "factor"))
+            return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
+        *out = LLMPAR_ROPE_NONE;
+    }
+    else if (llmpar__config_is_text(type, "default")) *out = LLMPAR_ROPE_NONE;
+    else if (llmpar__config_is_text(type, "linear")) *out = LLMPAR_ROPE_LINEAR;
+    else if (llmpar__config_is_text(type, "llama3")) *out = LLMPAR_ROPE_LLAMA3;
+    else return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\" or \"llama3\"");
+    return LLMPAR_OK;
+}
+
+/* rope_scaling (with rope_theta beside it) or rope_parameters (with rope_theta inside). */
+static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    static const char *const known[] = { "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "attention_factor" };
+    const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
+    const llmpar_json *rope;
+    llmpar_rope_scaling *s = &c->rope_scaling;
+    llmpar_status status = llmpar__config_real(r, r->root, "rope_theta", 0, 10000.0, &c->rope_theta);
+    double theta = c->rope_theta;
+    size_t i;
+    if (status) return status;
+    if (scaling && scaling->type == LLMPAR_JSON_NULL) scaling = NULL;
+    if (parameters && parameters->type == LLMPAR_JSON_NULL) parameters = NULL;
+    if (scaling && parameters)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: both rope_scaling and rope_parameters are given, expected one (bytes %zu and %zu)", r->name, scaling->position, parameters->position);
+    rope = scaling ? scaling : parameters;
+    if (!rope) return LLMPAR_OK;
+    if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
+    status = llmpar__config_read_rope_kind(r, rope, &s->kind);
+    for (member = rope->child; member && !status; member = member->next) {
+        for (i = 0; i < sizeof known / sizeof known[0] && strcmp(member->key, known[i]); i++) {}
+        if (i == sizeof known / sizeof known[0])
+            status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
+    }
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
+    if (status) return status;
+    if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
+    if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
+    status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
+    if (status || s->kind == LLMPAR_ROPE_LINEAR) return status;
+    status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
+    if (!status) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
+    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, 1, 0, &s->original_max_positions);
+    /* Newer transformers let a field of this name outside the object win. */
+    if (!status && outside && (outside->type != LLMPAR_JSON_NUMBER || outside->number != (double)s->original_max_positions))
+        status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, outside, "the value inside the rope object");
+    return status;
+}
+
+static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
+    llmpar__config_fault fault;
+    llmpar_status status;
+    if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
+    status = llmpar__config_read_identity(r);
+    if (!status) status = llmpar__config_read_sizes(r, c);
+    if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
+    if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
+    if (!status) status = llmpar__config_read_rope(r, c);
+    if (!status && tie && tie->type != LLMPAR_JSON_BOOL) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, tie, "true or false");
+    if (status) return status;
+    c->tied = tie ? tie->boolean : 0;
+    c->bos_id = -1;
+    /* Sizes first: the range of a token id is only meaningful under a good vocabulary. */
+    if (!llmpar__config_find_fault(c, &fault)) return llmpar__config_read_ids(r, c);
+    rope = llmpar_json_get(r->root, "rope_scaling");
+    if (!rope || rope->type == LLMPAR_JSON_NULL) rope = llmpar_json_get(r->root, "rope_parameters");
+    place = llmpar_json_get(rope, fault.field);
+    if (!place) place = llmpar_json_get(r->root, fault.field);
+    if (!place) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (a default; byte %zu)", r->name, fault.text, r->root->position);
+    return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: %s (byte %zu)", r->name, fault.text, place->position);
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
+{
+    llmpar__config_reader reader;
+    llmpar_json_desc desc;
+    llmpar_json *root = NULL;
+    llmpar_status status;
+    memset(out, 0, sizeof *out);
+    memset(&desc, 0, sizeof desc);
+    memset(&reader, 0, sizeof reader);
+    desc.name = name ? name : "config.json";
+    desc.unique_keys = 1;
+    status = llmpar_json_parse(heap, text, length, &desc, &root, error);
+    if (status) return status;
+    reader.name = desc.name;
+    reader.text = text;
+    reader.length = length;
+    reader.root = root;
+    reader.error = error;
+    status = llmpar__config_read(&reader, out);
+    if (status) memset(out, 0, sizeof *out);
+    llmpar_json_destroy(heap, root);
+    return status;
+}
+
+/* ---- writing config.json ---- */
+
+typedef struct llmpar__config_text { char *text; size_t used, capacity; } llmpar__config_text;
+
+static void llmpar__config_put(llmpar__config_text *t, const char *part)
+{
+    for (; *part; part++, t->used++)
+        if (t->used < t->capacity) t->text[t->used] = *part;
+}
+
+static void llmpar__config_put_int(llmpar__config_text *t, const char *key, int64_t value)
+{
+    char line[128];
+    snprintf(line, sizeof line, "  \"%s\": %lld,\n", key, (long long)value);
+    llmpar__config_put(t, line);
+}
+
+/* The shortest text that reads back as the same double, with a '.' whatever the process's locale, and always a fraction or exponent, as Python writes it. */
+static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, const char *key, double value, const char *after)
+{
+    char number[48], line[160];
+    size_t i, used = 0;
+    int digits, has_point = 0;
+    for (digits = 1; digits <= 17; digits++) {
+        if (value >= 1 && value < 1e15 && value == (double)(int64_t)value) snprintf(number, sizeof number, "%.0f", value);
+        else snprintf(number, sizeof number, "%.*g", digits, value);
+        if (strtod(number, NULL) == value) break;
+    }
+    for (i = 0; number[i]; i++) {
+        if (strchr("0123456789+-eE", number[i])) {
+            if (number[i] == 'e' || number[i] == 'E') has_point = 1;
+            number[used++] = number[i];
+        }
+        else if (!has_point) {
+            number[used++] = '.';
+            has_point = 1;
+        }
+    }
+    number[used] = 0;
+    snprintf(line, sizeof line, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
+    llmpar__config_put(t, line);
+}
+
+static void llmpar__config_put_eos(llmpar__config_text *t, const llmpar_llama_config *c)
+{
+    char number[32];
+    int32_t i;
+    llmpar__config_put(t, "  \"eos_token_id\": ");
+    if (c->eos_count == 0) llmpar__config_put(t, "null");
+    if (c->eos_count > 1) llmpar__config_put(t, "[");
+    for (i = 0; i < c->eos_count; i++) {
+        snprintf(number, sizeof number, "%s%d", i ? ", " : "", (int)c->eos_id[i]);
+        llmpar__config_put(t, number);
+    }
+    llmpar__config_put(t, c->eos_count > 1 ? "],\n" : ",\n");
+}
+
+static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_config *c)
+{
+    const llmpar_rope_scaling *s = &c->rope_scaling;
+    if (s->kind == LLMPAR_ROPE_NONE) {
+        llmpar__config_put(t, "  \"rope_scaling\": null,\n");
+        return;
+    }
+    llmpar__config_put(t, "  \"rope_scaling\": {\n");
+    llmpar__config_put(t, s->kind == LLMPAR_ROPE_LINEAR ? "    \"rope_type\": \"linear\",\n" : "    \"rope_type\": \"llama3\",\n");
+    if (s->kind == LLMPAR_ROPE_LLAMA3) {
+        llmpar__config_put(t, "  ");
+        llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
+        llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
+        llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
+    }
+    llmpar__config_put_real(t, "    ", "factor", s->factor, "");
+    llmpar__config_put(t, "  },\n");
+}
+
+LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
+{
+    llmpar__config_text t;
+    t.text = text;
+    t.used = 0;
+    t.capacity = capacity ? capacity - 1 : 0;
+    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"LlamaForCausalLM\"\n  ],\n  \"model_type\": \"llama\",\n");
+    llmpar__config_put_int(&t, "vocab_size", config->vocab);
+    llmpar__config_put_int(&t, "hidden_size", config->hidden);
+    llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
+    llmpar__config_put_int(&t, "num_hidden_layers", config->layers);
+    llmpar__config_put_int(&t, "num_attention_heads", config->heads);
+    llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
+    llmpar__config_put_int(&t, "head_dim", config->head_dim);
+    llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
+    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
+    llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
+    llmpar__config_put_rope(&t, config);
+    llmpar__config_put_real(&t, "  ", "initializer_range", config->init_std, ",");
+    if (config->bos_id < 0) llmpar__config_put(&t, "  \"bos_token_id\": null,\n");
+    else llmpar__config_put_int(&t, "bos_token_id", config->bos_id);
+    llmpar__config_put_eos(&t, config);
+    llmpar__config_put(&t, config->tied ? "  \"tie_word_embeddings\": true\n}\n" : "  \"tie_word_embeddings\": false\n}\n");
+    if (capacity) text[t.used < t.capacity ? t.used : t.capacity] = 0;
+    return t.used;
+}
+
+/* ---- what follows from the shape ---- */
+
+LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
+{
+    int64_t d = config->hidden, q = (int64_t)config->heads * config->head_dim, kv = (int64_t)config->kv_heads * config->head_dim;
+    int64_t layer = 2 * d * q + 2 * d * kv + 3 * d * config->intermediate + 2 * d;
+    return config->layers * layer + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
+}
+
+LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
+{
+    double multiplying = (double)(llmpar_llama_param_count(config) - (config->tied ? 0 : (int64_t)config->vocab * config->hidden));
+    return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
+}
+
+LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out)
+{
+    const llmpar_rope_scaling *s = &config->rope_scaling;
+    int32_t i, pairs = config->head_dim / 2;
+    for (i = 0; i < pairs; i++) {
+        double f = 1 / llmpar_pow_f64(config->rope_theta, 2.0 * i / config->head_dim);
+        if (s->kind == LLMPAR_ROPE_LINEAR) f /= s->factor;
+        if (s->kind == LLMPAR_ROPE_LLAMA3) {
+            /* Rotations within the original context: many are kept, few are slowed down by `factor`, between them a linear blend. */
+            double wavelength = LLMPAR__CONFIG_TWO_PI / f, original = s->original_max_positions;
+            if (wavelength > original / s->low_freq_factor) f /= s->factor;
+            else if (!(wavelength < original / s->high_freq_factor)) {
+                double smooth = (original / wavelength - s->low_freq_factor) / (s->high_freq_factor - s->low_freq_factor);
+                f = (1 - smooth) * f / s->factor + smooth * f;
+            }
+        }
+        out[i] = f;
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
+{
+    int64_t p;
+    int32_t i, pairs = config->head_dim / 2;
+    double *inv_freq, c, s;
+    if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: dtype = %s, expected f32 or f64", llmpar_dtype_name(dtype));
+    /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
+    if (positions < 0 || positions > 1000000000)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
+    inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
+    if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
+    llmpar_rope_inv_freq(config, inv_freq);
+    for (p = 0; p < positions; p++)
+        for (i = 0; i < pairs; i++) {
+            int64_t at = p * pairs + i;
+            llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);
+            if (dtype == LLMPAR_F64) {
+                ((double *)cosine)[at] = c;
+                ((double *)sine)[at] = s;
+            }
+            else {
+                ((float *)cosine)[at] = (float)c;
+                ((float *)sine)[at] = (float)s;
+            }
+        }
+    llmpar_heap_free(heap, inv_freq);
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__CONFIG_TWO_PI
+#undef LLMPAR__CONFIG_PRESETS
+/* ==== src/model/llama.c ==== */
+/* ==== src/model/llama_internal.h ==== */
+/* llama_internal: the model's state and the shapes its unit files share. */
+#ifndef LLMPAR_LLAMA_INTERNAL_H
+#define LLMPAR_LLAMA_INTERNAL_H
+
+
+typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
+
+/* A list of unit instructions with the condition under which each exists. */
+enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
+typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when; } llmpar__op_row;
+typedef struct llmpar__op_list { llmpar_unit_op *ops; int32_t count; } llmpar__op_list;
+enum { LLMPAR__EMBED = 0, LLMPAR__BLOCK = 1, LLMPAR__HEAD = 2, LLMPAR__UNIT_KINDS = 3 };
+
+struct llmpar_llama {
+    llmpar_ctx *ctx;
+    llmpar_llama_config config;
+    uint64_t seed;
+    llmpar_unit *units;            /* [layers + 2] */
+    llmpar_param *params;          /* all units' parameters */
+    llmpar__layer *layers;         /* [layers + 2] */
+    char *names;                   /* text of all names */
+    llmpar__op_list lists[LLMPAR__UNIT_KINDS][2]; /* forward, backward */
+    llmpar_tp tp;
+    llmpar_dtype dtype;
+    int64_t positions;
+    void *cosine, *sine;           /* device [positions, E/2] */
+    int applied;
+};
+
+/* Local extents of one micro-batch. */
+typedef struct llmpar__shape {
+    int64_t b, t, n;          /* sequences, tokens each, all rows */
+    int64_t ts, ns;           /* tokens and rows of the residual stream on this rank */
+    int64_t d, f, h, k, e;    /* hidden; local F, query heads, kv heads; head dim */
+    int64_t ld;               /* (h + 2k)*e: row of the joint q,k,v buffer */
+    int64_t v, v_begin;       /* local vocabulary */
+    int64_t leaves;
+    size_t size;              /* bytes of an element */
+    llmpar_dtype dtype;
+} llmpar__shape;
+
+LLMPAR__PRIVATE void llmpar__llama_shape(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, llmpar__shape *out);
+/* Next `elements` elements of a buffer of which *at bytes are taken; returns their byte offset, a multiple of 64. */
+LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size);
+
+/* block.c */
+LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_forward_ops(int32_t *count);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_backward_ops(int32_t *count);
+/* parameters of a block, in flat order */
+enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
+/* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
+LLMPAR__PRIVATE llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count);
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count);
+
+LLMPAR__PRIVATE double llmpar__llama_scale(const llmpar_llama *model); /* of attention scores: 1/sqrt(E) */
+
+/* dx = dresidual + norm backward of dy; per-leaf weight gradients into dw_leaves, to be combined by llmpar__llama_norm_weight. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves);
+/* Sequence parallel: sums dw_leaves[leaves, D] over tp, leaf by leaf. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves);
+/* dw[D] = tree over leaves. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
+LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
+
+#endif
+/* ---- src/model/llama.c goes on ---- */
+
+#include <stdio.h>
+#include <string.h>
+
+
+enum { LLMPAR__NAME_BYTES = 80 };
+
+static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
+{
+    char *text = model->names + (size_t)(*used)++ * LLMPAR__NAME_BYTES;
+    snprintf(text, LLMPAR__NAME_BYTES, format, (int)layer);
+    return text;
+}
+
+static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std)
+{
+    memset(param, 0, sizeof *param);
+    param->name = llmpar__llama_name(model, used, format, layer);
+    param->dims = columns ? 2 : 1;
+    param->shape[0] = rows;
+    param->shape[1] = columns;
+    param->init_std = std;
+    param->init_value = std == 0 ? 1 : 0;
+    param->no_decay = columns == 0;
+}
+
+/* Names, shapes and units; placements come with apply. Projections back into the residual stream start smaller by sqrt(2L) (Radford et al. 2019, section 2.3). */
+static void llmpar__llama_describe(llmpar_llama *model)
+{
+    static const char *const names[LLMPAR__BLOCK_PARAMS] = {
+        "model.layers.%d.input_layernorm.weight", "model.layers.%d.self_attn.q_proj.weight", "model.layers.%d.self_attn.k_proj.weight",
+        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.post_attention_layernorm.weight",
+        "model.layers.%d.mlp.gate_proj.weight", "model.layers.%d.mlp.up_proj.weight", "model.layers.%d.mlp.down_proj.weight"};
+    const llmpar_llama_config *c = &model->config;
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
+    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
+    double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
+    int32_t used = 0;
+    llmpar_param *param = model->params;
+    for (int32_t i = 0; i < c->layers + 2; i++) {
+        model->layers[i].model = model;
+        model->layers[i].index = i - 1;
+        model->units[i].user = &model->layers[i];
+        model->units[i].params = param;
+        if (i == 0) {
+            model->units[i].name = "embed";
+            model->units[i].sizes = llmpar__embed_sizes;
+            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
+        } else if (i <= c->layers) {
+            model->units[i].name = llmpar__llama_name(model, &used, "layers.%d", i - 1);
+            model->units[i].sizes = llmpar__block_sizes;
+            for (int p = 0; p < LLMPAR__BLOCK_PARAMS; p++) {
+                int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                llmpar__llama_param(model, param++, &used, names[p], i - 1, rows[p], columns[p], norm ? 0 : back ? deep : std);
+            }
+        } else {
+            model->units[i].name = "head";
+            model->units[i].sizes = llmpar__head_sizes;
+            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
+            if (c->tied) model->units[i].borrow = 1;
+            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
+        }
+        model->units[i].param_count = (int32_t)(param - model->units[i].params);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
+{
+    *out = NULL;
+    if (!desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
+    llmpar_llama_config config;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = LLMPAR_OK;
+    if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
+    else config = *desc->config;
+    if (!status) status = llmpar_llama_config_check(&config, &error);
+    if (status) return llmpar_fail(ctx, status, "%s", error.text);
+    llmpar_heap *heap = &ctx->heap;
+    llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
+    if (!model) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory");
+    model->ctx = ctx;
+    model->config = config;
+    model->seed = desc->seed;
+    size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
+    model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
+    model->layers = (llmpar__layer *)llmpar_heap_zalloc(heap, units, sizeof *model->layers);
+    model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
+    if (!model->units || !model->params || !model->layers || !model->names) {
+        llmpar_llama_destroy(model);
+        return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
+    }
+    llmpar__llama_describe(model);
+    *out = model;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
+{
+    if (!model) return;
+    llmpar_heap *heap = &model->ctx->heap;
+    for (int kind = 0; kind < LLMPAR__UNIT_KINDS; kind++)
+        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[kind][way].ops);
+    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(model->dtype);
+    model->ctx->device->free(model->ctx->device, model->cosine, table);
+    model->ctx->device->free(model->ctx->device, model->sine, table);
+    llmpar_tp_destroy(&model->tp);
+    llmpar_heap_free(heap, model->units);
+    llmpar_heap_free(heap, model->params);
+    llmpar_heap_free(heap, model->layers);
+    llmpar_heap_free(heap, model->names);
+    llmpar_heap_free(heap, model);
+}
+
+LLMPAR_DEF const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model) { return &model->config; }
+LLMPAR_DEF uint64_t llmpar_llama_seed(const llmpar_llama *model) { return model->seed; }
+LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return &model->tp; }
+
+LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
+{
+    if (count) *count = model->config.layers + 2;
+    return model->units;
+}
+
+/* ---- meeting a mesh ---- */
+
+/* The rows that exist for this mesh, waits renumbered. A wait for a row that does not exist needs none: its own predecessors are earlier on the waiting stream. */
+static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__op_row *rows, int32_t count, llmpar__op_list *out)
+{
+    const llmpar_tp *tp = &model->tp;
+    int32_t place[64];
+    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)count, sizeof *out->ops);
+    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    for (int32_t i = 0; i < count; i++) {
+        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        place[i] = here ? out->count + 1 : 0;
+        if (!here) continue;
+        llmpar_unit_op *op = &out->ops[out->count++];
+        *op = rows[i].op;
+        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] ? place[op->wait[w] - 1] : 0;
+    }
+    return LLMPAR_OK;
+}
+
+static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain, int32_t replicas)
+{
+    param->tp.kind = LLMPAR_SHARD;
+    param->tp.axis = LLMPAR_AXIS_TP;
+    param->tp.dim = dim;
+    param->tp.grain = grain;
+    param->tp.replicas = replicas;
+}
+
+static llmpar_status llmpar__llama_lists(llmpar_llama *model)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int kind = 0; kind < LLMPAR__UNIT_KINDS && !status; kind++)
+        for (int way = 0; way < 2 && !status; way++) {
+            int32_t count = 0;
+            const llmpar__op_row *rows = kind == LLMPAR__EMBED ? llmpar__embed_ops(way, &count) : kind == LLMPAR__HEAD ? llmpar__head_ops(way, &count) : way ? llmpar__block_backward_ops(&count) : llmpar__block_forward_ops(&count);
+            status = llmpar__llama_list(model, rows, count, &model->lists[kind][way]);
+        }
+    for (int32_t i = 0; i < model->config.layers + 2 && !status; i++) {
+        int kind = i == 0 ? LLMPAR__EMBED : i <= model->config.layers ? LLMPAR__BLOCK : LLMPAR__HEAD;
+        model->units[i].forward = model->lists[kind][0].ops;
+        model->units[i].forward_count = model->lists[kind][0].count;
+        model->units[i].backward = model->lists[kind][1].ops;
+        model->units[i].backward_count = model->lists[kind][1].count;
+    }
+    return status;
+}
+
+static llmpar_status llmpar__llama_rope(llmpar_llama *model)
+{
+    llmpar_ctx *ctx = model->ctx;
+    llmpar_device *device = ctx->device;
+    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(model->dtype);
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
+    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
+    llmpar_stream *stream = NULL;
+    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, model->dtype, host, (char *)host + bytes, &error);
+    if (status) llmpar_fail(ctx, status, "%s", error.text);
+    if (!status) status = device->alloc(device, bytes, &model->cosine);
+    if (!status) status = device->alloc(device, bytes, &model->sine);
+    if (!status) status = device->stream_create(device, "set-up", &stream);
+    if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
+    if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
+    if (!status) status = device->synchronize(device, stream);
+    if (stream) device->stream_destroy(device, stream);
+    llmpar_heap_free(&ctx->heap, host);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
+{
+    const llmpar_llama_config *c = &model->config;
+    if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
+    if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
+    if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
+    if (desc->sequence_parallel && desc->positions % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: sequence parallel: sequence length %lld is not divisible by tp = %d", (long long)desc->positions, (int)tp->ranks);
+    model->applied = 1;
+    model->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    model->positions = desc->positions;
+    llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
+    if (status) return status;
+    int32_t units = c->layers + 2;
+    for (int32_t i = 0; i < units; i++) {
+        llmpar_param *p = model->params + (model->units[i].params - model->params);
+        if (i == 0) llmpar__llama_shard(&p[0], 0, 1, 1);
+        else if (i == units - 1 && !c->tied) llmpar__llama_shard(&p[1], 0, 1, 1);
+        if (i == 0 || i == units - 1) continue;
+        llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
+        llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
+        llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
+        llmpar__llama_shard(&p[LLMPAR__WO], 1, c->head_dim, 1);
+        llmpar__llama_shard(&p[LLMPAR__GATE], 0, 1, 1);
+        llmpar__llama_shard(&p[LLMPAR__UP], 0, 1, 1);
+        llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
+    }
+    status = llmpar__llama_lists(model);
+    return status ? status : llmpar__llama_rope(model);
+}
+
+/* ---- shapes and pieces that the unit files share ---- */
+
+LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, llmpar__shape *s)
+{
+    const llmpar_llama_config *c = &model->config;
+    const llmpar_tp *tp = &model->tp;
+    memset(s, 0, sizeof *s);
+    s->b = micro->batch;
+    s->t = micro->t;
+    s->n = s->b * s->t;
+    s->ts = tp->sequence_parallel ? s->t / tp->ranks : s->t;
+    s->ns = s->b * s->ts;
+    s->d = c->hidden;
+    s->e = c->head_dim;
+    s->f = llmpar_tp_count(tp, c->intermediate);
+    s->h = c->heads / tp->ranks;
+    s->k = tp->replicas > 1 ? 1 : c->kv_heads / tp->ranks;
+    s->ld = (s->h + 2 * s->k) * s->e;
+    s->v = llmpar_tp_count(tp, c->vocab);
+    s->v_begin = llmpar_tp_begin(tp, c->vocab);
+    s->leaves = micro->leaves;
+    s->size = llmpar_dtype_size(dtype);
+    s->dtype = dtype;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size)
+{
+    size_t begin = *at;
+    *at = (begin + (size_t)elements * size + 63) / 64 * 64;
+    return begin;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
+{
+    llmpar_rmsnorm_args args;
+    memset(&args, 0, sizeof args);
+    args.rows = rows;
+    args.dim = model->config.hidden;
+    args.x = x;
+    args.residual = residual;
+    args.w = w;
+    args.sum = sum;
+    args.y = y;
+    args.rstd = rstd;
+    args.eps = model->config.rms_eps;
+    args.dtype = model->dtype;
+    return ctx->device->rmsnorm(ctx->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
+{
+    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    llmpar_rmsnorm_backward_args args;
+    memset(&args, 0, sizeof args);
+    args.tokens.batch = s->b;
+    args.tokens.t = s->ts;
+    args.tokens.t_begin = tp->sequence_parallel ? tp->rank * s->ts : 0;
+    args.tokens.t_total = s->t;
+    args.tokens.leaves = s->leaves;
+    args.tokens.canon = tp->pieces;
+    args.dim = s->d;
+    args.dy = dy;
+    args.x = x;
+    args.w = w;
+    args.rstd = rstd;
+    args.dresidual = dresidual;
+    args.dx = dx;
+    args.dw_leaves = dw_leaves;
+    args.dtype = s->dtype;
+    return call->device->rmsnorm_backward(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+{
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = dw_leaves;
+    c.count = (size_t)(s->leaves * s->d);
+    c.dtype = s->dtype;
+    c.tag = "norm weight/all_reduce";
+    return llmpar_all_reduce(((const llmpar__layer *)call->user)->model->tp.comm, call->stream, &c);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
+{
+    const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
+    if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->size;
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = (int32_t)s->leaves;
+    args.count = (size_t)s->d;
+    args.out = dw;
+    args.dtype = s->dtype;
+    llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
+    llmpar_heap_free(&call->ctx->heap, (void *)in);
+    return status;
+}
+/* ==== src/model/block.c ==== */
+
+#include <string.h>
+
+
+/* One transformer block as a unit. Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
+
+   saved    h1[Ns,D] rstd1[Ns]  qkv[N,(h+2k)E]  o[N,hE] lse[B,h,T]  x2[Ns,D]  h2[Ns,D] rstd2[Ns]  gate[N,f] up[N,f]
+   scratch  full[N,D] (gathered rows, sequence parallel)  part[N,D]  sum[Ns,D] (what the reduce gives; = part without sequence parallel)
+            backward also: dfull[N,D]  dh[N,max(f, hE)]  dqkv[N,(h+2k)E]  dx2[Ns,D]  dkv[N,2E] (ranks that share a kv head)  leaves1, leaves2 [leaves,D] */
+typedef struct llmpar__block {
+    llmpar__shape s;
+    const llmpar_llama *model;
+    const llmpar_tp *tp;
+    char *h1, *rstd1, *qkv, *o, *lse, *x2, *h2, *rstd2, *gate, *up;         /* saved */
+    char *full, *part, *sum, *dfull, *dh, *dqkv, *dx2, *dkv, *leaves1, *leaves2; /* scratch */
+    const char *in1, *in2;  /* what qkv and gate/up read: h1, h2, or the gathered rows */
+} llmpar__block;
+
+typedef struct llmpar__block_layout { size_t h1, rstd1, qkv, o, lse, x2, h2, rstd2, gate, up, saved, full, part, sum, dfull, dh, dqkv, dx2, dkv, leaves1, leaves2, scratch; } llmpar__block_layout;
+
+static void llmpar__block_lay(const llmpar_tp *tp, const llmpar__shape *s, int backward, llmpar__block_layout *l)
+{
+    size_t at = 0, size = s->size;
+    l->h1 = llmpar__llama_take(&at, s->ns * s->d, size);
+    l->rstd1 = llmpar__llama_take(&at, s->ns, size);
+    l->qkv = llmpar__llama_take(&at, s->n * s->ld, size);
+    l->o = llmpar__llama_take(&at, s->n * s->h * s->e, size);
+    l->lse = llmpar__llama_take(&at, s->n * s->h, size);
+    l->x2 = llmpar__llama_take(&at, s->ns * s->d, size);
+    l->h2 = llmpar__llama_take(&at, s->ns * s->d, size);
+    l->rstd2 = llmpar__llama_take(&at, s->ns, size);
+    l->gate = llmpar__llama_take(&at, s->n * s->f, size);
+    l->up = llmpar__llama_take(&at, s->n * s->f, size);
+    l->saved = at;
+    at = 0;
+    l->full = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
+    l->part = llmpar__llama_take(&at, s->n * s->d, size);
+    l->sum = tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : l->part;
+    l->dh = llmpar__llama_take(&at, s->n * (s->f > s->h * s->e ? s->f : s->h * s->e), size); /* forward: swiglu's output */
+    if (backward) {
+        l->dfull = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
+        l->dqkv = llmpar__llama_take(&at, s->n * s->ld, size);
+        l->dx2 = llmpar__llama_take(&at, s->ns * s->d, size);
+        l->dkv = llmpar__llama_take(&at, tp->replicas > 1 ? s->n * 2 * s->e : 0, size);
+        l->leaves1 = llmpar__llama_take(&at, s->leaves * s->d, size);
+        l->leaves2 = llmpar__llama_take(&at, s->leaves * s->d, size);
+    } else {
+        l->dfull = l->dqkv = l->dx2 = l->dkv = l->leaves1 = l->leaves2 = 0;
+    }
+    l->scratch = at;
+}
+
+static void llmpar__block_open(const llmpar_unit_call *call, llmpar__block *b)
+{
+    llmpar__block_layout l;
+    memset(b, 0, sizeof *b);
+    b->model = ((const llmpar__layer *)call->user)->model;
+    b->tp = &b->model->tp;
+    llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
+    llmpar__block_lay(b->tp, &b->s, call->pass == LLMPAR_PASS_BACKWARD, &l);
+    char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
+    b->h1 = saved + l.h1;
+    b->rstd1 = saved + l.rstd1;
+    b->qkv = saved + l.qkv;
+    b->o = saved + l.o;
+    b->lse = saved + l.lse;
+    b->x2 = saved + l.x2;
+    b->h2 = saved + l.h2;
+    b->rstd2 = saved + l.rstd2;
+    b->gate = saved + l.gate;
+    b->up = saved + l.up;
+    b->full = scratch + l.full;
+    b->part = scratch + l.part;
+    b->sum = scratch + l.sum;
+    b->dfull = scratch + l.dfull;
+    b->dh = scratch + l.dh;
+    b->dqkv = scratch + l.dqkv;
+    b->dx2 = scratch + l.dx2;
+    b->dkv = scratch + l.dkv;
+    b->leaves1 = scratch + l.leaves1;
+    b->leaves2 = scratch + l.leaves2;
+    b->in1 = b->tp->sequence_parallel ? b->full : b->h1;
+    b->in2 = b->tp->sequence_parallel ? b->full : b->h2;
+}
+
+/* Element offset of k and v in a row of qkv. */
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+
+/* Pointers and extents for attention over the joint q,k,v buffer. */
+static void llmpar__block_attention(const llmpar__block *b, llmpar_attention_args *args)
+{
+    const llmpar__shape *s = &b->s;
+    memset(args, 0, sizeof *args);
+    args->batch = s->b;
+    args->tq = args->tk = args->tk_stride = s->t;
+    args->heads = s->h;
+    args->kv_heads = s->k;
+    args->head_dim = s->e;
+    args->q = b->qkv;
+    args->k = b->qkv + llmpar__block_k(s);
+    args->v = b->qkv + llmpar__block_v(s);
+    args->ldq = args->ldk = args->ldv = s->ld;
+    args->ldo = s->h * s->e;
+    args->out = b->o;
+    args->lse = b->lse;
+    args->scale = llmpar__llama_scale(b->model);
+    args->dtype = s->dtype;
+}
+
+static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block *b, char *qkv, int inverse)
+{
+    const llmpar__shape *s = &b->s;
+    llmpar_rope_args args;
+    memset(&args, 0, sizeof args);
+    args.batch = s->b;
+    args.t = s->t;
+    args.heads = s->h + s->k; /* k's heads lie behind q's */
+    args.head_dim = s->e;
+    args.ld = s->ld;
+    args.x = qkv;
+    args.cosine = b->model->cosine;
+    args.sine = b->model->sine;
+    args.dtype = s->dtype;
+    args.inverse = inverse;
+    return call->device->rope(call->device, call->stream, &args);
+}
+
+/* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
+static void llmpar__block_heads(const llmpar__block *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_llama_config *c = &b->model->config;
+    memset(operand, 0, 3 * sizeof *operand);
+    for (int i = 0; i < 3; i++) {
+        operand[i].lda = s->ld;
+        operand[i].ldb = s->d;
+        operand[i].grain = s->e;
+        operand[i].per = i ? c->heads / c->kv_heads : 1;
+        operand[i].begin = i ? (b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, c->kv_heads)) : llmpar_tp_begin(b->tp, c->heads);
+        operand[i].count = i ? (b->tp->replicas > 1 ? b->tp->rank % b->tp->replicas == 0 : s->k) : s->h;
+    }
+    if (!call) return;
+    operand[0].a = dqkv;
+    operand[1].a = dqkv + llmpar__block_k(s);
+    operand[2].a = dqkv + llmpar__block_v(s);
+    operand[0].b = call->params[LLMPAR__WQ];
+    operand[1].b = call->params[LLMPAR__WK];
+    operand[2].b = call->params[LLMPAR__WV];
+}
+
+static void llmpar__block_ffn(const llmpar__block *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+{
+    memset(operand, 0, 2 * sizeof *operand);
+    for (int i = 0; i < 2; i++) {
+        operand[i].lda = b->s.f;
+        operand[i].ldb = b->s.d;
+        operand[i].grain = 1;
+        operand[i].begin = llmpar_tp_begin(b->tp, b->model->config.intermediate);
+        operand[i].count = b->s.f;
+    }
+    if (!call) return;
+    operand[0].a = b->gate;
+    operand[1].a = b->up;
+    operand[0].b = call->params[LLMPAR__GATE];
+    operand[1].b = call->params[LLMPAR__UP];
+}
+
+/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
+static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = a;
+    operand->b = w;
+    operand->count = llmpar_tp_count(tp, grains);
+    operand->begin = llmpar_tp_begin(tp, grains);
+    operand->grain = grain;
+    operand->lda = operand->ldb = operand->count * grain;
+}
+
+LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
+
+/* ---- sizes ---- */
+
+static size_t llmpar__block_max(size_t a, size_t b) { return a > b ? a : b; }
+
+/* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
+static size_t llmpar__block_workspace(const llmpar__block *b, llmpar_device *device)
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_tp *tp = b->tp;
+    const llmpar_llama_config *c = &b->model->config;
+    llmpar_tp_operand heads[3], ffn[2], row;
+    llmpar_attention_backward_args attention;
+    size_t w = 0;
+    llmpar__block_heads(b, NULL, NULL, heads);
+    llmpar__block_ffn(b, NULL, ffn);
+    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype));
+    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
+    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype));
+    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype));
+    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype));
+    memset(&attention, 0, sizeof attention);
+    attention.forward.batch = s->b;
+    attention.forward.tq = attention.forward.tk = attention.forward.tk_stride = s->t;
+    attention.forward.heads = s->h;
+    attention.forward.kv_heads = s->k;
+    attention.forward.head_dim = s->e;
+    attention.forward.ldq = attention.forward.ldk = attention.forward.ldv = s->ld;
+    attention.forward.ldo = s->h * s->e;
+    attention.forward.dtype = s->dtype;
+    w = llmpar__block_max(w, device->attention_workspace(device, &attention.forward));
+    return llmpar__block_max(w, device->attention_backward_workspace(device, &attention));
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__block b;
+    llmpar__block_layout l;
+    memset(&b, 0, sizeof b);
+    b.model = ((const llmpar__layer *)user)->model;
+    b.tp = &b.model->tp;
+    llmpar__llama_shape(b.model, micro, dtype, &b.s);
+    llmpar__block_lay(b.tp, &b.s, 1, &l);
+    out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
+    out->saved = l.saved;
+    out->scratch = l.scratch;
+    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
+    return LLMPAR_OK;
+}
+
+/* ---- forward ---- */
+
+static llmpar_status llmpar__block_norm1(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, call->input, NULL, call->params[LLMPAR__NORM1], NULL, b.h1, b.rstd1);
+}
+
+static llmpar_status llmpar__block_gather1(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar_tp_gather(b.tp, call->stream, "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h1, b.full, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_attention_args attention;
+    llmpar_tp_operand row;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WQ], s->d, b.qkv, s->ld, s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WK], s->d, b.qkv + llmpar__block_k(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WV], s->d, b.qkv + llmpar__block_v(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
+    llmpar__block_attention(&b, &attention);
+    attention.workspace = call->workspace;
+    attention.workspace_bytes = call->workspace_bytes;
+    if (!status) status = call->device->attention(call->device, call->stream, &attention);
+    llmpar__block_row(b.tp, b.o, call->params[LLMPAR__WO], b.model->config.heads, s->e, &row);
+    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.heads, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
+    return status;
+}
+
+static llmpar_status llmpar__block_reduce(llmpar_unit_call *call, const char *tag)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar_tp_reduce(b.tp, call->stream, tag, b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
+}
+static llmpar_status llmpar__block_reduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention output/reduce"); }
+static llmpar_status llmpar__block_reduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp output/reduce"); }
+static llmpar_status llmpar__block_dreduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention dx/reduce"); }
+static llmpar_status llmpar__block_dreduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp dx/reduce"); }
+
+static llmpar_status llmpar__block_norm2(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, call->input, call->params[LLMPAR__NORM2], b.x2, b.h2, b.rstd2);
+}
+
+static llmpar_status llmpar__block_gather2(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar_tp_gather(b.tp, call->stream, "mlp input/all_gather", b.s.b, b.s.t, b.s.d, b.h2, b.full, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_mlp(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_tp_operand row;
+    llmpar_swiglu_args swiglu;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__GATE], s->d, b.gate, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__UP], s->d, b.up, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = s->n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.h = b.dh;
+    swiglu.dtype = s->dtype;
+    if (!status) status = call->device->swiglu(call->device, call->stream, &swiglu);
+    llmpar__block_row(b.tp, b.dh, call->params[LLMPAR__DOWN], b.model->config.intermediate, 1, &row);
+    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.intermediate, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
+    return status;
+}
+
+static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_add_args args;
+    llmpar__block_open(call, &b);
+    memset(&args, 0, sizeof args);
+    args.count = (size_t)(b.s.ns * b.s.d);
+    args.a = b.x2;
+    args.b = b.sum;
+    args.out = call->output;
+    args.dtype = b.s.dtype;
+    return call->device->add(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_forward_ops(int32_t *count)
+{
+    static const llmpar__op_row rows[] = {
+        /* 1 */ {{"norm", llmpar__block_norm1, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 2 */ {{"attention input", llmpar__block_gather1, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
+        /* 3 */ {{"q k v, rope, attention, wo", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
+        /* 4 */ {{"attention output", llmpar__block_reduce1, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
+        /* 5 */ {{"residual, norm", llmpar__block_norm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"mlp input", llmpar__block_gather2, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
+        /* 7 */ {{"gate, up, swiglu, down", llmpar__block_mlp, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+        /* 8 */ {{"mlp output", llmpar__block_reduce2, LLMPAR_TP_REDUCE, {7, 0}}, LLMPAR__IF_TP},
+        /* 9 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {8, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = (int32_t)(sizeof rows / sizeof rows[0]);
+    return rows;
+}
+
+/* ---- backward ---- */
+
+static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar_tp_gather(b.tp, call->stream, "mlp doutput/all_gather", b.s.b, b.s.t, b.s.d, call->doutput, b.dfull, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_gather_dx2(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar_tp_gather(b.tp, call->stream, "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dx2, b.dfull, b.s.dtype);
+}
+
+static const void *llmpar__block_dout(const llmpar_unit_call *call, const llmpar__block *b) { return b->tp->sequence_parallel ? b->dfull : call->doutput; }
+
+/* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
+static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_swiglu_backward_args swiglu;
+    llmpar_tp_operand ffn[2];
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(call, &b), s->d, call->params[LLMPAR__DOWN], s->f, b.dh, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = s->n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.dh = b.dh;
+    swiglu.dgate = b.gate;
+    swiglu.dup = b.up;
+    swiglu.h = b.dh;
+    swiglu.dtype = s->dtype;
+    if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
+    llmpar__block_ffn(&b, call, ffn);
+    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
+    return status;
+}
+
+static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->f, llmpar__block_dout(call, &b), s->d, b.dh, s->f, call->grads[LLMPAR__DOWN], s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.gate, s->f, b.in2, s->d, call->grads[LLMPAR__GATE], s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.up, s->f, b.in2, s->d, call->grads[LLMPAR__UP], s->dtype, call->workspace, call->workspace_bytes);
+    return status;
+}
+
+static llmpar_status llmpar__block_dnorm2(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.x2, call->params[LLMPAR__NORM2], b.rstd2, call->doutput, b.dx2, b.leaves2);
+}
+
+static llmpar_status llmpar__block_norm2_reduce(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_norm_reduce(call, &b.s, b.leaves2);
+}
+
+static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_attention_backward_args attention;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    const void *dx2 = b.tp->sequence_parallel ? b.dfull : b.dx2;
+    llmpar_status status = llmpar__llama_norm_weight(call, s, b.leaves2, call->grads[LLMPAR__NORM2]);
+    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->h * s->e, dx2, s->d, b.o, s->h * s->e, call->grads[LLMPAR__WO], s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, dx2, s->d, call->params[LLMPAR__WO], s->h * s->e, b.dh, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    memset(&attention, 0, sizeof attention);
+    llmpar__block_attention(&b, &attention.forward);
+    attention.forward.workspace = call->workspace;
+    attention.forward.workspace_bytes = call->workspace_bytes;
+    attention.dout = b.dh;
+    attention.dq = b.dqkv;
+    attention.dk = b.dqkv + llmpar__block_k(s);
+    attention.dv = b.dqkv + llmpar__block_v(s);
+    if (!status) status = call->device->attention_backward(call->device, call->stream, &attention);
+    return status;
+}
+
+/* Ranks that share a kv head: dk and dv are summed over its query heads, row by row since they lie inside the joint buffer's rows. */
+static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_copy_rows_args copy;
+    llmpar_collective c;
+    memset(&copy, 0, sizeof copy);
+    copy.rows = s->n;
+    copy.width = copy.ld_out = 2 * s->e;
+    copy.ld_in = s->ld;
+    copy.size = s->size;
+    copy.in = b.dqkv + llmpar__block_k(s);
+    copy.out = b.dkv;
+    llmpar_status status = call->device->copy_rows(call->device, call->stream, &copy);
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = b.dkv;
+    c.count = (size_t)(s->n * 2 * s->e);
+    c.dtype = s->dtype;
+    c.tag = "dk dv/all_reduce";
+    if (!status) status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
+    copy.ld_in = 2 * s->e;
+    copy.ld_out = s->ld;
+    copy.in = b.dkv;
+    copy.out = b.dqkv + llmpar__block_k(s);
+    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+}
+
+static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar_tp_operand heads[3];
+    llmpar__block_open(call, &b);
+    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    llmpar__block_heads(&b, call, b.dqkv, heads);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->h * s->e, s->d, b.dqkv, s->ld, b.in1, s->d, call->grads[LLMPAR__WQ], s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WK], s->dtype, call->workspace, call->workspace_bytes);
+    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WV], s->dtype, call->workspace, call->workspace_bytes);
+    return status;
+}
+
+static llmpar_status llmpar__block_dnorm1(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, call->input, call->params[LLMPAR__NORM1], b.rstd1, b.dx2, call->dinput, b.leaves1);
+}
+
+static llmpar_status llmpar__block_norm1_reduce(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_norm_reduce(call, &b.s, b.leaves1);
+}
+
+static llmpar_status llmpar__block_norm1_weight(llmpar_unit_call *call)
+{
+    llmpar__block b;
+    llmpar__block_open(call, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves1, call->grads[LLMPAR__NORM1]);
+}
+
+/* The reductions of dx run beside the weight gradients of the same layers. */
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *count)
+{
+    static const llmpar__op_row rows[] = {
+        /* 1 */ {{"doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 2 */ {{"mlp input again", llmpar__block_gather2, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+        /* 4 */ {{"mlp dx", llmpar__block_dreduce2, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
+        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"norm", llmpar__block_dnorm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
+        /* 7 */ {{"norm dW", llmpar__block_norm2_reduce, LLMPAR_TP_REDUCE, {6, 0}}, LLMPAR__IF_SP},
+        /* 8 */ {{"dx", llmpar__block_gather_dx2, LLMPAR_TP_GATHER, {6, 0}}, LLMPAR__IF_SP},
+        /* 9 */ {{"attention input again", llmpar__block_gather1, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
+        /* 10 */ {{"norm dW, wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {7, 8}}, LLMPAR__ALWAYS},
+        /* 11 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {10, 0}}, LLMPAR__IF_KV},
+        /* 12 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {11, 0}}, LLMPAR__ALWAYS},
+        /* 13 */ {{"attention dx", llmpar__block_dreduce1, LLMPAR_TP_REDUCE, {12, 0}}, LLMPAR__IF_TP},
+        /* 14 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {9, 0}}, LLMPAR__ALWAYS},
+        /* 15 */ {{"norm", llmpar__block_dnorm1, LLMPAR_COMPUTE, {13, 0}}, LLMPAR__ALWAYS},
+        /* 16 */ {{"norm dW", llmpar__block_norm1_reduce, LLMPAR_TP_REDUCE, {15, 0}}, LLMPAR__IF_SP},
+        /* 17 */ {{"norm dW", llmpar__block_norm1_weight, LLMPAR_COMPUTE, {16, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = (int32_t)(sizeof rows / sizeof rows[0]);
+    return rows;
+}
+/* ==== src/model/edges.c ==== */
+
+#include <string.h>
+
+/* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
+
+/* ---- embedding: scratch part[N,D] (before the select), dfull[N,D] (gathered gradient) ---- */
+
+typedef struct llmpar__embed { llmpar__shape s; const llmpar_llama *model; const llmpar_tp *tp; char *part, *dfull; size_t scratch; } llmpar__embed;
+
+static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *scratch, llmpar__embed *out)
+{
+    size_t at = 0;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    size_t part = llmpar__llama_take(&at, out->tp->ranks > 1 ? out->s.n * out->s.d : 0, out->s.size);
+    out->scratch = at;
+    if (!scratch) return;
+    out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
+}
+
+static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
+{
+    llmpar__embed_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+}
+
+static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
+{
+    memset(args, 0, sizeof *args);
+    args->tokens.batch = e->s.b;
+    args->tokens.t = args->tokens.t_total = e->s.t;
+    args->tokens.leaves = e->s.leaves;
+    args->tokens.canon = e->tp->pieces;
+    args->dim = e->s.d;
+    args->v_begin = e->s.v_begin;
+    args->v_local = e->s.v;
+    args->ids = micro->ids;
+    args->dtype = e->s.dtype;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    const llmpar_llama *model = ((const llmpar__layer *)user)->model;
+    llmpar__embed_lay(model, micro, dtype, NULL, &e);
+    llmpar__embed_backward_args(&e, micro, &args);
+    out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
+    out->scratch = e.scratch;
+    out->workspace = model->ctx->device->embedding_backward_workspace(model->ctx->device, &args);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_args args;
+    llmpar__embed_open(call, &e);
+    memset(&args, 0, sizeof args);
+    args.rows = e.s.n;
+    args.dim = e.s.d;
+    args.v_begin = e.s.v_begin;
+    args.v_local = e.s.v;
+    args.ids = call->micro->ids;
+    args.table = call->params[0];
+    args.out = e.tp->ranks > 1 ? (void *)e.part : call->output;
+    args.dtype = e.s.dtype;
+    return call->device->embedding(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    llmpar__embed_open(call, &e);
+    llmpar__embed_backward_args(&e, call->micro, &args);
+    args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
+    args.dtable = call->grads[0];
+    args.workspace = call->workspace;
+    args.workspace_bytes = call->workspace_bytes;
+    return call->device->embedding_backward(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}}, LLMPAR__IF_TP},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = 2;
+    return backward ? backward_rows : forward_rows;
+}
+
+/* ---- head
+   saved    h[Ns,D] rstd[Ns]  logits[N,V/tp]  max[N] target[N] (together: one reduction)  sum[N]
+   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part without sequence parallel)  leaves[leaves,D] ---- */
+
+typedef struct llmpar__head {
+    llmpar__shape s;
+    const llmpar_llama *model;
+    const llmpar_tp *tp;
+    char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
+    const char *in;
+    size_t saved, scratch;
+} llmpar__head;
+
+static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
+{
+    size_t at = 0, size;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    const llmpar__shape *s = &out->s;
+    size = s->size;
+    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, size), logits = llmpar__llama_take(&at, s->n * s->v, size);
+    size_t max = llmpar__llama_take(&at, 2 * s->n, size), sum = llmpar__llama_take(&at, s->n, size);
+    out->saved = at;
+    at = 0;
+    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, s->n * s->d, size);
+    size_t dh = out->tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, size);
+    out->scratch = at;
+    if (!saved || !scratch) return;
+    out->h = (char *)saved + h;
+    out->rstd = (char *)saved + rstd;
+    out->logits = (char *)saved + logits;
+    out->max = (char *)saved + max;
+    out->target = out->max + (size_t)s->n * size;
+    out->sum = (char *)saved + sum;
+    out->full = (char *)scratch + full;
+    out->part = (char *)scratch + part;
+    out->dh = (char *)scratch + dh;
+    out->leaves = (char *)scratch + leaves;
+    out->in = out->tp->sequence_parallel ? out->full : out->h;
+}
+
+static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
+{
+    llmpar__head_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+}
+
+static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = h->logits;
+    operand->b = w;
+    operand->lda = h->s.v;
+    operand->ldb = h->s.d;
+    operand->grain = 1;
+    operand->begin = h->s.v_begin;
+    operand->count = h->s.v;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__head h;
+    llmpar_tp_operand operand;
+    llmpar__head_lay(((const llmpar__layer *)user)->model, micro, dtype, NULL, NULL, &h);
+    llmpar__head_operand(&h, NULL, &operand);
+    out->saved = h.saved;
+    out->scratch = h.scratch;
+    out->workspace = llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, dtype);
+    size_t dx = llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, dtype);
+    size_t dw = llmpar_tp_weight_gradient_workspace(h.tp, h.s.n, h.s.leaves, h.s.v, h.s.d, dtype);
+    if (dx > out->workspace) out->workspace = dx;
+    if (dw > out->workspace) out->workspace = dw;
+    return LLMPAR_OK;
+}
+
+/* The output projection [V/tp, D]: its own parameter, or the embedding table. */
+static void *llmpar__head_weight(const llmpar_unit_call *call) { return call->borrowed ? call->borrowed[0] : call->params[1]; }
+static void *llmpar__head_grad(const llmpar_unit_call *call) { return call->borrowed_grads ? call->borrowed_grads[0] : call->grads[1]; }
+
+static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, llmpar_xent_args *args)
+{
+    memset(args, 0, sizeof *args);
+    args->rows = h->s.n;
+    args->ld = args->v_local = h->s.v;
+    args->v_begin = h->s.v_begin;
+    args->v_total = h->model->config.vocab;
+    args->canon = h->tp->pieces;
+    args->logits = h->logits;
+    args->targets = call->micro->targets;
+    args->max = h->max;
+    args->target_logit = h->target;
+    args->sum = h->sum;
+    args->dtype = h->s.dtype;
+}
+
+static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
+}
+
+static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    llmpar_status status = llmpar_tp_product(h.tp, call->stream, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, h.in, h.s.d, llmpar__head_weight(call), h.s.d, h.logits, h.s.v, h.s.dtype, call->workspace, call->workspace_bytes);
+    llmpar__head_xent(call, &h, &xent);
+    return status ? status : call->device->xent_max(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
+{
+    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = values;
+    c.count = (size_t)count;
+    c.dtype = call->dtype;
+    c.op = op;
+    c.tag = tag;
+    return llmpar_all_reduce(tp->comm, call->stream, &c);
+}
+
+static llmpar_status llmpar__head_max(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__head_combine(call, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX);
+}
+
+static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    llmpar__head_xent(call, &h, &xent);
+    return call->device->xent_sum(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__head_combine(call, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
+}
+
+static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_loss_args args;
+    llmpar__head_open(call, &h);
+    memset(&args, 0, sizeof args);
+    args.rows = h.s.n;
+    args.max = h.max;
+    args.target_logit = h.target;
+    args.sum = h.sum;
+    args.targets = call->micro->targets;
+    args.accumulator = call->micro->loss;
+    args.token_loss = call->micro->token_loss;
+    args.dtype = h.s.dtype;
+    return call->device->xent_loss(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__head_dlogits(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_backward_args xent;
+    llmpar_tp_operand operand;
+    llmpar__head_open(call, &h);
+    llmpar__head_xent(call, &h, &xent.forward);
+    xent.scale = call->micro->grad_scale;
+    llmpar_status status = call->device->xent_backward(call->device, call->stream, &xent);
+    llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
+    return status ? status : llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_weight_gradient(h.tp, call->stream, h.s.n, h.s.leaves, h.s.v, h.s.d, h.logits, h.s.v, h.in, h.s.d, llmpar__head_grad(call), h.s.dtype, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_TP},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}}, LLMPAR__IF_TP},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}}, LLMPAR__ALWAYS},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_SP},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+    };
+    *count = 7;
+    return backward ? backward_rows : forward_rows;
+}
+/* ==== src/model/generate.c ==== */
+
+#include <string.h>
+
+
+/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
+   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
+typedef struct llmpar__session {
+    llmpar_llama *model;
+    llmpar_fsdp *fsdp;
+    llmpar_device *device;
+    llmpar_stream *stream;
+    llmpar_tp tp;                  /* the model's, without sequence parallel */
+    llmpar__shape s;               /* b = 1, t = rows */
+    llmpar_dtype dtype;
+    int64_t rows, capacity;
+    size_t workspace_bytes, cache_bytes;
+    void *block, *cache, *workspace; /* block: all activations */
+    void *x, *h, *q, *o, *part, *gate, *up, *logits;
+    int32_t *ids;                  /* device [rows] */
+    float *host;                   /* [rows, V] logits as f32 */
+    void *gathered;                /* device [tp, widest vocabulary part] */
+    int32_t unsharded_units;
+} llmpar__session;
+
+static llmpar_status llmpar__session_memory(llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    size_t at = 0;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, g->rows * s->d, s->size);
+    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
+    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
+    size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
+    g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
+    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, g->cache_bytes, "kv cache", &g->cache);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, g->workspace_bytes, "generation", &g->workspace);
+    if (status) return status;
+    char *base = (char *)g->block;
+    g->x = base + x;
+    g->h = base + h;
+    g->part = base + part;
+    g->q = base + q;
+    g->o = base + o;
+    g->gate = base + gate;
+    g->up = base + up;
+    g->logits = base + logits;
+    g->gathered = base + gathered;
+    g->ids = (int32_t *)(void *)(base + ids);
+    g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
+    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
+}
+
+static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
+{
+    const llmpar__shape *s = &g->s;
+    char *cache = (char *)g->cache + (size_t)layer * (size_t)(g->capacity * 2 * s->k * s->e) * s->size;
+    memset(args, 0, sizeof *args);
+    args->batch = 1;
+    args->tq = count;
+    args->tk = position + count;
+    args->tk_stride = g->capacity;
+    args->heads = s->h;
+    args->kv_heads = s->k;
+    args->head_dim = s->e;
+    args->q = g->q;
+    if (g->cache) {
+        args->k = cache;
+        args->v = cache + (size_t)(s->k * s->e) * s->size;
+    }
+    args->ldq = args->ldo = s->h * s->e;
+    args->ldk = args->ldv = 2 * s->k * s->e;
+    args->out = g->o;
+    args->scale = llmpar__llama_scale(g->model);
+    args->dtype = g->dtype;
+    args->workspace = g->workspace;
+    args->workspace_bytes = g->workspace_bytes;
+}
+
+static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = a;
+    operand->b = w;
+    operand->count = llmpar_tp_count(&g->tp, grains);
+    operand->begin = llmpar_tp_begin(&g->tp, grains);
+    operand->grain = grain;
+    operand->lda = operand->ldb = operand->count * grain;
+}
+
+static size_t llmpar__session_workspace(const llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    int64_t widths[4];
+    size_t most = 0, w;
+    widths[0] = s->h * s->e;
+    widths[1] = s->k * s->e;
+    widths[2] = s->f;
+    widths[3] = s->v;
+    llmpar_tp_operand row;
+    llmpar_attention_args attention;
+    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
+    for (int pass = 0; pass < 2; pass++) {
+        int64_t rows = pass ? g->rows : 1;
+        for (int i = 0; i < 4; i++) {
+            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
+            if (w > most) most = w;
+        }
+        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
+        w = g->device->attention_workspace(g->device, &attention);
+        if (w > most) most = w;
+    }
+    return most;
+}
+
+static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t capacity, llmpar__session *g)
+{
+    llmpar_micro micro;
+    memset(g, 0, sizeof *g);
+    g->model = model;
+    g->fsdp = fsdp;
+    g->device = model->ctx->device;
+    g->dtype = llmpar_fsdp_dtype(fsdp);
+    if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (capacity > model->positions)
+        return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
+    g->tp = model->tp;
+    g->tp.sequence_parallel = 0;
+    g->rows = rows;
+    g->capacity = capacity;
+    memset(&micro, 0, sizeof micro);
+    micro.batch = 1;
+    micro.t = rows;
+    micro.leaves = 1;
+    llmpar__llama_shape(model, &micro, g->dtype, &g->s);
+    g->workspace_bytes = llmpar__session_workspace(g);
+    llmpar_status status = g->device->stream_create(g->device, "generation", &g->stream);
+    if (!status) status = llmpar__session_memory(g);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
+        status = llmpar_fsdp_unshard(fsdp, u, NULL);
+        g->unsharded_units = u + 1;
+    }
+    return status;
+}
+
+static void llmpar__session_close(llmpar__session *g)
+{
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    if (g->stream) {
+        g->device->synchronize(g->device, g->stream);
+        g->device->stream_destroy(g->device, g->stream);
+    }
+    llmpar_arena_free(arena, g->block);
+    llmpar_arena_free(arena, g->cache);
+    llmpar_arena_free(arena, g->workspace);
+    llmpar_heap_free(&g->model->ctx->heap, g->host);
+}
+
+static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
+{
+    llmpar_rope_args args;
+    memset(&args, 0, sizeof args);
+    args.batch = 1;
+    args.t = count;
+    args.heads = heads;
+    args.head_dim = g->s.e;
+    args.ld = ld;
+    args.position = position;
+    args.x = x;
+    args.cosine = g->model->cosine;
+    args.sine = g->model->sine;
+    args.dtype = g->dtype;
+    return g->device->rope(g->device, g->stream, &args);
+}
+
+static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *p = NULL;
+    llmpar_attention_args attention;
+    llmpar_swiglu_args swiglu;
+    llmpar_tp_operand row;
+    llmpar_add_args add;
+    int64_t ld = 2 * s->k * s->e;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, layer + 1, &p); /* counted: already gathered */
+    if (status) return status;
+    status = llmpar_fsdp_reshard(g->fsdp, layer + 1);
+    llmpar__session_attention(g, layer, position, count, &attention);
+    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->part);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
+    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
+    if (!status) status = g->device->attention(g->device, g->stream, &attention);
+    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    /* x += part, h = norm(x); rstd is not needed and goes where gate will be */
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->part, g->x, p[LLMPAR__NORM2], g->x, g->h, g->gate);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = count;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = g->gate;
+    swiglu.up = g->up;
+    swiglu.h = g->gate;
+    swiglu.dtype = g->dtype;
+    if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
+    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    memset(&add, 0, sizeof add);
+    add.count = (size_t)(count * s->d);
+    add.a = g->x;
+    add.b = g->part;
+    add.out = g->x;
+    add.dtype = g->dtype;
+    return status ? status : g->device->add(g->device, g->stream, &add);
+}
+
+/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
+static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_heap *heap = &g->model->ctx->heap;
+    int32_t head = c->layers + 1;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    void *const *p = NULL, *const *table = NULL;
+    llmpar_collective call;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
+    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (status) return status;
+    const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->part);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&call, 0, sizeof call);
+    call.send = g->logits;
+    call.recv = g->gathered;
+    call.count = (size_t)(count * widest);
+    call.dtype = g->dtype;
+    call.tag = "logits/all_gather";
+    if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
+    size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
+    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
+    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
+    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
+    if (!status) status = g->device->synchronize(g->device, g->stream);
+    for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
+        int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
+        for (int64_t row = 0; row < count; row++)
+            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
+    }
+    llmpar_heap_free(heap, raw);
+    return status;
+}
+
+static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
+{
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *table = NULL;
+    llmpar_embedding_args args;
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
+    memset(&args, 0, sizeof args);
+    args.rows = count;
+    args.dim = g->s.d;
+    args.v_begin = g->s.v_begin;
+    args.v_local = g->s.v;
+    args.ids = g->ids;
+    args.table = status ? NULL : table[0];
+    args.out = g->x;
+    args.dtype = g->dtype;
+    if (!status) status = g->device->embedding(g->device, g->stream, &args);
+    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
+    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
+{
+    llmpar__session g;
+    if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
+    llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
+    if (!status) status = llmpar__session_forward(&g, ids, 0, count);
+    if (!status) status = llmpar__session_head(&g, 0, count);
+    if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
+    llmpar__session_close(&g);
+    return status;
+}
+
+/* ---- sampling ---- */
+
+static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
+{
+    int32_t best = 0;
+    for (int32_t i = 1; i < vocab; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
+static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
+{
+    for (;;) {
+        int32_t child = 2 * at + 1;
+        if (child >= count) return;
+        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
+        int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+        at = child;
+    }
+}
+
+/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+{
+    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    double sum = 0, mass = 0, target;
+    for (int32_t i = 0; i < vocab; i++) {
+        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
+        sum += (double)logits[i];
+        order[i] = i;
+    }
+    if (!(top_p > 0 && top_p < 1)) {
+        target = uniform * sum;
+        for (int32_t i = 0; i < vocab; i++) {
+            mass += (double)logits[i];
+            if (mass > target) return i;
+        }
+        return vocab - 1;
+    }
+    int32_t count = vocab, kept = 0;
+    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
+    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
+        int32_t top = order[0];
+        mass += (double)logits[top];
+        order[0] = order[--count];
+        order[count] = top;
+        kept++;
+        llmpar__sample_sift(order, count, 0, logits);
+    }
+    target = uniform * mass;
+    mass = 0;
+    for (int32_t i = 0; i < kept; i++) {
+        mass += (double)logits[order[vocab - 1 - i]];
+        if (mass > target) return order[vocab - 1 - i];
+    }
+    return order[vocab - kept];
+}
+
+static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
+{
+    for (int32_t i = 0; i < c->eos_count; i++)
+        if (c->eos_id[i] == id) return 1;
+    return 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    enum { CHUNK = 256 };
+    const llmpar_llama_config *c = &model->config;
+    llmpar__session g;
+    int32_t tokens = desc->tokens ? desc->tokens : 128;
+    *count = 0;
+    if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
+    if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
+    if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
+    if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
+    int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
+    if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
+    llmpar_status status = llmpar__session_open(model, fsdp, rows, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
+    int64_t position = 0, last = 0;
+    while (!status && position < desc->prompt_count) {
+        int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
+        status = llmpar__session_forward(&g, desc->prompt + position, position, n);
+        position += n;
+        last = n - 1;
+    }
+    for (int32_t i = 0; i < tokens && !status; i++) {
+        status = llmpar__session_head(&g, last, 1);
+        if (status) break;
+        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        if (!llmpar_isfinite_f32(g.host[id])) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        if (status) break;
+        ids[(*count)++] = id;
+        if (desc->on_token) status = desc->on_token(desc->user, id);
+        if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
+        status = llmpar__session_forward(&g, &id, position++, 1);
+        last = 0;
+    }
+    llmpar__session_close(&g);
+    llmpar_heap_free(&model->ctx->heap, order);
+    return status;
+}
+
+/* ==== src/model_io/hf.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+
+/* DIR/name on the heap; NULL when out of memory. */
+static char *llmpar__hf_path(llmpar_ctx *ctx, const char *directory, const char *name)
+{
+    size_t bytes = strlen(directory) + strlen(name) + 2;
+    char *path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    if (path) snprintf(path, bytes, "%s/%s", directory, name);
+    else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for a path");
+    return path;
+}
+
+/* Passes an error of a module without ctx on to the rank. */
+static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error)
+{
+    return status ? llmpar_fail(ctx, status, "%s", error->text) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
+{
+    llmpar_mapped file;
+    llmpar_error error;
+    char *path = llmpar__hf_path(ctx, directory, "config.json");
+    if (!path) return LLMPAR_ERR_MEMORY;
+    memset(&file, 0, sizeof file);
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_file_map(path, &file, &error);
+    if (!status) status = llmpar_llama_config_parse(&ctx->heap, (const char *)file.data, file.bytes, path, out, &error);
+    llmpar_file_unmap(&file);
+    llmpar_heap_free(&ctx->heap, path);
+    return llmpar__hf_fail(ctx, status, &error);
+}
+
+/* ---- loading ---- */
+
+/* Every parameter is there with its shape, and nothing else. */
+static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensors *file)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    int32_t matched = 0;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
+        for (int32_t i = 0; i < unit->param_count; i++) {
+            const llmpar_param *param = &unit->params[i];
+            const llmpar_safetensor *tensor = llmpar_safetensors_find(file, param->name);
+            if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", file->path, param->name);
+            int same = tensor->dims == param->dims;
+            for (int32_t d = 0; d < param->dims && same; d++) same = tensor->shape[d] == param->shape[d];
+            if (!same)
+                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has %d dims [%lld, %lld], expected %d dims [%lld, %lld]", file->path, param->name, (int)tensor->dims, (long long)(tensor->dims > 0 ? tensor->shape[0] : 1),
+                                   (long long)(tensor->dims > 1 ? tensor->shape[1] : 1), (int)param->dims, (long long)param->shape[0], (long long)(param->dims > 1 ? param->shape[1] : 1));
+            if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
+                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
+            matched++;
+        }
+    }
+    if (matched == file->count) return LLMPAR_OK;
+    for (int32_t t = 0; t < file->count; t++) {
+        int known = 0;
+        for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !known; u++)
+            for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count && !known; i++) known = !strcmp(file->tensor[t].name, llmpar_fsdp_unit(fsdp, u)->params[i].name);
+        if (!known) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is not part of this model (%d parameters, %d tensors in the file)", file->path, file->tensor[t].name, (int)matched, (int)file->count);
+    }
+    return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "%s: %d parameters, %d tensors", file->path, (int)matched, (int)file->count);
+}
+
+static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safetensors *file, int32_t u, llmpar_stream *stream)
+{
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar_ctx *ctx = mesh->ctx;
+    const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
+    llmpar_dtype dtype = llmpar_fsdp_dtype(fsdp);
+    int64_t elements;
+    void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
+    size_t bytes = (size_t)elements * llmpar_dtype_size(dtype);
+    void *host = llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to load unit %s (%lld elements)", file->path, unit->name, (long long)elements);
+    llmpar_status status = ctx->device->copy(ctx->device, stream, host, shard, bytes);
+    if (!status) status = ctx->device->synchronize(ctx->device, stream);
+    for (int32_t i = 0; i < unit->param_count && !status; i++) {
+        const llmpar_safetensor *source = llmpar_safetensors_find(file, unit->params[i].name);
+        llmpar_dtensor tensor;
+        llmpar_fsdp_dtensor(fsdp, u, i, &tensor);
+        const void *data = file->data + source->begin;
+        void *converted = NULL;
+        size_t count = source->bytes / llmpar_dtype_size(source->dtype);
+        if (source->dtype != dtype || (uintptr_t)data % 8) {
+            converted = llmpar_heap_alloc(&ctx->heap, count, llmpar_dtype_size(dtype));
+            if (!converted) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to convert %s", file->path, source->name);
+            else if (source->dtype == dtype) memcpy(converted, data, source->bytes);
+            else llmpar_convert(converted, dtype, data, source->dtype, count);
+        }
+        if (!status) llmpar_dtensor_cut(&tensor, mesh, converted ? converted : data, llmpar_fsdp_local(fsdp, u, i, host));
+        llmpar_heap_free(&ctx->heap, converted);
+    }
+    if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
+    if (!status) status = ctx->device->synchronize(ctx->device, stream);
+    llmpar_heap_free(&ctx->heap, host);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_safetensors *file = NULL;
+    llmpar_stream *stream = NULL;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    char *path = llmpar__hf_path(ctx, directory, "model.safetensors"), *index = llmpar__hf_path(ctx, directory, "model.safetensors.index.json");
+    llmpar_status status = path && index ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
+    if (!status && !llmpar_is_file(path) && llmpar_is_file(index)) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: a model in several files; expected one model.safetensors", index);
+    if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_open(&ctx->heap, path, &file, &error), &error);
+    if (!status) status = llmpar__hf_match(fsdp, file);
+    if (!status) status = ctx->device->stream_create(ctx->device, "load", &stream);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(fsdp, file, u, stream);
+    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    llmpar_safetensors_close(file);
+    llmpar_heap_free(&ctx->heap, index);
+    llmpar_heap_free(&ctx->heap, path);
+    return status;
+}
+
+/* ---- saving ---- */
+
+struct llmpar_tensor_file {
+    llmpar_fsdp *fsdp;
+    llmpar_ctx *ctx;
+    llmpar_stream *stream;
+    llmpar_safetensors_writer *writer; /* world rank 0 */
+    void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
+    void *host;                        /* world rank 0: one tensor */
+    int32_t next;                      /* unit */
+};
+
+/* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
+static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
+{
+    if (status) return status;
+    return llmpar_comm_barrier(ctx->comm, stream, what);
+}
+
+static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path)
+{
+    llmpar_ctx *ctx = file->ctx;
+    llmpar_error error;
+    int32_t count = 0, at = 0;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) count += llmpar_fsdp_unit(file->fsdp, u)->param_count;
+    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, u);
+        for (int32_t i = 0; i < unit->param_count; i++, at++) {
+            tensors[at].name = unit->params[i].name;
+            tensors[at].dtype = llmpar_fsdp_dtype(file->fsdp);
+            tensors[at].dims = unit->params[i].dims;
+            for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
+        }
+    }
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_safetensors_writer_open(&ctx->heap, path, tensors, count, &file->writer, &error);
+    llmpar_heap_free(&ctx->heap, tensors);
+    return llmpar__hf_fail(ctx, status, &error);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out)
+{
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar_ctx *ctx = mesh->ctx;
+    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp));
+    int64_t most = 1, scratch = 1;
+    *out = NULL;
+    llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
+    if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    file->fsdp = fsdp;
+    file->ctx = ctx;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++)
+        for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count; i++) {
+            llmpar_dtensor tensor;
+            int64_t elements = 1, need;
+            llmpar_fsdp_dtensor(fsdp, u, i, &tensor);
+            for (int32_t d = 0; d < tensor.dims; d++) elements *= tensor.shape[d];
+            need = llmpar_dtensor_full_scratch(&tensor, mesh);
+            if (elements > most) most = elements;
+            if (need > scratch) scratch = need;
+        }
+    llmpar_status status = ctx->device->stream_create(ctx->device, "save", &file->stream);
+    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)most * size, "whole tensor", &file->full);
+    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
+    if (!status && ctx->rank == 0) {
+        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)most, size);
+        status = file->host ? llmpar__hf_declare(file, path) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
+    }
+    status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
+    if (status) {
+        llmpar_tensor_file_abandon(file);
+        return status;
+    }
+    *out = file;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
+{
+    llmpar_ctx *ctx = file->ctx;
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
+    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(file->fsdp));
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    if (unit != file->next) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected unit %d", (int)unit, (int)file->next);
+    file->next++;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
+        llmpar_dtensor tensor;
+        size_t bytes = size;
+        llmpar_fsdp_dtensor(file->fsdp, unit, i, &tensor);
+        for (int32_t d = 0; d < tensor.dims; d++) bytes *= (size_t)tensor.shape[d];
+        status = llmpar_dtensor_full(&tensor, mesh, file->stream, llmpar_fsdp_local(file->fsdp, unit, i, (void *)(uintptr_t)shard), file->scratch, file->full);
+        if (!status && file->writer) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, bytes);
+        if (!status) status = ctx->device->synchronize(ctx->device, file->stream);
+        if (!status && file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_write(file->writer, file->host, bytes, &error), &error);
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
+{
+    llmpar_ctx *ctx = file->ctx;
+    llmpar_error error;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error_clear(&error);
+    if (file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_commit(file->writer, &error), &error);
+    file->writer = NULL;
+    status = llmpar__hf_agree(ctx, file->stream, status, "save/commit");
+    llmpar_tensor_file_abandon(file);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
+{
+    if (!file) return;
+    llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->full);
+    llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
+    llmpar_safetensors_writer_abandon(file->writer);
+    llmpar_heap_free(&file->ctx->heap, file->host);
+    if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
+    llmpar_heap_free(&file->ctx->heap, file);
+}
+
+static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama_config *config, const char *directory)
+{
+    llmpar_error error;
+    llmpar_writer *writer = NULL;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
+    if (status) return status;
+    size_t bytes = llmpar_llama_config_write(config, NULL, 0);
+    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1), *path = llmpar__hf_path(ctx, directory, "config.json");
+    if (!text || !path) {
+        status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", directory);
+    } else {
+        llmpar_llama_config_write(config, text, bytes + 1);
+        status = llmpar_writer_open(&ctx->heap, path, &writer, &error);
+        if (!status) status = llmpar_writer_write(writer, text, bytes, &error);
+        if (!status) {
+            status = llmpar_writer_commit(writer, &error);
+            writer = NULL;
+        }
+        llmpar_writer_abandon(writer);
+        status = llmpar__hf_fail(ctx, status, &error);
+    }
+    llmpar_heap_free(&ctx->heap, path);
+    llmpar_heap_free(&ctx->heap, text);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_tensor_file *file = NULL;
+    llmpar_status status = ctx->rank == 0 ? llmpar__hf_write_config(ctx, config, directory) : LLMPAR_OK;
+    char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
+    if (!status && !path) status = LLMPAR_ERR_MEMORY;
+    if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL));
+    if (!status) {
+        status = llmpar_tensor_file_commit(file);
+        file = NULL;
+    }
+    llmpar_tensor_file_abandon(file);
+    llmpar_heap_free(&ctx->heap, path);
+    return status;
+}
+
+/* ==== src/run/launch.c ==== */
+/* launch: rank threads, their contexts, and the root error.
+
+   One rank's life, on its own thread (on the caller's for a world of one rank):
+     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all -> communicator and device destroyed
+   The check hook runs when all ranks have ended, on the caller's thread, rank by rank. */
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+
+#define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
+#define LLMPAR__LAUNCH_MAX_RANKS 4096
+
+/* What all ranks of one launch share; read-only while they run. */
+typedef struct llmpar__launch_job {
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level;
+    llmpar_rank_fn fn;
+    void *user;
+    llmpar_threads_world *world;
+} llmpar__launch_job;
+
+typedef struct llmpar__launch_rank {
+    llmpar_ctx ctx;
+    const llmpar__launch_job *job;
+    pthread_t thread;
+} llmpar__launch_rank;
+
+/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
+static uint64_t llmpar__launch_float_state(void)
+{
+#if defined(__x86_64__)
+    unsigned old = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(old & ~(0x8000u | 0x6000u | 0x0040u)); /* FTZ, rounding, DAZ */
+    return old;
+#else
+    uint64_t old;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(old));
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(old & ~((uint64_t)0x3 << 22 | (uint64_t)1 << 24 | (uint64_t)1 << 19))); /* rounding, FZ, FZ16 */
+    return old;
+#endif
+}
+
+static void llmpar__launch_float_restore(uint64_t state)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr((unsigned)state);
+#else
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(state));
+#endif
+}
+
+static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, const char *line)
+{
+    (void)user;
+    if (level == LLMPAR_LOG_INFO) return;
+    fprintf(stderr, "llmpar: rank %d: %s%s\n", rank, level == LLMPAR_LOG_WARNING ? "warning: " : "", line);
+}
+
+/* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler) differ here. */
+static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
+{
+    enum { M = 5, N = 19, K = 67 };
+    llmpar_device *device = ctx->device;
+    size_t floats = M * K + N * K + M * N, workspace_bytes;
+    llmpar_gemm_segment segment[4];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    memset(segment, 0, sizeof segment);
+    float *a = (float *)llmpar_heap_alloc(&ctx->heap, floats, sizeof *a);
+    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
+    float *b = a + M * K, *c = b + N * K;
+    for (int i = 0; i < M * K + N * K; i++) a[i] = (float)((i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
+    for (int i = 0; i < 4; i++) {
+        int begin = i * K / 4;
+        segment[i].a = a + begin;
+        segment[i].b = b + begin;
+        segment[i].lda = segment[i].ldb = K;
+        segment[i].k = (i + 1) * K / 4 - begin;
+        segment[i].piece = i;
+    }
+    args.m = M;
+    args.n = N;
+    args.c = c;
+    args.ldc = N;
+    args.segments = segment;
+    args.segment_count = args.pieces = 4;
+    args.kind = LLMPAR_GEMM_NT;
+    args.dtype = LLMPAR_F32;
+    workspace_bytes = device->gemm_workspace(device, &args);
+    llmpar_stream *stream = NULL;
+    llmpar_status st = device->alloc(device, workspace_bytes, &args.workspace);
+    args.workspace_bytes = workspace_bytes;
+    if (!st) st = device->stream_create(device, "self-test", &stream);
+    if (!st) st = device->gemm(device, stream, &args);
+    if (stream) {
+        llmpar_status synchronized = device->synchronize(device, stream);
+        if (!st) st = synchronized;
+        device->stream_destroy(device, stream);
+    }
+    uint64_t hash = 0xcbf29ce484222325u;
+    const unsigned char *bytes = (const unsigned char *)c;
+    for (size_t i = 0; !st && i < M * N * sizeof *c; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    for (const char *p = device->name; *p; p++) hash = (hash ^ (unsigned char)*p) * 0x100000001b3u;
+    device->free(device, args.workspace, workspace_bytes);
+    llmpar_heap_free(&ctx->heap, a);
+    *out = hash;
+    return st;
+}
+
+/* All ranks compute alike, or all say who does not. */
+static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
+{
+    if (ctx->world == 1) return LLMPAR_OK;
+    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
+    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
+    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
+    llmpar_stream *stream = NULL;
+    if (!st) st = ctx->device->stream_create(ctx->device, "launch", &stream);
+    if (!st) {
+        llmpar_collective call;
+        memset(&call, 0, sizeof call);
+        call.send = &mine;
+        call.recv = all;
+        call.count = 1;
+        call.dtype = LLMPAR_U64;
+        call.tag = "launch/self_test";
+        st = llmpar_all_gather(ctx->comm, stream, &call);
+        llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
+        if (!st) st = synchronized;
+        ctx->device->stream_destroy(ctx->device, stream);
+    }
+    for (int32_t i = 1; i < ctx->world && !st; i++)
+        if (all[i] != all[0])
+            st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
+                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
+    llmpar_heap_free(&ctx->heap, all);
+    return st;
+}
+
+static void llmpar__launch_run(llmpar__launch_rank *self)
+{
+    const llmpar__launch_job *job = self->job;
+    llmpar_ctx *ctx = &self->ctx;
+    llmpar_cpu_desc cpu;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = job->desc.threads;
+    cpu.level = job->level;
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
+    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
+    if (!st) st = llmpar__launch_agree(ctx);
+    if (!st) st = job->fn(ctx, job->user);
+    if (st) {
+        llmpar_error error = ctx->error;
+        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error.rank = ctx->rank;
+        error.status = st;
+        llmpar_threads_world_fail(job->world, &error);
+    }
+    llmpar_threads_rank_finished(job->world, ctx->rank);
+    llmpar_comm_destroy(ctx->comm);
+    llmpar_cpu_destroy(ctx->device);
+    ctx->comm = NULL;
+    ctx->device = NULL;
+}
+
+static void *llmpar__launch_thread(void *arg)
+{
+    llmpar__launch_rank *self = (llmpar__launch_rank *)arg;
+    char name[16];
+    snprintf(name, sizeof name, "r%d", (int)self->ctx.rank);
+#if defined(__linux__)
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+#elif defined(__APPLE__)
+    pthread_setname_np(name);
+#endif
+    llmpar__launch_float_state(); /* the thread ends with it */
+    llmpar__launch_run(self);
+    return NULL;
+}
+
+/* Checks the desc and fills in the defaults. */
+static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
+{
+    if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (one rank) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
+    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!desc->ranks) desc->ranks = 1;
+    if (!desc->threads) desc->threads = 1;
+    if (!desc->log) desc->log = llmpar__launch_log;
+    const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
+    *level = llmpar_cpu_best_level();
+    if (text && !llmpar_cpu_level_parse(text, level)) {
+        char choices[128];
+        size_t used = 0;
+        choices[0] = 0;
+        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?") && used < sizeof choices; i++) {
+            int n = snprintf(choices + used, sizeof choices - used, "%s%s", used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
+            used += n > 0 ? (size_t)n : 0;
+        }
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    llmpar_error local;
+    if (!error) error = &local;
+    llmpar_error_clear(error);
+    if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    llmpar__launch_job job;
+    memset(&job, 0, sizeof job);
+    if (given) job.desc = *given;
+    job.fn = fn;
+    job.user = user;
+    llmpar_status st = llmpar__launch_resolve(&job.desc, &job.level, error);
+    if (st) return st;
+
+    int32_t ranks = job.desc.ranks, started = 0;
+    llmpar_heap heap; /* of this thread; the ranks' splits use it under the world's lock */
+    llmpar_threads_desc threads;
+    memset(&threads, 0, sizeof threads);
+    threads.ranks = ranks;
+    threads.lockstep = job.desc.lockstep;
+    threads.deadline = job.desc.deadline;
+    llmpar_heap_init(&heap, job.desc.allocator);
+    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    if (!rank) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+    st = llmpar_threads_world_create(&heap, &threads, &job.world, error);
+    if (st) {
+        llmpar_heap_free(&heap, rank);
+        return st;
+    }
+    for (int32_t i = 0; i < ranks; i++) {
+        llmpar_ctx *ctx = &rank[i].ctx;
+        rank[i].job = &job;
+        ctx->rank = i;
+        ctx->world = ranks;
+        llmpar_heap_init(&ctx->heap, job.desc.allocator);
+        llmpar_error_clear(&ctx->error);
+        ctx->error.rank = i;
+        ctx->log = job.desc.log;
+        ctx->log_user = job.desc.log_user;
+    }
+
+    if (ranks == 1) {
+        uint64_t state = llmpar__launch_float_state();
+        llmpar__launch_run(&rank[0]);
+        llmpar__launch_float_restore(state);
+        started = 1;
+    } else {
+        pthread_attr_t attributes;
+        int failed = pthread_attr_init(&attributes);
+        if (!failed) {
+            pthread_attr_setstacksize(&attributes, LLMPAR__LAUNCH_STACK);
+            while (started < ranks && !failed) {
+                failed = pthread_create(&rank[started].thread, &attributes, llmpar__launch_thread, &rank[started]);
+                if (!failed) started++;
+            }
+            pthread_attr_destroy(&attributes);
+        }
+        if (failed) {
+            llmpar_error broken;
+            llmpar_error_clear(&broken);
+            llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
+            broken.rank = started;
+            llmpar_threads_world_fail(job.world, &broken);
+            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job.world, i);
+        }
+        for (int32_t i = 0; i < started; i++) pthread_join(rank[i].thread, NULL);
+    }
+    for (int32_t i = 0; i < started && job.desc.check; i++) job.desc.check(&rank[i].ctx, user);
+    llmpar_threads_world_error(job.world, error);
+    llmpar_threads_world_destroy(job.world);
+    llmpar_heap_free(&heap, rank);
+    return error->status;
+}
+
+#undef LLMPAR__LAUNCH_STACK
+#undef LLMPAR__LAUNCH_MAX_RANKS
+/* ==== src/run/parallelize.c ==== */
+/* ==== src/run/trainer_internal.h ==== */
+/* trainer_internal: the trainer's state, made by parallelize.c, driven by trainer.c, reported by metrics.c. */
+#ifndef LLMPAR_TRAINER_INTERNAL_H
+#define LLMPAR_TRAINER_INTERNAL_H
+
+
+struct llmpar_trainer {
+    llmpar_ctx *ctx;
+    llmpar_mesh *mesh;
+    llmpar_llama *model;
+    llmpar_trainer_desc desc;       /* resolved; strings are copies */
+    llmpar_fsdp *fsdp;
+    llmpar_adamw *adamw;
+    llmpar_schedule *train, *eval;
+    llmpar_mapped file;
+    llmpar_data data;
+    int64_t local;                  /* sequences of this rank in one micro-batch */
+    int32_t *ids, *targets;         /* device [grad_accum * local, T] */
+    int32_t *staging;               /* host [T + 1], then [2][local * T] */
+    llmpar_micro *micro;            /* [grad_accum] */
+    llmpar_stream *stream;
+    int64_t steps;
+    char *gradients;                /* path of the next step's gradients, or NULL */
+    llmpar_tensor_file *gradient_file;
+    void *log;                      /* FILE of the JSON lines, world rank 0 */
+    double peak_flops;              /* all ranks' own matrix products at once, FLOP/s */
+    int progress;                   /* a progress line is on the terminal */
+};
+
+LLMPAR__PRIVATE double llmpar__run_seconds(void); /* monotonic */
+LLMPAR__PRIVATE llmpar_status llmpar__metrics_open(llmpar_trainer *trainer);
+LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
+/* Console line, progress line and log line of a step; world rank 0. */
+LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
+/* Sets trainer->peak_flops. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
+
+#endif
+/* ---- src/run/parallelize.c goes on ---- */
+
+#include <stdio.h>
+#include <string.h>
+
+
+/* ---- what was asked for, checked ---- */
+
+static int64_t llmpar__recipe_leaves(int64_t batch) /* the largest power of two that divides it */
+{
+    return batch & -batch;
+}
+
+/* The guarantee of docs/exact.md, or the numbers that break it. */
+static llmpar_status llmpar__recipe_exact(const llmpar_trainer_desc *desc, const llmpar_mesh *mesh, llmpar_error *error)
+{
+    int32_t tp = mesh->degree[LLMPAR_AXIS_TP];
+    int64_t leaves = llmpar__recipe_leaves(desc->batch), cuts = (int64_t)mesh->dp_ranks * desc->grad_accum;
+    if (!llmpar_is_pow2(tp) || desc->canon % tp)
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: tp = %d is not a power of two that divides the %d canonical pieces, so sums over tp depend on it", (int)tp, (int)desc->canon);
+    if (!llmpar_is_pow2(mesh->dp_ranks) || !llmpar_is_pow2(desc->grad_accum) || leaves % cuts)
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: %d data ranks x grad_accum %d is not a power of two that divides the %lld leaves of batch %lld (its largest power of two), so sums over the batch depend on it",
+                                (int)mesh->dp_ranks, (int)desc->grad_accum, (long long)leaves, (long long)desc->batch);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar_error *error)
+{
+    if (d->data && d->sequence) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: data and sequence are both set, expected one");
+    if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
+    if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
+    if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
+    if (d->prefetch < 0 || d->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: prefetch = %d, expected 0 .. 64", (int)d->prefetch);
+    if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
+    if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
+    if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
+    if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
+    if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
+{
+    if (d->grad_accum == 0) d->grad_accum = 1;
+    if (d->batch == 0 && d->grad_accum > 0) d->batch = (int64_t)mesh->dp_ranks * d->grad_accum;
+    if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
+    if (d->exact == LLMPAR_EXACT_OFF) d->canon = 1;
+    if (d->canon == 0) d->canon = 8;
+    if (d->zero == LLMPAR_ZERO_DEFAULT) d->zero = LLMPAR_ZERO_3;
+    if (d->dtype == LLMPAR_DTYPE_DEFAULT) d->dtype = LLMPAR_F32;
+    if (d->lr == 0) d->lr = 1e-3;
+    if (d->lr_min == 0) d->lr_min = d->lr / 10;
+    if (d->held_out == 0) d->held_out = 0.05;
+    if (d->log_every == 0) d->log_every = 10;
+    llmpar_adamw_desc_resolve(&d->adamw);
+    llmpar_status status = llmpar__recipe_numbers(d, error);
+    if (status) return status;
+    int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
+    if (d->batch % cuts)
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "trainer: batch = %lld is not divisible by %d data ranks (dp_replicate %d x dp_shard %d) x grad_accum %d = %lld", (long long)d->batch, (int)mesh->dp_ranks,
+                                (int)mesh->degree[LLMPAR_AXIS_DP_REPLICATE], (int)mesh->degree[LLMPAR_AXIS_DP_SHARD], (int)d->grad_accum, (long long)cuts);
+    if (d->seq_len > config->max_positions)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: seq_len = %lld, expected at most the model's max_position_embeddings = %d", (long long)d->seq_len, (int)config->max_positions);
+    if (d->data && config->vocab < 256) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: bytes as tokens need a vocabulary of at least 256, the model has %d", (int)config->vocab);
+    return d->exact == LLMPAR_EXACT_REQUIRE ? llmpar__recipe_exact(d, mesh, error) : LLMPAR_OK;
+}
+
+/* ---- the steps of the recipe ---- */
+
+static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
+{
+    llmpar_data_desc desc;
+    llmpar_error error;
+    if (!t->desc.data) return LLMPAR_OK;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_file_map(t->desc.data, &t->file, &error);
+    memset(&desc, 0, sizeof desc);
+    desc.bytes = t->file.data;
+    desc.count = t->file.bytes;
+    desc.seq_len = t->desc.seq_len;
+    desc.seed = llmpar_llama_seed(t->model);
+    desc.held_out = t->desc.held_out;
+    desc.name = t->desc.data;
+    if (!status) status = llmpar_data_init(&desc, &t->data, &error);
+    if (status) return llmpar_fail(t->ctx, status, "%s", error.text);
+    t->desc.sequence = llmpar_data_sequence;
+    t->desc.sequence_user = &t->data;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, int32_t forward_only, llmpar_schedule **out)
+{
+    int32_t count;
+    llmpar_unit *units = llmpar_llama_units(t->model, &count);
+    llmpar_policy policy;
+    memset(&policy, 0, sizeof policy);
+    llmpar_fsdp_policy(t->fsdp, &policy);
+    policy.micro_batches = t->desc.grad_accum;
+    policy.no_sync = t->desc.no_sync;
+    policy.prefetch = t->desc.prefetch;
+    policy.forward_only = forward_only;
+    llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
+    if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
+    return status;
+}
+
+static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
+{
+    llmpar_heap *heap = &t->ctx->heap;
+    int64_t rows = t->local * t->desc.seq_len;
+    size_t all = (size_t)(rows * t->desc.grad_accum) * sizeof(int32_t);
+    void *ids = NULL, *targets = NULL;
+    llmpar_status status = llmpar_arena_alloc(llmpar_fsdp_arena(t->fsdp), LLMPAR_TAG_ACTIVATIONS, all, "token ids", &ids);
+    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(t->fsdp), LLMPAR_TAG_ACTIVATIONS, all, "targets", &targets);
+    if (!status) status = t->ctx->device->stream_create(t->ctx->device, "data", &t->stream);
+    if (status) return status;
+    t->ids = (int32_t *)ids;
+    t->targets = (int32_t *)targets;
+    t->staging = (int32_t *)llmpar_heap_alloc(heap, (size_t)(2 * rows + t->desc.seq_len + 1), sizeof(int32_t));
+    t->micro = (llmpar_micro *)llmpar_heap_zalloc(heap, (size_t)t->desc.grad_accum, sizeof *t->micro);
+    if (!t->staging || !t->micro) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: no memory for %lld tokens a micro-batch", (long long)rows);
+    for (int32_t m = 0; m < t->desc.grad_accum; m++) {
+        t->micro[m].batch = t->local;
+        t->micro[m].t = t->desc.seq_len;
+        t->micro[m].leaves = t->desc.exact == LLMPAR_EXACT_OFF ? 1 : llmpar__recipe_leaves(t->local);
+        t->micro[m].ids = t->ids + m * rows;
+        t->micro[m].targets = t->targets + m * rows;
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__recipe(llmpar_trainer *t)
+{
+    llmpar_llama_apply_desc apply;
+    llmpar_fsdp_desc fsdp;
+    int32_t count;
+    memset(&apply, 0, sizeof apply);
+    memset(&fsdp, 0, sizeof fsdp);
+    /* Data first: a missing or short file is found before memory is taken. */
+    llmpar_status status = llmpar__recipe_data(t);
+    if (status) return status;
+    /* Tensor parallelism: the model gets its axis. */
+    apply.canon = t->desc.canon;
+    apply.sequence_parallel = t->desc.sequence_parallel;
+    apply.dtype = t->desc.dtype;
+    apply.positions = t->desc.seq_len;
+    status = llmpar_llama_apply(t->model, t->mesh->comm[LLMPAR_AXIS_TP], &apply);
+    if (status) return status;
+    /* FSDP: the model's units become flat shards. */
+    llmpar_unit *units = llmpar_llama_units(t->model, &count);
+    fsdp.zero = t->desc.zero;
+    fsdp.dtype = t->desc.dtype;
+    fsdp.memory_limit = t->desc.memory_limit;
+    fsdp.seed = llmpar_llama_seed(t->model);
+    status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
+    if (status || !t->desc.sequence) return status; /* without data: load, save, generate */
+    /* What a step does, as a list, proved before it ever runs. */
+    status = llmpar__recipe_schedule(t, 0, &t->train);
+    if (!status) status = llmpar__recipe_schedule(t, 1, &t->eval);
+    /* The optimizer on the shards, the step's tokens, the metrics. */
+    if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
+    if (!status) status = llmpar__recipe_buffers(t);
+    if (!status) status = llmpar__metrics_peak(t);
+    return status ? status : llmpar__metrics_open(t);
+}
+
+LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
+{
+    llmpar_ctx *ctx = mesh->ctx;
+    llmpar_trainer_desc resolved = *desc;
+    llmpar_error error;
+    *out = NULL;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
+    if (status) return llmpar_fail(ctx, status, "%s", error.text);
+    llmpar_trainer *t = (llmpar_trainer *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *t);
+    if (!t) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    t->ctx = ctx;
+    t->mesh = mesh;
+    t->model = model;
+    t->desc = resolved;
+    t->desc.data = desc->data ? llmpar_heap_strdup(&ctx->heap, desc->data) : NULL;
+    t->desc.log = desc->log ? llmpar_heap_strdup(&ctx->heap, desc->log) : NULL;
+    t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
+    if ((desc->data && !t->desc.data) || (desc->log && !t->desc.log)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    if (!status) status = llmpar__recipe(t);
+    if (status) {
+        llmpar_trainer_destroy(t);
+        return status;
+    }
+    *out = t;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
+{
+    if (!t) return;
+    llmpar_heap *heap = &t->ctx->heap;
+    llmpar__metrics_close(t);
+    llmpar_tensor_file_abandon(t->gradient_file);
+    if (t->fsdp) {
+        llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
+        llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
+    }
+    llmpar_adamw_destroy(t->adamw);
+    llmpar_schedule_destroy(t->train);
+    llmpar_schedule_destroy(t->eval);
+    if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);
+    llmpar_fsdp_destroy(t->fsdp);
+    llmpar_file_unmap(&t->file);
+    llmpar_heap_free(heap, t->staging);
+    llmpar_heap_free(heap, t->micro);
+    llmpar_heap_free(heap, t->gradients);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
+    llmpar_heap_free(heap, t);
+}
+
+LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
+LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
+LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
+LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
+/* ==== src/run/trainer.c ==== */
+
+#include <string.h>
+
+/* Index within the step of sequence j of micro-batch m on this data rank; docs/exact.md, "The batch":
+     sync     | m0: r0 r1 | m1: r0 r1 |      every micro-batch is reduced over the ranks
+     no_sync  | r0: m0 m1 | r1: m0 m1 |      every rank sums its own first */
+static int64_t llmpar__trainer_index(const llmpar_trainer *t, int32_t m, int64_t j)
+{
+    int64_t ranks = t->mesh->dp_ranks, rank = t->mesh->dp_rank, part = t->desc.no_sync ? rank * t->desc.grad_accum + m : m * ranks + rank;
+    return part * t->local + j;
+}
+
+/* One sequence into ids and targets of a micro-batch; counts its targets. mask: a sequence that only fills up the batch. */
+static llmpar_status llmpar__trainer_sequence(llmpar_trainer *t, int64_t index, int held_out, int mask, int32_t *ids, int32_t *targets, int64_t *counted)
+{
+    llmpar_ctx *ctx = t->ctx;
+    int64_t length = t->desc.seq_len;
+    int32_t vocab = llmpar_llama_get_config(t->model)->vocab, *tokens = t->staging;
+    llmpar_status status = held_out ? llmpar_data_eval_sequence(&t->data, mask ? 0 : index, tokens) : t->desc.sequence(t->desc.sequence_user, index, tokens);
+    if (status) return llmpar_fail(ctx, status, "sequence %lld: the data source failed (%s)", (long long)index, llmpar_status_string(status));
+    for (int64_t i = 0; i <= length; i++) {
+        /* A negative token is a target that is not counted; as an input it stands for id 0. */
+        if (tokens[i] >= vocab) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "sequence %lld: token id %d at position %lld, expected at most %d", (long long)index, (int)tokens[i], (long long)i, (int)vocab - 1);
+        if (i < length) ids[i] = tokens[i] < 0 ? 0 : tokens[i];
+        if (i > 0) {
+            targets[i - 1] = mask || tokens[i] < 0 ? -1 : tokens[i];
+            *counted += targets[i - 1] >= 0;
+        }
+    }
+    return LLMPAR_OK;
+}
+
+/* All tokens of a step (first = global index of its first sequence), or of a group of held-out sequences below `limit`. */
+static llmpar_status llmpar__trainer_tokens(llmpar_trainer *t, int64_t first, int held_out, int64_t limit, int64_t *counted)
+{
+    llmpar_device *device = t->ctx->device;
+    int64_t length = t->desc.seq_len, rows = t->local * length;
+    int32_t *ids = t->staging + length + 1, *targets = ids + rows;
+    llmpar_status status = LLMPAR_OK;
+    *counted = 0;
+    for (int32_t m = 0; m < t->desc.grad_accum && !status; m++) {
+        for (int64_t j = 0; j < t->local && !status; j++) {
+            int64_t index = first + llmpar__trainer_index(t, m, j);
+            status = llmpar__trainer_sequence(t, index, held_out, held_out && index >= limit, ids + j * length, targets + j * length, counted);
+        }
+        if (!status) status = device->copy(device, t->stream, t->ids + m * rows, ids, (size_t)rows * sizeof *ids);
+        if (!status) status = device->copy(device, t->stream, t->targets + m * rows, targets, (size_t)rows * sizeof *ids);
+        if (!status) status = device->synchronize(device, t->stream);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int32_t unit, const void *shard)
+{
+    (void)fsdp;
+    return llmpar_tensor_file_write(((llmpar_trainer *)user)->gradient_file, unit, shard);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
+{
+    if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    llmpar_heap_free(&t->ctx->heap, t->gradients);
+    t->gradients = llmpar_heap_strdup(&t->ctx->heap, path);
+    return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+}
+
+static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
+{
+    llmpar_arena_usage usage;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
+    double positions = (double)t->desc.batch * (double)t->desc.seq_len;
+    out->tokens_per_second = out->seconds > 0 ? positions / out->seconds : 0;
+    out->tflops = out->tokens_per_second * llmpar_llama_flops_per_token(llmpar_llama_get_config(t->model), t->desc.seq_len) * 1e-12;
+    out->mfu = t->peak_flops > 0 ? out->tflops * 1e12 / t->peak_flops : 0;
+    out->memory = usage.peak_total;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out)
+{
+    llmpar_step step;
+    llmpar_run run;
+    memset(&step, 0, sizeof step);
+    memset(&run, 0, sizeof run);
+    if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    double begin = llmpar__run_seconds();
+    step.step = t->steps + 1;
+    step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
+    llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
+    if (!status && t->gradients) status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+    if (status) return status;
+    run.micro = t->micro;
+    run.optimizer = llmpar_adamw_optimizer(t->adamw);
+    if (t->gradient_file) {
+        run.on_gradient = llmpar__trainer_gradient;
+        run.on_gradient_user = t;
+    }
+    llmpar_adamw_set_lr(t->adamw, step.lr);
+    status = llmpar_fsdp_run(t->fsdp, t->train->list, t->train->count, &run);
+    if (status == LLMPAR_ERR_NONFINITE) {
+        llmpar_error first = t->ctx->error; /* the step's number goes in front */
+        llmpar_error_clear(&t->ctx->error);
+        memcpy(t->ctx->error.where, first.where, sizeof first.where);
+        llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
+    }
+    if (t->gradient_file) {
+        if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
+        else llmpar_tensor_file_abandon(t->gradient_file);
+        t->gradient_file = NULL;
+        llmpar_heap_free(&t->ctx->heap, t->gradients);
+        t->gradients = NULL;
+    }
+    if (status) return status;
+    t->steps++;
+    step.tokens = run.global_tokens;
+    step.loss = run.loss;
+    step.grad_norm = run.grad_norm;
+    step.skipped = run.skipped;
+    step.seconds = llmpar__run_seconds() - begin;
+    llmpar__trainer_rates(t, &step);
+    if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
+    if (out) *out = step;
+    return llmpar__metrics_step(t, &step);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
+{
+    *loss = 0;
+    if (!t->desc.data || !t->data.eval_windows) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no held-out sequences to evaluate on");
+    int64_t limit = max_sequences > 0 && max_sequences < t->data.eval_windows ? max_sequences : t->data.eval_windows, tokens = 0;
+    double sum = 0;
+    llmpar_status status = LLMPAR_OK;
+    /* Groups as large as a training batch; the last one is filled up with sequences that do not count. */
+    for (int64_t first = 0; first < limit && !status; first += t->desc.batch) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        status = llmpar__trainer_tokens(t, first, 1, limit, &run.tokens);
+        run.micro = t->micro;
+        if (!status) status = llmpar_fsdp_run(t->fsdp, t->eval->list, t->eval->count, &run);
+        sum += run.loss * (double)run.global_tokens;
+        tokens += run.global_tokens;
+    }
+    if (!status) *loss = sum / (double)tokens;
+    return status;
+}
+/* ==== src/run/metrics.c ==== */
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Metrics to stdout; progress in place on stderr, if that is a terminal. */
+static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *line)
+{
+    (void)user;
+    int terminal = isatty(2);
+    if (kind == LLMPAR_SINK_METRICS) {
+        if (terminal) fputs("\r\033[K", stderr);
+        printf("%s\n", line);
+        fflush(stdout);
+    } else if (terminal) {
+        fprintf(stderr, "\r\033[K%s", line);
+        fflush(stderr);
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
+{
+    if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
+    if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
+    t->log = fopen(t->desc.log, "w");
+    return t->log ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
+{
+    if (t->progress) t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, "");
+    if (t->log) fclose((FILE *)t->log); /* every line was flushed and checked when written */
+    t->log = NULL;
+    t->progress = 0;
+}
+
+static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
+{
+    FILE *file = (FILE *)t->log;
+    llmpar_arena_usage usage;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
+    fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
+    for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
+    fprintf(file, "\"total\":%llu}}\n", (unsigned long long)usage.peak_total);
+    if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const llmpar_step *step)
+{
+    char line[256];
+    if (t->ctx->rank) return LLMPAR_OK;
+    double gib = (double)step->memory / (1024.0 * 1024.0 * 1024.0), percent = 100.0 * step->mfu;
+    long long tps = (long long)(step->tokens_per_second + 0.5);
+    if (t->desc.log_every > 0 && (step->step == 1 || step->step % t->desc.log_every == 0)) {
+        snprintf(line, sizeof line, "step: %5lld  loss: %8.5f  grad_norm: %8.4f  memory: %6.3fGiB  tps: %lld  tflops: %.4f  mfu: %.2f%%", (long long)step->step, step->loss, step->grad_norm, gib, tps, step->tflops, percent);
+        t->desc.sink(t->desc.sink_user, LLMPAR_SINK_METRICS, line);
+    }
+    if (t->desc.log_every > 0) {
+        if (t->desc.total_steps > 0) {
+            int64_t left = t->desc.total_steps - step->step;
+            snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  %lld tokens/s  %.0f s left", (long long)step->step, (long long)t->desc.total_steps, step->loss, tps, (double)(left > 0 ? left : 0) * step->seconds);
+        } else {
+            snprintf(line, sizeof line, "step %lld  loss %.4f  %lld tokens/s", (long long)step->step, step->loss, tps);
+        }
+        t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, line);
+        t->progress = 1;
+    }
+    return t->log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
+}
+
+/* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
+{
+    enum { SIDE = 384, TRIES = 4 };
+    llmpar_ctx *ctx = t->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    void *data = NULL, *workspace = NULL, *rate = NULL;
+    size_t size = llmpar_dtype_size(t->desc.dtype), matrix = (size_t)SIDE * SIDE * size;
+    memset(&args, 0, sizeof args);
+    memset(&segment, 0, sizeof segment);
+    segment.k = segment.lda = segment.ldb = SIDE;
+    args.m = args.n = args.ldc = SIDE;
+    args.segments = &segment;
+    args.segment_count = args.pieces = 1;
+    args.kind = LLMPAR_GEMM_NT;
+    args.dtype = t->desc.dtype;
+    args.workspace_bytes = device->gemm_workspace(device, &args);
+    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
+    if (!status) status = device->zero(device, t->stream, data, 3 * matrix);
+    segment.a = data;
+    segment.b = (char *)data + matrix;
+    args.c = (char *)data + 2 * matrix;
+    args.workspace = workspace;
+    double best = 0;
+    for (int i = 0; i < TRIES && !status; i++) {
+        status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
+        double begin = llmpar__run_seconds();
+        if (!status) status = device->gemm(device, t->stream, &args);
+        if (!status) status = device->synchronize(device, t->stream);
+        double flops = 2.0 * SIDE * SIDE * SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        if (i > 0 && flops > best) best = flops; /* the first one warms up */
+    }
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = rate;
+    call.count = 1;
+    call.dtype = LLMPAR_F64;
+    call.tag = "peak";
+    if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
+    if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
+    if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
+    if (!status) status = device->synchronize(device, t->stream);
+    llmpar_arena_free(arena, rate);
+    llmpar_arena_free(arena, workspace);
+    llmpar_arena_free(arena, data);
+    llmpar_arena_reset_peaks(arena);
+    return status;
+}
 
 #pragma GCC diagnostic pop
 

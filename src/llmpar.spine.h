@@ -128,12 +128,34 @@ LLMPAR_EXTERN_C_BEGIN
 #include "mesh/dtensor.h"
 #include "mesh/redistribute.h"
 
+/* Chapter: tp */
+#include "tp/tp.h"
+
+/* Chapter: fsdp */
+#include "fsdp/unit.h"
+#include "fsdp/schedule.h"
+#include "fsdp/fsdp.h"
+
+/* Chapter: optim */
+#include "optim/adamw.h"
+
+/* Chapter: model */
+#include "model/config.h"
+#include "model/llama.h"
+
 /* Chapter: io */
 #include "io/file.h"
 #include "io/safetensors.h"
 
+/* Chapter: text */
+#include "text/data.h"
+
+/* Chapter: model_io */
+#include "model_io/hf.h"
+
 /* Chapter: run */
 #include "run/launch.h"
+#include "run/trainer.h"
 
 LLMPAR_EXTERN_C_END
 
@@ -179,15 +201,51 @@ LLMPAR_EXTERN_C_END
 #include "tables/comm.c"
 #include "tables/arena.c"
 
+#include "cpu/cpu.c"
+#include "cpu/pool.c"
+#include "cpu/gemm.c"
+#include "cpu/attention.c"
+#include "cpu/norm.c"
+#include "cpu/rope.c"
+#include "cpu/swiglu.c"
+#include "cpu/embedding.c"
+#include "cpu/xent.c"
+#include "cpu/elementwise.c"
+#include "cpu/optim.c"
+
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
+
+#include "io/file.c"
+#include "io/safetensors.c"
 
 #include "mesh/mesh.c"
 #include "mesh/dtensor.c"
 #include "mesh/redistribute.c"
 
-#include "io/file.c"
-#include "io/safetensors.c"
+#include "tp/tp.c"
+
+#include "fsdp/flat.c"
+#include "fsdp/schedule.c"
+#include "fsdp/validate.c"
+#include "fsdp/executor.c"
+
+#include "optim/adamw.c"
+
+#include "text/data.c"
+
+#include "model/config.c"
+#include "model/llama.c"
+#include "model/block.c"
+#include "model/edges.c"
+#include "model/generate.c"
+
+#include "model_io/hf.c"
+
+#include "run/launch.c"
+#include "run/parallelize.c"
+#include "run/trainer.c"
+#include "run/metrics.c"
 
 #pragma GCC diagnostic pop
 

@@ -30,6 +30,8 @@ below()
     esac
 }
 
+[ ! -f build/separate/failed ] || fail "a module does not compile alone, or not silently (above)"
+
 for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mindepth 2 -name '*.inc' | sort); do
     modules=$((modules + 1))
     room=${file#src/}

@@ -3,9 +3,9 @@
 #ifndef LLMPAR_COMM_THREADS_INTERNAL_H
 #define LLMPAR_COMM_THREADS_INTERNAL_H
 
-#include <pthread.h>
-
 #include "comm/threads.h"
+
+#include <pthread.h>
 
 #define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
 

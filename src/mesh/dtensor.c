@@ -53,7 +53,7 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, cons
             grain[p->dim] = g;
             smallest[p->dim] = smallest[p->dim] / g / (degree[p->axis] / replicas) * g; /* floor(G/n) grains is the least that any part has */
         } else if (p->kind == LLMPAR_FLAT) {
-            int64_t least;
+            int64_t least = 0;
             flat = 1;
             if (p->unit_elements < 0 || p->unit_elements % degree[p->axis])
                 return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: a unit of %lld elements cannot be cut evenly over %d ranks", name, axis, (long long)p->unit_elements, (int)degree[p->axis]);

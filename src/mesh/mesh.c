@@ -1,8 +1,4 @@
 /* mesh: world ranks on five named axes, and the communicators along them. */
-#ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE 1
-#endif
-
 #include "mesh/mesh_internal.h"
 
 #include <stdarg.h>

@@ -3,13 +3,6 @@
    One rank's life, on its own thread (on the caller's for a world of one rank):
      name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all -> communicator and device destroyed
    The check hook runs when all ranks have ended, on the caller's thread, rank by rank. */
-#ifndef _DEFAULT_SOURCE
-#define _DEFAULT_SOURCE 1
-#endif
-#ifndef _POSIX_C_SOURCE
-#define _POSIX_C_SOURCE 200809L
-#endif
-
 #include "run/launch.h"
 
 #include <pthread.h>
