@@ -1,0 +1,195 @@
+/* train_llama: trains a Llama on a mesh of thread ranks. The world is dp_replicate x dp_shard x tp; losses, gradients and the saved model are the same bits on every mesh.
+
+   cc -O3 -I. examples/train_llama.c -o build/train_llama -lpthread -lm       (or: make build/train_llama)
+   build/train_llama --model tiny --data input.txt --dp-shard 2 --tp 2 --seq-len 256 --batch 8 --steps 200 --save out --log train.jsonl */
+#define LLMPAR_IMPLEMENTATION
+#include "llmpar.h"
+
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/options.h"
+
+typedef struct settings {
+    const char *model, *data, *save, *log, *gradients;
+    long dp_replicate, dp_shard, tp, seq_len, batch, grad_accum, steps, prefetch, threads, warmup, log_every;
+    unsigned long seed;
+    double lr;
+    int sp, zero, exact, no_sync, print_schedule;
+} settings;
+
+static void usage(void)
+{
+    puts("usage: train_llama --model NAME|DIR --data FILE [options]\n"
+         "  --model NAME|DIR    tiny, 15m, 110m, 1b (new weights), or a Hugging Face directory (its weights)\n"
+         "  --data FILE         text; its bytes are the tokens (the last 5 % are held out)\n"
+         "mesh (the world is their product, ranks are threads)\n"
+         "  --dp-replicate N    copies of the sharded model (default 1)\n"
+         "  --dp-shard N        ranks that share parameters, gradients and optimizer state (default 1)\n"
+         "  --tp N              tensor-parallel ranks (default 1)\n"
+         "  --threads N         workers inside a rank (default 1)\n"
+         "training\n"
+         "  --seq-len N         tokens a sequence (default 256)\n"
+         "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
+         "  --grad-accum N      micro-batches a step (default 1)\n"
+         "  --steps N           (default 100)\n"
+         "  --lr X              peak of warm-up + cosine (default 1e-3)\n"
+         "  --warmup N          steps (default a tenth of --steps)\n"
+         "  --seed N            of weights and data order (default 0)\n"
+         "policy\n"
+         "  --sp on|off         sequence parallel (default off)\n"
+         "  --zero 0|3          0: parameters whole on every data rank; 3: sharded (default)\n"
+         "  --prefetch 0|1      units gathered ahead (default 0)\n"
+         "  --no-sync on|off    keep gradients local until the last micro-batch (default off)\n"
+         "  --exact off|on|require   same bits on every mesh: not asked for, where possible (default), or refuse other meshes\n"
+         "output\n"
+         "  --save DIR          write a Hugging Face directory at the end\n"
+         "  --save-gradients FILE    write the last step's gradients as safetensors\n"
+         "  --log FILE.jsonl    one JSON object a step\n"
+         "  --log-every N       console line every N steps (default 10)\n"
+         "  --print-schedule    print what a step does, one instruction a line, and exit\n"
+         "  --help");
+}
+
+static llmpar_status print_schedule(llmpar_ctx *ctx, llmpar_trainer *trainer, llmpar_llama *model)
+{
+    const llmpar_schedule *schedule = llmpar_trainer_schedule(trainer);
+    const llmpar_unit *units = llmpar_llama_units(model, NULL);
+    if (ctx->rank) return LLMPAR_OK;
+    size_t bytes = llmpar_schedule_print(schedule, units, NULL, 0) + 1;
+    char *text = (char *)malloc(bytes);
+    if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for the schedule's text");
+    llmpar_schedule_print(schedule, units, text, bytes);
+    fputs(text, stdout);
+    free(text);
+    return LLMPAR_OK;
+}
+
+/* A directory that cannot be written is better found before training than after. */
+static llmpar_status check_save(llmpar_ctx *ctx, const settings *s)
+{
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    if (!s->save || ctx->rank) return LLMPAR_OK;
+    llmpar_status status = llmpar_directory_ensure(s->save, &error);
+    return status ? llmpar_fail(ctx, status, "--save: %s", error.text) : LLMPAR_OK;
+}
+
+static llmpar_status train(llmpar_ctx *ctx, void *user)
+{
+    const settings *s = (const settings *)user;
+    llmpar_mesh *mesh = NULL;
+    llmpar_llama *model = NULL;
+    llmpar_trainer *trainer = NULL;
+    llmpar_llama_config config;
+    llmpar_mesh_desc mesh_desc;
+    llmpar_llama_desc model_desc;
+    llmpar_trainer_desc desc;
+    memset(&mesh_desc, 0, sizeof mesh_desc);
+    memset(&model_desc, 0, sizeof model_desc);
+    memset(&desc, 0, sizeof desc);
+    int from_directory = llmpar_is_directory(s->model);
+    mesh_desc.dp_replicate = (int32_t)s->dp_replicate;
+    mesh_desc.dp_shard = (int32_t)s->dp_shard;
+    mesh_desc.tp = (int32_t)s->tp;
+    model_desc.seed = s->seed;
+    if (from_directory) model_desc.config = &config;
+    else model_desc.preset = s->model;
+    desc.data = s->data;
+    desc.seq_len = s->seq_len;
+    desc.batch = s->batch;
+    desc.grad_accum = (int32_t)s->grad_accum;
+    desc.no_sync = s->no_sync;
+    desc.zero = s->zero ? LLMPAR_ZERO_3 : LLMPAR_ZERO_0;
+    desc.prefetch = (int32_t)s->prefetch;
+    desc.sequence_parallel = s->sp;
+    desc.exact = (llmpar_exact)(s->exact + LLMPAR_EXACT_OFF);
+    desc.lr = s->lr;
+    desc.warmup = s->warmup;
+    desc.total_steps = s->steps;
+    desc.log = s->print_schedule ? NULL : s->log;
+    desc.log_every = (int32_t)s->log_every;
+    llmpar_status status = from_directory ? llmpar_hf_config(ctx, s->model, &config) : LLMPAR_OK;
+    if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
+    if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
+    if (!status) status = llmpar_parallelize(mesh, model, &desc, &trainer);
+    if (!status && from_directory) status = llmpar_load_hf(trainer, s->model);
+    if (!status && s->print_schedule) {
+        status = print_schedule(ctx, trainer, model);
+    } else {
+        if (!status) status = check_save(ctx, s);
+        for (long i = 0; i < s->steps && !status; i++) {
+            if (s->gradients && i + 1 == s->steps) status = llmpar_trainer_save_gradients(trainer, s->gradients);
+            if (!status) status = llmpar_trainer_step(trainer, NULL);
+        }
+        if (!status && s->save) status = llmpar_save_hf(trainer, s->save);
+    }
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(model);
+    llmpar_mesh_destroy(mesh);
+    return status;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
+        {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},    {"sp", 1, 0, 'p'},
+        {"zero", 1, 0, 'z'},   {"prefetch", 1, 0, 'g'}, {"no-sync", 1, 0, 'y'},   {"exact", 1, 0, 'e'},    {"save", 1, 0, 'o'},    {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "3"}, *const exact[] = {"off", "on", "require"};
+    settings s;
+    memset(&s, 0, sizeof s);
+    s.dp_replicate = s.dp_shard = s.tp = s.threads = s.grad_accum = 1;
+    s.seq_len = 256;
+    s.steps = 100;
+    s.warmup = -1;
+    s.log_every = 10;
+    s.zero = s.exact = 1;
+    s.lr = 1e-3;
+    int bad = 0;
+    for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        switch (c) {
+        case 'm': s.model = optarg; break;
+        case 'd': s.data = optarg; break;
+        case 'r': bad = option_long("--dp-replicate", optarg, 1, 4096, &s.dp_replicate); break;
+        case 'f': bad = option_long("--dp-shard", optarg, 1, 4096, &s.dp_shard); break;
+        case 't': bad = option_long("--tp", optarg, 1, 4096, &s.tp); break;
+        case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
+        case 'T': bad = option_long("--seq-len", optarg, 1, 1 << 24, &s.seq_len); break;
+        case 'B': bad = option_long("--batch", optarg, 1, 1 << 30, &s.batch); break;
+        case 'a': bad = option_long("--grad-accum", optarg, 1, 1 << 16, &s.grad_accum); break;
+        case 'n': bad = option_long("--steps", optarg, 1, 1000000000, &s.steps); break;
+        case 'l': bad = option_double("--lr", optarg, 1e-12, 1000, &s.lr); break;
+        case 'u': bad = option_long("--warmup", optarg, 0, 1000000000, &s.warmup); break;
+        case 's': bad = option_seed("--seed", optarg, &s.seed); break;
+        case 'p': bad = option_word("--sp", optarg, on_off, 2, &s.sp); break;
+        case 'z': bad = option_word("--zero", optarg, zero, 2, &s.zero); break;
+        case 'g': bad = option_long("--prefetch", optarg, 0, 1, &s.prefetch); break;
+        case 'y': bad = option_word("--no-sync", optarg, on_off, 2, &s.no_sync); break;
+        case 'e': bad = option_word("--exact", optarg, exact, 3, &s.exact); break;
+        case 'o': s.save = optarg; break;
+        case 'G': s.gradients = optarg; break;
+        case 'j': s.log = optarg; break;
+        case 'v': bad = option_long("--log-every", optarg, 1, 1000000000, &s.log_every); break;
+        case 'P': s.print_schedule = 1; break;
+        case 'h': usage(); return 0;
+        default: bad = 2; /* getopt_long has said what */
+        }
+    }
+    if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
+    if (!bad && !s.model) bad = option_error("--model is missing, see --help");
+    if (!bad && !s.data) bad = option_error("--data is missing, see --help");
+    if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
+    if (bad) return 2;
+    if (s.warmup < 0) s.warmup = s.steps / 10;
+    llmpar_launch_desc launch;
+    llmpar_error error;
+    memset(&launch, 0, sizeof launch);
+    launch.ranks = (int32_t)(s.dp_replicate * s.dp_shard * s.tp);
+    launch.threads = (int32_t)s.threads;
+    launch.log = quiet_log;
+    return llmpar_launch(&launch, train, &s, &error) ? print_error("train_llama", &error) : 0;
+}
