@@ -49,14 +49,17 @@
 
 typedef struct llmpar__gemm_step {
     int64_t k;
-    int32_t depth;   /* partial tiles on the stack before the step */
-    int32_t merges;  /* how many of them are added, from the top; the result is pushed, unless it is the block's last step and goes to c */
+    int32_t depth;        /* partial tiles on the stack before the step */
+    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
+    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
+    int32_t save;         /* what is pushed is needed in a later part */
 } llmpar__gemm_step;
 
 /* One tile of c during one part of the summed dim. */
 typedef struct llmpar__gemm_tile {
     const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
-    float *c, *stack;                  /* stack: [depth, tile rows, tile columns] */
+    float *c;
+    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
     int64_t ldc;
     const llmpar__gemm_step *steps;
     int64_t step_count;
@@ -198,35 +201,53 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar_
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
-    int32_t threads, levels;              /* levels: partial tiles that a stack holds, 0 with one piece */
-    int64_t block_m, block_n, block_k;    /* multiples of the tile, not larger than the product needs */
+    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
+    int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
+    int64_t group_panels;                 /* of B that are packed at a time */
     int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
-    int one_part;                         /* the whole summed dim is one part: no stack outlives a tile's turn */
-    size_t a_bytes, b_bytes, stack_bytes, step_bytes, chunk_bytes;
+    size_t a_bytes, b_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
-    float *a, *b, *stack;
+    float *a, *b, *stack, *saved;
     llmpar__gemm_step *steps;             /* of the current part */
     llmpar__gemm_chunk *chunks;
     /* the current block and part */
-    int64_t i0, j0, m, n, a_panels, b_panels, column_groups;
+    int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store;
+    int64_t group, group_end, splits;     /* the current group of B's panels; tasks that share it */
+    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
-    int32_t segment, piece, depth;
+    int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
     int64_t segment_done;                 /* k of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a panel of A in L1, block_n columns of B in L2, block_m rows of A in L3. */
-enum { LLMPAR__GEMM_BLOCK_M = 960, LLMPAR__GEMM_BLOCK_N = 480, LLMPAR__GEMM_BLOCK_K = 384, LLMPAR__GEMM_THIN_N = 4096, LLMPAR__GEMM_THIN_K = 256 };
+/* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+   outlive a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK_M = 1152, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
 static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
 
+/* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
+static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
+{
+    int64_t k = 0, boundary = part;
+    int32_t s, deepest = 0;
+    for (s = 0; s < args->segment_count; s++) {
+        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
+            int32_t depth = 0, p;
+            for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
+            if (depth > deepest) deepest = depth;
+        }
+    }
+    return deepest;
+}
+
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, stacks;
+    int64_t total = 0, parts, tile, limit_n;
     int32_t s, n;
     memset(run, 0, sizeof *run);
     run->args = args;
@@ -235,19 +256,20 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
     for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
     run->thin = args->m <= 2 * run->kernel.rows;
-    run->block_m = llmpar_round_up(args->m < LLMPAR__GEMM_BLOCK_M ? args->m : (int64_t)LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
-    run->block_n = run->thin ? LLMPAR__GEMM_THIN_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_n = llmpar_round_up(args->n < run->block_n ? args->n : run->block_n, run->kernel.columns);
-    run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_BLOCK_K;
+    run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
     parts = (total + run->block_k - 1) / run->block_k;
-    run->one_part = parts <= 1;
     run->block_k = parts ? (total + parts - 1) / parts : 0; /* parts of equal size */
+    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
+    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
+    run->block_m = llmpar_round_up(args->m < LLMPAR__GEMM_BLOCK_M ? args->m : (int64_t)LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = llmpar_round_up(args->n < limit_n ? args->n : limit_n, run->kernel.columns);
+    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
     tile = run->kernel.rows * run->kernel.columns;
-    stacks = run->one_part ? run->threads : run->block_m * run->block_n / tile;
     run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads * run->kernel.columns : run->block_n) * run->block_k * (int64_t)sizeof(float));
-    run->stack_bytes = llmpar__gemm_round(stacks * run->levels * tile * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
+    run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
     run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
 }
@@ -255,7 +277,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
 /* With room to align. */
 static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
 {
-    return run->a_bytes + run->b_bytes + run->stack_bytes + run->step_bytes + run->chunk_bytes + 63;
+    return run->a_bytes + run->b_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
 }
 
 static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
@@ -268,29 +290,47 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
     at += run->b_bytes;
     run->stack = (float *)(void *)at;
     at += run->stack_bytes;
+    run->saved = (float *)(void *)at;
+    at += run->saved_bytes;
     run->steps = (llmpar__gemm_step *)(void *)at;
     at += run->step_bytes;
     run->chunks = (llmpar__gemm_chunk *)(void *)at;
 }
 
-/* Chunks and steps of the next part; 0 when there is none. A piece without terms is a step without terms: its +0 is added like any other. */
-static int llmpar__gemm_next_part(llmpar__gemm_run *run)
+static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
+{
+    llmpar__gemm_step *step = &run->steps[run->step_count++];
+    int32_t kept = run->depth - merges;
+    step->k = k;
+    step->depth = run->depth;
+    step->merges = merges;
+    step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
+    step->save = 0;
+    if (kept < run->lowest) run->lowest = kept;
+}
+
+/* Chunks of the next part, and its steps up to where it ends. A piece without terms is a step without terms: its +0 is added like any other. */
+static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
 {
     const llmpar_gemm_args *args = run->args;
     int64_t step_k = 0;
-    if (run->piece == args->pieces) return 0;
     run->k = run->step_count = run->chunk_count = 0;
     run->load = run->inside || args->accumulate;
-    run->store = 0;
-    run->inside = 0;
-    for (;;) {
+    run->store = run->inside = 0;
+    run->lowest = run->depth;
+    while (run->piece < args->pieces) {
         const llmpar_gemm_segment *segment = run->segment < args->segment_count ? &args->segments[run->segment] : NULL;
-        llmpar__gemm_step *step = &run->steps[run->step_count];
-        int in_piece = segment && segment->piece == run->piece;
-        if (in_piece && run->segment_done == segment->k) {
+        if (!segment || segment->piece != run->piece) { /* the piece is complete */
+            int32_t done = ++run->piece, merges = 0;
+            if (done == args->pieces) merges = run->depth;
+            else for (; done % 2 == 0; done /= 2) merges++;
+            llmpar__gemm_add_step(run, step_k, merges);
+            run->depth += 1 - merges;
+            step_k = 0;
+        } else if (run->segment_done == segment->k) {
             run->segment++;
             run->segment_done = 0;
-        } else if (in_piece && run->k < run->block_k) {
+        } else if (run->k < run->block_k) {
             llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
             int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
             chunk->segment = run->segment;
@@ -299,30 +339,30 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
             run->segment_done += chunk->k;
             run->k += chunk->k;
             step_k += chunk->k;
-        } else if (in_piece) { /* the part is full */
-            if (step_k == 0) return 1;
-            step->k = step_k;
-            step->depth = run->depth;
-            step->merges = 0;
-            run->step_count++;
-            run->store = run->inside = 1;
-            return 1;
-        } else { /* the piece is complete */
-            int32_t done = ++run->piece;
-            step->k = step_k;
-            step->depth = run->depth;
-            step->merges = 0;
-            if (done == args->pieces) step->merges = run->depth;
-            else for (; done % 2 == 0; done /= 2) step->merges++;
-            run->depth += 1 - step->merges;
-            run->step_count++;
-            step_k = 0;
-            if (run->piece == args->pieces) {
-                run->store = 1;
-                return 1;
-            }
+        } else { /* the part is full */
+            run->inside = step_k > 0;
+            break;
         }
     }
+    if (run->inside) llmpar__gemm_add_step(run, step_k, 0);
+    run->store = run->inside || run->piece == args->pieces;
+}
+
+/* 0 when there is no part left. */
+static int llmpar__gemm_next_part(llmpar__gemm_run *run)
+{
+    int64_t s;
+    int32_t lowest;
+    if (run->piece == run->args->pieces) return 0;
+    llmpar__gemm_collect_part(run);
+    /* What is pushed and not taken off before the part ends is saved. */
+    lowest = run->levels + 1;
+    for (s = run->step_count - 1; s >= 0; s--) {
+        int32_t kept = run->steps[s].depth - run->steps[s].merges;
+        run->steps[s].save = kept < lowest && !(s == run->step_count - 1 && run->store);
+        if (kept < lowest) lowest = kept;
+    }
+    return 1;
 }
 
 static void llmpar__gemm_pack_a(const llmpar__gemm_run *run, int64_t panel, float *out)
@@ -353,23 +393,27 @@ static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, floa
     }
 }
 
-/* Panels of A, then, unless the product is thin, panels of B. */
+static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
+
+/* The panels of the current group of B, then, when it is their turn, those of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t group = run->group_end - run->group;
     (void)worker;
-    if (task < run->a_panels) llmpar__gemm_pack_a(run, task, run->a + task * run->kernel.rows * run->k);
-    else llmpar__gemm_pack_b(run, task - run->a_panels, run->b + (task - run->a_panels) * run->kernel.columns * run->k);
+    if (task < group) llmpar__gemm_pack_b(run, run->group + task, run->b + task * run->kernel.columns * run->k);
+    else llmpar__gemm_pack_a(run, task - group, llmpar__gemm_a_panel(run, task - group));
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
 {
     llmpar__gemm_tile tile;
-    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, stack = run->one_part ? worker : i * run->b_panels + j;
-    tile.a = run->a + i * run->kernel.rows * run->k;
+    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
+    tile.a = llmpar__gemm_a_panel(run, i);
     tile.b = b;
     tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
-    tile.stack = run->stack + stack * run->levels * run->kernel.rows * run->kernel.columns;
+    tile.stack = run->stack + worker * run->levels * size;
+    tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
     tile.steps = run->steps;
     tile.step_count = run->step_count;
@@ -380,13 +424,14 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     run->kernel.tile(&tile);
 }
 
-/* One panel of A with a group of panels of B, so that A's panel stays in L1. */
+/* One panel of A, which stays in L1, with a share of the group of B, which stays in L2 for the next panel of A. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->column_groups, group = task % run->column_groups, j;
-    for (j = llmpar_piece_begin(group, run->b_panels, run->column_groups); j < llmpar_piece_begin(group + 1, run->b_panels, run->column_groups); j++)
-        llmpar__gemm_tile_at(run, i, j, run->b + j * run->kernel.columns * run->k, worker);
+    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j;
+    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+    for (j = llmpar_piece_begin(share, group, run->splits); j < llmpar_piece_begin(share + 1, group, run->splits); j++)
+        llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the one or two panels of A. */
@@ -403,15 +448,26 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
 {
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
-    run->column_groups = run->threads == 1 ? 1 : (4 * run->threads + run->a_panels - 1) / run->a_panels; /* a few tasks a worker */
-    if (run->column_groups > run->b_panels) run->column_groups = run->b_panels;
+    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
-        llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->a_panels + (run->thin ? 0 : run->b_panels));
-        if (run->thin) llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
-        else llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->column_groups);
+        if (run->thin) {
+            int64_t i;
+            for (i = 0; i < run->a_panels; i++) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+            continue;
+        }
+        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
+            int64_t panels = run->b_panels - run->group;
+            if (panels > run->group_panels) panels = run->group_panels;
+            run->group_end = run->group + panels;
+            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
+            if (run->splits > panels) run->splits = panels;
+            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, panels + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
+            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->splits);
+        }
     }
 }
 
