@@ -224,11 +224,18 @@ typedef struct llmpar__gemm_run {
 
 /* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1152, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
+enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
 static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
+
+/* Size of blocks of at most `limit` (a multiple of unit) that cut an extent into equal parts, the last one a little smaller. */
+static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t unit)
+{
+    int64_t blocks = (extent + limit - 1) / limit;
+    return blocks ? llmpar_round_up((extent + blocks - 1) / blocks, unit) : 0;
+}
 
 /* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
 static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
@@ -258,11 +265,11 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->thin = args->m <= 2 * run->kernel.rows;
     run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
     parts = (total + run->block_k - 1) / run->block_k;
-    run->block_k = parts ? (total + parts - 1) / parts : 0; /* parts of equal size */
+    run->block_k = llmpar__gemm_even_blocks(total, run->block_k, 1);
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
     limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar_round_up(args->m < LLMPAR__GEMM_BLOCK_M ? args->m : (int64_t)LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
-    run->block_n = llmpar_round_up(args->n < limit_n ? args->n : limit_n, run->kernel.columns);
+    run->block_m = llmpar__gemm_even_blocks(args->m, LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
     tile = run->kernel.rows * run->kernel.columns;
