@@ -39,12 +39,12 @@ phase separate $make $jobs test-separate
 phase cxx $make $jobs test-cxx
 phase examples $make $jobs all
 [ -f tests/bad_input.sh ] && phase bad_input sh tests/bad_input.sh
-[ -f tests/test_exact.c ] && phase exact $make test-exact
+[ -f tests/test_exact.c ] && LLMPAR_TEST_QUICK=1 phase exact $make test-exact
 phase plant $make test-plant
 phase asan $make $jobs test-asan
 phase tsan $make $jobs test-tsan
 if [ -n "$full" ]; then
-    [ -f tests/test_exact.c ] && LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
+    [ -f tests/test_exact.c ] && LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
     [ -f examples/demo.c ] && phase demo $make demo
 fi
 

@@ -1,0 +1,234 @@
+/* The same bits on every mesh (docs/exact.md): losses, gradient norms, gradients and saved weights of five steps on any mesh of thread ranks are
+   those of one rank, whatever the sequence parallelism, ZeRO stage, prefetch depth and number of micro-batches.
+
+   By default a sample in which every mesh meets every number of micro-batches with two opposite sets of the other options; LLMPAR_TEST_QUICK=1 takes one of the two,
+   LLMPAR_TEST_FULL=1 every combination. */
+#include "train.h"
+
+#include <time.h>
+
+typedef struct mesh_shape { const char *name; int32_t replicate, shard, tp; } mesh_shape;
+static const mesh_shape meshes[] = {
+    {"1", 1, 1, 1}, {"tp2", 1, 1, 2}, {"tp4", 1, 1, 4}, {"tp8", 1, 1, 8}, {"dp2", 1, 2, 1}, {"dp4", 1, 4, 1},
+    {"2x2", 1, 2, 2}, {"4x2", 1, 4, 2}, {"2x4", 1, 2, 4}, {"hsdp 2x2x2", 2, 2, 2},
+};
+enum { MESHES = sizeof meshes / sizeof meshes[0] };
+
+typedef struct batch_cut { const char *name; int32_t accum, no_sync; } batch_cut;
+static const batch_cut cuts[] = {{"", 1, 0}, {" accum 2 sync", 2, 0}, {" accum 2 no_sync", 2, 1}, {" accum 4 sync", 4, 0}, {" accum 4 no_sync", 4, 1}};
+enum { CUTS = sizeof cuts / sizeof cuts[0] };
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int wants(const char *variable)
+{
+    const char *value = getenv(variable);
+    return value && value[0] && strcmp(value, "0");
+}
+
+static train_job job_of(const llmpar_llama_config *config, const mesh_shape *mesh)
+{
+    train_job job;
+    memset(&job, 0, sizeof job);
+    job.config = config;
+    job.dp_replicate = mesh->replicate;
+    job.dp_shard = mesh->shard;
+    job.tp = mesh->tp;
+    job.zero = 3;
+    job.keep_files = 1;
+    return job;
+}
+
+/* Runs the job and compares it with what one rank did. */
+static void compare(train_job *job, const char *name, const train_result *want)
+{
+    train_result *got = (train_result *)malloc(sizeof *got);
+    train_run(job, got);
+    train_same(name, got, want);
+    train_result_free(got);
+    free(got);
+}
+
+/* options: bit 0 sp, bit 1 zero 0, bit 2 prefetch 1. */
+static void compare_options(const llmpar_llama_config *config, const mesh_shape *mesh, const batch_cut *cut, unsigned options, const train_result *want)
+{
+    char name[160];
+    train_job job = job_of(config, mesh);
+    job.sp = options & 1;
+    job.zero = options & 2 ? 0 : 3;
+    job.prefetch = options >> 2 & 1;
+    job.accum = cut->accum;
+    job.no_sync = cut->no_sync;
+    job.exact = LLMPAR_EXACT_REQUIRE;
+    snprintf(name, sizeof name, "%s %s%s sp %d zero %d prefetch %d", config->tied ? "tied" : "untied", mesh->name, cut->name, (int)job.sp, (int)job.zero, (int)job.prefetch);
+    compare(&job, name, want);
+}
+
+/* The run that all others are compared with. */
+static void reference(const llmpar_llama_config *config, const char *cpu, llmpar_dtype dtype, train_result *out)
+{
+    train_job job = job_of(config, &meshes[0]);
+    job.cpu = cpu;
+    job.dtype = dtype;
+    train_run(&job, out);
+    if (out->status) TEST_FAIL("one rank: %s", out->error.text);
+    CHECK_INT(out->live[0], 0);
+    for (int i = 0; i < TRAIN_FILES; i++) CHECK(out->file[i].bytes > 1000);
+}
+
+/* Does the job train at all? Otherwise equal bits say little. */
+TEST(trains)
+{
+    train_result r;
+    llmpar_llama_config config = train_config(1);
+    reference(&config, NULL, LLMPAR_F32, &r);
+    CHECK(r.step[0][0].loss > 4 && r.step[0][0].loss < 9);
+    CHECK(r.step[0][TRAIN_STEPS - 1].loss < r.step[0][0].loss - 0.1);
+    CHECK(r.step[0][0].grad_norm > 1.01); /* so that clipping acts */
+    CHECK(r.step[0][0].tokens > 200 && r.step[0][0].tokens < 15 * 24);
+    CHECK(r.file[0].bytes == r.file[1].bytes && r.file[0].data && memcmp(r.file[0].data, r.file[1].data, r.file[0].bytes));
+    train_result_free(&r);
+}
+
+static void matrix(int tied)
+{
+    train_result want;
+    llmpar_llama_config config = train_config(tied);
+    int full = wants("LLMPAR_TEST_FULL"), quick = wants("LLMPAR_TEST_QUICK"), runs = 0;
+    double begin = seconds();
+    reference(&config, NULL, LLMPAR_F32, &want);
+    for (unsigned m = 0; m < MESHES; m++)
+        for (unsigned c = 0; c < CUTS; c++)
+            for (unsigned options = 0; options < 8; options++) {
+                unsigned chosen = (3 * m + 5 * c + 2 * (unsigned)tied) % 8;
+                if (!full && options != chosen && (quick || options != (chosen ^ 7))) continue;
+                compare_options(&config, &meshes[m], &cuts[c], options, &want);
+                runs++;
+            }
+    printf("  %s: %d runs, %.1f s\n", tied ? "tied" : "untied", runs, seconds() - begin);
+    train_result_free(&want);
+}
+
+TEST(matrix_tied) { matrix(1); }
+TEST(matrix_untied) { matrix(0); }
+
+/* Each dispatch level is the same on every mesh, and with workers inside a rank; levels may differ from each other. */
+TEST(levels)
+{
+    static const char *const level[] = {"portable", "avx2", "avx512"};
+    static const int at[] = {0, 3, 6, 9};
+    llmpar_llama_config config = train_config(1);
+    for (int i = 0; i < 3 && i + 1 <= (int)llmpar_cpu_best_level(); i++) {
+        train_result want;
+        reference(&config, level[i], LLMPAR_F32, &want);
+        for (unsigned k = 0; k < sizeof at / sizeof at[0]; k++) {
+            char name[160];
+            train_job job = job_of(&config, &meshes[at[k]]);
+            job.cpu = level[i];
+            job.threads = k % 2 ? 1 : 2;
+            job.sp = job.prefetch = k > 1;
+            snprintf(name, sizeof name, "%s %s %d threads", level[i], meshes[at[k]].name, (int)job.threads);
+            compare(&job, name, &want);
+        }
+        train_result_free(&want);
+    }
+}
+
+TEST(in_f64)
+{
+    train_result want;
+    llmpar_llama_config config = train_config(0);
+    reference(&config, NULL, LLMPAR_F64, &want);
+    train_job job = job_of(&config, &meshes[6]);
+    job.dtype = LLMPAR_F64;
+    job.sp = 1;
+    compare(&job, "f64 2x2", &want);
+    train_result_free(&want);
+}
+
+/* Canon is part of the contract: 16 pieces give other bits than 8, but the same ones on every mesh. */
+TEST(other_canon)
+{
+    train_result want, eight;
+    llmpar_llama_config config = train_config(0);
+    train_job job = job_of(&config, &meshes[0]);
+    job.canon = 16;
+    train_run(&job, &want);
+    CHECK_OK(want.status);
+    reference(&config, NULL, LLMPAR_F32, &eight);
+    CHECK(want.file[2].data && eight.file[2].data && memcmp(want.file[2].data, eight.file[2].data, eight.file[2].bytes));
+    job = job_of(&config, &meshes[8]);
+    job.canon = 16;
+    job.sp = 1;
+    compare(&job, "canon 16, 2x4", &want);
+    train_result_free(&want);
+    train_result_free(&eight);
+}
+
+/* Outside the guarantee: the same mesh gives the same bits, and `require` says which numbers do not fit. */
+static void outside(train_job *job, const char *name, const char *number, const char *other)
+{
+    train_result a, b;
+    train_run(job, &a);
+    train_run(job, &b);
+    CHECK_OK(a.status);
+    train_same(name, &b, &a);
+    CHECK(a.step[0][TRAIN_STEPS - 1].loss < a.step[0][0].loss - 0.1);
+    train_result_free(&a);
+    train_result_free(&b);
+    job->exact = LLMPAR_EXACT_REQUIRE;
+    train_run(job, &a);
+    CHECK_STATUS(a.status, LLMPAR_ERR_MESH);
+    CHECK_TEXT(a.error.text, number);
+    CHECK_TEXT(a.error.text, other);
+    for (int r = 0; r < a.ranks; r++) CHECK_INT(a.live[r], 0);
+    train_result_free(&a);
+}
+
+TEST(three_data_ranks)
+{
+    llmpar_llama_config config = train_config(0);
+    mesh_shape three = {"dp3", 1, 3, 1};
+    train_job job = job_of(&config, &three);
+    job.batch = 6;
+    outside(&job, "dp3", "3 data ranks", "batch 6");
+    job.exact = LLMPAR_EXACT_DEFAULT;
+    job.accum = 2;
+    job.no_sync = job.prefetch = 1;
+    outside(&job, "dp3 no_sync", "3 data ranks", "grad_accum 2");
+}
+
+TEST(three_tensor_ranks)
+{
+    llmpar_llama_config config = train_config(0);
+    mesh_shape three = {"tp3", 1, 1, 3};
+    config.heads = 6;
+    config.kv_heads = 3;
+    train_job job = job_of(&config, &three);
+    outside(&job, "tp3", "tp = 3", "8");
+    job.exact = LLMPAR_EXACT_DEFAULT;
+    job.sp = 1;
+    outside(&job, "tp3 sp", "tp = 3", "8");
+}
+
+/* Without the guarantee: exact = off is deterministic for one mesh. */
+TEST(exact_off)
+{
+    train_result a, b;
+    llmpar_llama_config config = train_config(1);
+    train_job job = job_of(&config, &meshes[6]);
+    job.exact = LLMPAR_EXACT_OFF;
+    train_run(&job, &a);
+    train_run(&job, &b);
+    CHECK_OK(a.status);
+    train_same("exact off", &b, &a);
+    train_result_free(&a);
+    train_result_free(&b);
+}
+
+TEST_LIST(T_(trains), T_(matrix_tied), T_(matrix_untied), T_(levels), T_(in_f64), T_(other_canon), T_(three_data_ranks), T_(three_tensor_ranks), T_(exact_off))
