@@ -140,8 +140,8 @@ struct llmpar_tensor_file {
 /* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
 static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
 {
-    if (status) return status;
-    return llmpar_comm_barrier(ctx->comm, stream, what);
+    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
+    return status ? status : ctx->device->synchronize(ctx->device, stream);
 }
 
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path)

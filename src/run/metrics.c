@@ -111,6 +111,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     double best = 0;
     for (int i = 0; i < TRIES && !status; i++) {
         status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
+        if (!status) status = device->synchronize(device, t->stream);
         double begin = llmpar__run_seconds();
         if (!status) status = device->gemm(device, t->stream, &args);
         if (!status) status = device->synchronize(device, t->stream);
