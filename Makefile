@@ -16,6 +16,9 @@ EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
 SUITE := $(or $(TEST),$(filter-out test_exact,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
+# What ThreadSanitizer has something to find in: rank threads and worker pools.
+THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h' tests/test_*.c))))
+
 all: $(EXAMPLES)
 
 help:
@@ -134,7 +137,7 @@ test-cxx:
 test-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-asan
 test-tsan:
-	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-tsan
+	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-tsan SUITE='$(THREADED)'
 
 test-exact: build/plain/test_exact
 	@tests/run.sh build/plain test_exact

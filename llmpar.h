@@ -1468,7 +1468,7 @@ typedef struct llmpar_safetensor {
     llmpar_dtype dtype;
     int32_t dims;               /* <= 8 */
     int64_t shape[8];
-    size_t begin, bytes;        /* absolute position in the file */
+    size_t begin, bytes;        /* absolute position in the file; the format does not promise alignment: copy before use as numbers */
 } llmpar_safetensor;
 
 typedef struct llmpar_safetensors {
@@ -1480,7 +1480,8 @@ typedef struct llmpar_safetensors {
 } llmpar_safetensors;
 
 /* Maps and validates: header length <= 100,000,000 and inside the file, JSON with unique keys, known dtypes, shape product equal to the byte range, ranges that follow one another without
-   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position. Owned by the caller. Local. */
+   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more
+   than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. Owned by the caller. Local. */
 LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error);
 /* The same from memory (for fuzzing); data is borrowed. name for messages. */
 LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error);
@@ -5238,7 +5239,8 @@ typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
-    int64_t block_m, block_n, block_k;    /* multiples of the tile, not larger than the product needs */
+    int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
+    int64_t group_panels;                 /* of B that are packed at a time */
     int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
     size_t a_bytes, b_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
@@ -5246,22 +5248,31 @@ typedef struct llmpar__gemm_run {
     llmpar__gemm_step *steps;             /* of the current part */
     llmpar__gemm_chunk *chunks;
     /* the current block and part */
-    int64_t i0, j0, m, n, a_panels, b_panels, column_groups;
+    int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store;
+    int64_t group, group_end, splits;     /* the current group of B's panels; tasks that share it */
+    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
     int64_t segment_done;                 /* k of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a panel of A in L1, GROUP_N columns of B in L2, the block's A and B in L3. Packing costs less the larger a block is; the stacks that outlive
-   a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK = 960, LLMPAR__GEMM_STACK_M = 960, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
+/* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+   outlive a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
 static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
+
+/* Size of blocks of at most `limit` (a multiple of unit) that cut an extent into equal parts, the last one a little smaller. */
+static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t unit)
+{
+    int64_t blocks = (extent + limit - 1) / limit;
+    return blocks ? llmpar_round_up((extent + blocks - 1) / blocks, unit) : 0;
+}
 
 /* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
 static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
@@ -5280,7 +5291,7 @@ static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, in
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_m, limit_n;
+    int64_t total = 0, parts, tile, limit_n;
     int32_t s, n;
     memset(run, 0, sizeof *run);
     run->args = args;
@@ -5291,16 +5302,16 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->thin = args->m <= 2 * run->kernel.rows;
     run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
     parts = (total + run->block_k - 1) / run->block_k;
-    run->block_k = parts ? (total + parts - 1) / parts : 0; /* parts of equal size */
+    run->block_k = llmpar__gemm_even_blocks(total, run->block_k, 1);
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
-    limit_m = run->levels_saved ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK;
-    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK;
-    run->block_m = llmpar_round_up(args->m < limit_m ? args->m : limit_m, run->kernel.rows);
-    run->block_n = llmpar_round_up(args->n < limit_n ? args->n : limit_n, run->kernel.columns);
+    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
+    run->block_m = llmpar__gemm_even_blocks(args->m, LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
+    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
     tile = run->kernel.rows * run->kernel.columns;
     run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads * run->kernel.columns : run->block_n) * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -5426,20 +5437,23 @@ static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, floa
     }
 }
 
-/* Panels of A, then, unless the product is thin, panels of B. */
+static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
+
+/* The panels of the current group of B, then, when it is their turn, those of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t group = run->group_end - run->group;
     (void)worker;
-    if (task < run->a_panels) llmpar__gemm_pack_a(run, task, run->a + task * run->kernel.rows * run->k);
-    else llmpar__gemm_pack_b(run, task - run->a_panels, run->b + (task - run->a_panels) * run->kernel.columns * run->k);
+    if (task < group) llmpar__gemm_pack_b(run, run->group + task, run->b + task * run->kernel.columns * run->k);
+    else llmpar__gemm_pack_a(run, task - group, llmpar__gemm_a_panel(run, task - group));
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
-    tile.a = run->a + i * run->kernel.rows * run->k;
+    tile.a = llmpar__gemm_a_panel(run, i);
     tile.b = b;
     tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
     tile.stack = run->stack + worker * run->levels * size;
@@ -5454,13 +5468,14 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     run->kernel.tile(&tile);
 }
 
-/* One panel of A, which stays in L1, with a group of panels of B, which stays in L2 for the next panel of A. */
+/* One panel of A, which stays in L1, with a share of the group of B, which stays in L2 for the next panel of A. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task % run->a_panels, group = task / run->a_panels, j;
-    for (j = llmpar_piece_begin(group, run->b_panels, run->column_groups); j < llmpar_piece_begin(group + 1, run->b_panels, run->column_groups); j++)
-        llmpar__gemm_tile_at(run, i, j, run->b + j * run->kernel.columns * run->k, worker);
+    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j;
+    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+    for (j = llmpar_piece_begin(share, group, run->splits); j < llmpar_piece_begin(share + 1, group, run->splits); j++)
+        llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the one or two panels of A. */
@@ -5477,16 +5492,26 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
 {
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
-    run->column_groups = (run->n + LLMPAR__GEMM_GROUP_N - 1) / LLMPAR__GEMM_GROUP_N;
-    if (run->threads > 1 && run->column_groups * run->a_panels < 4 * run->threads) run->column_groups = (4 * run->threads + run->a_panels - 1) / run->a_panels; /* a few tasks a worker */
-    if (run->column_groups > run->b_panels) run->column_groups = run->b_panels;
+    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
-        llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->a_panels + (run->thin ? 0 : run->b_panels));
-        if (run->thin) llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
-        else llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->column_groups);
+        if (run->thin) {
+            int64_t i;
+            for (i = 0; i < run->a_panels; i++) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+            continue;
+        }
+        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
+            int64_t panels = run->b_panels - run->group;
+            if (panels > run->group_panels) panels = run->group_panels;
+            run->group_end = run->group + panels;
+            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
+            if (run->splits > panels) run->splits = panels;
+            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, panels + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
+            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->splits);
+        }
     }
 }
 
@@ -5682,14 +5707,15 @@ typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
 typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VSPREAD(x) { x, x }
 /* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameter: LLMPAR__VLEVEL, portable or portable_f64.
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN. */
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   larger_lane is the largest lane, any lane if one is NaN. */
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
 {
-    LLMPAR__VEC y = { 0 };
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = x;
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
     return y;
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
@@ -5709,6 +5735,7 @@ LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
 {
     LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return x;
     for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
     return y;
 }
@@ -5717,7 +5744,14 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC ye
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
 #undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
 /* ---- src/cpu/vector.h goes on ---- */
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
@@ -5725,14 +5759,15 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
     return y;
 }
 #define LLMPAR__VLEVEL portable
+#define LLMPAR__VSPREAD(x) { x, x, x, x }
 /* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameter: LLMPAR__VLEVEL, portable or portable_f64.
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN. */
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   larger_lane is the largest lane, any lane if one is NaN. */
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
 {
-    LLMPAR__VEC y = { 0 };
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = x;
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
     return y;
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
@@ -5752,6 +5787,7 @@ LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
 {
     LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return x;
     for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
     return y;
 }
@@ -5760,7 +5796,14 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC ye
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
 #undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
 /* ---- src/cpu/vector.h goes on ---- */
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
@@ -5784,11 +5827,17 @@ LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
     if (n >= 8) _mm256_storeu_ps(p, x);
     else _mm256_maskstore_ps(p, llmpar__v_mask_avx2(n), x);
 }
-LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
+LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return n >= 8 ? x : _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
 LLMPAR__VINLINE __m256 llmpar__v_fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 LLMPAR__VINLINE __m256 llmpar__v_less_avx2(__m256 a, __m256 b, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 LLMPAR__VINLINE __m256 llmpar__v_nan_avx2(__m256 a, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 LLMPAR__VINLINE __m256 llmpar__v_larger_avx2(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
+{
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 #undef LLMPAR__VLEVEL
 
@@ -5813,6 +5862,10 @@ LLMPAR__VINLINE __m512 llmpar__v_less_avx512(__m512 a, __m512 b, __m512 yes, __m
 LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), no, yes); }
 /* The maskz forms only because gcc 12 warns about its own header's plain ones in C++. */
 LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
+LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
+{
+    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1))));
+}
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
@@ -6266,39 +6319,44 @@ static int64_t llmpar__attention_slots(int64_t n)
    LLMPAR__ATTENTION_LOG (the scalar logarithm). */
 #if LLMPAR__VBUILT
 
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
+    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
+    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
+    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
+    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
+    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
+    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
 LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
 {
-    LLMPAR__VEC s[4][4], y[4], x;
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
-    }
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
     for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
-        LLMPAR__VUNROLL
-        for (int r = 0; r < 4; r++) {
-            x = LLMPAR__V(splat)(a[r * a_row]);
-            LLMPAR__VUNROLL
-            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
-        }
+        y0 = LLMPAR__V(load)(b);
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
+        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
     }
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
-    }
+    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
 }
+#undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
-    int64_t j = 0;
-    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
-        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
-    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
+    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
+        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    }
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
@@ -6351,7 +6409,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a
                 change[x] = 0;
                 if (!seen[x]) continue;
                 for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(max_lane)(most);
+                next[x] = LLMPAR__V(larger_lane)(most);
                 if (!(next[x] > top[r + x])) next[x] = top[r + x];
                 change[x] = top[r + x] - next[x];
             }
@@ -6552,39 +6610,44 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
    LLMPAR__ATTENTION_LOG (the scalar logarithm). */
 #if LLMPAR__VBUILT
 
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
+    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
+    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
+    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
+    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
+    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
+    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
 LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
 {
-    LLMPAR__VEC s[4][4], y[4], x;
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
-    }
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
     for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
-        LLMPAR__VUNROLL
-        for (int r = 0; r < 4; r++) {
-            x = LLMPAR__V(splat)(a[r * a_row]);
-            LLMPAR__VUNROLL
-            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
-        }
+        y0 = LLMPAR__V(load)(b);
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
+        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
     }
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
-    }
+    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
 }
+#undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
-    int64_t j = 0;
-    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
-        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
-    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
+    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
+        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    }
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
@@ -6637,7 +6700,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a
                 change[x] = 0;
                 if (!seen[x]) continue;
                 for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(max_lane)(most);
+                next[x] = LLMPAR__V(larger_lane)(most);
                 if (!(next[x] > top[r + x])) next[x] = top[r + x];
                 change[x] = top[r + x] - next[x];
             }
@@ -6838,39 +6901,44 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
    LLMPAR__ATTENTION_LOG (the scalar logarithm). */
 #if LLMPAR__VBUILT
 
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
+    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
+    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
+    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
+    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
+    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
+    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
 LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
 {
-    LLMPAR__VEC s[4][4], y[4], x;
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
-    }
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
     for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
-        LLMPAR__VUNROLL
-        for (int r = 0; r < 4; r++) {
-            x = LLMPAR__V(splat)(a[r * a_row]);
-            LLMPAR__VUNROLL
-            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
-        }
+        y0 = LLMPAR__V(load)(b);
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
+        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
     }
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
-    }
+    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
 }
+#undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
-    int64_t j = 0;
-    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
-        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
-    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
+    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
+        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    }
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
@@ -6923,7 +6991,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a
                 change[x] = 0;
                 if (!seen[x]) continue;
                 for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(max_lane)(most);
+                next[x] = LLMPAR__V(larger_lane)(most);
                 if (!(next[x] > top[r + x])) next[x] = top[r + x];
                 change[x] = top[r + x] - next[x];
             }
@@ -7124,39 +7192,44 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
    LLMPAR__ATTENTION_LOG (the scalar logarithm). */
 #if LLMPAR__VBUILT
 
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element. */
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
+    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
+    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
+    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
+    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
+    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
+    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
 LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
 {
-    LLMPAR__VEC s[4][4], y[4], x;
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) s[r][v] = add ? LLMPAR__V(load)(c + r * ldc + v * LLMPAR__VLANES) : LLMPAR__V(splat)(0);
-    }
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
     for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) y[v] = LLMPAR__V(load)(b + v * LLMPAR__VLANES);
-        LLMPAR__VUNROLL
-        for (int r = 0; r < 4; r++) {
-            x = LLMPAR__V(splat)(a[r * a_row]);
-            LLMPAR__VUNROLL
-            for (int v = 0; v < columns; v++) s[r][v] = LLMPAR__V(fma)(x, y[v], s[r][v]);
-        }
+        y0 = LLMPAR__V(load)(b);
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
+        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
     }
-    LLMPAR__VUNROLL
-    for (int r = 0; r < 4; r++) {
-        LLMPAR__VUNROLL
-        for (int v = 0; v < columns; v++) LLMPAR__V(store)(c + r * ldc + v * LLMPAR__VLANES, s[r][v]);
-    }
+    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
 }
+#undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
-    int64_t j = 0;
-    for (; j + (LLMPAR__ATTENTION_COLUMNS - 1) * LLMPAR__VLANES < width; j += LLMPAR__ATTENTION_COLUMNS * LLMPAR__VLANES)
-        LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
-    for (; j < width; j += LLMPAR__VLANES) LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b + j, ldb, c + j, ldc, count, add);
+    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
+    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
+        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    }
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
@@ -7209,7 +7282,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a
                 change[x] = 0;
                 if (!seen[x]) continue;
                 for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(max_lane)(most);
+                next[x] = LLMPAR__V(larger_lane)(most);
                 if (!(next[x] > top[r + x])) next[x] = top[r + x];
                 change[x] = top[r + x] - next[x];
             }
@@ -9674,7 +9747,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
    A rank that gives up (another rank failed, finished, or is late) takes its arrival back, also in one step, and only while the barrier is not complete. So either all ranks pass
    a barrier or none does, and whoever passed it may touch its peers' memory until the next one: they cannot have walked away.
 
-   A wait looks at the word a few times and then sleeps on the communicator's condition variable: there may be many more ranks than processors. Everything slow (sleeping, failing,
+   A wait looks at the word a few times, gives its processor away a few times (the rank it waits for may want it: that is four times faster than sleeping), and then sleeps on the
+   communicator's condition variable: there may be many more ranks than processors. Everything slow (sleeping, failing,
    the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
 
    Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
@@ -9803,11 +9877,13 @@ LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int
 #endif
 /* ---- src/comm/threads_wait.c goes on ---- */
 
-#include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+
+#define LLMPAR__THREADS_YIELDS 4
 
 static double llmpar__threads_now(void)
 {
@@ -9862,7 +9938,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     llmpar_error_clear(&world->failure);
     pthread_mutex_init(&world->lock, NULL);
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    world->spins = processors >= desc->ranks ? 60 : 6;
+    world->spins = processors >= desc->ranks ? 30 : 4;
     world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
@@ -10126,9 +10202,10 @@ static llmpar__threads_outcome llmpar__threads_wait_for(llmpar__threads_comm *tc
     llmpar_threads_world *world = tc->world;
     llmpar__threads_group *group = tc->group;
     if (!world->desc.lockstep)
-        for (int32_t i = 0; i < world->spins; i++) {
+        for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
             if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
-            llmpar__threads_pause();
+            if (i < world->spins) llmpar__threads_pause();
+            else sched_yield();
         }
     pthread_mutex_lock(&world->lock);
     llmpar__threads_rank *self = &world->rank[tc->world_rank];
@@ -10243,6 +10320,8 @@ LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_
     llmpar__threads_broadcast_all(world);
     pthread_mutex_unlock(&world->lock);
 }
+
+#undef LLMPAR__THREADS_YIELDS
 /* ==== src/comm/threads.c ==== */
 /* threads: collectives between the rank threads of one process.
 
@@ -10649,6 +10728,8 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 #include <sys/types.h>
 #include <unistd.h>
 
+#if !defined(LLMPAR_NO_IO)
+
 #define LLMPAR__FILE_BUFFER ((size_t)256 << 10)
 
 static const unsigned char llmpar__file_nothing[1] = { 0 }; /* what an empty file's `data` points to */
@@ -10887,10 +10968,14 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const char *path, llmpar_error 
 }
 
 #undef LLMPAR__FILE_BUFFER
+
+#endif /* LLMPAR_NO_IO */
 /* ==== src/io/safetensors.c ==== */
 
 #include <stdio.h>
 #include <string.h>
+
+#if !defined(LLMPAR_NO_IO)
 
 /* The format's limits: https://github.com/huggingface/safetensors#format */
 #define LLMPAR__ST_MAX_HEADER 100000000u
@@ -11459,6 +11544,8 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_MAX_HEADER
 #undef LLMPAR__ST_MAX_DIMS
 #undef LLMPAR__ST_DTYPES
+
+#endif /* LLMPAR_NO_IO */
 
 /* ==== src/mesh/mesh.c ==== */
 /* mesh: world ranks on five named axes, and the communicators along them. */
@@ -14132,6 +14219,8 @@ LLMPAR_DEF void llmpar_adamw_moments(llmpar_adamw *adamw, int32_t unit, void **f
 
 #include <string.h>
 
+#if !defined(LLMPAR_NO_TEXT)
+
 /* Streams of the data's random numbers; part of the order that a seed stands for. */
 static const char llmpar__data_phase_name[] = "data.phase", llmpar__data_order_name[] = "data.order";
 
@@ -14224,11 +14313,15 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
     return LLMPAR_OK;
 }
 
+#endif /* LLMPAR_NO_TEXT */
+
 /* ==== src/model/config.c ==== */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 #define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
 
@@ -14817,12 +14910,16 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #undef LLMPAR__CONFIG_TWO_PI
 #undef LLMPAR__CONFIG_PRESETS
+
+#endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/llama.c ==== */
 /* ==== src/model/llama_internal.h ==== */
 /* llama_internal: the model's state and the shapes its unit files share. */
 #ifndef LLMPAR_LLAMA_INTERNAL_H
 #define LLMPAR_LLAMA_INTERNAL_H
 
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
 
@@ -14886,12 +14983,16 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
 LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
 
+#endif /* LLMPAR_NO_LLAMA */
+
 #endif
 /* ---- src/model/llama.c goes on ---- */
 
 #include <stdio.h>
 #include <string.h>
 
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 enum { LLMPAR__NAME_BYTES = 80 };
 
@@ -15213,10 +15314,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/block.c ==== */
 
 #include <string.h>
 
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 /* One transformer block as a unit. Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
@@ -15756,9 +15861,13 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *co
     *count = (int32_t)(sizeof rows / sizeof rows[0]);
     return rows;
 }
+
+#endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/edges.c ==== */
 
 #include <string.h>
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 /* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
 
@@ -16113,10 +16222,14 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
     *count = 7;
     return backward ? backward_rows : forward_rows;
 }
+
+#endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/generate.c ==== */
 
 #include <string.h>
 
+
+#if !defined(LLMPAR_NO_LLAMA)
 
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
    Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
@@ -16533,11 +16646,15 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     return status;
 }
 
+#endif /* LLMPAR_NO_LLAMA */
+
 /* ==== src/model_io/hf.c ==== */
 
 #include <stdio.h>
 #include <string.h>
 
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO)
 
 /* DIR/name on the heap; NULL when out of memory. */
 static char *llmpar__hf_path(llmpar_ctx *ctx, const char *directory, const char *name)
@@ -16829,6 +16946,8 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     llmpar_heap_free(&ctx->heap, path);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */
 
 /* ==== src/run/launch.c ==== */
 /* launch: rank threads, their contexts, and the root error.
@@ -17125,6 +17244,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 #define LLMPAR_TRAINER_INTERNAL_H
 
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
 struct llmpar_trainer {
     llmpar_ctx *ctx;
     llmpar_mesh *mesh;
@@ -17156,12 +17277,16 @@ LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, cons
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
 
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
+
 #endif
 /* ---- src/run/parallelize.c goes on ---- */
 
 #include <stdio.h>
 #include <string.h>
 
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* ---- what was asked for, checked ---- */
 
@@ -17380,9 +17505,13 @@ LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer.c ==== */
 
 #include <string.h>
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* Index within the step of sequence j of micro-batch m on this data rank; docs/exact.md, "The batch":
      sync     | m0: r0 r1 | m1: r0 r1 |      every micro-batch is reduced over the ranks
@@ -17525,6 +17654,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
     if (!status) *loss = sum / (double)tokens;
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/metrics.c ==== */
 
 #include <errno.h>
@@ -17532,6 +17663,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
 {
@@ -17640,7 +17773,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
         double begin = llmpar__run_seconds();
         if (!status) status = device->gemm(device, t->stream, &args);
         if (!status) status = device->synchronize(device, t->stream);
-        double flops = 2.0 * SIDE * SIDE * SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        double flops = 2.0 * (double)SIDE * (double)SIDE * (double)SIDE / (llmpar__run_seconds() - begin + 1e-9);
         if (i > 0 && flops > best) best = flops; /* the first one warms up */
     }
     llmpar_collective call;
@@ -17659,6 +17792,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     llmpar_arena_reset_peaks(arena);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 
 #pragma GCC diagnostic pop
 

@@ -10,6 +10,8 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#if !defined(LLMPAR_NO_IO)
+
 #define LLMPAR__FILE_BUFFER ((size_t)256 << 10)
 
 static const unsigned char llmpar__file_nothing[1] = { 0 }; /* what an empty file's `data` points to */
@@ -248,3 +250,5 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const char *path, llmpar_error 
 }
 
 #undef LLMPAR__FILE_BUFFER
+
+#endif /* LLMPAR_NO_IO */

@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#if !defined(LLMPAR_NO_IO)
+
 /* The format's limits: https://github.com/huggingface/safetensors#format */
 #define LLMPAR__ST_MAX_HEADER 100000000u
 #define LLMPAR__ST_MAX_DIMS 8
@@ -572,3 +574,5 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_MAX_HEADER
 #undef LLMPAR__ST_MAX_DIMS
 #undef LLMPAR__ST_DTYPES
+
+#endif /* LLMPAR_NO_IO */

@@ -5,6 +5,8 @@
 
 #include "base/math.h"
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 /* One transformer block as a unit. Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
    saved    h1[Ns,D] rstd1[Ns]  qkv[N,(h+2k)E]  o[N,hE] lse[B,h,T]  x2[Ns,D]  h2[Ns,D] rstd2[Ns]  gate[N,f] up[N,f]
@@ -543,3 +545,5 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *co
     *count = (int32_t)(sizeof rows / sizeof rows[0]);
     return rows;
 }
+
+#endif /* LLMPAR_NO_LLAMA */

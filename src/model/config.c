@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 #define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
 
 /* ---- presets ---- */
@@ -594,3 +596,5 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #undef LLMPAR__CONFIG_TWO_PI
 #undef LLMPAR__CONFIG_PRESETS
+
+#endif /* LLMPAR_NO_LLAMA */

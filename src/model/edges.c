@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 /* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
 
 /* ---- embedding: scratch part[N,D] (before the select), dfull[N,D] (gathered gradient) ---- */
@@ -356,3 +358,5 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
     *count = 7;
     return backward ? backward_rows : forward_rows;
 }
+
+#endif /* LLMPAR_NO_LLAMA */

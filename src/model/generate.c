@@ -7,6 +7,8 @@
 #include "base/rng.h"
 #include "base/size.h"
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
    Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
 typedef struct llmpar__session {
@@ -421,3 +423,5 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     llmpar_heap_free(&model->ctx->heap, order);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA */

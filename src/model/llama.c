@@ -7,6 +7,8 @@
 #include "base/math.h"
 #include "base/size.h"
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 enum { LLMPAR__NAME_BYTES = 80 };
 
 static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
@@ -327,3 +329,5 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA */

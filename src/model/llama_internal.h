@@ -4,6 +4,8 @@
 
 #include "model/llama.h"
 
+#if !defined(LLMPAR_NO_LLAMA)
+
 typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
 
 /* A list of unit instructions with the condition under which each exists. */
@@ -65,5 +67,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *
 /* dw[D] = tree over leaves. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
 LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
+
+#endif /* LLMPAR_NO_LLAMA */
 
 #endif

@@ -5,6 +5,8 @@
 
 #include "mesh/redistribute.h"
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO)
+
 /* DIR/name on the heap; NULL when out of memory. */
 static char *llmpar__hf_path(llmpar_ctx *ctx, const char *directory, const char *name)
 {
@@ -295,3 +297,5 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     llmpar_heap_free(&ctx->heap, path);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */

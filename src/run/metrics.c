@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
 LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
 {
     struct timespec now;
@@ -115,7 +117,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
         double begin = llmpar__run_seconds();
         if (!status) status = device->gemm(device, t->stream, &args);
         if (!status) status = device->synchronize(device, t->stream);
-        double flops = 2.0 * SIDE * SIDE * SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        double flops = 2.0 * (double)SIDE * (double)SIDE * (double)SIDE / (llmpar__run_seconds() - begin + 1e-9);
         if (i > 0 && flops > best) best = flops; /* the first one warms up */
     }
     llmpar_collective call;
@@ -134,3 +136,5 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     llmpar_arena_reset_peaks(arena);
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */

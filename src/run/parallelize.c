@@ -7,6 +7,8 @@
 #include "base/math.h"
 #include "base/size.h"
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
 /* ---- what was asked for, checked ---- */
 
 static int64_t llmpar__recipe_leaves(int64_t batch) /* the largest power of two that divides it */
@@ -224,3 +226,5 @@ LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */

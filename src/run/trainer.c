@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
 /* Index within the step of sequence j of micro-batch m on this data rank; docs/exact.md, "The batch":
      sync     | m0: r0 r1 | m1: r0 r1 |      every micro-batch is reduced over the ranks
      no_sync  | r0: m0 m1 | r1: m0 m1 |      every rank sums its own first */
@@ -144,3 +146,5 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
     if (!status) *loss = sum / (double)tokens;
     return status;
 }
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */

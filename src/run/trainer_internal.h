@@ -5,6 +5,8 @@
 #include "io/file.h"
 #include "run/trainer.h"
 
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
 struct llmpar_trainer {
     llmpar_ctx *ctx;
     llmpar_mesh *mesh;
@@ -35,5 +37,7 @@ LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 
 #endif

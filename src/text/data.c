@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#if !defined(LLMPAR_NO_TEXT)
+
 /* Streams of the data's random numbers; part of the order that a seed stands for. */
 static const char llmpar__data_phase_name[] = "data.phase", llmpar__data_order_name[] = "data.order";
 
@@ -94,3 +96,5 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
     llmpar__data_copy(data, data->train_count + index * data->seq_len, tokens);
     return LLMPAR_OK;
 }
+
+#endif /* LLMPAR_NO_TEXT */
