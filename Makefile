@@ -42,6 +42,7 @@ amalgamate = awk -v src=src $(1) -f tools/amalgamate.awk src/$(basename $(notdir
 
 gen: $(HEADERS:%=build/gen/%)
 	cp $(HEADERS:%=build/gen/%) .
+	tools/tour.sh
 
 build/gen/%.h: FORCE
 	@mkdir -p $(@D)
@@ -55,6 +56,7 @@ build/dev/%.h: $(SRC) tools/amalgamate.awk
 check-gen: $(HEADERS:%=build/gen/%)
 	@for h in $(HEADERS); do cmp -s $$h build/gen/$$h || { echo "$$h is not what src/ gives: run \`make gen\` and commit it"; exit 1; }; done
 	@echo "generated headers are those of src/"
+	@tools/tour.sh check
 
 # ---- examples and benchmarks: one file each, on the committed header ----
 
@@ -66,8 +68,9 @@ $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -Ibuild/dev $^ -o $@ $(LDLIBS)
 
+# DATA=input.txt trains on another text than the header itself.
 demo: build/demo
-	build/demo
+	build/demo $(if $(DATA),--data $(DATA))
 
 bench: $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
