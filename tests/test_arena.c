@@ -175,11 +175,11 @@ static llmpar_status traffic(llmpar_ctx *ctx)
 {
     enum { SLOTS = 64 };
     static unsigned char *block[SLOTS];
-    static size_t bytes[SLOTS], live[LLMPAR_TAG_COUNT];
+    static size_t bytes[SLOTS], live[LLMPAR_TAG_COUNT], peak[LLMPAR_TAG_COUNT];
     static int tag[SLOTS];
     llmpar_arena *arena = NULL;
     llmpar_arena_usage u;
-    uint64_t x = 88172645463325252u;
+    uint64_t x = 88172645463325252u, total = 0, peak_total = 0;
     CHECK_OK(llmpar_arena_create(ctx, 0, &arena));
     for (int i = 0; i < 20000; i++) {
         x ^= x << 13; x ^= x >> 7; x ^= x << 17;
@@ -187,6 +187,7 @@ static llmpar_status traffic(llmpar_ctx *ctx)
         if (block[s]) {
             for (size_t k = 0; k < bytes[s]; k += 61) CHECK_INT(block[s][k], s);
             live[tag[s]] -= rounded(ctx, bytes[s]);
+            total -= rounded(ctx, bytes[s]);
             llmpar_arena_free(arena, block[s]);
             block[s] = NULL;
         } else {
@@ -197,9 +198,17 @@ static llmpar_status traffic(llmpar_ctx *ctx)
             block[s] = (unsigned char *)p;
             memset(p, s, bytes[s]);
             live[tag[s]] += rounded(ctx, bytes[s]);
+            total += rounded(ctx, bytes[s]);
+            if (live[tag[s]] > peak[tag[s]]) peak[tag[s]] = live[tag[s]];
+            if (total > peak_total) peak_total = total;
         }
         llmpar_arena_get_usage(arena, &u);
-        for (int t = 0; t < LLMPAR_TAG_COUNT; t++) CHECK_INT(u.live[t], live[t]);
+        CHECK_INT(u.live_total, total);
+        CHECK_INT(u.peak_total, peak_total);
+        for (int t = 0; t < LLMPAR_TAG_COUNT; t++) {
+            CHECK_INT(u.live[t], live[t]);
+            CHECK_INT(u.peak[t], peak[t]);
+        }
     }
     llmpar_arena_destroy(arena);
     return LLMPAR_OK;
