@@ -47,7 +47,6 @@ typedef struct llmpar__threads_channel {
     llmpar__threads_call sender; /* written before "posted" */
     llmpar__threads_call receiver; /* written before "done" */
     int32_t mismatch;
-    int32_t pad;
 } llmpar__threads_channel;
 
 /* The shared half of a communicator. Owned by the world, freed when the last rank's half is destroyed. */
@@ -62,7 +61,6 @@ typedef struct llmpar__threads_group {
     char axis[24];
     pthread_cond_t wake;                        /* with the world's lock */
     int32_t sleepers;                           /* atomic */
-    int32_t pad[11];
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
@@ -112,7 +110,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, 
 LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
 /* Moves a channel from one step to another and wakes who waits for it; 0 if it was not at `from`. */
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
-/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. call may be NULL. */
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);

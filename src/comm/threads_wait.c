@@ -227,9 +227,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc
     if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
     llmpar_error failure;
     llmpar_threads_world_error(tc->world, &failure);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s%s%s%s on %s: rank %d%s%s%s failed: %s: %s", call ? llmpar__threads_kind_name(call->kind) : "split", call ? " \"" : "",
-                            call ? call->tag : "", call ? "\"" : "", tc->group->axis, (int)failure.rank, failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "",
-                            llmpar_status_string(failure.status), failure.text);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s \"%s\" on %s: rank %d%s%s%s failed: %s: %s", llmpar__threads_kind_name(call->kind), call->tag, tc->group->axis, (int)failure.rank,
+                            failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "", llmpar_status_string(failure.status), failure.text);
 }
 
 /* The general wait. */
