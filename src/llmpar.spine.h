@@ -56,10 +56,11 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
     LLMPAR_NO_SIM           ... of the device and the communicator that only count
-    LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone, the same bits
+    LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
-    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level (same bits, other speed).
+    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level. Bits may differ between levels, never between
+    meshes of one level.
 
 llmpar DOES NOT
 
