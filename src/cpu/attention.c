@@ -36,15 +36,12 @@ static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_
 
 /* The group's heads [0, n) split at half while even, else at the largest power of two below. */
 static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
-/* Partial sums that wait at the same time while that tree is walked from left to right. */
+/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
 static int64_t llmpar__attention_slots(int64_t n)
 {
-    int64_t left, a, b;
-    if (n < 2) return 1;
-    left = llmpar__attention_split(n);
-    a = llmpar__attention_slots(left);
-    b = llmpar__attention_slots(n - left) + 1;
-    return a > b ? a : b;
+    int64_t slots = 1;
+    for (n--; n > 0; n /= 2) slots++;
+    return slots;
 }
 
 #define LLMPAR__VLEVEL portable_f64

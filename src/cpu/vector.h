@@ -35,6 +35,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
+#define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL static LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
@@ -144,12 +145,8 @@ LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x
 LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
 LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
 LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
-LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
-LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x)
-{
-    if (n >= 16) _mm512_storeu_ps(p, x);
-    else _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x);
-}
+LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x) { _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x); }
 LLMPAR__VINLINE __m512 llmpar__v_keep_avx512(__m512 x, int64_t n, __m512 other) { return _mm512_mask_blend_ps(llmpar__v_mask_avx512(n), other, x); }
 LLMPAR__VINLINE __m512 llmpar__v_fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 LLMPAR__VINLINE __m512 llmpar__v_less_avx512(__m512 a, __m512 b, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
@@ -158,7 +155,7 @@ LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { r
 LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
 LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
 {
-    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1))));
+    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, _mm512_castps_pd(x), 1))));
 }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
