@@ -1,0 +1,374 @@
+#!/bin/sh
+# bad_input: what the programs say to wrong command lines and broken files.
+#
+#     tests/bad_input.sh [FOLDER]       FOLDER holds train_llama and generate (default: build)
+#
+# Every row is: exit code, what the line on stderr has to contain (a shell pattern: * and ? as usual), the command. The command runs in an empty folder and is asked to save, to log and to write
+# gradients there. It has to end within 20 seconds, with exactly that code (2: wrong command line, 1: anything found later), exactly one line on stderr, nothing on stdout, and the folder still empty.
+# Needs no test data: the model directory that is broken in many ways is trained here. With LLMPAR_TEST_DATA set there are a few rows more. The last line is "N passed, N failed".
+
+programs=$(cd "${1:-build}" 2>/dev/null && pwd)
+for program in train_llama generate; do
+    [ -x "$programs/$program" ] || { echo "bad_input: ${1:-build}/$program is not there: run make first"; echo "0 passed, 1 failed"; exit 1; }
+done
+work=$(mktemp -d "${TMPDIR:-/tmp}/bad_input.XXXXXX") || exit 1
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM HUP
+files=$work/files
+mkdir "$work/run" "$files"
+cd "$work/run" || exit 1
+export LC_ALL=C
+passed=0 failed=0
+late= # for a failure after training: what has rightly been written by then
+
+complain()
+{
+    [ -n "$bad" ] || echo "FAILED $command"
+    echo "    $1"
+    bad=1
+}
+
+# row CODE PATTERN COMMAND...
+row()
+{
+    code=$1 pattern=$2 bad=
+    shift 2
+    command="$*"
+    timeout 20 "$@" >"$work/stdout" 2>"$work/stderr" </dev/null
+    got=$?
+    [ "$got" -eq 124 ] && complain "still running after 20 seconds"
+    [ "$got" -eq "$code" ] || complain "exit code $got, expected $code"
+    lines=$(wc -l <"$work/stderr")
+    [ "$lines" -eq 1 ] || complain "$lines lines on stderr, expected 1"
+    case $(cat "$work/stderr") in
+    *$pattern*) ;;
+    *) complain "expected on stderr: $pattern" ;;
+    esac
+    [ -z "$late" ] && [ -s "$work/stdout" ] && complain "on stdout, expected nothing: $(head -c 200 "$work/stdout")"
+    written=$(find . -mindepth 1 | sort | tr '\n' ' ')
+    [ "$written" = "$late" ] || complain "was written: ${written:-nothing}, expected: ${late:-nothing}"
+    [ -z "$bad" ] || sed 's/^/    stderr: /' "$work/stderr"
+    rm -rf "$work/run/"* "$work/run/".[!.]*
+    if [ -n "$bad" ]; then failed=$((failed + 1)); else passed=$((passed + 1)); fi
+}
+
+# A good command line that asks for output; what is under test follows it and wins.
+train()
+{
+    row_code=$1 row_pattern=$2
+    shift 2
+    row "$row_code" "$row_pattern" "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 2 --save save --log log.jsonl --save-gradients gradients.safetensors "$@"
+}
+generate()
+{
+    row_code=$1 row_pattern=$2
+    shift 2
+    row "$row_code" "$row_pattern" "$programs/generate" --model "$files/good" --tokens 4 --ids "$@"
+}
+
+# ---- good files, of which bad ones are made ----
+
+seq 1 2000 >"$files/text"
+"$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 1 --save "$files/good" >"$work/stdout" 2>&1 || { cat "$work/stdout"; echo "bad_input: no model to break"; echo "0 passed, 1 failed"; exit 1; }
+good=$files/good/model.safetensors
+header_bytes=$(od -An -tu8 -N8 "$good" | tr -d ' ')
+tail -c +9 "$good" | head -c "$header_bytes" >"$files/header"
+tail -c +$((9 + header_bytes)) "$good" >"$files/data"
+data_bytes=$(wc -c <"$files/data")
+
+# The number as eight bytes, least first.
+u64()
+{
+    n=$1
+    for _ in 1 2 3 4 5 6 7 8; do
+        printf "\\$(printf %03o $((n % 256)))"
+        n=$((n / 256))
+    done
+}
+
+# safetensors HEADER DATA: a file with this header and data becomes $bad_model/model.safetensors
+bad_model=$files/bad
+safetensors()
+{
+    rm -rf "$bad_model"
+    mkdir "$bad_model"
+    cp "$files/good/config.json" "$bad_model/"
+    { u64 "$(wc -c <"$1")"; cat "$1" "$2"; } >"$bad_model/model.safetensors"
+}
+
+# edited_header SED: a file whose header was edited
+edited_header()
+{
+    sed "$1" "$files/header" >"$files/edited"
+    cmp -s "$files/header" "$files/edited" && { echo "bad_input: \"$1\" changes nothing in the header"; failed=$((failed + 1)); }
+    safetensors "$files/edited" "$files/data"
+}
+
+# edited_config SED: a model whose config.json was edited
+edited_config()
+{
+    rm -rf "$bad_model"
+    mkdir "$bad_model"
+    sed "$1" "$files/good/config.json" >"$bad_model/config.json"
+    cmp -s "$files/good/config.json" "$bad_model/config.json" && { echo "bad_input: \"$1\" changes nothing in config.json"; failed=$((failed + 1)); }
+    cp "$good" "$bad_model/"
+}
+
+# Where the data of a tensor begins in the file.
+tensor_at()
+{
+    echo $((8 + header_bytes + $(sed "s/.*\"$1\":{[^}]*\"data_offsets\":\[\([0-9]*\),.*/\1/" "$files/header")))
+}
+
+# ---- the command line ----
+
+for number in dp-replicate dp-shard tp threads seq-len batch grad-accum steps log-every; do
+    train 2 "--$number \"0\": expected a whole number 1 .." --$number 0
+    train 2 "--$number \"-1\": expected a whole number 1 .." --$number -1
+    train 2 "--$number \"two\": expected a whole number" --$number two
+    train 2 "--$number \"2x\": expected a whole number" --$number 2x
+    train 2 "--$number \"1.5\": expected a whole number" --$number 1.5
+    train 2 "--$number \"\": expected a whole number" --$number ''
+    train 2 "--$number \"99999999999999999999\": expected a whole number" --$number 99999999999999999999
+    train 2 "--$number \"4294967297\": expected a whole number" --$number 4294967297
+done
+train 2 '--prefetch "-1": expected a whole number 0 .. 1' --prefetch -1
+train 2 '--prefetch "2": expected a whole number 0 .. 1' --prefetch 2
+train 2 '--warmup "-1": expected a whole number 0 ..' --warmup -1
+train 2 '--seed "-1": expected a whole number 0 ..' --seed -1
+train 2 '--seed "18446744073709551616": expected a whole number 0 ..' --seed 18446744073709551616
+train 2 '--seed " -1": expected a whole number 0 ..' --seed ' -1'
+train 2 '--lr "0": expected a number' --lr 0
+train 2 '--lr "-0.1": expected a number' --lr -0.1
+train 2 '--lr "nan": expected a number' --lr nan
+train 2 '--lr "inf": expected a number' --lr inf
+train 2 '--lr "1e999": expected a number' --lr 1e999
+train 2 '--lr "fast": expected a number' --lr fast
+train 2 '--sp "maybe": expected one of off, on' --sp maybe
+train 2 '--zero "1": expected one of 0, 3' --zero 1
+train 2 '--no-sync "": expected one of off, on' --no-sync ''
+train 2 '--exact "yes": expected one of off, on, require' --exact yes
+train 2 '--learning-rate' --learning-rate 1
+train 2 '--d*ambiguous' --d 1
+train 2 '--steps*requires an argument' --steps
+train 2 '--print-schedule*allow an argument' --print-schedule=1
+train 2 'unexpected argument "extra"' extra
+train 2 '4096 x dp-shard 4096 x tp 4096 = 68719476736 ranks, expected at most 4096' --dp-replicate 4096 --dp-shard 4096 --tp 4096
+row 2 '--model is missing' "$programs/train_llama" --data "$files/text" --save save
+row 2 '--data is missing' "$programs/train_llama" --model tiny --save save
+row 1 'LLMPAR_CPU "abacus" is not a dispatch level' env LLMPAR_CPU=abacus "$programs/train_llama" --model tiny --data "$files/text" --save save
+
+generate 2 '--tokens "0": expected a whole number 1 ..' --prompt-ids 1 --tokens 0
+generate 2 '--tp "-2": expected a whole number 1 ..' --prompt-ids 1 --tp -2
+generate 2 '--threads "no": expected a whole number 1 ..' --prompt-ids 1 --threads no
+generate 2 '--temperature "-1": expected a number 0 ..' --prompt-ids 1 --temperature -1
+generate 2 '--temperature "nan": expected a number 0 ..' --prompt-ids 1 --temperature nan
+generate 2 '--top-p "0": expected a number' --prompt-ids 1 --top-p 0
+generate 2 '--top-p "1.1": expected a number' --prompt-ids 1 --top-p 1.1
+generate 2 '--seed "x": expected a whole number 0 ..' --prompt-ids 1 --seed x
+generate 2 'expected exactly one of --prompt and --prompt-ids'
+generate 2 'expected exactly one of --prompt and --prompt-ids' --prompt a --prompt-ids 1
+generate 2 'the prompt is empty' --prompt ''
+generate 2 '--prompt-ids "": expected numbers' --prompt-ids ''
+generate 2 '--prompt-ids "1,": expected numbers' --prompt-ids 1,
+generate 2 '--prompt-ids "1,,2": expected numbers' --prompt-ids 1,,2
+generate 2 '--prompt-ids "1;2": expected numbers' --prompt-ids '1;2'
+generate 2 '--prompt-ids "-1": expected numbers 0 or more' --prompt-ids -1
+generate 2 '--prompt-ids "2147483648": expected numbers' --prompt-ids 2147483648
+generate 2 '--prompt-ids "99999999999999999999": expected numbers' --prompt-ids 99999999999999999999
+generate 2 '--beam' --prompt-ids 1 --beam 4
+generate 2 'unexpected argument "more"' --prompt-ids 1 more
+row 2 '--model is missing' "$programs/generate" --prompt a
+
+# ---- degrees, sizes ----
+
+train 1 'num_attention_heads = 8 is not divisible by tp = 3' --tp 3
+train 1 'num_attention_heads = 8 is not divisible by tp = 16' --tp 16 --batch 1
+train 1 'batch = 4 is not divisible by 3 data ranks (dp_replicate 1 x dp_shard 3) x grad_accum 1 = 3' --dp-shard 3
+train 1 'batch = 4 is not divisible by 6 data ranks (dp_replicate 3 x dp_shard 2) x grad_accum 1 = 6' --dp-shard 2 --dp-replicate 3
+train 1 'batch = 4 is not divisible by 2 data ranks (dp_replicate 1 x dp_shard 2) x grad_accum 4 = 8' --dp-shard 2 --grad-accum 4
+train 1 'sequence length 17 is not divisible by tp = 2' --seq-len 17 --tp 2 --sp on
+train 1 'exact = require: 3 data ranks x grad_accum 1 is not a power of two that divides the 2 leaves of batch 6' --dp-shard 3 --batch 6 --exact require
+train 1 'exact = require: 2 data ranks x grad_accum 3 is not a power of two that divides the 2 leaves of batch 6' --dp-shard 2 --batch 6 --grad-accum 3 --exact require
+train 1 'seq_len = 4096, expected at most the model*max_position_embeddings = 1024' --seq-len 4096
+generate 1 'num_attention_heads = 8 is not divisible by tp = 3' --prompt-ids 1 --tp 3
+generate 1 'prompt of 2 ids + 1023 tokens is more than the model*max_position_embeddings = 1024' --prompt-ids 1,2 --tokens 1023
+generate 1 'token id 256 at position 1, expected 0 .. 255' --prompt-ids 1,256
+generate 1 'token id 2147483647 at position 0, expected 0 .. 255' --prompt-ids 2147483647 --tp 2
+
+# ---- models and data that are not there ----
+
+train 2 '--model: no directory of that name; llama preset: "enormous" is unknown, expected tiny, 15m, 110m or 1b' --model enormous
+train 2 '--model: no directory of that name; llama preset: "" is unknown, expected tiny' --model ''
+train 1 "$files/nowhere: cannot open: No such file" --data "$files/nowhere"
+train 1 "$files: expected a regular file, got a directory" --data "$files" --dp-shard 2
+train 1 '/dev/null: expected a regular file, got a device' --data /dev/null
+: >"$files/empty"
+printf 'short' >"$files/short"
+train 1 "$files/empty: no data: the text has 0 bytes" --data "$files/empty"
+train 1 "$files/short: too short: " --data "$files/short"
+train 1 "$files/short: too short: " --data "$files/short" --seq-len 5 --dp-shard 2 --tp 2
+mkdir "$files/nothing"
+train 1 "$files/nothing/config.json: cannot open: No such file" --model "$files/nothing"
+generate 1 "$files/nothing/config.json: cannot open: No such file" --model "$files/nothing" --prompt-ids 1
+generate 1 "$files/text/config.json: cannot open: Not a directory" --model "$files/text" --prompt-ids 1
+cp "$files/good/config.json" "$files/nothing/"
+train 1 "$files/nothing/model.safetensors: cannot open: No such file" --model "$files/nothing"
+generate 1 "$files/nothing/model.safetensors: cannot open: No such file" --model "$files/nothing" --prompt-ids 1 --tp 4
+: >"$files/nothing/model.safetensors.index.json"
+generate 1 "$files/nothing/model.safetensors.index.json: a model in several files; expected one model.safetensors" --model "$files/nothing" --prompt-ids 1
+
+# ---- config.json ----
+
+config() { config_code=$1 config_pattern=$2; edited_config "$3"; train "$config_code" "$bad_model/config.json: $config_pattern" --model "$bad_model" --dp-shard 2 --tp 2; }
+for field in vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads; do
+    config 1 "$field is missing (byte 0)" "/\"$field\"/d"
+    config 1 "$field = null, expected an integer" "s/\"$field\": [0-9]*/\"$field\": null/"
+done
+for field in vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim max_position_embeddings; do
+    config 1 "$field = -8, expected * (byte " "s/\"$field\": [0-9]*/\"$field\": -8/"
+    config 1 "$field = 0, expected * (byte " "s/\"$field\": [0-9]*/\"$field\": 0/"
+    config 1 "$field = 8.5, expected an integer * (byte " "s/\"$field\": [0-9]*/\"$field\": 8.5/"
+    config 1 "$field = 1000000000000000000000, expected an integer * (byte " "s/\"$field\": [0-9]*/\"$field\": 1000000000000000000000/"
+    config 1 "$field = 2147483647, expected an integer * (byte " "s/\"$field\": [0-9]*/\"$field\": 2147483647/"
+    config 1 "$field = \"8\", expected an integer * (byte " "s/\"$field\": [0-9]*/\"$field\": \"8\"/"
+done
+config 1 'num_attention_heads = 8 is not divisible by num_key_value_heads = 3' 's/"num_key_value_heads": 4/"num_key_value_heads": 3/'
+config 1 'head_dim = 15, expected an even number' 's/"head_dim": 16/"head_dim": 15/'
+config 1 'rms_norm_eps = 0, expected a number above 0' 's/"rms_norm_eps": [^,]*/"rms_norm_eps": 0/'
+config 1 'byte 372: expected a number up to 1.8e308' 's/"rms_norm_eps": [^,]*/"rms_norm_eps": 1e999/'
+config 1 "byte 372: expected a value, got 'N'" 's/"rms_norm_eps": [^,]*/"rms_norm_eps": NaN/'
+config 1 'rope_theta = -10000, expected' 's/"rope_theta": [^,]*/"rope_theta": -10000/'
+config 1 'rope_type = "yarn", expected' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "yarn", "factor": 2}/'
+config 1 'factor is missing from rope_scaling' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "linear"}/'
+config 1 'factor = 0, expected a number from 1' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "linear", "factor": 0}/'
+config 1 'model_type = "gpt2", expected "llama"' 's/"model_type": "llama"/"model_type": "gpt2"/'
+config 1 'hidden_act = "gelu", expected "silu"' 's/"hidden_act": "silu"/"hidden_act": "gelu"/'
+config 1 'attention_bias = true, expected false' 's/"attention_bias": false/"attention_bias": true/'
+config 1 'eos_token_id = 256, expected a token id below vocab_size = 256' 's/"eos_token_id": null/"eos_token_id": 256/'
+config 1 'tie_word_embeddings = 1, expected true or false' 's/"tie_word_embeddings": false/"tie_word_embeddings": 1/'
+config 1 'byte 99: expected every member name once, got "vocab_size" again' 's/"hidden_size": 128/"vocab_size": 256/'
+config 1 "byte 98: expected ',' or '}'" 's/"vocab_size": 256,/"vocab_size": 256/'
+edited_config 's/"vocab_size": 256/"vocab_size": 128/'
+train 1 'bytes as tokens need a vocabulary of at least 256, the model has 128' --model "$bad_model"
+head -c 100 "$files/good/config.json" >"$bad_model/config.json"
+train 1 "$bad_model/config.json: " --model "$bad_model"
+: >"$bad_model/config.json"
+train 1 "$bad_model/config.json: " --model "$bad_model"
+
+# ---- model.safetensors ----
+
+weights() { train "$1" "$bad_model/model.safetensors: $2" --model "$bad_model" --dp-shard 2 --tp 2; }
+norm='"model.norm.weight":{"dtype":"F32","shape":\[128\]'
+last=$(sed 's/.*,\("[^"]*"\):{[^}]*}} *$/\1/' "$files/header" | tr -d '"')
+last_begin=$(sed 's/.*"data_offsets":\[\([0-9]*\),[0-9]*\]}} *$/\1/' "$files/header")
+edited_header 's/"model.norm.weight"/"model.norm.heavy"/'
+weights 1 'tensor model.norm.weight is missing'
+sed 's/,"[^"]*":{[^}]*}} *$/}/' "$files/header" >"$files/edited"
+head -c "$last_begin" "$files/data" >"$files/shorter"
+safetensors "$files/edited" "$files/shorter"
+weights 1 "tensor $last is missing"
+sed "s/}} *$/},\"model.extra.weight\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[$data_bytes,$((data_bytes + 4))]}}/" "$files/header" >"$files/edited"
+{ cat "$files/data"; printf '\0\0\0\0'; } >"$files/longer"
+safetensors "$files/edited" "$files/longer"
+weights 1 'tensor model.extra.weight is not part of this model (39 parameters, 40 tensors in the file)'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[64,2]/"
+weights 1 'tensor model.norm.weight has shape ?64, 2?, expected ?128?'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[]/"
+weights 1 'tensor "model.norm.weight": dtype and shape need 4 bytes, data_offsets'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"I32\",\"shape\":[128]/"
+weights 1 'tensor model.norm.weight has dtype i32, expected a floating type'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F33\",\"shape\":[128]/"
+weights 1 'tensor "model.norm.weight": unknown dtype "F33", expected F32'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[-128]/"
+weights 1 'tensor "model.norm.weight": shape?0? = -128, expected a non-negative integer'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[128.5]/"
+weights 1 'tensor "model.norm.weight": shape?0? = 128.5, expected a non-negative integer'
+edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904,4611686018427387904]/"
+weights 1 'tensor "model.norm.weight": the product of the shape overflows'
+edited_header 's/"data_offsets":\[0,/"data_offsets":[4,/'
+weights 1 'tensor "model.embed_tokens.weight": dtype and shape need 131072 bytes, data_offsets ?4, 131072? give 131068'
+edited_header 's/"model.norm.weight"/"lm_head.weight"/'
+weights 1 'header: byte * expected every member name once, got "lm_head.weight" again'
+edited_header 's/^{/[/'
+weights 1 "the header does not begin with '{' (file byte 8)"
+edited_header 's/"shape":/"shape"=/'
+weights 1 "header: byte 82: expected ':', got '='"
+safetensors "$files/header" "$files/longer"
+weights 1 '4 bytes follow the last tensor'
+safetensors "$files/header" "$files/shorter"
+weights 1 'tensor "lm_head.weight": data_offsets * reach past the end of the file'
+safetensors "$files/header" "$files/data"
+head -c $((8 + header_bytes / 2)) "$good" >"$bad_model/model.safetensors"
+weights 1 'the header length is * bytes follow it: the file is truncated (file byte 0)'
+head -c 5 "$good" >"$bad_model/model.safetensors"
+weights 1 'the file has 5 bytes, expected at least 8 for the header length'
+: >"$bad_model/model.safetensors"
+weights 1 'the file has 0 bytes, expected at least 8 for the header length'
+{ u64 100000001; cat "$files/header" "$files/data"; } >"$bad_model/model.safetensors"
+weights 1 'the header length is 100000001, expected at most 100000000 (file byte 0)'
+{ printf '\377\377\377\377\377\377\377\377'; cat "$files/header" "$files/data"; } >"$bad_model/model.safetensors"
+weights 1 'the header length is 18446744073709551615, expected at most 100000000'
+{ u64 99999999; cat "$files/header" "$files/data"; } >"$bad_model/model.safetensors"
+weights 1 'the header length is 99999999, but only * bytes follow it: the file is truncated'
+edited_config 's/"num_hidden_layers": 4/"num_hidden_layers": 5/'
+weights 1 'tensor model.layers.4.input_layernorm.weight is missing'
+edited_config 's/"num_hidden_layers": 4/"num_hidden_layers": 3/'
+weights 1 'tensor model.layers.3.input_layernorm.weight is not part of this model (30 parameters, 39 tensors in the file)'
+edited_config 's/"intermediate_size": 384/"intermediate_size": 256/'
+weights 1 'tensor model.layers.0.mlp.gate_proj.weight has shape ?384, 128?, expected ?256, 128?'
+
+# ---- output that cannot be written ----
+
+train 1 "--save: $files/text/model: cannot create the directory: Not a directory" --save "$files/text/model"
+train 1 "--save: $files/text: expected a directory, got a file" --save "$files/text" --dp-shard 2
+train 1 "--save: $files/no/where: cannot create the directory: No such file or directory" --save "$files/no/where" --tp 2
+train 1 "$files/text/log: cannot open for writing: Not a directory" --log "$files/text/log" --dp-shard 2
+train 1 "$files/no/log: cannot open for writing: No such file or directory" --log "$files/no/log"
+train 1 "$files/text/gradients.tmp: cannot create: Not a directory" --save-gradients "$files/text/gradients" --steps 1 --dp-shard 2
+: >"$files/log"
+train 1 "--save: $files/text: expected a directory, got a file" --log "$files/log" --save "$files/text"
+if [ -d /proc/self ]; then train 1 '--save: /proc/llmpar: cannot create the directory' --save /proc/llmpar; fi
+
+# After training: what was complete by then stays, nothing half-written does.
+late='./gradients.safetensors ./log.jsonl '
+mkdir -p "$files/taken/model.safetensors"
+train 1 "$files/taken/model.safetensors: cannot write: it is a directory" --save "$files/taken" --dp-shard 2
+full() { full_pattern=$1; shift; row 1 "$full_pattern: cannot write: File too large" sh -c 'trap "" XFSZ; ulimit -f 2000; exec "$@"' sh "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 1 --log log.jsonl "$@"; }
+late='./log.jsonl ./save '
+full save/model.safetensors.tmp --save save --dp-shard 2
+late=
+full gradients.safetensors.tmp --save save --save-gradients gradients.safetensors --tp 2
+if [ -w /dev/full ]; then late='./gradients.safetensors '; train 1 '/dev/full: cannot write step 1: No space left on device' --log /dev/full --steps 1; late=; fi
+
+# ---- numbers that are not finite ----
+
+# not_finite TENSOR ELEMENT BYTES OPTIONS: the element becomes these four bytes
+not_finite()
+{
+    rm -rf "$bad_model"
+    cp -r "$files/good" "$bad_model"
+    printf "$3" | dd of="$bad_model/model.safetensors" bs=1 seek=$(($(tensor_at "$1") + 4 * $2)) conv=notrunc 2>/dev/null
+    name=$1
+    shift 3
+    train 1 "step 1: loss *first non-finite tensor: $name" --model "$bad_model" "$@"
+}
+nan='\000\000\300\177' infinity='\000\000\200\177'
+not_finite model.norm.weight 127 "$nan"
+not_finite model.layers.2.mlp.up_proj.weight 1000 "$nan" --dp-shard 2 --tp 2
+not_finite model.layers.1.self_attn.q_proj.weight 16383 "$infinity" --dp-shard 2 --sp on --tp 2 --grad-accum 2
+not_finite model.embed_tokens.weight $((128 * 49)) "$infinity" --tp 4
+not_finite lm_head.weight 5 "$nan" --dp-shard 4 --zero 0
+generate 1 'logits at position * are not finite' --model "$bad_model" --prompt-ids 1 --tp 2
+
+# ---- what is asked of a model over other tokens ----
+
+if [ -n "$LLMPAR_TEST_DATA" ]; then
+    stories=$LLMPAR_TEST_DATA/stories260K/hf
+    generate 1 '--prompt needs a model over bytes (vocabulary 256)' --model "$stories" --prompt 'Once upon a time'
+    generate 1 'token id 512 at position 0, expected 0 .. 511' --model "$stories" --prompt-ids 512 --tp 2
+    generate 1 'num_attention_heads = 8 is not divisible by tp = 3' --model "$stories" --prompt-ids 1 --tp 3
+fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
