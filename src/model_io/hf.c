@@ -40,6 +40,15 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 
 /* ---- loading ---- */
 
+/* "[64, 2]" */
+static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *text, size_t capacity)
+{
+    size_t used = (size_t)snprintf(text, capacity, "[");
+    for (int32_t d = 0; d < dims && used < capacity; d++) used += (size_t)snprintf(text + used, capacity - used, "%s%lld", d ? ", " : "", (long long)shape[d]);
+    if (used < capacity) snprintf(text + used, capacity - used, "]");
+    return text;
+}
+
 /* Every parameter is there with its shape, and nothing else. */
 static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensors *file)
 {
@@ -53,9 +62,11 @@ static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensor
             if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", file->path, param->name);
             int same = tensor->dims == param->dims;
             for (int32_t d = 0; d < param->dims && same; d++) same = tensor->shape[d] == param->shape[d];
-            if (!same)
-                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has %d dims [%lld, %lld], expected %d dims [%lld, %lld]", file->path, param->name, (int)tensor->dims, (long long)(tensor->dims > 0 ? tensor->shape[0] : 1),
-                                   (long long)(tensor->dims > 1 ? tensor->shape[1] : 1), (int)param->dims, (long long)param->shape[0], (long long)(param->dims > 1 ? param->shape[1] : 1));
+            if (!same) {
+                char got[200], expected[200];
+                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
+                                   llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
+            }
             if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
             matched++;
@@ -257,9 +268,8 @@ static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama
 {
     llmpar_error error;
     llmpar_writer *writer = NULL;
+    llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
-    if (status) return status;
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
     char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1), *path = llmpar__hf_path(ctx, directory, "config.json");
     if (!text || !path) {
@@ -284,11 +294,16 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = ctx->rank == 0 ? llmpar__hf_write_config(ctx, config, directory) : LLMPAR_OK;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
     if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL));
+    /* When there is no room for the weights, a config.json of another model that stood here still stands. */
+    if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
     if (!status) {
         status = llmpar_tensor_file_commit(file);
         file = NULL;

@@ -2,6 +2,7 @@
 #include "run/trainer_internal.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -35,8 +36,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
     if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
-    t->log = fopen(t->desc.log, "w");
-    return t->log ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+    /* Only tried here, before any work. It begins with the first line: a start that fails leaves no file, and an older log as it was. */
+    int file = open(t->desc.log, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
+    if (file < 0 && errno == EEXIST) file = open(t->desc.log, O_WRONLY | O_CLOEXEC);
+    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+    close(file);
+    if (created) unlink(t->desc.log);
+    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
@@ -49,8 +55,10 @@ LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
 
 static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
 {
+    if (!t->log) t->log = fopen(t->desc.log, "w");
     FILE *file = (FILE *)t->log;
     llmpar_arena_usage usage;
+    if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
     llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
     fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
@@ -79,7 +87,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
         t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, line);
         t->progress = 1;
     }
-    return t->log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
+    return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
 /* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
