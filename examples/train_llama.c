@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "common/options.h"
 
@@ -73,7 +74,9 @@ static llmpar_status check_save(llmpar_ctx *ctx, const settings *s)
     llmpar_error error;
     llmpar_error_clear(&error);
     if (!s->save || ctx->rank) return LLMPAR_OK;
+    int was_there = llmpar_is_directory(s->save);
     llmpar_status status = llmpar_directory_ensure(s->save, &error);
+    if (!status && !was_there) rmdir(s->save); /* training may still fail, and then nothing was written */
     return status ? llmpar_fail(ctx, status, "--save: %s", error.text) : LLMPAR_OK;
 }
 
@@ -183,6 +186,12 @@ int main(int argc, char **argv)
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.data) bad = option_error("--data is missing, see --help");
     if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
+    if (!bad && !llmpar_is_directory(s.model)) {
+        llmpar_llama_config preset;
+        llmpar_error unknown;
+        llmpar_error_clear(&unknown);
+        if (llmpar_llama_preset(s.model, &preset, &unknown)) bad = option_error("--model: no directory of that name; %s", unknown.text);
+    }
     if (bad) return 2;
     if (s.warmup < 0) s.warmup = s.steps / 10;
     llmpar_launch_desc launch;

@@ -36,7 +36,7 @@ __attribute__((unused)) static int option_seed(const char *name, const char *tex
     char *end;
     errno = 0;
     unsigned long value = strtoul(text, &end, 10);
-    if (end == text || *end || errno || *text == '-') return option_error("%s \"%s\": expected a whole number 0 .. 18446744073709551615", name, text);
+    if (end == text || *end || errno || *text < '0' || *text > '9') return option_error("%s \"%s\": expected a whole number 0 .. 18446744073709551615", name, text);
     *out = value;
     return 0;
 }
