@@ -4,14 +4,17 @@
 # tests/plant/run.sh [NAME...] takes only the patches so named.
 tree=build/plant
 mkdir -p $tree
-rm -rf $tree/src $tree/tests $tree/tools
-cp -r Makefile src tests tools $tree/
+rm -rf $tree/src $tree/tests $tree/tools $tree/build
+cp -a Makefile src tests tools $tree/
+# Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` left is taken along.
+mkdir -p $tree/build
+[ ! -d build/separate ] || cp -a build/separate $tree/build/
 passed=0 failed=0
-export LLMPAR_TEST_TIMEOUT=120
+export LLMPAR_TEST_TIMEOUT=60
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
-build() { make -C $tree --no-print-directory OPT=-O1 "build/plain/$1" >$tree/build.log 2>&1; }
-run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "build/plain/$1" >run.log 2>&1); }
+build() { make -C $tree --no-print-directory "build/separate/$1" >$tree/build.log 2>&1; }
+run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "build/separate/$1" >run.log 2>&1); }
 
 declare -A sound
 for patch in tests/plant/*.patch; do
@@ -28,7 +31,7 @@ for patch in tests/plant/*.patch; do
     fi
     if ! patch -d $tree -p1 --fuzz=0 -s -f <"$patch" >$tree/patch.log 2>&1; then
         bad "$name" "the patch no longer applies" $tree/patch.log
-        rm -rf $tree/src && cp -r src $tree/
+        rm -rf $tree/src && cp -a src $tree/
         continue
     fi
     if ! build "$test"; then bad "$name" "does not build with the fault" $tree/build.log
