@@ -435,10 +435,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j;
+    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits);
     if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
-    for (j = llmpar_piece_begin(share, group, run->splits); j < llmpar_piece_begin(share + 1, group, run->splits); j++)
-        llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
+    for (; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the one or two panels of A. */
