@@ -155,7 +155,8 @@ LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { r
 LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
 LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
 {
-    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, _mm512_castps_pd(x), 1))));
+    __m512d y = _mm512_castps_pd(x);
+    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 0)), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 1))));
 }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
