@@ -58,17 +58,22 @@ check-gen: $(HEADERS:%=build/gen/%)
 	@echo "generated headers are those of src/"
 	@tools/tour.sh check
 
-# ---- examples and benchmarks: one file each, on the committed header ----
+# ---- examples and benchmarks ----
 
-$(EXAMPLES): build/%: examples/%.c llmpar.h
+# An example is one file that `cc -O3 -I. examples/NAME.c -o NAME -lpthread -lm` builds. Here the implementation, from the
+# committed header, is compiled once for all of them (LLMPAR__IMPLEMENTED: "it is already there").
+build/examples/llmpar.o: llmpar.h
 	@mkdir -p $(@D)
-	$(CC) -O3 -g -I. $< -o $@ $(LDLIBS)
+	$(CC) -O3 -g -x c -DLLMPAR_IMPLEMENTATION -c $< -o $@
+
+$(EXAMPLES): build/%: examples/%.c build/examples/llmpar.o $(wildcard examples/common/*.h)
+	@mkdir -p $(@D)
+	$(CC) -O2 -g -DLLMPAR__IMPLEMENTED -I. $< build/examples/llmpar.o -o $@ $(LDLIBS)
 
 $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-# DATA=input.txt trains on another text than the header itself.
 demo: build/demo
 	build/demo $(if $(DATA),--data $(DATA))
 

@@ -14,7 +14,7 @@ export LLMPAR_TEST_TIMEOUT=60
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
 build() { make -C $tree --no-print-directory "build/separate/$1" >$tree/build.log 2>&1; }
-run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "build/separate/$1" >run.log 2>&1); }
+run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "build/separate/$1" >run.log 2>&1) 2>/dev/null; }
 
 declare -A sound
 for patch in tests/plant/*.patch; do
