@@ -39,6 +39,7 @@ typedef struct train_job {
     llmpar_status (*begin)(struct train_job *job, llmpar_ctx *ctx);
     llmpar_status (*ready)(struct train_job *job, llmpar_ctx *ctx, llmpar_llama *model, llmpar_trainer *trainer);
     llmpar_status (*before_step)(struct train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer, int step);
+    llmpar_status (*finish)(struct train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer); /* behind the last step and save */
     llmpar_status (*failed)(struct train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer, llmpar_status status); /* before the clean-up of a failure; may look, must not talk */
     void (*end)(struct train_job *job, llmpar_ctx *ctx);
     void *user;
@@ -187,6 +188,7 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     if (!status) status = llmpar_parallelize(mesh, model, &desc, &trainer);
     if (!status && job->ready) status = job->ready(job, ctx, model, trainer);
     if (!status) status = train_steps(job, ctx, trainer);
+    if (!status && job->finish) status = job->finish(job, ctx, trainer);
     if (status && job->failed) status = job->failed(job, ctx, trainer, status);
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);
