@@ -93,7 +93,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
 /* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
-    enum { SIDE = 384, TRIES = 4 };
+    enum { SIDE = 256, TRIES = 3 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
     llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
