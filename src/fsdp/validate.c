@@ -14,6 +14,7 @@ typedef struct llmpar__buffer {
 typedef struct llmpar__unit_state {
     int32_t gathered;                    /* instruction, -1 */
     int32_t reader[LLMPAR_STREAM_COUNT];
+    int32_t last_gather;                 /* also after its FREE: it read the shard */
     int32_t forwards, backwards, last_forward, last_backward, updated;
     llmpar__buffer buffer[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot] */
 } llmpar__unit_state;
@@ -22,6 +23,7 @@ typedef struct llmpar__proof {
     const llmpar_instruction *list;
     const llmpar_unit *units;
     int32_t count, unit_count, at, scalar[2];
+    int32_t norm[LLMPAR_STREAM_COUNT]; /* last NORM of each stream, -1: they add into one accumulator */
     llmpar_policy policy;
     llmpar__unit_state *state;
     int32_t (*clock)[LLMPAR_STREAM_COUNT];
@@ -107,6 +109,8 @@ static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_i
     if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
     if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
     if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
+    if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
+    if (in->predicate != LLMPAR_ALWAYS && in->op != LLMPAR_OP_OPTIM) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM asks");
     if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
     for (int32_t w = 0; w < in->wait_count; w++)
         if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
@@ -149,19 +153,19 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int32_t borrow = proof->units[in->unit].borrow - 1, n = proof->unit_count;
+    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
     llmpar_status status = llmpar__proof_params(proof, in->unit);
     if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
     if (status) return status;
     if (in->op == LLMPAR_OP_FORWARD) {
         if ((in->pass == LLMPAR_PASS_EVAL) != (proof->policy.forward_only != 0) || in->pass == LLMPAR_PASS_BACKWARD) return llmpar__proof_fail(proof, "its pass does not fit the policy");
         if (state->forwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-        if (in->unit > 0 && (proof->state[in->unit - 1].forwards != in->micro_batch + 1 || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
+        if (in->unit > 0 && (proof->state[in->unit - 1].forwards <= in->micro_batch || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
         state->forwards++;
         state->last_forward = proof->at;
         return LLMPAR_OK;
     }
     if (proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
     if (state->backwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
     const llmpar__unit_state *behind = &proof->state[in->unit + 1 < n ? in->unit + 1 : in->unit];
     int32_t needed = in->unit + 1 < n ? behind->last_backward : state->last_forward;
@@ -184,6 +188,7 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *from = llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from), *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    if (proof->policy.unsharded) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
     llmpar_status status = llmpar__proof_read(proof, from);
     if (status) return status;
     if (from->consumed) return llmpar__proof_fail(proof, "reduces a gradient twice");
@@ -241,10 +246,8 @@ static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_inst
             const llmpar__unit_state *state = &proof->state[unit];
             if (state->forwards != proof->policy.micro_batches || !llmpar__proof_after(proof, state->last_forward)) return llmpar__proof_fail(proof, "runs before the loss is complete");
             if (!proof->policy.forward_only && state->updated != 1) return llmpar__proof_fail(proof, "runs before every norm is known");
-            for (int32_t slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
-                if (state->buffer[0][0][slot].live && !llmpar__proof_after_readers(proof, state->buffer[0][0][slot].reader)) return llmpar__proof_fail(proof, "does not wait for a norm");
         }
-        return LLMPAR_OK;
+        return pass && !llmpar__proof_after_readers(proof, proof->norm) ? llmpar__proof_fail(proof, "does not wait for a norm") : LLMPAR_OK;
     }
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
     llmpar_status status = llmpar__proof_read(proof, buffer);
@@ -253,12 +256,15 @@ static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_inst
     if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
     if (in->op == LLMPAR_OP_NORM) {
         if (buffer->normed) return llmpar__proof_fail(proof, "measures a gradient twice");
+        if (!llmpar__proof_after_readers(proof, proof->norm)) return llmpar__proof_fail(proof, "adds to the norm at the same time as another stream");
+        proof->norm[in->stream] = proof->at;
         buffer->normed = 1;
         proof->state[in->unit].updated = 1;
         return LLMPAR_OK;
     }
     if (!buffer->normed || proof->scalar[1] < 0) return llmpar__proof_fail(proof, "updates before the norm is known");
     if (in->predicate != LLMPAR_IF_FINITE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
+    if (!llmpar__proof_after(proof, proof->state[in->unit].last_gather)) return llmpar__proof_fail(proof, "updates parameters while they are gathered");
     buffer->live = 0;
     proof->state[in->unit].updated = 2;
     return LLMPAR_OK;
@@ -270,7 +276,8 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
     case LLMPAR_OP_GATHER:
         if (proof->policy.unsharded) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
         if (proof->state[in->unit].gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
-        proof->state[in->unit].gathered = proof->at;
+        if (proof->state[in->unit].updated == 2) return llmpar__proof_fail(proof, "gathers parameters after their update");
+        proof->state[in->unit].gathered = proof->state[in->unit].last_gather = proof->at;
         llmpar__proof_no_readers(proof->state[in->unit].reader);
         return LLMPAR_OK;
     case LLMPAR_OP_FREE: return llmpar__proof_free(proof, in);
@@ -334,10 +341,10 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     proof.clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count, sizeof *proof.clock);
     if (!proof.state || !proof.clock) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
     for (int32_t unit = 0; unit < unit_count && !status; unit++) {
-        proof.state[unit].gathered = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
+        proof.state[unit].gathered = proof.state[unit].last_gather = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
         llmpar__proof_no_readers(proof.state[unit].reader);
     }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = -1;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = proof.norm[s] = -1;
     for (proof.at = 0; proof.at < count && !status; proof.at++) {
         const llmpar_instruction *in = &list[proof.at];
         status = llmpar__proof_operands(&proof, in);
