@@ -203,6 +203,10 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     int32_t borrow = plan->units[unit].borrow - 1;
     /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
     int counted = policy->no_sync || policy->unsharded;
+    if (pending[0] == unit) { /* a single unit: its own gradient of the micro-batch before is still in the buffer */
+        llmpar__plan_free_local(plan, unit, 0, 0);
+        pending[0] = -1;
+    }
     int32_t slot = counted ? plan->depth[unit * 2]++ : 0;
     int32_t from = borrow < 0 ? -1 : counted ? plan->depth[borrow * 2 + 1]++ : 0;
     llmpar_instruction *backward = llmpar__plan_emit(plan, LLMPAR_OP_BACKWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
