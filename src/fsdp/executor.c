@@ -100,7 +100,7 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->device = fsdp->device;
     call->user = flat->unit.user;
     call->micro = &exec->micro[in->micro_batch];
-    call->pass = (llmpar_pass)in->pass;
+    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : (llmpar_pass)in->pass;
     call->dtype = fsdp->dtype;
     call->params = flat->params;
     if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
@@ -277,7 +277,9 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
     if (status) return status;
     exec->run->global_tokens = tokens;
     for (int32_t m = 0; m < exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
-    return fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
+    /* Loss and norm start from zero before any stream adds to them. */
+    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
+    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
 }
 
 static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
