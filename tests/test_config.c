@@ -284,6 +284,12 @@ TEST(checks_structs)
     c.eos_count = 0;
     c.rope_scaling.kind = (llmpar_rope_kind)7;
     CHECK_STATUS(llmpar_llama_config_check(&c, NULL), LLMPAR_ERR_CONFIG);
+    /* every field within its own limits, 2^68 parameters and more together */
+    CHECK_OK(llmpar_llama_preset("tiny", &c, NULL));
+    c.hidden = 1 << 20; c.intermediate = 1 << 22; c.layers = 1 << 16; c.heads = c.kv_heads = 1 << 16; c.head_dim = 1 << 14;
+    llmpar_error_clear(&err);
+    CHECK_STATUS(llmpar_llama_config_check(&c, &err), LLMPAR_ERR_CONFIG);
+    CHECK_TEXT(err.text, "num_hidden_layers = 65536, layers of 4516793769000960 parameters");
     memset(&c, 0, sizeof c);
     CHECK_STATUS(llmpar_llama_config_check(&c, NULL), LLMPAR_ERR_CONFIG);
 }

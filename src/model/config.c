@@ -81,6 +81,12 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
+static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
+{
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d;
+}
+
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
     int32_t i;
@@ -112,10 +118,11 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
     for (i = 0; i < c->eos_count; i++)
         if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
     if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
-    params = llmpar_llama_param_count(c);
-    if (params > llmpar__config_max_params) {
+    /* One layer alone fits in 64 bits at these limits, all layers may not. */
+    params = llmpar__config_layer_params(c);
+    if (params > llmpar__config_max_params / c->layers || llmpar_llama_param_count(c) > llmpar__config_max_params) {
         f->field = "num_hidden_layers";
-        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d with these sizes makes %lld parameters, expected at most %lld", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
+        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d, layers of %lld parameters, expected at most %lld in all", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
         return 1;
     }
     return 0;
@@ -533,9 +540,8 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
 
 LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
 {
-    int64_t d = config->hidden, q = (int64_t)config->heads * config->head_dim, kv = (int64_t)config->kv_heads * config->head_dim;
-    int64_t layer = 2 * d * q + 2 * d * kv + 3 * d * config->intermediate + 2 * d;
-    return config->layers * layer + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
+    int64_t d = config->hidden;
+    return config->layers * llmpar__config_layer_params(config) + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
 }
 
 LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
