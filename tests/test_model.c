@@ -576,4 +576,147 @@ static void golden_model(const char *model)
 TEST(golden_llama3_untied) { golden_model("llama3_untied"); }
 TEST(golden_linear_tied) { golden_model("linear_tied"); }
 
-TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied))
+/* ---- sizes that nobody would choose, and faults on the way ---- */
+
+/* Heads wider than the hidden size, fewer rows of F than ranks, a prime vocabulary, an odd hidden size. */
+static llmpar_llama_config awkward(int tied)
+{
+    llmpar_llama_config c;
+    memset(&c, 0, sizeof c);
+    c.vocab = 37;
+    c.hidden = 33;
+    c.intermediate = 5;
+    c.layers = 2;
+    c.heads = 8;
+    c.kv_heads = 2;
+    c.head_dim = 10;
+    c.max_positions = 16;
+    c.rms_eps = 1e-5;
+    c.rope_theta = 10000;
+    c.tied = tied;
+    c.bos_id = -1;
+    c.init_std = 0.2;
+    return c;
+}
+
+typedef struct awkward_result { float logits[5 * 37]; int32_t ids[8]; } awkward_result;
+
+static llmpar_status awkward_body(session *s, void *user)
+{
+    static const int32_t prompt[] = { 3, 36, 0, 7, 7 };
+    awkward_result mine, *want = (awkward_result *)user;
+    int32_t count = 0;
+    llmpar_generate_desc desc;
+    memset(&mine, 0, sizeof mine);
+    memset(&desc, 0, sizeof desc);
+    desc.prompt = prompt;
+    desc.prompt_count = 5;
+    desc.tokens = 8;
+    desc.temperature = 0.7;
+    desc.top_p = 0.9;
+    llmpar_status status = llmpar_llama_logits(s->model, s->fsdp, prompt, 5, mine.logits);
+    if (!status) status = llmpar_llama_generate(s->model, s->fsdp, &desc, mine.ids, &count);
+    if (status) return status;
+    if (s->ctx->world == 1) *want = mine;
+    CHECK_BYTES(mine.logits, want->logits, sizeof mine.logits);
+    CHECK_BYTES(mine.ids, want->ids, sizeof mine.ids);
+    return LLMPAR_OK;
+}
+
+TEST(awkward_sizes)
+{
+    for (int tied = 0; tied < 2; tied++)
+        for (int dtype = LLMPAR_F32; dtype <= LLMPAR_F64; dtype++) {
+            llmpar_llama_config c = awkward(tied);
+            awkward_result want;
+            job j = { .config = &c, .mesh = { .tp = 1 }, .trainer = { .seq_len = 16, .dtype = (llmpar_dtype)dtype }, .body = awkward_body, .user = &want };
+            launch_ok(&j);
+            if (dtype == LLMPAR_F32) { /* rows of 33 floats cannot be selected as 8-byte integers */
+                llmpar_error error;
+                j.mesh.tp = 2;
+                CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_MESH);
+                CHECK_TEXT(error.text, "hidden_size = 33");
+                c.hidden = 34;
+                j.mesh.tp = 1;
+                launch_ok(&j);
+            }
+            for (int tp = 2; tp <= 8; tp *= 2) {
+                j.mesh.tp = tp;
+                launch_ok(&j);
+            }
+        }
+}
+
+/* One weight of the output projection is no number: so is one logit. */
+static llmpar_status poisoned_body(session *s, void *user)
+{
+    static const int32_t prompt[] = { 3, 4 };
+    int32_t ids[4], count = 0, head = llmpar_fsdp_unit_count(s->fsdp) - 1;
+    float *w = (float *)llmpar_fsdp_local(s->fsdp, head, 1, llmpar_fsdp_shard(s->fsdp, head, NULL, NULL, NULL)), old = w[33 * 5];
+    llmpar_step step;
+    (void)user;
+    w[33 * 5] = (float)NAN;
+    for (int k = 0; k < 4; k++) {
+        llmpar_generate_desc desc;
+        memset(&desc, 0, sizeof desc);
+        desc.prompt = prompt;
+        desc.prompt_count = 2;
+        desc.tokens = 4;
+        desc.temperature = k < 2 ? 0 : 1;
+        desc.top_p = k & 1 ? 0.5 : 0;
+        CHECK_STATUS(llmpar_llama_generate(s->model, s->fsdp, &desc, ids, &count), LLMPAR_ERR_NONFINITE);
+        CHECK_INT(count, 0);
+    }
+    /* What went wrong before does not stand for what goes wrong in a step, nor a step's own error twice. */
+    for (int k = 0; k < 2; k++) {
+        CHECK_STATUS(llmpar_trainer_step(s->trainer, &step), LLMPAR_ERR_NONFINITE);
+        CHECK_TEXT(llmpar_last_error(s->ctx), "step 1: loss");
+        CHECK_TEXT(llmpar_last_error(s->ctx), "lm_head.weight");
+        CHECK_INT(s->ctx->error.rank, 0);
+    }
+    w[33 * 5] = old;
+    llmpar_status status = llmpar_trainer_step(s->trainer, &step);
+    CHECK_INT(step.step, 1);
+    return status;
+}
+
+static llmpar_status counting_sequence(void *user, int64_t index, int32_t *tokens)
+{
+    (void)user;
+    for (int i = 0; i <= 8; i++) tokens[i] = (int32_t)((index + i) % 37);
+    return LLMPAR_OK;
+}
+
+TEST(not_a_number)
+{
+    llmpar_llama_config c = awkward(0);
+    job j = { .config = &c, .trainer = { .sequence = counting_sequence, .seq_len = 8, .log_every = -1 }, .body = poisoned_body };
+    launch_ok(&j);
+}
+
+static llmpar_status unshard_body(session *s, void *user)
+{
+    void *const *params = NULL;
+    (void)user;
+    /* On both ranks alike, before anything is sent. */
+    for (int k = 0; k < 2; k++) {
+        s->ctx->heap.fail_at = s->ctx->heap.calls + 1;
+        CHECK_STATUS(llmpar_fsdp_unshard(s->fsdp, 1, &params), LLMPAR_ERR_MEMORY);
+        s->ctx->heap.fail_at = 0;
+        CHECK(params == NULL);
+    }
+    CHECK_OK(llmpar_fsdp_unshard(s->fsdp, 1, &params));
+    CHECK(params && params[0]);
+    CHECK_OK(llmpar_fsdp_reshard(s->fsdp, 1));
+    CHECK_STATUS(llmpar_fsdp_reshard(s->fsdp, 1), LLMPAR_ERR_ARGUMENT);
+    return LLMPAR_OK;
+}
+
+TEST(unshard_that_fails)
+{
+    llmpar_llama_config c = awkward(0);
+    job j = { .config = &c, .mesh = { .dp_shard = 2 }, .trainer = { .seq_len = 8 }, .body = unshard_body };
+    launch_ok(&j);
+}
+
+TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied), T_(awkward_sizes), T_(not_a_number), T_(unshard_that_fails))

@@ -168,7 +168,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
             done += count;
         }
     }
-    return status;
+    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
 }
 
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
@@ -301,8 +301,10 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
 {
     llmpar__flat *flat = &fsdp->units[unit];
     llmpar_status status = llmpar__fsdp_gather(fsdp, flat, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    if (params) *params = flat->params;
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
+    if (!status) status = waited;
+    if (status) llmpar__fsdp_release(fsdp, flat);
+    else if (params) *params = flat->params;
     return status;
 }
 
@@ -379,7 +381,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp
     call.tag = "first non-finite tensor";
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, fsdp->stream[0], &call);
     if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], &agreed, fsdp->scalars, sizeof agreed);
-    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]); /* in any case: the stream may read `agreed` */
+    if (!status) status = waited;
     *index = agreed == INT64_MIN / 2 ? -1 : -agreed;
     return status;
 }

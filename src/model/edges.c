@@ -48,6 +48,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
     llmpar__embed e;
     llmpar_embedding_backward_args args;
     const llmpar_llama *model = ((const llmpar__layer *)user)->model;
+    /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
+    if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
+        return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
+                           llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
     llmpar__embed_lay(model, micro, dtype, NULL, &e);
     llmpar__embed_backward_args(&e, micro, &args);
     out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;

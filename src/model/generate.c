@@ -138,6 +138,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
     if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
         return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
     g->tp = model->tp;
@@ -154,7 +155,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     if (!status) status = llmpar__session_memory(g);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
         status = llmpar_fsdp_unshard(fsdp, u, NULL);
-        g->unsharded_units = u + 1;
+        if (!status) g->unsharded_units = u + 1;
     }
     return status;
 }
@@ -162,11 +163,11 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
 static void llmpar__session_close(llmpar__session *g)
 {
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    if (g->stream) {
+    if (g->stream) { /* after a failure it may still read what goes now */
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
     }
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -377,6 +378,14 @@ static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double tempe
     return order[vocab - kept];
 }
 
+/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
+static int llmpar__sample_finite(const float *logits, int32_t vocab)
+{
+    for (int32_t i = 0; i < vocab; i++)
+        if (!llmpar_isfinite_f32(logits[i])) return 0;
+    return 1;
+}
+
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 {
     for (int32_t i = 0; i < c->eos_count; i++)
@@ -409,10 +418,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     }
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
+        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
         int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
-        if (!llmpar_isfinite_f32(g.host[id])) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
-        if (status) break;
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;

@@ -194,8 +194,11 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     if (!status) status = device->stream_create(device, "set-up", &stream);
     if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
     if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
-    if (!status) status = device->synchronize(device, stream);
-    if (stream) device->stream_destroy(device, stream);
+    if (stream) { /* in any case: the stream may read `host` */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
     llmpar_heap_free(&ctx->heap, host);
     return status;
 }
@@ -206,9 +209,12 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
+    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (tp->ranks > 1 && (size_t)c->hidden * llmpar_dtype_size(dtype) % 8) /* llmpar_tp_select */
+        return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: hidden_size = %d in %s is no multiple of 8 bytes, which the embedding needs where tp = %d is above 1", (int)c->hidden, llmpar_dtype_name(dtype), (int)tp->ranks);
     if (desc->sequence_parallel && desc->positions % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: sequence parallel: sequence length %lld is not divisible by tp = %d", (long long)desc->positions, (int)tp->ranks);
     model->applied = 1;
-    model->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    model->dtype = dtype;
     model->positions = desc->positions;
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;

@@ -68,6 +68,15 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const 
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
 }
 
+/* As it was before any error: the rank's place stays. */
+static void llmpar__trainer_forget(llmpar_error *error)
+{
+    llmpar_error old = *error;
+    llmpar_error_clear(error);
+    error->rank = old.rank;
+    memcpy(error->where, old.where, sizeof old.where);
+}
+
 static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
 {
     llmpar_arena_usage usage;
@@ -99,13 +108,16 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         run.on_gradient_user = t;
     }
     llmpar_adamw_set_lr(t->adamw, step.lr);
+    /* The first error of a rank stays; one that the caller has lived with must not stand for this step's. */
+    llmpar_error earlier = t->ctx->error, *error = &t->ctx->error;
+    llmpar__trainer_forget(error);
     status = llmpar_fsdp_run(t->fsdp, t->train->list, t->train->count, &run);
-    if (status == LLMPAR_ERR_NONFINITE) {
-        llmpar_error first = t->ctx->error; /* the step's number goes in front */
-        llmpar_error_clear(&t->ctx->error);
-        memcpy(t->ctx->error.where, first.where, sizeof first.where);
+    if (status == LLMPAR_ERR_NONFINITE) { /* the step's number goes in front */
+        llmpar_error first = *error;
+        llmpar__trainer_forget(error);
         llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
     }
+    if (!status) *error = earlier;
     if (t->gradient_file) {
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);

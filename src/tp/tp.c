@@ -251,6 +251,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *st
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
 {
     size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
+    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype); /* a copy, of any width */
     if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
     return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
 }

@@ -47,7 +47,7 @@ LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype);
 /* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial). One rank: copies unless equal. */
 LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype);
-/* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. dim * size of dtype is a multiple of 8. */
+/* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
 
 #endif
