@@ -80,11 +80,12 @@ static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *upda
     return status;
 }
 
-static llmpar_status llmpar__adamw_check(llmpar_ctx *ctx, const llmpar_adamw_desc *desc)
+LLMPAR_DEF llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error)
 {
-    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
-    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
-    if (!(desc->decay <= 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
+    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
+    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
+    if (!(desc->decay <= 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
+    if (desc->clip != desc->clip) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: clip = %g, expected a number", desc->clip);
     return LLMPAR_OK;
 }
 
@@ -97,8 +98,10 @@ LLMPAR_DEF llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_ada
     llmpar_adamw_desc resolved = *desc;
     *out = NULL;
     llmpar_adamw_desc_resolve(&resolved);
-    llmpar_status status = llmpar__adamw_check(ctx, &resolved);
-    if (status) return status;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_adamw_desc_check(&resolved, &error);
+    if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_adamw *adamw = (llmpar_adamw *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *adamw);
     if (!adamw) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory");
     adamw->fsdp = fsdp;

@@ -19,7 +19,9 @@ typedef struct llmpar_adamw_desc {
 
 typedef struct llmpar_adamw llmpar_adamw;
 
-LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc);
+LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc); /* fills in the defaults; local */
+/* LLMPAR_ERR_ARGUMENT for a resolved value out of range. Local. */
+LLMPAR_API llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error);
 /* Zeroed moments for every shard, in the arena of fsdp (OPTIMIZER). Borrows fsdp. LLMPAR_ERR_ARGUMENT for values out of range. Local. */
 LLMPAR_API llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out);
 LLMPAR_API void llmpar_adamw_destroy(llmpar_adamw *adamw); /* NULL is fine; before the fsdp object; local */

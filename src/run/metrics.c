@@ -137,7 +137,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
     if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
     if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
-    if (!status) status = device->synchronize(device, t->stream);
+    llmpar_status waited = device->synchronize(device, t->stream); /* in any case: the stream may use what goes now */
+    if (!status) status = waited;
     llmpar_arena_free(arena, rate);
     llmpar_arena_free(arena, workspace);
     llmpar_arena_free(arena, data);

@@ -59,6 +59,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->log_every == 0) d->log_every = 10;
     llmpar_adamw_desc_resolve(&d->adamw);
     llmpar_status status = llmpar__recipe_numbers(d, error);
+    if (!status) status = llmpar_adamw_desc_check(&d->adamw, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -141,8 +142,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     int32_t count;
     memset(&apply, 0, sizeof apply);
     memset(&fsdp, 0, sizeof fsdp);
-    /* Data first: a missing or short file is found before memory is taken. */
+    /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
     llmpar_status status = llmpar__recipe_data(t);
+    if (!status) status = llmpar__metrics_open(t);
     if (status) return status;
     /* Tensor parallelism: the model gets its axis. */
     apply.canon = t->desc.canon;
@@ -165,8 +167,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     /* The optimizer on the shards, the step's tokens, the metrics. */
     if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
     if (!status) status = llmpar__recipe_buffers(t);
-    if (!status) status = llmpar__metrics_peak(t);
-    return status ? status : llmpar__metrics_open(t);
+    return status ? status : llmpar__metrics_peak(t);
 }
 
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
@@ -203,6 +204,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap *heap = &t->ctx->heap;
     llmpar__metrics_close(t);
     llmpar_tensor_file_abandon(t->gradient_file);
+    if (t->stream) t->ctx->device->synchronize(t->ctx->device, t->stream); /* its failure was reported where it happened */
     if (t->fsdp) {
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
