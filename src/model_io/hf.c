@@ -256,6 +256,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
 LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 {
     if (!file) return;
+    if (file->stream) file->ctx->device->synchronize(file->ctx->device, file->stream); /* after a failure it may still write into what goes now */
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->full);
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);

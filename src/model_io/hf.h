@@ -8,7 +8,8 @@
 /* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
 LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
 
-/* Reads DIR/model.safetensors into the shards: every rank maps the file and touches only its own part. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
+/* Reads DIR/model.safetensors into the shards: every rank maps the file and takes its own part; a tensor of another dtype, or one that lies unaligned, is whole on the rank's heap while it is
+   converted or copied. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
    and f16 are converted. LLMPAR_ERR_FORMAT names the tensor. Nothing is changed unless all names and shapes fit. Local on every rank (all ranks call it). */
 LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory);
 
