@@ -30,6 +30,7 @@ help:
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-tsan     the suite under ThreadSanitizer'
+	@echo 'make test-fuzz     the parsers on their corpus and on FUZZ=8 seconds of mutations each (clang, libFuzzer)'
 	@echo 'make test-header   the suite on the committed header (clang); test-cxx: compiled as C++; test-separate: module by module'
 	@echo 'make check         everything that a commit has to pass; check-full: with the long runs'
 	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
@@ -153,6 +154,24 @@ test-exact: build/plain/test_exact
 test-plant:
 	@tests/plant/run.sh
 
+# FUZZ=60: seconds for each parser, on top of its corpus.
+FUZZ = 8
+FUZZERS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+fuzz_flags = -g -O1 -fno-sanitize-recover=all -fsanitize=address,undefined
+
+build/fuzz/llmpar.o: build/dev/llmpar.h
+	@mkdir -p $(@D)
+	@$(CLANG) $(fuzz_flags),fuzzer-no-link -DLLMPAR_IMPLEMENTATION -x c -c $< -o $@
+
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o
+	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $^ -o $@ $(LDLIBS)
+
+run-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
+	@tests/fuzz/run.sh $(FUZZ) $(FUZZERS)
+
+test-fuzz:
+	@CC=$(CLANG) tests/need.sh -fsanitize=fuzzer 'clang and libclang-rt-14-dev' -- $(MAKE) --no-print-directory run-fuzz
+
 # ---- checks ----
 
 check-layers: build/gen/llmpar.h
@@ -176,7 +195,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant \
+.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
 	check-layers check-compile check-budget check check-full clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate,build-$(c) run-$(c))
 .SECONDARY:

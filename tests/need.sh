@@ -7,6 +7,7 @@ case $tool in
 -fsanitize=*)
     mkdir -p build
     echo 'int main(void) { return 0; }' >build/need.c
+    if [ "$tool" = -fsanitize=fuzzer ]; then echo 'int LLVMFuzzerTestOneInput(const unsigned char *d, unsigned long n) { return d != d && n; }' >build/need.c; fi
     ${CC:-cc} "$tool" build/need.c -o build/need 2>/dev/null
     found=$?
     ;;

@@ -43,6 +43,7 @@ phase examples $make $jobs all
 phase plant $make test-plant
 phase asan $make $jobs test-asan
 phase tsan $make $jobs test-tsan
+phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -n "$full" ]; then
     [ -f tests/test_exact.c ] && LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
     [ -f examples/demo.c ] && phase demo $make demo
