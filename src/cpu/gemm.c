@@ -67,10 +67,18 @@ typedef struct llmpar__gemm_tile {
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
 } llmpar__gemm_tile;
 
+/* What the packing functions of gemm_kernel.inc do, and their words. */
+typedef struct llmpar__gemm_packing {
+    const float *in;
+    float *out;
+    int64_t ld, k, valid, panels, distance;
+    int transposed;
+} llmpar__gemm_packing;
+
 typedef struct llmpar__gemm_kernel {
     int64_t rows, columns;             /* of a full tile */
-    void (*pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
-    void (*pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*pack_a)(const llmpar__gemm_packing *packing);
+    void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*tile)(const llmpar__gemm_tile *tile);
 } llmpar__gemm_kernel;
 
@@ -214,7 +222,8 @@ typedef struct llmpar__gemm_run {
     int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store;
-    int64_t group, group_end, splits;     /* the current group of B's panels; tasks that share it */
+    int64_t group, group_end;             /* the current group of B's panels */
+    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
     int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
@@ -224,7 +233,7 @@ typedef struct llmpar__gemm_run {
 
 /* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
+enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
@@ -372,44 +381,43 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     return 1;
 }
 
-static void llmpar__gemm_pack_a(const llmpar__gemm_run *run, int64_t panel, float *out)
+/* Panels [first, first + panels) of A, or of B, for the current part. */
+static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
 {
     const llmpar_gemm_args *args = run->args;
-    int transposed = args->kind != LLMPAR_GEMM_TN;
-    int64_t i = run->i0 + panel * run->kernel.rows, valid = run->i0 + run->m - i, c;
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
+    llmpar__gemm_packing packing;
+    packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
+    packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
+    packing.panels = panels;
+    packing.distance = width * run->k;
+    packing.out = out;
     for (c = 0; c < run->chunk_count; c++) {
         const llmpar__gemm_chunk *chunk = &run->chunks[c];
         const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        const float *in = (const float *)segment->a + (transposed ? i * segment->lda + chunk->begin : chunk->begin * segment->lda + i);
-        run->kernel.pack_a(in, segment->lda, transposed, valid, chunk->k, out);
-        out += chunk->k * run->kernel.rows;
-    }
-}
-
-static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, float *out)
-{
-    const llmpar_gemm_args *args = run->args;
-    int transposed = args->kind == LLMPAR_GEMM_NT;
-    int64_t j = run->j0 + panel * run->kernel.columns, valid = run->j0 + run->n - j, c;
-    for (c = 0; c < run->chunk_count; c++) {
-        const llmpar__gemm_chunk *chunk = &run->chunks[c];
-        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        const float *in = (const float *)segment->b + (transposed ? j * segment->ldb + chunk->begin : chunk->begin * segment->ldb + j);
-        run->kernel.pack_b(in, segment->ldb, transposed, valid, chunk->k, out);
-        out += chunk->k * run->kernel.columns;
+        packing.k = chunk->k;
+        packing.ld = is_b ? segment->ldb : segment->lda;
+        packing.in = (const float *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at);
+        if (is_b) run->kernel.pack_b(&packing);
+        else run->kernel.pack_a(&packing);
+        packing.out += chunk->k * width;
     }
 }
 
 static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
 
-/* The panels of the current group of B, then, when it is their turn, those of A. */
+/* Shares of the current group of B, then, when it is their turn, the panels of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t group = run->group_end - run->group;
     (void)worker;
-    if (task < group) llmpar__gemm_pack_b(run, run->group + task, run->b + task * run->kernel.columns * run->k);
-    else llmpar__gemm_pack_a(run, task - group, llmpar__gemm_a_panel(run, task - group));
+    if (task < run->pack_shares) {
+        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
+        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
+    } else {
+        int64_t i = task - run->pack_shares;
+        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
+    }
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
@@ -431,13 +439,15 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     run->kernel.tile(&tile);
 }
 
-/* One panel of A, which stays in L1, with a share of the group of B, which stays in L2 for the next panel of A. */
+/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits);
-    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
-    for (; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
+    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
+    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
+    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+    for (; i < i_end; i++)
+        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the one or two panels of A. */
@@ -446,7 +456,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->kernel.columns * run->block_k;
     int64_t i;
-    llmpar__gemm_pack_b(run, task, b);
+    llmpar__gemm_pack(run, 1, task, 1, b);
     for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
 }
 
@@ -455,13 +465,14 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
     run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
+    run->bundle = 1;
+    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
         if (run->thin) {
-            int64_t i;
-            for (i = 0; i < run->a_panels; i++) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
             llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
             continue;
         }
@@ -471,8 +482,9 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
             run->group_end = run->group + panels;
             run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
             if (run->splits > panels) run->splits = panels;
-            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, panels + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
-            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->splits);
+            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
+            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
+            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
         }
     }
 }
