@@ -118,6 +118,8 @@ static inline void ops_same(const char *what, ops_way way, const double *got, co
     for (int64_t i = 0; i < n; i++)
         if (memcmp(&got[i], &want[i], sizeof *got)) { TEST_FAIL("%s, %s %s: element %ld of %ld is %.17g, want the bits of %.17g", what, llmpar_cpu_level_name(way.level), llmpar_dtype_name(way.dtype), (long)i, (long)n, got[i], want[i]); return; }
 }
+/* f32 is the bound of f32 levels; f64 has its own. */
+static inline double ops_bound(ops_way way, double f32) { return way.dtype == LLMPAR_F64 ? 1e-13 : f32; }
 /* |got - want| <= bound * max|want| */
 static inline void ops_near(const char *what, ops_way way, const double *got, const double *want, int64_t n, double bound)
 {

@@ -134,6 +134,29 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
+/* out[8, 8] = in[8, 8] transposed */
+LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const float *in, int64_t ld_in)
+{
+    __m256 a[8], b[8];
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 8; i += 2) { /* pairs of rows */
+        __m256 x = _mm256_loadu_ps(in + i * ld_in), y = _mm256_loadu_ps(in + (i + 1) * ld_in);
+        a[i] = _mm256_unpacklo_ps(x, y);
+        a[i + 1] = _mm256_unpackhi_ps(x, y);
+    }
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 8; i += 4) { /* fours */
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * ld_out, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * ld_out, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    }
+}
 #undef LLMPAR__VLEVEL
 
 typedef float llmpar__real_avx512;
@@ -158,6 +181,7 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
     __m512d y = _mm512_castps_pd(x);
     return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 0)), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 1))));
 }
+LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
