@@ -680,7 +680,7 @@ TEST(out_of_memory)
     llmpar_schedule *s = NULL;
     make_units(5, 4, 0);
     int failed = 0;
-    for (uint64_t n = 1;; n++, failed++) {
+    for (uint64_t n = 1; n < 100; n++, failed++) {
         heap.fail_at = heap.calls + n;
         llmpar_error_clear(&err);
         llmpar_status status = llmpar_schedule_create(&heap, units, unit_count, &policy, &s, &err);
@@ -691,7 +691,7 @@ TEST(out_of_memory)
         CHECK_INT(heap.live, 0);
     }
     CHECK(failed > 5);
-    for (uint64_t n = 1;; n++) {
+    for (uint64_t n = 1; s && n < 100; n++) {
         uint64_t live = heap.live;
         heap.fail_at = heap.calls + n;
         llmpar_status status = validate(s->list, s->count, &policy);
