@@ -265,7 +265,8 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
     llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
     if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
-    return status ? status : fsdp->device->synchronize(fsdp->device, stream);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
+    return status ? status : waited;
 }
 
 static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
@@ -300,10 +301,8 @@ static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruct
     run->skipped = run->global_tokens == 0;
     exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
     if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
-    if (run->optimizer && run->optimizer->begin_step && !run->skipped) {
-        status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
-        exec->grad_scale /= run->loss_scale;
-    }
+    if (run->optimizer && run->optimizer->begin_step && !run->skipped) status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
+    exec->grad_scale /= run->loss_scale;
     return status;
 }
 

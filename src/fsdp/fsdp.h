@@ -49,8 +49,9 @@ typedef struct llmpar_update {
 /* The executor calls the optimizer through this table. */
 typedef struct llmpar_optimizer {
     void *state;
-    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping). Local. */
+    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping; 1 at the call). NULL: 1. Local. */
     llmpar_status (*begin_step)(void *state, double grad_norm, double *grad_scale);
+    /* Enqueues the update of one unit's shard on update->stream. Local. */
     llmpar_status (*update)(void *state, const llmpar_update *update);
 } llmpar_optimizer;
 

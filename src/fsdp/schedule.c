@@ -197,7 +197,7 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     return !policy->unsharded;
 }
 
-static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[4])
+static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[2])
 {
     const llmpar_policy *policy = &plan->schedule->policy;
     int32_t borrow = plan->units[unit].borrow - 1;
@@ -230,7 +230,7 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     pending[1] = release_borrowed ? borrow : -1;
 }
 
-static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[4])
+static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[2])
 {
     int backward;
     int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
@@ -303,6 +303,8 @@ static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_c
     if (policy->micro_batches < 1 || policy->micro_batches > (1 << 20)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: micro_batches = %d, expected 1 .. %d", (int)policy->micro_batches, 1 << 20);
     if (policy->prefetch < 0 || policy->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: prefetch = %d, expected 0 .. 64", (int)policy->prefetch);
     if (policy->replicas < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: replicas = %d, expected at least 1", (int)policy->replicas);
+    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
@@ -338,7 +340,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     plan.depth = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 2, sizeof(int32_t));
     if (!plan.flag || !plan.last_gather || !plan.depth) plan.status = 1;
     if (!plan.status) {
-        int32_t pending[4] = {-1, -1, -1, -1};
+        int32_t pending[2] = {-1, -1};
         llmpar__plan_residency(&plan);
         llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
         for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step, pending);
