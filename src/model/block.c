@@ -59,7 +59,7 @@ static void llmpar__block_open(const llmpar_unit_call *call, llmpar__block *b)
 {
     llmpar__block_layout l;
     memset(b, 0, sizeof *b);
-    b->model = ((const llmpar__layer *)call->user)->model;
+    b->model = (const llmpar_llama *)call->user;
     b->tp = &b->model->tp;
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
     llmpar__block_lay(b->tp, &b->s, call->pass == LLMPAR_PASS_BACKWARD, &l);
@@ -234,7 +234,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
     llmpar__block b;
     llmpar__block_layout l;
     memset(&b, 0, sizeof b);
-    b.model = ((const llmpar__layer *)user)->model;
+    b.model = (const llmpar_llama *)user;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
     llmpar__block_lay(b.tp, &b.s, 1, &l);

@@ -26,7 +26,7 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
 
 static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
 {
-    llmpar__embed_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->scratch, out);
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -47,7 +47,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
-    const llmpar_llama *model = ((const llmpar__layer *)user)->model;
+    const llmpar_llama *model = (const llmpar_llama *)user;
     /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
     if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
         return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
@@ -163,7 +163,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
 
 static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
 {
-    llmpar__head_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->saved, call->scratch, out);
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -182,7 +182,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
 {
     llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_lay(((const llmpar__layer *)user)->model, micro, dtype, NULL, NULL, &h);
+    llmpar__head_lay((const llmpar_llama *)user, micro, dtype, NULL, NULL, &h);
     llmpar__head_operand(&h, NULL, &operand);
     out->saved = h.saved;
     out->scratch = h.scratch;
@@ -240,7 +240,7 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
 {
-    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
     llmpar_collective c;
     memset(&c, 0, sizeof c);
     c.send = c.recv = values;

@@ -44,9 +44,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
     int32_t used = 0;
     llmpar_param *param = model->params;
     for (int32_t i = 0; i < c->layers + 2; i++) {
-        model->layers[i].model = model;
-        model->layers[i].index = i - 1;
-        model->units[i].user = &model->layers[i];
+        model->units[i].user = model;
         model->units[i].params = param;
         if (i == 0) {
             model->units[i].name = "embed";
@@ -91,9 +89,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
-    model->layers = (llmpar__layer *)llmpar_heap_zalloc(heap, units, sizeof *model->layers);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
-    if (!model->units || !model->params || !model->layers || !model->names) {
+    if (!model->units || !model->params || !model->names) {
         llmpar_llama_destroy(model);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
     }
@@ -114,7 +111,6 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
     llmpar_heap_free(heap, model->params);
-    llmpar_heap_free(heap, model->layers);
     llmpar_heap_free(heap, model->names);
     llmpar_heap_free(heap, model);
 }
@@ -287,7 +283,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
-    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
     llmpar_rmsnorm_backward_args args;
     memset(&args, 0, sizeof args);
     args.tokens.batch = s->b;
@@ -316,7 +312,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_ca
     c.count = (size_t)(s->leaves * s->d);
     c.dtype = s->dtype;
     c.tag = "norm weight/all_reduce";
-    return llmpar_all_reduce(((const llmpar__layer *)call->user)->model->tp.comm, call->stream, &c);
+    return llmpar_all_reduce(((const llmpar_llama *)call->user)->tp.comm, call->stream, &c);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)

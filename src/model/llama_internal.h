@@ -6,8 +6,6 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
-
 /* A list of unit instructions with the condition under which each exists. */
 enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
 typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when; } llmpar__op_row;
@@ -18,9 +16,8 @@ struct llmpar_llama {
     llmpar_ctx *ctx;
     llmpar_llama_config config;
     uint64_t seed;
-    llmpar_unit *units;            /* [layers + 2] */
+    llmpar_unit *units;            /* [layers + 2]; their user is the model */
     llmpar_param *params;          /* all units' parameters */
-    llmpar__layer *layers;         /* [layers + 2] */
     char *names;                   /* text of all names */
     llmpar__op_list lists[LLMPAR__UNIT_KINDS][2]; /* forward, backward */
     llmpar_tp tp;
