@@ -656,7 +656,11 @@ TEST(refused_policies)
         CHECK(s == NULL);
         CHECK_TEXT(err.text, rows[i].text);
     }
-    llmpar_policy policy = make_policy(0, 0, 0, 0, 0, 0); /* zeroes are defaults */
+    llmpar_policy policy = make_policy(1 << 20, 0, 0, 0, 1, 0); /* refused before a unit is looked at */
+    llmpar_error_clear(&err);
+    CHECK_STATUS(llmpar_schedule_create(&heap, units, 2048, &policy, &s, &err), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(err.text, "2048 units x 1048576 micro-batches, expected at most 16777216");
+    policy = make_policy(0, 0, 0, 0, 0, 0); /* zeroes are defaults */
     make_units(3, 2, 0);
     units[1].borrow = 1; /* two borrowers */
     llmpar_error_clear(&err);

@@ -80,6 +80,7 @@ LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 
 /* policy.unsharded and replicas as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
+/* The units as copied by create; what the object borrows or owns. Local. */
 LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
 LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit);
 LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);

@@ -17,7 +17,8 @@ LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
    complete. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory);
 
-/* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, .. */
+/* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
+   LLMPAR_ERR_ARGUMENT. LLMPAR_ERR_IO from world rank 0, which writes; nothing stands under the final name before commit. Owned by the caller until commit or abandon. */
 typedef struct llmpar_tensor_file llmpar_tensor_file;
 LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out);       /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
