@@ -54,10 +54,17 @@ static train_job job_of(const llmpar_llama_config *config, int32_t shard, int32_
     job.dp_shard = shard;
     job.tp = tp;
     job.zero = 3;
-    job.steps = 3;
+    job.steps = 2;
     job.keep_files = 1;
     return job;
 }
+
+/* Under a sanitizer the two jobs with most streams and most releases. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { FEW = 1 };
+#else
+enum { FEW = 0 };
+#endif
 
 static void orders(int tied)
 {
@@ -67,14 +74,15 @@ static void orders(int tied)
     train_run(&job, &want);
     CHECK_OK(want.status);
     for (int i = DEBUG_FIFO; i <= DEBUG_OTHERS; i++) {
-        job = job_of(&config, 1, 1);
-        compare(&job, "1", (debug_order)i, &want);
-        job = job_of(&config, 2, 2);
-        compare(&job, "2x2", (debug_order)i, &want);
         job = job_of(&config, 2, 2);
         job.sp = job.prefetch = 1;
         job.accum = 4;
         compare(&job, "2x2 sp prefetch accum 4", (debug_order)i, &want);
+        job = job_of(&config, 1, 1);
+        compare(&job, "1", (debug_order)i, &want);
+        if (FEW) continue;
+        job = job_of(&config, 2, 2);
+        compare(&job, "2x2", (debug_order)i, &want);
         job = job_of(&config, 2, 2);
         job.dp_replicate = 2;
         job.prefetch = job.no_sync = 1;
@@ -89,6 +97,9 @@ static void orders(int tied)
 }
 
 TEST(tied) { orders(1); }
-TEST(untied) { orders(0); }
+TEST(untied)
+{
+    if (!FEW) orders(0);
+}
 
 TEST_LIST(T_(tied), T_(untied))
