@@ -57,10 +57,11 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
     LLMPAR_NO_SIM           ... of the device and the communicator that only count
-    LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone, the same bits
+    LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
-    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level (same bits, other speed).
+    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level. Bits may differ between levels, never between
+    meshes of one level.
 
 llmpar DOES NOT
 
@@ -1005,7 +1006,7 @@ LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype);
 /* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial). One rank: copies unless equal. */
 LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype);
-/* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. dim * size of dtype is a multiple of 8. */
+/* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
 
 #endif
@@ -1214,8 +1215,9 @@ typedef struct llmpar_update {
 /* The executor calls the optimizer through this table. */
 typedef struct llmpar_optimizer {
     void *state;
-    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping). Local. */
+    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping; 1 at the call). NULL: 1. Local. */
     llmpar_status (*begin_step)(void *state, double grad_norm, double *grad_scale);
+    /* Enqueues the update of one unit's shard on update->stream. Local. */
     llmpar_status (*update)(void *state, const llmpar_update *update);
 } llmpar_optimizer;
 
@@ -1244,6 +1246,7 @@ LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 
 /* policy.unsharded and replicas as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
+/* The units as copied by create; what the object borrows or owns. Local. */
 LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
 LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit);
 LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);
@@ -1254,7 +1257,7 @@ LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
 LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
 LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);
-/* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard needs a reshard. Collective over dp_shard. */
+/* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard that succeeds needs a reshard. Collective over dp_shard. */
 LLMPAR_API llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params);
 LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
 /* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */
@@ -1284,7 +1287,9 @@ typedef struct llmpar_adamw_desc {
 
 typedef struct llmpar_adamw llmpar_adamw;
 
-LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc);
+LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc); /* fills in the defaults; local */
+/* LLMPAR_ERR_ARGUMENT for a resolved value out of range. Local. */
+LLMPAR_API llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error);
 /* Zeroed moments for every shard, in the arena of fsdp (OPTIMIZER). Borrows fsdp. LLMPAR_ERR_ARGUMENT for values out of range. Local. */
 LLMPAR_API llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out);
 LLMPAR_API void llmpar_adamw_destroy(llmpar_adamw *adamw); /* NULL is fine; before the fsdp object; local */
@@ -1558,7 +1563,8 @@ LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 /* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
 LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
 
-/* Reads DIR/model.safetensors into the shards: every rank maps the file and touches only its own part. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
+/* Reads DIR/model.safetensors into the shards: every rank maps the file and takes its own part; a tensor of another dtype, or one that lies unaligned, is whole on the rank's heap while it is
+   converted or copied. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
    and f16 are converted. LLMPAR_ERR_FORMAT names the tensor. Nothing is changed unless all names and shapes fit. Local on every rank (all ranks call it). */
 LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory);
 
@@ -1566,7 +1572,8 @@ LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
    complete. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory);
 
-/* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, .. */
+/* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
+   LLMPAR_ERR_ARGUMENT. LLMPAR_ERR_IO from world rank 0, which writes; nothing stands under the final name before commit. Owned by the caller until commit or abandon. */
 typedef struct llmpar_tensor_file llmpar_tensor_file;
 LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out);       /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
@@ -4319,10 +4326,18 @@ typedef struct llmpar__gemm_tile {
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
 } llmpar__gemm_tile;
 
+/* What the packing functions of gemm_kernel.inc do, and their words. */
+typedef struct llmpar__gemm_packing {
+    const float *in;
+    float *out;
+    int64_t ld, k, valid, panels, distance;
+    int transposed;
+} llmpar__gemm_packing;
+
 typedef struct llmpar__gemm_kernel {
     int64_t rows, columns;             /* of a full tile */
-    void (*pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
-    void (*pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out);
+    void (*pack_a)(const llmpar__gemm_packing *packing);
+    void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*tile)(const llmpar__gemm_tile *tile);
 } llmpar__gemm_kernel;
 
@@ -4377,40 +4392,45 @@ typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
 #define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
 
-/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
-   transposed: in[width, k], else in[k, width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    int64_t i = 0;
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
-    if (valid < width) {
-        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
-    } else if (transposed) {
-        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
-            for (; r < width; r++) {
-                int lane;
-                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
             }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
         }
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
     } else {
-        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
     }
 }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
-}
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
-}
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
 /* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
 #define LLMPAR__GEMM_LINK(i) do { \
@@ -4449,6 +4469,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
         for (k = step->k; k >= 2; k -= 2) {
             LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
             a += 2 * LLMPAR__GEMM_ROWS;
             b += 2 * LLMPAR__GEMM_COLUMNS;
@@ -4508,6 +4529,7 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 }
 
 #undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
 #undef LLMPAR__GEMM_COLUMNS
 #undef LLMPAR__GEMM_AT
 #undef LLMPAR__GEMM_READ
@@ -4547,40 +4569,45 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
 #define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
 
-/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
-   transposed: in[width, k], else in[k, width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    int64_t i = 0;
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
-    if (valid < width) {
-        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
-    } else if (transposed) {
-        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
-            for (; r < width; r++) {
-                int lane;
-                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
             }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
         }
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
     } else {
-        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
     }
 }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
-}
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
-}
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
 /* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
 #define LLMPAR__GEMM_LINK(i) do { \
@@ -4619,6 +4646,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
         for (k = step->k; k >= 2; k -= 2) {
             LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
             a += 2 * LLMPAR__GEMM_ROWS;
             b += 2 * LLMPAR__GEMM_COLUMNS;
@@ -4678,6 +4706,7 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 }
 
 #undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
 #undef LLMPAR__GEMM_COLUMNS
 #undef LLMPAR__GEMM_AT
 #undef LLMPAR__GEMM_READ
@@ -4715,40 +4744,45 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 #define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
 #define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
 
-/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
-   transposed: in[width, k], else in[k, width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    int64_t i = 0;
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
-    if (valid < width) {
-        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
-    } else if (transposed) {
-        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
-            for (; r < width; r++) {
-                int lane;
-                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
             }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
         }
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
     } else {
-        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
     }
 }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
-}
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
-}
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
 /* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
 #define LLMPAR__GEMM_LINK(i) do { \
@@ -4787,6 +4821,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
         for (k = step->k; k >= 2; k -= 2) {
             LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
             a += 2 * LLMPAR__GEMM_ROWS;
             b += 2 * LLMPAR__GEMM_COLUMNS;
@@ -4846,6 +4881,7 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 }
 
 #undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
 #undef LLMPAR__GEMM_COLUMNS
 #undef LLMPAR__GEMM_AT
 #undef LLMPAR__GEMM_READ
@@ -4884,40 +4920,45 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
 #define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
 
-/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
-   transposed: in[width, k], else in[k, width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    int64_t i = 0;
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
-    if (valid < width) {
-        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
-    } else if (transposed) {
-        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
-            for (; r < width; r++) {
-                int lane;
-                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
             }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
         }
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
     } else {
-        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
     }
 }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
-}
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
-}
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
 /* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
 #define LLMPAR__GEMM_LINK(i) do { \
@@ -4956,6 +4997,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
         for (k = step->k; k >= 2; k -= 2) {
             LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
             a += 2 * LLMPAR__GEMM_ROWS;
             b += 2 * LLMPAR__GEMM_COLUMNS;
@@ -5015,6 +5057,7 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 }
 
 #undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
 #undef LLMPAR__GEMM_COLUMNS
 #undef LLMPAR__GEMM_AT
 #undef LLMPAR__GEMM_READ
@@ -5076,40 +5119,45 @@ typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
 #define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
 
-/* A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on are zero: they fill the tile and are never stored.
-   transposed: in[width, k], else in[k, width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const float *in, int64_t ld, int transposed, int64_t valid, const int width, int64_t k, float *out)
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    int64_t i = 0;
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
-    if (valid < width) {
-        int64_t row_step = transposed ? ld : 1, k_step = transposed ? 1 : ld;
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = r < valid ? in[r * row_step + i * k_step] : 0.0f;
-    } else if (transposed) {
-        for (; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-            for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(in + r * ld + i, ld, out + i * width + r, width);
-            for (; r < width; r++) {
-                int lane;
-                for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = in[r * ld + i + lane];
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
             }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
         }
-        for (; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = in[r * ld + i];
     } else {
-        for (; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)width);
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
     }
 }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_ROWS, k, out);
-}
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
 
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const float *in, int64_t ld, int transposed, int64_t valid, int64_t k, float *out)
-{
-    LLMPAR__GEMM_NAME(pack)(in, ld, transposed, valid, LLMPAR__GEMM_COLUMNS, k, out);
-}
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
 /* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
 #define LLMPAR__GEMM_LINK(i) do { \
@@ -5148,6 +5196,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
         for (k = step->k; k >= 2; k -= 2) {
             LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
             a += 2 * LLMPAR__GEMM_ROWS;
             b += 2 * LLMPAR__GEMM_COLUMNS;
@@ -5207,6 +5256,7 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 }
 
 #undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
 #undef LLMPAR__GEMM_COLUMNS
 #undef LLMPAR__GEMM_AT
 #undef LLMPAR__GEMM_READ
@@ -5251,7 +5301,8 @@ typedef struct llmpar__gemm_run {
     int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store;
-    int64_t group, group_end, splits;     /* the current group of B's panels; tasks that share it */
+    int64_t group, group_end;             /* the current group of B's panels */
+    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
     int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
@@ -5261,7 +5312,7 @@ typedef struct llmpar__gemm_run {
 
 /* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_THIN_K = 256 };
+enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
@@ -5409,44 +5460,43 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     return 1;
 }
 
-static void llmpar__gemm_pack_a(const llmpar__gemm_run *run, int64_t panel, float *out)
+/* Panels [first, first + panels) of A, or of B, for the current part. */
+static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
 {
     const llmpar_gemm_args *args = run->args;
-    int transposed = args->kind != LLMPAR_GEMM_TN;
-    int64_t i = run->i0 + panel * run->kernel.rows, valid = run->i0 + run->m - i, c;
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
+    llmpar__gemm_packing packing;
+    packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
+    packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
+    packing.panels = panels;
+    packing.distance = width * run->k;
+    packing.out = out;
     for (c = 0; c < run->chunk_count; c++) {
         const llmpar__gemm_chunk *chunk = &run->chunks[c];
         const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        const float *in = (const float *)segment->a + (transposed ? i * segment->lda + chunk->begin : chunk->begin * segment->lda + i);
-        run->kernel.pack_a(in, segment->lda, transposed, valid, chunk->k, out);
-        out += chunk->k * run->kernel.rows;
-    }
-}
-
-static void llmpar__gemm_pack_b(const llmpar__gemm_run *run, int64_t panel, float *out)
-{
-    const llmpar_gemm_args *args = run->args;
-    int transposed = args->kind == LLMPAR_GEMM_NT;
-    int64_t j = run->j0 + panel * run->kernel.columns, valid = run->j0 + run->n - j, c;
-    for (c = 0; c < run->chunk_count; c++) {
-        const llmpar__gemm_chunk *chunk = &run->chunks[c];
-        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        const float *in = (const float *)segment->b + (transposed ? j * segment->ldb + chunk->begin : chunk->begin * segment->ldb + j);
-        run->kernel.pack_b(in, segment->ldb, transposed, valid, chunk->k, out);
-        out += chunk->k * run->kernel.columns;
+        packing.k = chunk->k;
+        packing.ld = is_b ? segment->ldb : segment->lda;
+        packing.in = (const float *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at);
+        if (is_b) run->kernel.pack_b(&packing);
+        else run->kernel.pack_a(&packing);
+        packing.out += chunk->k * width;
     }
 }
 
 static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
 
-/* The panels of the current group of B, then, when it is their turn, those of A. */
+/* Shares of the current group of B, then, when it is their turn, the panels of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t group = run->group_end - run->group;
     (void)worker;
-    if (task < group) llmpar__gemm_pack_b(run, run->group + task, run->b + task * run->kernel.columns * run->k);
-    else llmpar__gemm_pack_a(run, task - group, llmpar__gemm_a_panel(run, task - group));
+    if (task < run->pack_shares) {
+        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
+        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
+    } else {
+        int64_t i = task - run->pack_shares;
+        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
+    }
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
@@ -5468,14 +5518,15 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     run->kernel.tile(&tile);
 }
 
-/* One panel of A, which stays in L1, with a share of the group of B, which stays in L2 for the next panel of A. */
+/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits, share = task % run->splits, group = run->group_end - run->group, j;
-    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
-    for (j = llmpar_piece_begin(share, group, run->splits); j < llmpar_piece_begin(share + 1, group, run->splits); j++)
-        llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
+    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
+    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
+    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+    for (; i < i_end; i++)
+        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the one or two panels of A. */
@@ -5484,7 +5535,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->kernel.columns * run->block_k;
     int64_t i;
-    llmpar__gemm_pack_b(run, task, b);
+    llmpar__gemm_pack(run, 1, task, 1, b);
     for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
 }
 
@@ -5493,13 +5544,14 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
     run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
+    run->bundle = 1;
+    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
         if (run->thin) {
-            int64_t i;
-            for (i = 0; i < run->a_panels; i++) llmpar__gemm_pack_a(run, i, llmpar__gemm_a_panel(run, i));
+            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
             llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
             continue;
         }
@@ -5509,8 +5561,9 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
             run->group_end = run->group + panels;
             run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
             if (run->splits > panels) run->splits = panels;
-            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, panels + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
-            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->a_panels * run->splits);
+            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
+            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
+            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
         }
     }
 }
@@ -5653,6 +5706,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
+#define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL static LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
@@ -5712,7 +5766,7 @@ typedef uint32_t llmpar__bit_portable;
 /* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
    other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN. */
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
 {
     LLMPAR__VEC y = LLMPAR__VSPREAD(x);
@@ -5724,20 +5778,19 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
 {
     LLMPAR__VEC y = { 0 };
     if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? p[k] : 0;
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
     return y;
 }
 LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
 {
     if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else for (int k = 0; k < n; k++) p[k] = x[k];
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
 {
-    LLMPAR__VEC y = { 0 };
     if (n >= LLMPAR__VLANES) return x;
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
-    return y;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
@@ -5749,6 +5802,10 @@ LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
     LLMPAR__VREAL y = x[0];
     for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
     return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
 }
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VSPREAD
@@ -5764,7 +5821,7 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 /* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
    other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN. */
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
 {
     LLMPAR__VEC y = LLMPAR__VSPREAD(x);
@@ -5776,20 +5833,19 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
 {
     LLMPAR__VEC y = { 0 };
     if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? p[k] : 0;
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
     return y;
 }
 LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
 {
     if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else for (int k = 0; k < n; k++) p[k] = x[k];
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
 {
-    LLMPAR__VEC y = { 0 };
     if (n >= LLMPAR__VLANES) return x;
-    for (int k = 0; k < LLMPAR__VLANES; k++) y[k] = k < n ? x[k] : other[k];
-    return y;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
 }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
@@ -5801,6 +5857,10 @@ LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
     LLMPAR__VREAL y = x[0];
     for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
     return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
 }
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VSPREAD
@@ -5839,6 +5899,29 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
+/* out[8, 8] = in[8, 8] transposed */
+LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const float *in, int64_t ld_in)
+{
+    __m256 a[8], b[8];
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 8; i += 2) { /* pairs of rows */
+        __m256 x = _mm256_loadu_ps(in + i * ld_in), y = _mm256_loadu_ps(in + (i + 1) * ld_in);
+        a[i] = _mm256_unpacklo_ps(x, y);
+        a[i + 1] = _mm256_unpackhi_ps(x, y);
+    }
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 8; i += 4) { /* fours */
+        b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+        b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+        b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+        b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    LLMPAR__VUNROLL
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(out + i * ld_out, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+        _mm256_storeu_ps(out + (i + 4) * ld_out, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+    }
+}
 #undef LLMPAR__VLEVEL
 
 typedef float llmpar__real_avx512;
@@ -5850,12 +5933,8 @@ LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x
 LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
 LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
 LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
-LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return n >= 16 ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
-LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x)
-{
-    if (n >= 16) _mm512_storeu_ps(p, x);
-    else _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x);
-}
+LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
+LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x) { _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x); }
 LLMPAR__VINLINE __m512 llmpar__v_keep_avx512(__m512 x, int64_t n, __m512 other) { return _mm512_mask_blend_ps(llmpar__v_mask_avx512(n), other, x); }
 LLMPAR__VINLINE __m512 llmpar__v_fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 LLMPAR__VINLINE __m512 llmpar__v_less_avx512(__m512 a, __m512 b, __m512 yes, __m512 no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
@@ -5864,8 +5943,10 @@ LLMPAR__VINLINE __m512 llmpar__v_nan_avx512(__m512 a, __m512 yes, __m512 no) { r
 LLMPAR__VINLINE __m512 llmpar__v_larger_avx512(__m512 a, __m512 b) { return _mm512_maskz_max_ps((__mmask16)0xffff, a, b); }
 LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
 {
-    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1))));
+    __m512d y = _mm512_castps_pd(x);
+    return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 0)), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 1))));
 }
+LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
@@ -5940,19 +6021,19 @@ typedef struct LLMPAR__V(tree) {
     int64_t last;
 } LLMPAR__V(tree);
 
-LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
 {
     tree->depth = 0;
     tree->last = 0;
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
 {
     while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
         tree->depth--;
         for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
     }
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
 {
     int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
     LLMPAR__V(tree_join)(tree, height);
@@ -5961,7 +6042,7 @@ LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, 
     tree->last = index;
 }
 /* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
 {
     LLMPAR__V(tree_join)(tree, 65);
     if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
@@ -6041,19 +6122,19 @@ typedef struct LLMPAR__V(tree) {
     int64_t last;
 } LLMPAR__V(tree);
 
-LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
 {
     tree->depth = 0;
     tree->last = 0;
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
 {
     while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
         tree->depth--;
         for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
     }
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
 {
     int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
     LLMPAR__V(tree_join)(tree, height);
@@ -6062,7 +6143,7 @@ LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, 
     tree->last = index;
 }
 /* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
 {
     LLMPAR__V(tree_join)(tree, 65);
     if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
@@ -6142,19 +6223,19 @@ typedef struct LLMPAR__V(tree) {
     int64_t last;
 } LLMPAR__V(tree);
 
-LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
 {
     tree->depth = 0;
     tree->last = 0;
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
 {
     while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
         tree->depth--;
         for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
     }
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
 {
     int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
     LLMPAR__V(tree_join)(tree, height);
@@ -6163,7 +6244,7 @@ LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, 
     tree->last = index;
 }
 /* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
 {
     LLMPAR__V(tree_join)(tree, 65);
     if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
@@ -6243,19 +6324,19 @@ typedef struct LLMPAR__V(tree) {
     int64_t last;
 } LLMPAR__V(tree);
 
-LLMPAR__VINLINE void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
 {
     tree->depth = 0;
     tree->last = 0;
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
 {
     while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
         tree->depth--;
         for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
     }
 }
-LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
 {
     int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
     LLMPAR__V(tree_join)(tree, height);
@@ -6264,7 +6345,7 @@ LLMPAR__VINLINE void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, 
     tree->last = index;
 }
 /* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VINLINE void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
 {
     LLMPAR__V(tree_join)(tree, 65);
     if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
@@ -6300,15 +6381,12 @@ static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_
 
 /* The group's heads [0, n) split at half while even, else at the largest power of two below. */
 static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
-/* Partial sums that wait at the same time while that tree is walked from left to right. */
+/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
 static int64_t llmpar__attention_slots(int64_t n)
 {
-    int64_t left, a, b;
-    if (n < 2) return 1;
-    left = llmpar__attention_split(n);
-    a = llmpar__attention_slots(left);
-    b = llmpar__attention_slots(n - left) + 1;
-    return a > b ? a : b;
+    int64_t slots = 1;
+    for (n--; n > 0; n /= 2) slots++;
+    return slots;
 }
 
 #define LLMPAR__VLEVEL portable_f64
@@ -6349,7 +6427,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR
 #undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
     int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
     for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
@@ -6360,7 +6438,7 @@ LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(cons
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
     for (int64_t r = 0; r < rows; r++)
@@ -6370,14 +6448,15 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_
 }
 
 /* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
 {
     for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        const LLMPAR__VREAL *from = in + key * ld_in;
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
         for (int64_t j = 0; j < e; j++) {
-            const LLMPAR__VREAL *column = in + key * ld_in + j;
             LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
             for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
         }
     }
@@ -6485,7 +6564,7 @@ typedef struct LLMPAR__VFN(attention_state) {
 } LLMPAR__VFN(attention_state);
 
 /* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
     const llmpar_attention_args *a = s->job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
@@ -6543,7 +6622,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_sta
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
 {
     LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
     int64_t left;
@@ -6640,7 +6719,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR
 #undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
     int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
     for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
@@ -6651,7 +6730,7 @@ LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(cons
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
     for (int64_t r = 0; r < rows; r++)
@@ -6661,14 +6740,15 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_
 }
 
 /* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
 {
     for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        const LLMPAR__VREAL *from = in + key * ld_in;
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
         for (int64_t j = 0; j < e; j++) {
-            const LLMPAR__VREAL *column = in + key * ld_in + j;
             LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
             for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
         }
     }
@@ -6776,7 +6856,7 @@ typedef struct LLMPAR__VFN(attention_state) {
 } LLMPAR__VFN(attention_state);
 
 /* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
     const llmpar_attention_args *a = s->job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
@@ -6834,7 +6914,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_sta
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
 {
     LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
     int64_t left;
@@ -6931,7 +7011,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR
 #undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
     int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
     for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
@@ -6942,7 +7022,7 @@ LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(cons
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
     for (int64_t r = 0; r < rows; r++)
@@ -6952,14 +7032,15 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_
 }
 
 /* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
 {
     for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        const LLMPAR__VREAL *from = in + key * ld_in;
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
         for (int64_t j = 0; j < e; j++) {
-            const LLMPAR__VREAL *column = in + key * ld_in + j;
             LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
             for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
         }
     }
@@ -7067,7 +7148,7 @@ typedef struct LLMPAR__VFN(attention_state) {
 } LLMPAR__VFN(attention_state);
 
 /* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
     const llmpar_attention_args *a = s->job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
@@ -7125,7 +7206,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_sta
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
 {
     LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
     int64_t left;
@@ -7222,7 +7303,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR
 #undef LLMPAR__ATTENTION_END
 
 /* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
 {
     int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
     for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
@@ -7233,7 +7314,7 @@ LLMPAR__VKERNEL __attribute__((noinline)) void LLMPAR__VFN(attention_strip)(cons
 }
 
 /* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
     for (int64_t r = 0; r < rows; r++)
@@ -7243,14 +7324,15 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_
 }
 
 /* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
 {
     for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key);
+        const LLMPAR__VREAL *from = in + key * ld_in;
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
         for (int64_t j = 0; j < e; j++) {
-            const LLMPAR__VREAL *column = in + key * ld_in + j;
             LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = 0; k < count; k++) row[k] = column[k * ld_in];
+            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
             for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
         }
     }
@@ -7358,7 +7440,7 @@ typedef struct LLMPAR__VFN(attention_state) {
 } LLMPAR__VFN(attention_state);
 
 /* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
     const llmpar_attention_args *a = s->job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
@@ -7416,7 +7498,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_sta
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
 {
     LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
     int64_t left;
@@ -9802,7 +9884,6 @@ typedef struct llmpar__threads_channel {
     llmpar__threads_call sender; /* written before "posted" */
     llmpar__threads_call receiver; /* written before "done" */
     int32_t mismatch;
-    int32_t pad;
 } llmpar__threads_channel;
 
 /* The shared half of a communicator. Owned by the world, freed when the last rank's half is destroyed. */
@@ -9817,7 +9898,6 @@ typedef struct llmpar__threads_group {
     char axis[24];
     pthread_cond_t wake;                        /* with the world's lock */
     int32_t sleepers;                           /* atomic */
-    int32_t pad[11];
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
@@ -9867,7 +9947,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, 
 LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
 /* Moves a channel from one step to another and wakes who waits for it; 0 if it was not at `from`. */
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
-/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. call may be NULL. */
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
@@ -10092,9 +10172,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc
     if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
     llmpar_error failure;
     llmpar_threads_world_error(tc->world, &failure);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s%s%s%s on %s: rank %d%s%s%s failed: %s: %s", call ? llmpar__threads_kind_name(call->kind) : "split", call ? " \"" : "",
-                            call ? call->tag : "", call ? "\"" : "", tc->group->axis, (int)failure.rank, failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "",
-                            llmpar_status_string(failure.status), failure.text);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s \"%s\" on %s: rank %d%s%s%s failed: %s: %s", llmpar__threads_kind_name(call->kind), call->tag, tc->group->axis, (int)failure.rank,
+                            failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "", llmpar_status_string(failure.status), failure.text);
 }
 
 /* The general wait. */
@@ -12359,6 +12438,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *st
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
 {
     size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
+    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype); /* a copy, of any width */
     if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
     return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
 }
@@ -12590,7 +12670,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
             done += count;
         }
     }
-    return status;
+    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
 }
 
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
@@ -12723,8 +12803,10 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
 {
     llmpar__flat *flat = &fsdp->units[unit];
     llmpar_status status = llmpar__fsdp_gather(fsdp, flat, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    if (params) *params = flat->params;
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
+    if (!status) status = waited;
+    if (status) llmpar__fsdp_release(fsdp, flat);
+    else if (params) *params = flat->params;
     return status;
 }
 
@@ -12801,7 +12883,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp
     call.tag = "first non-finite tensor";
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, fsdp->stream[0], &call);
     if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], &agreed, fsdp->scalars, sizeof agreed);
-    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]); /* in any case: the stream may read `agreed` */
+    if (!status) status = waited;
     *index = agreed == INT64_MIN / 2 ? -1 : -agreed;
     return status;
 }
@@ -13013,12 +13096,16 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     return !policy->unsharded;
 }
 
-static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[4])
+static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[2])
 {
     const llmpar_policy *policy = &plan->schedule->policy;
     int32_t borrow = plan->units[unit].borrow - 1;
     /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
     int counted = policy->no_sync || policy->unsharded;
+    if (pending[0] == unit) { /* a single unit: its own gradient of the micro-batch before is still in the buffer */
+        llmpar__plan_free_local(plan, unit, 0, 0);
+        pending[0] = -1;
+    }
     int32_t slot = counted ? plan->depth[unit * 2]++ : 0;
     int32_t from = borrow < 0 ? -1 : counted ? plan->depth[borrow * 2 + 1]++ : 0;
     llmpar_instruction *backward = llmpar__plan_emit(plan, LLMPAR_OP_BACKWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
@@ -13042,7 +13129,7 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     pending[1] = release_borrowed ? borrow : -1;
 }
 
-static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[4])
+static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[2])
 {
     int backward;
     int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
@@ -13115,6 +13202,8 @@ static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_c
     if (policy->micro_batches < 1 || policy->micro_batches > (1 << 20)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: micro_batches = %d, expected 1 .. %d", (int)policy->micro_batches, 1 << 20);
     if (policy->prefetch < 0 || policy->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: prefetch = %d, expected 0 .. 64", (int)policy->prefetch);
     if (policy->replicas < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: replicas = %d, expected at least 1", (int)policy->replicas);
+    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
@@ -13150,7 +13239,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     plan.depth = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 2, sizeof(int32_t));
     if (!plan.flag || !plan.last_gather || !plan.depth) plan.status = 1;
     if (!plan.status) {
-        int32_t pending[4] = {-1, -1, -1, -1};
+        int32_t pending[2] = {-1, -1};
         llmpar__plan_residency(&plan);
         llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
         for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step, pending);
@@ -13251,6 +13340,7 @@ typedef struct llmpar__buffer {
 typedef struct llmpar__unit_state {
     int32_t gathered;                    /* instruction, -1 */
     int32_t reader[LLMPAR_STREAM_COUNT];
+    int32_t last_gather;                 /* also after its FREE: it read the shard */
     int32_t forwards, backwards, last_forward, last_backward, updated;
     llmpar__buffer buffer[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot] */
 } llmpar__unit_state;
@@ -13259,6 +13349,7 @@ typedef struct llmpar__proof {
     const llmpar_instruction *list;
     const llmpar_unit *units;
     int32_t count, unit_count, at, scalar[2];
+    int32_t norm[LLMPAR_STREAM_COUNT]; /* last NORM of each stream, -1: they add into one accumulator */
     llmpar_policy policy;
     llmpar__unit_state *state;
     int32_t (*clock)[LLMPAR_STREAM_COUNT];
@@ -13344,6 +13435,8 @@ static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_i
     if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
     if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
     if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
+    if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
+    if (in->predicate != LLMPAR_ALWAYS && in->op != LLMPAR_OP_OPTIM) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM asks");
     if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
     for (int32_t w = 0; w < in->wait_count; w++)
         if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
@@ -13386,19 +13479,19 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     int32_t borrow = proof->units[in->unit].borrow - 1, n = proof->unit_count;
+    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
     llmpar_status status = llmpar__proof_params(proof, in->unit);
     if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
     if (status) return status;
     if (in->op == LLMPAR_OP_FORWARD) {
         if ((in->pass == LLMPAR_PASS_EVAL) != (proof->policy.forward_only != 0) || in->pass == LLMPAR_PASS_BACKWARD) return llmpar__proof_fail(proof, "its pass does not fit the policy");
         if (state->forwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-        if (in->unit > 0 && (proof->state[in->unit - 1].forwards != in->micro_batch + 1 || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
+        if (in->unit > 0 && (proof->state[in->unit - 1].forwards <= in->micro_batch || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
         state->forwards++;
         state->last_forward = proof->at;
         return LLMPAR_OK;
     }
     if (proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
-    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
     if (state->backwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
     const llmpar__unit_state *behind = &proof->state[in->unit + 1 < n ? in->unit + 1 : in->unit];
     int32_t needed = in->unit + 1 < n ? behind->last_backward : state->last_forward;
@@ -13421,6 +13514,7 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *from = llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from), *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    if (proof->policy.unsharded) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
     llmpar_status status = llmpar__proof_read(proof, from);
     if (status) return status;
     if (from->consumed) return llmpar__proof_fail(proof, "reduces a gradient twice");
@@ -13478,10 +13572,8 @@ static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_inst
             const llmpar__unit_state *state = &proof->state[unit];
             if (state->forwards != proof->policy.micro_batches || !llmpar__proof_after(proof, state->last_forward)) return llmpar__proof_fail(proof, "runs before the loss is complete");
             if (!proof->policy.forward_only && state->updated != 1) return llmpar__proof_fail(proof, "runs before every norm is known");
-            for (int32_t slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
-                if (state->buffer[0][0][slot].live && !llmpar__proof_after_readers(proof, state->buffer[0][0][slot].reader)) return llmpar__proof_fail(proof, "does not wait for a norm");
         }
-        return LLMPAR_OK;
+        return pass && !llmpar__proof_after_readers(proof, proof->norm) ? llmpar__proof_fail(proof, "does not wait for a norm") : LLMPAR_OK;
     }
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
     llmpar_status status = llmpar__proof_read(proof, buffer);
@@ -13490,12 +13582,15 @@ static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_inst
     if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
     if (in->op == LLMPAR_OP_NORM) {
         if (buffer->normed) return llmpar__proof_fail(proof, "measures a gradient twice");
+        if (!llmpar__proof_after_readers(proof, proof->norm)) return llmpar__proof_fail(proof, "adds to the norm at the same time as another stream");
+        proof->norm[in->stream] = proof->at;
         buffer->normed = 1;
         proof->state[in->unit].updated = 1;
         return LLMPAR_OK;
     }
     if (!buffer->normed || proof->scalar[1] < 0) return llmpar__proof_fail(proof, "updates before the norm is known");
     if (in->predicate != LLMPAR_IF_FINITE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
+    if (!llmpar__proof_after(proof, proof->state[in->unit].last_gather)) return llmpar__proof_fail(proof, "updates parameters while they are gathered");
     buffer->live = 0;
     proof->state[in->unit].updated = 2;
     return LLMPAR_OK;
@@ -13507,7 +13602,8 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
     case LLMPAR_OP_GATHER:
         if (proof->policy.unsharded) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
         if (proof->state[in->unit].gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
-        proof->state[in->unit].gathered = proof->at;
+        if (proof->state[in->unit].updated == 2) return llmpar__proof_fail(proof, "gathers parameters after their update");
+        proof->state[in->unit].gathered = proof->state[in->unit].last_gather = proof->at;
         llmpar__proof_no_readers(proof->state[in->unit].reader);
         return LLMPAR_OK;
     case LLMPAR_OP_FREE: return llmpar__proof_free(proof, in);
@@ -13571,10 +13667,10 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     proof.clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count, sizeof *proof.clock);
     if (!proof.state || !proof.clock) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
     for (int32_t unit = 0; unit < unit_count && !status; unit++) {
-        proof.state[unit].gathered = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
+        proof.state[unit].gathered = proof.state[unit].last_gather = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
         llmpar__proof_no_readers(proof.state[unit].reader);
     }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = -1;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = proof.norm[s] = -1;
     for (proof.at = 0; proof.at < count && !status; proof.at++) {
         const llmpar_instruction *in = &list[proof.at];
         status = llmpar__proof_operands(&proof, in);
@@ -13687,7 +13783,7 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->device = fsdp->device;
     call->user = flat->unit.user;
     call->micro = &exec->micro[in->micro_batch];
-    call->pass = (llmpar_pass)in->pass;
+    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : (llmpar_pass)in->pass;
     call->dtype = fsdp->dtype;
     call->params = flat->params;
     if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
@@ -13852,7 +13948,8 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
     llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
     if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
-    return status ? status : fsdp->device->synchronize(fsdp->device, stream);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
+    return status ? status : waited;
 }
 
 static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
@@ -13864,7 +13961,9 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
     if (status) return status;
     exec->run->global_tokens = tokens;
     for (int32_t m = 0; m < exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
-    return fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
+    /* Loss and norm start from zero before any stream adds to them. */
+    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
+    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
 }
 
 static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
@@ -13885,10 +13984,8 @@ static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruct
     run->skipped = run->global_tokens == 0;
     exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
     if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
-    if (run->optimizer && run->optimizer->begin_step && !run->skipped) {
-        status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
-        exec->grad_scale /= run->loss_scale;
-    }
+    if (run->optimizer && run->optimizer->begin_step && !run->skipped) status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
+    exec->grad_scale /= run->loss_scale;
     return status;
 }
 
@@ -14140,11 +14237,12 @@ static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *upda
     return status;
 }
 
-static llmpar_status llmpar__adamw_check(llmpar_ctx *ctx, const llmpar_adamw_desc *desc)
+LLMPAR_DEF llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error)
 {
-    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
-    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
-    if (!(desc->decay <= 1)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
+    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
+    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
+    if (!(desc->decay <= 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
+    if (desc->clip != desc->clip) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: clip = %g, expected a number", desc->clip);
     return LLMPAR_OK;
 }
 
@@ -14157,8 +14255,10 @@ LLMPAR_DEF llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_ada
     llmpar_adamw_desc resolved = *desc;
     *out = NULL;
     llmpar_adamw_desc_resolve(&resolved);
-    llmpar_status status = llmpar__adamw_check(ctx, &resolved);
-    if (status) return status;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_adamw_desc_check(&resolved, &error);
+    if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_adamw *adamw = (llmpar_adamw *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *adamw);
     if (!adamw) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory");
     adamw->fsdp = fsdp;
@@ -14395,6 +14495,12 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
+static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
+{
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
+    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d;
+}
+
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
     int32_t i;
@@ -14426,10 +14532,11 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
     for (i = 0; i < c->eos_count; i++)
         if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
     if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
-    params = llmpar_llama_param_count(c);
-    if (params > llmpar__config_max_params) {
+    /* One layer alone fits in 64 bits at these limits, all layers may not. */
+    params = llmpar__config_layer_params(c);
+    if (params > llmpar__config_max_params / c->layers || llmpar_llama_param_count(c) > llmpar__config_max_params) {
         f->field = "num_hidden_layers";
-        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d with these sizes makes %lld parameters, expected at most %lld", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
+        snprintf(f->text, sizeof f->text, "num_hidden_layers = %d, layers of %lld parameters, expected at most %lld in all", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
         return 1;
     }
     return 0;
@@ -14847,9 +14954,8 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
 
 LLMPAR_DEF int64_t llmpar_llama_param_count(const llmpar_llama_config *config)
 {
-    int64_t d = config->hidden, q = (int64_t)config->heads * config->head_dim, kv = (int64_t)config->kv_heads * config->head_dim;
-    int64_t layer = 2 * d * q + 2 * d * kv + 3 * d * config->intermediate + 2 * d;
-    return config->layers * layer + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
+    int64_t d = config->hidden;
+    return config->layers * llmpar__config_layer_params(config) + d + (config->tied ? 1 : 2) * (int64_t)config->vocab * d;
 }
 
 LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len)
@@ -14921,8 +15027,6 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-typedef struct llmpar__layer { struct llmpar_llama *model; int32_t index; } llmpar__layer; /* a unit's user */
-
 /* A list of unit instructions with the condition under which each exists. */
 enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
 typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when; } llmpar__op_row;
@@ -14933,9 +15037,8 @@ struct llmpar_llama {
     llmpar_ctx *ctx;
     llmpar_llama_config config;
     uint64_t seed;
-    llmpar_unit *units;            /* [layers + 2] */
+    llmpar_unit *units;            /* [layers + 2]; their user is the model */
     llmpar_param *params;          /* all units' parameters */
-    llmpar__layer *layers;         /* [layers + 2] */
     char *names;                   /* text of all names */
     llmpar__op_list lists[LLMPAR__UNIT_KINDS][2]; /* forward, backward */
     llmpar_tp tp;
@@ -15029,9 +15132,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
     int32_t used = 0;
     llmpar_param *param = model->params;
     for (int32_t i = 0; i < c->layers + 2; i++) {
-        model->layers[i].model = model;
-        model->layers[i].index = i - 1;
-        model->units[i].user = &model->layers[i];
+        model->units[i].user = model;
         model->units[i].params = param;
         if (i == 0) {
             model->units[i].name = "embed";
@@ -15076,9 +15177,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
-    model->layers = (llmpar__layer *)llmpar_heap_zalloc(heap, units, sizeof *model->layers);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
-    if (!model->units || !model->params || !model->layers || !model->names) {
+    if (!model->units || !model->params || !model->names) {
         llmpar_llama_destroy(model);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
     }
@@ -15099,7 +15199,6 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
     llmpar_heap_free(heap, model->params);
-    llmpar_heap_free(heap, model->layers);
     llmpar_heap_free(heap, model->names);
     llmpar_heap_free(heap, model);
 }
@@ -15179,8 +15278,11 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     if (!status) status = device->stream_create(device, "set-up", &stream);
     if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
     if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
-    if (!status) status = device->synchronize(device, stream);
-    if (stream) device->stream_destroy(device, stream);
+    if (stream) { /* in any case: the stream may read `host` */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
     llmpar_heap_free(&ctx->heap, host);
     return status;
 }
@@ -15191,9 +15293,12 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
+    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (tp->ranks > 1 && (size_t)c->hidden * llmpar_dtype_size(dtype) % 8) /* llmpar_tp_select */
+        return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: hidden_size = %d in %s is no multiple of 8 bytes, which the embedding needs where tp = %d is above 1", (int)c->hidden, llmpar_dtype_name(dtype), (int)tp->ranks);
     if (desc->sequence_parallel && desc->positions % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: sequence parallel: sequence length %lld is not divisible by tp = %d", (long long)desc->positions, (int)tp->ranks);
     model->applied = 1;
-    model->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    model->dtype = dtype;
     model->positions = desc->positions;
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;
@@ -15266,7 +15371,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
-    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
     llmpar_rmsnorm_backward_args args;
     memset(&args, 0, sizeof args);
     args.tokens.batch = s->b;
@@ -15295,7 +15400,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_ca
     c.count = (size_t)(s->leaves * s->d);
     c.dtype = s->dtype;
     c.tag = "norm weight/all_reduce";
-    return llmpar_all_reduce(((const llmpar__layer *)call->user)->model->tp.comm, call->stream, &c);
+    return llmpar_all_reduce(((const llmpar_llama *)call->user)->tp.comm, call->stream, &c);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
@@ -15375,7 +15480,7 @@ static void llmpar__block_open(const llmpar_unit_call *call, llmpar__block *b)
 {
     llmpar__block_layout l;
     memset(b, 0, sizeof *b);
-    b->model = ((const llmpar__layer *)call->user)->model;
+    b->model = (const llmpar_llama *)call->user;
     b->tp = &b->model->tp;
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
     llmpar__block_lay(b->tp, &b->s, call->pass == LLMPAR_PASS_BACKWARD, &l);
@@ -15550,7 +15655,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
     llmpar__block b;
     llmpar__block_layout l;
     memset(&b, 0, sizeof b);
-    b.model = ((const llmpar__layer *)user)->model;
+    b.model = (const llmpar_llama *)user;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
     llmpar__block_lay(b.tp, &b.s, 1, &l);
@@ -15890,7 +15995,7 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
 
 static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
 {
-    llmpar__embed_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->scratch, out);
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -15911,7 +16016,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
-    const llmpar_llama *model = ((const llmpar__layer *)user)->model;
+    const llmpar_llama *model = (const llmpar_llama *)user;
+    /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
+    if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
+        return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
+                           llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
     llmpar__embed_lay(model, micro, dtype, NULL, &e);
     llmpar__embed_backward_args(&e, micro, &args);
     out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
@@ -16023,7 +16132,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
 
 static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
 {
-    llmpar__head_lay(((const llmpar__layer *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->saved, call->scratch, out);
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -16042,7 +16151,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_mi
 {
     llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_lay(((const llmpar__layer *)user)->model, micro, dtype, NULL, NULL, &h);
+    llmpar__head_lay((const llmpar_llama *)user, micro, dtype, NULL, NULL, &h);
     llmpar__head_operand(&h, NULL, &operand);
     out->saved = h.saved;
     out->scratch = h.scratch;
@@ -16100,7 +16209,7 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
 {
-    const llmpar_tp *tp = &((const llmpar__layer *)call->user)->model->tp;
+    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
     llmpar_collective c;
     memset(&c, 0, sizeof c);
     c.send = c.recv = values;
@@ -16360,6 +16469,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
     if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
         return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
     g->tp = model->tp;
@@ -16376,7 +16486,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     if (!status) status = llmpar__session_memory(g);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
         status = llmpar_fsdp_unshard(fsdp, u, NULL);
-        g->unsharded_units = u + 1;
+        if (!status) g->unsharded_units = u + 1;
     }
     return status;
 }
@@ -16384,11 +16494,11 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
 static void llmpar__session_close(llmpar__session *g)
 {
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    if (g->stream) {
+    if (g->stream) { /* after a failure it may still read what goes now */
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
     }
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
@@ -16599,6 +16709,14 @@ static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double tempe
     return order[vocab - kept];
 }
 
+/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
+static int llmpar__sample_finite(const float *logits, int32_t vocab)
+{
+    for (int32_t i = 0; i < vocab; i++)
+        if (!llmpar_isfinite_f32(logits[i])) return 0;
+    return 1;
+}
+
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 {
     for (int32_t i = 0; i < c->eos_count; i++)
@@ -16631,10 +16749,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     }
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
+        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
         int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
-        if (!llmpar_isfinite_f32(g.host[id])) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
-        if (status) break;
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
@@ -16689,6 +16806,15 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 
 /* ---- loading ---- */
 
+/* "[64, 2]" */
+static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *text, size_t capacity)
+{
+    size_t used = (size_t)snprintf(text, capacity, "[");
+    for (int32_t d = 0; d < dims && used < capacity; d++) used += (size_t)snprintf(text + used, capacity - used, "%s%lld", d ? ", " : "", (long long)shape[d]);
+    if (used < capacity) snprintf(text + used, capacity - used, "]");
+    return text;
+}
+
 /* Every parameter is there with its shape, and nothing else. */
 static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensors *file)
 {
@@ -16702,9 +16828,11 @@ static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensor
             if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", file->path, param->name);
             int same = tensor->dims == param->dims;
             for (int32_t d = 0; d < param->dims && same; d++) same = tensor->shape[d] == param->shape[d];
-            if (!same)
-                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has %d dims [%lld, %lld], expected %d dims [%lld, %lld]", file->path, param->name, (int)tensor->dims, (long long)(tensor->dims > 0 ? tensor->shape[0] : 1),
-                                   (long long)(tensor->dims > 1 ? tensor->shape[1] : 1), (int)param->dims, (long long)param->shape[0], (long long)(param->dims > 1 ? param->shape[1] : 1));
+            if (!same) {
+                char got[200], expected[200];
+                return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
+                                   llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
+            }
             if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
             matched++;
@@ -16791,8 +16919,8 @@ struct llmpar_tensor_file {
 /* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
 static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
 {
-    if (status) return status;
-    return llmpar_comm_barrier(ctx->comm, stream, what);
+    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
+    return status ? status : ctx->device->synchronize(ctx->device, stream);
 }
 
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path)
@@ -16894,6 +17022,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
 LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
 {
     if (!file) return;
+    if (file->stream) file->ctx->device->synchronize(file->ctx->device, file->stream); /* after a failure it may still write into what goes now */
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->full);
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);
@@ -16906,9 +17035,8 @@ static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama
 {
     llmpar_error error;
     llmpar_writer *writer = NULL;
+    llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
-    if (status) return status;
     size_t bytes = llmpar_llama_config_write(config, NULL, 0);
     char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1), *path = llmpar__hf_path(ctx, directory, "config.json");
     if (!text || !path) {
@@ -16933,11 +17061,16 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = ctx->rank == 0 ? llmpar__hf_write_config(ctx, config, directory) : LLMPAR_OK;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
     if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL));
+    /* When there is no room for the weights, a config.json of another model that stood here still stands. */
+    if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
     if (!status) {
         status = llmpar_tensor_file_commit(file);
         file = NULL;
@@ -17338,6 +17471,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->log_every == 0) d->log_every = 10;
     llmpar_adamw_desc_resolve(&d->adamw);
     llmpar_status status = llmpar__recipe_numbers(d, error);
+    if (!status) status = llmpar_adamw_desc_check(&d->adamw, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -17420,8 +17554,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     int32_t count;
     memset(&apply, 0, sizeof apply);
     memset(&fsdp, 0, sizeof fsdp);
-    /* Data first: a missing or short file is found before memory is taken. */
+    /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
     llmpar_status status = llmpar__recipe_data(t);
+    if (!status) status = llmpar__metrics_open(t);
     if (status) return status;
     /* Tensor parallelism: the model gets its axis. */
     apply.canon = t->desc.canon;
@@ -17444,8 +17579,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     /* The optimizer on the shards, the step's tokens, the metrics. */
     if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
     if (!status) status = llmpar__recipe_buffers(t);
-    if (!status) status = llmpar__metrics_peak(t);
-    return status ? status : llmpar__metrics_open(t);
+    return status ? status : llmpar__metrics_peak(t);
 }
 
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
@@ -17482,6 +17616,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap *heap = &t->ctx->heap;
     llmpar__metrics_close(t);
     llmpar_tensor_file_abandon(t->gradient_file);
+    if (t->stream) t->ctx->device->synchronize(t->ctx->device, t->stream); /* its failure was reported where it happened */
     if (t->fsdp) {
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
@@ -17576,6 +17711,15 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const 
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
 }
 
+/* As it was before any error: the rank's place stays. */
+static void llmpar__trainer_forget(llmpar_error *error)
+{
+    llmpar_error old = *error;
+    llmpar_error_clear(error);
+    error->rank = old.rank;
+    memcpy(error->where, old.where, sizeof old.where);
+}
+
 static void llmpar__trainer_rates(const llmpar_trainer *t, llmpar_step *out)
 {
     llmpar_arena_usage usage;
@@ -17607,13 +17751,16 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         run.on_gradient_user = t;
     }
     llmpar_adamw_set_lr(t->adamw, step.lr);
+    /* The first error of a rank stays; one that the caller has lived with must not stand for this step's. */
+    llmpar_error earlier = t->ctx->error, *error = &t->ctx->error;
+    llmpar__trainer_forget(error);
     status = llmpar_fsdp_run(t->fsdp, t->train->list, t->train->count, &run);
-    if (status == LLMPAR_ERR_NONFINITE) {
-        llmpar_error first = t->ctx->error; /* the step's number goes in front */
-        llmpar_error_clear(&t->ctx->error);
-        memcpy(t->ctx->error.where, first.where, sizeof first.where);
+    if (status == LLMPAR_ERR_NONFINITE) { /* the step's number goes in front */
+        llmpar_error first = *error;
+        llmpar__trainer_forget(error);
         llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
     }
+    if (!status) *error = earlier;
     if (t->gradient_file) {
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);
@@ -17659,6 +17806,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
 /* ==== src/run/metrics.c ==== */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
@@ -17692,8 +17840,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
     if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
-    t->log = fopen(t->desc.log, "w");
-    return t->log ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+    /* Only tried here, before any work. It begins with the first line: a start that fails leaves no file, and an older log as it was. */
+    int file = open(t->desc.log, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
+    if (file < 0 && errno == EEXIST) file = open(t->desc.log, O_WRONLY | O_CLOEXEC);
+    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
+    close(file);
+    if (created) unlink(t->desc.log);
+    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
@@ -17706,8 +17859,10 @@ LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
 
 static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
 {
+    if (!t->log) t->log = fopen(t->desc.log, "w");
     FILE *file = (FILE *)t->log;
     llmpar_arena_usage usage;
+    if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
     llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
     fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
@@ -17736,13 +17891,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
         t->desc.sink(t->desc.sink_user, LLMPAR_SINK_PROGRESS, line);
         t->progress = 1;
     }
-    return t->log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
+    return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
 /* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
-    enum { SIDE = 384, TRIES = 4 };
+    enum { SIDE = 256, TRIES = 3 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
     llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
@@ -17770,6 +17925,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     double best = 0;
     for (int i = 0; i < TRIES && !status; i++) {
         status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
+        if (!status) status = device->synchronize(device, t->stream);
         double begin = llmpar__run_seconds();
         if (!status) status = device->gemm(device, t->stream, &args);
         if (!status) status = device->synchronize(device, t->stream);
@@ -17785,7 +17941,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
     if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
     if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
-    if (!status) status = device->synchronize(device, t->stream);
+    llmpar_status waited = device->synchronize(device, t->stream); /* in any case: the stream may use what goes now */
+    if (!status) status = waited;
     llmpar_arena_free(arena, rate);
     llmpar_arena_free(arena, workspace);
     llmpar_arena_free(arena, data);
