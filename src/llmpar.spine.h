@@ -55,7 +55,6 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
-    LLMPAR_NO_SIM           ... of the device and the communicator that only count
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 

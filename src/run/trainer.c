@@ -99,7 +99,11 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.step = t->steps + 1;
     step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
     llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
-    if (!status && t->gradients) status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+    if (!status && t->gradients) {
+        status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+        llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
+        t->gradients = NULL;
+    }
     if (status) return status;
     run.micro = t->micro;
     run.optimizer = llmpar_adamw_optimizer(t->adamw);
@@ -122,8 +126,6 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);
         t->gradient_file = NULL;
-        llmpar_heap_free(&t->ctx->heap, t->gradients);
-        t->gradients = NULL;
     }
     if (status) return status;
     t->steps++;
