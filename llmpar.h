@@ -56,7 +56,6 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
-    LLMPAR_NO_SIM           ... of the device and the communicator that only count
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
@@ -3173,7 +3172,7 @@ LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, 
 {
     llmpar__json_parser p;
     llmpar_error own; /* the status must be known where the caller wants no text */
-    size_t bytes;
+    size_t bytes = 0;
     *out = NULL;
     llmpar_error_clear(&own);
     memset(&p, 0, sizeof p);
@@ -17742,7 +17741,11 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.step = t->steps + 1;
     step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
     llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
-    if (!status && t->gradients) status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+    if (!status && t->gradients) {
+        status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+        llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
+        t->gradients = NULL;
+    }
     if (status) return status;
     run.micro = t->micro;
     run.optimizer = llmpar_adamw_optimizer(t->adamw);
@@ -17765,8 +17768,6 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);
         t->gradient_file = NULL;
-        llmpar_heap_free(&t->ctx->heap, t->gradients);
-        t->gradients = NULL;
     }
     if (status) return status;
     t->steps++;
