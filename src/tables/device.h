@@ -7,7 +7,7 @@
 
    Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype (F32 or F64) is the type of all floating buffers of the call unless said
    otherwise; F64 runs the portable code. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
-   Every chain starts from +0, so no partial sum is ever -0. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
+   Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
 #ifndef LLMPAR_DEVICE_H
 #define LLMPAR_DEVICE_H
 
