@@ -44,12 +44,14 @@ static train_job job_of(const llmpar_llama_config *config, const mesh_shape *mes
     return job;
 }
 
-/* Runs the job and compares it with what one rank did. */
+/* Runs the job and compares it with what one rank did. After a few that differ, the rest would say the same again. */
+static int differing;
 static void compare(train_job *job, const char *name, const train_result *want)
 {
+    if (differing >= 4) return;
     train_result *got = (train_result *)malloc(sizeof *got);
     train_run(job, got);
-    train_same(name, got, want);
+    if (!train_same(name, got, want) && ++differing == 4) TEST_FAIL("no further comparisons");
     train_result_free(got);
     free(got);
 }
