@@ -516,7 +516,7 @@ LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, 
 {
     llmpar__json_parser p;
     llmpar_error own; /* the status must be known where the caller wants no text */
-    size_t bytes;
+    size_t bytes = 0;
     *out = NULL;
     llmpar_error_clear(&own);
     memset(&p, 0, sizeof p);
