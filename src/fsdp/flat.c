@@ -100,6 +100,8 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     if (unit->param_count < 0 || unit->forward_count > LLMPAR__UNIT_EVENTS || unit->backward_count > LLMPAR__UNIT_EVENTS)
         return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: %d parameters, %d + %d instructions; expected >= 0 and at most %d a pass", unit->name, (int)unit->param_count, (int)unit->forward_count,
                            (int)unit->backward_count, LLMPAR__UNIT_EVENTS);
+    for (size_t i = 0; i < n; i++)
+        if (unit->params[i].dims < 0 || unit->params[i].dims > LLMPAR_MAX_DIMS) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 .. %d", unit->params[i].name, (int)unit->params[i].dims, LLMPAR_MAX_DIMS);
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
     llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
     flat->unit.params = params;
