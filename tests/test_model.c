@@ -576,6 +576,86 @@ static void golden_model(const char *model)
 TEST(golden_llama3_untied) { golden_model("llama3_untied"); }
 TEST(golden_linear_tied) { golden_model("linear_tied"); }
 
+/* ---- finite differences ---- */
+
+static llmpar_status check_differences(session *s, void *user)
+{
+    enum { FD_B = 2, FD_T = 7, SAMPLES = 6 };
+    int32_t ids[FD_B * FD_T], targets[FD_B * FD_T], units = llmpar_fsdp_unit_count(s->fsdp), vocab = llmpar_llama_get_config(s->model)->vocab;
+    batch b = { ids, targets, FD_B, FD_T };
+    gradients g = { (void **)take((size_t)units, sizeof(void *)) };
+    llmpar_rng rng = llmpar_rng_key(3, LLMPAR_RNG_USER, "finite differences", 0, 0);
+    uint64_t draw = 0;
+    int kinds = 0;
+    (void)user;
+    for (int i = 0; i < FD_B * FD_T; i++) {
+        ids[i] = (int32_t)(llmpar_rng_uniform(&rng, draw++) * vocab);
+        targets[i] = i == 4 ? -1 : (int32_t)(llmpar_rng_uniform(&rng, draw++) * vocab);
+    }
+    llmpar_run run;
+    memset(&run, 0, sizeof run);
+    run.on_gradient = keep_gradient;
+    run.on_gradient_user = &g;
+    llmpar_status status = step(s, &b, 0, &run, NULL);
+    for (int32_t u = 0; !status && u < units; u++)
+        for (int32_t p = 0; !status && p < llmpar_fsdp_unit(s->fsdp, u)->param_count; p++, kinds++) {
+            const llmpar_param *param = &llmpar_fsdp_unit(s->fsdp, u)->params[p];
+            double *w = (double *)llmpar_fsdp_local(s->fsdp, u, p, llmpar_fsdp_shard(s->fsdp, u, NULL, NULL, NULL)), *dw = (double *)llmpar_fsdp_local(s->fsdp, u, p, g.shard[u]), largest = 0;
+            int64_t count = 1, at = 0;
+            for (int d = 0; d < param->dims; d++) count *= param->shape[d];
+            for (int64_t i = 0; i < count; i++)
+                if (fabs(dw[i]) > largest) largest = fabs(dw[i]), at = i;
+            for (int k = 0; k < SAMPLES && !status; k++) {
+                /* f' = (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12h, error h^4 */
+                const double h = 2e-4, old = w[at];
+                double f[4];
+                static const double steps[4] = { 1, -1, 2, -2 };
+                for (int e = 0; e < 4 && !status; e++) {
+                    llmpar_run eval;
+                    memset(&eval, 0, sizeof eval);
+                    w[at] = old + steps[e] * h;
+                    status = step(s, &b, 1, &eval, NULL);
+                    f[e] = eval.loss;
+                }
+                w[at] = old;
+                double want = (8 * (f[0] - f[1]) - (f[2] - f[3])) / (12 * h), got = dw[at] / scale_rounding(run.global_tokens);
+                if (!status && !(fabs(got - want) <= 1e-6 * fabs(want) + 1e-9 * largest)) TEST_FAIL("%s[%lld]: gradient %.12g, finite difference %.12g", param->name, (long long)at, got, want);
+                at = (int64_t)(llmpar_rng_uniform(&rng, draw++) * (double)count);
+            }
+        }
+    CHECK_INT(kinds, 2 + 2 * 9 + !llmpar_llama_get_config(s->model)->tied);
+    drop_gradients(s, &g);
+    return status;
+}
+
+TEST(finite_differences)
+{
+    for (int tied = 0; tied < 2; tied++) {
+        llmpar_llama_config c;
+        memset(&c, 0, sizeof c);
+        c.vocab = 19;
+        c.hidden = 12;
+        c.intermediate = 20;
+        c.layers = 2;
+        c.heads = 4;
+        c.kv_heads = 2;
+        c.head_dim = 6;
+        c.max_positions = 64;
+        c.rms_eps = 1e-5;
+        c.rope_theta = 100;
+        c.rope_scaling.kind = tied ? LLMPAR_ROPE_LINEAR : LLMPAR_ROPE_LLAMA3;
+        c.rope_scaling.factor = 2;
+        c.rope_scaling.original_max_positions = tied ? 0 : 16;
+        c.rope_scaling.low_freq_factor = tied ? 0 : 1;
+        c.rope_scaling.high_freq_factor = tied ? 0 : 4;
+        c.tied = tied;
+        c.bos_id = -1;
+        c.init_std = 0.4;
+        job j = { .config = &c, .trainer = { .seq_len = 7, .dtype = LLMPAR_F64 }, .body = check_differences };
+        launch_ok(&j);
+    }
+}
+
 /* ---- sizes that nobody would choose, and faults on the way ---- */
 
 /* Heads wider than the hidden size, fewer rows of F than ranks, a prime vocabulary, an odd hidden size. */
@@ -719,4 +799,4 @@ TEST(unshard_that_fails)
     launch_ok(&j);
 }
 
-TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied), T_(awkward_sizes), T_(not_a_number), T_(unshard_that_fails))
+TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied), T_(finite_differences), T_(awkward_sizes), T_(not_a_number), T_(unshard_that_fails))
