@@ -50,7 +50,8 @@ DO THIS
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
 
     LLMPAR_IMPLEMENTATION   this file gets the functions
-    LLMPAR_STATIC           every function is static: the library is private to this file
+    LLMPAR_STATIC           every function is static: the library is private to this file (with LLMPAR_NO_... gcc's
+                            -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
@@ -479,7 +480,7 @@ LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
 
    Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype (F32 or F64) is the type of all floating buffers of the call unless said
    otherwise; F64 runs the portable code. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
-   Every chain starts from +0, so no partial sum is ever -0. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
+   Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
 #ifndef LLMPAR_DEVICE_H
 #define LLMPAR_DEVICE_H
 
@@ -12601,6 +12602,8 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     if (unit->param_count < 0 || unit->forward_count > LLMPAR__UNIT_EVENTS || unit->backward_count > LLMPAR__UNIT_EVENTS)
         return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: %d parameters, %d + %d instructions; expected >= 0 and at most %d a pass", unit->name, (int)unit->param_count, (int)unit->forward_count,
                            (int)unit->backward_count, LLMPAR__UNIT_EVENTS);
+    for (size_t i = 0; i < n; i++)
+        if (unit->params[i].dims < 0 || unit->params[i].dims > LLMPAR_MAX_DIMS) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SHAPE, "%s: %d dims, expected 0 .. %d", unit->params[i].name, (int)unit->params[i].dims, LLMPAR_MAX_DIMS);
     flat->unit.name = llmpar_heap_strdup(heap, unit->name);
     llmpar_param *params = (llmpar_param *)llmpar_heap_zalloc(heap, n + 1, sizeof *params);
     flat->unit.params = params;

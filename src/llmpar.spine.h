@@ -49,7 +49,8 @@ DO THIS
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
 
     LLMPAR_IMPLEMENTATION   this file gets the functions
-    LLMPAR_STATIC           every function is static: the library is private to this file
+    LLMPAR_STATIC           every function is static: the library is private to this file (with LLMPAR_NO_... gcc's
+                            -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it

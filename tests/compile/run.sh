@@ -121,6 +121,14 @@ for compiler in g++ clang++; do
 done
 group "implementation as C99, gnu11, C++11/17/20, static"
 
+# ---- the manual's program ----
+awk '/A whole program/ { on = 1 } /The ranks are threads/ { on = 0 } on && /^        / { print substr($0, 9) }' $headers/llmpar.h >$out/manual.c
+for compiler in gcc clang; do
+    have $compiler $compiler || continue
+    check "$compiler manual" $compiler -std=c99 -Wall -Wextra -Werror -I$headers -fsyntax-only $out/manual.c
+done
+group "the program in the manual"
+
 # ---- other C library, other processor ----
 if have musl-gcc musl-tools; then
     for order in alone first; do
