@@ -424,7 +424,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, &id, position++, 1);
+        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
         last = 0;
     }
     llmpar__session_close(&g);
