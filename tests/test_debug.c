@@ -102,4 +102,113 @@ TEST(untied)
     if (!FEW) orders(0);
 }
 
-TEST_LIST(T_(tied), T_(untied))
+/* ---- failures come out of the wait ---- */
+
+static __thread int64_t gemms_left;
+static __thread llmpar_status (*whole_gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
+static int64_t gemm_that_fails; /* written between jobs only */
+
+static llmpar_status failing_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
+{
+    return --gemms_left == 0 ? llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "planted: a product") : whole_gemm(device, stream, args);
+}
+
+static llmpar_status begin_failing(train_job *job, llmpar_ctx *ctx)
+{
+    if (ctx->rank == 1) {
+        gemms_left = gemm_that_fails;
+        whole_gemm = ctx->device->gemm;
+        ctx->device->gemm = failing_gemm;
+    }
+    return begin(job, ctx);
+}
+
+TEST(failure)
+{
+    llmpar_llama_config config = train_config(1);
+    for (int order = DEBUG_FIFO; order <= DEBUG_OTHERS; order++)
+        for (int64_t n = 1; n < 100; n += n < 3 ? 1 : 40) {
+            debug_ranks *ranks = (debug_ranks *)calloc(1, sizeof *ranks);
+            train_result *got = (train_result *)malloc(sizeof *got);
+            train_job job = job_of(&config, 2, 2);
+            job.keep_files = 0;
+            job.prefetch = job.sp = 1;
+            job.accum = 2;
+            job.begin = begin_failing;
+            job.end = end;
+            job.user = ranks;
+            ranks->order = (debug_order)order;
+            gemm_that_fails = n;
+            train_run(&job, got);
+            CHECK_STATUS(got->status, LLMPAR_ERR_INTERNAL);
+            CHECK_INT(got->error.rank, 1);
+            CHECK_TEXT(got->error.text, "planted: a product");
+            for (int r = 0; r < got->ranks; r++) {
+                CHECK_STATUS(got->rank_status[r], r == 1 ? LLMPAR_ERR_INTERNAL : LLMPAR_ERR_PEER);
+                CHECK_INT(got->live[r], 0);
+                CHECK_INT(ranks->device[r].pending, 0);
+            }
+            train_result_free(got);
+            free(got);
+            free(ranks);
+        }
+}
+
+/* ---- generation ---- */
+
+enum { PROMPT = 3, GENERATED = 16 };
+static int32_t generated[TRAIN_RANKS][2][GENERATED]; /* by rank; greedy, sampled */
+
+static llmpar_status generate(train_job *job, llmpar_ctx *ctx, llmpar_llama *model, llmpar_trainer *trainer)
+{
+    static const int32_t prompt[PROMPT] = {5, 300, 77};
+    llmpar_status status = LLMPAR_OK;
+    (void)job;
+    for (int i = 0; i < 2 && !status; i++) {
+        llmpar_generate_desc desc;
+        int32_t count = 0;
+        memset(&desc, 0, sizeof desc);
+        desc.prompt = prompt;
+        desc.prompt_count = PROMPT;
+        desc.tokens = GENERATED;
+        desc.temperature = i;
+        desc.top_p = 0.9;
+        desc.seed = 3;
+        status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, generated[ctx->rank][i], &count);
+        if (!status) CHECK_INT(count, GENERATED);
+    }
+    return status;
+}
+
+TEST(generation)
+{
+    static int32_t want[2][GENERATED];
+    llmpar_llama_config config = train_config(0);
+    for (int i = -1; i < 6; i++) {
+        debug_ranks *ranks = (debug_ranks *)calloc(1, sizeof *ranks);
+        train_result *got = (train_result *)malloc(sizeof *got);
+        train_job job = job_of(&config, i % 2 ? 2 : 1, i < 0 ? 1 : 4 - i % 2 * 2);
+        if (i < 0) job.dp_shard = 1;
+        job.keep_files = 0;
+        job.steps = 1;
+        job.ready = generate;
+        job.user = ranks;
+        ranks->order = (debug_order)(i < 0 ? 0 : i / 2);
+        if (i >= 0) job.begin = begin;
+        if (i >= 0) job.end = end;
+        train_run(&job, got);
+        if (got->status) TEST_FAIL("generation: %s", got->error.text);
+        if (i < 0) memcpy(want, generated[0], sizeof want);
+        for (int r = 0; r < got->ranks; r++) {
+            CHECK_BYTES(generated[r], want, sizeof want);
+            CHECK_INT(got->live[r], 0);
+            CHECK_INT(ranks->device[r].early_free, 0);
+        }
+        train_result_free(got);
+        free(got);
+        free(ranks);
+    }
+    CHECK(memcmp(want[0], want[1], sizeof want[0]));
+}
+
+TEST_LIST(T_(tied), T_(untied), T_(failure), T_(generation))

@@ -172,6 +172,36 @@ TEST(other_canon)
     train_result_free(&eight);
 }
 
+/* Leaves of several sequences (24 = 8 x 3), and a T that no rank count divides into even pieces: 20 positions in 8 pieces of 2 and 3. */
+TEST(uneven_leaves_and_pieces)
+{
+    static const struct { int mesh; int32_t sp, accum, no_sync; } runs[] = {{2, 1, 1, 0}, {3, 0, 2, 1}, {5, 0, 2, 0}, {6, 1, 4, 1}, {7, 1, 2, 0}, {8, 1, 2, 1}, {9, 1, 2, 0}};
+    static const int64_t length = 20;
+    for (int tied = 0; tied < 2; tied++) {
+        train_result want;
+        llmpar_llama_config config = train_config(tied);
+        for (unsigned i = 0; i <= sizeof runs / sizeof runs[0]; i++) {
+            char name[160];
+            train_job job = job_of(&config, &meshes[i ? runs[i - 1].mesh : 0]);
+            job.batch = 24;
+            job.seq_len = length;
+            job.sequence_user = (void *)(uintptr_t)&length;
+            job.exact = LLMPAR_EXACT_REQUIRE;
+            if (!i) {
+                train_run(&job, &want);
+                CHECK_OK(want.status);
+                continue;
+            }
+            job.sp = runs[i - 1].sp;
+            job.accum = runs[i - 1].accum;
+            job.no_sync = runs[i - 1].no_sync;
+            snprintf(name, sizeof name, "batch 24, T 20, %s sp %d accum %d no_sync %d", meshes[runs[i - 1].mesh].name, (int)job.sp, (int)job.accum, (int)job.no_sync);
+            compare(&job, name, &want);
+        }
+        train_result_free(&want);
+    }
+}
+
 /* Outside the guarantee: the same mesh gives the same bits, and `require` says which numbers do not fit. */
 static void outside(train_job *job, const char *name, const char *number, const char *other)
 {
@@ -233,4 +263,4 @@ TEST(exact_off)
     train_result_free(&b);
 }
 
-TEST_LIST(T_(trains), T_(matrix_tied), T_(matrix_untied), T_(levels), T_(in_f64), T_(other_canon), T_(three_data_ranks), T_(three_tensor_ranks), T_(exact_off))
+TEST_LIST(T_(trains), T_(matrix_tied), T_(matrix_untied), T_(levels), T_(in_f64), T_(other_canon), T_(uneven_leaves_and_pieces), T_(three_data_ranks), T_(three_tensor_ranks), T_(exact_off))
