@@ -39,7 +39,7 @@ typedef struct debug_device {
     int streams;
     int executing;                    /* inside an operation: a communicator's own calls go straight through */
     uint64_t executed, pending, most_pending;
-    uint64_t early_free;              /* memory given back while operations were waiting on a device that had not failed */
+    uint64_t early_free;              /* memory or streams given back while operations were waiting on a device that had not failed */
     int failed;
 } debug_device;
 
@@ -129,7 +129,12 @@ static inline llmpar_status debug_alloc(llmpar_device *device, size_t bytes, voi
 static inline void debug_free(llmpar_device *device, void *memory, size_t bytes)
 {
     debug_device *d = DEBUG_OF(device);
-    if (memory && d->pending && !d->failed) d->early_free++;
+    if (memory && d->pending && !d->executing) {
+        d->early_free += !d->failed;
+        debug_drain(d, &d->shared);
+        for (int i = 0; i < d->streams; i++)
+            if (d->stream[i]) debug_drain(d, d->stream[i]);
+    }
     d->inner->free(d->inner, memory, bytes);
 }
 

@@ -166,7 +166,7 @@ struct llmpar_device {
     void *state;              /* the implementation's own */
     size_t alignment;         /* every alloc is aligned to it; a power of two >= 64 */
 
-    /* memory; bytes may be 0. free takes NULL. */
+    /* memory; bytes may be 0. free takes NULL, and waits for what was enqueued before it on any stream: the arena, which gives idle blocks back when memory is short, knows no streams. */
     llmpar_status (*alloc)(llmpar_device *device, size_t bytes, void **out);
     void (*free)(llmpar_device *device, void *memory, size_t bytes);
     llmpar_status (*copy)(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes);
