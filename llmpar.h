@@ -637,7 +637,7 @@ struct llmpar_device {
     void *state;              /* the implementation's own */
     size_t alignment;         /* every alloc is aligned to it; a power of two >= 64 */
 
-    /* memory; bytes may be 0. free takes NULL. */
+    /* memory; bytes may be 0. free takes NULL, and waits for what was enqueued before it on any stream: the arena, which gives idle blocks back when memory is short, knows no streams. */
     llmpar_status (*alloc)(llmpar_device *device, size_t bytes, void **out);
     void (*free)(llmpar_device *device, void *memory, size_t bytes);
     llmpar_status (*copy)(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes);
@@ -16757,7 +16757,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, &id, position++, 1);
+        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
         last = 0;
     }
     llmpar__session_close(&g);
