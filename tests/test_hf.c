@@ -10,6 +10,13 @@
 /* ---- files ---- */
 
 static char root[256];
+static void remove_root(void)
+{
+    char command[300];
+    snprintf(command, sizeof command, "rm -r '%s'", root);
+    if (system(command)) fprintf(stderr, "cannot remove %s\n", root);
+}
+
 /* root/name in one of eight rotating buffers. */
 static const char *in_root(const char *name)
 {
@@ -19,6 +26,7 @@ static const char *in_root(const char *name)
         const char *tmp = getenv("TMPDIR");
         snprintf(root, sizeof root, "%.200s/llmpar-test-XXXXXX", tmp && tmp[0] ? tmp : "/tmp");
         if (!mkdtemp(root)) { fprintf(stderr, "cannot make %s\n", root); exit(1); }
+        atexit(remove_root);
     }
     next = (next + 1) % 8;
     snprintf(buffer[next], sizeof buffer[next], "%s/%s", root, name);
@@ -522,14 +530,4 @@ TEST(tensor_file)
     check_same_file(path, weights); /* parameters as a file of tensors are the model's own file */
 }
 
-static void remove_tree(void)
-{
-    char command[700];
-    if (!root[0]) return;
-    snprintf(command, sizeof command, "rm -r '%s'", root);
-    if (system(command)) TEST_FAIL("cannot remove %s", root);
-    root[0] = 0;
-}
-TEST(clean_up) { remove_tree(); }
-
-TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(strict_loading), T_(saving_fails), T_(tensor_file), T_(clean_up))
+TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(strict_loading), T_(saving_fails), T_(tensor_file))
