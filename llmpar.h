@@ -1398,7 +1398,7 @@ LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
 LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
-/* The units, owned by the model. Between create and the fsdp object a user may replace any unit's callbacks (after llmpar_llama_apply, which sets them). Local. */
+/* The units, owned by the model. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
 LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
 
 /* How the model meets a mesh. */
@@ -1409,7 +1409,8 @@ typedef struct llmpar_llama_apply_desc {
     int64_t positions;           /* longest T; RoPE tables are made for it */
 } llmpar_llama_apply_desc;
 
-/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Once per model. */
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Again with the same communicator and values (and no more
+   positions): nothing happens, so a user may call it before llmpar_parallelize does; with others: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
 LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
 
@@ -15047,7 +15048,7 @@ struct llmpar_llama {
     llmpar_dtype dtype;
     int64_t positions;
     void *cosine, *sine;           /* device [positions, E/2] */
-    int applied;
+    int applied;                   /* 0 no, 1 begun, 2 done */
 };
 
 /* Local extents of one micro-batch. */
@@ -15289,10 +15290,21 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     return status;
 }
 
+/* A second apply must ask for what the first one made. */
+static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
+{
+    int32_t canon = desc->canon ? desc->canon : 8, pieces = canon % tp->ranks == 0 ? canon : tp->ranks, sp = desc->sequence_parallel && tp->ranks > 1;
+    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: an earlier apply failed; create another model");
+    if (tp == model->tp.comm && pieces == model->tp.pieces && sp == model->tp.sequence_parallel && dtype == model->dtype && desc->positions <= model->positions) return LLMPAR_OK;
+    return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh with %d pieces, sequence parallel %d, %s, %lld positions; expected the same again on the same communicator, got %d, %d, %s, %lld", (int)model->tp.pieces,
+                       (int)model->tp.sequence_parallel, llmpar_dtype_name(model->dtype), (long long)model->positions, (int)pieces, (int)sp, llmpar_dtype_name(dtype), (long long)desc->positions);
+}
+
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
     const llmpar_llama_config *c = &model->config;
-    if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
+    if (model->applied) return llmpar__llama_again(model, tp, desc);
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
     llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
@@ -15319,7 +15331,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
         llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
     }
     status = llmpar__llama_lists(model);
-    return status ? status : llmpar__llama_rope(model);
+    if (!status) status = llmpar__llama_rope(model);
+    if (!status) model->applied = 2;
+    return status;
 }
 
 /* ---- shapes and pieces that the unit files share ---- */
@@ -16470,7 +16484,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
-    if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
         return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);

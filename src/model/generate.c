@@ -137,7 +137,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
-    if (!model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
         return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);

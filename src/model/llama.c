@@ -199,10 +199,21 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     return status;
 }
 
+/* A second apply must ask for what the first one made. */
+static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
+{
+    int32_t canon = desc->canon ? desc->canon : 8, pieces = canon % tp->ranks == 0 ? canon : tp->ranks, sp = desc->sequence_parallel && tp->ranks > 1;
+    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: an earlier apply failed; create another model");
+    if (tp == model->tp.comm && pieces == model->tp.pieces && sp == model->tp.sequence_parallel && dtype == model->dtype && desc->positions <= model->positions) return LLMPAR_OK;
+    return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh with %d pieces, sequence parallel %d, %s, %lld positions; expected the same again on the same communicator, got %d, %d, %s, %lld", (int)model->tp.pieces,
+                       (int)model->tp.sequence_parallel, llmpar_dtype_name(model->dtype), (long long)model->positions, (int)pieces, (int)sp, llmpar_dtype_name(dtype), (long long)desc->positions);
+}
+
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
     const llmpar_llama_config *c = &model->config;
-    if (model->applied) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: this model already meets a mesh; create another");
+    if (model->applied) return llmpar__llama_again(model, tp, desc);
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
     llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
@@ -229,7 +240,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
         llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
     }
     status = llmpar__llama_lists(model);
-    return status ? status : llmpar__llama_rope(model);
+    if (!status) status = llmpar__llama_rope(model);
+    if (!status) model->applied = 2;
+    return status;
 }
 
 /* ---- shapes and pieces that the unit files share ---- */

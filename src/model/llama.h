@@ -24,7 +24,7 @@ LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
 LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
-/* The units, owned by the model. Between create and the fsdp object a user may replace any unit's callbacks (after llmpar_llama_apply, which sets them). Local. */
+/* The units, owned by the model. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
 LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
 
 /* How the model meets a mesh. */
@@ -35,7 +35,8 @@ typedef struct llmpar_llama_apply_desc {
     int64_t positions;           /* longest T; RoPE tables are made for it */
 } llmpar_llama_apply_desc;
 
-/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Once per model. */
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Again with the same communicator and values (and no more
+   positions): nothing happens, so a user may call it before llmpar_parallelize does; with others: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
 LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
 

@@ -24,7 +24,7 @@ struct llmpar_llama {
     llmpar_dtype dtype;
     int64_t positions;
     void *cosine, *sine;           /* device [positions, E/2] */
-    int applied;
+    int applied;                   /* 0 no, 1 begun, 2 done */
 };
 
 /* Local extents of one micro-batch. */
