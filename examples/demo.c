@@ -210,7 +210,7 @@ int main(int argc, char **argv)
     memset(&run, 0, sizeof run);
     run.data = "llmpar.h"; /* the one text that is surely here */
     run.out = "build/demo-out";
-    run.steps = 1600;
+    run.steps = 1300;
     for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (c) {
         case 'd': run.data = optarg; break;
