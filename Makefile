@@ -166,8 +166,7 @@ build/fuzz/llmpar.o: build/dev/llmpar.h
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o
 	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-build-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
-run-fuzz: build-fuzz
+run-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
 	@tests/fuzz/run.sh $(FUZZ) $(FUZZERS)
 
 test-fuzz:
@@ -196,7 +195,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
 	check-layers check-compile check-budget check check-full clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate,build-$(c) run-$(c))
 .SECONDARY:
