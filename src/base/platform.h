@@ -32,6 +32,15 @@
 #error "llmpar: define LLMPAR_IMPLEMENTATION in a .c or .cc file, not in one compiled by nvcc; .cu files get the declarations"
 #endif
 
+/* The version: the only place that states it (make install, pkg-config and CMake read these three lines). */
+#define LLMPAR_VERSION_MAJOR 0
+#define LLMPAR_VERSION_MINOR 1
+#define LLMPAR_VERSION_PATCH 0
+#define LLMPAR_VERSION_NUMBER (LLMPAR_VERSION_MAJOR * 1000000 + LLMPAR_VERSION_MINOR * 1000 + LLMPAR_VERSION_PATCH)
+#define LLMPAR_VERSION LLMPAR__VERSION_TEXT(LLMPAR_VERSION_MAJOR, LLMPAR_VERSION_MINOR, LLMPAR_VERSION_PATCH) /* "0.1.0" */
+#define LLMPAR__VERSION_TEXT(major, minor, patch) LLMPAR__TEXT(major) "." LLMPAR__TEXT(minor) "." LLMPAR__TEXT(patch)
+#define LLMPAR__TEXT(x) #x
+
 /* Linkage. LLMPAR_API may be defined by the user (dllexport, visibility). LLMPAR_STATIC makes every public
    function static. LLMPAR__PRIVATE marks functions shared between modules but not with users: static in the
    generated header, extern when the modules are built one by one (LLMPAR__SEPARATE). */
