@@ -35,6 +35,8 @@ help:
 	@echo 'make check         everything that a commit has to pass; check-full: with the long runs'
 	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
 	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
+	@echo 'make install       headers, pkg-config file, CMake package, documents (PREFIX=/usr/local, DESTDIR=); make uninstall'
+	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
 	@echo 'make bench         the benchmarks    make clean: removes build/'
 
 # ---- generated headers ----
@@ -172,6 +174,18 @@ run-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
 test-fuzz:
 	@CC=$(CLANG) tests/need.sh -fsanitize=fuzzer 'clang and libclang-rt-14-dev' -- $(MAKE) --no-print-directory run-fuzz
 
+# ---- installation ----
+
+PREFIX = /usr/local
+# Below PREFIX unless absolute.
+INCLUDEDIR = include
+
+install uninstall:
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' INCLUDEDIR='$(INCLUDEDIR)' tools/install.sh $@
+
+test-package: $(HEADERS:%=build/gen/%)
+	@CC='$(CC)' CXX='$(CXX)' tests/need.sh $(CXX) g++ -- tests/package.sh
+
 # ---- checks ----
 
 check-layers: build/gen/llmpar.h
@@ -196,6 +210,6 @@ clean:
 	rm -rf build
 
 .PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
-	check-layers check-compile check-budget check check-full clean FORCE \
+	check-layers check-compile check-budget check check-full install uninstall test-package clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate,build-$(c) run-$(c))
 .SECONDARY:

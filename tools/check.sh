@@ -40,6 +40,7 @@ phase cxx $make $jobs test-cxx
 phase examples $make $jobs all
 [ -f tests/bad_input.sh ] && phase bad_input sh tests/bad_input.sh
 [ -f tests/test_exact.c ] && LLMPAR_TEST_QUICK=1 phase exact $make test-exact
+phase package $make test-package
 phase plant $make test-plant
 phase asan $make $jobs test-asan
 phase tsan $make $jobs test-tsan
