@@ -1,4 +1,5 @@
 /* GENERATED from src/: edit there, then run make gen */
+#ifndef LLMPAR__TEMPLATE
 /*
 llmpar.h - train and run Llama-family models on many ranks at once
 
@@ -54,6 +55,8 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
                             -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
+    LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
+                            instance of a kernel; define it if you rename the file
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
@@ -133,6 +136,15 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 #if defined(__CUDACC__) && defined(LLMPAR_IMPLEMENTATION)
 #error "llmpar: define LLMPAR_IMPLEMENTATION in a .c or .cc file, not in one compiled by nvcc; .cu files get the declarations"
 #endif
+
+/* The version: the only place that states it (make install, pkg-config and CMake read these three lines). */
+#define LLMPAR_VERSION_MAJOR 0
+#define LLMPAR_VERSION_MINOR 1
+#define LLMPAR_VERSION_PATCH 0
+#define LLMPAR_VERSION_NUMBER (LLMPAR_VERSION_MAJOR * 1000000 + LLMPAR_VERSION_MINOR * 1000 + LLMPAR_VERSION_PATCH)
+#define LLMPAR_VERSION LLMPAR__VERSION_TEXT(LLMPAR_VERSION_MAJOR, LLMPAR_VERSION_MINOR, LLMPAR_VERSION_PATCH) /* "0.1.0" */
+#define LLMPAR__VERSION_TEXT(major, minor, patch) LLMPAR__TEXT(major) "." LLMPAR__TEXT(minor) "." LLMPAR__TEXT(patch)
+#define LLMPAR__TEXT(x) #x
 
 /* Linkage. LLMPAR_API may be defined by the user (dllexport, visibility). LLMPAR_STATIC makes every public
    function static. LLMPAR__PRIVATE marks functions shared between modules but not with users: static in the
@@ -1695,6 +1707,9 @@ LLMPAR_EXTERN_C_END
 
 #if defined(LLMPAR_IMPLEMENTATION) && !defined(LLMPAR__IMPLEMENTED) && !defined(LLMPAR__SEPARATE)
 #define LLMPAR__IMPLEMENTED
+#ifndef LLMPAR_HEADER
+#define LLMPAR_HEADER "llmpar.h"
+#endif
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
@@ -4200,107 +4215,15 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 #define LLMPAR__GEMM_REAL double
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
-/* ==== src/cpu/gemm_portable.inc ==== */
-/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
-   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
-
-/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
-static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
-{
-    enum { COLUMNS = 8 };
-    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
-    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
-    int64_t j0;
-    (void)worker;
-    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
-        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
-        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
-        int32_t piece, s = 0;
-        for (piece = 0; piece < args->pieces; piece++) {
-            LLMPAR__GEMM_REAL *sum = stack[depth++];
-            int32_t done;
-            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
-            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
-                const llmpar_gemm_segment *segment = &args->segments[s];
-                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
-                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
-                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
-                int64_t k;
-                for (k = 0; k < segment->k; k++) {
-                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
-                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
-                }
-            }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
-            for (done = piece + 1; done % 2 == 0; done /= 2) {
-                depth--;
-                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
-            }
-        }
-        for (; depth > 1; depth--)
-            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
-        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
-    }
-}
-
-#undef LLMPAR__GEMM_REAL
-#undef LLMPAR__GEMM_ROW
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_portable.inc */
+#include LLMPAR_HEADER
 
 #if defined(LLMPAR_NO_SIMD)
 #define LLMPAR__GEMM_REAL float
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
-/* ==== src/cpu/gemm_portable.inc ==== */
-/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
-   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
-
-/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
-static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
-{
-    enum { COLUMNS = 8 };
-    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
-    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
-    int64_t j0;
-    (void)worker;
-    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
-        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
-        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
-        int32_t piece, s = 0;
-        for (piece = 0; piece < args->pieces; piece++) {
-            LLMPAR__GEMM_REAL *sum = stack[depth++];
-            int32_t done;
-            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
-            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
-                const llmpar_gemm_segment *segment = &args->segments[s];
-                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
-                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
-                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
-                int64_t k;
-                for (k = 0; k < segment->k; k++) {
-                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
-                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
-                }
-            }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
-            for (done = piece + 1; done % 2 == 0; done /= 2) {
-                depth--;
-                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
-            }
-        }
-        for (; depth > 1; depth--)
-            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
-        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
-    }
-}
-
-#undef LLMPAR__GEMM_REAL
-#undef LLMPAR__GEMM_ROW
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_portable.inc */
+#include LLMPAR_HEADER
 #endif
 
 /* ---- kernels ---- */
@@ -4379,171 +4302,8 @@ typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_SPREAD(x) _mm_set1_ps(x)
 #define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm_add_ps(_mm_mul_ps(a, b), sum)
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm, __m128, in, ld, out, width, LLMPAR__GEMM_STORE_1)
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 2; k -= 2) {
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
-#endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
-
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
 
 /* portable, the same bits twice as wide */
 typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
@@ -4556,171 +4316,8 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
 #define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_add_ps(_mm256_mul_ps(a, b), sum)
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 2; k -= 2) {
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
-#endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
-
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
 
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
 #define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
@@ -4731,171 +4328,8 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
 #define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 2; k -= 2) {
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
-#endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
-
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
 
 typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
@@ -4907,171 +4341,8 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
 #define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm512_fmadd_ps(a, b, sum)
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 2; k -= 2) {
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
-#endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
-
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
 
 #undef LLMPAR__GEMM_TRANSPOSE_X86
 #undef LLMPAR__GEMM_512_loadu_ps
@@ -5106,171 +4377,8 @@ typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
 #define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 2; k -= 2) {
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
-#endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
-
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-/* ---- src/cpu/gemm.c goes on ---- */
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
 
 static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
 {
@@ -5672,13 +4780,18 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
    chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
    that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
+/* ==== src/cpu/kernels_internal.h ==== */
+/* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
+#ifndef LLMPAR_KERNELS_INTERNAL_H
+#define LLMPAR_KERNELS_INTERNAL_H
+
 /* ==== src/cpu/vector.h ==== */
 /* vector: short vectors of one level, and the names a kernel template is made from.
 
-   A template (norm.inc, attention.inc, ...) is included once a level with LLMPAR__VLEVEL set to one of
+   A template (norm.inc, attention.inc, ...) is included once a level, by kernels_*.c, with LLMPAR__VLEVEL set to one of
      portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
      avx2, avx512             the same text with wider vectors and fused multiply-adds
-   and ends by undefining LLMPAR__VLEVEL. Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
+   Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
@@ -5708,7 +4821,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
-#define LLMPAR__VKERNEL static LLMPAR__VTARGET
+#define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
 #else
@@ -5728,9 +4841,12 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VBUILT_avx2 LLMPAR__VX86
 #define LLMPAR__VBUILT_avx512 LLMPAR__VX86
 
+#define LLMPAR__VDECLARE_AT(name, level) LLMPAR__PRIVATE LLMPAR__VTARGET_##level void llmpar__##name##_##level(void *arg, int64_t task, int32_t worker);
 #if LLMPAR__VX86
+#define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2) LLMPAR__VDECLARE_AT(name, avx512)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
 #else
+#define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
 #endif
 
@@ -5763,54 +4879,8 @@ typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VSPREAD(x) { x, x }
-/* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
-   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
-{
-    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
-    return y;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
-LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
-{
-    LLMPAR__VEC y = { 0 };
-    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
-{
-    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
-{
-    if (n >= LLMPAR__VLANES) return x;
-    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
-    return other;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL y = x[0];
-    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
-{
-    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
-}
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VSPREAD
-/* ---- src/cpu/vector.h goes on ---- */
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_portable.inc */
+#include LLMPAR_HEADER
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
     llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
@@ -5818,54 +4888,8 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 }
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
-/* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
-   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
-{
-    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
-    return y;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
-LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
-{
-    LLMPAR__VEC y = { 0 };
-    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
-{
-    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
-{
-    if (n >= LLMPAR__VLANES) return x;
-    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
-    return other;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL y = x[0];
-    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
-{
-    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
-}
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VSPREAD
-/* ---- src/cpu/vector.h goes on ---- */
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_portable.inc */
+#include LLMPAR_HEADER
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
@@ -5952,416 +4976,22 @@ LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqr
 #undef LLMPAR__VLEVEL
 #endif
 
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__VDOUBLE 1
-/* ==== src/cpu/vector_math.inc ==== */
-/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
-#if LLMPAR__VBUILT
-
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] += a[k + w];
-    }
-    return a[0];
-}
-
-/* The larger one, NaN if any is NaN. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
-    }
-    return a[0];
-}
-
-/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
-   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
-   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
-{
-#if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
-    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
-    enum { terms = 12 };
-#else
-    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
-    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
-    enum { terms = 6 };
 #endif
-    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
-    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
-    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
-    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
-    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
-    LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
-    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
-    scale = (scale + bias) << shift;
-    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
-}
+/* ---- src/cpu/kernels_internal.h goes on ---- */
 
-/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
-   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
-   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
-typedef struct LLMPAR__V(tree) {
-    LLMPAR__VEC value[48][4];
-    int height[48]; /* where value[i] parts from value[i - 1] */
-    int depth;
-    int64_t last;
-} LLMPAR__V(tree);
+/* norm */
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
+typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
+LLMPAR__VDECLARE(norm_forward)
+LLMPAR__VDECLARE(norm_dx)
+LLMPAR__VDECLARE(norm_dw)
 
-LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
-{
-    tree->depth = 0;
-    tree->last = 0;
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
-{
-    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
-        tree->depth--;
-        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
-    }
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
-{
-    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
-    LLMPAR__V(tree_join)(tree, height);
-    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
-    tree->height[tree->depth++] = height;
-    tree->last = index;
-}
-/* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
-{
-    LLMPAR__V(tree_join)(tree, 65);
-    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
-}
+/* rope */
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+LLMPAR__VDECLARE(rope_rotate)
 
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-/* ---- src/cpu/vector.h goes on ---- */
-#define LLMPAR__VLEVEL portable
-#define LLMPAR__VDOUBLE 0
-/* ==== src/cpu/vector_math.inc ==== */
-/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
-#if LLMPAR__VBUILT
-
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] += a[k + w];
-    }
-    return a[0];
-}
-
-/* The larger one, NaN if any is NaN. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
-    }
-    return a[0];
-}
-
-/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
-   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
-   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
-{
-#if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
-    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
-    enum { terms = 12 };
-#else
-    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
-    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
-    enum { terms = 6 };
-#endif
-    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
-    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
-    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
-    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
-    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
-    LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
-    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
-    scale = (scale + bias) << shift;
-    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
-}
-
-/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
-   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
-   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
-typedef struct LLMPAR__V(tree) {
-    LLMPAR__VEC value[48][4];
-    int height[48]; /* where value[i] parts from value[i - 1] */
-    int depth;
-    int64_t last;
-} LLMPAR__V(tree);
-
-LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
-{
-    tree->depth = 0;
-    tree->last = 0;
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
-{
-    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
-        tree->depth--;
-        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
-    }
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
-{
-    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
-    LLMPAR__V(tree_join)(tree, height);
-    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
-    tree->height[tree->depth++] = height;
-    tree->last = index;
-}
-/* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
-{
-    LLMPAR__V(tree_join)(tree, 65);
-    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-/* ---- src/cpu/vector.h goes on ---- */
-#define LLMPAR__VLEVEL avx2
-#define LLMPAR__VDOUBLE 0
-/* ==== src/cpu/vector_math.inc ==== */
-/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
-#if LLMPAR__VBUILT
-
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] += a[k + w];
-    }
-    return a[0];
-}
-
-/* The larger one, NaN if any is NaN. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
-    }
-    return a[0];
-}
-
-/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
-   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
-   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
-{
-#if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
-    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
-    enum { terms = 12 };
-#else
-    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
-    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
-    enum { terms = 6 };
-#endif
-    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
-    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
-    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
-    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
-    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
-    LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
-    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
-    scale = (scale + bias) << shift;
-    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
-}
-
-/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
-   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
-   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
-typedef struct LLMPAR__V(tree) {
-    LLMPAR__VEC value[48][4];
-    int height[48]; /* where value[i] parts from value[i - 1] */
-    int depth;
-    int64_t last;
-} LLMPAR__V(tree);
-
-LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
-{
-    tree->depth = 0;
-    tree->last = 0;
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
-{
-    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
-        tree->depth--;
-        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
-    }
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
-{
-    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
-    LLMPAR__V(tree_join)(tree, height);
-    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
-    tree->height[tree->depth++] = height;
-    tree->last = index;
-}
-/* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
-{
-    LLMPAR__V(tree_join)(tree, 65);
-    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-/* ---- src/cpu/vector.h goes on ---- */
-#define LLMPAR__VLEVEL avx512
-#define LLMPAR__VDOUBLE 0
-/* ==== src/cpu/vector_math.inc ==== */
-/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
-#if LLMPAR__VBUILT
-
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] += a[k + w];
-    }
-    return a[0];
-}
-
-/* The larger one, NaN if any is NaN. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL a[LLMPAR__VLANES];
-    LLMPAR__V(store)(a, x);
-    LLMPAR__VUNROLL
-    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
-        LLMPAR__VUNROLL
-        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
-    }
-    return a[0];
-}
-
-/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
-   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
-   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
-{
-#if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
-    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
-    enum { terms = 12 };
-#else
-    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
-    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
-    enum { terms = 6 };
-#endif
-    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
-    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
-    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
-    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
-    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
-    LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
-    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
-    scale = (scale + bias) << shift;
-    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
-}
-
-/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
-   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
-   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
-typedef struct LLMPAR__V(tree) {
-    LLMPAR__VEC value[48][4];
-    int height[48]; /* where value[i] parts from value[i - 1] */
-    int depth;
-    int64_t last;
-} LLMPAR__V(tree);
-
-LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
-{
-    tree->depth = 0;
-    tree->last = 0;
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
-{
-    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
-        tree->depth--;
-        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
-    }
-}
-LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
-{
-    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
-    LLMPAR__V(tree_join)(tree, height);
-    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
-    tree->height[tree->depth++] = height;
-    tree->last = index;
-}
-/* The sum lies in value[0]; +0 if no leaf arrived. */
-LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
-{
-    LLMPAR__V(tree_join)(tree, 65);
-    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-/* ---- src/cpu/vector.h goes on ---- */
-
-#endif
-/* ---- src/cpu/attention.c goes on ---- */
-
+/* attention */
 enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
-
 typedef struct llmpar__attention_job {
     const llmpar_attention_args *args;
     const llmpar_attention_backward_args *backward; /* NULL in forward */
@@ -6369,9 +4999,47 @@ typedef struct llmpar__attention_job {
     size_t worker_bytes;   /* of it for each worker */
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
 } llmpar__attention_job;
-
+LLMPAR__VDECLARE(attention_forward)
+LLMPAR__VDECLARE(attention_backward)
 /* First position after the document that position i belongs to; *begin is its first. */
-static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
+LLMPAR__PRIVATE int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin);
+/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
+LLMPAR__PRIVATE int64_t llmpar__attention_split(int64_t n);
+/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
+LLMPAR__PRIVATE int64_t llmpar__attention_slots(int64_t n);
+
+/* swiglu */
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
+LLMPAR__VDECLARE(swiglu_forward)
+LLMPAR__VDECLARE(swiglu_backward)
+
+/* embedding */
+enum { LLMPAR__EMBEDDING_IDS = 8 }; /* ids a task */
+typedef struct llmpar__embedding_backward_job {
+    const llmpar_embedding_backward_args *args;
+    const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
+    const int64_t *order;
+} llmpar__embedding_backward_job;
+LLMPAR__VDECLARE(embedding_gradient)
+
+/* xent */
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
+LLMPAR__VDECLARE(xent_rows_max)
+LLMPAR__VDECLARE(xent_rows_sum)
+LLMPAR__VDECLARE(xent_rows_backward)
+
+/* elementwise, optim: elements a task */
+enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
+LLMPAR__VDECLARE(elementwise_tree)
+LLMPAR__VDECLARE(elementwise_max)
+LLMPAR__VDECLARE(elementwise_add)
+LLMPAR__VDECLARE(elementwise_scale)
+LLMPAR__VDECLARE(optim_adamw)
+
+#endif
+/* ---- src/cpu/attention.c goes on ---- */
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
 {
     const int32_t *start = a->doc_start ? a->doc_start + sequence * a->tk : NULL;
     int64_t end = a->tk;
@@ -6380,1184 +5048,14 @@ static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_
     return end;
 }
 
-/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
-static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
-/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
-static int64_t llmpar__attention_slots(int64_t n)
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_slots(int64_t n)
 {
     int64_t slots = 1;
     for (n--; n > 0; n /= 2) slots++;
     return slots;
 }
-
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f64
-/* ==== src/cpu/attention.inc ==== */
-/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
-   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
-#if LLMPAR__VBUILT
-
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
-   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
-#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
-    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
-    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
-#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
-    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
-    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
-    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
-#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
-    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
-    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
-{
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
-    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
-    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
-    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        y0 = LLMPAR__V(load)(b);
-        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
-        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
-    }
-    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
-}
-#undef LLMPAR__ATTENTION_BEGIN
-#undef LLMPAR__ATTENTION_STEP
-#undef LLMPAR__ATTENTION_END
-
-/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
-{
-    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
-    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
-        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-    }
-}
-
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
-{
-    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
-    for (int64_t r = rows; r % 4; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
-}
-
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
-{
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *from = in + key * ld_in;
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
-        for (int64_t j = 0; j < e; j++) {
-            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
-            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
-        }
-    }
-}
-
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
-{
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
-    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
-    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
-    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
-    for (int64_t r = 0; r < rows; r++) {
-        top[r] = least[0];
-        weight[r] = LLMPAR__V(splat)(0);
-    }
-    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
-        for (int64_t r = 0; r < rows; r += 4) {
-            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
-            LLMPAR__VREAL change[16], next[4];
-            if (limit <= 0) continue;
-            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VEC most = least;
-                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
-                change[x] = 0;
-                if (!seen[x]) continue;
-                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(larger_lane)(most);
-                if (!(next[x] > top[r + x])) next[x] = top[r + x];
-                change[x] = top[r + x] - next[x];
-            }
-            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
-                LLMPAR__VEC shift, factor;
-                int64_t j = 0;
-                if (seen[x]) {
-                    shift = LLMPAR__V(splat)(next[x]);
-                    factor = LLMPAR__V(splat)(change[x]);
-                    weight[r + x] = weight[r + x] * factor;
-                    for (; j < seen[x]; j += LLMPAR__VLANES) {
-                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
-                        LLMPAR__V(store)(score + j, y);
-                        weight[r + x] = weight[r + x] + y;
-                    }
-                    /* A factor of exactly 1 changes no bit. */
-                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
-                    top[r + x] = next[x];
-                }
-                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
-            }
-            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
-        }
-    for (int64_t r = 0; r < rows; r++) {
-        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
-        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
-        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
-    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
-    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
-        end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
-                int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
-                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/attention_backward.inc ==== */
-/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
-   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
-     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
-#if LLMPAR__VBUILT
-
-/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
-typedef struct LLMPAR__VFN(attention_state) {
-    const llmpar__attention_job *job;
-    int64_t b, kv, begin, n, ld;
-    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
-    LLMPAR__VREAL *lse, *d;
-    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
-    int64_t slot_size;
-} LLMPAR__VFN(attention_state);
-
-/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
-{
-    const llmpar_attention_args *a = s->job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
-    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
-    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
-    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
-    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
-    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
-    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
-    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
-    for (int64_t r = 0; r < n; r++) {
-        LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
-        s->d[r] = LLMPAR__V(sum)(sum);
-    }
-    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
-        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
-            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
-            for (int64_t r = 0; r < count; r += 4) {
-                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
-                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                for (int64_t x = r; x < r + 4; x++) {
-                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
-                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
-                    if (seen > 0) {
-                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
-                        for (; j < seen; j += LLMPAR__VLANES) {
-                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
-                            LLMPAR__V(store)(score + j, y);
-                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
-                        }
-                    }
-                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
-                        LLMPAR__V(store)(score + j, zero);
-                        LLMPAR__V(store)(slope + j, zero);
-                    }
-                }
-                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
-            }
-            for (int64_t j = 0; j < key_count; j += 4) {
-                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
-                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
-                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
-            }
-        }
-    }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
-}
-
-/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
-{
-    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
-    int64_t left;
-    if (count == 1) {
-        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
-        return;
-    }
-    left = llmpar__attention_split(count);
-    LLMPAR__VFN(attention_heads)(s, h, left, slot);
-    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
-    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
-    LLMPAR__VFN(attention_state) s;
-    s.job = job;
-    s.b = task / a->kv_heads;
-    s.kv = task % a->kv_heads;
-    s.ld = llmpar_round_up(e, 16);
-    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
-    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
-    s.dout = s.q + size;
-    s.dq = s.dout + size;
-    s.rows = s.dq + size;
-    s.keys = s.rows + size;
-    s.values = s.keys + size;
-    s.slots = s.values + size;
-    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
-    s.d = s.lse + size / s.ld;
-    for (int64_t i = 0; i < a->tk; i = end) {
-        const LLMPAR__VREAL *k, *v;
-        LLMPAR__VREAL *dk, *dv;
-        end = llmpar__attention_document(a, s.b, i, &s.begin);
-        s.n = end - s.begin;
-        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
-        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
-        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
-        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
-        for (int64_t r = 0; r < s.n; r++)
-            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
-                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
-                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-/* ==== src/cpu/attention.inc ==== */
-/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
-   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
-#if LLMPAR__VBUILT
-
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
-   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
-#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
-    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
-    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
-#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
-    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
-    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
-    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
-#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
-    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
-    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
-{
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
-    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
-    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
-    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        y0 = LLMPAR__V(load)(b);
-        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
-        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
-    }
-    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
-}
-#undef LLMPAR__ATTENTION_BEGIN
-#undef LLMPAR__ATTENTION_STEP
-#undef LLMPAR__ATTENTION_END
-
-/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
-{
-    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
-    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
-        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-    }
-}
-
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
-{
-    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
-    for (int64_t r = rows; r % 4; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
-}
-
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
-{
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *from = in + key * ld_in;
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
-        for (int64_t j = 0; j < e; j++) {
-            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
-            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
-        }
-    }
-}
-
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
-{
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
-    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
-    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
-    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
-    for (int64_t r = 0; r < rows; r++) {
-        top[r] = least[0];
-        weight[r] = LLMPAR__V(splat)(0);
-    }
-    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
-        for (int64_t r = 0; r < rows; r += 4) {
-            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
-            LLMPAR__VREAL change[16], next[4];
-            if (limit <= 0) continue;
-            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VEC most = least;
-                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
-                change[x] = 0;
-                if (!seen[x]) continue;
-                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(larger_lane)(most);
-                if (!(next[x] > top[r + x])) next[x] = top[r + x];
-                change[x] = top[r + x] - next[x];
-            }
-            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
-                LLMPAR__VEC shift, factor;
-                int64_t j = 0;
-                if (seen[x]) {
-                    shift = LLMPAR__V(splat)(next[x]);
-                    factor = LLMPAR__V(splat)(change[x]);
-                    weight[r + x] = weight[r + x] * factor;
-                    for (; j < seen[x]; j += LLMPAR__VLANES) {
-                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
-                        LLMPAR__V(store)(score + j, y);
-                        weight[r + x] = weight[r + x] + y;
-                    }
-                    /* A factor of exactly 1 changes no bit. */
-                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
-                    top[r + x] = next[x];
-                }
-                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
-            }
-            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
-        }
-    for (int64_t r = 0; r < rows; r++) {
-        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
-        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
-        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
-    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
-    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
-        end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
-                int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
-                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/attention_backward.inc ==== */
-/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
-   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
-     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
-#if LLMPAR__VBUILT
-
-/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
-typedef struct LLMPAR__VFN(attention_state) {
-    const llmpar__attention_job *job;
-    int64_t b, kv, begin, n, ld;
-    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
-    LLMPAR__VREAL *lse, *d;
-    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
-    int64_t slot_size;
-} LLMPAR__VFN(attention_state);
-
-/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
-{
-    const llmpar_attention_args *a = s->job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
-    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
-    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
-    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
-    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
-    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
-    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
-    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
-    for (int64_t r = 0; r < n; r++) {
-        LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
-        s->d[r] = LLMPAR__V(sum)(sum);
-    }
-    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
-        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
-            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
-            for (int64_t r = 0; r < count; r += 4) {
-                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
-                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                for (int64_t x = r; x < r + 4; x++) {
-                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
-                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
-                    if (seen > 0) {
-                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
-                        for (; j < seen; j += LLMPAR__VLANES) {
-                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
-                            LLMPAR__V(store)(score + j, y);
-                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
-                        }
-                    }
-                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
-                        LLMPAR__V(store)(score + j, zero);
-                        LLMPAR__V(store)(slope + j, zero);
-                    }
-                }
-                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
-            }
-            for (int64_t j = 0; j < key_count; j += 4) {
-                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
-                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
-                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
-            }
-        }
-    }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
-}
-
-/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
-{
-    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
-    int64_t left;
-    if (count == 1) {
-        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
-        return;
-    }
-    left = llmpar__attention_split(count);
-    LLMPAR__VFN(attention_heads)(s, h, left, slot);
-    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
-    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
-    LLMPAR__VFN(attention_state) s;
-    s.job = job;
-    s.b = task / a->kv_heads;
-    s.kv = task % a->kv_heads;
-    s.ld = llmpar_round_up(e, 16);
-    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
-    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
-    s.dout = s.q + size;
-    s.dq = s.dout + size;
-    s.rows = s.dq + size;
-    s.keys = s.rows + size;
-    s.values = s.keys + size;
-    s.slots = s.values + size;
-    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
-    s.d = s.lse + size / s.ld;
-    for (int64_t i = 0; i < a->tk; i = end) {
-        const LLMPAR__VREAL *k, *v;
-        LLMPAR__VREAL *dk, *dv;
-        end = llmpar__attention_document(a, s.b, i, &s.begin);
-        s.n = end - s.begin;
-        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
-        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
-        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
-        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
-        for (int64_t r = 0; r < s.n; r++)
-            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
-                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
-                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-/* ==== src/cpu/attention.inc ==== */
-/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
-   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
-#if LLMPAR__VBUILT
-
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
-   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
-#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
-    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
-    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
-#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
-    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
-    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
-    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
-#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
-    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
-    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
-{
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
-    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
-    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
-    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        y0 = LLMPAR__V(load)(b);
-        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
-        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
-    }
-    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
-}
-#undef LLMPAR__ATTENTION_BEGIN
-#undef LLMPAR__ATTENTION_STEP
-#undef LLMPAR__ATTENTION_END
-
-/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
-{
-    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
-    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
-        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-    }
-}
-
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
-{
-    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
-    for (int64_t r = rows; r % 4; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
-}
-
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
-{
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *from = in + key * ld_in;
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
-        for (int64_t j = 0; j < e; j++) {
-            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
-            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
-        }
-    }
-}
-
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
-{
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
-    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
-    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
-    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
-    for (int64_t r = 0; r < rows; r++) {
-        top[r] = least[0];
-        weight[r] = LLMPAR__V(splat)(0);
-    }
-    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
-        for (int64_t r = 0; r < rows; r += 4) {
-            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
-            LLMPAR__VREAL change[16], next[4];
-            if (limit <= 0) continue;
-            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VEC most = least;
-                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
-                change[x] = 0;
-                if (!seen[x]) continue;
-                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(larger_lane)(most);
-                if (!(next[x] > top[r + x])) next[x] = top[r + x];
-                change[x] = top[r + x] - next[x];
-            }
-            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
-                LLMPAR__VEC shift, factor;
-                int64_t j = 0;
-                if (seen[x]) {
-                    shift = LLMPAR__V(splat)(next[x]);
-                    factor = LLMPAR__V(splat)(change[x]);
-                    weight[r + x] = weight[r + x] * factor;
-                    for (; j < seen[x]; j += LLMPAR__VLANES) {
-                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
-                        LLMPAR__V(store)(score + j, y);
-                        weight[r + x] = weight[r + x] + y;
-                    }
-                    /* A factor of exactly 1 changes no bit. */
-                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
-                    top[r + x] = next[x];
-                }
-                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
-            }
-            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
-        }
-    for (int64_t r = 0; r < rows; r++) {
-        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
-        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
-        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
-    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
-    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
-        end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
-                int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
-                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/attention_backward.inc ==== */
-/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
-   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
-     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
-#if LLMPAR__VBUILT
-
-/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
-typedef struct LLMPAR__VFN(attention_state) {
-    const llmpar__attention_job *job;
-    int64_t b, kv, begin, n, ld;
-    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
-    LLMPAR__VREAL *lse, *d;
-    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
-    int64_t slot_size;
-} LLMPAR__VFN(attention_state);
-
-/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
-{
-    const llmpar_attention_args *a = s->job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
-    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
-    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
-    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
-    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
-    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
-    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
-    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
-    for (int64_t r = 0; r < n; r++) {
-        LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
-        s->d[r] = LLMPAR__V(sum)(sum);
-    }
-    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
-        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
-            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
-            for (int64_t r = 0; r < count; r += 4) {
-                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
-                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                for (int64_t x = r; x < r + 4; x++) {
-                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
-                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
-                    if (seen > 0) {
-                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
-                        for (; j < seen; j += LLMPAR__VLANES) {
-                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
-                            LLMPAR__V(store)(score + j, y);
-                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
-                        }
-                    }
-                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
-                        LLMPAR__V(store)(score + j, zero);
-                        LLMPAR__V(store)(slope + j, zero);
-                    }
-                }
-                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
-            }
-            for (int64_t j = 0; j < key_count; j += 4) {
-                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
-                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
-                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
-            }
-        }
-    }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
-}
-
-/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
-{
-    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
-    int64_t left;
-    if (count == 1) {
-        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
-        return;
-    }
-    left = llmpar__attention_split(count);
-    LLMPAR__VFN(attention_heads)(s, h, left, slot);
-    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
-    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
-    LLMPAR__VFN(attention_state) s;
-    s.job = job;
-    s.b = task / a->kv_heads;
-    s.kv = task % a->kv_heads;
-    s.ld = llmpar_round_up(e, 16);
-    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
-    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
-    s.dout = s.q + size;
-    s.dq = s.dout + size;
-    s.rows = s.dq + size;
-    s.keys = s.rows + size;
-    s.values = s.keys + size;
-    s.slots = s.values + size;
-    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
-    s.d = s.lse + size / s.ld;
-    for (int64_t i = 0; i < a->tk; i = end) {
-        const LLMPAR__VREAL *k, *v;
-        LLMPAR__VREAL *dk, *dv;
-        end = llmpar__attention_document(a, s.b, i, &s.begin);
-        s.n = end - s.begin;
-        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
-        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
-        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
-        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
-        for (int64_t r = 0; r < s.n; r++)
-            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
-                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
-                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-#define LLMPAR__ATTENTION_COLUMNS 4
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-/* ==== src/cpu/attention.inc ==== */
-/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
-   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
-#if LLMPAR__VBUILT
-
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
-   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
-#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
-    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
-    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
-#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
-    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
-    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
-    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
-#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
-    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
-    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
-{
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
-    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
-    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
-    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
-        y0 = LLMPAR__V(load)(b);
-        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
-        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
-    }
-    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
-}
-#undef LLMPAR__ATTENTION_BEGIN
-#undef LLMPAR__ATTENTION_STEP
-#undef LLMPAR__ATTENTION_END
-
-/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
-{
-    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
-    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
-        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-    }
-}
-
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
-{
-    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
-    for (int64_t r = rows; r % 4; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
-}
-
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
-{
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *from = in + key * ld_in;
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
-        for (int64_t j = 0; j < e; j++) {
-            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
-            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
-        }
-    }
-}
-
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
-{
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
-    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
-    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
-    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
-    for (int64_t r = 0; r < rows; r++) {
-        top[r] = least[0];
-        weight[r] = LLMPAR__V(splat)(0);
-    }
-    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
-        for (int64_t r = 0; r < rows; r += 4) {
-            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
-            LLMPAR__VREAL change[16], next[4];
-            if (limit <= 0) continue;
-            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VEC most = least;
-                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
-                change[x] = 0;
-                if (!seen[x]) continue;
-                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
-                next[x] = LLMPAR__V(larger_lane)(most);
-                if (!(next[x] > top[r + x])) next[x] = top[r + x];
-                change[x] = top[r + x] - next[x];
-            }
-            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
-                LLMPAR__VEC shift, factor;
-                int64_t j = 0;
-                if (seen[x]) {
-                    shift = LLMPAR__V(splat)(next[x]);
-                    factor = LLMPAR__V(splat)(change[x]);
-                    weight[r + x] = weight[r + x] * factor;
-                    for (; j < seen[x]; j += LLMPAR__VLANES) {
-                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
-                        LLMPAR__V(store)(score + j, y);
-                        weight[r + x] = weight[r + x] + y;
-                    }
-                    /* A factor of exactly 1 changes no bit. */
-                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
-                    top[r + x] = next[x];
-                }
-                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
-            }
-            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
-        }
-    for (int64_t r = 0; r < rows; r++) {
-        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
-        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
-        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
-    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
-    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
-        end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
-        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
-                int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
-                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
-/* ---- src/cpu/attention.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/attention_backward.inc ==== */
-/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
-   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
-     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
-#if LLMPAR__VBUILT
-
-/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
-typedef struct LLMPAR__VFN(attention_state) {
-    const llmpar__attention_job *job;
-    int64_t b, kv, begin, n, ld;
-    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
-    LLMPAR__VREAL *lse, *d;
-    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
-    int64_t slot_size;
-} LLMPAR__VFN(attention_state);
-
-/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
-{
-    const llmpar_attention_args *a = s->job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
-    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
-    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
-    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
-    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
-    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
-    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
-    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
-    for (int64_t r = 0; r < n; r++) {
-        LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
-        s->d[r] = LLMPAR__V(sum)(sum);
-    }
-    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
-        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
-            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
-            for (int64_t r = 0; r < count; r += 4) {
-                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
-                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                for (int64_t x = r; x < r + 4; x++) {
-                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
-                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
-                    if (seen > 0) {
-                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
-                        for (; j < seen; j += LLMPAR__VLANES) {
-                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
-                            LLMPAR__V(store)(score + j, y);
-                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
-                        }
-                    }
-                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
-                        LLMPAR__V(store)(score + j, zero);
-                        LLMPAR__V(store)(slope + j, zero);
-                    }
-                }
-                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
-            }
-            for (int64_t j = 0; j < key_count; j += 4) {
-                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
-                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
-                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
-            }
-        }
-    }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
-}
-
-/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
-{
-    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
-    int64_t left;
-    if (count == 1) {
-        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
-        return;
-    }
-    left = llmpar__attention_split(count);
-    LLMPAR__VFN(attention_heads)(s, h, left, slot);
-    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
-    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
-    const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
-    LLMPAR__VFN(attention_state) s;
-    s.job = job;
-    s.b = task / a->kv_heads;
-    s.kv = task % a->kv_heads;
-    s.ld = llmpar_round_up(e, 16);
-    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
-    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
-    s.dout = s.q + size;
-    s.dq = s.dout + size;
-    s.rows = s.dq + size;
-    s.keys = s.rows + size;
-    s.values = s.keys + size;
-    s.slots = s.values + size;
-    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
-    s.d = s.lse + size / s.ld;
-    for (int64_t i = 0; i < a->tk; i = end) {
-        const LLMPAR__VREAL *k, *v;
-        LLMPAR__VREAL *dk, *dv;
-        end = llmpar__attention_document(a, s.b, i, &s.begin);
-        s.n = end - s.begin;
-        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
-        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
-        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
-        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
-        for (int64_t r = 0; r < s.n; r++)
-            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
-                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
-                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
-            }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/attention.c goes on ---- */
 
 static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
 static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);
@@ -7637,486 +5135,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
 /* norm: RMSNorm (Zhang & Sennrich 2019) forward and backward. The hidden dim is never split, so the sum over it is in lanes; the sum of dw over tokens
    may be split by a mesh and follows docs/exact.md: a chain per T-piece, a tree over T-pieces, one row a leaf. */
 
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/norm.inc ==== */
-/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
-    const llmpar_rmsnorm_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
-        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
-        LLMPAR__VEC s[4], scale;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        if (a->residual) {
-            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
-            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
-            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES;
-                if (j < d) {
-                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
-                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
-                }
-            }
-        }
-        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
-        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
-        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
-        rstd = scale[0];
-        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
-    }
-}
-
-/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
-        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
-        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
-                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
-            }
-        }
-        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
-            int64_t n = d - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-            LLMPAR__V(store_n)(dx + i, n, r + g);
-        }
-    }
-}
-
-/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar_tokens *tokens = &a->tokens;
-    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
-    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
-    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (; column < end; column += 4 * LLMPAR__VLANES) {
-        LLMPAR__V(tree_begin)(&tree);
-        for (int64_t piece = 0; piece < tokens->canon; piece++) {
-            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
-            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
-            LLMPAR__VEC s[4];
-            if (t0 >= t1) continue;
-            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
-                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
-                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
-                    }
-                }
-            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
-            LLMPAR__V(tree_push)(&tree, piece, s);
-        }
-        LLMPAR__V(tree_finish)(&tree);
-        for (int k = 0; k < 4; k++) {
-            int64_t j = column + k * LLMPAR__VLANES;
-            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/norm.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/norm.inc ==== */
-/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
-    const llmpar_rmsnorm_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
-        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
-        LLMPAR__VEC s[4], scale;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        if (a->residual) {
-            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
-            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
-            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES;
-                if (j < d) {
-                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
-                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
-                }
-            }
-        }
-        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
-        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
-        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
-        rstd = scale[0];
-        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
-    }
-}
-
-/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
-        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
-        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
-                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
-            }
-        }
-        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
-            int64_t n = d - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-            LLMPAR__V(store_n)(dx + i, n, r + g);
-        }
-    }
-}
-
-/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar_tokens *tokens = &a->tokens;
-    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
-    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
-    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (; column < end; column += 4 * LLMPAR__VLANES) {
-        LLMPAR__V(tree_begin)(&tree);
-        for (int64_t piece = 0; piece < tokens->canon; piece++) {
-            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
-            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
-            LLMPAR__VEC s[4];
-            if (t0 >= t1) continue;
-            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
-                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
-                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
-                    }
-                }
-            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
-            LLMPAR__V(tree_push)(&tree, piece, s);
-        }
-        LLMPAR__V(tree_finish)(&tree);
-        for (int k = 0; k < 4; k++) {
-            int64_t j = column + k * LLMPAR__VLANES;
-            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/norm.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/norm.inc ==== */
-/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
-    const llmpar_rmsnorm_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
-        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
-        LLMPAR__VEC s[4], scale;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        if (a->residual) {
-            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
-            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
-            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES;
-                if (j < d) {
-                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
-                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
-                }
-            }
-        }
-        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
-        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
-        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
-        rstd = scale[0];
-        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
-    }
-}
-
-/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
-        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
-        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
-                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
-            }
-        }
-        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
-            int64_t n = d - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-            LLMPAR__V(store_n)(dx + i, n, r + g);
-        }
-    }
-}
-
-/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar_tokens *tokens = &a->tokens;
-    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
-    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
-    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (; column < end; column += 4 * LLMPAR__VLANES) {
-        LLMPAR__V(tree_begin)(&tree);
-        for (int64_t piece = 0; piece < tokens->canon; piece++) {
-            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
-            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
-            LLMPAR__VEC s[4];
-            if (t0 >= t1) continue;
-            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
-                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
-                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
-                    }
-                }
-            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
-            LLMPAR__V(tree_push)(&tree, piece, s);
-        }
-        LLMPAR__V(tree_finish)(&tree);
-        for (int k = 0; k < 4; k++) {
-            int64_t j = column + k * LLMPAR__VLANES;
-            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/norm.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/norm.inc ==== */
-/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
-    const llmpar_rmsnorm_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
-        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
-        LLMPAR__VEC s[4], scale;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        if (a->residual) {
-            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
-            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
-            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES;
-                if (j < d) {
-                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
-                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
-                }
-            }
-        }
-        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
-        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
-        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
-        rstd = scale[0];
-        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
-    }
-}
-
-/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
-        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
-        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
-                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
-            }
-        }
-        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
-            int64_t n = d - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-            LLMPAR__V(store_n)(dx + i, n, r + g);
-        }
-    }
-}
-
-/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar_tokens *tokens = &a->tokens;
-    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
-    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
-    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (; column < end; column += 4 * LLMPAR__VLANES) {
-        LLMPAR__V(tree_begin)(&tree);
-        for (int64_t piece = 0; piece < tokens->canon; piece++) {
-            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
-            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
-            LLMPAR__VEC s[4];
-            if (t0 >= t1) continue;
-            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
-                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
-                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
-                    }
-                }
-            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
-            LLMPAR__V(tree_push)(&tree, piece, s);
-        }
-        LLMPAR__V(tree_finish)(&tree);
-        for (int k = 0; k < 4; k++) {
-            int64_t j = column + k * LLMPAR__VLANES;
-            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/norm.c goes on ---- */
-
 static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
 static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);
 static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS(norm_dw);
@@ -8158,137 +5176,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
 /* ==== src/cpu/rope.c ==== */
 /* rope: rotary position embedding in place (Su et al. 2021), half-split order. */
 
-typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/rope.inc ==== */
-/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
-   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
-    const llmpar_rope_args *p = job->args;
-    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
-    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        int64_t position = p->position + row % p->t;
-        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
-        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
-            int64_t n = half - i;
-            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
-            for (int64_t h = 0; h < p->heads; h++) {
-                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
-                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
-                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
-                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/rope.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/rope.inc ==== */
-/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
-   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
-    const llmpar_rope_args *p = job->args;
-    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
-    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        int64_t position = p->position + row % p->t;
-        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
-        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
-            int64_t n = half - i;
-            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
-            for (int64_t h = 0; h < p->heads; h++) {
-                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
-                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
-                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
-                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/rope.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/rope.inc ==== */
-/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
-   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
-    const llmpar_rope_args *p = job->args;
-    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
-    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        int64_t position = p->position + row % p->t;
-        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
-        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
-            int64_t n = half - i;
-            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
-            for (int64_t h = 0; h < p->heads; h++) {
-                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
-                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
-                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
-                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/rope.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/rope.inc ==== */
-/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
-   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
-    const llmpar_rope_args *p = job->args;
-    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
-    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        int64_t position = p->position + row % p->t;
-        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
-        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
-            int64_t n = half - i;
-            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
-            for (int64_t h = 0; h < p->heads; h++) {
-                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
-                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
-                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
-                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/rope.c goes on ---- */
-
 static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS(rope_rotate);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args)
@@ -8306,221 +5193,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar
 }
 /* ==== src/cpu/swiglu.c ==== */
 /* swiglu: h = gate * sigmoid(gate) * up (Shazeer 2020), forward and backward, element-wise. */
-
-typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/swiglu.inc ==== */
-/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
-{
-    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
-    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_args *a = job->forward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
-        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
-            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
-        }
-    }
-}
-
-/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_backward_args *a = job->backward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
-        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
-            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
-            LLMPAR__V(store_n)(dup + i, n, d * silu);
-            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
-            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/swiglu.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/swiglu.inc ==== */
-/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
-{
-    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
-    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_args *a = job->forward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
-        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
-            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
-        }
-    }
-}
-
-/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_backward_args *a = job->backward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
-        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
-            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
-            LLMPAR__V(store_n)(dup + i, n, d * silu);
-            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
-            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/swiglu.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/swiglu.inc ==== */
-/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
-{
-    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
-    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_args *a = job->forward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
-        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
-            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
-        }
-    }
-}
-
-/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_backward_args *a = job->backward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
-        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
-            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
-            LLMPAR__V(store_n)(dup + i, n, d * silu);
-            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
-            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/swiglu.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/swiglu.inc ==== */
-/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
-{
-    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
-    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_args *a = job->forward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
-        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
-            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
-        }
-    }
-}
-
-/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
-LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
-    const llmpar_swiglu_backward_args *a = job->backward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
-        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
-            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
-            LLMPAR__V(store_n)(dup + i, n, d * silu);
-            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
-            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/swiglu.c goes on ---- */
 
 static const llmpar__kernel llmpar__swiglu_forward_kernels[4] = LLMPAR__VKERNELS(swiglu_forward);
 static const llmpar__kernel llmpar__swiglu_backward_kernels[4] = LLMPAR__VKERNELS(swiglu_backward);
@@ -8557,194 +5229,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
    counting) and sums row by row: nothing of the table's size but the result is touched. */
 
 typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
-typedef struct llmpar__embedding_backward_job {
-    const llmpar_embedding_backward_args *args;
-    const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
-    const int64_t *order;
-} llmpar__embedding_backward_job;
-
-#define LLMPAR__EMBEDDING_IDS 8 /* ids a task */
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/embedding.inc ==== */
-/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
-   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
-    const llmpar_embedding_backward_args *a = job->args;
-    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
-    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
-        const int64_t *order = job->order + job->begin[v];
-        int64_t count = job->begin[v + 1] - job->begin[v];
-        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
-        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
-            LLMPAR__V(tree_begin)(&tree);
-            for (int64_t i = 0; i < count;) {
-                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
-                LLMPAR__VEC s[4];
-                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-                for (; i < count && order[i] < leaf_end; i++) {
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES;
-                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
-                    }
-                }
-                LLMPAR__V(tree_push)(&tree, leaf, s);
-            }
-            LLMPAR__V(tree_finish)(&tree);
-            for (int k = 0; k < 4; k++) {
-                int64_t j = column + k * LLMPAR__VLANES;
-                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/embedding.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/embedding.inc ==== */
-/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
-   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
-    const llmpar_embedding_backward_args *a = job->args;
-    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
-    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
-        const int64_t *order = job->order + job->begin[v];
-        int64_t count = job->begin[v + 1] - job->begin[v];
-        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
-        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
-            LLMPAR__V(tree_begin)(&tree);
-            for (int64_t i = 0; i < count;) {
-                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
-                LLMPAR__VEC s[4];
-                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-                for (; i < count && order[i] < leaf_end; i++) {
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES;
-                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
-                    }
-                }
-                LLMPAR__V(tree_push)(&tree, leaf, s);
-            }
-            LLMPAR__V(tree_finish)(&tree);
-            for (int k = 0; k < 4; k++) {
-                int64_t j = column + k * LLMPAR__VLANES;
-                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/embedding.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/embedding.inc ==== */
-/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
-   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
-    const llmpar_embedding_backward_args *a = job->args;
-    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
-    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
-        const int64_t *order = job->order + job->begin[v];
-        int64_t count = job->begin[v + 1] - job->begin[v];
-        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
-        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
-            LLMPAR__V(tree_begin)(&tree);
-            for (int64_t i = 0; i < count;) {
-                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
-                LLMPAR__VEC s[4];
-                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-                for (; i < count && order[i] < leaf_end; i++) {
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES;
-                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
-                    }
-                }
-                LLMPAR__V(tree_push)(&tree, leaf, s);
-            }
-            LLMPAR__V(tree_finish)(&tree);
-            for (int k = 0; k < 4; k++) {
-                int64_t j = column + k * LLMPAR__VLANES;
-                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/embedding.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/embedding.inc ==== */
-/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
-   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
-    const llmpar_embedding_backward_args *a = job->args;
-    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
-    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
-    LLMPAR__V(tree) tree;
-    (void)worker;
-    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
-        const int64_t *order = job->order + job->begin[v];
-        int64_t count = job->begin[v + 1] - job->begin[v];
-        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
-        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
-            LLMPAR__V(tree_begin)(&tree);
-            for (int64_t i = 0; i < count;) {
-                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
-                LLMPAR__VEC s[4];
-                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-                for (; i < count && order[i] < leaf_end; i++) {
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES;
-                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
-                    }
-                }
-                LLMPAR__V(tree_push)(&tree, leaf, s);
-            }
-            LLMPAR__V(tree_finish)(&tree);
-            for (int k = 0; k < 4; k++) {
-                int64_t j = column + k * LLMPAR__VLANES;
-                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
-            }
-        }
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/embedding.c goes on ---- */
 
 static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
 
@@ -8820,338 +5304,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding_backward(llmpar_device *
     llmpar__pool_run(cpu, llmpar__embedding_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(v_local, LLMPAR__EMBEDDING_IDS));
     return LLMPAR_OK;
 }
-
-#undef LLMPAR__EMBEDDING_IDS
 /* ==== src/cpu/xent.c ==== */
 /* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocab pieces, loss, gradient.
    The caller combines over the "tp" axis between the steps; logits are never gathered and never rescaled. */
-
-typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/xent.inc ==== */
-/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = least;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
-        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
-        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
-    }
-}
-
-/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
-        LLMPAR__VREAL sum[64];
-        int heights[64], depth = 0;
-        int64_t last = 0;
-        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
-        for (int64_t piece = 0; piece < a->canon; piece++) {
-            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
-            LLMPAR__VEC s = zero;
-            int height;
-            if (begin >= stop) continue;
-            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
-            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
-            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
-            sum[depth] = LLMPAR__V(sum)(s);
-            heights[depth++] = height;
-            last = piece;
-        }
-        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
-        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
-        if (a->targets[row] < 0) {
-            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
-            continue;
-        }
-        sum = one / sum;
-        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
-        else target = -1;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
-        if (target >= 0) x[target] = hit[0];
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/xent.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/xent.inc ==== */
-/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = least;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
-        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
-        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
-    }
-}
-
-/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
-        LLMPAR__VREAL sum[64];
-        int heights[64], depth = 0;
-        int64_t last = 0;
-        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
-        for (int64_t piece = 0; piece < a->canon; piece++) {
-            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
-            LLMPAR__VEC s = zero;
-            int height;
-            if (begin >= stop) continue;
-            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
-            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
-            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
-            sum[depth] = LLMPAR__V(sum)(s);
-            heights[depth++] = height;
-            last = piece;
-        }
-        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
-        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
-        if (a->targets[row] < 0) {
-            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
-            continue;
-        }
-        sum = one / sum;
-        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
-        else target = -1;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
-        if (target >= 0) x[target] = hit[0];
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/xent.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/xent.inc ==== */
-/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = least;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
-        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
-        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
-    }
-}
-
-/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
-        LLMPAR__VREAL sum[64];
-        int heights[64], depth = 0;
-        int64_t last = 0;
-        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
-        for (int64_t piece = 0; piece < a->canon; piece++) {
-            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
-            LLMPAR__VEC s = zero;
-            int height;
-            if (begin >= stop) continue;
-            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
-            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
-            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
-            sum[depth] = LLMPAR__V(sum)(s);
-            heights[depth++] = height;
-            last = piece;
-        }
-        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
-        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
-        if (a->targets[row] < 0) {
-            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
-            continue;
-        }
-        sum = one / sum;
-        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
-        else target = -1;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
-        if (target >= 0) x[target] = hit[0];
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/xent.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/xent.inc ==== */
-/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = least;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
-        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
-        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
-    }
-}
-
-/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
-        LLMPAR__VREAL sum[64];
-        int heights[64], depth = 0;
-        int64_t last = 0;
-        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
-        for (int64_t piece = 0; piece < a->canon; piece++) {
-            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
-            LLMPAR__VEC s = zero;
-            int height;
-            if (begin >= stop) continue;
-            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
-            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
-            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
-            sum[depth] = LLMPAR__V(sum)(s);
-            heights[depth++] = height;
-            last = piece;
-        }
-        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
-        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
-    const llmpar_xent_args *a = job->args;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
-        int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
-        if (a->targets[row] < 0) {
-            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
-            continue;
-        }
-        sum = one / sum;
-        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
-        else target = -1;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
-        if (target >= 0) x[target] = hit[0];
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/xent.c goes on ---- */
 
 static const llmpar__kernel llmpar__xent_max_kernels[4] = LLMPAR__VKERNELS(xent_rows_max);
 static const llmpar__kernel llmpar__xent_sum_kernels[4] = LLMPAR__VKERNELS(xent_rows_sum);
@@ -9211,285 +5366,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, l
 /* ==== src/cpu/elementwise.c ==== */
 /* elementwise: tree_sum, max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
    work is cut into chunks for the workers at will. */
-
-#define LLMPAR__ELEMENTWISE_CHUNK 16384
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/elementwise.inc ==== */
-/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC sum[32], s;
-        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
-        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
-        else {
-            int depth = 0;
-            for (int32_t j = 0; j < a->n; j++) {
-                s = LLMPAR__V(load_n)(in[j] + i, n);
-                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
-                sum[depth++] = s;
-            }
-            s = sum[--depth];
-            while (depth) s = sum[--depth] + s;
-        }
-        LLMPAR__V(store_n)(out + i, n, s);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_max_args *a = (const llmpar_max_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
-        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_add_args *p = (const llmpar_add_args *)arg;
-    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
-    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
-    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/elementwise.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/elementwise.inc ==== */
-/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC sum[32], s;
-        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
-        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
-        else {
-            int depth = 0;
-            for (int32_t j = 0; j < a->n; j++) {
-                s = LLMPAR__V(load_n)(in[j] + i, n);
-                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
-                sum[depth++] = s;
-            }
-            s = sum[--depth];
-            while (depth) s = sum[--depth] + s;
-        }
-        LLMPAR__V(store_n)(out + i, n, s);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_max_args *a = (const llmpar_max_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
-        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_add_args *p = (const llmpar_add_args *)arg;
-    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
-    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
-    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/elementwise.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/elementwise.inc ==== */
-/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC sum[32], s;
-        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
-        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
-        else {
-            int depth = 0;
-            for (int32_t j = 0; j < a->n; j++) {
-                s = LLMPAR__V(load_n)(in[j] + i, n);
-                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
-                sum[depth++] = s;
-            }
-            s = sum[--depth];
-            while (depth) s = sum[--depth] + s;
-        }
-        LLMPAR__V(store_n)(out + i, n, s);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_max_args *a = (const llmpar_max_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
-        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_add_args *p = (const llmpar_add_args *)arg;
-    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
-    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
-    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/elementwise.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/elementwise.inc ==== */
-/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
-
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC sum[32], s;
-        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
-        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
-        else {
-            int depth = 0;
-            for (int32_t j = 0; j < a->n; j++) {
-                s = LLMPAR__V(load_n)(in[j] + i, n);
-                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
-                sum[depth++] = s;
-            }
-            s = sum[--depth];
-            while (depth) s = sum[--depth] + s;
-        }
-        LLMPAR__V(store_n)(out + i, n, s);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_max_args *a = (const llmpar_max_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
-        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
-    }
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_add_args *p = (const llmpar_add_args *)arg;
-    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
-}
-
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
-    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
-    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/elementwise.c goes on ---- */
 
 static const llmpar__kernel llmpar__elementwise_tree_kernels[4] = LLMPAR__VKERNELS(elementwise_tree);
 static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
@@ -9615,161 +5491,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
     (void)device;
     return LLMPAR_OK;
 }
-
-#undef LLMPAR__ELEMENTWISE_CHUNK
 /* ==== src/cpu/optim.c ==== */
 /* optim: AdamW (Loshchilov & Hutter 2019) element by element, and the order-free sum of squares that the gradient norm needs. */
-
-#define LLMPAR__OPTIM_CHUNK 8192
-
-#define LLMPAR__VLEVEL portable_f64
-/* ==== src/cpu/optim.inc ==== */
-/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
-   The order of operations is the contract (every rounding counts):
-     g' = g * grad_scale
-     m  = fma(beta1, m, (1 - beta1) * g')
-     v  = fma(beta2, v, ((1 - beta2) * g') * g')
-     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
-   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
-    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
-    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
-    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
-    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
-    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
-    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
-        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
-        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
-        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
-        LLMPAR__V(store_n)(m + i, n, m1);
-        LLMPAR__V(store_n)(v + i, n, v1);
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/optim.c goes on ---- */
-#define LLMPAR__VLEVEL portable
-/* ==== src/cpu/optim.inc ==== */
-/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
-   The order of operations is the contract (every rounding counts):
-     g' = g * grad_scale
-     m  = fma(beta1, m, (1 - beta1) * g')
-     v  = fma(beta2, v, ((1 - beta2) * g') * g')
-     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
-   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
-    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
-    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
-    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
-    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
-    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
-    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
-        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
-        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
-        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
-        LLMPAR__V(store_n)(m + i, n, m1);
-        LLMPAR__V(store_n)(v + i, n, v1);
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/optim.c goes on ---- */
-#define LLMPAR__VLEVEL avx2
-/* ==== src/cpu/optim.inc ==== */
-/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
-   The order of operations is the contract (every rounding counts):
-     g' = g * grad_scale
-     m  = fma(beta1, m, (1 - beta1) * g')
-     v  = fma(beta2, v, ((1 - beta2) * g') * g')
-     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
-   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
-    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
-    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
-    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
-    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
-    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
-    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
-        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
-        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
-        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
-        LLMPAR__V(store_n)(m + i, n, m1);
-        LLMPAR__V(store_n)(v + i, n, v1);
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/optim.c goes on ---- */
-#define LLMPAR__VLEVEL avx512
-/* ==== src/cpu/optim.inc ==== */
-/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
-   The order of operations is the contract (every rounding counts):
-     g' = g * grad_scale
-     m  = fma(beta1, m, (1 - beta1) * g')
-     v  = fma(beta2, v, ((1 - beta2) * g') * g')
-     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
-   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
-#if LLMPAR__VBUILT
-
-LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
-    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
-    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
-    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
-    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
-    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
-    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
-        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
-        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
-        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
-        LLMPAR__V(store_n)(m + i, n, m1);
-        LLMPAR__V(store_n)(v + i, n, v1);
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
-    }
-}
-
-#endif
-#undef LLMPAR__VLEVEL
-/* ---- src/cpu/optim.c goes on ---- */
 
 static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS(optim_adamw);
 
@@ -9820,8 +5543,58 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum_carry(accumulator);
     return LLMPAR_OK;
 }
+/* ==== src/cpu/kernels_f64.c ==== */
+/* kernels_f64: every kernel at f64, the level of finite differences. */
 
-#undef LLMPAR__OPTIM_CHUNK
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VDOUBLE 1
+#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f64
+#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ==== src/cpu/kernels_portable.c ==== */
+/* kernels_portable: every kernel on any processor. */
+
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__VDOUBLE 0
+#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ==== src/cpu/kernels_avx2.c ==== */
+/* kernels_avx2: every kernel for AVX2 with fma. */
+
+#define LLMPAR__VLEVEL avx2
+#define LLMPAR__VDOUBLE 0
+#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+/* ==== src/cpu/kernels_avx512.c ==== */
+/* kernels_avx512: every kernel for AVX-512. */
+
+#define LLMPAR__VLEVEL avx512
+#define LLMPAR__VDOUBLE 0
+#define LLMPAR__ATTENTION_COLUMNS 4 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
 
 /* ==== src/comm/threads_wait.c ==== */
 /* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
@@ -18000,3 +13773,1063 @@ WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEM
 COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
 OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 */
+#elif LLMPAR__TEMPLATE == 1
+#undef LLMPAR__TEMPLATE
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
+    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
+    int64_t j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#elif LLMPAR__TEMPLATE == 2
+#undef LLMPAR__TEMPLATE
+/* ==== src/cpu/gemm_kernel.inc ==== */
+/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
+     LLMPAR__GEMM_NAME(part)         name of a function of this width
+     LLMPAR__GEMM_TARGET             attributes that allow the instructions
+     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
+     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
+     LLMPAR__GEMM_SPREAD(x)          x in every lane
+     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
+
+#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
+#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
+#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
+
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
+{
+    const float *in = packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
+    int r;
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
+                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (; r < width; r++) {
+                    int lane;
+                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
+                }
+            }
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
+        }
+    } else {
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+    }
+}
+
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
+
+/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
+#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
+
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+#define LLMPAR__GEMM_LINK(i) do { \
+    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
+    for (r = 0; r < rows; r++) { \
+        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
+        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
+        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
+    } \
+} while (0)
+
+/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
+{
+    const float *a = tile->a, *b = tile->b;
+    int64_t s;
+    int row;
+    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
+        __builtin_prefetch(c + row * ldc, 1);
+        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
+    }
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
+        float *slot;
+        int64_t k;
+        int32_t merge;
+        int r;
+        if (s == 0 && tile->load) {
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
+                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
+            }
+        } else {
+            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
+        }
+        for (k = step->k; k >= 2; k -= 2) {
+            LLMPAR__GEMM_LINK(0);
+            LLMPAR__GEMM_IN_ORDER();
+            LLMPAR__GEMM_LINK(1);
+            a += 2 * LLMPAR__GEMM_ROWS;
+            b += 2 * LLMPAR__GEMM_COLUMNS;
+        }
+        for (; k > 0; k--) {
+            LLMPAR__GEMM_LINK(0);
+            a += LLMPAR__GEMM_ROWS;
+            b += LLMPAR__GEMM_COLUMNS;
+        }
+        for (merge = 0; merge < step->merges; merge++) {
+            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+            for (r = 0; r < rows; r++) {
+                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
+                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
+            }
+        }
+        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
+        if (s == tile->step_count - 1 && tile->store) {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
+                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        } else {
+            for (r = 0; r < rows; r++) {
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
+                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
+            }
+        }
+    }
+}
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
+    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
+    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
+    if (is_edge && tile->load)
+        for (r = 0; r < compiled; r++)
+            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
+    switch (compiled) {
+    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
+    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
+    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
+#if LLMPAR__GEMM_ROWS > 8
+    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+#endif
+#if LLMPAR__GEMM_ROWS != 4
+    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
+#endif
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++)
+            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
+}
+
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_IN_ORDER
+#undef LLMPAR__GEMM_COLUMNS
+#undef LLMPAR__GEMM_AT
+#undef LLMPAR__GEMM_READ
+#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_TARGET
+#undef LLMPAR__GEMM_VECTOR
+#undef LLMPAR__GEMM_LOOSE
+#undef LLMPAR__GEMM_LANES
+#undef LLMPAR__GEMM_ROWS
+#undef LLMPAR__GEMM_SPREAD
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_TRANSPOSE
+#elif LLMPAR__TEMPLATE == 3
+#undef LLMPAR__TEMPLATE
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    if (n >= LLMPAR__VLANES) return x;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
+}
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
+#elif LLMPAR__TEMPLATE == 4
+#undef LLMPAR__TEMPLATE
+/* ==== src/cpu/vector_math.inc ==== */
+/* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
+#if LLMPAR__VBUILT
+
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(sum)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] += a[k + w];
+    }
+    return a[0];
+}
+
+/* The larger one, NaN if any is NaN. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(max)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(nan)(a, a, LLMPAR__V(larger)(a, b)); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL a[LLMPAR__VLANES];
+    LLMPAR__V(store)(a, x);
+    LLMPAR__VUNROLL
+    for (int w = LLMPAR__VLANES / 2; w > 0; w /= 2) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < w; k++) a[k] = a[k] != a[k] || a[k] > a[k + w] ? a[k] : a[k + w];
+    }
+    return a[0];
+}
+
+/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
+   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
+   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
+    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
+    enum { terms = 12 };
+#else
+    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
+    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
+    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
+    LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
+    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
+    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
+    scale = (scale + bias) << shift;
+    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+}
+
+/* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
+   started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
+   Two leaves part at the height of the highest differing bit of their indices; a new leaf closes every subtree below that height. */
+typedef struct LLMPAR__V(tree) {
+    LLMPAR__VEC value[48][4];
+    int height[48]; /* where value[i] parts from value[i - 1] */
+    int depth;
+    int64_t last;
+} LLMPAR__V(tree);
+
+LLMPAR__VSHARED void LLMPAR__V(tree_begin)(LLMPAR__V(tree) *tree)
+{
+    tree->depth = 0;
+    tree->last = 0;
+}
+LLMPAR__VSHARED void LLMPAR__V(tree_join)(LLMPAR__V(tree) *tree, int height)
+{
+    while (tree->depth >= 2 && tree->height[tree->depth - 1] < height) {
+        tree->depth--;
+        for (int v = 0; v < 4; v++) tree->value[tree->depth - 1][v] = tree->value[tree->depth - 1][v] + tree->value[tree->depth][v];
+    }
+}
+LLMPAR__VSHARED void LLMPAR__V(tree_push)(LLMPAR__V(tree) *tree, int64_t index, const LLMPAR__VEC *leaf)
+{
+    int height = tree->depth ? 64 - __builtin_clzll((unsigned long long)(index ^ tree->last)) : 0;
+    LLMPAR__V(tree_join)(tree, height);
+    for (int v = 0; v < 4; v++) tree->value[tree->depth][v] = leaf[v];
+    tree->height[tree->depth++] = height;
+    tree->last = index;
+}
+/* The sum lies in value[0]; +0 if no leaf arrived. */
+LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
+{
+    LLMPAR__V(tree_join)(tree, 65);
+    if (!tree->depth) for (int v = 0; v < 4; v++) tree->value[0][v] = LLMPAR__V(splat)(0);
+}
+
+#endif
+/* ==== src/cpu/norm.inc ==== */
+/* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
+    const llmpar_rmsnorm_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
+        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VEC s[4], scale;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        if (a->residual) {
+            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
+            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
+            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
+            x = sum;
+        }
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES;
+                if (j < d) {
+                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
+                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                }
+            }
+        }
+        /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
+        scale = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
+        scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
+        rstd = scale[0];
+        if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+    }
+}
+
+/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
+        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
+                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+            }
+        }
+        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
+            int64_t n = d - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+    }
+}
+
+/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (; column < end; column += 4 * LLMPAR__VLANES) {
+        LLMPAR__V(tree_begin)(&tree);
+        for (int64_t piece = 0; piece < tokens->canon; piece++) {
+            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+            LLMPAR__VEC s[4];
+            if (t0 >= t1) continue;
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
+                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
+                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                    }
+                }
+            /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
+            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, piece, s);
+        }
+        LLMPAR__V(tree_finish)(&tree);
+        for (int k = 0; k < 4; k++) {
+            int64_t j = column + k * LLMPAR__VLANES;
+            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+        }
+    }
+}
+
+#endif
+/* ==== src/cpu/rope.inc ==== */
+/* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
+   (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
+    const llmpar_rope_args *p = job->args;
+    int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
+    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        int64_t position = p->position + row % p->t;
+        const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
+        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
+            int64_t n = half - i;
+            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+            for (int64_t h = 0; h < p->heads; h++) {
+                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
+                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+            }
+        }
+    }
+}
+
+#endif
+/* ==== src/cpu/attention.inc ==== */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
+   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+#if LLMPAR__VBUILT
+
+/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
+    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
+    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+#define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
+    s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
+    if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(fma)(x, y2, s##r##2); s##r##3 = LLMPAR__V(fma)(x, y3, s##r##3); }
+#define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
+    if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
+    if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+{
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
+    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
+    for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
+        y0 = LLMPAR__V(load)(b);
+        if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
+        if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
+        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
+    }
+    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
+}
+#undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_STEP
+#undef LLMPAR__ATTENTION_END
+
+/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+{
+    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
+    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
+        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    }
+}
+
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = rows; r % 4; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *from = in + key * ld_in;
+        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
+        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
+        for (int64_t j = 0; j < e; j++) {
+            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
+            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+        }
+    }
+}
+
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+{
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
+    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
+    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
+    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
+    for (int64_t r = 0; r < rows; r++) {
+        top[r] = least[0];
+        weight[r] = LLMPAR__V(splat)(0);
+    }
+    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
+        for (int64_t r = 0; r < rows; r += 4) {
+            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
+            LLMPAR__VREAL change[16], next[4];
+            if (limit <= 0) continue;
+            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VEC most = least;
+                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
+                change[x] = 0;
+                if (!seen[x]) continue;
+                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+                next[x] = LLMPAR__V(larger_lane)(most);
+                if (!(next[x] > top[r + x])) next[x] = top[r + x];
+                change[x] = top[r + x] - next[x];
+            }
+            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
+            for (int64_t x = 0; x < 4; x++) {
+                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
+                LLMPAR__VEC shift, factor;
+                int64_t j = 0;
+                if (seen[x]) {
+                    shift = LLMPAR__V(splat)(next[x]);
+                    factor = LLMPAR__V(splat)(change[x]);
+                    weight[r + x] = weight[r + x] * factor;
+                    for (; j < seen[x]; j += LLMPAR__VLANES) {
+                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
+                        LLMPAR__V(store)(score + j, y);
+                        weight[r + x] = weight[r + x] + y;
+                    }
+                    /* A factor of exactly 1 changes no bit. */
+                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
+                    top[r + x] = next[x];
+                }
+                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
+            }
+            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
+        }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), t = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        end = llmpar__attention_document(a, b, i, &begin);
+        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        for (int64_t h = kv * group; h < (kv + 1) * group; h++)
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+                int64_t row = first - (a->tk - a->tq);
+                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                    a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
+            }
+    }
+}
+
+#endif
+/* ==== src/cpu/attention_backward.inc ==== */
+/* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
+   With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+#if LLMPAR__VBUILT
+
+/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+typedef struct LLMPAR__VFN(attention_state) {
+    const llmpar__attention_job *job;
+    int64_t b, kv, begin, n, ld;
+    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
+    LLMPAR__VREAL *lse, *d;
+    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    int64_t slot_size;
+} LLMPAR__VFN(attention_state);
+
+/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+{
+    const llmpar_attention_args *a = s->job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
+    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
+    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
+    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
+    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
+    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
+    for (int64_t r = 0; r < n; r++) {
+        LLMPAR__VEC sum = zero;
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        s->d[r] = LLMPAR__V(sum)(sum);
+    }
+    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
+        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
+            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
+            for (int64_t r = 0; r < count; r += 4) {
+                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
+                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
+                for (int64_t x = r; x < r + 4; x++) {
+                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
+                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
+                    if (seen > 0) {
+                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
+                        for (; j < seen; j += LLMPAR__VLANES) {
+                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
+                            LLMPAR__V(store)(score + j, y);
+                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
+                        }
+                    }
+                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
+                        LLMPAR__V(store)(score + j, zero);
+                        LLMPAR__V(store)(slope + j, zero);
+                    }
+                }
+                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
+            }
+            for (int64_t j = 0; j < key_count; j += 4) {
+                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
+                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+            }
+        }
+    }
+    for (int64_t r = 0; r < n; r++)
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+}
+
+/* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t count, int64_t slot)
+{
+    LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
+    int64_t left;
+    if (count == 1) {
+        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        return;
+    }
+    left = llmpar__attention_split(count);
+    LLMPAR__VFN(attention_heads)(s, h, left, slot);
+    LLMPAR__VFN(attention_heads)(s, h + left, count - left, slot + 1);
+    for (int64_t i = 0; i < 2 * s->slot_size; i += LLMPAR__VLANES) LLMPAR__V(store)(sum + i, LLMPAR__V(load)(sum + i) + LLMPAR__V(load)(sum + 2 * s->slot_size + i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, group = a->heads / a->kv_heads, end, size;
+    LLMPAR__VFN(attention_state) s;
+    s.job = job;
+    s.b = task / a->kv_heads;
+    s.kv = task % a->kv_heads;
+    s.ld = llmpar_round_up(e, 16);
+    size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
+    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
+    s.dout = s.q + size;
+    s.dq = s.dout + size;
+    s.rows = s.dq + size;
+    s.keys = s.rows + size;
+    s.values = s.keys + size;
+    s.slots = s.values + size;
+    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
+    s.d = s.lse + size / s.ld;
+    for (int64_t i = 0; i < a->tk; i = end) {
+        const LLMPAR__VREAL *k, *v;
+        LLMPAR__VREAL *dk, *dv;
+        end = llmpar__attention_document(a, s.b, i, &s.begin);
+        s.n = end - s.begin;
+        s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
+        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
+        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
+        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
+        for (int64_t r = 0; r < s.n; r++)
+            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
+                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
+                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
+            }
+    }
+}
+
+#endif
+/* ==== src/cpu/swiglu.inc ==== */
+/* Kernels of swiglu.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* 1/(1 + e^-g) from e = exp(-|g|) <= 1, so nothing overflows: g < 0 has e/(1 + e). */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC g)
+{
+    LLMPAR__VEC zero = LLMPAR__V(splat)(0), one = LLMPAR__V(splat)(1), e = LLMPAR__V(exp)(LLMPAR__V(less)(g, zero, g, -g));
+    return LLMPAR__V(less)(g, zero, e, one) / (one + e);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_args *a = job->forward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
+        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+        }
+    }
+}
+
+/* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
+LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
+    const llmpar_swiglu_backward_args *a = job->backward;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
+        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
+        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
+            int64_t n = a->dim - i;
+            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+            LLMPAR__V(store_n)(dup + i, n, d * silu);
+            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+        }
+    }
+}
+
+#endif
+/* ==== src/cpu/embedding.inc ==== */
+/* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
+   For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
+    const llmpar_embedding_backward_args *a = job->args;
+    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
+    int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
+    LLMPAR__V(tree) tree;
+    (void)worker;
+    for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
+        const int64_t *order = job->order + job->begin[v];
+        int64_t count = job->begin[v + 1] - job->begin[v];
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->dtable + v * d;
+        for (int64_t column = 0; column < d; column += 4 * LLMPAR__VLANES) {
+            LLMPAR__V(tree_begin)(&tree);
+            for (int64_t i = 0; i < count;) {
+                int64_t leaf = order[i] / leaf_rows, leaf_end = (leaf + 1) * leaf_rows;
+                LLMPAR__VEC s[4];
+                for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+                for (; i < count && order[i] < leaf_end; i++) {
+                    LLMPAR__VUNROLL
+                    for (int k = 0; k < 4; k++) {
+                        int64_t j = column + k * LLMPAR__VLANES;
+                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                    }
+                }
+                LLMPAR__V(tree_push)(&tree, leaf, s);
+            }
+            LLMPAR__V(tree_finish)(&tree);
+            for (int k = 0; k < 4; k++) {
+                int64_t j = column + k * LLMPAR__VLANES;
+                if (j < d) LLMPAR__V(store_n)(out + j, d - j, tree.value[0][k]);
+            }
+        }
+    }
+}
+
+#endif
+/* ==== src/cpu/xent.inc ==== */
+/* Kernels of xent.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = least;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+    }
+}
+
+/* Pieces of the whole vocabulary inside this shard; lanes count from a piece's begin, so a shard border at a piece's border changes nothing. */
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
+        LLMPAR__VREAL sum[64];
+        int heights[64], depth = 0;
+        int64_t last = 0;
+        /* The balanced tree over pieces: as in vector_math.inc, with one number a leaf. */
+        for (int64_t piece = 0; piece < a->canon; piece++) {
+            int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
+            LLMPAR__VEC s = zero;
+            int height;
+            if (begin >= stop) continue;
+            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
+            sum[depth] = LLMPAR__V(sum)(s);
+            heights[depth++] = height;
+            last = piece;
+        }
+        for (; depth >= 2; depth--) sum[depth - 2] += sum[depth - 1];
+        ((LLMPAR__VREAL *)a->sum)[row] = depth ? sum[0] : 0;
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
+    const llmpar_xent_args *a = job->args;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) {
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
+        int64_t target = (int64_t)a->targets[row] - a->v_begin;
+        LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
+        if (a->targets[row] < 0) {
+            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            continue;
+        }
+        sum = one / sum;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        else target = -1;
+        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
+            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
+        if (target >= 0) x[target] = hit[0];
+    }
+}
+
+#endif
+/* ==== src/cpu/elementwise.inc ==== */
+/* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
+#if LLMPAR__VBUILT
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC sum[32], s;
+        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
+        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
+        else {
+            int depth = 0;
+            for (int32_t j = 0; j < a->n; j++) {
+                s = LLMPAR__V(load_n)(in[j] + i, n);
+                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
+                sum[depth++] = s;
+            }
+            s = sum[--depth];
+            while (depth) s = sum[--depth] + s;
+        }
+        LLMPAR__V(store_n)(out + i, n, s);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_max_args *a = (const llmpar_max_args *)arg;
+    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        LLMPAR__VEC most = LLMPAR__V(load_n)(in[0] + i, end - i);
+        for (int32_t j = 1; j < a->n; j++) most = LLMPAR__V(max)(most, LLMPAR__V(load_n)(in[j] + i, end - i));
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)a->out + i, end - i, most);
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_add_args *p = (const llmpar_add_args *)arg;
+    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
+        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
+    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+}
+
+#endif
+/* ==== src/cpu/optim.inc ==== */
+/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+   The order of operations is the contract (every rounding counts):
+     g' = g * grad_scale
+     m  = fma(beta1, m, (1 - beta1) * g')
+     v  = fma(beta2, v, ((1 - beta2) * g') * g')
+     p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+#if LLMPAR__VBUILT
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_adamw_args *a = (const llmpar_adamw_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m, *v = (LLMPAR__VREAL *)a->v;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), beta1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta1), beta2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->beta2);
+    LLMPAR__VEC rest1 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta1)), rest2 = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->beta2));
+    LLMPAR__VEC c1 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction1), c2 = LLMPAR__V(splat)((LLMPAR__VREAL)a->correction2), eps = LLMPAR__V(splat)((LLMPAR__VREAL)a->eps);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
+        LLMPAR__V(store_n)(m + i, n, m1);
+        LLMPAR__V(store_n)(v + i, n, v1);
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+#endif
+#endif /* LLMPAR__TEMPLATE */

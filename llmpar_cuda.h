@@ -1,4 +1,5 @@
 /* GENERATED from src/: edit there, then run make gen */
+#ifndef LLMPAR__TEMPLATE
 /*
 llmpar_cuda.h - the CUDA device for llmpar
 
@@ -30,3 +31,4 @@ DO THIS (once the backend is there)
 #ifdef LLMPAR_CUDA_IMPLEMENTATION
 #error "llmpar_cuda.h: the CUDA device is not part of this version; remove LLMPAR_CUDA_IMPLEMENTATION and use the CPU device of llmpar.h"
 #endif
+#endif /* LLMPAR__TEMPLATE */

@@ -1,4 +1,5 @@
 /* GENERATED from src/: edit there, then run make gen */
+#ifndef LLMPAR__TEMPLATE
 /*
 llmpar_nccl.h - the NCCL communicator for llmpar
 
@@ -31,3 +32,4 @@ DO THIS (once the backend is there)
 #ifdef LLMPAR_NCCL_IMPLEMENTATION
 #error "llmpar_nccl.h: the NCCL communicator is not part of this version; remove LLMPAR_NCCL_IMPLEMENTATION and use the rank threads of llmpar.h"
 #endif
+#endif /* LLMPAR__TEMPLATE */

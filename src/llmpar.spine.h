@@ -53,6 +53,8 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
                             -Wunused-function then names the functions that are left out)
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
+    LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
+                            instance of a kernel; define it if you rename the file
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
@@ -166,6 +168,9 @@ LLMPAR_EXTERN_C_END
 
 #if defined(LLMPAR_IMPLEMENTATION) && !defined(LLMPAR__IMPLEMENTED) && !defined(LLMPAR__SEPARATE)
 #define LLMPAR__IMPLEMENTED
+#ifndef LLMPAR_HEADER
+#define LLMPAR_HEADER "llmpar.h"
+#endif
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
 #error "llmpar: compile the file with LLMPAR_IMPLEMENTATION without -ffast-math, -Ofast and their parts (-O3 is fine): equal bits on every mesh need the order of sums that the source has"
@@ -213,6 +218,10 @@ LLMPAR_EXTERN_C_END
 #include "cpu/xent.c"
 #include "cpu/elementwise.c"
 #include "cpu/optim.c"
+#include "cpu/kernels_f64.c"
+#include "cpu/kernels_portable.c"
+#include "cpu/kernels_avx2.c"
+#include "cpu/kernels_avx512.c"
 
 #include "comm/threads_wait.c"
 #include "comm/threads.c"

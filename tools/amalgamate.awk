@@ -2,33 +2,49 @@
 #
 #   awk -v src=src [-v lines=1] -f tools/amalgamate.awk src/llmpar.spine.h > llmpar.h
 #
-# #include "room/module.h" and .c are replaced by the file's text the first time and dropped afterwards; .inc templates are
-# inlined at every include. Own includes are written from src/ and so contain a slash: <system.h> and "llmpar.h" pass
-# through. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
+# #include "room/module.h" and .c are replaced by the file's text the first time and dropped afterwards. .inc templates,
+# which are included several times, stand once at the end of the header: it includes itself for each use. Templates included
+# line after line go together, because compilers count the lines of every inclusion. Own includes are written from src/ and
+# so contain a slash: <system.h> and "llmpar.h" pass through. lines=1 adds #line directives, so that compilers, gdb and
+# coverage name the file under src/.
 
 BEGIN {
     if (ARGC != 2 || src == "") die("usage: awk -v src=src -f tools/amalgamate.awk SPINE")
     print "/* GENERATED from " src "/: edit there, then run make gen */"
+    print "#ifndef LLMPAR__TEMPLATE"
     inline_file(ARGV[1], 0)
+    for (g = 1; g <= groups; g++) {
+        print "#elif LLMPAR__TEMPLATE == " g
+        print "#undef LLMPAR__TEMPLATE"
+        count = split(group[g], names, " ")
+        for (n = 1; n <= count; n++) inline_file(src "/" names[n], 1)
+    }
+    print "#endif /* LLMPAR__TEMPLATE */"
     exit failed
 }
 
-function inline_file(path, depth,    line, number, name, status) {
+function inline_file(path, depth,    line, number, name, status, pending) {
     if (depth > 20) die(path ": includes itself")
     if (depth > 0) print "/* ==== " path " ==== */"
     mark(path, 1)
     number = 0
     while ((status = (getline line < path)) > 0) {
         number++
-        if (line !~ /^[ \t]*#[ \t]*include[ \t]+"[^"]*\//) {
+        name = own_include(line, path ":" number)
+        if (name ~ /\.inc$/) {
+            pending = pending " " name
+            continue
+        }
+        if (pending != "") {
+            use_templates(pending)
+            pending = ""
+            mark(path, number)
+        }
+        if (name == "") {
             print line
             continue
         }
-        name = line
-        sub(/^[^"]*"/, "", name)
-        sub(/".*/, "", name)
-        if (name !~ /\.(h|c|inc)$/) die(path ":" number ": own includes end in .h, .c or .inc: " name)
-        if (name ~ /\.inc$/ || !(name in seen)) {
+        if (!(name in seen)) {
             seen[name] = 1
             where = path ":" number
             inline_file(src "/" name, depth + 1)
@@ -36,8 +52,29 @@ function inline_file(path, depth,    line, number, name, status) {
         }
         mark(path, number + 1)
     }
+    if (pending != "") use_templates(pending)
     if (status < 0) die((where == "" ? "" : where ": ") "cannot read " path)
     close(path)
+}
+
+# The name in a line that includes one of our files, else "".
+function own_include(line, place,    name) {
+    if (line !~ /^[ \t]*#[ \t]*include[ \t]+"[^"]*\//) return ""
+    name = line
+    sub(/^[^"]*"/, "", name)
+    sub(/".*/, "", name)
+    if (name !~ /\.(h|c|inc)$/) die(place ": own includes end in .h, .c or .inc: " name)
+    return name
+}
+
+# Defines which group of templates this file shows when it is included again.
+function use_templates(names) {
+    if (!(names in seen)) {
+        seen[names] = ++groups
+        group[groups] = names
+    }
+    print "#define LLMPAR__TEMPLATE " seen[names] " /*" names " */"
+    print "#include LLMPAR_HEADER"
 }
 
 # Only ever printed on a line of its own; a dropped include costs nothing in the committed header.

@@ -12,20 +12,9 @@
    that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
+#include "cpu/kernels_internal.h"
 
-enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
-
-typedef struct llmpar__attention_job {
-    const llmpar_attention_args *args;
-    const llmpar_attention_backward_args *backward; /* NULL in forward */
-    char *workspace;       /* aligned to 64 */
-    size_t worker_bytes;   /* of it for each worker */
-    int by_task;           /* no more tasks than workers: parts of the workspace go by task */
-} llmpar__attention_job;
-
-/* First position after the document that position i belongs to; *begin is its first. */
-static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
 {
     const int32_t *start = a->doc_start ? a->doc_start + sequence * a->tk : NULL;
     int64_t end = a->tk;
@@ -34,40 +23,14 @@ static int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_
     return end;
 }
 
-/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
-static int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
-/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
-static int64_t llmpar__attention_slots(int64_t n)
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_split(int64_t n) { return n % 2 ? llmpar_tree_split(n) : n / 2; }
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__attention_slots(int64_t n)
 {
     int64_t slots = 1;
     for (n--; n > 0; n /= 2) slots++;
     return slots;
 }
-
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#include "cpu/attention.inc"
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/attention_backward.inc"
-#define LLMPAR__VLEVEL portable
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#include "cpu/attention.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/attention_backward.inc"
-#define LLMPAR__VLEVEL avx2
-#define LLMPAR__ATTENTION_COLUMNS 2
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#include "cpu/attention.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/attention_backward.inc"
-#define LLMPAR__VLEVEL avx512
-#define LLMPAR__ATTENTION_COLUMNS 4
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#include "cpu/attention.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/attention_backward.inc"
 
 static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
 static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);

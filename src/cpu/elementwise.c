@@ -1,18 +1,7 @@
 /* elementwise: tree_sum, max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
    work is cut into chunks for the workers at will. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-#define LLMPAR__ELEMENTWISE_CHUNK 16384
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/elementwise.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/elementwise.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/elementwise.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/elementwise.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__elementwise_tree_kernels[4] = LLMPAR__VKERNELS(elementwise_tree);
 static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
@@ -138,5 +127,3 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
     (void)device;
     return LLMPAR_OK;
 }
-
-#undef LLMPAR__ELEMENTWISE_CHUNK

@@ -1,25 +1,9 @@
 /* embedding: rows of a vocab-sharded table by id, and its gradient. Forward is a select, not a sum with zeros. Backward sorts the tokens by id (stably, by
    counting) and sums row by row: nothing of the table's size but the result is touched. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
+#include "cpu/kernels_internal.h"
 
 typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
-typedef struct llmpar__embedding_backward_job {
-    const llmpar_embedding_backward_args *args;
-    const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
-    const int64_t *order;
-} llmpar__embedding_backward_job;
-
-#define LLMPAR__EMBEDDING_IDS 8 /* ids a task */
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/embedding.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/embedding.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/embedding.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/embedding.inc"
 
 static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
 
@@ -95,5 +79,3 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding_backward(llmpar_device *
     llmpar__pool_run(cpu, llmpar__embedding_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(v_local, LLMPAR__EMBEDDING_IDS));
     return LLMPAR_OK;
 }
-
-#undef LLMPAR__EMBEDDING_IDS

@@ -1,19 +1,7 @@
 /* norm: RMSNorm (Zhang & Sennrich 2019) forward and backward. The hidden dim is never split, so the sum over it is in lanes; the sum of dw over tokens
    may be split by a mesh and follows docs/exact.md: a chain per T-piece, a tree over T-pieces, one row a leaf. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/norm.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/norm.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/norm.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/norm.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
 static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);

@@ -1,18 +1,7 @@
 /* optim: AdamW (Loshchilov & Hutter 2019) element by element, and the order-free sum of squares that the gradient norm needs. */
 #include "base/exact_sum.h"
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-#define LLMPAR__OPTIM_CHUNK 8192
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/optim.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/optim.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/optim.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/optim.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS(optim_adamw);
 
@@ -63,5 +52,3 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum_carry(accumulator);
     return LLMPAR_OK;
 }
-
-#undef LLMPAR__OPTIM_CHUNK

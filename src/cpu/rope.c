@@ -1,17 +1,6 @@
 /* rope: rotary position embedding in place (Su et al. 2021), half-split order. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/rope.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/rope.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/rope.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/rope.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS(rope_rotate);
 

@@ -1,17 +1,6 @@
 /* swiglu: h = gate * sigmoid(gate) * up (Shazeer 2020), forward and backward, element-wise. */
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/swiglu.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/swiglu.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/swiglu.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/swiglu.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__swiglu_forward_kernels[4] = LLMPAR__VKERNELS(swiglu_forward);
 static const llmpar__kernel llmpar__swiglu_backward_kernels[4] = LLMPAR__VKERNELS(swiglu_backward);

@@ -1,9 +1,9 @@
 /* vector: short vectors of one level, and the names a kernel template is made from.
 
-   A template (norm.inc, attention.inc, ...) is included once a level with LLMPAR__VLEVEL set to one of
+   A template (norm.inc, attention.inc, ...) is included once a level, by kernels_*.c, with LLMPAR__VLEVEL set to one of
      portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
      avx2, avx512             the same text with wider vectors and fused multiply-adds
-   and ends by undefining LLMPAR__VLEVEL. Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
+   Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
@@ -36,7 +36,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VBUILT LLMPAR__VPASTE(LLMPAR__VBUILT_, LLMPAR__VLEVEL)        /* for #if: this build has the level */
 #define LLMPAR__VINLINE static inline __attribute__((always_inline, unused)) LLMPAR__VTARGET
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
-#define LLMPAR__VKERNEL static LLMPAR__VTARGET
+#define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
 #else
@@ -56,9 +56,12 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VBUILT_avx2 LLMPAR__VX86
 #define LLMPAR__VBUILT_avx512 LLMPAR__VX86
 
+#define LLMPAR__VDECLARE_AT(name, level) LLMPAR__PRIVATE LLMPAR__VTARGET_##level void llmpar__##name##_##level(void *arg, int64_t task, int32_t worker);
 #if LLMPAR__VX86
+#define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2) LLMPAR__VDECLARE_AT(name, avx512)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
 #else
+#define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
 #endif
 
@@ -185,18 +188,5 @@ LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, cons
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
-
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__VDOUBLE 1
-#include "cpu/vector_math.inc"
-#define LLMPAR__VLEVEL portable
-#define LLMPAR__VDOUBLE 0
-#include "cpu/vector_math.inc"
-#define LLMPAR__VLEVEL avx2
-#define LLMPAR__VDOUBLE 0
-#include "cpu/vector_math.inc"
-#define LLMPAR__VLEVEL avx512
-#define LLMPAR__VDOUBLE 0
-#include "cpu/vector_math.inc"
 
 #endif

@@ -2,18 +2,7 @@
    The caller combines over the "tp" axis between the steps; logits are never gathered and never rescaled. */
 #include "base/exact_sum.h"
 #include "cpu/cpu_internal.h"
-#include "cpu/vector.h"
-
-typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
-
-#define LLMPAR__VLEVEL portable_f64
-#include "cpu/xent.inc"
-#define LLMPAR__VLEVEL portable
-#include "cpu/xent.inc"
-#define LLMPAR__VLEVEL avx2
-#include "cpu/xent.inc"
-#define LLMPAR__VLEVEL avx512
-#include "cpu/xent.inc"
+#include "cpu/kernels_internal.h"
 
 static const llmpar__kernel llmpar__xent_max_kernels[4] = LLMPAR__VKERNELS(xent_rows_max);
 static const llmpar__kernel llmpar__xent_sum_kernels[4] = LLMPAR__VKERNELS(xent_rows_sum);

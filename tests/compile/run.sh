@@ -121,6 +121,14 @@ for compiler in g++ clang++; do
 done
 group "implementation as C99, gnu11, C++11/17/20, static"
 
+# ---- under another name: the header includes itself ----
+mkdir -p $out/renamed
+cp $headers/llmpar.h $out/renamed/other_name.h
+echo '#include "renamed/other_name.h"' >$out/renamed.c
+check "renamed header" gcc -std=c99 $impl '-DLLMPAR_HEADER="other_name.h"' -fsyntax-only $out/renamed.c
+refused "renamed header without LLMPAR_HEADER" "llmpar.h: No such file" gcc -std=c99 $impl -fsyntax-only $out/renamed.c
+group "under another name"
+
 # ---- the manual's program ----
 awk '/A whole program/ { on = 1 } /The ranks are threads/ { on = 0 } on && /^        / { print substr($0, 9) }' $headers/llmpar.h >$out/manual.c
 for compiler in gcc clang; do

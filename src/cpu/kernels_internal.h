@@ -1,0 +1,64 @@
+/* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
+#ifndef LLMPAR_KERNELS_INTERNAL_H
+#define LLMPAR_KERNELS_INTERNAL_H
+
+#include "cpu/vector.h"
+
+/* norm */
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
+typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
+LLMPAR__VDECLARE(norm_forward)
+LLMPAR__VDECLARE(norm_dx)
+LLMPAR__VDECLARE(norm_dw)
+
+/* rope */
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+LLMPAR__VDECLARE(rope_rotate)
+
+/* attention */
+enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
+typedef struct llmpar__attention_job {
+    const llmpar_attention_args *args;
+    const llmpar_attention_backward_args *backward; /* NULL in forward */
+    char *workspace;       /* aligned to 64 */
+    size_t worker_bytes;   /* of it for each worker */
+    int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+} llmpar__attention_job;
+LLMPAR__VDECLARE(attention_forward)
+LLMPAR__VDECLARE(attention_backward)
+/* First position after the document that position i belongs to; *begin is its first. */
+LLMPAR__PRIVATE int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin);
+/* The group's heads [0, n) split at half while even, else at the largest power of two below. */
+LLMPAR__PRIVATE int64_t llmpar__attention_split(int64_t n);
+/* At most so many partial sums wait at the same time while that tree is walked from left to right: log2(n) rounded up, and one. */
+LLMPAR__PRIVATE int64_t llmpar__attention_slots(int64_t n);
+
+/* swiglu */
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
+LLMPAR__VDECLARE(swiglu_forward)
+LLMPAR__VDECLARE(swiglu_backward)
+
+/* embedding */
+enum { LLMPAR__EMBEDDING_IDS = 8 }; /* ids a task */
+typedef struct llmpar__embedding_backward_job {
+    const llmpar_embedding_backward_args *args;
+    const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
+    const int64_t *order;
+} llmpar__embedding_backward_job;
+LLMPAR__VDECLARE(embedding_gradient)
+
+/* xent */
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
+LLMPAR__VDECLARE(xent_rows_max)
+LLMPAR__VDECLARE(xent_rows_sum)
+LLMPAR__VDECLARE(xent_rows_backward)
+
+/* elementwise, optim: elements a task */
+enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
+LLMPAR__VDECLARE(elementwise_tree)
+LLMPAR__VDECLARE(elementwise_max)
+LLMPAR__VDECLARE(elementwise_add)
+LLMPAR__VDECLARE(elementwise_scale)
+LLMPAR__VDECLARE(optim_adamw)
+
+#endif
