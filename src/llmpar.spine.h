@@ -118,6 +118,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "tables/ctx.h"
 #include "tables/device.h"
 #include "tables/comm.h"
+#include "tables/record.h"
 #include "tables/arena.h"
 
 /* Chapter: cpu */
@@ -204,6 +205,7 @@ LLMPAR_EXTERN_C_END
 #include "base/json.c"
 
 #include "tables/ctx.c"
+#include "tables/record.c"
 #include "tables/comm.c"
 #include "tables/arena.c"
 

@@ -57,6 +57,11 @@ struct llmpar_comm {
     llmpar_status (*recv)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
     /* Local, from any rank: every rank's pending and next collective on any communicator of the job returns LLMPAR_ERR_PEER with this error's rank and text. */
     void (*abort)(llmpar_comm *comm, const llmpar_error *error);
+    /* Kept by the wrappers (record.h). A table that ends before `group`, or has no record, works without being recorded. */
+    const struct llmpar_call *call;  /* during a slot: what it was asked for, described for messages; its blocks are not 0 */
+    struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
+    int32_t group;                   /* this communicator's number there */
+    int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
 };
 
 /* Wrappers with checks common to all implementations (abi, sizes, dtype and op allowed, root and peer in range, NULL buffers with a count). With ranks == 1 they copy
