@@ -126,6 +126,7 @@ LLMPAR_EXTERN_C_BEGIN
 
 /* Chapter: comm */
 #include "comm/threads.h"
+#include "comm/mpi.h"
 
 /* Chapter: mesh */
 #include "mesh/mesh.h"
@@ -227,6 +228,9 @@ LLMPAR_EXTERN_C_END
 
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
+#include "comm/mpi_world.c"
+#include "comm/mpi_wait.c"
+#include "comm/mpi.c"
 
 #include "io/file.c"
 #include "io/safetensors.c"
@@ -255,6 +259,7 @@ LLMPAR_EXTERN_C_END
 #include "model_io/hf.c"
 
 #include "run/launch.c"
+#include "run/launch_mpi.c"
 #include "run/parallelize.c"
 #include "run/trainer.c"
 #include "run/metrics.c"

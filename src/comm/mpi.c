@@ -1,0 +1,535 @@
+/* mpi: collectives between processes.
+
+   Every collective: meet (mpi_wait.c: everybody is there and agrees), then move data; what is small has already moved with the meeting. The arithmetic is the device's tree_sum and max, on the rank's own
+   thread with stream NULL, as in threads.c; the whole collective is one host call on the stream.
+
+   Reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
+   The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
+     label in the left part    c < p ? c : c - p
+     label in the right part   c < p ? c mod q : c - p        (c: the label at the node)
+   Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those
+   ranks of the left part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n messages, and (n-1)/n of the data.
+       n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3)
+   A slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts go to everybody. */
+#include "comm/mpi_internal.h"
+
+#include <string.h>
+
+#include "base/size.h"
+#include "tables/device.h"
+
+#ifdef LLMPAR_USE_MPI
+
+/* A node of the reduction's tree that this rank is in. */
+struct llmpar__mpi_level {
+    int32_t lo, p, q;
+    int32_t left; /* 1: this rank is in the left part */
+};
+
+/* The argument of the host call. */
+typedef struct llmpar__mpi_job {
+    llmpar__mpi_comm *tc;
+    const void *send;
+    void *recv;
+    llmpar_call call;
+} llmpar__mpi_job;
+
+/* A slice of a reduction: part j is `bytes(j)` at base + offset(j) of this rank's input. */
+typedef struct llmpar__mpi_slice {
+    const char *base;
+    size_t stride, count; /* stride > 0: part j is `count` elements at j * stride bytes; 0: part j is piece j of `count` elements */
+    size_t item, parts;
+    void *out;            /* this rank's part of the result */
+} llmpar__mpi_slice;
+
+static size_t llmpar__mpi_min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t llmpar__mpi_part(const llmpar__mpi_slice *s, size_t j, size_t *count)
+{
+    if (s->stride) {
+        *count = s->count;
+        return j * s->stride;
+    }
+    size_t begin = (size_t)llmpar_piece_begin((int64_t)j, (int64_t)s->count, (int64_t)s->parts);
+    *count = (size_t)llmpar_piece_begin((int64_t)j + 1, (int64_t)s->count, (int64_t)s->parts) - begin;
+    return begin * s->item;
+}
+
+static llmpar_status llmpar__mpi_copy(llmpar__mpi_comm *tc, void *out, const void *in, size_t bytes)
+{
+    if (!bytes || out == in) return LLMPAR_OK;
+    return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+}
+
+static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call *call, const void *const *in, int32_t n, size_t count, void *out)
+{
+    llmpar_device *device = tc->comm.device;
+    llmpar_tree_sum_args args;
+    if (!count) return LLMPAR_OK;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = n;
+    args.count = count;
+    args.out = out;
+    args.dtype = (llmpar_dtype)call->dtype;
+    return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+}
+
+/* At least `bytes` of scratch. */
+static llmpar_status llmpar__mpi_scratch(llmpar__mpi_comm *tc, const llmpar_call *call, size_t bytes)
+{
+    llmpar_mpi_world *world = tc->world;
+    if (world->scratch_bytes >= bytes) return LLMPAR_OK;
+    llmpar_heap_free(world->heap, world->scratch);
+    world->scratch_bytes = 0;
+    world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
+    if (!world->scratch) return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
+    world->scratch_bytes = bytes;
+    return LLMPAR_OK;
+}
+
+/* Gives the held parts with label c at this level to the member `to`. A single part of the input goes from where it is; else they are packed behind `pack`. */
+static llmpar_status llmpar__mpi_give(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s, int32_t l, int32_t held, int32_t c, int32_t to, size_t room, const char *partial, char **pack)
+{
+    const int32_t *label = tc->label + (size_t)l * s->parts, *kept = tc->kept;
+    char *begin = *pack, *only = NULL;
+    size_t bytes = 0, parts = 0, count;
+    llmpar_status st = LLMPAR_OK;
+    for (int32_t i = 0; i < held && !st; i++) {
+        if (label[kept[i]] != c) continue;
+        size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
+        const char *from = partial ? partial + (size_t)i * room : s->base + offset;
+        if (parts == 1) { /* not the only one after all */
+            st = llmpar__mpi_copy(tc, begin, only, bytes);
+            *pack += room;
+        }
+        if (parts) {
+            if (!st) st = llmpar__mpi_copy(tc, *pack, from, count * s->item);
+            *pack += room;
+        }
+        only = (char *)(uintptr_t)from;
+        bytes = count * s->item;
+        parts++;
+    }
+    if (st || !parts) return st;
+    return llmpar__mpi_post(tc, call, 0, to, parts == 1 ? only : begin, parts == 1 ? bytes : (parts - 1) * room + bytes);
+}
+
+/* Reduces one slice. */
+static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s)
+{
+    size_t n = s->parts, room = (s->stride ? s->count : (s->count + n - 1) / n) * s->item, count;
+    size_t keep = (size_t)tc->most_kept * room, give = (size_t)tc->most_given * room;
+    llmpar_status st = llmpar__mpi_scratch(tc, call, 2 * keep + give);
+    if (st) return st;
+    char *partial = tc->world->scratch, *incoming = partial + keep, *pack;
+    int32_t held = (int32_t)n, *kept = tc->kept;
+    for (int32_t i = 0; i < held; i++) kept[i] = i;
+    for (int32_t l = 0; l < tc->levels && !st; l++) {
+        const struct llmpar__mpi_level *level = &tc->level[l];
+        const int32_t *label = tc->label + (size_t)l * n;
+        int32_t a = tc->comm.rank - level->lo - (level->left ? 0 : level->p), mine = level->left ? a : level->p + a, keeps = 0;
+        int32_t partner = level->left ? level->lo + level->p + a % level->q : level->lo + a;
+        const char *held_partial = l ? partial : NULL;
+        size_t expected = 0;
+        pack = incoming + keep;
+        for (int32_t i = 0; i < held; i++)
+            if (label[kept[i]] == mine) {
+                llmpar__mpi_part(s, (size_t)kept[i], &count);
+                expected = (size_t)keeps++ * room + count * s->item;
+            }
+        st = llmpar__mpi_post(tc, call, 1, partner, incoming, expected);
+        if (level->left) {
+            if (a < level->q && !st) st = llmpar__mpi_give(tc, call, s, l, held, a + level->p, level->lo + level->p + a, room, held_partial, &pack);
+        } else {
+            for (int32_t c = a; c < level->p && !st; c += level->q) st = llmpar__mpi_give(tc, call, s, l, held, c, level->lo + c, room, held_partial, &pack);
+        }
+        if (!st) st = llmpar__mpi_complete(tc, call);
+        keeps = 0;
+        for (int32_t i = 0; i < held && !st; i++) {
+            if (label[kept[i]] != mine) continue;
+            size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
+            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
+            in[0] = level->left ? own : theirs;
+            in[1] = level->left ? theirs : own;
+            st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == tc->levels ? s->out : (void *)(partial + (size_t)keeps * room));
+            kept[keeps++] = kept[i];
+        }
+        held = keeps;
+    }
+    return st;
+}
+
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. */
+static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    llmpar_status st = LLMPAR_OK;
+    for (size_t k = 1; k < n && !st; k++) {
+        size_t to = (r + k) % n, from = (r + n - k) % n;
+        for (size_t b = 0; b < blocks && !st; b++) {
+            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, recv + (b * n + from) * part, part);
+            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part, part);
+        }
+    }
+    return st ? st : llmpar__mpi_complete(tc, call);
+}
+
+static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = tc->world->desc.comm_slice / n / item;
+    llmpar__mpi_slice s;
+    llmpar_status st = LLMPAR_OK;
+    memset(&s, 0, sizeof s);
+    s.item = item;
+    s.parts = n;
+    s.stride = part;
+    if (!step) step = 1;
+    for (size_t b = 0; b < call->blocks; b++)
+        for (size_t at = 0; at < call->count && !st; at += step) {
+            s.base = send + b * n * part + at * item;
+            s.count = llmpar__mpi_min(step, (size_t)call->count - at);
+            s.out = recv + b * part + at * item;
+            st = llmpar__mpi_halve(tc, call, &s);
+        }
+    return st;
+}
+
+static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = tc->world->desc.comm_slice / item;
+    llmpar__mpi_slice s;
+    llmpar_status st = LLMPAR_OK;
+    memset(&s, 0, sizeof s);
+    s.item = item;
+    s.parts = n;
+    if (step < n) step = n;
+    for (size_t at = 0; at < total && !st; at += step) {
+        size_t mine, theirs;
+        s.base = send + at * item;
+        s.count = llmpar__mpi_min(step, total - at);
+        char *out = recv + at * item, *own = out + llmpar__mpi_part(&s, r, &mine);
+        s.out = own;
+        st = llmpar__mpi_halve(tc, call, &s);
+        for (size_t k = 1; k < n && !st; k++) {
+            size_t from = (r + n - k) % n, offset = llmpar__mpi_part(&s, from, &theirs);
+            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, out + offset, theirs * item);
+            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)((r + k) % n), own, mine * item);
+        }
+        if (!st) st = llmpar__mpi_complete(tc, call);
+    }
+    return st;
+}
+
+/* A binomial tree below the root, slice by slice. */
+static llmpar_status llmpar__mpi_broadcast_large(llmpar__mpi_comm *tc, const llmpar_call *call, char *buffer, size_t bytes)
+{
+    int32_t n = tc->comm.ranks, v = (tc->comm.rank - call->root + n) % n, mask = 1;
+    llmpar_status st = LLMPAR_OK;
+    while (mask < n && !(v & mask)) mask *= 2;
+    for (size_t at = 0; at < bytes && !st; at += tc->world->desc.comm_slice) {
+        size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, bytes - at);
+        if (v) {
+            st = llmpar__mpi_post(tc, call, 1, (v - mask + call->root) % n, buffer + at, now);
+            if (!st) st = llmpar__mpi_complete(tc, call);
+        }
+        for (int32_t child = mask / 2; child >= 1 && !st; child /= 2)
+            if (v + child < n) st = llmpar__mpi_post(tc, call, 0, (v + child + call->root) % n, buffer + at, now);
+    }
+    return st ? st : llmpar__mpi_complete(tc, call);
+}
+
+/* Everything that fits beside the headers: the payloads of all ranks are here. */
+static llmpar_status llmpar__mpi_small(llmpar__mpi_comm *tc, const llmpar_call *call, char *recv, size_t part)
+{
+    llmpar_mpi_world *world = tc->world;
+    const void *in[256];
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    llmpar_status st = LLMPAR_OK;
+    switch (call->op) {
+    case LLMPAR_CALL_ALL_REDUCE:
+        for (size_t i = 0; i < n; i++) in[i] = world->inbox[i].payload;
+        return llmpar__mpi_combine(tc, call, in, (int32_t)n, (size_t)(call->count * call->blocks), recv);
+    case LLMPAR_CALL_REDUCE_SCATTER:
+        for (size_t b = 0; b < call->blocks && !st; b++) {
+            for (size_t i = 0; i < n; i++) in[i] = world->inbox[i].payload + (b * n + r) * part;
+            st = llmpar__mpi_combine(tc, call, in, (int32_t)n, (size_t)call->count, recv + b * part);
+        }
+        return st;
+    case LLMPAR_CALL_BROADCAST: return recv ? llmpar__mpi_copy(tc, recv, world->inbox[call->root].payload, part * (size_t)call->blocks) : LLMPAR_OK;
+    default: /* all_gather, all_to_all */
+        for (size_t i = 0; i < n; i++)
+            for (size_t b = 0; b < call->blocks && !st; b++)
+                st = llmpar__mpi_copy(tc, recv + (b * n + i) * part, world->inbox[i].payload + (call->op == LLMPAR_CALL_ALL_TO_ALL ? b * n + r : b) * part, part);
+        return st;
+    }
+}
+
+static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t part, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
+    llmpar_status st = LLMPAR_OK;
+    switch (call->op) {
+    case LLMPAR_CALL_ALL_GATHER:
+        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + b * part, part);
+        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
+    case LLMPAR_CALL_ALL_TO_ALL:
+        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + (b * n + r) * part, part);
+        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
+    case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__mpi_reduce_scatter_large(tc, call, send, recv, item);
+    case LLMPAR_CALL_ALL_REDUCE: return llmpar__mpi_all_reduce_large(tc, call, send, recv, item);
+    case LLMPAR_CALL_BROADCAST:
+        st = llmpar__mpi_broadcast_large(tc, call, (int32_t)r == call->root ? (char *)(uintptr_t)send : recv, part * blocks);
+        return st || (int32_t)r != call->root || !recv ? st : llmpar__mpi_copy(tc, recv, send, part * blocks);
+    default: return LLMPAR_OK;
+    }
+}
+
+/* The host function of every collective. */
+static llmpar_status llmpar__mpi_run(void *arg)
+{
+    const llmpar__mpi_job *job = (const llmpar__mpi_job *)arg;
+    const llmpar_call *call = &job->call;
+    llmpar__mpi_comm *tc = job->tc;
+    size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
+    int sends = call->op == LLMPAR_CALL_SEND;
+    llmpar_status st;
+    if (sends || call->op == LLMPAR_CALL_RECV) {
+        int small = bytes <= LLMPAR__MPI_INLINE;
+        st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
+        if (!st && small && !sends) st = llmpar__mpi_copy(tc, job->recv, tc->world->inbox[0].payload, bytes);
+        if (!st && !small) st = llmpar__mpi_post(tc, call, !sends, call->peer, sends ? (void *)(uintptr_t)job->send : job->recv, bytes);
+        if (!st) st = llmpar__mpi_complete(tc, call);
+    } else {
+        if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_TO_ALL) bytes *= n;
+        int small = bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct, silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
+        st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
+        if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
+    }
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK; /* the device's, or told already */
+}
+
+/* The wrapper's description where there is one of this very call: a slot may be made of other slots. */
+static void llmpar__mpi_describe(const llmpar__mpi_comm *tc, llmpar_call_op op, const llmpar_collective *given, llmpar_call *out)
+{
+    if (tc->comm.call && tc->comm.call->op == (int32_t)op) {
+        *out = *tc->comm.call;
+        return;
+    }
+    memset(out, 0, sizeof *out);
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)given->dtype;
+    out->reduce = (int32_t)given->op;
+    out->root = given->root;
+    out->peer = given->peer;
+    out->count = given->count;
+    out->blocks = given->blocks;
+    out->member = tc->comm.rank;
+    out->members = tc->comm.ranks;
+    out->rank = tc->world->rank;
+    memcpy(out->axis, tc->axis, sizeof out->axis);
+    memcpy(out->tag, given->tag, llmpar__mpi_min(strlen(given->tag), sizeof out->tag - 1));
+}
+
+static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+{
+    llmpar__mpi_job job;
+    memset(&job, 0, sizeof job);
+    job.tc = (llmpar__mpi_comm *)comm->state;
+    job.send = given->send;
+    job.recv = given->recv;
+    llmpar__mpi_describe(job.tc, op, given, &job.call);
+    return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
+}
+
+static llmpar_status llmpar__mpi_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
+static llmpar_status llmpar__mpi_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
+static llmpar_status llmpar__mpi_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
+static llmpar_status llmpar__mpi_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
+static llmpar_status llmpar__mpi_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
+static llmpar_status llmpar__mpi_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
+static llmpar_status llmpar__mpi_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
+static llmpar_status llmpar__mpi_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return llmpar__mpi_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
+}
+
+static void llmpar__mpi_abort(llmpar_comm *comm, const llmpar_error *error)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_error mine = *error;
+    if (mine.rank < 0) mine.rank = tc->world->rank;
+    llmpar_mpi_world_fail(tc->world, &mine);
+}
+
+/* ---- communicators ---- */
+
+static void llmpar__mpi_destroy(llmpar_comm *comm)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_heap *heap = tc->world->heap;
+    llmpar_heap_free(heap, tc->member);
+    llmpar_heap_free(heap, tc->level);
+    llmpar_heap_free(heap, tc->label);
+    llmpar_heap_free(heap, tc->kept);
+    llmpar_heap_free(heap, tc);
+}
+
+static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
+
+/* The path from this rank's leaf up to the root, and the labels of all parts along it. */
+static void llmpar__mpi_plan(llmpar__mpi_comm *tc)
+{
+    int32_t n = tc->comm.ranks, r = tc->comm.rank, lo = 0, m = n, l = tc->levels;
+    while (m > 1) {
+        int32_t p = (int32_t)llmpar_tree_split(m), *label = tc->label + (size_t)--l * (size_t)n;
+        const int32_t *above = label + n;
+        struct llmpar__mpi_level *level = &tc->level[l];
+        for (int32_t j = 0; j < n; j++) {
+            int32_t c = j;
+            if (l + 1 < tc->levels) { /* from the node above */
+                const struct llmpar__mpi_level *up = level + 1;
+                c = above[j];
+                if (up->left) c = c < up->p ? c : c - up->p;
+                else c = c < up->p ? c % up->q : c - up->p;
+            }
+            label[j] = c;
+        }
+        level->lo = lo;
+        level->p = p;
+        level->q = m - p;
+        level->left = r < lo + p;
+        int32_t a = level->left ? r - lo : r - lo - p, keeps = 0, gives = 0;
+        for (int32_t j = 0; j < n; j++) {
+            keeps += label[j] == (level->left ? a : p + a);
+            gives += level->left ? label[j] == a + p : label[j] < p && label[j] % level->q == a;
+        }
+        if (keeps > tc->most_kept) tc->most_kept = keeps;
+        if (gives > tc->most_given) tc->most_given = gives;
+        if (level->left) m = p;
+        else lo += p, m -= p;
+    }
+}
+
+/* A communicator of these world ranks (copied). Local. */
+static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    llmpar_heap *heap = world->heap;
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
+    llmpar_comm *comm = &tc->comm;
+    int32_t lo = 0;
+    for (int32_t m = ranks; m > 1; tc->levels++) {
+        int32_t p = (int32_t)llmpar_tree_split(m);
+        if (rank < lo + p) m = p;
+        else lo += p, m -= p;
+    }
+    tc->world = world;
+    tc->context = context;
+    tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
+    tc->level = (struct llmpar__mpi_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
+    tc->label = (int32_t *)llmpar_heap_zalloc(heap, (size_t)tc->levels * (size_t)ranks, sizeof *tc->label);
+    tc->kept = (int32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *tc->kept);
+    comm->state = tc;
+    if (!tc->member || !tc->level || !tc->label || !tc->kept) {
+        llmpar__mpi_destroy(comm);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
+    }
+    memcpy(tc->member, member, (size_t)ranks * sizeof *member);
+    memcpy(tc->axis, name, llmpar__mpi_min(strlen(name), sizeof tc->axis - 1));
+    comm->abi = LLMPAR_COMM_ABI;
+    comm->size = (uint32_t)sizeof *comm;
+    comm->rank = rank;
+    comm->ranks = ranks;
+    comm->axis = tc->axis;
+    comm->device = device;
+    comm->error = error;
+    comm->split = llmpar__mpi_split;
+    comm->destroy = llmpar__mpi_destroy;
+    comm->barrier = llmpar__mpi_barrier;
+    comm->all_gather = llmpar__mpi_all_gather;
+    comm->reduce_scatter = llmpar__mpi_reduce_scatter;
+    comm->all_reduce = llmpar__mpi_all_reduce;
+    comm->broadcast = llmpar__mpi_broadcast;
+    comm->all_to_all = llmpar__mpi_all_to_all;
+    comm->send = llmpar__mpi_send;
+    comm->recv = llmpar__mpi_recv;
+    comm->abort = llmpar__mpi_abort;
+    comm->unchecked = world->desc.unchecked;
+    llmpar__mpi_plan(tc);
+    if (llmpar_record_attach(world->record, comm, member)) {
+        llmpar__mpi_destroy(comm);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for its record", name);
+    }
+    *out = comm;
+    return LLMPAR_OK;
+}
+
+/* What the ranks show each other at a split. Plain bytes. */
+typedef struct llmpar__mpi_place {
+    int32_t color, key;
+    uint64_t next_context;
+} llmpar__mpi_place;
+
+/* Every rank sees all places and works out its own communicator from them: no further message. Contexts: one above all that a member has been part of. */
+static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t color, int32_t key, const char *name, llmpar__mpi_place *place, int32_t *member, llmpar_comm **out)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar_call call;
+    llmpar_collective named;
+    int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
+    memset(&named, 0, sizeof named);
+    named.tag = name;
+    llmpar__mpi_describe(tc, LLMPAR_CALL_SPLIT, &named, &call);
+    place[r].color = color;
+    place[r].key = key;
+    place[r].next_context = world->next_context;
+    llmpar_status st = llmpar__mpi_meet(tc, &call, NULL, 0);
+    if (!st) st = llmpar__mpi_exchange(tc, &call, 1, (const char *)&place[r], (char *)place, sizeof *place, 0);
+    if (st) return st;
+    uint64_t context = 0;
+    for (int32_t i = 0; i < n; i++)
+        if (place[i].next_context > context) context = place[i].next_context;
+    world->next_context = context + 1;
+    for (int32_t i = 0; i < n && color >= 0; i++) {
+        int32_t at = 0;
+        if (place[i].color != color) continue;
+        for (int32_t j = 0; j < n; j++)
+            if (place[j].color == color && (place[j].key < place[i].key || (place[j].key == place[i].key && j < i))) at++;
+        member[at] = tc->member[i];
+        if (i == r) rank = at;
+        ranks++;
+    }
+    if (color < 0) return LLMPAR_OK;
+    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, tc->comm.error, out);
+}
+
+static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_heap *heap = tc->world->heap;
+    llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
+    int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
+    *out = NULL;
+    llmpar_status st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
+                                       : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
+    llmpar_heap_free(heap, place);
+    llmpar_heap_free(heap, member);
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    *out = NULL;
+    int32_t *all = (int32_t *)llmpar_heap_alloc(world->heap, (size_t)world->ranks, sizeof *all);
+    if (!all) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator world: out of memory for %d ranks", (int)world->ranks);
+    for (int32_t i = 0; i < world->ranks; i++) all[i] = i;
+    llmpar_status st = llmpar__mpi_make(world, all, world->ranks, world->rank, 0, "world", device, error, out);
+    llmpar_heap_free(world->heap, all);
+    return st;
+}
+
+#endif /* LLMPAR_USE_MPI */

@@ -1,0 +1,549 @@
+/* mpi_world: the processes of a job: set-up, control messages, and how a failure reaches everybody.
+
+   Two duplicated communicators. `data` carries collectives (mpi_wait.c). `control` carries notes, and one receive is always posted for them:
+     BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
+     FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
+     FINISHED   once, to all: the sender's rank function has returned
+     BYE        once, to all, when all have finished: the last note of the sender
+   So a failure floods the job even where its first witness dies, every survivor can say who was where, and nothing is left in flight when communicators are freed.
+
+   Who looks at `control`: the rank's thread while it waits in a collective, and else a helper thread, ten times a second; both under world->lock, which is around every MPI call.
+   A computing rank therefore beats as well as a waiting one; a stopped or killed process does not. Silence is counted in this rank's own attention (at most a quarter second a look),
+   so that a rank which was itself stopped does not blame the others when it goes on. Where MPI provides less than MPI_THREAD_SERIALIZED there is no helper and silence says nothing. */
+#include "comm/mpi_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/size.h"
+
+#ifdef LLMPAR_USE_MPI
+
+#include <time.h>
+#include <unistd.h>
+
+#define LLMPAR__MPI_NOTE_TAG 1
+#define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
+#define LLMPAR__MPI_ATTENTION 0.25
+
+LLMPAR__PRIVATE_DEF double llmpar__mpi_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void llmpar__mpi_nap(double seconds)
+{
+    struct timespec t;
+    t.tv_sec = (time_t)seconds;
+    t.tv_nsec = (long)((seconds - (double)t.tv_sec) * 1e9);
+    nanosleep(&t, NULL);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_error(llmpar_error *error, const char *function, int code)
+{
+    char text[MPI_MAX_ERROR_STRING + 1];
+    int length = 0;
+    text[0] = 0;
+    MPI_Error_string(code, text, &length);
+    return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: %s: %.400s", function, text);
+}
+
+/* ---- notes ---- */
+
+/* To all other ranks, once. */
+static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, llmpar__mpi_note_kind kind)
+{
+    if (cast->sent) return;
+    cast->sent = 1;
+    cast->note.kind = (int32_t)kind;
+    cast->note.rank = world->rank;
+    llmpar_record_position(world->record, &cast->note.position);
+    if (kind >= LLMPAR__MPI_FINISHED) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    cast->note.error = world->failure;
+    for (int32_t k = 1; k < world->ranks; k++) {
+        int32_t to = (world->rank + k) % world->ranks;
+        if (MPI_Isend(&cast->note, (int)sizeof cast->note, MPI_BYTE, to, LLMPAR__MPI_NOTE_TAG, world->control, &cast->request[to])) cast->request[to] = MPI_REQUEST_NULL;
+    }
+}
+
+/* Which of two failures is the job's: a rule that all ranks share, whatever they hear first. */
+static int llmpar__mpi_precedes(const llmpar_error *a, const llmpar_error *b)
+{
+    if (a->rank != b->rank) return a->rank < b->rank;
+    return strcmp(a->text, b->text) < 0;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error)
+{
+    int first = !world->aborted;
+    if (first || llmpar__mpi_precedes(error, &world->failure)) {
+        world->failure = *error;
+        if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    }
+    if (!first) return;
+    world->failed_at = llmpar__mpi_now();
+    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
+    llmpar__mpi_tell(world, &world->failed, LLMPAR__MPI_FAILED);
+}
+
+LLMPAR_DEF void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar__mpi_fail_locked(world, error);
+    pthread_mutex_unlock(&world->lock);
+}
+
+static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *note)
+{
+    if (note->rank < 0 || note->rank >= world->ranks) return;
+    llmpar__mpi_peer *peer = &world->peer[note->rank];
+    peer->position = note->position;
+    peer->silent = 0;
+    if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
+    if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
+    if (note->error.status == LLMPAR_OK) return;
+    peer->told = 1;
+    llmpar__mpi_fail_locked(world, &note->error);
+}
+
+static void llmpar__mpi_listen(llmpar_mpi_world *world)
+{
+    if (MPI_Irecv(&world->incoming, (int)sizeof world->incoming, MPI_BYTE, MPI_ANY_SOURCE, LLMPAR__MPI_NOTE_TAG, world->control, &world->standing)) world->standing = MPI_REQUEST_NULL;
+}
+
+static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
+{
+    if (now - world->last_beat < world->desc.heartbeat || world->bye.sent) return;
+    world->last_beat = now;
+    for (int32_t i = 0; i < world->beats; i++) {
+        llmpar__mpi_beat *beat = &world->beat[i];
+        int done = 1;
+        if (beat->request != MPI_REQUEST_NULL && (MPI_Test(&beat->request, &done, MPI_STATUS_IGNORE) || !done)) continue; /* it does not take the last one either */
+        beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
+        beat->note.rank = world->rank;
+        llmpar_record_position(world->record, &beat->note.position);
+        if (world->finished.sent) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+        beat->note.error = world->failure;
+        if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
+    }
+}
+
+static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
+{
+    for (int32_t i = 0; i < world->ranks; i++) {
+        llmpar__mpi_peer *peer = &world->peer[i];
+        if (peer->finished) peer->finished_for += attention;
+        if (!peer->watched || peer->bye || peer->dead) continue;
+        peer->silent += attention;
+        if (peer->silent < world->desc.silence) continue;
+        peer->dead = 1;
+        if (world->aborted) continue;
+        llmpar_error error;
+        char where[320] = "never heard of";
+        llmpar_error_clear(&error);
+        if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
+        else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
+        llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "no sign of life from rank %d for %g s: killed, stopped or unreachable; it was last seen in: %s", (int)i, world->desc.silence, where);
+        error.rank = i;
+        memcpy(error.where, peer->position.where, sizeof error.where);
+        llmpar__mpi_fail_locked(world, &error);
+    }
+}
+
+/* Takes what nobody will receive any more. */
+static void llmpar__mpi_drain(llmpar_mpi_world *world)
+{
+    for (int i = 0; i < 16; i++) {
+        int there = 0, done = 1;
+        MPI_Status status;
+        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) { /* longer than the bucket: that is an error, and it is done */
+            done = 1;
+            world->dropped = MPI_REQUEST_NULL;
+        }
+        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there) return;
+        if (MPI_Irecv(world->bucket, (int)sizeof world->bucket, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
+    }
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
+{
+    double now = llmpar__mpi_now(), attention = now - world->last_look;
+    world->last_look = now;
+    for (int i = 0; i < 1024; i++) {
+        int done = 0;
+        if (world->standing == MPI_REQUEST_NULL) llmpar__mpi_listen(world);
+        if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) {
+            world->standing = MPI_REQUEST_NULL;
+            break;
+        }
+        if (!done) break;
+        llmpar__mpi_heard(world, &world->incoming);
+        llmpar__mpi_listen(world);
+    }
+    llmpar__mpi_beats(world, now);
+    if (world->serialized) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
+    if (world->draining) llmpar__mpi_drain(world);
+}
+
+static int llmpar__mpi_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes)) return 0;
+#if !defined(__APPLE__)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
+    int failed = pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return !failed;
+}
+
+static void *llmpar__mpi_help(void *arg)
+{
+    llmpar_mpi_world *world = (llmpar_mpi_world *)arg;
+    pthread_mutex_lock(&world->lock);
+    while (!world->stop) {
+        llmpar__mpi_look(world);
+        struct timespec until;
+#if defined(__APPLE__)
+        clock_gettime(CLOCK_REALTIME, &until);
+#else
+        clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+        until.tv_nsec += (long)((world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK * 1e9);
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+        pthread_cond_timedwait(&world->wake, &world->lock, &until);
+    }
+    pthread_mutex_unlock(&world->lock);
+    return NULL;
+}
+
+/* ---- set-up ---- */
+
+/* What the ranks show each other at set-up. Plain bytes. */
+typedef struct llmpar__mpi_hello {
+    int32_t level, direct;
+    uint64_t comm_slice;
+    llmpar_error error;
+} llmpar__mpi_hello;
+
+static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, llmpar_error *error)
+{
+    if (desc->comm_slice > (size_t)1 << 30) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB) to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
+    if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
+    if (!desc->comm_slice) desc->comm_slice = (size_t)16 << 20;
+    if (desc->heartbeat == 0) desc->heartbeat = 0.5;
+    if (desc->silence == 0) desc->silence = 5;
+    if (!desc->direct) desc->direct = 16;
+    if (desc->silence < 3 * desc->heartbeat) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
+    return LLMPAR_OK;
+}
+
+static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
+{
+    MPI_Request *request = (MPI_Request *)llmpar_heap_alloc(heap, count, sizeof *request);
+    for (size_t i = 0; request && i < count; i++) request[i] = MPI_REQUEST_NULL;
+    return request;
+}
+
+/* Everything that may fail on one rank alone. */
+static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llmpar_error *error)
+{
+    size_t n = (size_t)world->ranks;
+    llmpar_status st = llmpar__mpi_resolve(&world->desc, error);
+    if (st) return st;
+    for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
+    world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
+    if (world->inboxes < 2) world->inboxes = 2;
+    world->peer = (llmpar__mpi_peer *)llmpar_heap_zalloc(world->heap, n, sizeof *world->peer);
+    world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
+    world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
+    world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
+    world->failed.request = llmpar__mpi_requests(world->heap, n);
+    world->finished.request = llmpar__mpi_requests(world->heap, n);
+    world->bye.request = llmpar__mpi_requests(world->heap, n);
+    if (!world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
+    if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    for (int32_t i = 0; i < world->ranks; i++) {
+        world->peer[i].position.rank = i;
+        world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
+    }
+    for (int32_t i = 0, k = 1; i < world->beats; i++, k *= 2) {
+        world->beat[i].to = (world->rank + k) % world->ranks;
+        world->beat[i].request = MPI_REQUEST_NULL;
+        world->peer[(world->rank - k + world->ranks) % world->ranks].watched = 1;
+    }
+    if (level < MPI_THREAD_SERIALIZED || world->ranks == 1) return LLMPAR_OK;
+    int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
+    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started (system error %d)", failed);
+    world->helping = 1;
+    return LLMPAR_OK;
+}
+
+/* Ends the helper, and waits for it. Without the lock. */
+static void llmpar__mpi_dismiss(llmpar_mpi_world *world)
+{
+    if (!world->helping) return;
+    pthread_mutex_lock(&world->lock);
+    world->stop = 1;
+    pthread_cond_signal(&world->wake);
+    pthread_mutex_unlock(&world->lock);
+    pthread_join(world->helper, NULL);
+    world->helping = 0;
+}
+
+/* All ranks are well and alike, or all say who is not. */
+static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpar_status st, llmpar_error *error)
+{
+    llmpar__mpi_hello mine, first, lowest;
+    int32_t sick = st ? world->rank : world->ranks, sickest = 0;
+    memset(&mine, 0, sizeof mine);
+    mine.level = level;
+    mine.direct = world->desc.direct;
+    mine.comm_slice = world->desc.comm_slice;
+    if (st) mine.error = *error;
+    else llmpar_error_clear(&mine.error);
+    mine.error.rank = world->rank;
+    lowest = mine;
+    /* The lowest rank with an error shows it to all. Set-up may use blocking collectives. */
+    int code = MPI_Allreduce(&sick, &sickest, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
+    if (sickest < world->ranks) {
+        code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, sickest, world->data);
+        if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+        if (st) return st;
+        *error = lowest.error;
+        return error->status;
+    }
+    first = mine;
+    code = MPI_Bcast(&first, (int)sizeof first, MPI_BYTE, 0, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels = level, least = 0;
+    code = MPI_Allreduce(&differs, &other, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (!code) code = MPI_Allreduce(&levels, &least, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
+    world->serialized = least >= MPI_THREAD_SERIALIZED;
+    if (other == world->ranks) return LLMPAR_OK;
+    lowest = mine;
+    code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "mpi: the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
+                     (int)first.direct, (int)other, (unsigned long long)lowest.comm_slice, (int)lowest.direct);
+    error->rank = other;
+    return LLMPAR_ERR_MISMATCH;
+}
+
+/* Are there more ranks on this node than processors? Then a waiting rank gives its processor away at once. */
+static void llmpar__mpi_neighbours(llmpar_mpi_world *world)
+{
+    MPI_Comm node = MPI_COMM_NULL;
+    int here = world->ranks;
+    if (!MPI_Comm_split_type(world->data, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node) && node != MPI_COMM_NULL) {
+        MPI_Comm_size(node, &here);
+        MPI_Comm_free(&node);
+    }
+    world->crowded = here > (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+static void llmpar__mpi_free(llmpar_mpi_world *world)
+{
+    llmpar_heap *heap = world->heap;
+    llmpar_record_destroy(world->record);
+    llmpar_heap_free(heap, world->peer);
+    llmpar_heap_free(heap, world->beat);
+    llmpar_heap_free(heap, world->inbox);
+    llmpar_heap_free(heap, world->meeting);
+    llmpar_heap_free(heap, world->failed.request);
+    llmpar_heap_free(heap, world->finished.request);
+    llmpar_heap_free(heap, world->bye.request);
+    llmpar_heap_free(heap, world->scratch);
+    pthread_cond_destroy(&world->wake);
+    pthread_mutex_destroy(&world->lock);
+    llmpar_heap_free(heap, world);
+}
+
+LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error)
+{
+    *out = NULL;
+    int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
+    MPI_Initialized(&there);
+    if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
+    MPI_Finalized(&over);
+    if (over) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is already finalised, and cannot be initialised again in this process");
+    MPI_Comm from = desc && desc->comm ? *(const MPI_Comm *)desc->comm : MPI_COMM_WORLD;
+    if (from == MPI_COMM_NULL) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is MPI_COMM_NULL");
+    int code = MPI_Comm_test_inter(from, &inter);
+    if (!code && inter) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is an intercommunicator, expected an intracommunicator");
+    MPI_Query_thread(&level);
+    if (level < MPI_THREAD_SERIALIZED) MPI_Is_thread_main(&main_thread);
+    if (!main_thread) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
+    if (!code) code = MPI_Comm_rank(from, &rank);
+    if (!code) code = MPI_Comm_size(from, &ranks);
+    if (code) return llmpar__mpi_error(error, "MPI_Comm_size", code);
+
+    llmpar_mpi_world spare, *world = (llmpar_mpi_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    int alone = !world; /* out of memory: takes part in the agreement all the same */
+    if (alone) {
+        world = &spare;
+        memset(world, 0, sizeof *world);
+    }
+    world->heap = heap;
+    if (desc) world->desc = *desc;
+    world->rank = (int32_t)rank;
+    world->ranks = (int32_t)ranks;
+    world->standing = world->dropped = MPI_REQUEST_NULL;
+    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->next_context = 1;
+    for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
+    llmpar_error_clear(&world->failure);
+    code = MPI_Comm_dup(from, &world->data);
+    if (!code) code = MPI_Comm_dup(from, &world->control);
+    if (code) {
+        if (!alone) llmpar_heap_free(heap, world);
+        return llmpar__mpi_error(error, "MPI_Comm_dup", code);
+    }
+    MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
+    MPI_Comm_set_errhandler(world->control, MPI_ERRORS_RETURN);
+    pthread_mutex_init(&world->lock, NULL);
+    llmpar__mpi_cond_init(&world->wake);
+    pthread_mutex_lock(&world->lock);
+    llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
+    if (st && error->rank < 0) error->rank = world->rank;
+    st = llmpar__mpi_agree(world, level, st, error);
+    if (!st) llmpar__mpi_neighbours(world);
+    if (!st) llmpar__mpi_listen(world);
+    world->last_look = world->last_beat = llmpar__mpi_now();
+    if (st || !world->serialized) world->stop = 1;
+    pthread_mutex_unlock(&world->lock);
+    if (st || world->stop) llmpar__mpi_dismiss(world);
+    if (!st) {
+        *out = world;
+        return LLMPAR_OK;
+    }
+    MPI_Comm_free(&world->data);
+    MPI_Comm_free(&world->control);
+    if (alone) {
+        pthread_cond_destroy(&world->wake);
+        pthread_mutex_destroy(&world->lock);
+    } else {
+        llmpar__mpi_free(world);
+    }
+    return st;
+}
+
+LLMPAR_DEF int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world) { return world->rank; }
+LLMPAR_DEF int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world) { return world->ranks; }
+LLMPAR_DEF int llmpar_mpi_world_serialized(const llmpar_mpi_world *world) { return world->serialized; }
+
+/* ---- who is where ---- */
+
+/* Looks, and then sleeps a little without the lock. */
+static void llmpar__mpi_idle(llmpar_mpi_world *world)
+{
+    llmpar__mpi_look(world);
+    pthread_mutex_unlock(&world->lock);
+    llmpar__mpi_nap(0.0005);
+    pthread_mutex_lock(&world->lock);
+}
+
+static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
+{
+    llmpar_mpi_world *world = (llmpar_mpi_world *)user;
+    if (rank == world->rank) llmpar_record_position(world->record, out);
+    else *out = world->peer[rank].position;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
+{
+    double limit = llmpar__mpi_now() + 1;
+    for (int waiting = world->aborted; waiting && llmpar__mpi_now() < limit;) {
+        waiting = 0;
+        for (int32_t i = 0; i < world->ranks; i++)
+            if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
+        if (waiting) llmpar__mpi_idle(world);
+    }
+    llmpar_position_print(llmpar__mpi_position, world, world->ranks, text, capacity);
+}
+
+/* ---- the end ---- */
+
+static int llmpar__mpi_all(const llmpar_mpi_world *world, int bye)
+{
+    for (int32_t i = 0; i < world->ranks; i++)
+        if (i != world->rank && !(bye ? world->peer[i].bye : world->peer[i].finished)) return 0;
+    return 1;
+}
+
+static int llmpar__mpi_sent(llmpar_mpi_world *world)
+{
+    int done = 1, all = 1;
+    llmpar__mpi_cast *const cast[3] = { &world->failed, &world->finished, &world->bye };
+    for (int32_t i = 0; i < 3 * world->ranks; i++) {
+        MPI_Request *request = &cast[i / world->ranks]->request[i % world->ranks];
+        if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
+    }
+    for (int32_t i = 0; i < world->beats; i++)
+        if (world->beat[i].request != MPI_REQUEST_NULL && !MPI_Test(&world->beat[i].request, &done, MPI_STATUS_IGNORE)) all = all && done;
+    return all;
+}
+
+LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root)
+{
+    pthread_mutex_lock(&world->lock);
+    double called = llmpar__mpi_now();
+    if (!(grace > 0)) grace = 3;
+    llmpar__mpi_tell(world, &world->finished, LLMPAR__MPI_FINISHED);
+    while (!llmpar__mpi_all(world, 0)) {
+        if (world->aborted && llmpar__mpi_now() - (called > world->failed_at ? called : world->failed_at) > grace) break;
+        if (world->aborted) world->draining = 1;
+        llmpar__mpi_idle(world);
+    }
+    if (llmpar__mpi_all(world, 0)) {
+        if (world->aborted) world->draining = 1;
+        llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
+        double limit = llmpar__mpi_now() + 10;
+        int done = 0;
+        while (!done && llmpar__mpi_now() < limit) {
+            llmpar__mpi_idle(world);
+            done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
+        }
+        world->orderly = done;
+    }
+    if (root) {
+        if (world->aborted) *root = world->failure;
+        else llmpar_error_clear(root);
+    }
+    pthread_mutex_unlock(&world->lock);
+    llmpar__mpi_dismiss(world);
+    if (world->standing != MPI_REQUEST_NULL) {
+        int done = 0;
+        MPI_Cancel(&world->standing);
+        for (int i = 0; i < 1000 && !done; i++)
+            if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) break;
+    }
+    return world->orderly;
+}
+
+LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
+{
+    if (!world) return;
+    llmpar__mpi_dismiss(world);
+    if (world->orderly) { /* else messages to the dead are still under way, and freeing may wait for them */
+        MPI_Comm_free(&world->data);
+        MPI_Comm_free(&world->control);
+    }
+    llmpar__mpi_free(world);
+}
+
+#undef LLMPAR__MPI_NOTE_TAG
+#undef LLMPAR__MPI_LOOK
+#undef LLMPAR__MPI_ATTENTION
+
+#endif /* LLMPAR_USE_MPI */

@@ -1,0 +1,158 @@
+/* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
+     MPI initialised, if nobody has -> world -> heap, device, communicator -> lowest dispatch level, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
+   A rank that cannot even start takes part up to the first collective, so that the others hear why. */
+#include "run/launch_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tables/device.h"
+
+#ifdef LLMPAR_USE_MPI
+
+#include <mpi.h>
+
+/* Started by mpirun, mpiexec or srun? */
+static int llmpar__launch_under_mpirun(void)
+{
+    static const char *const names[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_SIZE" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (getenv(names[i])) return 1;
+    return 0;
+}
+
+/* Device and communicator at a dispatch level. */
+static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+{
+    llmpar_cpu_desc cpu;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = desc->threads;
+    cpu.level = level;
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
+    return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
+}
+
+static void llmpar__launch_clear(llmpar_ctx *ctx)
+{
+    llmpar_comm_destroy(ctx->comm);
+    llmpar_cpu_destroy(ctx->device);
+    ctx->comm = NULL;
+    ctx->device = NULL;
+}
+
+/* The lowest dispatch level of all ranks: machines of a job may differ. */
+static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+{
+    llmpar_status st = llmpar__launch_furnish(ctx, world, desc, level);
+    if (st || ctx->world == 1) return st;
+    int64_t mine = -(int64_t)level, most = 0;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = &mine;
+    call.recv = &most;
+    call.count = 1;
+    call.dtype = LLMPAR_I64;
+    call.op = LLMPAR_MAX;
+    call.tag = "launch/level";
+    st = ctx->device->stream_create(ctx->device, "launch", &stream);
+    if (st) return st;
+    st = llmpar_all_reduce(ctx->comm, stream, &call);
+    llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
+    ctx->device->stream_destroy(ctx->device, stream);
+    if (!st) st = synchronized;
+    if (st || most == mine) return st;
+    llmpar__launch_clear(ctx);
+    return llmpar__launch_furnish(ctx, world, desc, (llmpar_cpu_level)-most);
+}
+
+static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
+{
+    if (desc->ranks && desc->ranks != ctx->world)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
+    if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
+    if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))
+        return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
+                           (int)desc->threads);
+    llmpar_status st = llmpar__launch_level(ctx, world, desc, level);
+    if (!st) st = llmpar__launch_agree(ctx);
+    return st ? st : fn(ctx, user);
+}
+
+/* Runs the rank in an existing world. 1: all ranks have ended in order. */
+static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_status st, llmpar_rank_fn fn, void *user, llmpar_error *root)
+{
+    ctx->error.rank = ctx->rank;
+    if (!st) st = llmpar__launch_process(ctx, world, desc, level, fn, user);
+    if (st) {
+        llmpar_error error = ctx->error;
+        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error.rank = ctx->rank;
+        error.status = st;
+        if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
+        if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
+        if (st == LLMPAR_ERR_PEER || st == LLMPAR_ERR_TIMEOUT || st == LLMPAR_ERR_MISMATCH) llmpar_log(ctx, LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
+    }
+    int orderly = llmpar_mpi_world_finish(world, 0, root);
+    llmpar__launch_clear(ctx);
+    return orderly;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    int there = 0, over = 0, owned, provided = 0, orderly = 1;
+    MPI_Initialized(&there);
+    MPI_Finalized(&over);
+    llmpar_transport transport = given ? given->transport : LLMPAR_TRANSPORT_DEFAULT;
+    if (given && given->mpi && transport == LLMPAR_TRANSPORT_DEFAULT) transport = LLMPAR_TRANSPORT_MPI;
+    if (transport == LLMPAR_TRANSPORT_THREADS || (transport == LLMPAR_TRANSPORT_DEFAULT && !there && !llmpar__launch_under_mpirun())) return 0;
+    owned = !there && !(given && given->mpi && given->mpi->comm); /* with a communicator MPI has to be there: world_create says so */
+    if (owned) MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided);
+
+    llmpar_ctx ctx;
+    llmpar_mpi_desc mpi;
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
+    llmpar_mpi_world *world = NULL;
+    memset(&ctx, 0, sizeof ctx);
+    memset(&mpi, 0, sizeof mpi);
+    memset(&desc, 0, sizeof desc);
+    if (given) desc = *given;
+    if (desc.mpi) mpi = *desc.mpi;
+    llmpar_error_clear(&ctx.error);
+    llmpar_heap_init(&ctx.heap, desc.allocator);
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, &ctx.error);
+    mpi.deadline = !st && desc.deadline > 0 ? desc.deadline : 0;
+    mpi.unchecked = desc.unchecked;
+    ctx.log = desc.log;
+    ctx.log_user = desc.log_user;
+    if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
+        uint64_t state = llmpar__launch_float_state();
+        ctx.rank = llmpar_mpi_world_rank(world);
+        ctx.world = llmpar_mpi_world_ranks(world);
+        orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
+        llmpar__launch_float_restore(state);
+        llmpar_mpi_world_destroy(world);
+        if (desc.check) desc.check(&ctx, user);
+    }
+    if (owned && orderly) MPI_Finalize();
+    if (owned && !orderly) {
+        llmpar_log(&ctx, LLMPAR_LOG_ERROR, "the job ends here: rank %d%s%s%s: %s", (int)error->rank, error->where[0] ? " (" : "", error->where, error->where[0] ? ")" : "", error->text);
+        MPI_Abort(MPI_COMM_WORLD, 1);
+    }
+    return 1;
+}
+
+#else
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    (void)fn;
+    (void)user;
+    if (!given || (given->transport != LLMPAR_TRANSPORT_MPI && !given->mpi)) return 0;
+    llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
+    return 1;
+}
+
+#endif /* LLMPAR_USE_MPI */
