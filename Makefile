@@ -32,6 +32,8 @@ help:
 	@echo 'make test-tsan     the suite under ThreadSanitizer'
 	@echo 'make test-fuzz     the parsers on their corpus and on FUZZ=8 seconds of mutations each (clang, libFuzzer)'
 	@echo 'make test-header   the suite on the committed header (clang); test-cxx: compiled as C++; test-separate: module by module'
+	@echo 'make grade COMM=file.c   a communicator of your own against the conformance suite; OP=file.c: operations; ASSIGNMENT=1_collectives FILE=file.c'
+	@echo 'make test-grade    the graders themselves    make test-gdb: a training step in lockstep under gdb'
 	@echo 'make check         everything that a commit has to pass; check-full: with the long runs'
 	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
 	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
@@ -185,6 +187,10 @@ install uninstall:
 
 test-package: $(HEADERS:%=build/gen/%)
 	@CC='$(CC)' CXX='$(CXX)' tests/need.sh $(CXX) g++ -- tests/package.sh
+
+# ---- grading, and a step under gdb ----
+
+include tests/conformance/grade.mk
 
 # ---- checks ----
 
