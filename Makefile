@@ -38,6 +38,7 @@ help:
 	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
 	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
 	@echo 'make install       headers, pkg-config file, CMake package, documents (PREFIX=/usr/local, DESTDIR=); make uninstall'
+	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
 	@echo 'make bench         the benchmarks    make clean: removes build/'
 
@@ -87,6 +88,9 @@ bench: $(BENCHES)
 
 # ---- the suite: the implementation is compiled once a configuration and linked by all tests ----
 
+# After a build that failed: programs that are not up to date go, so that none of an earlier build is run in their place.
+drop_stale = for t in $(2); do $(MAKE) -q $(1)/$$t 2>/dev/null || rm -f $(1)/$$t; done
+
 # $(1) name, $(2) folder of llmpar.h, $(3) compiler of the tests and linker, $(4) their flags, $(5) command that compiles the implementation
 define configuration
 build/$(1)/llmpar.o: $(if $(filter .,$(2)),llmpar.h,build/dev/llmpar.h)
@@ -99,7 +103,7 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar.o
 
 build-$(1): $(SUITE:%=build/$(1)/%)
 run-$(1):
-	@-$$(MAKE) --no-print-directory -k build-$(1)
+	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(SUITE))
 	@tests/run.sh build/$(1) $(SUITE)
 
 -include $(wildcard build/$(1)/*.d)
@@ -114,6 +118,9 @@ $(eval $(call configuration,header,.,$(CLANG),-O1 -g,$(CLANG) -O2 -g -std=c99 $(
 $(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O3 -g -std=c++11 $(WARN) -x c++))
 $(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(asan) -x c))
 $(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
+$(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))
+$(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
+$(eval $(call configuration,musl,build/dev,musl-gcc,-O1 -g -static,musl-gcc -O2 -g $(WARN) -x c))
 
 # Module by module: extern instead of static between them, one object each.
 SEPARATE := $(MODULES:src/%.c=build/separate/%.o)
@@ -136,7 +143,7 @@ build/separate/test_%: tests/test_%.c build/separate/llmpar.a build/separate/llm
 
 build-separate: $(SUITE:%=build/separate/%)
 run-separate:
-	@-$(MAKE) --no-print-directory -k build-separate
+	@$(MAKE) --no-print-directory -k build-separate || $(call drop_stale,build/separate,$(SUITE))
 	@tests/run.sh build/separate $(SUITE)
 
 -include $(wildcard build/separate/*/*.d build/separate/*.d)
@@ -151,6 +158,23 @@ test-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-asan
 test-tsan:
 	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-tsan SUITE='$(THREADED)'
+
+# Another processor, emulated (NEON and the portable kernels), and another C library: the programs that have something to find there.
+build/aarch64/train_llama build/musl/train_llama: build/%/train_llama: examples/train_llama.c build/%/llmpar.o
+	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 -g -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
+
+AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_attention test_elementwise test_tp test_mesh test_fsdp test_config test_launch test_model)
+MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_safetensors test_hf test_model)
+
+test-aarch64:
+	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='$(AARCH64)' PORT=aarch64 RUNNER=qemu-aarch64
+test-aarch64-portable:
+	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='test_gemm test_ops' PORT=aarch64_portable RUNNER=qemu-aarch64
+test-musl:
+	@tests/need.sh musl-gcc musl-tools -- $(MAKE) --no-print-directory run-ported SUITE='$(MUSL)' PORT=musl
+run-ported:
+	@$(MAKE) --no-print-directory -k build-$(PORT) $(if $(findstring portable,$(PORT)),,build/$(PORT)/train_llama) || $(call drop_stale,build/$(PORT),$(SUITE) train_llama)
+	@LLMPAR_TEST_RUNNER='$(RUNNER)' tests/ported.sh build/$(PORT) $(SUITE)
 
 test-exact: build/plain/test_exact
 	@tests/run.sh build/plain test_exact
@@ -216,6 +240,6 @@ clean:
 	rm -rf build
 
 .PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
-	check-layers check-compile check-budget check check-full install uninstall test-package clean FORCE \
-	$(foreach c,plain header cxx asan tsan separate,build-$(c) run-$(c))
+	check-layers check-compile check-budget check check-full install uninstall test-package test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
+	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the test programs of one configuration: tests/run.sh build/plain test_json test_gemm ...
 # One line a program, the whole log of one that fails, and the sum as the last line. With LLMPAR_TEST_DATA set, a skip is a failure.
+# LLMPAR_TEST_RUNNER, if set, is what runs the programs (an emulator).
 folder=$1
 shift
 passed=0 failed=0 skipped=0
@@ -8,7 +9,7 @@ for test in "$@"; do
     log=$folder/$test.log
     start=$(date +%s)
     if [ -x "$folder/$test" ]; then
-        timeout "${LLMPAR_TEST_TIMEOUT:-600}" "$folder/$test" >"$log" 2>&1
+        timeout "${LLMPAR_TEST_TIMEOUT:-600}" $LLMPAR_TEST_RUNNER "$folder/$test" >"$log" 2>&1
         code=$?
     else
         echo "$folder/$test was not built" >"$log"

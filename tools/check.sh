@@ -40,6 +40,8 @@ phase cxx $make $jobs test-cxx
 phase examples $make $jobs all
 [ -f tests/bad_input.sh ] && phase bad_input sh tests/bad_input.sh
 [ -f tests/test_exact.c ] && LLMPAR_TEST_QUICK=1 phase exact $make test-exact
+phase aarch64 $make $jobs test-aarch64
+phase musl $make $jobs test-musl
 phase package $make test-package
 phase plant $make test-plant
 phase asan $make $jobs test-asan
@@ -47,6 +49,7 @@ phase tsan $make $jobs test-tsan
 phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -n "$full" ]; then
     [ -f tests/test_exact.c ] && LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
+    phase aarch64-portable $make test-aarch64-portable
     [ -f examples/demo.c ] && phase demo $make demo
 fi
 
