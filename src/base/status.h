@@ -36,7 +36,7 @@ typedef struct llmpar_error {
     llmpar_status status; /* LLMPAR_OK: no error */
     int32_t rank;         /* world rank that failed, -1 if no rank was involved */
     char where[48];       /* mesh coordinate "dp_shard=1 tp=0", or "" */
-    char text[700];       /* one line, no newline at the end */
+    char text[1600];      /* one line, no newline at the end */
 } llmpar_error;
 
 /* "out of memory" and so on; never NULL. Thread-safe. */

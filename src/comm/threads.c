@@ -34,30 +34,12 @@ typedef struct llmpar__threads_job {
 
 static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
 
-/* "rank 1: all_reduce sum "layers.1/x" f32, 2 x 100 elements, root 0". */
-static void llmpar__threads_side(char *text, size_t capacity, int32_t rank, const llmpar__threads_call *call)
+static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const llmpar_call *a, const llmpar_call *b)
 {
-    int reduces = call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_REDUCE;
-    int n = snprintf(text, capacity, "rank %d: %s%s \"%s\"", (int)rank, llmpar__threads_kind_name(call->kind), !reduces ? "" : call->op == LLMPAR_MAX ? " max" : " sum", call->tag);
-    if (n < 0 || (size_t)n >= capacity || call->kind == LLMPAR__THREADS_BARRIER || call->kind >= LLMPAR__THREADS_SPLIT) return;
-    size_t used = (size_t)n;
-    n = snprintf(text + used, capacity - used, " %s, %lu x %lu elements", llmpar_dtype_name(call->dtype), (unsigned long)call->blocks, (unsigned long)call->count);
-    used += n > 0 ? (size_t)n : 0;
-    if (call->kind == LLMPAR__THREADS_BROADCAST && used < capacity) snprintf(text + used, capacity - used, ", root %d", (int)call->root);
-}
-
-static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, uint32_t number, int32_t rank_a, const llmpar__threads_call *a, int32_t rank_b, const llmpar__threads_call *b)
-{
-    char side_a[256], side_b[256], which[32] = "";
-    llmpar__threads_side(side_a, sizeof side_a, rank_a, a);
-    llmpar__threads_side(side_b, sizeof side_b, rank_b, b);
-    if (number) snprintf(which, sizeof which, " in call %u", (unsigned)number);
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "the ranks of %s disagree%s: %s; %s", tc->group->axis, which, side_a, side_b));
-}
-
-static int llmpar__threads_same(const llmpar__threads_call *a, const llmpar__threads_call *b)
-{
-    return a->kind == b->kind && a->dtype == b->dtype && a->op == b->op && a->root == b->root && a->count == b->count && a->blocks == b->blocks && !memcmp(a->tag, b->tag, sizeof a->tag);
+    char text[700];
+    int swapped = a->rank > b->rank;
+    llmpar_call_mismatch(swapped ? b : a, swapped ? a : b, text, sizeof text);
+    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text));
 }
 
 /* Publishes this rank's call and payload, waits for all others, and compares. *slots is then the array of all ranks' slots, valid until the next-but-one call.
@@ -66,17 +48,18 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
 {
     llmpar__threads_group *group = tc->group;
     int32_t rank = tc->comm.rank;
-    llmpar_status st = llmpar__threads_check(tc, call);
+    llmpar_status st = llmpar__threads_check(tc, &call->what);
     if (st) return llmpar__threads_failed(tc, st);
     uint32_t number = ++tc->number;
     llmpar__threads_slot *all = group->slots + (number & 1) * (size_t)group->ranks;
     all[rank].call = *call;
+    all[rank].fingerprint = tc->comm.unchecked ? 0 : llmpar_call_fingerprint(&call->what);
     if (bytes) memcpy(all[rank].payload, payload, bytes);
     __atomic_store_n(&group->arrived[rank], number, __ATOMIC_SEQ_CST);
-    st = llmpar__threads_barrier(tc, &all[rank].call, 1);
+    st = llmpar__threads_barrier(tc, &all[rank].call.what, 1);
     if (st) return st;
     for (int32_t i = 1; i < group->ranks; i++)
-        if (!llmpar__threads_same(&all[0].call, &all[i].call)) return llmpar__threads_mismatch(tc, number, group->world_rank[0], &all[0].call, group->world_rank[i], &all[i].call);
+        if (all[0].fingerprint != all[i].fingerprint) return llmpar__threads_mismatch(tc, &all[0].call.what, &all[i].call.what);
     *slots = all;
     return LLMPAR_OK;
 }
@@ -91,8 +74,8 @@ static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmp
     args.n = tc->comm.ranks;
     args.count = count;
     args.out = out;
-    args.dtype = call->dtype;
-    return call->op == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    args.dtype = (llmpar_dtype)call->what.dtype;
+    return call->what.reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
 }
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
@@ -110,7 +93,7 @@ static const char *llmpar__threads_source(const llmpar__threads_slot *slots, int
 /* All-reduce of large buffers: my slice of all, to all. */
 static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots)
 {
-    size_t item = llmpar_dtype_size(call->dtype), total = call->count * call->blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), total = call->what.count * call->what.blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     size_t grain = 256 / item, grains = (total + grain - 1) / grain; /* slices begin at whole cache lines of aligned buffers */
     size_t begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
     size_t end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
@@ -129,39 +112,39 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
 /* What this rank does between the barriers. part = bytes of one rank's part of one block. */
 static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots, int in_slot)
 {
-    size_t part = call->count * llmpar_dtype_size(call->dtype), n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    size_t part = call->what.count * llmpar_dtype_size((llmpar_dtype)call->what.dtype), n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     char *recv = (char *)call->recv;
     llmpar_status st = LLMPAR_OK;
     if (!part) return LLMPAR_OK;
-    switch (call->kind) {
-    case LLMPAR__THREADS_ALL_REDUCE:
+    switch (call->what.op) {
+    case LLMPAR_CALL_ALL_REDUCE:
         if (!in_slot) return llmpar__threads_slice(tc, call, slots);
         for (size_t i = 0; i < n; i++) tc->inputs[i] = slots[i].payload;
-        return llmpar__threads_reduce(tc, call, call->count * call->blocks, recv);
-    case LLMPAR__THREADS_REDUCE_SCATTER:
-        for (size_t b = 0; b < call->blocks && !st; b++) {
+        return llmpar__threads_reduce(tc, call, call->what.count * call->what.blocks, recv);
+    case LLMPAR_CALL_REDUCE_SCATTER:
+        for (size_t b = 0; b < call->what.blocks && !st; b++) {
             for (size_t i = 0; i < n; i++) tc->inputs[i] = llmpar__threads_source(slots, (int32_t)i, in_slot) + (b * n + r) * part;
-            st = llmpar__threads_reduce(tc, call, call->count, recv + b * part);
+            st = llmpar__threads_reduce(tc, call, call->what.count, recv + b * part);
         }
         return st;
-    case LLMPAR__THREADS_ALL_GATHER:
+    case LLMPAR_CALL_ALL_GATHER:
         for (size_t k = 0; k < n; k++) { /* each rank begins with its own: not all at the same peer */
             size_t i = (r + k) % n;
             const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
-            for (size_t b = 0; b < call->blocks && !st; b++) {
+            for (size_t b = 0; b < call->what.blocks && !st; b++) {
                 char *to = recv + (b * n + i) * part;
                 if (i != r || to != (const char *)call->send + b * part) st = llmpar__threads_copy(tc, to, from + b * part, part);
             }
         }
         return st;
-    case LLMPAR__THREADS_BROADCAST:
+    case LLMPAR_CALL_BROADCAST:
         if (!recv || recv == call->send) return LLMPAR_OK;
-        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->root, in_slot), part * call->blocks);
-    case LLMPAR__THREADS_ALL_TO_ALL:
+        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->what.root, in_slot), part * call->what.blocks);
+    case LLMPAR_CALL_ALL_TO_ALL:
         for (size_t k = 0; k < n; k++) {
             size_t i = (r + k) % n;
             const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
-            for (size_t b = 0; b < call->blocks && !st; b++) st = llmpar__threads_copy(tc, recv + (b * n + i) * part, from + (b * n + r) * part, part);
+            for (size_t b = 0; b < call->what.blocks && !st; b++) st = llmpar__threads_copy(tc, recv + (b * n + i) * part, from + (b * n + r) * part, part);
         }
         return st;
     default: return LLMPAR_OK;
@@ -172,8 +155,8 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
 static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpar__threads_call *call)
 {
     llmpar__threads_group *group = tc->group;
-    size_t n = (size_t)group->ranks, me = (size_t)tc->comm.rank, peer = (size_t)call->peer;
-    llmpar_status st = llmpar__threads_check(tc, call);
+    size_t n = (size_t)group->ranks, me = (size_t)tc->comm.rank, peer = (size_t)call->what.peer;
+    llmpar_status st = llmpar__threads_check(tc, &call->what);
     if (st) return llmpar__threads_failed(tc, st);
     llmpar__threads_channel *channels = __atomic_load_n(&group->channels, __ATOMIC_SEQ_CST);
     if (!channels) {
@@ -182,37 +165,37 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
-        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar__threads_kind_name(call->kind), call->tag, (int)n));
+        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
     }
-    int sends = call->kind == LLMPAR__THREADS_SEND;
+    int sends = call->what.op == LLMPAR_CALL_SEND;
     llmpar__threads_channel *channel = &channels[sends ? me * n + peer : peer * n + me];
     uint32_t step = (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) / 3 * 3; /* "empty" of this message */
     if (sends) {
         channel->sender = *call;
         channel->mismatch = 0;
         llmpar__threads_step(tc, channel, step, step + 1);
-        st = llmpar__threads_await(tc, call, channel, step + 1, call->peer, 1);
-        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, call, channel, step + 2, call->peer, 0);
+        st = llmpar__threads_await(tc, &call->what, channel, step + 1, call->what.peer, 1);
+        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, &call->what, channel, step + 2, call->what.peer, 0);
     } else {
-        st = llmpar__threads_await(tc, call, channel, step, call->peer, 1);
+        st = llmpar__threads_await(tc, &call->what, channel, step, call->what.peer, 1);
         if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) { /* the sender has failed and taken its message back */
-            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, call));
+            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, &call->what));
             return st;
         }
         if (!st) {
             const llmpar__threads_call *from = &channel->sender;
             channel->receiver = *call;
-            channel->mismatch = from->dtype != call->dtype || from->count != call->count || from->blocks != call->blocks;
-            llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->count * call->blocks * llmpar_dtype_size(call->dtype));
+            channel->mismatch = !tc->comm.unchecked && llmpar_call_fingerprint(&from->what) != llmpar_call_fingerprint(&call->what);
+            llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype));
             int mismatch = channel->mismatch;
             llmpar__threads_call other = *from;
             llmpar__threads_step(tc, channel, step + 2, step + 3);
             if (copied) return llmpar__threads_failed(tc, copied);
-            if (mismatch) return llmpar__threads_mismatch(tc, 0, group->world_rank[peer], &other, tc->world_rank, call);
+            if (mismatch) return llmpar__threads_mismatch(tc, &other.what, &call->what);
         }
     }
     if (st) return st;
-    if (sends && channel->mismatch) return llmpar__threads_mismatch(tc, 0, tc->world_rank, call, group->world_rank[peer], &channel->receiver);
+    if (sends && channel->mismatch) return llmpar__threads_mismatch(tc, &call->what, &channel->receiver.what);
     return LLMPAR_OK;
 }
 
@@ -222,52 +205,38 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
-    if (call->kind == LLMPAR__THREADS_SEND || call->kind == LLMPAR__THREADS_RECV) return llmpar__threads_point(tc, call);
+    if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
-    size_t bytes = call->count * call->blocks * llmpar_dtype_size(call->dtype);
-    if (call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_TO_ALL) bytes *= (size_t)tc->comm.ranks;
+    size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
+    if (call->what.op == LLMPAR_CALL_REDUCE_SCATTER || call->what.op == LLMPAR_CALL_ALL_TO_ALL) bytes *= (size_t)tc->comm.ranks;
     int in_slot = bytes <= LLMPAR__THREADS_INLINE;
-    size_t payload = in_slot && !(call->kind == LLMPAR__THREADS_BROADCAST && call->root != tc->comm.rank) ? bytes : 0;
+    size_t payload = in_slot && !(call->what.op == LLMPAR_CALL_BROADCAST && call->what.root != tc->comm.rank) ? bytes : 0;
     llmpar__threads_slot *slots = NULL;
     llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
     if (st) return st;
     st = llmpar__threads_work(tc, call, slots, in_slot);
-    if (!in_slot) llmpar__threads_barrier(tc, call, 0); /* always: peers may still read my buffers, whatever became of my own work */
+    if (!in_slot) llmpar__threads_barrier(tc, &call->what, 0); /* always: peers may still read my buffers, whatever became of my own work */
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
-static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar__threads_kind kind)
+/* Every slot of the table: what to do stands in comm->call. */
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
 {
     llmpar__threads_job job;
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
-    job.call.kind = kind;
-    job.call.dtype = given->dtype;
-    job.call.op = given->op;
-    job.call.root = given->root;
-    job.call.peer = given->peer;
-    job.call.count = given->count;
-    job.call.blocks = given->blocks;
+    job.call.what = *comm->call;
     job.call.send = given->send;
     job.call.recv = given->recv;
-    size_t length = strlen(given->tag);
-    memcpy(job.call.tag, given->tag, llmpar__threads_min(length, sizeof job.call.tag - 1));
     return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
-static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_GATHER); }
-static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_REDUCE_SCATTER); }
-static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_REDUCE); }
-static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_BROADCAST); }
-static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_TO_ALL); }
-static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_SEND); }
-static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_RECV); }
 static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_collective call;
+    (void)tag;
     memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR__THREADS_BARRIER);
+    return llmpar__threads_enqueue(comm, stream, &call);
 }
 
 static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -282,7 +251,9 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     llmpar_heap *heap = tc->heap;
+    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL);
     llmpar__threads_group_release(tc->group);
+    llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
     llmpar_heap_free(heap, tc);
 }
@@ -290,11 +261,15 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 
 /* This rank's half of `group`. On failure the reference to the group is given back. */
-static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_record *record, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
     const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
-    if (!tc || !inputs) {
+    if (tc) {
+        tc->comm.axis = group->axis;
+        tc->comm.ranks = group->ranks;
+    }
+    if (!tc || !inputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
         llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %s: out of memory", group->axis);
         llmpar_heap_free(heap, tc);
         llmpar_heap_free(heap, inputs);
@@ -310,21 +285,20 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
-    comm->ranks = group->ranks;
-    comm->axis = group->axis;
+    comm->unchecked = tc->world->desc.unchecked;
     comm->device = device;
     comm->error = error;
     comm->state = tc;
     comm->split = llmpar__threads_split;
     comm->destroy = llmpar__threads_destroy;
     comm->barrier = llmpar__threads_meet_all;
-    comm->all_gather = llmpar__threads_all_gather;
-    comm->reduce_scatter = llmpar__threads_reduce_scatter;
-    comm->all_reduce = llmpar__threads_all_reduce;
-    comm->broadcast = llmpar__threads_broadcast;
-    comm->all_to_all = llmpar__threads_all_to_all;
-    comm->send = llmpar__threads_send;
-    comm->recv = llmpar__threads_recv;
+    comm->all_gather = llmpar__threads_enqueue;
+    comm->reduce_scatter = llmpar__threads_enqueue;
+    comm->all_reduce = llmpar__threads_enqueue;
+    comm->broadcast = llmpar__threads_enqueue;
+    comm->all_to_all = llmpar__threads_enqueue;
+    comm->send = llmpar__threads_enqueue;
+    comm->recv = llmpar__threads_enqueue;
     comm->abort = llmpar__threads_abort;
     *out = comm;
     return LLMPAR_OK;
@@ -337,8 +311,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar__threads_call call;
     memset(&call, 0, sizeof call);
-    call.kind = LLMPAR__THREADS_SPLIT;
-    memcpy(call.tag, name, llmpar__threads_min(strlen(name), sizeof call.tag - 1));
+    call.what = *comm->call;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
     mine[1] = key;
@@ -373,12 +346,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
         }
         llmpar_heap_free(tc->heap, members);
     }
-    call.kind = LLMPAR__THREADS_SPLIT_GROUP;
+    call.what.root = 1; /* not to be taken for the first half */
     st = llmpar__threads_meet(tc, &call, &group, sizeof group, &slots);
     if (st || color < 0) return st;
     memcpy(&group, slots[leader].payload, sizeof group);
     if (!group) return llmpar__threads_failed(tc, llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)ranks));
-    st = llmpar__threads_half(group, rank, tc->heap, comm->device, comm->error, out);
+    st = llmpar__threads_half(group, rank, comm->record, tc->heap, comm->device, comm->error, out);
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
@@ -387,7 +360,17 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
     *out = NULL;
     if (rank < 0 || rank >= world->desc.ranks) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: rank %d, expected 0 to %d", (int)rank, (int)world->desc.ranks - 1);
     llmpar__threads_first_turn(world, rank);
-    return llmpar__threads_half(world->world_group, rank, heap, device, error, out);
+    llmpar_record *record = NULL;
+    uint64_t deadline_ms = world->desc.lockstep || world->desc.deadline > 1e12 ? 0 : (uint64_t)(world->desc.deadline * 1e3);
+    if (world->desc.ranks > 1 && llmpar_record_create(heap, rank, deadline_ms, &record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for the record of rank %d", (int)rank);
+    llmpar_status st = llmpar__threads_half(world->world_group, rank, record, heap, device, error, out);
+    if (st) {
+        llmpar_record_destroy(record);
+        return st;
+    }
+    ((llmpar__threads_comm *)(*out)->state)->record = record;
+    if (record) llmpar__threads_show(world, rank, record);
+    return LLMPAR_OK;
 }
 
 #undef LLMPAR__THREADS_PIECE

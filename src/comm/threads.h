@@ -3,7 +3,7 @@
 #define LLMPAR_COMM_THREADS_H
 
 #include "base/heap.h"
-#include "tables/comm.h"
+#include "tables/record.h"
 
 /* What the rank threads of a job share: barriers, published pointers, the first failure. */
 typedef struct llmpar_threads_world llmpar_threads_world;
@@ -12,6 +12,7 @@ typedef struct llmpar_threads_desc {
     int32_t ranks;
     int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
     double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none. Not in lockstep, where a debugger may stop the clock */
+    int32_t unchecked;     /* 1: the ranks do not compare their calls */
 } llmpar_threads_desc;
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
@@ -25,5 +26,10 @@ LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 LLMPAR_API void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error);
 /* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */
 LLMPAR_API void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank);
+/* Waits for that, on the launching thread: 1. Or 0 if the rank is stuck: the job has failed, which wakes every rank that waits in a collective, and this one has shown no sign of life (a collective
+   begun or ended) for `deadline` seconds and for 5 seconds after the failure; its memory must then stay. Never 0 without a deadline, or in lockstep. */
+LLMPAR_API int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t rank);
+/* llmpar_record_json of a rank that need not be this thread's; 0 and "" if the rank has no record any more. */
+LLMPAR_API size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity);
 
 #endif

@@ -9,36 +9,19 @@
 
 #define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
 
-typedef enum llmpar__threads_kind {
-    LLMPAR__THREADS_BARRIER = 0,
-    LLMPAR__THREADS_ALL_GATHER,
-    LLMPAR__THREADS_REDUCE_SCATTER,
-    LLMPAR__THREADS_ALL_REDUCE,
-    LLMPAR__THREADS_BROADCAST,
-    LLMPAR__THREADS_ALL_TO_ALL,
-    LLMPAR__THREADS_SEND,
-    LLMPAR__THREADS_RECV,
-    LLMPAR__THREADS_SPLIT,
-    LLMPAR__THREADS_SPLIT_GROUP /* second half of a split */
-} llmpar__threads_kind;
-
-/* One rank's side of one call. All but send and recv is compared between the ranks. */
+/* One rank's side of one call. */
 typedef struct llmpar__threads_call {
-    llmpar__threads_kind kind;
-    llmpar_dtype dtype;
-    llmpar_reduce_op op;
-    int32_t root, peer;
-    size_t count, blocks;
+    llmpar_call what;
     const void *send;
     void *recv;
-    char tag[64]; /* cut; the rest is zero */
 } llmpar__threads_call;
 
 /* What a rank shows to its peers. Two per rank, used in turns, so that a slot is rewritten only after every peer has come to the next call. */
 typedef struct llmpar__threads_slot {
     unsigned char payload[LLMPAR__THREADS_INLINE]; /* aligned to 64 */
     llmpar__threads_call call;
-    uint64_t pad[8 - (sizeof(llmpar__threads_call) / 8) % 8];
+    uint64_t fingerprint;
+    uint64_t pad[8 - (sizeof(llmpar__threads_call) / 8 + 1) % 8];
 } llmpar__threads_slot;
 
 /* One direction between two ranks. The upper half of `phase` counts 3 steps a message: 3k empty, 3k+1 posted, 3k+2 taken, 3(k+1) done = empty. */
@@ -64,13 +47,25 @@ typedef struct llmpar__threads_group {
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
-/* What a rank says about itself to the others; under the world's lock except `finished`. */
+/* A wait for *word to change its upper half; on its rank's stack. */
+typedef struct llmpar__threads_wait {
+    uint64_t *word;                    /* atomic: a group's barrier or a channel's phase */
+    uint32_t high;
+    uint32_t number;                   /* of the collective on its group; 0 for send and recv */
+    int32_t peer;                      /* index in the group, -1: all that have not come to call `number` */
+    int32_t abortable;
+    llmpar__threads_group *group;
+    const llmpar_call *call;
+} llmpar__threads_wait;
+
+/* What a rank shows of itself to the others; under the world's lock except `finished`. */
 typedef struct llmpar__threads_rank {
-    const llmpar__threads_group *group; /* where it sleeps, NULL: it does not */
-    const llmpar__threads_call *call;
-    uint32_t number;
-    int32_t finished;                   /* atomic */
-    pthread_cond_t turn;                /* lockstep: signalled when it gets the turn */
+    const llmpar__threads_wait *wait; /* asleep in it; NULL: it runs */
+    llmpar_record *record;            /* NULL: no communicator yet, or no more; then `position` is its last one */
+    llmpar_position position;
+    double seen;                      /* when it last came back from a collective with an error */
+    int32_t finished;                 /* atomic */
+    pthread_cond_t turn;              /* lockstep: signalled when it gets the turn */
 } llmpar__threads_rank;
 
 struct llmpar_threads_world {
@@ -80,7 +75,12 @@ struct llmpar_threads_world {
     int32_t aborted;              /* atomic */
     int32_t spins;                /* how often a wait looks before it sleeps */
     int32_t turn, idle_turns;     /* lockstep: the rank that runs; turns passed on since somebody got further */
+    int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
+    int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
+    double failed_at;
     llmpar_error failure;         /* the root error */
+    char report[1100];            /* who was where then; "" if failure.text says so itself */
+    pthread_cond_t ended;         /* signalled when a rank finishes and at the failure */
     llmpar__threads_group *groups, *world_group; /* all of them; the first one, of all ranks */
     llmpar__threads_rank *rank;   /* [ranks] */
 };
@@ -92,26 +92,27 @@ typedef struct llmpar__threads_comm {
     llmpar_threads_world *world;
     llmpar__threads_group *group;
     int32_t world_rank;
-    uint32_t number;       /* collectives begun: the parity picks the slot */
+    uint32_t number;       /* meetings begun: the parity picks the slot */
+    llmpar_record *record; /* owned by the world communicator, NULL in others */
     const void **inputs;   /* [ranks] scratch for the reductions */
 } llmpar__threads_comm;
 
 /* Waiting (threads_wait.c). */
 
-/* "all_reduce" and so on. */
-LLMPAR__PRIVATE const char *llmpar__threads_kind_name(llmpar__threads_kind kind);
 /* A group of `ranks` members with these world ranks (copied), holding `ranks` references; NULL: out of memory. */
 LLMPAR__PRIVATE llmpar__threads_group *llmpar__threads_group_create(llmpar_threads_world *world, int32_t ranks, const int32_t *world_rank, const char *axis);
 LLMPAR__PRIVATE void llmpar__threads_group_release(llmpar__threads_group *group);
 /* Arrives at the group's next barrier and waits until all have. abortable: the wait may end with an error (another rank failed, finished, or is late), and the arrival is then
    taken back, so that nobody can pass a barrier from which a rank has walked away. Otherwise the barrier always completes: only for peers that are known to come. */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar_call *call, int abortable);
 /* Waits until the upper half of channel->phase is no longer `step`, which the rank with index `peer` will bring about; on an error it has been set to "withdrawn". */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
 /* Moves a channel from one step to another and wakes who waits for it; 0 if it was not at `from`. */
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call);
+/* Shows the rank's record to the others; NULL: no more, its memory goes. */
+LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */

@@ -8,8 +8,11 @@
    communicator's condition variable: there may be many more ranks than processors. Everything slow (sleeping, failing,
    the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
 
+   Nobody can go on: when every rank that has not finished is asleep and none of their words has moved, nothing ever will (only ranks move them). So calls on crossed communicators are
+   reported at once by all, with what each waits for, and need no deadline.
+
    Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
-   further, nobody ever will: that is reported as what each rank waits for. */
+   further, nobody ever will. */
 #include "comm/threads_internal.h"
 
 #include <sched.h>
@@ -19,6 +22,7 @@
 #include <unistd.h>
 
 #define LLMPAR__THREADS_YIELDS 4
+#define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
 static double llmpar__threads_now(void)
 {
@@ -34,12 +38,6 @@ static void llmpar__threads_pause(void)
 #else
     __asm__ __volatile__("yield");
 #endif
-}
-
-LLMPAR__PRIVATE_DEF const char *llmpar__threads_kind_name(llmpar__threads_kind kind)
-{
-    static const char *const names[] = { "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split", "split" };
-    return names[kind];
 }
 
 /* World. */
@@ -78,6 +76,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
         for (int32_t i = 0; i < desc->ranks; i++) llmpar__threads_cond_init(&world->rank[i].turn);
+    llmpar__threads_cond_init(&world->ended);
     if (world->rank && all) {
         for (int32_t i = 0; i < desc->ranks; i++) all[i] = i;
         world->world_group = llmpar__threads_group_create(world, desc->ranks, all, "world");
@@ -110,6 +109,7 @@ LLMPAR_DEF void llmpar_threads_world_destroy(llmpar_threads_world *world)
     while (world->groups) llmpar__threads_group_free(world->groups);
     if (world->rank)
         for (int32_t i = 0; i < world->desc.ranks; i++) pthread_cond_destroy(&world->rank[i].turn);
+    pthread_cond_destroy(&world->ended);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(world->heap, world->rank);
     llmpar_heap_free(world->heap, world);
@@ -119,24 +119,6 @@ LLMPAR_DEF void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_e
 {
     pthread_mutex_lock(&world->lock);
     *out = world->failure;
-    pthread_mutex_unlock(&world->lock);
-}
-
-/* Under the lock. */
-static void llmpar__threads_record(llmpar_threads_world *world, const llmpar_error *error)
-{
-    if (world->failure.status == LLMPAR_OK) {
-        world->failure = *error;
-        if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
-    }
-    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
-    llmpar__threads_broadcast_all(world);
-}
-
-LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
-{
-    pthread_mutex_lock(&world->lock);
-    llmpar__threads_record(world, error);
     pthread_mutex_unlock(&world->lock);
 }
 
@@ -178,69 +160,75 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_group_release(llmpar__threads_group *gr
     pthread_mutex_unlock(&world->lock);
 }
 
-/* Failing. */
+/* Failing. All of it under the lock. */
+
+static void llmpar__threads_position(void *user, int32_t rank, llmpar_position *out)
+{
+    llmpar_threads_world *world = (llmpar_threads_world *)user;
+    const llmpar__threads_rank *r = &world->rank[rank];
+    if (r->record) llmpar_record_position(r->record, out);
+    else *out = r->position;
+    out->rank = rank;
+    if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) out->state = LLMPAR_POSITION_RETURNED;
+}
+
+/* The first failure stays. own_report: its text says who was where. */
+static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error *error, int own_report)
+{
+    if (world->failure.status != LLMPAR_OK) return;
+    world->failure = *error;
+    if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    world->failed_at = llmpar__threads_now();
+    if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
+    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
+    llmpar__threads_broadcast_all(world);
+    pthread_cond_broadcast(&world->ended);
+}
+
+/* This rank's error because another one failed. */
+static llmpar_status llmpar__threads_peer(llmpar__threads_comm *tc, const llmpar_call *call)
+{
+    const llmpar_threads_world *world = tc->world;
+    const llmpar_error *f = &world->failure;
+    char mine[256];
+    llmpar_call_print(call, mine, sizeof mine);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
+                            llmpar_status_string(f->status), world->report[0] ? 500 : (int)sizeof f->text, f->text, world->report[0] ? "; " : "", world->report);
+}
+
+LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar__threads_fail(world, error, 0);
+    pthread_mutex_unlock(&world->lock);
+}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status)
 {
+    llmpar_threads_world *world = tc->world;
     if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    pthread_mutex_lock(&world->lock);
     if (status != LLMPAR_ERR_PEER) {
         llmpar_error error = *tc->comm.error;
         error.status = status;
         error.rank = tc->world_rank;
-        llmpar_threads_world_fail(tc->world, &error);
+        llmpar__threads_fail(world, &error, 0);
     }
+    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    pthread_mutex_unlock(&world->lock);
     return status;
 }
 
-/* "all_reduce "layers.1/x" (call 12 on tp)"; number 0: send or recv. */
-static void llmpar__threads_describe(char *text, size_t capacity, const llmpar__threads_group *group, const llmpar__threads_call *call, uint32_t number)
-{
-    const char *name = llmpar__threads_kind_name(call->kind);
-    if (number) snprintf(text, capacity, "%s \"%s\" (call %u on %s)", name, call->tag, (unsigned)number, group->axis);
-    else snprintf(text, capacity, "%s \"%s\" (%s rank %d of %s)", name, call->tag, call->kind == LLMPAR__THREADS_SEND ? "to" : "from", (int)call->peer, group->axis);
-}
-
-/* Under the lock: "rank 0: in all_reduce .., rank 1: not in a collective, ..": all ranks of the world, as far as the text holds. */
-static void llmpar__threads_who(char *text, size_t capacity, const llmpar_threads_world *world, const llmpar__threads_group *group)
-{
-    size_t used = 0;
-    text[0] = 0;
-    for (int32_t i = 0; i < world->desc.ranks && used + 24 < capacity; i++) {
-        const llmpar__threads_rank *r = &world->rank[i];
-        char where[160];
-        if (r->group) {
-            llmpar__threads_describe(where, sizeof where, r->group, r->call, r->number);
-        } else {
-            int32_t member = 0;
-            while (member < group->ranks && group->world_rank[member] != i) member++;
-            if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) snprintf(where, sizeof where, "has returned");
-            else if (member < group->ranks) snprintf(where, sizeof where, "outside, has begun %u calls on %s", (unsigned)__atomic_load_n(&group->arrived[member], __ATOMIC_SEQ_CST), group->axis);
-            else snprintf(where, sizeof where, "outside");
-        }
-        int n = snprintf(text + used, capacity - used, "%srank %d: %s", i ? "; " : "", (int)i, where);
-        used += n > 0 ? (size_t)n : 0;
-    }
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call)
 {
     if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
-    llmpar_error failure;
-    llmpar_threads_world_error(tc->world, &failure);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s \"%s\" on %s: rank %d%s%s%s failed: %s: %s", llmpar__threads_kind_name(call->kind), call->tag, tc->group->axis, (int)failure.rank,
-                            failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "", llmpar_status_string(failure.status), failure.text);
+    pthread_mutex_lock(&tc->world->lock);
+    llmpar_status status = llmpar__threads_peer(tc, call);
+    pthread_mutex_unlock(&tc->world->lock);
+    return status;
 }
 
 /* The general wait. */
-
-typedef struct llmpar__threads_wait {
-    uint64_t *word;                    /* atomic */
-    uint32_t high;                     /* the wait is for the upper half of *word to become another */
-    uint32_t number;                   /* of the collective; 0 for send and recv */
-    int32_t peer;                      /* index in the group, -1: all that have not come to call `number` */
-    int32_t abortable;
-    const llmpar__threads_call *call;
-} llmpar__threads_wait;
 
 typedef enum llmpar__threads_outcome { LLMPAR__THREADS_READY, LLMPAR__THREADS_ABORTED, LLMPAR__THREADS_GONE, LLMPAR__THREADS_LATE, LLMPAR__THREADS_STUCK } llmpar__threads_outcome;
 
@@ -252,7 +240,7 @@ static int llmpar__threads_ready(const llmpar__threads_wait *wait)
 /* A peer that returned from its function without coming to this call, or -1. */
 static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
 {
-    const llmpar__threads_group *group = tc->group;
+    const llmpar__threads_group *group = wait->group;
     for (int32_t i = 0; i < group->ranks; i++) {
         if (wait->peer >= 0 && i != wait->peer) continue;
         if (!__atomic_load_n(&tc->world->rank[group->world_rank[i]].finished, __ATOMIC_SEQ_CST)) continue;
@@ -260,6 +248,31 @@ static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar
         if (wait->peer >= 0 ? !llmpar__threads_ready(wait) : (int32_t)(wait->number - __atomic_load_n(&group->arrived[i], __ATOMIC_SEQ_CST)) > 0) return i;
     }
     return -1;
+}
+
+/* Under the lock: nobody runs who could move the word of anybody. Then all say so. */
+static int llmpar__threads_is_stuck(llmpar_threads_world *world)
+{
+    if (world->stuck) return 1;
+    if (world->asleep + world->finished < world->desc.ranks) return 0;
+    for (int32_t i = 0; i < world->desc.ranks; i++) {
+        const llmpar__threads_wait *wait = world->rank[i].wait;
+        if (wait && (!wait->abortable || llmpar__threads_ready(wait))) return 0;
+    }
+    return 1;
+}
+
+/* Takes this rank's arrival or message back; 0 if the word has moved on after all. Under the lock, so that nothing changes between this and the report. */
+static int llmpar__threads_withdraw(const llmpar__threads_wait *wait)
+{
+    uint64_t old = __atomic_load_n(wait->word, __ATOMIC_SEQ_CST);
+    while ((uint32_t)(old >> 32) == wait->high) {
+        uint64_t next = wait->peer < 0 ? old - 1 : (uint64_t)0xffffffffu << 32;
+        if (!__atomic_compare_exchange_n(wait->word, &old, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+        if (wait->peer >= 0) pthread_cond_broadcast(&wait->group->wake);
+        return 1;
+    }
+    return 0;
 }
 
 /* Hands the turn to the next rank that still runs. Under the lock. */
@@ -287,14 +300,36 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
             return LLMPAR__THREADS_READY;
         }
         if (wait->abortable) {
-            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
-            if (world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
+            if ( world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
         }
         world->idle_turns++;
         llmpar__threads_pass_turn(world);
         llmpar__threads_take_turn(world, tc->world_rank);
     }
+}
+
+/* Under the lock: until `cond` is signalled, or until llmpar__threads_now() is `limit` (0: for ever), or for nothing. */
+static void llmpar__threads_sleep(llmpar_threads_world *world, pthread_cond_t *cond, double limit)
+{
+    struct timespec until;
+    if (!(limit > 0)) {
+        pthread_cond_wait(cond, &world->lock);
+        return;
+    }
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_REALTIME, &until);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+    double rest = limit - llmpar__threads_now();
+    if (rest < 0) rest = 0;
+    if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
+    long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
+    until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
+    until.tv_nsec = nanoseconds % 1000000000;
+    pthread_cond_timedwait(cond, &world->lock, &until);
 }
 
 /* Under the lock. */
@@ -306,62 +341,64 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
     for (;;) {
         if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
         if (wait->abortable) {
-            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
+            if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
             if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
         }
-        if (limit > 0) {
-            struct timespec until;
-#if defined(__APPLE__)
-            clock_gettime(CLOCK_REALTIME, &until);
-#else
-            clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-            double rest = limit - llmpar__threads_now();
-            if (rest < 0) rest = 0;
-            if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
-            long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
-            until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
-            until.tv_nsec = nanoseconds % 1000000000;
-            pthread_cond_timedwait(&group->wake, &world->lock, &until);
-        } else {
-            pthread_cond_wait(&group->wake, &world->lock);
-        }
+        llmpar__threads_sleep(world, &group->wake, limit);
     }
 }
 
-/* Waits; the text of a failed wait goes to `text` while the lock still holds everybody in place. */
-static llmpar__threads_outcome llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, char *text, size_t capacity)
+/* What this rank reports when its wait did not end well; everybody is held in place by the lock. */
+static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, llmpar__threads_outcome outcome, int32_t gone)
 {
     llmpar_threads_world *world = tc->world;
-    llmpar__threads_group *group = tc->group;
+    llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
+    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_peer(tc, wait->call);
+    char what[256], why[64], *who = world->report;
+    llmpar_call_print(wait->call, what, sizeof what);
+    if (gone >= 0) snprintf(why, sizeof why, "rank %d has returned without it", (int)wait->group->world_rank[gone]);
+    else if (outcome == LLMPAR__THREADS_STUCK) snprintf(why, sizeof why, "nobody can go on");
+    else snprintf(why, sizeof why, "waited %g s for the other ranks", world->desc.deadline);
+    if (world->failure.status == LLMPAR_OK) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, who, sizeof world->report);
+    llmpar_error_set(tc->comm.error, status, "%s: %s (%s)", what, why, who);
+    if (world->failure.status != LLMPAR_OK) return status;
+    llmpar_error error = *tc->comm.error;
+    error.status = status;
+    error.rank = tc->world_rank;
+    if (outcome == LLMPAR__THREADS_STUCK) world->stuck = 1; /* the report stays for the others */
+    else who[0] = 0;
+    llmpar__threads_fail(world, &error, 1);
+    return status;
+}
+
+/* Waits. After an error the rank's arrival or message has been taken back. */
+static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+{
+    llmpar_threads_world *world = tc->world;
+    llmpar__threads_group *group = wait->group;
     if (!world->desc.lockstep)
         for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
-            if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
+            if (llmpar__threads_ready(wait)) return LLMPAR_OK;
             if (i < world->spins) llmpar__threads_pause();
             else sched_yield();
         }
     pthread_mutex_lock(&world->lock);
     llmpar__threads_rank *self = &world->rank[tc->world_rank];
-    self->group = group;
-    self->call = wait->call;
-    self->number = wait->number;
+    self->wait = wait;
+    world->asleep++;
     __atomic_add_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_outcome outcome = world->desc.lockstep ? llmpar__threads_wait_lockstep(tc, wait) : llmpar__threads_wait_asleep(tc, wait);
     __atomic_sub_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
-    if (outcome != LLMPAR__THREADS_READY && outcome != LLMPAR__THREADS_ABORTED) {
-        char what[192], who[448];
-        llmpar__threads_describe(what, sizeof what, group, wait->call, wait->number);
-        llmpar__threads_who(who, sizeof who, world, group);
-        int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
-        if (gone >= 0) snprintf(text, capacity, "%s: rank %d has returned without it (%s)", what, (int)group->world_rank[gone], who);
-        else if (outcome == LLMPAR__THREADS_STUCK) snprintf(text, capacity, "%s: nobody can go on (%s)", what, who);
-        else snprintf(text, capacity, "%s: waited %g s for the other ranks (%s)", what, world->desc.deadline, who);
-    }
-    self->group = NULL;
-    self->call = NULL;
+    int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
+    llmpar_status status = outcome != LLMPAR__THREADS_READY && llmpar__threads_withdraw(wait) ? llmpar__threads_report(tc, wait, outcome, gone) : LLMPAR_OK;
+    world->asleep--;
+    self->wait = NULL;
     pthread_mutex_unlock(&world->lock);
-    return outcome;
+    return status;
 }
 
 /* Wakes whoever sleeps on the group's words, after one of them was changed. */
@@ -373,15 +410,7 @@ static void llmpar__threads_wake(llmpar__threads_group *group)
     pthread_mutex_unlock(&group->world->lock);
 }
 
-/* The error of a wait that did not end well. */
-static llmpar_status llmpar__threads_outcome_error(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, llmpar__threads_outcome outcome, const char *text)
-{
-    if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_failed(tc, llmpar__threads_check(tc, wait->call));
-    llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, status, "%s", text));
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar_call *call, int abortable)
 {
     llmpar__threads_group *group = tc->group;
     uint64_t old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
@@ -394,20 +423,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *
         return LLMPAR_OK;
     }
     llmpar__threads_wait wait;
-    char text[700];
     wait.word = &group->barrier;
     wait.high = (uint32_t)(old >> 32);
     wait.number = tc->number;
     wait.peer = -1;
     wait.abortable = abortable;
+    wait.group = group;
     wait.call = call;
-    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
-    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
-    old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
-    while ((uint32_t)(old >> 32) == wait.high)
-        if (__atomic_compare_exchange_n(&group->barrier, &old, old - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-            return llmpar__threads_outcome_error(tc, &wait, outcome, text);
-    return LLMPAR_OK; /* completed in the meantime after all */
+    return llmpar__threads_wait_for(tc, &wait);
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to)
@@ -418,20 +441,17 @@ LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__t
     return 1;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
 {
     llmpar__threads_wait wait;
-    char text[700];
     wait.word = &channel->phase;
     wait.high = step;
     wait.number = 0;
     wait.peer = peer;
     wait.abortable = abortable;
+    wait.group = tc->group;
     wait.call = call;
-    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
-    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
-    if (!llmpar__threads_step(tc, channel, step, 0xffffffffu)) return LLMPAR_OK; /* moved on in the meantime after all */
-    return llmpar__threads_outcome_error(tc, &wait, outcome, text);
+    return llmpar__threads_wait_for(tc, &wait);
 }
 
 /* The rank's life. */
@@ -448,11 +468,63 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_first_turn(llmpar_threads_world *world,
 LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank)
 {
     pthread_mutex_lock(&world->lock);
+    if (!world->rank[rank].finished) world->finished++;
     __atomic_store_n(&world->rank[rank].finished, 1, __ATOMIC_SEQ_CST);
     world->idle_turns = 0;
+    pthread_cond_broadcast(&world->ended);
     if (world->desc.lockstep && world->turn == rank) llmpar__threads_pass_turn(world);
     llmpar__threads_broadcast_all(world);
     pthread_mutex_unlock(&world->lock);
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record)
+{
+    llmpar__threads_rank *r = &world->rank[rank];
+    pthread_mutex_lock(&world->lock);
+    if (r->record && !record) llmpar_record_position(r->record, &r->position);
+    r->record = record;
+    pthread_mutex_unlock(&world->lock);
+}
+
+LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity)
+{
+    if (capacity) text[0] = 0;
+    pthread_mutex_lock(&world->lock); /* which the rank needs to take its record away */
+    llmpar_record *record = world->rank[rank].record;
+    size_t bytes = record ? llmpar_record_json(record, text, capacity) : 0;
+    pthread_mutex_unlock(&world->lock);
+    return bytes;
+}
+
+/* When the rank last gave a sign of life. Its record has the time of day: taken as an age. */
+static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
+{
+    struct timespec t;
+    llmpar_position p;
+    clock_gettime(CLOCK_REALTIME, &t);
+    llmpar__threads_position(world, rank, &p);
+    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__threads_now();
+    double seen = p.time_ns && age > 0 ? now - age : now;
+    return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
+}
+
+LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t rank)
+{
+    int finished;
+    pthread_mutex_lock(&world->lock);
+    while (!(finished = __atomic_load_n(&world->rank[rank].finished, __ATOMIC_SEQ_CST))) {
+        double limit = 0;
+        if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST) && world->desc.deadline > 0 && !world->desc.lockstep) {
+            double seen = llmpar__threads_seen(world, rank) + world->desc.deadline;
+            limit = world->failed_at + LLMPAR__THREADS_GRACE;
+            if (seen > limit) limit = seen;
+            if (llmpar__threads_now() >= limit) break;
+        }
+        llmpar__threads_sleep(world, &world->ended, limit);
+    }
+    pthread_mutex_unlock(&world->lock);
+    return finished;
+}
+
 #undef LLMPAR__THREADS_YIELDS
+#undef LLMPAR__THREADS_GRACE
