@@ -216,7 +216,8 @@ TEST(device_calls)
             train_job job = job_of(&config, &p);
             p.rank = (slot + i) % 4;
             p.slot = slot;
-            p.nth = spread(clean.calls[p.rank][slot], i, tries);
+            /* The very last host call notes in the record that the last barrier is done: the others are home by then. */
+            p.nth = spread(clean.calls[p.rank][slot] - (slot == SLOT_HOST_CALL), i, tries);
             snprintf(name, sizeof name, "call %llu of %s on rank %d", (unsigned long long)p.nth, slot_name[slot], p.rank);
             snprintf(part, sizeof part, "planted: call %llu of %s", (unsigned long long)p.nth, slot_name[slot]);
             expect(&job, name, LLMPAR_ERR_INTERNAL, part);

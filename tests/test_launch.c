@@ -78,7 +78,8 @@ static llmpar_status fails(llmpar_ctx *ctx, void *user)
     }
     st = llmpar_comm_barrier(ctx->comm, NULL, "wait");
     if (ctx->world > 1) CHECK_INT(st, LLMPAR_ERR_PEER);
-    CHECK_TEXT(llmpar_last_error(ctx), "barrier \"wait\" on world: rank");
+    CHECK_TEXT(llmpar_last_error(ctx), "barrier \"wait\" (call ");
+    CHECK_TEXT(llmpar_last_error(ctx), " on world): rank");
     if (how == 3) CHECK_TEXT(llmpar_last_error(ctx), "(tp=2)");
     if (how == 3) CHECK(strstr(ctx->error.where, "tp=") != NULL);
     CHECK_INT(ctx->error.rank, ctx->rank);
@@ -128,9 +129,9 @@ TEST(bad_descs)
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "threads = -3");
     desc.threads = 0;
-    desc.deadline = -1;
+    desc.deadline = 0.0 / (desc.threads * 1.0);
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
-    CHECK_TEXT(error.text, "deadline = -1");
+    CHECK_TEXT(error.text, "the deadline is not a number");
     desc.deadline = 0;
     desc.cpu = "avx3";
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_CONFIG);

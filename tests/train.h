@@ -269,7 +269,7 @@ static inline void train_difference(const train_bytes *got, const train_bytes *w
         }
         if (used < capacity && tensors) snprintf(text + used, capacity - used, "; %zu of %d tensors differ", tensors, (int)b->count);
     } else {
-        snprintf(text, capacity, "no safetensors: %s", error.text);
+        snprintf(text, capacity, "no safetensors: %.600s", error.text);
     }
     llmpar_safetensors_close(a);
     llmpar_safetensors_close(b);

@@ -192,8 +192,10 @@ static llmpar_status llmpar__threads_peer(llmpar__threads_comm *tc, const llmpar
     const llmpar_error *f = &world->failure;
     char mine[256];
     llmpar_call_print(call, mine, sizeof mine);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
+    llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
                             llmpar_status_string(f->status), world->report[0] ? 500 : (int)sizeof f->text, f->text, world->report[0] ? "; " : "", world->report);
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    return LLMPAR_ERR_PEER;
 }
 
 LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
@@ -302,7 +304,7 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
         if (wait->abortable) {
             if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
-            if ( world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
+            if (world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
         }
         world->idle_turns++;
         llmpar__threads_pass_turn(world);
@@ -356,7 +358,6 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
     llmpar_threads_world *world = tc->world;
     llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
     world->rank[tc->world_rank].seen = llmpar__threads_now();
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
     if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_peer(tc, wait->call);
     char what[256], why[64], *who = world->report;
     llmpar_call_print(wait->call, what, sizeof what);
@@ -365,6 +366,7 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
     else snprintf(why, sizeof why, "waited %g s for the other ranks", world->desc.deadline);
     if (world->failure.status == LLMPAR_OK) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, who, sizeof world->report);
     llmpar_error_set(tc->comm.error, status, "%s: %s (%s)", what, why, who);
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
     if (world->failure.status != LLMPAR_OK) return status;
     llmpar_error error = *tc->comm.error;
     error.status = status;

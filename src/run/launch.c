@@ -1,14 +1,19 @@
 /* launch: rank threads, their contexts, and the root error.
 
    One rank's life, on its own thread (on the caller's for a world of one rank):
-     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all -> communicator and device destroyed
-   The check hook runs when all ranks have ended, on the caller's thread, rank by rank. */
-#include "run/launch.h"
+     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all, record written -> communicator and device destroyed
+   The check hook runs when all ranks have ended, on the caller's thread, rank by rank.
 
+   A rank that never comes back cannot be joined and must not lose its memory. So what the ranks share belongs to all of them and to the caller, and whoever leaves last frees it: if a rank is stuck
+   the caller leaves first, with the error. */
+#include "run/launch_internal.h"
+
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
@@ -19,24 +24,29 @@
 
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
+#define LLMPAR__LAUNCH_DEADLINE 600.0
 
-/* What all ranks of one launch share; read-only while they run. */
+typedef struct llmpar__launch_rank {
+    llmpar_ctx ctx;
+    struct llmpar__launch_job *job;
+    pthread_t thread;
+    int32_t stuck; /* left running */
+} llmpar__launch_rank;
+
+/* What all ranks of one launch share; read-only while they run, but for `references`. */
 typedef struct llmpar__launch_job {
     llmpar_launch_desc desc;
     llmpar_cpu_level level;
     llmpar_rank_fn fn;
     void *user;
+    llmpar_heap heap; /* of the launching thread; the ranks' splits use it under the world's lock, and whoever frees the job */
     llmpar_threads_world *world;
+    llmpar__launch_rank *rank;
+    char record[1000];  /* directory, "" = none */
+    int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
-typedef struct llmpar__launch_rank {
-    llmpar_ctx ctx;
-    const llmpar__launch_job *job;
-    pthread_t thread;
-} llmpar__launch_rank;
-
-/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
-static uint64_t llmpar__launch_float_state(void)
+LLMPAR__PRIVATE_DEF uint64_t llmpar__launch_float_state(void)
 {
 #if defined(__x86_64__)
     unsigned old = __builtin_ia32_stmxcsr();
@@ -50,7 +60,7 @@ static uint64_t llmpar__launch_float_state(void)
 #endif
 }
 
-static void llmpar__launch_float_restore(uint64_t state)
+LLMPAR__PRIVATE_DEF void llmpar__launch_float_restore(uint64_t state)
 {
 #if defined(__x86_64__)
     __builtin_ia32_ldmxcsr((unsigned)state);
@@ -117,8 +127,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
     return st;
 }
 
-/* All ranks compute alike, or all say who does not. */
-static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
     uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
@@ -147,9 +156,53 @@ static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
     return st;
 }
 
+/* text == NULL: there was no memory for it. */
+static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, const char *text)
+{
+    char path[1100], line[1280];
+    snprintf(path, sizeof path, "%s/llmpar_rank_%d.json", directory, (int)ctx->rank);
+    if (text) mkdir(directory, 0777); /* may be there */
+    FILE *file = text ? fopen(path, "w") : NULL;
+    int failed = !file || fputs(text, file) < 0;
+    if (file && fclose(file)) failed = 1;
+    snprintf(line, sizeof line, "the record could not be written to %s: %s", path, text ? strerror(errno) : "out of memory");
+    if (failed && ctx->log) ctx->log(ctx->log_user, (int)ctx->rank, LLMPAR_LOG_WARNING, line);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+{
+    if (!directory || !directory[0] || !record) return;
+    size_t bytes = llmpar_record_json(record, NULL, 0) + 1;
+    char *text = (char *)malloc(bytes);
+    if (text) llmpar_record_json(record, text, bytes);
+    llmpar__launch_write(directory, ctx, text);
+    free(text);
+}
+
+/* The same for a rank that is stuck: its record belongs to its thread, which may yet go on. */
+static void llmpar__launch_dump_stuck(const char *directory, const llmpar_ctx *ctx, llmpar_threads_world *world)
+{
+    if (!directory[0]) return;
+    size_t bytes = llmpar_threads_rank_json(world, ctx->rank, NULL, 0) + 4096;
+    char *text = (char *)malloc(bytes);
+    if (!text || llmpar_threads_rank_json(world, ctx->rank, text, bytes)) llmpar__launch_write(directory, ctx, text);
+    free(text);
+}
+
+/* What a rank that did not fail first has to say: whom it waited for, in which collective. A user's error needs no such lines: it says itself what was wrong. */
+static void llmpar__launch_report(llmpar__launch_job *job, llmpar_ctx *ctx)
+{
+    llmpar_error root;
+    char line[sizeof root.text + sizeof root.where + 4];
+    llmpar_threads_world_error(job->world, &root);
+    int plain = root.status != LLMPAR_ERR_TIMEOUT && root.status != LLMPAR_ERR_MISMATCH;
+    snprintf(line, sizeof line, "%s%s%s%s", ctx->error.where[0] ? "(" : "", ctx->error.where, ctx->error.where[0] ? ") " : "", ctx->error.text);
+    if (root.rank != ctx->rank && ctx->error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s", line);
+}
+
 static void llmpar__launch_run(llmpar__launch_rank *self)
 {
-    const llmpar__launch_job *job = self->job;
+    llmpar__launch_job *job = self->job;
     llmpar_ctx *ctx = &self->ctx;
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
@@ -165,12 +218,24 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         error.rank = ctx->rank;
         error.status = st;
         llmpar_threads_world_fail(job->world, &error);
+        llmpar__launch_report(job, ctx);
+        if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
     llmpar_comm_destroy(ctx->comm);
     llmpar_cpu_destroy(ctx->device);
     ctx->comm = NULL;
     ctx->device = NULL;
+}
+
+/* The last one out frees what all share. */
+static void llmpar__launch_leave(llmpar__launch_job *job)
+{
+    if (__atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL)) return;
+    llmpar_heap heap = job->heap;
+    llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
+    llmpar_heap_free(&heap, job->rank);
+    llmpar_heap_free(&heap, job);
 }
 
 static void *llmpar__launch_thread(void *arg)
@@ -185,17 +250,19 @@ static void *llmpar__launch_thread(void *arg)
 #endif
     llmpar__launch_float_state(); /* the thread ends with it */
     llmpar__launch_run(self);
+    llmpar__launch_leave(self->job);
     return NULL;
 }
 
-/* Checks the desc and fills in the defaults. */
-static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (one rank) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
     if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
-    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    if (!desc->ranks) desc->ranks = 1;
+    if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
+    if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
+    if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
+    if (desc->record && !desc->record[0]) desc->record = NULL;
     if (!desc->threads) desc->threads = 1;
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
@@ -213,45 +280,71 @@ static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu
     return LLMPAR_OK;
 }
 
+/* Adds to the error which ranks are left running; the end of a long text makes room. */
+static void llmpar__launch_stuck(const llmpar__launch_job *job, llmpar_error *error, int32_t started)
+{
+    char note[240] = "; stuck and left running, with their memory: ";
+    size_t used = strlen(note), length = strlen(error->text);
+    for (int32_t i = 0; i < started && used < sizeof note - 16; i++)
+        if (job->rank[i].stuck) used += (size_t)snprintf(note + used, sizeof note - used, "rank %d ", (int)i);
+    note[--used] = 0;
+    if (length > sizeof error->text - 1 - used) length = sizeof error->text - 1 - used;
+    memcpy(error->text + length, note, used + 1);
+}
+
 LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
     llmpar_error local;
     if (!error) error = &local;
     llmpar_error_clear(error);
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
-    llmpar__launch_job job;
-    memset(&job, 0, sizeof job);
-    if (given) job.desc = *given;
-    job.fn = fn;
-    job.user = user;
-    llmpar_status st = llmpar__launch_resolve(&job.desc, &job.level, error);
+    if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level;
+    memset(&desc, 0, sizeof desc);
+    if (given) desc = *given;
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (st) return st;
 
-    int32_t ranks = job.desc.ranks, started = 0;
-    llmpar_heap heap; /* of this thread; the ranks' splits use it under the world's lock */
+    int32_t ranks = desc.ranks ? desc.ranks : 1, started = 0, stuck = 0;
+    llmpar_heap heap;
+    llmpar_heap_init(&heap, desc.allocator);
+    llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
+    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    if (!job || !rank) {
+        llmpar_heap_free(&heap, rank);
+        llmpar_heap_free(&heap, job);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+    }
+    job->desc = desc;
+    job->level = level;
+    job->fn = fn;
+    job->user = user;
+    job->heap = heap;
+    job->rank = rank;
+    job->references = 1;
+    snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
-    threads.lockstep = job.desc.lockstep;
-    threads.deadline = job.desc.deadline;
-    llmpar_heap_init(&heap, job.desc.allocator);
-    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
-    if (!rank) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
-    st = llmpar_threads_world_create(&heap, &threads, &job.world, error);
+    threads.lockstep = desc.lockstep;
+    threads.deadline = desc.deadline;
+    threads.unchecked = desc.unchecked;
+    st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
-        llmpar_heap_free(&heap, rank);
+        llmpar__launch_leave(job);
         return st;
     }
     for (int32_t i = 0; i < ranks; i++) {
         llmpar_ctx *ctx = &rank[i].ctx;
-        rank[i].job = &job;
+        rank[i].job = job;
         ctx->rank = i;
         ctx->world = ranks;
-        llmpar_heap_init(&ctx->heap, job.desc.allocator);
+        llmpar_heap_init(&ctx->heap, desc.allocator);
         llmpar_error_clear(&ctx->error);
         ctx->error.rank = i;
-        ctx->log = job.desc.log;
-        ctx->log_user = job.desc.log_user;
+        ctx->log = desc.log;
+        ctx->log_user = desc.log_user;
     }
 
     if (ranks == 1) {
@@ -265,8 +358,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         if (!failed) {
             pthread_attr_setstacksize(&attributes, LLMPAR__LAUNCH_STACK);
             while (started < ranks && !failed) {
+                __atomic_add_fetch(&job->references, 1, __ATOMIC_ACQ_REL);
                 failed = pthread_create(&rank[started].thread, &attributes, llmpar__launch_thread, &rank[started]);
-                if (!failed) started++;
+                if (failed) __atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL);
+                else started++;
             }
             pthread_attr_destroy(&attributes);
         }
@@ -275,17 +370,28 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
             llmpar_error_clear(&broken);
             llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
             broken.rank = started;
-            llmpar_threads_world_fail(job.world, &broken);
-            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job.world, i);
+            llmpar_threads_world_fail(job->world, &broken);
+            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job->world, i);
         }
-        for (int32_t i = 0; i < started; i++) pthread_join(rank[i].thread, NULL);
+        for (int32_t i = 0; i < started; i++) {
+            rank[i].stuck = !llmpar_threads_rank_wait(job->world, i);
+            stuck += rank[i].stuck;
+            if (!rank[i].stuck) pthread_join(rank[i].thread, NULL);
+        }
+        for (int32_t i = 0; i < started && stuck; i++)
+            if (rank[i].stuck) {
+                llmpar__launch_dump_stuck(job->record, &rank[i].ctx, job->world);
+                pthread_detach(rank[i].thread);
+            }
     }
-    for (int32_t i = 0; i < started && job.desc.check; i++) job.desc.check(&rank[i].ctx, user);
-    llmpar_threads_world_error(job.world, error);
-    llmpar_threads_world_destroy(job.world);
-    llmpar_heap_free(&heap, rank);
+    for (int32_t i = 0; i < started && desc.check; i++)
+        if (!rank[i].stuck) desc.check(&rank[i].ctx, user);
+    llmpar_threads_world_error(job->world, error);
+    if (stuck) llmpar__launch_stuck(job, error, started);
+    llmpar__launch_leave(job);
     return error->status;
 }
 
 #undef LLMPAR__LAUNCH_STACK
 #undef LLMPAR__LAUNCH_MAX_RANKS
+#undef LLMPAR__LAUNCH_DEADLINE

@@ -2,15 +2,23 @@
 #ifndef LLMPAR_LAUNCH_H
 #define LLMPAR_LAUNCH_H
 
+#include "comm/mpi.h"
 #include "tables/comm.h"
 #include "tables/ctx.h"
 
+/* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
+typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
+
 typedef struct llmpar_launch_desc {
-    int32_t ranks;                /* 0 = 1 (the MPI world once MPI is there). One rank runs on the caller's thread */
+    int32_t ranks;                /* 0 = the MPI processes there are, or 1. One rank, and an MPI process, runs on the caller's thread */
+    llmpar_transport transport;
+    const llmpar_mpi_desc *mpi;   /* own communicator and more; its deadline and unchecked are those below. Not NULL: ranks are MPI processes */
     int32_t threads;              /* workers inside a rank; default 1 */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
     const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
-    double deadline;              /* seconds a collective waits for its peers; default 0 = for ever */
+    double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
+    int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
+    const char *record;           /* directory: a rank whose function fails writes its last collectives to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */
     void *log_user;
@@ -20,8 +28,12 @@ typedef struct llmpar_launch_desc {
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
 
 /* Runs fn on every rank and returns when all have ended: LLMPAR_OK, or the root error's status with *error filled (rank, coordinate, text; never LLMPAR_ERR_PEER). error may be NULL.
-   A rank that returns an error wakes all others. Rank threads are named "r3" (the mesh adds the tp coordinate). The lowest common dispatch level is used on all ranks; a self-test hash
-   that differs between ranks is LLMPAR_ERR_MISMATCH. */
+   A rank that returns an error wakes all others. A rank that stays away for ever cannot be ended: once the job has failed and the rank has neither begun nor ended a collective for `deadline` seconds
+   (at least 5 after the failure), launch returns without it; the error says so, and the rank keeps running on memory that stays (fn, user, allocator and log must stay valid too: best end the process). Rank threads are named "r3" (the mesh adds the tp coordinate). The lowest common dispatch level is used on all ranks; a self-test hash
+   that differs between ranks is LLMPAR_ERR_MISMATCH.
+   MPI: every process calls it and gets the same error. MPI is initialised (MPI_THREAD_SERIALIZED) and finalised here unless the caller has initialised it; a caller that launches more than once must, since
+   MPI starts only once. A failure of which this rank is not the root goes to the log too: its own collective, and who was where. When a rank is dead or stuck, MPI cannot be finalised: where it was
+   initialised here the root error is logged and MPI_Abort ends all processes with exit code 1; else the error is returned, and the caller has to. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
 #endif
