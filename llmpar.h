@@ -225,7 +225,7 @@ typedef struct llmpar_error {
     llmpar_status status; /* LLMPAR_OK: no error */
     int32_t rank;         /* world rank that failed, -1 if no rank was involved */
     char where[48];       /* mesh coordinate "dp_shard=1 tp=0", or "" */
-    char text[700];       /* one line, no newline at the end */
+    char text[1600];      /* one line, no newline at the end */
 } llmpar_error;
 
 /* "out of memory" and so on; never NULL. Thread-safe. */
@@ -754,6 +754,11 @@ struct llmpar_comm {
     llmpar_status (*recv)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
     /* Local, from any rank: every rank's pending and next collective on any communicator of the job returns LLMPAR_ERR_PEER with this error's rank and text. */
     void (*abort)(llmpar_comm *comm, const llmpar_error *error);
+    /* Kept by the wrappers (record.h). A table that ends before `group`, or has no record, works without being recorded. */
+    const struct llmpar_call *call;  /* during a slot: what it was asked for, described for messages; its blocks are not 0 */
+    struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
+    int32_t group;                   /* this communicator's number there */
+    int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
 };
 
 /* Wrappers with checks common to all implementations (abi, sizes, dtype and op allowed, root and peer in range, NULL buffers with a count). With ranks == 1 they copy
@@ -768,6 +773,82 @@ LLMPAR_API llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, c
 LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local */
+
+#endif
+/* ==== src/tables/record.h ==== */
+/* record: what a collective is, said the same way by every rank and every transport: a fingerprint to compare before data moves, a text to report, and a ring of each
+   rank's last collectives (all of its communicators) that can be dumped as JSON with the field names of PyTorch's Flight Recorder.
+
+   The wrappers of comm.h describe each call (comm->call, for the slot), enter it in the record and mark it, on its stream, as started and as completed. A communicator
+   attaches itself to its rank's record, compares fingerprints when its ranks meet, and reports with the functions below. One rank alone is not recorded: it waits for nobody. */
+#ifndef LLMPAR_RECORD_H
+#define LLMPAR_RECORD_H
+
+
+#define LLMPAR_RECORD_ENTRIES 256
+
+typedef enum llmpar_call_op {
+    LLMPAR_CALL_NONE = 0,
+    LLMPAR_CALL_BARRIER,
+    LLMPAR_CALL_ALL_GATHER,
+    LLMPAR_CALL_REDUCE_SCATTER,
+    LLMPAR_CALL_ALL_REDUCE,
+    LLMPAR_CALL_BROADCAST,
+    LLMPAR_CALL_ALL_TO_ALL,
+    LLMPAR_CALL_SEND,
+    LLMPAR_CALL_RECV,
+    LLMPAR_CALL_SPLIT
+} llmpar_call_op;
+
+/* One rank's side of one collective. No pointers and no gaps: ranks of one build may send it as bytes. Unused fields and the ends of texts are zero. */
+typedef struct llmpar_call {
+    uint64_t count, blocks;      /* as in llmpar_collective, blocks >= 1; both 0 for barrier and split */
+    uint64_t number;             /* 1, 2, ..: of the collectives on this communicator, alike on its ranks; of send and recv: of this rank's messages there; 0 without a record */
+    uint64_t tag_bits;           /* of the whole tag */
+    int32_t op, dtype, reduce;   /* llmpar_call_op, llmpar_dtype, llmpar_reduce_op */
+    int32_t root, peer;          /* as in llmpar_collective */
+    int32_t member, members;     /* this rank's index in the communicator, and their number */
+    int32_t rank;                /* this rank in the world; -1 without a record */
+    char axis[24], where[48];    /* of the communicator; of the rank: "dp_shard=1 tp=0" */
+    char tag[64];                /* cut */
+} llmpar_call;
+
+/* Where a rank is. Plain data like llmpar_call. */
+typedef enum llmpar_position_state { LLMPAR_POSITION_OUTSIDE = 0, LLMPAR_POSITION_INSIDE, LLMPAR_POSITION_RETURNED, LLMPAR_POSITION_UNKNOWN } llmpar_position_state;
+typedef struct llmpar_position {
+    int32_t rank, state;         /* of the world; llmpar_position_state */
+    uint64_t time_ns;            /* when its record last changed, since 1970; 0: never */
+    char where[48];
+    llmpar_call now, last;       /* the collective it is in, and the last one it completed; op NONE: none */
+} llmpar_position;
+typedef void (*llmpar_position_fn)(void *user, int32_t rank, llmpar_position *out);
+
+typedef struct llmpar_record llmpar_record; /* one rank's; written by its thread, read by any (a short lock) */
+
+/* "all_gather" and so on. */
+LLMPAR_API const char *llmpar_call_op_name(llmpar_call_op op);
+/* Equal if and only if (up to chance) the calls belong together: op, dtype, count, blocks, root, reduce, axis, tag, number; of a message both ends instead of op, peer and number. Local. */
+LLMPAR_API uint64_t llmpar_call_fingerprint(const llmpar_call *call);
+/* `all_reduce sum f32[2 x 100] "layers.1/x" (call 17 on tp)`. Cut at capacity; returns the bytes needed without the NUL, as all printing functions here. Local. */
+LLMPAR_API size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity);
+/* `the ranks of tp disagree in op and count: rank 0 (tp=0): all_gather ..; rank 1 (tp=1): reduce_scatter ..`. Both sides say the same when both pass (lower rank, higher rank). Local. */
+LLMPAR_API size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity);
+/* `rank 1 (tp=1): outside, last completed ..; ranks 0 2: in all_reduce .., last completed ..`: every rank once, ranks of equal state together, who is in no collective first. Local. */
+LLMPAR_API size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity);
+
+/* timeout_ms: the deadline, for the dump; 0 none. The rank's heap; LLMPAR_ERR_MEMORY. Local, as all of these. */
+LLMPAR_API llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out);
+LLMPAR_API void llmpar_record_destroy(llmpar_record *record); /* NULL is fine; after the communicators attached to it */
+/* From now on the wrappers enter comm's calls. world_rank[comm->ranks] (copied): its members. Communicators of equal axis and members are one group with one count of calls. LLMPAR_ERR_MEMORY. */
+LLMPAR_API llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank);
+/* For the wrappers: enters *call (sets number and rank), state "scheduled"; returns its id for the marks. group: comm->group. */
+LLMPAR_API uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call);
+LLMPAR_API void llmpar_record_started(llmpar_record *record, uint64_t id);
+LLMPAR_API void llmpar_record_completed(llmpar_record *record, uint64_t id);
+/* From any thread. Never LLMPAR_POSITION_RETURNED: that the communicator knows. */
+LLMPAR_API void llmpar_record_position(llmpar_record *record, llmpar_position *out);
+/* The dump: version, pg_config, pg_status, entries (oldest first; the tag stands in `frames`), and this rank with its mesh coordinate. From any thread. */
+LLMPAR_API size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity);
 
 #endif
 /* ==== src/tables/arena.h ==== */
@@ -851,6 +932,7 @@ typedef struct llmpar_threads_desc {
     int32_t ranks;
     int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
     double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none. Not in lockstep, where a debugger may stop the clock */
+    int32_t unchecked;     /* 1: the ranks do not compare their calls */
 } llmpar_threads_desc;
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
@@ -864,6 +946,52 @@ LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 LLMPAR_API void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error);
 /* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */
 LLMPAR_API void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank);
+/* Waits for that, on the launching thread: 1. Or 0 if the rank is stuck: the job has failed, which wakes every rank that waits in a collective, and this one has shown no sign of life (a collective
+   begun or ended) for `deadline` seconds and for 5 seconds after the failure; its memory must then stay. Never 0 without a deadline, or in lockstep. */
+LLMPAR_API int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t rank);
+/* llmpar_record_json of a rank that need not be this thread's; 0 and "" if the rank has no record any more. */
+LLMPAR_API size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity);
+
+#endif
+/* ==== src/comm/mpi.h ==== */
+/* mpi: the communicator between MPI processes. Its functions exist where LLMPAR_USE_MPI is defined beside LLMPAR_IMPLEMENTATION; these declarations need no mpi.h.
+
+   llmpar_launch does all of this by itself under mpirun. By hand, one world a process:
+     llmpar_mpi_world_create -> llmpar_mpi_comm_create -> ... collectives ... -> llmpar_mpi_world_finish -> llmpar_comm_destroy -> llmpar_mpi_world_destroy
+   After world_create no MPI call blocks and none is collective: Isend, Irecv and Test alone, so that a rank which fails, ends or dies is found by the others wherever they wait. */
+#ifndef LLMPAR_COMM_MPI_H
+#define LLMPAR_COMM_MPI_H
+
+
+typedef struct llmpar_mpi_world llmpar_mpi_world;
+
+/* Alike on all processes. Zero is a default. */
+typedef struct llmpar_mpi_desc {
+    const void *comm;      /* address of an MPI_Comm (an intracommunicator, duplicated); default: MPI_COMM_WORLD. MPI must be initialised and not finalised */
+    size_t comm_slice;     /* bytes that a reduction handles at a time and that a message has at most; default 16 MiB, at most 1 GiB. Scratch: about 1.5 of it a process, at most 2 */
+    double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none */
+    double heartbeat;      /* seconds between two signs of life; default 0.5 */
+    double silence;        /* seconds without one after which a rank is given up (killed, stopped, unreachable); default 5 */
+    int32_t unchecked;     /* 1: the ranks do not compare their calls */
+    int32_t direct;        /* up to this many ranks, a collective begins with a message from each to each, which also carries small data; beyond, with log2 n rounds. Default 16 */
+} llmpar_mpi_desc;
+
+/* Collective over desc->comm, and may block. heap: the rank's, borrowed; all memory is taken from it here and in collectives, on the caller's thread. desc may be NULL.
+   Where MPI provides MPI_THREAD_SERIALIZED on all ranks a helper thread sends signs of life; else silent ranks are only found by `deadline`. One thread calls MPI at a time.
+   Errors: LLMPAR_ERR_CONFIG (MPI not initialised, already finalised, an intercommunicator), LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_MEMORY; the same on every rank. */
+LLMPAR_API llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error);
+LLMPAR_API int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world);  /* local */
+LLMPAR_API int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world); /* local */
+/* 1 where MPI provides MPI_THREAD_SERIALIZED on all ranks. Local. */
+LLMPAR_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
+/* The communicator of all ranks; its calls are in the world's record, as those of its splits. error: where its failures leave their text; its `where` (the mesh coordinate) is shown to the other ranks. Local. */
+LLMPAR_API llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+/* Makes *error the job's failure, if it is the first, and tells all ranks. Local. */
+LLMPAR_API void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error);
+/* This rank is done. Waits until all are; after a failure at most `grace` seconds (0: 3). *root (may be NULL): the job's root error, the same on all ranks that end in order, else status OK.
+   1: all ranks have come here and MPI may be finalised; 0: some rank is dead or stuck, and only MPI_Abort ends the job. */
+LLMPAR_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root);
+LLMPAR_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL is fine; after finish */
 
 #endif
 
@@ -1602,12 +1730,19 @@ LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);           
 #define LLMPAR_LAUNCH_H
 
 
+/* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
+typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
+
 typedef struct llmpar_launch_desc {
-    int32_t ranks;                /* 0 = 1 (the MPI world once MPI is there). One rank runs on the caller's thread */
+    int32_t ranks;                /* 0 = the MPI processes there are, or 1. One rank, and an MPI process, runs on the caller's thread */
+    llmpar_transport transport;
+    const llmpar_mpi_desc *mpi;   /* own communicator and more; its deadline and unchecked are those below. Not NULL: ranks are MPI processes */
     int32_t threads;              /* workers inside a rank; default 1 */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
     const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
-    double deadline;              /* seconds a collective waits for its peers; default 0 = for ever */
+    double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
+    int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
+    const char *record;           /* directory: a rank whose function fails writes its last collectives to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */
     void *log_user;
@@ -1617,8 +1752,12 @@ typedef struct llmpar_launch_desc {
 typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
 
 /* Runs fn on every rank and returns when all have ended: LLMPAR_OK, or the root error's status with *error filled (rank, coordinate, text; never LLMPAR_ERR_PEER). error may be NULL.
-   A rank that returns an error wakes all others. Rank threads are named "r3" (the mesh adds the tp coordinate). The lowest common dispatch level is used on all ranks; a self-test hash
-   that differs between ranks is LLMPAR_ERR_MISMATCH. */
+   A rank that returns an error wakes all others. A rank that stays away for ever cannot be ended: once the job has failed and the rank has neither begun nor ended a collective for `deadline` seconds
+   (at least 5 after the failure), launch returns without it; the error says so, and the rank keeps running on memory that stays (fn, user, allocator and log must stay valid too: best end the process). Rank threads are named "r3" (the mesh adds the tp coordinate). The lowest common dispatch level is used on all ranks; a self-test hash
+   that differs between ranks is LLMPAR_ERR_MISMATCH.
+   MPI: every process calls it and gets the same error. MPI is initialised (MPI_THREAD_SERIALIZED) and finalised here unless the caller has initialised it; a caller that launches more than once must, since
+   MPI starts only once. A failure of which this rank is not the root goes to the log too: its own collective, and who was where. When a rank is dead or stuck, MPI cannot be finalised: where it was
+   initialised here the root error is logged and MPI_Abort ends all processes with exit code 1; else the error is returned, and the caller has to. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
 #endif
@@ -3309,30 +3448,424 @@ LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
     va_end(args);
     ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
 }
+/* ==== src/tables/record.c ==== */
+/* record: descriptions, fingerprints and the ring.
+
+   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
+   A mark for an id that has been overwritten does nothing. */
+
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+
+typedef struct llmpar__record_entry {
+    llmpar_call call;
+    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
+    int32_t group;
+} llmpar__record_entry;
+
+typedef struct llmpar__record_group {
+    char axis[24];
+    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
+    int32_t *world_rank;      /* [ranks] */
+    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
+} llmpar__record_group;
+
+struct llmpar_record {
+    llmpar_heap *heap;
+    int32_t rank;
+    uint32_t lock;           /* atomic; of everything below */
+    uint64_t timeout_ms, last_id, changed_ns;
+    char where[48];
+    llmpar_call last;        /* completed */
+    llmpar__record_group *groups;
+    int32_t group_count, group_capacity;
+    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
+};
+
+/* ---- texts ---- */
+
+static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
+static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
+    va_end(args);
+    if (n > 0) *used += (size_t)n;
+}
+
+LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
+{
+    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
+    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
+}
+
+static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
+
+LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
+{
+    size_t used = 0;
+    if (capacity) text[0] = 0;
+    llmpar__record_append(text, capacity, &used, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return used;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__record_append(text, capacity, &used, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__record_append(text, capacity, &used, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__record_append(text, capacity, &used, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__record_append(text, capacity, &used, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__record_append(text, capacity, &used, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__record_append(text, capacity, &used, " from %d", (int)call->peer);
+    llmpar__record_append(text, capacity, &used, " \"%s\"", call->tag);
+    if (call->number) llmpar__record_append(text, capacity, &used, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__record_append(text, capacity, &used, " (on %s)", call->axis);
+    return used;
+}
+
+static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
+{
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    return hash ^ (hash >> 29);
+}
+
+LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
+{
+    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
+    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
+    memcpy(axis, call->axis, sizeof axis);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
+    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
+    else hash = llmpar__record_mix(hash, call->number);
+    hash = llmpar__record_mix(hash, call->count);
+    hash = llmpar__record_mix(hash, call->blocks);
+    hash = llmpar__record_mix(hash, call->tag_bits);
+    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
+    return hash;
+}
+
+LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
+{
+    const llmpar_call *side[2];
+    size_t used = 0;
+    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
+    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
+    side[0] = a;
+    side[1] = b;
+    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
+    differ[1] = !messages && a->op != b->op;
+    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
+    differ[3] = a->dtype != b->dtype;
+    differ[4] = a->count != b->count;
+    differ[5] = a->blocks != b->blocks;
+    differ[6] = a->root != b->root;
+    differ[7] = a->reduce != b->reduce;
+    differ[8] = a->tag_bits != b->tag_bits;
+    if (capacity) text[0] = 0;
+    llmpar__record_append(text, capacity, &used, "the ranks of %s disagree in", a->axis);
+    for (int i = 0; i < 9; i++)
+        if (differ[i]) llmpar__record_append(text, capacity, &used, "%s%s", fields++ ? ", " : " ", name[i]);
+    for (int i = 0; i < 2; i++) {
+        llmpar__record_append(text, capacity, &used, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        used += llmpar_call_print(side[i], used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+    }
+    return used;
+}
+
+/* What is alike for ranks that are reported together. */
+static uint64_t llmpar__record_situation(const llmpar_position *p)
+{
+    return llmpar__record_mix(llmpar_call_fingerprint(&p->now) ^ (uint64_t)(uint32_t)p->state << 32, llmpar_call_fingerprint(&p->last));
+}
+
+LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
+{
+    enum { SITUATIONS = 24, NAMED = 12 };
+    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
+    uint64_t seen[SITUATIONS];
+    int count = 0;
+    size_t used = 0;
+    llmpar_position p, q;
+    if (capacity) text[0] = 0;
+    for (int inside = 0; inside < 2; inside++)
+        for (int32_t i = 0; i < ranks; i++) {
+            get(user, i, &p);
+            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
+            uint64_t key = llmpar__record_situation(&p);
+            int k = 0;
+            while (k < count && seen[k] != key) k++;
+            if (k < count) continue;
+            if (count == SITUATIONS) {
+                llmpar__record_append(text, capacity, &used, "; ...");
+                return used;
+            }
+            seen[count++] = key;
+            int32_t alike = 1, named = 1;
+            for (int32_t j = i + 1; j < ranks; j++) {
+                get(user, j, &q);
+                alike += llmpar__record_situation(&q) == key;
+            }
+            llmpar__record_append(text, capacity, &used, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
+                get(user, j, &q);
+                if (llmpar__record_situation(&q) != key) continue;
+                llmpar__record_append(text, capacity, &used, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                named++;
+            }
+            if (named < alike) llmpar__record_append(text, capacity, &used, " and %d more", (int)(alike - named));
+            llmpar__record_append(text, capacity, &used, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) used += llmpar_call_print(&p.now, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+            llmpar__record_append(text, capacity, &used, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) used += llmpar_call_print(&p.last, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+        }
+    return used;
+}
+
+/* ---- the ring ---- */
+
+static void llmpar__record_lock(llmpar_record *record)
+{
+    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
+}
+static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
+
+static uint64_t llmpar__record_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
+{
+    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    if (!record) return LLMPAR_ERR_MEMORY;
+    record->heap = heap;
+    record->rank = rank;
+    record->timeout_ms = timeout_ms;
+    record->changed_ns = llmpar__record_now();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
+{
+    if (!record) return;
+    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
+    llmpar_heap_free(record->heap, record->groups);
+    llmpar_heap_free(record->heap, record);
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
+{
+    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
+    char axis[sizeof record->groups->axis];
+    int32_t same_name = 0;
+    memset(axis, 0, sizeof axis);
+    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        llmpar__record_group *g = &record->groups[i];
+        if (memcmp(g->axis, axis, sizeof axis)) continue;
+        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
+            comm->record = record;
+            comm->group = i;
+            return LLMPAR_OK;
+        }
+        same_name++;
+    }
+    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    llmpar__record_group *grown = NULL, *old = record->groups;
+    int32_t capacity = record->group_capacity;
+    if (members && record->group_count == capacity) {
+        capacity = capacity ? 2 * capacity : 8;
+        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+    }
+    if (!members || (record->group_count == record->group_capacity && !grown)) {
+        llmpar_heap_free(record->heap, members);
+        return LLMPAR_ERR_MEMORY;
+    }
+    memcpy(members, world_rank, n * sizeof *members);
+    llmpar__record_lock(record);
+    if (grown) {
+        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
+        record->groups = grown;
+        record->group_capacity = capacity;
+    }
+    llmpar__record_group *g = &record->groups[record->group_count];
+    memset(g, 0, sizeof *g);
+    memcpy(g->axis, axis, sizeof axis);
+    g->ranks = comm->ranks;
+    g->same_name = same_name;
+    g->world_rank = members;
+    comm->record = record;
+    comm->group = record->group_count++;
+    llmpar__record_unlock(record);
+    if (grown) llmpar_heap_free(record->heap, old);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_group *g = &record->groups[group];
+    uint64_t id = ++record->last_id;
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    call->rank = record->rank;
+    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
+    if (!llmpar__record_message(call)) g->enqueued = call->number;
+    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
+    e->call = *call;
+    e->id = id;
+    e->created_ns = record->changed_ns = now;
+    e->started_ns = e->completed_ns = 0;
+    e->group = group;
+    llmpar__record_unlock(record);
+    return id;
+}
+
+static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    record->changed_ns = now;
+    if (e->id == id) {
+        llmpar__record_group *g = &record->groups[e->group];
+        if (completed) {
+            e->completed_ns = now;
+            record->last = e->call;
+        } else {
+            e->started_ns = now;
+        }
+        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
+    }
+    llmpar__record_unlock(record);
+}
+
+LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
+LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
+
+static uint64_t llmpar__record_oldest(const llmpar_record *record)
+{
+    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
+}
+
+LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
+{
+    memset(out, 0, sizeof *out);
+    llmpar__record_lock(record);
+    out->rank = record->rank;
+    out->time_ns = record->changed_ns;
+    memcpy(out->where, record->where, sizeof out->where);
+    out->last = record->last;
+    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
+        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+        if (!e->started_ns || e->completed_ns) continue;
+        out->state = LLMPAR_POSITION_INSIDE;
+        out->now = e->call;
+        break;
+    }
+    llmpar__record_unlock(record);
+}
+
+/* ---- the dump ---- */
+
+static const char *llmpar__record_torch_dtype(int32_t dtype)
+{
+    switch (dtype) {
+    case LLMPAR_F32: return "Float";
+    case LLMPAR_F64: return "Double";
+    case LLMPAR_BF16: return "BFloat16";
+    case LLMPAR_F16: return "Half";
+    case LLMPAR_I32: return "Int";
+    case LLMPAR_I64: return "Long";
+    case LLMPAR_U64: return "UInt64";
+    default: return "Byte";
+    }
+}
+
+/* "tp"; the second communicator of that name with other members is "tp.1". */
+static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+{
+    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(text, capacity, "%s", g->axis);
+}
+
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, char *text, size_t capacity, size_t *used)
+{
+    const llmpar_call *c = &e->call;
+    const llmpar__record_group *g = &record->groups[e->group];
+    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
+    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
+    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
+    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
+    llmpar__record_group_name(group, sizeof group, g);
+    llmpar_json_escape(group, strlen(group), name, sizeof name);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
+    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
+    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
+    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
+    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
+    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
+    llmpar__record_append(text, capacity, used,
+                          "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
+                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
+    llmpar__record_append(text, capacity, used, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
+    llmpar__record_append(text, capacity, used,
+                          "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
+                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
+                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
+}
+
+LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
+{
+    size_t used = 0;
+    char group[48], name[320], axis[160], where[320];
+    if (capacity) text[0] = 0;
+    llmpar__record_lock(record);
+    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
+    llmpar__record_append(text, capacity, &used, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_group_name(group, sizeof group, g);
+        llmpar_json_escape(group, strlen(group), name, sizeof name);
+        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__record_append(text, capacity, &used, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__record_append(text, capacity, &used, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__record_append(text, capacity, &used, "]\"}");
+    }
+    llmpar__record_append(text, capacity, &used, "\n },\n \"pg_status\": {");
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_append(text, capacity, &used, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
+    }
+    llmpar__record_append(text, capacity, &used, "\n },\n \"entries\": [");
+    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
+        llmpar__record_append(text, capacity, &used, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], text, capacity, &used);
+    }
+    llmpar__record_append(text, capacity, &used, "\n ]\n}\n");
+    llmpar__record_unlock(record);
+    return used;
+}
 /* ==== src/tables/comm.c ==== */
-/* comm: the wrappers: what is checked before any implementation sees a call, the counters, and the one-rank case. */
+/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
 
 #include <string.h>
 
 
+/* A slot that lies beyond the table's size is empty. */
+#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
+
 typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
-
-/* Which of a call's buffers hold `ranks` parts a block, and who needs them. */
-typedef enum llmpar__comm_kind {
-    LLMPAR__COMM_ALL_GATHER,
-    LLMPAR__COMM_REDUCE_SCATTER,
-    LLMPAR__COMM_ALL_REDUCE,
-    LLMPAR__COMM_BROADCAST,
-    LLMPAR__COMM_ALL_TO_ALL,
-    LLMPAR__COMM_SEND,
-    LLMPAR__COMM_RECV
-} llmpar__comm_kind;
-
-static const char *llmpar__comm_name(llmpar__comm_kind kind)
-{
-    static const char *const names[] = { "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv" };
-    return names[kind];
-}
 
 static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
 {
@@ -3360,9 +3893,82 @@ static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream
     return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
 }
 
-static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar__comm_kind kind, llmpar__comm_slot slot, size_t slot_end)
+/* The argument of the host calls that mark an entry of the record when its stream comes there. */
+typedef struct llmpar__comm_mark {
+    llmpar_record *record;
+    uint64_t id;
+} llmpar__comm_mark;
+
+static llmpar_status llmpar__comm_started(void *arg)
 {
-    const char *name = llmpar__comm_name(kind);
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_started(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+static llmpar_status llmpar__comm_completed(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_completed(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    const char *tag = call->tag ? call->tag : "";
+    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
+    memset(out, 0, sizeof *out);
+    out->count = call->count;
+    out->blocks = call->blocks;
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)call->dtype;
+    out->reduce = (int32_t)call->op;
+    out->root = call->root;
+    out->peer = call->peer;
+    out->member = comm->rank;
+    out->members = comm->ranks;
+    out->rank = -1;
+    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
+    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
+    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
+    out->tag_bits = 0xcbf29ce484222325u ^ length;
+    for (size_t i = 0; i < length; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
+        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
+        out->tag_bits ^= out->tag_bits >> 32;
+    }
+    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
+}
+
+/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
+static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
+{
+    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
+    const llmpar_call *before = comm->call;
+    comm->call = call;
+    return before;
+}
+
+/* The slot between its marks. */
+static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
+{
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    llmpar__comm_describe(comm, op, call, &described, &mark);
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    if (st) return st;
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
+    llmpar__comm_show(comm, before);
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    return st;
+}
+
+static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
+{
+    const char *name = llmpar_call_op_name(kind);
     llmpar_status st = llmpar__comm_abi(comm, slot_end);
     if (st) return st;
     llmpar_collective call = *given;
@@ -3373,32 +3979,32 @@ static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream,
     if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
         return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
                                 name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
-    int reduces = kind == LLMPAR__COMM_REDUCE_SCATTER || kind == LLMPAR__COMM_ALL_REDUCE;
+    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
     if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
         return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
                                 name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
     if (!reduces) call.op = LLMPAR_SUM;
-    if (kind != LLMPAR__COMM_BROADCAST) call.root = 0;
+    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
     if (call.root < 0 || call.root >= comm->ranks)
         return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
-    int point = kind == LLMPAR__COMM_SEND || kind == LLMPAR__COMM_RECV;
+    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
     if (!point) call.peer = 0;
     else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
         return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
                                 name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
-    int needs_send = kind != LLMPAR__COMM_RECV && !(kind == LLMPAR__COMM_BROADCAST && comm->rank != call.root);
-    int needs_recv = kind != LLMPAR__COMM_SEND && !(kind == LLMPAR__COMM_BROADCAST && comm->rank == call.root);
+    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
+    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
     if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
         return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
 
-    size_t send_bytes = kind == LLMPAR__COMM_REDUCE_SCATTER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
-    size_t recv_bytes = kind == LLMPAR__COMM_ALL_GATHER || kind == LLMPAR__COMM_ALL_TO_ALL ? all : part;
+    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
     if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
         size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
         const char *send = (const char *)call.send, *recv = (const char *)call.recv;
-        int fine = send == recv && (kind == LLMPAR__COMM_ALL_REDUCE || kind == LLMPAR__COMM_BROADCAST || ranks == 1);
-        if (kind == LLMPAR__COMM_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
-        if (kind == LLMPAR__COMM_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
+        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
+        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
+        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
         if (!fine)
             return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
                                     name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
@@ -3406,33 +4012,34 @@ static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream,
 
     if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
     else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
-    else st = slot(comm, stream, &call);
+    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
     if (st) return st;
     comm->sequence++;
     uint64_t moved = part;
-    if (kind == LLMPAR__COMM_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
-    else if (kind == LLMPAR__COMM_RECV || (kind == LLMPAR__COMM_BROADCAST && comm->rank != call.root)) moved = 0;
-    else if (kind != LLMPAR__COMM_SEND) moved = (uint64_t)part * (ranks - 1);
+    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
+    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
+    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
     comm->bytes_sent += moved;
     return LLMPAR_OK;
 }
 
-/* A slot that lies beyond the table's size is empty. */
-#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
 #define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
 
-LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR__COMM_ALL_GATHER); }
-LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR__COMM_REDUCE_SCATTER); }
-LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR__COMM_ALL_REDUCE); }
-LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR__COMM_BROADCAST); }
-LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR__COMM_ALL_TO_ALL); }
-LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR__COMM_SEND); }
-LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR__COMM_RECV); }
+LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
+LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
+LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
+LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
+LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
+LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
+LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
 
 LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    if (!st && comm->ranks > 1) st = comm->barrier(comm, stream, tag ? tag : "");
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag ? tag : "";
+    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
     if (!st) comm->sequence++;
     return st;
 }
@@ -3441,9 +4048,21 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
 {
     *out = NULL;
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
-    if (!st) st = comm->split(comm, color, key, name ? name : "", out);
-    if (!st) comm->sequence++;
-    return st;
+    if (st) return st;
+    llmpar_collective call;
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    memset(&call, 0, sizeof call);
+    call.tag = name ? name : "";
+    llmpar__comm_describe(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    if (mark.id) llmpar_record_started(mark.record, mark.id);
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = comm->split(comm, color, key, call.tag, out);
+    llmpar__comm_show(comm, before);
+    if (st) return st;
+    if (mark.id) llmpar_record_completed(mark.record, mark.id);
+    comm->sequence++;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
@@ -4291,6 +4910,7 @@ typedef struct llmpar__gemm_kernel {
     _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
 } while (0)
 
+/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed. */
 /* portable, any processor */
 typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
@@ -4314,7 +4934,7 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 8
 #define LLMPAR__GEMM_ROWS 6
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_add_ps(_mm256_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
 #define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
 #include LLMPAR_HEADER
@@ -4326,7 +4946,7 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 8
 #define LLMPAR__GEMM_ROWS 6
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
 #define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
 #include LLMPAR_HEADER
@@ -4339,7 +4959,7 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 16
 #define LLMPAR__GEMM_ROWS 12
 #define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm512_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
 #define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
 #include LLMPAR_HEADER
@@ -4419,9 +5039,11 @@ typedef struct llmpar__gemm_run {
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_K = 256 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
+/* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
+enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
@@ -4449,6 +5071,16 @@ static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, in
     return deepest;
 }
 
+/* Length of a part: even parts of at most `limit`; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
+static int64_t llmpar__gemm_part(int64_t total, int64_t pieces, int64_t limit)
+{
+    int64_t piece = total / pieces, part = piece;
+    if (pieces == 1 || total <= limit || total % pieces || limit < LLMPAR__GEMM_PART_K) return llmpar__gemm_even_blocks(total, limit, 1);
+    if (piece > LLMPAR__GEMM_PIECE_K) return llmpar__gemm_even_blocks(piece, LLMPAR__GEMM_PIECE_K, 1);
+    while (part * 2 <= LLMPAR__GEMM_PIECE_K && part < total) part *= 2;
+    return part;
+}
+
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
     int64_t total = 0, parts, tile, limit_n;
@@ -4461,11 +5093,11 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
     run->thin = args->m <= 2 * run->kernel.rows;
     run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
-    parts = (total + run->block_k - 1) / run->block_k;
-    run->block_k = llmpar__gemm_even_blocks(total, run->block_k, 1);
+    run->block_k = llmpar__gemm_part(total, args->pieces, run->block_k);
+    parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
     limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar__gemm_even_blocks(args->m, LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_m = llmpar__gemm_even_blocks(args->m, run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
@@ -5607,8 +6239,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
    communicator's condition variable: there may be many more ranks than processors. Everything slow (sleeping, failing,
    the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
 
+   Nobody can go on: when every rank that has not finished is asleep and none of their words has moved, nothing ever will (only ranks move them). So calls on crossed communicators are
+   reported at once by all, with what each waits for, and need no deadline.
+
    Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
-   further, nobody ever will: that is reported as what each rank waits for. */
+   further, nobody ever will. */
 /* ==== src/comm/threads_internal.h ==== */
 /* threads_internal: what the two files of the threads communicator share: threads.c (the collectives) stands on
    threads_wait.c (who waits for whom, and how a wait ends). */
@@ -5620,36 +6255,19 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 
 #define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
 
-typedef enum llmpar__threads_kind {
-    LLMPAR__THREADS_BARRIER = 0,
-    LLMPAR__THREADS_ALL_GATHER,
-    LLMPAR__THREADS_REDUCE_SCATTER,
-    LLMPAR__THREADS_ALL_REDUCE,
-    LLMPAR__THREADS_BROADCAST,
-    LLMPAR__THREADS_ALL_TO_ALL,
-    LLMPAR__THREADS_SEND,
-    LLMPAR__THREADS_RECV,
-    LLMPAR__THREADS_SPLIT,
-    LLMPAR__THREADS_SPLIT_GROUP /* second half of a split */
-} llmpar__threads_kind;
-
-/* One rank's side of one call. All but send and recv is compared between the ranks. */
+/* One rank's side of one call. */
 typedef struct llmpar__threads_call {
-    llmpar__threads_kind kind;
-    llmpar_dtype dtype;
-    llmpar_reduce_op op;
-    int32_t root, peer;
-    size_t count, blocks;
+    llmpar_call what;
     const void *send;
     void *recv;
-    char tag[64]; /* cut; the rest is zero */
 } llmpar__threads_call;
 
 /* What a rank shows to its peers. Two per rank, used in turns, so that a slot is rewritten only after every peer has come to the next call. */
 typedef struct llmpar__threads_slot {
     unsigned char payload[LLMPAR__THREADS_INLINE]; /* aligned to 64 */
     llmpar__threads_call call;
-    uint64_t pad[8 - (sizeof(llmpar__threads_call) / 8) % 8];
+    uint64_t fingerprint;
+    uint64_t pad[8 - (sizeof(llmpar__threads_call) / 8 + 1) % 8];
 } llmpar__threads_slot;
 
 /* One direction between two ranks. The upper half of `phase` counts 3 steps a message: 3k empty, 3k+1 posted, 3k+2 taken, 3(k+1) done = empty. */
@@ -5675,13 +6293,25 @@ typedef struct llmpar__threads_group {
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
-/* What a rank says about itself to the others; under the world's lock except `finished`. */
+/* A wait for *word to change its upper half; on its rank's stack. */
+typedef struct llmpar__threads_wait {
+    uint64_t *word;                    /* atomic: a group's barrier or a channel's phase */
+    uint32_t high;
+    uint32_t number;                   /* of the collective on its group; 0 for send and recv */
+    int32_t peer;                      /* index in the group, -1: all that have not come to call `number` */
+    int32_t abortable;
+    llmpar__threads_group *group;
+    const llmpar_call *call;
+} llmpar__threads_wait;
+
+/* What a rank shows of itself to the others; under the world's lock except `finished`. */
 typedef struct llmpar__threads_rank {
-    const llmpar__threads_group *group; /* where it sleeps, NULL: it does not */
-    const llmpar__threads_call *call;
-    uint32_t number;
-    int32_t finished;                   /* atomic */
-    pthread_cond_t turn;                /* lockstep: signalled when it gets the turn */
+    const llmpar__threads_wait *wait; /* asleep in it; NULL: it runs */
+    llmpar_record *record;            /* NULL: no communicator yet, or no more; then `position` is its last one */
+    llmpar_position position;
+    double seen;                      /* when it last came back from a collective with an error */
+    int32_t finished;                 /* atomic */
+    pthread_cond_t turn;              /* lockstep: signalled when it gets the turn */
 } llmpar__threads_rank;
 
 struct llmpar_threads_world {
@@ -5691,7 +6321,12 @@ struct llmpar_threads_world {
     int32_t aborted;              /* atomic */
     int32_t spins;                /* how often a wait looks before it sleeps */
     int32_t turn, idle_turns;     /* lockstep: the rank that runs; turns passed on since somebody got further */
+    int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
+    int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
+    double failed_at;
     llmpar_error failure;         /* the root error */
+    char report[1100];            /* who was where then; "" if failure.text says so itself */
+    pthread_cond_t ended;         /* signalled when a rank finishes and at the failure */
     llmpar__threads_group *groups, *world_group; /* all of them; the first one, of all ranks */
     llmpar__threads_rank *rank;   /* [ranks] */
 };
@@ -5703,26 +6338,27 @@ typedef struct llmpar__threads_comm {
     llmpar_threads_world *world;
     llmpar__threads_group *group;
     int32_t world_rank;
-    uint32_t number;       /* collectives begun: the parity picks the slot */
+    uint32_t number;       /* meetings begun: the parity picks the slot */
+    llmpar_record *record; /* owned by the world communicator, NULL in others */
     const void **inputs;   /* [ranks] scratch for the reductions */
 } llmpar__threads_comm;
 
 /* Waiting (threads_wait.c). */
 
-/* "all_reduce" and so on. */
-LLMPAR__PRIVATE const char *llmpar__threads_kind_name(llmpar__threads_kind kind);
 /* A group of `ranks` members with these world ranks (copied), holding `ranks` references; NULL: out of memory. */
 LLMPAR__PRIVATE llmpar__threads_group *llmpar__threads_group_create(llmpar_threads_world *world, int32_t ranks, const int32_t *world_rank, const char *axis);
 LLMPAR__PRIVATE void llmpar__threads_group_release(llmpar__threads_group *group);
 /* Arrives at the group's next barrier and waits until all have. abortable: the wait may end with an error (another rank failed, finished, or is late), and the arrival is then
    taken back, so that nobody can pass a barrier from which a rank has walked away. Otherwise the barrier always completes: only for peers that are known to come. */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar_call *call, int abortable);
 /* Waits until the upper half of channel->phase is no longer `step`, which the rank with index `peer` will bring about; on an error it has been set to "withdrawn". */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable);
 /* Moves a channel from one step to another and wakes who waits for it; 0 if it was not at `from`. */
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
-LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call);
+LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call);
+/* Shows the rank's record to the others; NULL: no more, its memory goes. */
+LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */
@@ -5738,6 +6374,7 @@ LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int
 #include <unistd.h>
 
 #define LLMPAR__THREADS_YIELDS 4
+#define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
 static double llmpar__threads_now(void)
 {
@@ -5753,12 +6390,6 @@ static void llmpar__threads_pause(void)
 #else
     __asm__ __volatile__("yield");
 #endif
-}
-
-LLMPAR__PRIVATE_DEF const char *llmpar__threads_kind_name(llmpar__threads_kind kind)
-{
-    static const char *const names[] = { "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split", "split" };
-    return names[kind];
 }
 
 /* World. */
@@ -5797,6 +6428,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
         for (int32_t i = 0; i < desc->ranks; i++) llmpar__threads_cond_init(&world->rank[i].turn);
+    llmpar__threads_cond_init(&world->ended);
     if (world->rank && all) {
         for (int32_t i = 0; i < desc->ranks; i++) all[i] = i;
         world->world_group = llmpar__threads_group_create(world, desc->ranks, all, "world");
@@ -5829,6 +6461,7 @@ LLMPAR_DEF void llmpar_threads_world_destroy(llmpar_threads_world *world)
     while (world->groups) llmpar__threads_group_free(world->groups);
     if (world->rank)
         for (int32_t i = 0; i < world->desc.ranks; i++) pthread_cond_destroy(&world->rank[i].turn);
+    pthread_cond_destroy(&world->ended);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(world->heap, world->rank);
     llmpar_heap_free(world->heap, world);
@@ -5838,24 +6471,6 @@ LLMPAR_DEF void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_e
 {
     pthread_mutex_lock(&world->lock);
     *out = world->failure;
-    pthread_mutex_unlock(&world->lock);
-}
-
-/* Under the lock. */
-static void llmpar__threads_record(llmpar_threads_world *world, const llmpar_error *error)
-{
-    if (world->failure.status == LLMPAR_OK) {
-        world->failure = *error;
-        if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
-    }
-    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
-    llmpar__threads_broadcast_all(world);
-}
-
-LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
-{
-    pthread_mutex_lock(&world->lock);
-    llmpar__threads_record(world, error);
     pthread_mutex_unlock(&world->lock);
 }
 
@@ -5897,69 +6512,77 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_group_release(llmpar__threads_group *gr
     pthread_mutex_unlock(&world->lock);
 }
 
-/* Failing. */
+/* Failing. All of it under the lock. */
+
+static void llmpar__threads_position(void *user, int32_t rank, llmpar_position *out)
+{
+    llmpar_threads_world *world = (llmpar_threads_world *)user;
+    const llmpar__threads_rank *r = &world->rank[rank];
+    if (r->record) llmpar_record_position(r->record, out);
+    else *out = r->position;
+    out->rank = rank;
+    if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) out->state = LLMPAR_POSITION_RETURNED;
+}
+
+/* The first failure stays. own_report: its text says who was where. */
+static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error *error, int own_report)
+{
+    if (world->failure.status != LLMPAR_OK) return;
+    world->failure = *error;
+    if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    world->failed_at = llmpar__threads_now();
+    if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
+    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
+    llmpar__threads_broadcast_all(world);
+    pthread_cond_broadcast(&world->ended);
+}
+
+/* This rank's error because another one failed. */
+static llmpar_status llmpar__threads_peer(llmpar__threads_comm *tc, const llmpar_call *call)
+{
+    const llmpar_threads_world *world = tc->world;
+    const llmpar_error *f = &world->failure;
+    char mine[256];
+    llmpar_call_print(call, mine, sizeof mine);
+    llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
+                            llmpar_status_string(f->status), world->report[0] ? 500 : (int)sizeof f->text, f->text, world->report[0] ? "; " : "", world->report);
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    return LLMPAR_ERR_PEER;
+}
+
+LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar__threads_fail(world, error, 0);
+    pthread_mutex_unlock(&world->lock);
+}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status)
 {
+    llmpar_threads_world *world = tc->world;
     if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    pthread_mutex_lock(&world->lock);
     if (status != LLMPAR_ERR_PEER) {
         llmpar_error error = *tc->comm.error;
         error.status = status;
         error.rank = tc->world_rank;
-        llmpar_threads_world_fail(tc->world, &error);
+        llmpar__threads_fail(world, &error, 0);
     }
+    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    pthread_mutex_unlock(&world->lock);
     return status;
 }
 
-/* "all_reduce "layers.1/x" (call 12 on tp)"; number 0: send or recv. */
-static void llmpar__threads_describe(char *text, size_t capacity, const llmpar__threads_group *group, const llmpar__threads_call *call, uint32_t number)
-{
-    const char *name = llmpar__threads_kind_name(call->kind);
-    if (number) snprintf(text, capacity, "%s \"%s\" (call %u on %s)", name, call->tag, (unsigned)number, group->axis);
-    else snprintf(text, capacity, "%s \"%s\" (%s rank %d of %s)", name, call->tag, call->kind == LLMPAR__THREADS_SEND ? "to" : "from", (int)call->peer, group->axis);
-}
-
-/* Under the lock: "rank 0: in all_reduce .., rank 1: not in a collective, ..": all ranks of the world, as far as the text holds. */
-static void llmpar__threads_who(char *text, size_t capacity, const llmpar_threads_world *world, const llmpar__threads_group *group)
-{
-    size_t used = 0;
-    text[0] = 0;
-    for (int32_t i = 0; i < world->desc.ranks && used + 24 < capacity; i++) {
-        const llmpar__threads_rank *r = &world->rank[i];
-        char where[160];
-        if (r->group) {
-            llmpar__threads_describe(where, sizeof where, r->group, r->call, r->number);
-        } else {
-            int32_t member = 0;
-            while (member < group->ranks && group->world_rank[member] != i) member++;
-            if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) snprintf(where, sizeof where, "has returned");
-            else if (member < group->ranks) snprintf(where, sizeof where, "outside, has begun %u calls on %s", (unsigned)__atomic_load_n(&group->arrived[member], __ATOMIC_SEQ_CST), group->axis);
-            else snprintf(where, sizeof where, "outside");
-        }
-        int n = snprintf(text + used, capacity - used, "%srank %d: %s", i ? "; " : "", (int)i, where);
-        used += n > 0 ? (size_t)n : 0;
-    }
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar__threads_call *call)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call)
 {
     if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
-    llmpar_error failure;
-    llmpar_threads_world_error(tc->world, &failure);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s \"%s\" on %s: rank %d%s%s%s failed: %s: %s", llmpar__threads_kind_name(call->kind), call->tag, tc->group->axis, (int)failure.rank,
-                            failure.where[0] ? " (" : "", failure.where, failure.where[0] ? ")" : "", llmpar_status_string(failure.status), failure.text);
+    pthread_mutex_lock(&tc->world->lock);
+    llmpar_status status = llmpar__threads_peer(tc, call);
+    pthread_mutex_unlock(&tc->world->lock);
+    return status;
 }
 
 /* The general wait. */
-
-typedef struct llmpar__threads_wait {
-    uint64_t *word;                    /* atomic */
-    uint32_t high;                     /* the wait is for the upper half of *word to become another */
-    uint32_t number;                   /* of the collective; 0 for send and recv */
-    int32_t peer;                      /* index in the group, -1: all that have not come to call `number` */
-    int32_t abortable;
-    const llmpar__threads_call *call;
-} llmpar__threads_wait;
 
 typedef enum llmpar__threads_outcome { LLMPAR__THREADS_READY, LLMPAR__THREADS_ABORTED, LLMPAR__THREADS_GONE, LLMPAR__THREADS_LATE, LLMPAR__THREADS_STUCK } llmpar__threads_outcome;
 
@@ -5971,7 +6594,7 @@ static int llmpar__threads_ready(const llmpar__threads_wait *wait)
 /* A peer that returned from its function without coming to this call, or -1. */
 static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
 {
-    const llmpar__threads_group *group = tc->group;
+    const llmpar__threads_group *group = wait->group;
     for (int32_t i = 0; i < group->ranks; i++) {
         if (wait->peer >= 0 && i != wait->peer) continue;
         if (!__atomic_load_n(&tc->world->rank[group->world_rank[i]].finished, __ATOMIC_SEQ_CST)) continue;
@@ -5979,6 +6602,31 @@ static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar
         if (wait->peer >= 0 ? !llmpar__threads_ready(wait) : (int32_t)(wait->number - __atomic_load_n(&group->arrived[i], __ATOMIC_SEQ_CST)) > 0) return i;
     }
     return -1;
+}
+
+/* Under the lock: nobody runs who could move the word of anybody. Then all say so. */
+static int llmpar__threads_is_stuck(llmpar_threads_world *world)
+{
+    if (world->stuck) return 1;
+    if (world->asleep + world->finished < world->desc.ranks) return 0;
+    for (int32_t i = 0; i < world->desc.ranks; i++) {
+        const llmpar__threads_wait *wait = world->rank[i].wait;
+        if (wait && (!wait->abortable || llmpar__threads_ready(wait))) return 0;
+    }
+    return 1;
+}
+
+/* Takes this rank's arrival or message back; 0 if the word has moved on after all. Under the lock, so that nothing changes between this and the report. */
+static int llmpar__threads_withdraw(const llmpar__threads_wait *wait)
+{
+    uint64_t old = __atomic_load_n(wait->word, __ATOMIC_SEQ_CST);
+    while ((uint32_t)(old >> 32) == wait->high) {
+        uint64_t next = wait->peer < 0 ? old - 1 : (uint64_t)0xffffffffu << 32;
+        if (!__atomic_compare_exchange_n(wait->word, &old, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+        if (wait->peer >= 0) pthread_cond_broadcast(&wait->group->wake);
+        return 1;
+    }
+    return 0;
 }
 
 /* Hands the turn to the next rank that still runs. Under the lock. */
@@ -6006,7 +6654,7 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
             return LLMPAR__THREADS_READY;
         }
         if (wait->abortable) {
-            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
             if (world->idle_turns > 2 * world->desc.ranks) return LLMPAR__THREADS_STUCK;
         }
@@ -6014,6 +6662,28 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
         llmpar__threads_pass_turn(world);
         llmpar__threads_take_turn(world, tc->world_rank);
     }
+}
+
+/* Under the lock: until `cond` is signalled, or until llmpar__threads_now() is `limit` (0: for ever), or for nothing. */
+static void llmpar__threads_sleep(llmpar_threads_world *world, pthread_cond_t *cond, double limit)
+{
+    struct timespec until;
+    if (!(limit > 0)) {
+        pthread_cond_wait(cond, &world->lock);
+        return;
+    }
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_REALTIME, &until);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+    double rest = limit - llmpar__threads_now();
+    if (rest < 0) rest = 0;
+    if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
+    long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
+    until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
+    until.tv_nsec = nanoseconds % 1000000000;
+    pthread_cond_timedwait(cond, &world->lock, &until);
 }
 
 /* Under the lock. */
@@ -6025,62 +6695,64 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
     for (;;) {
         if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
         if (wait->abortable) {
-            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR__THREADS_ABORTED;
+            if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
+            if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
             if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
         }
-        if (limit > 0) {
-            struct timespec until;
-#if defined(__APPLE__)
-            clock_gettime(CLOCK_REALTIME, &until);
-#else
-            clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-            double rest = limit - llmpar__threads_now();
-            if (rest < 0) rest = 0;
-            if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
-            long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
-            until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
-            until.tv_nsec = nanoseconds % 1000000000;
-            pthread_cond_timedwait(&group->wake, &world->lock, &until);
-        } else {
-            pthread_cond_wait(&group->wake, &world->lock);
-        }
+        llmpar__threads_sleep(world, &group->wake, limit);
     }
 }
 
-/* Waits; the text of a failed wait goes to `text` while the lock still holds everybody in place. */
-static llmpar__threads_outcome llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, char *text, size_t capacity)
+/* What this rank reports when its wait did not end well; everybody is held in place by the lock. */
+static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, llmpar__threads_outcome outcome, int32_t gone)
 {
     llmpar_threads_world *world = tc->world;
-    llmpar__threads_group *group = tc->group;
+    llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
+    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_peer(tc, wait->call);
+    char what[256], why[64], *who = world->report;
+    llmpar_call_print(wait->call, what, sizeof what);
+    if (gone >= 0) snprintf(why, sizeof why, "rank %d has returned without it", (int)wait->group->world_rank[gone]);
+    else if (outcome == LLMPAR__THREADS_STUCK) snprintf(why, sizeof why, "nobody can go on");
+    else snprintf(why, sizeof why, "waited %g s for the other ranks", world->desc.deadline);
+    if (world->failure.status == LLMPAR_OK) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, who, sizeof world->report);
+    llmpar_error_set(tc->comm.error, status, "%s: %s (%s)", what, why, who);
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (world->failure.status != LLMPAR_OK) return status;
+    llmpar_error error = *tc->comm.error;
+    error.status = status;
+    error.rank = tc->world_rank;
+    if (outcome == LLMPAR__THREADS_STUCK) world->stuck = 1; /* the report stays for the others */
+    else who[0] = 0;
+    llmpar__threads_fail(world, &error, 1);
+    return status;
+}
+
+/* Waits. After an error the rank's arrival or message has been taken back. */
+static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+{
+    llmpar_threads_world *world = tc->world;
+    llmpar__threads_group *group = wait->group;
     if (!world->desc.lockstep)
         for (int32_t i = 0; i < world->spins + LLMPAR__THREADS_YIELDS; i++) {
-            if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
+            if (llmpar__threads_ready(wait)) return LLMPAR_OK;
             if (i < world->spins) llmpar__threads_pause();
             else sched_yield();
         }
     pthread_mutex_lock(&world->lock);
     llmpar__threads_rank *self = &world->rank[tc->world_rank];
-    self->group = group;
-    self->call = wait->call;
-    self->number = wait->number;
+    self->wait = wait;
+    world->asleep++;
     __atomic_add_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_outcome outcome = world->desc.lockstep ? llmpar__threads_wait_lockstep(tc, wait) : llmpar__threads_wait_asleep(tc, wait);
     __atomic_sub_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
-    if (outcome != LLMPAR__THREADS_READY && outcome != LLMPAR__THREADS_ABORTED) {
-        char what[192], who[448];
-        llmpar__threads_describe(what, sizeof what, group, wait->call, wait->number);
-        llmpar__threads_who(who, sizeof who, world, group);
-        int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
-        if (gone >= 0) snprintf(text, capacity, "%s: rank %d has returned without it (%s)", what, (int)group->world_rank[gone], who);
-        else if (outcome == LLMPAR__THREADS_STUCK) snprintf(text, capacity, "%s: nobody can go on (%s)", what, who);
-        else snprintf(text, capacity, "%s: waited %g s for the other ranks (%s)", what, world->desc.deadline, who);
-    }
-    self->group = NULL;
-    self->call = NULL;
+    int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
+    llmpar_status status = outcome != LLMPAR__THREADS_READY && llmpar__threads_withdraw(wait) ? llmpar__threads_report(tc, wait, outcome, gone) : LLMPAR_OK;
+    world->asleep--;
+    self->wait = NULL;
     pthread_mutex_unlock(&world->lock);
-    return outcome;
+    return status;
 }
 
 /* Wakes whoever sleeps on the group's words, after one of them was changed. */
@@ -6092,15 +6764,7 @@ static void llmpar__threads_wake(llmpar__threads_group *group)
     pthread_mutex_unlock(&group->world->lock);
 }
 
-/* The error of a wait that did not end well. */
-static llmpar_status llmpar__threads_outcome_error(llmpar__threads_comm *tc, const llmpar__threads_wait *wait, llmpar__threads_outcome outcome, const char *text)
-{
-    if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_failed(tc, llmpar__threads_check(tc, wait->call));
-    llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, status, "%s", text));
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar__threads_call *call, int abortable)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *tc, const llmpar_call *call, int abortable)
 {
     llmpar__threads_group *group = tc->group;
     uint64_t old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
@@ -6113,20 +6777,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_barrier(llmpar__threads_comm *
         return LLMPAR_OK;
     }
     llmpar__threads_wait wait;
-    char text[700];
     wait.word = &group->barrier;
     wait.high = (uint32_t)(old >> 32);
     wait.number = tc->number;
     wait.peer = -1;
     wait.abortable = abortable;
+    wait.group = group;
     wait.call = call;
-    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
-    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
-    old = __atomic_load_n(&group->barrier, __ATOMIC_SEQ_CST);
-    while ((uint32_t)(old >> 32) == wait.high)
-        if (__atomic_compare_exchange_n(&group->barrier, &old, old - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
-            return llmpar__threads_outcome_error(tc, &wait, outcome, text);
-    return LLMPAR_OK; /* completed in the meantime after all */
+    return llmpar__threads_wait_for(tc, &wait);
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to)
@@ -6137,20 +6795,17 @@ LLMPAR__PRIVATE_DEF int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__t
     return 1;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar__threads_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, const llmpar_call *call, llmpar__threads_channel *channel, uint32_t step, int32_t peer, int abortable)
 {
     llmpar__threads_wait wait;
-    char text[700];
     wait.word = &channel->phase;
     wait.high = step;
     wait.number = 0;
     wait.peer = peer;
     wait.abortable = abortable;
+    wait.group = tc->group;
     wait.call = call;
-    llmpar__threads_outcome outcome = llmpar__threads_wait_for(tc, &wait, text, sizeof text);
-    if (outcome == LLMPAR__THREADS_READY) return LLMPAR_OK;
-    if (!llmpar__threads_step(tc, channel, step, 0xffffffffu)) return LLMPAR_OK; /* moved on in the meantime after all */
-    return llmpar__threads_outcome_error(tc, &wait, outcome, text);
+    return llmpar__threads_wait_for(tc, &wait);
 }
 
 /* The rank's life. */
@@ -6167,14 +6822,66 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_first_turn(llmpar_threads_world *world,
 LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_t rank)
 {
     pthread_mutex_lock(&world->lock);
+    if (!world->rank[rank].finished) world->finished++;
     __atomic_store_n(&world->rank[rank].finished, 1, __ATOMIC_SEQ_CST);
     world->idle_turns = 0;
+    pthread_cond_broadcast(&world->ended);
     if (world->desc.lockstep && world->turn == rank) llmpar__threads_pass_turn(world);
     llmpar__threads_broadcast_all(world);
     pthread_mutex_unlock(&world->lock);
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record)
+{
+    llmpar__threads_rank *r = &world->rank[rank];
+    pthread_mutex_lock(&world->lock);
+    if (r->record && !record) llmpar_record_position(r->record, &r->position);
+    r->record = record;
+    pthread_mutex_unlock(&world->lock);
+}
+
+LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity)
+{
+    if (capacity) text[0] = 0;
+    pthread_mutex_lock(&world->lock); /* which the rank needs to take its record away */
+    llmpar_record *record = world->rank[rank].record;
+    size_t bytes = record ? llmpar_record_json(record, text, capacity) : 0;
+    pthread_mutex_unlock(&world->lock);
+    return bytes;
+}
+
+/* When the rank last gave a sign of life. Its record has the time of day: taken as an age. */
+static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
+{
+    struct timespec t;
+    llmpar_position p;
+    clock_gettime(CLOCK_REALTIME, &t);
+    llmpar__threads_position(world, rank, &p);
+    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__threads_now();
+    double seen = p.time_ns && age > 0 ? now - age : now;
+    return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
+}
+
+LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t rank)
+{
+    int finished;
+    pthread_mutex_lock(&world->lock);
+    while (!(finished = __atomic_load_n(&world->rank[rank].finished, __ATOMIC_SEQ_CST))) {
+        double limit = 0;
+        if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST) && world->desc.deadline > 0 && !world->desc.lockstep) {
+            double seen = llmpar__threads_seen(world, rank) + world->desc.deadline;
+            limit = world->failed_at + LLMPAR__THREADS_GRACE;
+            if (seen > limit) limit = seen;
+            if (llmpar__threads_now() >= limit) break;
+        }
+        llmpar__threads_sleep(world, &world->ended, limit);
+    }
+    pthread_mutex_unlock(&world->lock);
+    return finished;
+}
+
 #undef LLMPAR__THREADS_YIELDS
+#undef LLMPAR__THREADS_GRACE
 /* ==== src/comm/threads.c ==== */
 /* threads: collectives between the rank threads of one process.
 
@@ -6211,30 +6918,12 @@ typedef struct llmpar__threads_job {
 
 static size_t llmpar__threads_min(size_t a, size_t b) { return a < b ? a : b; }
 
-/* "rank 1: all_reduce sum "layers.1/x" f32, 2 x 100 elements, root 0". */
-static void llmpar__threads_side(char *text, size_t capacity, int32_t rank, const llmpar__threads_call *call)
+static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const llmpar_call *a, const llmpar_call *b)
 {
-    int reduces = call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_REDUCE;
-    int n = snprintf(text, capacity, "rank %d: %s%s \"%s\"", (int)rank, llmpar__threads_kind_name(call->kind), !reduces ? "" : call->op == LLMPAR_MAX ? " max" : " sum", call->tag);
-    if (n < 0 || (size_t)n >= capacity || call->kind == LLMPAR__THREADS_BARRIER || call->kind >= LLMPAR__THREADS_SPLIT) return;
-    size_t used = (size_t)n;
-    n = snprintf(text + used, capacity - used, " %s, %lu x %lu elements", llmpar_dtype_name(call->dtype), (unsigned long)call->blocks, (unsigned long)call->count);
-    used += n > 0 ? (size_t)n : 0;
-    if (call->kind == LLMPAR__THREADS_BROADCAST && used < capacity) snprintf(text + used, capacity - used, ", root %d", (int)call->root);
-}
-
-static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, uint32_t number, int32_t rank_a, const llmpar__threads_call *a, int32_t rank_b, const llmpar__threads_call *b)
-{
-    char side_a[256], side_b[256], which[32] = "";
-    llmpar__threads_side(side_a, sizeof side_a, rank_a, a);
-    llmpar__threads_side(side_b, sizeof side_b, rank_b, b);
-    if (number) snprintf(which, sizeof which, " in call %u", (unsigned)number);
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "the ranks of %s disagree%s: %s; %s", tc->group->axis, which, side_a, side_b));
-}
-
-static int llmpar__threads_same(const llmpar__threads_call *a, const llmpar__threads_call *b)
-{
-    return a->kind == b->kind && a->dtype == b->dtype && a->op == b->op && a->root == b->root && a->count == b->count && a->blocks == b->blocks && !memcmp(a->tag, b->tag, sizeof a->tag);
+    char text[700];
+    int swapped = a->rank > b->rank;
+    llmpar_call_mismatch(swapped ? b : a, swapped ? a : b, text, sizeof text);
+    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text));
 }
 
 /* Publishes this rank's call and payload, waits for all others, and compares. *slots is then the array of all ranks' slots, valid until the next-but-one call.
@@ -6243,17 +6932,18 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
 {
     llmpar__threads_group *group = tc->group;
     int32_t rank = tc->comm.rank;
-    llmpar_status st = llmpar__threads_check(tc, call);
+    llmpar_status st = llmpar__threads_check(tc, &call->what);
     if (st) return llmpar__threads_failed(tc, st);
     uint32_t number = ++tc->number;
     llmpar__threads_slot *all = group->slots + (number & 1) * (size_t)group->ranks;
     all[rank].call = *call;
+    all[rank].fingerprint = tc->comm.unchecked ? 0 : llmpar_call_fingerprint(&call->what);
     if (bytes) memcpy(all[rank].payload, payload, bytes);
     __atomic_store_n(&group->arrived[rank], number, __ATOMIC_SEQ_CST);
-    st = llmpar__threads_barrier(tc, &all[rank].call, 1);
+    st = llmpar__threads_barrier(tc, &all[rank].call.what, 1);
     if (st) return st;
     for (int32_t i = 1; i < group->ranks; i++)
-        if (!llmpar__threads_same(&all[0].call, &all[i].call)) return llmpar__threads_mismatch(tc, number, group->world_rank[0], &all[0].call, group->world_rank[i], &all[i].call);
+        if (all[0].fingerprint != all[i].fingerprint) return llmpar__threads_mismatch(tc, &all[0].call.what, &all[i].call.what);
     *slots = all;
     return LLMPAR_OK;
 }
@@ -6268,8 +6958,8 @@ static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmp
     args.n = tc->comm.ranks;
     args.count = count;
     args.out = out;
-    args.dtype = call->dtype;
-    return call->op == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    args.dtype = (llmpar_dtype)call->what.dtype;
+    return call->what.reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
 }
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
@@ -6287,7 +6977,7 @@ static const char *llmpar__threads_source(const llmpar__threads_slot *slots, int
 /* All-reduce of large buffers: my slice of all, to all. */
 static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots)
 {
-    size_t item = llmpar_dtype_size(call->dtype), total = call->count * call->blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), total = call->what.count * call->what.blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     size_t grain = 256 / item, grains = (total + grain - 1) / grain; /* slices begin at whole cache lines of aligned buffers */
     size_t begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
     size_t end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
@@ -6306,39 +6996,39 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
 /* What this rank does between the barriers. part = bytes of one rank's part of one block. */
 static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots, int in_slot)
 {
-    size_t part = call->count * llmpar_dtype_size(call->dtype), n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    size_t part = call->what.count * llmpar_dtype_size((llmpar_dtype)call->what.dtype), n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     char *recv = (char *)call->recv;
     llmpar_status st = LLMPAR_OK;
     if (!part) return LLMPAR_OK;
-    switch (call->kind) {
-    case LLMPAR__THREADS_ALL_REDUCE:
+    switch (call->what.op) {
+    case LLMPAR_CALL_ALL_REDUCE:
         if (!in_slot) return llmpar__threads_slice(tc, call, slots);
         for (size_t i = 0; i < n; i++) tc->inputs[i] = slots[i].payload;
-        return llmpar__threads_reduce(tc, call, call->count * call->blocks, recv);
-    case LLMPAR__THREADS_REDUCE_SCATTER:
-        for (size_t b = 0; b < call->blocks && !st; b++) {
+        return llmpar__threads_reduce(tc, call, call->what.count * call->what.blocks, recv);
+    case LLMPAR_CALL_REDUCE_SCATTER:
+        for (size_t b = 0; b < call->what.blocks && !st; b++) {
             for (size_t i = 0; i < n; i++) tc->inputs[i] = llmpar__threads_source(slots, (int32_t)i, in_slot) + (b * n + r) * part;
-            st = llmpar__threads_reduce(tc, call, call->count, recv + b * part);
+            st = llmpar__threads_reduce(tc, call, call->what.count, recv + b * part);
         }
         return st;
-    case LLMPAR__THREADS_ALL_GATHER:
+    case LLMPAR_CALL_ALL_GATHER:
         for (size_t k = 0; k < n; k++) { /* each rank begins with its own: not all at the same peer */
             size_t i = (r + k) % n;
             const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
-            for (size_t b = 0; b < call->blocks && !st; b++) {
+            for (size_t b = 0; b < call->what.blocks && !st; b++) {
                 char *to = recv + (b * n + i) * part;
                 if (i != r || to != (const char *)call->send + b * part) st = llmpar__threads_copy(tc, to, from + b * part, part);
             }
         }
         return st;
-    case LLMPAR__THREADS_BROADCAST:
+    case LLMPAR_CALL_BROADCAST:
         if (!recv || recv == call->send) return LLMPAR_OK;
-        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->root, in_slot), part * call->blocks);
-    case LLMPAR__THREADS_ALL_TO_ALL:
+        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->what.root, in_slot), part * call->what.blocks);
+    case LLMPAR_CALL_ALL_TO_ALL:
         for (size_t k = 0; k < n; k++) {
             size_t i = (r + k) % n;
             const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
-            for (size_t b = 0; b < call->blocks && !st; b++) st = llmpar__threads_copy(tc, recv + (b * n + i) * part, from + (b * n + r) * part, part);
+            for (size_t b = 0; b < call->what.blocks && !st; b++) st = llmpar__threads_copy(tc, recv + (b * n + i) * part, from + (b * n + r) * part, part);
         }
         return st;
     default: return LLMPAR_OK;
@@ -6349,8 +7039,8 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
 static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpar__threads_call *call)
 {
     llmpar__threads_group *group = tc->group;
-    size_t n = (size_t)group->ranks, me = (size_t)tc->comm.rank, peer = (size_t)call->peer;
-    llmpar_status st = llmpar__threads_check(tc, call);
+    size_t n = (size_t)group->ranks, me = (size_t)tc->comm.rank, peer = (size_t)call->what.peer;
+    llmpar_status st = llmpar__threads_check(tc, &call->what);
     if (st) return llmpar__threads_failed(tc, st);
     llmpar__threads_channel *channels = __atomic_load_n(&group->channels, __ATOMIC_SEQ_CST);
     if (!channels) {
@@ -6359,37 +7049,37 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
-        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar__threads_kind_name(call->kind), call->tag, (int)n));
+        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
     }
-    int sends = call->kind == LLMPAR__THREADS_SEND;
+    int sends = call->what.op == LLMPAR_CALL_SEND;
     llmpar__threads_channel *channel = &channels[sends ? me * n + peer : peer * n + me];
     uint32_t step = (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) / 3 * 3; /* "empty" of this message */
     if (sends) {
         channel->sender = *call;
         channel->mismatch = 0;
         llmpar__threads_step(tc, channel, step, step + 1);
-        st = llmpar__threads_await(tc, call, channel, step + 1, call->peer, 1);
-        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, call, channel, step + 2, call->peer, 0);
+        st = llmpar__threads_await(tc, &call->what, channel, step + 1, call->what.peer, 1);
+        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, &call->what, channel, step + 2, call->what.peer, 0);
     } else {
-        st = llmpar__threads_await(tc, call, channel, step, call->peer, 1);
+        st = llmpar__threads_await(tc, &call->what, channel, step, call->what.peer, 1);
         if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) { /* the sender has failed and taken its message back */
-            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, call));
+            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, &call->what));
             return st;
         }
         if (!st) {
             const llmpar__threads_call *from = &channel->sender;
             channel->receiver = *call;
-            channel->mismatch = from->dtype != call->dtype || from->count != call->count || from->blocks != call->blocks;
-            llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->count * call->blocks * llmpar_dtype_size(call->dtype));
+            channel->mismatch = !tc->comm.unchecked && llmpar_call_fingerprint(&from->what) != llmpar_call_fingerprint(&call->what);
+            llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype));
             int mismatch = channel->mismatch;
             llmpar__threads_call other = *from;
             llmpar__threads_step(tc, channel, step + 2, step + 3);
             if (copied) return llmpar__threads_failed(tc, copied);
-            if (mismatch) return llmpar__threads_mismatch(tc, 0, group->world_rank[peer], &other, tc->world_rank, call);
+            if (mismatch) return llmpar__threads_mismatch(tc, &other.what, &call->what);
         }
     }
     if (st) return st;
-    if (sends && channel->mismatch) return llmpar__threads_mismatch(tc, 0, tc->world_rank, call, group->world_rank[peer], &channel->receiver);
+    if (sends && channel->mismatch) return llmpar__threads_mismatch(tc, &call->what, &channel->receiver.what);
     return LLMPAR_OK;
 }
 
@@ -6399,52 +7089,38 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
-    if (call->kind == LLMPAR__THREADS_SEND || call->kind == LLMPAR__THREADS_RECV) return llmpar__threads_point(tc, call);
+    if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
-    size_t bytes = call->count * call->blocks * llmpar_dtype_size(call->dtype);
-    if (call->kind == LLMPAR__THREADS_REDUCE_SCATTER || call->kind == LLMPAR__THREADS_ALL_TO_ALL) bytes *= (size_t)tc->comm.ranks;
+    size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
+    if (call->what.op == LLMPAR_CALL_REDUCE_SCATTER || call->what.op == LLMPAR_CALL_ALL_TO_ALL) bytes *= (size_t)tc->comm.ranks;
     int in_slot = bytes <= LLMPAR__THREADS_INLINE;
-    size_t payload = in_slot && !(call->kind == LLMPAR__THREADS_BROADCAST && call->root != tc->comm.rank) ? bytes : 0;
+    size_t payload = in_slot && !(call->what.op == LLMPAR_CALL_BROADCAST && call->what.root != tc->comm.rank) ? bytes : 0;
     llmpar__threads_slot *slots = NULL;
     llmpar_status st = llmpar__threads_meet(tc, call, call->send, payload, &slots);
     if (st) return st;
     st = llmpar__threads_work(tc, call, slots, in_slot);
-    if (!in_slot) llmpar__threads_barrier(tc, call, 0); /* always: peers may still read my buffers, whatever became of my own work */
+    if (!in_slot) llmpar__threads_barrier(tc, &call->what, 0); /* always: peers may still read my buffers, whatever became of my own work */
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
-static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar__threads_kind kind)
+/* Every slot of the table: what to do stands in comm->call. */
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
 {
     llmpar__threads_job job;
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
-    job.call.kind = kind;
-    job.call.dtype = given->dtype;
-    job.call.op = given->op;
-    job.call.root = given->root;
-    job.call.peer = given->peer;
-    job.call.count = given->count;
-    job.call.blocks = given->blocks;
+    job.call.what = *comm->call;
     job.call.send = given->send;
     job.call.recv = given->recv;
-    size_t length = strlen(given->tag);
-    memcpy(job.call.tag, given->tag, llmpar__threads_min(length, sizeof job.call.tag - 1));
     return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
-static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_GATHER); }
-static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_REDUCE_SCATTER); }
-static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_REDUCE); }
-static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_BROADCAST); }
-static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_ALL_TO_ALL); }
-static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_SEND); }
-static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR__THREADS_RECV); }
 static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_collective call;
+    (void)tag;
     memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR__THREADS_BARRIER);
+    return llmpar__threads_enqueue(comm, stream, &call);
 }
 
 static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -6459,7 +7135,9 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     llmpar_heap *heap = tc->heap;
+    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL);
     llmpar__threads_group_release(tc->group);
+    llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
     llmpar_heap_free(heap, tc);
 }
@@ -6467,11 +7145,15 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 
 /* This rank's half of `group`. On failure the reference to the group is given back. */
-static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t rank, llmpar_record *record, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
     const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
-    if (!tc || !inputs) {
+    if (tc) {
+        tc->comm.axis = group->axis;
+        tc->comm.ranks = group->ranks;
+    }
+    if (!tc || !inputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
         llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %s: out of memory", group->axis);
         llmpar_heap_free(heap, tc);
         llmpar_heap_free(heap, inputs);
@@ -6487,21 +7169,20 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
-    comm->ranks = group->ranks;
-    comm->axis = group->axis;
+    comm->unchecked = tc->world->desc.unchecked;
     comm->device = device;
     comm->error = error;
     comm->state = tc;
     comm->split = llmpar__threads_split;
     comm->destroy = llmpar__threads_destroy;
     comm->barrier = llmpar__threads_meet_all;
-    comm->all_gather = llmpar__threads_all_gather;
-    comm->reduce_scatter = llmpar__threads_reduce_scatter;
-    comm->all_reduce = llmpar__threads_all_reduce;
-    comm->broadcast = llmpar__threads_broadcast;
-    comm->all_to_all = llmpar__threads_all_to_all;
-    comm->send = llmpar__threads_send;
-    comm->recv = llmpar__threads_recv;
+    comm->all_gather = llmpar__threads_enqueue;
+    comm->reduce_scatter = llmpar__threads_enqueue;
+    comm->all_reduce = llmpar__threads_enqueue;
+    comm->broadcast = llmpar__threads_enqueue;
+    comm->all_to_all = llmpar__threads_enqueue;
+    comm->send = llmpar__threads_enqueue;
+    comm->recv = llmpar__threads_enqueue;
     comm->abort = llmpar__threads_abort;
     *out = comm;
     return LLMPAR_OK;
@@ -6514,8 +7195,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar__threads_call call;
     memset(&call, 0, sizeof call);
-    call.kind = LLMPAR__THREADS_SPLIT;
-    memcpy(call.tag, name, llmpar__threads_min(strlen(name), sizeof call.tag - 1));
+    call.what = *comm->call;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
     mine[1] = key;
@@ -6550,12 +7230,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
         }
         llmpar_heap_free(tc->heap, members);
     }
-    call.kind = LLMPAR__THREADS_SPLIT_GROUP;
+    call.what.root = 1; /* not to be taken for the first half */
     st = llmpar__threads_meet(tc, &call, &group, sizeof group, &slots);
     if (st || color < 0) return st;
     memcpy(&group, slots[leader].payload, sizeof group);
     if (!group) return llmpar__threads_failed(tc, llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)ranks));
-    st = llmpar__threads_half(group, rank, tc->heap, comm->device, comm->error, out);
+    st = llmpar__threads_half(group, rank, comm->record, tc->heap, comm->device, comm->error, out);
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
@@ -6564,10 +7244,1580 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
     *out = NULL;
     if (rank < 0 || rank >= world->desc.ranks) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "threads: rank %d, expected 0 to %d", (int)rank, (int)world->desc.ranks - 1);
     llmpar__threads_first_turn(world, rank);
-    return llmpar__threads_half(world->world_group, rank, heap, device, error, out);
+    llmpar_record *record = NULL;
+    uint64_t deadline_ms = world->desc.lockstep || world->desc.deadline > 1e12 ? 0 : (uint64_t)(world->desc.deadline * 1e3);
+    if (world->desc.ranks > 1 && llmpar_record_create(heap, rank, deadline_ms, &record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "threads: out of memory for the record of rank %d", (int)rank);
+    llmpar_status st = llmpar__threads_half(world->world_group, rank, record, heap, device, error, out);
+    if (st) {
+        llmpar_record_destroy(record);
+        return st;
+    }
+    ((llmpar__threads_comm *)(*out)->state)->record = record;
+    if (record) llmpar__threads_show(world, rank, record);
+    return LLMPAR_OK;
 }
 
 #undef LLMPAR__THREADS_PIECE
+/* ==== src/comm/mpi_world.c ==== */
+/* mpi_world: the processes of a job: set-up, control messages, and how a failure reaches everybody.
+
+   Two duplicated communicators. `data` carries collectives (mpi_wait.c). `control` carries notes, and one receive is always posted for them:
+     BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
+     FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
+     FINISHED   once, to all: the sender's rank function has returned
+     BYE        once, to all, when all have finished: the last note of the sender
+   So a failure floods the job even where its first witness dies, every survivor can say who was where, and nothing is left in flight when communicators are freed.
+
+   Who looks at `control`: the rank's thread while it waits in a collective, and else a helper thread, ten times a second; both under world->lock, which is around every MPI call.
+   A computing rank therefore beats as well as a waiting one; a stopped or killed process does not. Silence is counted in this rank's own attention (at most a quarter second a look),
+   so that a rank which was itself stopped does not blame the others when it goes on. Where MPI provides less than MPI_THREAD_SERIALIZED there is no helper and silence says nothing. */
+/* ==== src/comm/mpi_internal.h ==== */
+/* mpi_internal: what the files of the MPI communicator share: mpi_world.c (set-up, control messages, failing), mpi_wait.c (messages under way, and how ranks meet before data moves),
+   mpi.c (the collectives). */
+#ifndef LLMPAR_COMM_MPI_INTERNAL_H
+#define LLMPAR_COMM_MPI_INTERNAL_H
+
+
+#ifdef LLMPAR_USE_MPI
+
+#include <mpi.h>
+#include <pthread.h>
+
+#define LLMPAR__MPI_INLINE 2048u /* bytes a rank can send beside its header */
+#define LLMPAR__MPI_BATCH 64     /* data messages under way */
+
+/* What every collective begins with. Only `bytes` of the payload travel. */
+typedef struct llmpar__mpi_header {
+    uint64_t fingerprint, context, bytes;
+    llmpar_call call;                          /* op NONE: nothing has come */
+    unsigned char payload[LLMPAR__MPI_INLINE]; /* aligned to 8 */
+} llmpar__mpi_header;
+
+typedef enum llmpar__mpi_note_kind { LLMPAR__MPI_BEAT = 1, LLMPAR__MPI_FAILED = 2, LLMPAR__MPI_FINISHED = 3, LLMPAR__MPI_BYE = 4 } llmpar__mpi_note_kind;
+
+/* A control message. Plain bytes. */
+typedef struct llmpar__mpi_note {
+    int32_t kind, rank;
+    llmpar_position position; /* of the sender */
+    llmpar_error error;       /* the failure that the sender knows; status OK: none */
+} llmpar__mpi_note;
+
+/* One note to all other ranks, sent at most once. */
+typedef struct llmpar__mpi_cast {
+    llmpar__mpi_note note;
+    MPI_Request *request;    /* [ranks] */
+    int sent;
+} llmpar__mpi_cast;
+
+typedef struct llmpar__mpi_peer {
+    llmpar_position position;
+    double silent;           /* seconds of this rank's own attention without a sign of life; watched peers only */
+    double finished_for;     /* .. since it finished */
+    int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure */
+} llmpar__mpi_peer;
+
+/* A peer that gets this rank's heartbeats. */
+typedef struct llmpar__mpi_beat {
+    llmpar__mpi_note note;
+    MPI_Request request;
+    int32_t to;
+} llmpar__mpi_beat;
+
+struct llmpar_mpi_world {
+    llmpar_heap *heap;
+    llmpar_mpi_desc desc;            /* resolved */
+    MPI_Comm data, control;
+    int32_t rank, ranks, serialized, crowded; /* crowded: more ranks than processors on this node */
+    uint64_t next_context;
+    llmpar_record *record;           /* of this rank's collectives */
+    pthread_mutex_t lock;            /* around every MPI call and everything below up to `inbox` */
+    pthread_cond_t wake;
+    pthread_t helper;
+    int32_t helping, stop;
+    int32_t aborted;                 /* atomic */
+    int32_t draining;                /* no receive is wanted any more: whatever arrives is dropped, so that its sender is done */
+    int32_t orderly;                 /* all ranks have ended in order */
+    llmpar_error failure;            /* the root error as far as this rank knows */
+    double failed_at;
+    llmpar__mpi_peer *peer;          /* [ranks] */
+    llmpar__mpi_note incoming;       /* the standing receive */
+    MPI_Request standing;
+    llmpar__mpi_cast failed, finished, bye;
+    llmpar__mpi_beat *beat;          /* [beats] ranks + 1, + 2, + 4, .. */
+    int32_t beats;
+    double last_beat, last_look;
+    MPI_Request dropped;             /* the message that is being dropped */
+    unsigned char bucket[4096];
+    /* the rank's thread only */
+    llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
+    int32_t inboxes;
+    MPI_Request *meeting;               /* [2 * inboxes] receives, then sends */
+    MPI_Request request[LLMPAR__MPI_BATCH];
+    int32_t from[LLMPAR__MPI_BATCH];    /* a receive's source, a world rank; -1: a send */
+    int32_t posted;
+    char *scratch;
+    size_t scratch_bytes;
+};
+
+/* One rank's half of a communicator; llmpar_comm's `state`. */
+typedef struct llmpar__mpi_comm {
+    llmpar_comm comm; /* first: the table itself */
+    llmpar_mpi_world *world;
+    uint64_t context;
+    int32_t *member;        /* [ranks] world ranks */
+    int32_t levels;         /* of the reduction's tree above this rank */
+    struct llmpar__mpi_level *level; /* [levels], from the leaf up */
+    int32_t *label;         /* [levels][ranks], see mpi.c */
+    int32_t *kept;          /* [ranks] scratch: the parts that this rank holds */
+    int32_t most_kept, most_given; /* parts that this rank keeps and gives at a level, at most */
+    char axis[24];
+} llmpar__mpi_comm;
+
+/* World and control (mpi_world.c). */
+
+LLMPAR__PRIVATE double llmpar__mpi_now(void);
+/* Under the lock: receives control messages, sends heartbeats, notices silence. */
+LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
+/* Under the lock: llmpar_mpi_world_fail. */
+LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
+/* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
+LLMPAR__PRIVATE void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity);
+/* An MPI function's complaint as LLMPAR_ERR_INTERNAL. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_error(llmpar_error *error, const char *function, int code);
+
+/* Waiting (mpi_wait.c). All run on the rank's thread and leave their text in tc->comm.error. */
+
+/* Sends or receives `bytes` to or from the member with index `peer`, in messages of at most comm_slice; waits for room among the messages under way. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes);
+/* Waits until all posted messages are through. On an error none is left that this rank could end. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call);
+/* All members come to the same call, or all report both sides and nothing has moved. Up to desc.direct members: member i's payload is then in inbox[i], this rank's own too. More: bytes is 0. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
+/* Both ends of a message meet; the sender's payload is then in inbox[0] of the receiver. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call);
+/* Makes the error of this rank (already in comm->error) the job's, if it is the first. Returns status. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status);
+
+#endif /* LLMPAR_USE_MPI */
+
+#endif
+/* ---- src/comm/mpi_world.c goes on ---- */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#ifdef LLMPAR_USE_MPI
+
+#include <time.h>
+#include <unistd.h>
+
+#define LLMPAR__MPI_NOTE_TAG 1
+#define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
+#define LLMPAR__MPI_ATTENTION 0.25
+
+LLMPAR__PRIVATE_DEF double llmpar__mpi_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void llmpar__mpi_nap(double seconds)
+{
+    struct timespec t;
+    t.tv_sec = (time_t)seconds;
+    t.tv_nsec = (long)((seconds - (double)t.tv_sec) * 1e9);
+    nanosleep(&t, NULL);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_error(llmpar_error *error, const char *function, int code)
+{
+    char text[MPI_MAX_ERROR_STRING + 1];
+    int length = 0;
+    text[0] = 0;
+    MPI_Error_string(code, text, &length);
+    return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: %s: %.400s", function, text);
+}
+
+/* ---- notes ---- */
+
+/* To all other ranks, once. */
+static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, llmpar__mpi_note_kind kind)
+{
+    if (cast->sent) return;
+    cast->sent = 1;
+    cast->note.kind = (int32_t)kind;
+    cast->note.rank = world->rank;
+    llmpar_record_position(world->record, &cast->note.position);
+    if (kind >= LLMPAR__MPI_FINISHED) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    cast->note.error = world->failure;
+    for (int32_t k = 1; k < world->ranks; k++) {
+        int32_t to = (world->rank + k) % world->ranks;
+        if (MPI_Isend(&cast->note, (int)sizeof cast->note, MPI_BYTE, to, LLMPAR__MPI_NOTE_TAG, world->control, &cast->request[to])) cast->request[to] = MPI_REQUEST_NULL;
+    }
+}
+
+/* Which of two failures is the job's: a rule that all ranks share, whatever they hear first. */
+static int llmpar__mpi_precedes(const llmpar_error *a, const llmpar_error *b)
+{
+    if (a->rank != b->rank) return a->rank < b->rank;
+    return strcmp(a->text, b->text) < 0;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error)
+{
+    int first = !world->aborted;
+    if (first || llmpar__mpi_precedes(error, &world->failure)) {
+        world->failure = *error;
+        if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    }
+    if (!first) return;
+    world->failed_at = llmpar__mpi_now();
+    __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
+    llmpar__mpi_tell(world, &world->failed, LLMPAR__MPI_FAILED);
+}
+
+LLMPAR_DEF void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error)
+{
+    pthread_mutex_lock(&world->lock);
+    llmpar__mpi_fail_locked(world, error);
+    pthread_mutex_unlock(&world->lock);
+}
+
+static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *note)
+{
+    if (note->rank < 0 || note->rank >= world->ranks) return;
+    llmpar__mpi_peer *peer = &world->peer[note->rank];
+    peer->position = note->position;
+    peer->silent = 0;
+    if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
+    if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
+    if (note->error.status == LLMPAR_OK) return;
+    peer->told = 1;
+    llmpar__mpi_fail_locked(world, &note->error);
+}
+
+static void llmpar__mpi_listen(llmpar_mpi_world *world)
+{
+    if (MPI_Irecv(&world->incoming, (int)sizeof world->incoming, MPI_BYTE, MPI_ANY_SOURCE, LLMPAR__MPI_NOTE_TAG, world->control, &world->standing)) world->standing = MPI_REQUEST_NULL;
+}
+
+static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
+{
+    if (now - world->last_beat < world->desc.heartbeat || world->bye.sent) return;
+    world->last_beat = now;
+    for (int32_t i = 0; i < world->beats; i++) {
+        llmpar__mpi_beat *beat = &world->beat[i];
+        int done = 1;
+        if (beat->request != MPI_REQUEST_NULL && (MPI_Test(&beat->request, &done, MPI_STATUS_IGNORE) || !done)) continue; /* it does not take the last one either */
+        beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
+        beat->note.rank = world->rank;
+        llmpar_record_position(world->record, &beat->note.position);
+        if (world->finished.sent) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+        beat->note.error = world->failure;
+        if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
+    }
+}
+
+static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
+{
+    for (int32_t i = 0; i < world->ranks; i++) {
+        llmpar__mpi_peer *peer = &world->peer[i];
+        if (peer->finished) peer->finished_for += attention;
+        if (!peer->watched || peer->bye || peer->dead) continue;
+        peer->silent += attention;
+        if (peer->silent < world->desc.silence) continue;
+        peer->dead = 1;
+        if (world->aborted) continue;
+        llmpar_error error;
+        char where[320] = "never heard of";
+        llmpar_error_clear(&error);
+        if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
+        else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
+        llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "no sign of life from rank %d for %g s: killed, stopped or unreachable; it was last seen in: %s", (int)i, world->desc.silence, where);
+        error.rank = i;
+        memcpy(error.where, peer->position.where, sizeof error.where);
+        llmpar__mpi_fail_locked(world, &error);
+    }
+}
+
+/* Takes what nobody will receive any more. */
+static void llmpar__mpi_drain(llmpar_mpi_world *world)
+{
+    for (int i = 0; i < 16; i++) {
+        int there = 0, done = 1;
+        MPI_Status status;
+        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) { /* longer than the bucket: that is an error, and it is done */
+            done = 1;
+            world->dropped = MPI_REQUEST_NULL;
+        }
+        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there) return;
+        if (MPI_Irecv(world->bucket, (int)sizeof world->bucket, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
+    }
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
+{
+    double now = llmpar__mpi_now(), attention = now - world->last_look;
+    world->last_look = now;
+    for (int i = 0; i < 1024; i++) {
+        int done = 0;
+        if (world->standing == MPI_REQUEST_NULL) llmpar__mpi_listen(world);
+        if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) {
+            world->standing = MPI_REQUEST_NULL;
+            break;
+        }
+        if (!done) break;
+        llmpar__mpi_heard(world, &world->incoming);
+        llmpar__mpi_listen(world);
+    }
+    llmpar__mpi_beats(world, now);
+    if (world->serialized) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
+    if (world->draining) llmpar__mpi_drain(world);
+}
+
+static int llmpar__mpi_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes)) return 0;
+#if !defined(__APPLE__)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
+    int failed = pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return !failed;
+}
+
+static void *llmpar__mpi_help(void *arg)
+{
+    llmpar_mpi_world *world = (llmpar_mpi_world *)arg;
+    pthread_mutex_lock(&world->lock);
+    while (!world->stop) {
+        llmpar__mpi_look(world);
+        struct timespec until;
+#if defined(__APPLE__)
+        clock_gettime(CLOCK_REALTIME, &until);
+#else
+        clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+        until.tv_nsec += (long)((world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK * 1e9);
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+        pthread_cond_timedwait(&world->wake, &world->lock, &until);
+    }
+    pthread_mutex_unlock(&world->lock);
+    return NULL;
+}
+
+/* ---- set-up ---- */
+
+/* What the ranks show each other at set-up. Plain bytes. */
+typedef struct llmpar__mpi_hello {
+    int32_t level, direct;
+    uint64_t comm_slice;
+    llmpar_error error;
+} llmpar__mpi_hello;
+
+static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, llmpar_error *error)
+{
+    if (desc->comm_slice > (size_t)1 << 30) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB) to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
+    if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
+    if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
+    if (!desc->comm_slice) desc->comm_slice = (size_t)16 << 20;
+    if (desc->heartbeat == 0) desc->heartbeat = 0.5;
+    if (desc->silence == 0) desc->silence = 5;
+    if (!desc->direct) desc->direct = 16;
+    if (desc->silence < 3 * desc->heartbeat) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: silence = %g seconds, expected at least three heartbeats of %g", desc->silence, desc->heartbeat);
+    return LLMPAR_OK;
+}
+
+static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
+{
+    MPI_Request *request = (MPI_Request *)llmpar_heap_alloc(heap, count, sizeof *request);
+    for (size_t i = 0; request && i < count; i++) request[i] = MPI_REQUEST_NULL;
+    return request;
+}
+
+/* Everything that may fail on one rank alone. */
+static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llmpar_error *error)
+{
+    size_t n = (size_t)world->ranks;
+    llmpar_status st = llmpar__mpi_resolve(&world->desc, error);
+    if (st) return st;
+    for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
+    world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
+    if (world->inboxes < 2) world->inboxes = 2;
+    world->peer = (llmpar__mpi_peer *)llmpar_heap_zalloc(world->heap, n, sizeof *world->peer);
+    world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
+    world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
+    world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
+    world->failed.request = llmpar__mpi_requests(world->heap, n);
+    world->finished.request = llmpar__mpi_requests(world->heap, n);
+    world->bye.request = llmpar__mpi_requests(world->heap, n);
+    if (!world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
+    if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    for (int32_t i = 0; i < world->ranks; i++) {
+        world->peer[i].position.rank = i;
+        world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
+    }
+    for (int32_t i = 0, k = 1; i < world->beats; i++, k *= 2) {
+        world->beat[i].to = (world->rank + k) % world->ranks;
+        world->beat[i].request = MPI_REQUEST_NULL;
+        world->peer[(world->rank - k + world->ranks) % world->ranks].watched = 1;
+    }
+    if (level < MPI_THREAD_SERIALIZED || world->ranks == 1) return LLMPAR_OK;
+    int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
+    if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started (system error %d)", failed);
+    world->helping = 1;
+    return LLMPAR_OK;
+}
+
+/* Ends the helper, and waits for it. Without the lock. */
+static void llmpar__mpi_dismiss(llmpar_mpi_world *world)
+{
+    if (!world->helping) return;
+    pthread_mutex_lock(&world->lock);
+    world->stop = 1;
+    pthread_cond_signal(&world->wake);
+    pthread_mutex_unlock(&world->lock);
+    pthread_join(world->helper, NULL);
+    world->helping = 0;
+}
+
+/* All ranks are well and alike, or all say who is not. */
+static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpar_status st, llmpar_error *error)
+{
+    llmpar__mpi_hello mine, first, lowest;
+    int32_t sick = st ? world->rank : world->ranks, sickest = 0;
+    memset(&mine, 0, sizeof mine);
+    mine.level = level;
+    mine.direct = world->desc.direct;
+    mine.comm_slice = world->desc.comm_slice;
+    if (st) mine.error = *error;
+    else llmpar_error_clear(&mine.error);
+    mine.error.rank = world->rank;
+    lowest = mine;
+    /* The lowest rank with an error shows it to all. Set-up may use blocking collectives. */
+    int code = MPI_Allreduce(&sick, &sickest, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
+    if (sickest < world->ranks) {
+        code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, sickest, world->data);
+        if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+        if (st) return st;
+        *error = lowest.error;
+        return error->status;
+    }
+    first = mine;
+    code = MPI_Bcast(&first, (int)sizeof first, MPI_BYTE, 0, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels = level, least = 0;
+    code = MPI_Allreduce(&differs, &other, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (!code) code = MPI_Allreduce(&levels, &least, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
+    world->serialized = least >= MPI_THREAD_SERIALIZED;
+    if (other == world->ranks) return LLMPAR_OK;
+    lowest = mine;
+    code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
+    if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
+    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "mpi: the ranks are described differently: rank 0: comm_slice %llu, direct %d; rank %d: comm_slice %llu, direct %d", (unsigned long long)first.comm_slice,
+                     (int)first.direct, (int)other, (unsigned long long)lowest.comm_slice, (int)lowest.direct);
+    error->rank = other;
+    return LLMPAR_ERR_MISMATCH;
+}
+
+/* Are there more ranks on this node than processors? Then a waiting rank gives its processor away at once. */
+static void llmpar__mpi_neighbours(llmpar_mpi_world *world)
+{
+    MPI_Comm node = MPI_COMM_NULL;
+    int here = world->ranks;
+    if (!MPI_Comm_split_type(world->data, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node) && node != MPI_COMM_NULL) {
+        MPI_Comm_size(node, &here);
+        MPI_Comm_free(&node);
+    }
+    world->crowded = here > (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+static void llmpar__mpi_free(llmpar_mpi_world *world)
+{
+    llmpar_heap *heap = world->heap;
+    llmpar_record_destroy(world->record);
+    llmpar_heap_free(heap, world->peer);
+    llmpar_heap_free(heap, world->beat);
+    llmpar_heap_free(heap, world->inbox);
+    llmpar_heap_free(heap, world->meeting);
+    llmpar_heap_free(heap, world->failed.request);
+    llmpar_heap_free(heap, world->finished.request);
+    llmpar_heap_free(heap, world->bye.request);
+    llmpar_heap_free(heap, world->scratch);
+    pthread_cond_destroy(&world->wake);
+    pthread_mutex_destroy(&world->lock);
+    llmpar_heap_free(heap, world);
+}
+
+LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error)
+{
+    *out = NULL;
+    int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
+    MPI_Initialized(&there);
+    if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
+    MPI_Finalized(&over);
+    if (over) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is already finalised, and cannot be initialised again in this process");
+    MPI_Comm from = desc && desc->comm ? *(const MPI_Comm *)desc->comm : MPI_COMM_WORLD;
+    if (from == MPI_COMM_NULL) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is MPI_COMM_NULL");
+    int code = MPI_Comm_test_inter(from, &inter);
+    if (!code && inter) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: the communicator is an intercommunicator, expected an intracommunicator");
+    MPI_Query_thread(&level);
+    if (level < MPI_THREAD_SERIALIZED) MPI_Is_thread_main(&main_thread);
+    if (!main_thread) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: called on another thread than MPI was initialised on, and MPI provides less than MPI_THREAD_SERIALIZED");
+    if (!code) code = MPI_Comm_rank(from, &rank);
+    if (!code) code = MPI_Comm_size(from, &ranks);
+    if (code) return llmpar__mpi_error(error, "MPI_Comm_size", code);
+
+    llmpar_mpi_world spare, *world = (llmpar_mpi_world *)llmpar_heap_zalloc(heap, 1, sizeof *world);
+    int alone = !world; /* out of memory: takes part in the agreement all the same */
+    if (alone) {
+        world = &spare;
+        memset(world, 0, sizeof *world);
+    }
+    world->heap = heap;
+    if (desc) world->desc = *desc;
+    world->rank = (int32_t)rank;
+    world->ranks = (int32_t)ranks;
+    world->standing = world->dropped = MPI_REQUEST_NULL;
+    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->next_context = 1;
+    for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
+    llmpar_error_clear(&world->failure);
+    code = MPI_Comm_dup(from, &world->data);
+    if (!code) code = MPI_Comm_dup(from, &world->control);
+    if (code) {
+        if (!alone) llmpar_heap_free(heap, world);
+        return llmpar__mpi_error(error, "MPI_Comm_dup", code);
+    }
+    MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
+    MPI_Comm_set_errhandler(world->control, MPI_ERRORS_RETURN);
+    pthread_mutex_init(&world->lock, NULL);
+    llmpar__mpi_cond_init(&world->wake);
+    pthread_mutex_lock(&world->lock);
+    llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
+    if (st && error->rank < 0) error->rank = world->rank;
+    st = llmpar__mpi_agree(world, level, st, error);
+    if (!st) llmpar__mpi_neighbours(world);
+    if (!st) llmpar__mpi_listen(world);
+    world->last_look = world->last_beat = llmpar__mpi_now();
+    if (st || !world->serialized) world->stop = 1;
+    pthread_mutex_unlock(&world->lock);
+    if (st || world->stop) llmpar__mpi_dismiss(world);
+    if (!st) {
+        *out = world;
+        return LLMPAR_OK;
+    }
+    MPI_Comm_free(&world->data);
+    MPI_Comm_free(&world->control);
+    if (alone) {
+        pthread_cond_destroy(&world->wake);
+        pthread_mutex_destroy(&world->lock);
+    } else {
+        llmpar__mpi_free(world);
+    }
+    return st;
+}
+
+LLMPAR_DEF int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world) { return world->rank; }
+LLMPAR_DEF int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world) { return world->ranks; }
+LLMPAR_DEF int llmpar_mpi_world_serialized(const llmpar_mpi_world *world) { return world->serialized; }
+
+/* ---- who is where ---- */
+
+/* Looks, and then sleeps a little without the lock. */
+static void llmpar__mpi_idle(llmpar_mpi_world *world)
+{
+    llmpar__mpi_look(world);
+    pthread_mutex_unlock(&world->lock);
+    llmpar__mpi_nap(0.0005);
+    pthread_mutex_lock(&world->lock);
+}
+
+static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
+{
+    llmpar_mpi_world *world = (llmpar_mpi_world *)user;
+    if (rank == world->rank) llmpar_record_position(world->record, out);
+    else *out = world->peer[rank].position;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
+{
+    double limit = llmpar__mpi_now() + 1;
+    for (int waiting = world->aborted; waiting && llmpar__mpi_now() < limit;) {
+        waiting = 0;
+        for (int32_t i = 0; i < world->ranks; i++)
+            if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
+        if (waiting) llmpar__mpi_idle(world);
+    }
+    llmpar_position_print(llmpar__mpi_position, world, world->ranks, text, capacity);
+}
+
+/* ---- the end ---- */
+
+static int llmpar__mpi_all(const llmpar_mpi_world *world, int bye)
+{
+    for (int32_t i = 0; i < world->ranks; i++)
+        if (i != world->rank && !(bye ? world->peer[i].bye : world->peer[i].finished)) return 0;
+    return 1;
+}
+
+static int llmpar__mpi_sent(llmpar_mpi_world *world)
+{
+    int done = 1, all = 1;
+    llmpar__mpi_cast *const cast[3] = { &world->failed, &world->finished, &world->bye };
+    for (int32_t i = 0; i < 3 * world->ranks; i++) {
+        MPI_Request *request = &cast[i / world->ranks]->request[i % world->ranks];
+        if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
+    }
+    for (int32_t i = 0; i < world->beats; i++)
+        if (world->beat[i].request != MPI_REQUEST_NULL && !MPI_Test(&world->beat[i].request, &done, MPI_STATUS_IGNORE)) all = all && done;
+    return all;
+}
+
+LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root)
+{
+    pthread_mutex_lock(&world->lock);
+    double called = llmpar__mpi_now();
+    if (!(grace > 0)) grace = 3;
+    llmpar__mpi_tell(world, &world->finished, LLMPAR__MPI_FINISHED);
+    while (!llmpar__mpi_all(world, 0)) {
+        if (world->aborted && llmpar__mpi_now() - (called > world->failed_at ? called : world->failed_at) > grace) break;
+        if (world->aborted) world->draining = 1;
+        llmpar__mpi_idle(world);
+    }
+    if (llmpar__mpi_all(world, 0)) {
+        if (world->aborted) world->draining = 1;
+        llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
+        double limit = llmpar__mpi_now() + 10;
+        int done = 0;
+        while (!done && llmpar__mpi_now() < limit) {
+            llmpar__mpi_idle(world);
+            done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
+        }
+        world->orderly = done;
+    }
+    if (root) {
+        if (world->aborted) *root = world->failure;
+        else llmpar_error_clear(root);
+    }
+    pthread_mutex_unlock(&world->lock);
+    llmpar__mpi_dismiss(world);
+    if (world->standing != MPI_REQUEST_NULL) {
+        int done = 0;
+        MPI_Cancel(&world->standing);
+        for (int i = 0; i < 1000 && !done; i++)
+            if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) break;
+    }
+    return world->orderly;
+}
+
+LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
+{
+    if (!world) return;
+    llmpar__mpi_dismiss(world);
+    if (world->orderly) { /* else messages to the dead are still under way, and freeing may wait for them */
+        MPI_Comm_free(&world->data);
+        MPI_Comm_free(&world->control);
+    }
+    llmpar__mpi_free(world);
+}
+
+#undef LLMPAR__MPI_NOTE_TAG
+#undef LLMPAR__MPI_LOOK
+#undef LLMPAR__MPI_ATTENTION
+
+#endif /* LLMPAR_USE_MPI */
+/* ==== src/comm/mpi_wait.c ==== */
+/* mpi_wait: messages under way, and how the members of a communicator meet before data moves.
+
+   Meeting. A rank that comes to a collective tells the other members what it is about to do, and waits until it has heard the same from all of them. So nobody moves a byte before everybody is there and
+   agrees; whoever differs is reported by all sides. Up to desc.direct members each tells each, and small data travels along. Beyond, in round k (1, 2, 4, ..) rank r tells r+k the call of the
+   lowest rank that it has heard of and the lowest call that differs from it; after log2 n rounds everybody has heard of everybody.
+   Headers of all communicators have one tag: messages of a pair arrive in order, so a header of another communicator than the awaited one means that the two ranks make their calls in different orders,
+   or on different axes: reported at once instead of a deadlock.
+
+   Waiting looks a few times, then gives the processor away (there may be more ranks than processors), then sleeps for ever longer moments. It ends with an error when another rank fails, when a rank
+   that has not come has returned from its function, and at the deadline. */
+
+#include <stdio.h>
+#include <string.h>
+
+#ifdef LLMPAR_USE_MPI
+
+#include <sched.h>
+#include <time.h>
+
+#define LLMPAR__MPI_HEADER_TAG 1
+#define LLMPAR__MPI_DATA_TAG 2
+#define LLMPAR__MPI_HEADER_BYTES(more) ((int)(offsetof(llmpar__mpi_header, payload) + (more)))
+#define LLMPAR__MPI_SETTLE 1.0 /* seconds that a failing rank waits for its own messages */
+#define LLMPAR__MPI_GONE 1.0   /* seconds after which the message of a rank that has finished would have come */
+
+typedef struct llmpar__mpi_wait {
+    double begin, limit; /* limit 0: none */
+    int looks;
+} llmpar__mpi_wait;
+
+static void llmpar__mpi_wait_begin(llmpar__mpi_wait *wait, const llmpar_mpi_world *world)
+{
+    wait->begin = llmpar__mpi_now();
+    wait->limit = world->desc.deadline > 0 ? wait->begin + world->desc.deadline : 0;
+    wait->looks = 0;
+}
+
+/* Between two looks, without the lock. */
+static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *wait)
+{
+    int looks = wait->looks++;
+    if (looks < (world->crowded ? 4 : 2000)) {
+        if (world->crowded || looks % 16 == 15) sched_yield();
+        return;
+    }
+    struct timespec t;
+    t.tv_sec = 0;
+    t.tv_nsec = looks < 2100 ? 20000 : 200000;
+    nanosleep(&t, NULL);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status)
+{
+    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world->rank;
+    if (status != LLMPAR_ERR_PEER) {
+        llmpar_error error = *tc->comm.error;
+        error.status = status;
+        error.rank = tc->world->rank;
+        llmpar_mpi_world_fail(tc->world, &error);
+    }
+    return status;
+}
+
+/* Under the lock. */
+static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_call *call)
+{
+    llmpar_mpi_world *world = tc->world;
+    char what[320], who[1100];
+    llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
+    llmpar_call_print(call, what, sizeof what);
+    const llmpar_error *f = &world->failure;
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call)
+{
+    if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
+    pthread_mutex_lock(&tc->world->lock);
+    llmpar_status st = llmpar__mpi_peer_error(tc, call);
+    pthread_mutex_unlock(&tc->world->lock);
+    return llmpar__mpi_failed(tc, st);
+}
+
+/* Under the lock: is the wait over for another reason than success? missing: world rank that has not come, -1: not known. */
+static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_wait *wait, int32_t missing)
+{
+    llmpar_mpi_world *world = tc->world;
+    if (world->aborted) return LLMPAR_ERR_PEER; /* its text comes when the messages are settled */
+    int gone = missing >= 0 && world->peer[missing].finished && world->peer[missing].finished_for > LLMPAR__MPI_GONE;
+    int late = wait->limit > 0 && llmpar__mpi_now() >= wait->limit;
+    if (!gone && !late) return LLMPAR_OK;
+    char what[320], who[1100];
+    llmpar_call_print(call, what, sizeof what);
+    llmpar__mpi_who(world, who, sizeof who);
+    if (gone) llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
+    else llmpar_error_set(tc->comm.error, LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
+    return gone ? LLMPAR_ERR_MISMATCH : LLMPAR_ERR_TIMEOUT;
+}
+
+/* Ends a failed call: tells the job, and ends its messages: receives are cancelled, sends are waited for, since their receivers drop what they no longer want. from: as in the world; NULL: the first half
+   of the requests are receives. Returns st. */
+static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st, MPI_Request *request, const int32_t *from, int32_t count)
+{
+    llmpar_mpi_world *world = tc->world;
+    if (st != LLMPAR_ERR_PEER) llmpar__mpi_failed(tc, st);
+    double limit = llmpar__mpi_now() + LLMPAR__MPI_SETTLE;
+    int done = 0;
+    pthread_mutex_lock(&world->lock);
+    for (int32_t i = 0; i < count; i++)
+        if (request[i] != MPI_REQUEST_NULL && (from ? from[i] >= 0 : i < count / 2)) MPI_Cancel(&request[i]);
+    world->draining = 1;
+    while (!done && llmpar__mpi_now() < limit) {
+        llmpar__mpi_look(world);
+        done = 1;
+        for (int32_t i = 0; i < count; i++) {
+            int one = 1;
+            if (request[i] != MPI_REQUEST_NULL && !MPI_Test(&request[i], &one, MPI_STATUS_IGNORE)) done = done && one;
+        }
+        if (done) break;
+        pthread_mutex_unlock(&world->lock);
+        sched_yield();
+        pthread_mutex_lock(&world->lock);
+    }
+    for (int32_t i = 0; i < count; i++)
+        if (request[i] != MPI_REQUEST_NULL) { /* to a dead rank */
+            MPI_Request_free(&request[i]);
+            request[i] = MPI_REQUEST_NULL;
+        }
+    if (st == LLMPAR_ERR_PEER) llmpar__mpi_peer_error(tc, call);
+    pthread_mutex_unlock(&world->lock);
+    return st == LLMPAR_ERR_PEER ? llmpar__mpi_failed(tc, st) : st;
+}
+
+/* ---- data ---- */
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar__mpi_wait wait;
+    llmpar_status st = LLMPAR_OK;
+    MPI_Status status[LLMPAR__MPI_BATCH];
+    int finished[LLMPAR__MPI_BATCH], count, left = (int)world->posted;
+    if (left) llmpar__mpi_wait_begin(&wait, world);
+    while (left && !st) {
+        pthread_mutex_lock(&world->lock);
+        int code = MPI_Testsome((int)world->posted, world->request, &count, finished, status);
+        if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Testsome", code);
+        else if (count > 0) left -= count; /* those requests are null now */
+        if (left && !st) {
+            int32_t missing = -1;
+            llmpar__mpi_look(world);
+            for (int32_t i = 0; i < world->posted && missing < 0; i++)
+                if (world->request[i] != MPI_REQUEST_NULL && world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
+            st = llmpar__mpi_hopeless(tc, call, &wait, missing);
+        }
+        pthread_mutex_unlock(&world->lock);
+        if (left && !st) llmpar__mpi_pause(world, &wait);
+    }
+    if (st) llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
+    world->posted = 0;
+    return st;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
+{
+    llmpar_mpi_world *world = tc->world;
+    while (bytes) {
+        size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
+        if (world->posted == LLMPAR__MPI_BATCH) {
+            llmpar_status st = llmpar__mpi_complete(tc, call);
+            if (st) return st;
+        }
+        MPI_Request *request = &world->request[world->posted];
+        pthread_mutex_lock(&world->lock);
+        int code = receives ? MPI_Irecv(memory, (int)now, MPI_BYTE, (int)tc->member[peer], LLMPAR__MPI_DATA_TAG, world->data, request)
+                            : MPI_Isend(memory, (int)now, MPI_BYTE, (int)tc->member[peer], LLMPAR__MPI_DATA_TAG, world->data, request);
+        pthread_mutex_unlock(&world->lock);
+        if (code) {
+            *request = MPI_REQUEST_NULL;
+            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
+            world->posted = 0;
+            return st;
+        }
+        world->from[world->posted++] = receives ? tc->member[peer] : -1;
+        memory = (char *)memory + now;
+        bytes -= now;
+    }
+    return LLMPAR_OK;
+}
+
+/* ---- meeting ---- */
+
+static llmpar_status llmpar__mpi_mismatch(llmpar__mpi_comm *tc, const llmpar_call *a, const llmpar_call *b)
+{
+    char text[1000];
+    llmpar_call_mismatch(a->rank <= b->rank ? a : b, a->rank <= b->rank ? b : a, text, sizeof text);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text);
+}
+
+/* Waits for world->meeting[0, count) receives into inbox[i] from the members `from[i]`, and count sends behind them. Whoever comes with another communicator's call ends it at once; other differences are
+   left to the caller. */
+static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t count)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar__mpi_wait wait;
+    llmpar_status st = LLMPAR_OK;
+    double differs = 0; /* when a difference was seen: those who have not come by then are not waited for much longer */
+    llmpar__mpi_wait_begin(&wait, world);
+    for (int left = 1; left && !st;) {
+        const llmpar_call *other = NULL, *odd = NULL;
+        int32_t missing = -1;
+        left = 0;
+        pthread_mutex_lock(&world->lock);
+        for (int32_t i = 0; i < 2 * count && !st; i++) {
+            if (world->meeting[i] == MPI_REQUEST_NULL) continue;
+            int done = 0, code = MPI_Test(&world->meeting[i], &done, MPI_STATUS_IGNORE);
+            if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Test", code);
+            if (done) continue;
+            left = 1;
+            if (i < count) missing = i;
+        }
+        for (int32_t i = 0; i < count; i++) {
+            const llmpar__mpi_header *in = &world->inbox[i];
+            if (world->meeting[i] != MPI_REQUEST_NULL || in->call.op == LLMPAR_CALL_NONE) continue;
+            if (in->context != world->outbox.context) other = &in->call;
+            else if (!tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint) odd = &in->call;
+        }
+        if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
+        if (!st && left) {
+            llmpar__mpi_look(world);
+            double now = llmpar__mpi_now();
+            if (differs == 0 && (odd || (world->aborted && world->failure.status == LLMPAR_ERR_MISMATCH))) differs = now; /* perhaps the other side of it is on its way here */
+            if (differs == 0 || now > differs + 0.5) {
+                if (odd) st = llmpar__mpi_mismatch(tc, call, odd);
+                else st = llmpar__mpi_hopeless(tc, call, &wait, missing >= 0 ? world->inbox[missing].call.rank : -1);
+            }
+        }
+        pthread_mutex_unlock(&world->lock);
+        if (left && !st) llmpar__mpi_pause(world, &wait);
+    }
+    return st ? llmpar__mpi_settle(tc, call, st, world->meeting, NULL, 2 * count) : LLMPAR_OK;
+}
+
+/* Posts the i-th receive of a header, and the send of the outbox to the same or another member. */
+static llmpar_status llmpar__mpi_post_header(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t i, int32_t count, int32_t from, int32_t to)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar__mpi_header *in = &world->inbox[i];
+    in->call.op = (int32_t)LLMPAR_CALL_NONE;
+    in->call.rank = tc->member[from];
+    pthread_mutex_lock(&world->lock);
+    int code = MPI_Irecv(in, (int)sizeof *in, MPI_BYTE, (int)tc->member[from], LLMPAR__MPI_HEADER_TAG, world->data, &world->meeting[i]);
+    if (!code) code = MPI_Isend(&world->outbox, LLMPAR__MPI_HEADER_BYTES(world->outbox.bytes), MPI_BYTE, (int)tc->member[to], LLMPAR__MPI_HEADER_TAG, world->data, &world->meeting[count + i]);
+    pthread_mutex_unlock(&world->lock);
+    if (!code) return LLMPAR_OK;
+    return llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, "MPI_Isend", code), world->meeting, NULL, 2 * count);
+}
+
+static void llmpar__mpi_pack(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
+{
+    llmpar__mpi_header *out = &tc->world->outbox;
+    out->fingerprint = llmpar_call_fingerprint(call);
+    out->context = tc->context;
+    out->call = *call;
+    out->bytes = bytes;
+    if (bytes) memcpy(out->payload, payload, bytes);
+}
+
+/* Each tells each. inbox[i] is member i's, this rank's own included. */
+static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
+{
+    llmpar_mpi_world *world = tc->world;
+    int32_t n = tc->comm.ranks, r = tc->comm.rank;
+    llmpar__mpi_pack(tc, call, payload, bytes);
+    memcpy(&world->inbox[r], &world->outbox, (size_t)LLMPAR__MPI_HEADER_BYTES(bytes));
+    llmpar_status st = LLMPAR_OK;
+    for (int32_t i = 0; i < 2 * n; i++) world->meeting[i] = MPI_REQUEST_NULL;
+    for (int32_t k = 1; k < n && !st; k++) st = llmpar__mpi_post_header(tc, call, (r + k) % n, n, (r + k) % n, (r + k) % n);
+    if (!st) st = llmpar__mpi_await(tc, call, n);
+    for (int32_t i = 1; i < n && !st && !tc->comm.unchecked; i++)
+        if (world->inbox[0].fingerprint != world->inbox[i].fingerprint) st = llmpar__mpi_failed(tc, llmpar__mpi_mismatch(tc, &world->inbox[0].call, &world->inbox[i].call));
+    return st;
+}
+
+/* What has been heard so far: the lowest rank's call, and the lowest one that differs (op NONE: none). */
+static void llmpar__mpi_merge(llmpar_call best[2], const llmpar_call *heard)
+{
+    llmpar_call later = *heard;
+    if (heard->op == LLMPAR_CALL_NONE) return;
+    if (heard->rank < best[0].rank) {
+        later = best[0];
+        best[0] = *heard;
+    }
+    uint64_t fingerprint = llmpar_call_fingerprint(&best[0]);
+    if (best[1].op != LLMPAR_CALL_NONE && llmpar_call_fingerprint(&best[1]) == fingerprint) best[1].op = (int32_t)LLMPAR_CALL_NONE;
+    if (llmpar_call_fingerprint(&later) != fingerprint && (best[1].op == LLMPAR_CALL_NONE || later.rank < best[1].rank)) best[1] = later;
+}
+
+/* log2 n rounds. */
+static llmpar_status llmpar__mpi_meet_rounds(llmpar__mpi_comm *tc, const llmpar_call *call)
+{
+    llmpar_mpi_world *world = tc->world;
+    int32_t n = tc->comm.ranks, r = tc->comm.rank;
+    llmpar_call best[2], told;
+    best[0] = best[1] = *call;
+    best[1].op = (int32_t)LLMPAR_CALL_NONE;
+    for (int32_t k = 1; k < n; k *= 2) {
+        llmpar__mpi_pack(tc, &best[0], &best[1], sizeof best[1]);
+        llmpar_status st = llmpar__mpi_post_header(tc, call, 0, 1, (r - k + n) % n, (r + k) % n);
+        if (!st) st = llmpar__mpi_await(tc, call, 1);
+        if (st) return st;
+        memcpy(&told, world->inbox[0].payload, sizeof told);
+        llmpar__mpi_merge(best, &world->inbox[0].call);
+        llmpar__mpi_merge(best, &told);
+    }
+    if (best[1].op != LLMPAR_CALL_NONE && !tc->comm.unchecked) return llmpar__mpi_failed(tc, llmpar__mpi_mismatch(tc, &best[0], &best[1]));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
+{
+    llmpar_status st = llmpar__mpi_check(tc, call);
+    if (st) return st;
+    return tc->comm.ranks <= tc->world->desc.direct ? llmpar__mpi_meet_direct(tc, call, payload, bytes) : llmpar__mpi_meet_rounds(tc, call);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar_status st = llmpar__mpi_check(tc, call);
+    if (st) return st;
+    llmpar__mpi_pack(tc, call, payload, bytes);
+    st = llmpar__mpi_post_header(tc, call, 0, 1, call->peer, call->peer);
+    if (!st) st = llmpar__mpi_await(tc, call, 1);
+    if (!st && !tc->comm.unchecked && world->inbox[0].fingerprint != world->outbox.fingerprint) st = llmpar__mpi_failed(tc, llmpar__mpi_mismatch(tc, call, &world->inbox[0].call));
+    return st;
+}
+
+#undef LLMPAR__MPI_HEADER_TAG
+#undef LLMPAR__MPI_DATA_TAG
+#undef LLMPAR__MPI_HEADER_BYTES
+#undef LLMPAR__MPI_SETTLE
+#undef LLMPAR__MPI_GONE
+
+#endif /* LLMPAR_USE_MPI */
+/* ==== src/comm/mpi.c ==== */
+/* mpi: collectives between processes.
+
+   Every collective: meet (mpi_wait.c: everybody is there and agrees), then move data; what is small has already moved with the meeting. The arithmetic is the device's tree_sum and max, on the rank's own
+   thread with stream NULL, as in threads.c; the whole collective is one host call on the stream.
+
+   Reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
+   The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
+     label in the left part    c < p ? c : c - p
+     label in the right part   c < p ? c mod q : c - p        (c: the label at the node)
+   Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those
+   ranks of the left part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n messages, and (n-1)/n of the data.
+       n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3)
+   A slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts go to everybody. */
+
+#include <string.h>
+
+
+#ifdef LLMPAR_USE_MPI
+
+/* A node of the reduction's tree that this rank is in. */
+struct llmpar__mpi_level {
+    int32_t lo, p, q;
+    int32_t left; /* 1: this rank is in the left part */
+};
+
+/* The argument of the host call. */
+typedef struct llmpar__mpi_job {
+    llmpar__mpi_comm *tc;
+    const void *send;
+    void *recv;
+    llmpar_call call;
+} llmpar__mpi_job;
+
+/* A slice of a reduction: part j is `bytes(j)` at base + offset(j) of this rank's input. */
+typedef struct llmpar__mpi_slice {
+    const char *base;
+    size_t stride, count; /* stride > 0: part j is `count` elements at j * stride bytes; 0: part j is piece j of `count` elements */
+    size_t item, parts;
+    void *out;            /* this rank's part of the result */
+} llmpar__mpi_slice;
+
+static size_t llmpar__mpi_min(size_t a, size_t b) { return a < b ? a : b; }
+
+static size_t llmpar__mpi_part(const llmpar__mpi_slice *s, size_t j, size_t *count)
+{
+    if (s->stride) {
+        *count = s->count;
+        return j * s->stride;
+    }
+    size_t begin = (size_t)llmpar_piece_begin((int64_t)j, (int64_t)s->count, (int64_t)s->parts);
+    *count = (size_t)llmpar_piece_begin((int64_t)j + 1, (int64_t)s->count, (int64_t)s->parts) - begin;
+    return begin * s->item;
+}
+
+static llmpar_status llmpar__mpi_copy(llmpar__mpi_comm *tc, void *out, const void *in, size_t bytes)
+{
+    if (!bytes || out == in) return LLMPAR_OK;
+    return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+}
+
+static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call *call, const void *const *in, int32_t n, size_t count, void *out)
+{
+    llmpar_device *device = tc->comm.device;
+    llmpar_tree_sum_args args;
+    if (!count) return LLMPAR_OK;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = n;
+    args.count = count;
+    args.out = out;
+    args.dtype = (llmpar_dtype)call->dtype;
+    return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+}
+
+/* At least `bytes` of scratch. */
+static llmpar_status llmpar__mpi_scratch(llmpar__mpi_comm *tc, const llmpar_call *call, size_t bytes)
+{
+    llmpar_mpi_world *world = tc->world;
+    if (world->scratch_bytes >= bytes) return LLMPAR_OK;
+    llmpar_heap_free(world->heap, world->scratch);
+    world->scratch_bytes = 0;
+    world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
+    if (!world->scratch) return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
+    world->scratch_bytes = bytes;
+    return LLMPAR_OK;
+}
+
+/* Gives the held parts with label c at this level to the member `to`. A single part of the input goes from where it is; else they are packed behind `pack`. */
+static llmpar_status llmpar__mpi_give(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s, int32_t l, int32_t held, int32_t c, int32_t to, size_t room, const char *partial, char **pack)
+{
+    const int32_t *label = tc->label + (size_t)l * s->parts, *kept = tc->kept;
+    char *begin = *pack, *only = NULL;
+    size_t bytes = 0, parts = 0, count;
+    llmpar_status st = LLMPAR_OK;
+    for (int32_t i = 0; i < held && !st; i++) {
+        if (label[kept[i]] != c) continue;
+        size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
+        const char *from = partial ? partial + (size_t)i * room : s->base + offset;
+        if (parts == 1) { /* not the only one after all */
+            st = llmpar__mpi_copy(tc, begin, only, bytes);
+            *pack += room;
+        }
+        if (parts) {
+            if (!st) st = llmpar__mpi_copy(tc, *pack, from, count * s->item);
+            *pack += room;
+        }
+        only = (char *)(uintptr_t)from;
+        bytes = count * s->item;
+        parts++;
+    }
+    if (st || !parts) return st;
+    return llmpar__mpi_post(tc, call, 0, to, parts == 1 ? only : begin, parts == 1 ? bytes : (parts - 1) * room + bytes);
+}
+
+/* Reduces one slice. */
+static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s)
+{
+    size_t n = s->parts, room = (s->stride ? s->count : (s->count + n - 1) / n) * s->item, count;
+    size_t keep = (size_t)tc->most_kept * room, give = (size_t)tc->most_given * room;
+    llmpar_status st = llmpar__mpi_scratch(tc, call, 2 * keep + give);
+    if (st) return st;
+    char *partial = tc->world->scratch, *incoming = partial + keep, *pack;
+    int32_t held = (int32_t)n, *kept = tc->kept;
+    for (int32_t i = 0; i < held; i++) kept[i] = i;
+    for (int32_t l = 0; l < tc->levels && !st; l++) {
+        const struct llmpar__mpi_level *level = &tc->level[l];
+        const int32_t *label = tc->label + (size_t)l * n;
+        int32_t a = tc->comm.rank - level->lo - (level->left ? 0 : level->p), mine = level->left ? a : level->p + a, keeps = 0;
+        int32_t partner = level->left ? level->lo + level->p + a % level->q : level->lo + a;
+        const char *held_partial = l ? partial : NULL;
+        size_t expected = 0;
+        pack = incoming + keep;
+        for (int32_t i = 0; i < held; i++)
+            if (label[kept[i]] == mine) {
+                llmpar__mpi_part(s, (size_t)kept[i], &count);
+                expected = (size_t)keeps++ * room + count * s->item;
+            }
+        st = llmpar__mpi_post(tc, call, 1, partner, incoming, expected);
+        if (level->left) {
+            if (a < level->q && !st) st = llmpar__mpi_give(tc, call, s, l, held, a + level->p, level->lo + level->p + a, room, held_partial, &pack);
+        } else {
+            for (int32_t c = a; c < level->p && !st; c += level->q) st = llmpar__mpi_give(tc, call, s, l, held, c, level->lo + c, room, held_partial, &pack);
+        }
+        if (!st) st = llmpar__mpi_complete(tc, call);
+        keeps = 0;
+        for (int32_t i = 0; i < held && !st; i++) {
+            if (label[kept[i]] != mine) continue;
+            size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
+            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
+            in[0] = level->left ? own : theirs;
+            in[1] = level->left ? theirs : own;
+            st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == tc->levels ? s->out : (void *)(partial + (size_t)keeps * room));
+            kept[keeps++] = kept[i];
+        }
+        held = keeps;
+    }
+    return st;
+}
+
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. */
+static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    llmpar_status st = LLMPAR_OK;
+    for (size_t k = 1; k < n && !st; k++) {
+        size_t to = (r + k) % n, from = (r + n - k) % n;
+        for (size_t b = 0; b < blocks && !st; b++) {
+            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, recv + (b * n + from) * part, part);
+            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part, part);
+        }
+    }
+    return st ? st : llmpar__mpi_complete(tc, call);
+}
+
+static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = tc->world->desc.comm_slice / n / item;
+    llmpar__mpi_slice s;
+    llmpar_status st = LLMPAR_OK;
+    memset(&s, 0, sizeof s);
+    s.item = item;
+    s.parts = n;
+    s.stride = part;
+    if (!step) step = 1;
+    for (size_t b = 0; b < call->blocks; b++)
+        for (size_t at = 0; at < call->count && !st; at += step) {
+            s.base = send + b * n * part + at * item;
+            s.count = llmpar__mpi_min(step, (size_t)call->count - at);
+            s.out = recv + b * part + at * item;
+            st = llmpar__mpi_halve(tc, call, &s);
+        }
+    return st;
+}
+
+static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = tc->world->desc.comm_slice / item;
+    llmpar__mpi_slice s;
+    llmpar_status st = LLMPAR_OK;
+    memset(&s, 0, sizeof s);
+    s.item = item;
+    s.parts = n;
+    if (step < n) step = n;
+    for (size_t at = 0; at < total && !st; at += step) {
+        size_t mine, theirs;
+        s.base = send + at * item;
+        s.count = llmpar__mpi_min(step, total - at);
+        char *out = recv + at * item, *own = out + llmpar__mpi_part(&s, r, &mine);
+        s.out = own;
+        st = llmpar__mpi_halve(tc, call, &s);
+        for (size_t k = 1; k < n && !st; k++) {
+            size_t from = (r + n - k) % n, offset = llmpar__mpi_part(&s, from, &theirs);
+            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, out + offset, theirs * item);
+            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)((r + k) % n), own, mine * item);
+        }
+        if (!st) st = llmpar__mpi_complete(tc, call);
+    }
+    return st;
+}
+
+/* A binomial tree below the root, slice by slice. */
+static llmpar_status llmpar__mpi_broadcast_large(llmpar__mpi_comm *tc, const llmpar_call *call, char *buffer, size_t bytes)
+{
+    int32_t n = tc->comm.ranks, v = (tc->comm.rank - call->root + n) % n, mask = 1;
+    llmpar_status st = LLMPAR_OK;
+    while (mask < n && !(v & mask)) mask *= 2;
+    for (size_t at = 0; at < bytes && !st; at += tc->world->desc.comm_slice) {
+        size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, bytes - at);
+        if (v) {
+            st = llmpar__mpi_post(tc, call, 1, (v - mask + call->root) % n, buffer + at, now);
+            if (!st) st = llmpar__mpi_complete(tc, call);
+        }
+        for (int32_t child = mask / 2; child >= 1 && !st; child /= 2)
+            if (v + child < n) st = llmpar__mpi_post(tc, call, 0, (v + child + call->root) % n, buffer + at, now);
+    }
+    return st ? st : llmpar__mpi_complete(tc, call);
+}
+
+/* Everything that fits beside the headers: the payloads of all ranks are here. */
+static llmpar_status llmpar__mpi_small(llmpar__mpi_comm *tc, const llmpar_call *call, char *recv, size_t part)
+{
+    llmpar_mpi_world *world = tc->world;
+    const void *in[256];
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
+    llmpar_status st = LLMPAR_OK;
+    switch (call->op) {
+    case LLMPAR_CALL_ALL_REDUCE:
+        for (size_t i = 0; i < n; i++) in[i] = world->inbox[i].payload;
+        return llmpar__mpi_combine(tc, call, in, (int32_t)n, (size_t)(call->count * call->blocks), recv);
+    case LLMPAR_CALL_REDUCE_SCATTER:
+        for (size_t b = 0; b < call->blocks && !st; b++) {
+            for (size_t i = 0; i < n; i++) in[i] = world->inbox[i].payload + (b * n + r) * part;
+            st = llmpar__mpi_combine(tc, call, in, (int32_t)n, (size_t)call->count, recv + b * part);
+        }
+        return st;
+    case LLMPAR_CALL_BROADCAST: return recv ? llmpar__mpi_copy(tc, recv, world->inbox[call->root].payload, part * (size_t)call->blocks) : LLMPAR_OK;
+    default: /* all_gather, all_to_all */
+        for (size_t i = 0; i < n; i++)
+            for (size_t b = 0; b < call->blocks && !st; b++)
+                st = llmpar__mpi_copy(tc, recv + (b * n + i) * part, world->inbox[i].payload + (call->op == LLMPAR_CALL_ALL_TO_ALL ? b * n + r : b) * part, part);
+        return st;
+    }
+}
+
+static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t part, size_t item)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
+    llmpar_status st = LLMPAR_OK;
+    switch (call->op) {
+    case LLMPAR_CALL_ALL_GATHER:
+        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + b * part, part);
+        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
+    case LLMPAR_CALL_ALL_TO_ALL:
+        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + (b * n + r) * part, part);
+        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
+    case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__mpi_reduce_scatter_large(tc, call, send, recv, item);
+    case LLMPAR_CALL_ALL_REDUCE: return llmpar__mpi_all_reduce_large(tc, call, send, recv, item);
+    case LLMPAR_CALL_BROADCAST:
+        st = llmpar__mpi_broadcast_large(tc, call, (int32_t)r == call->root ? (char *)(uintptr_t)send : recv, part * blocks);
+        return st || (int32_t)r != call->root || !recv ? st : llmpar__mpi_copy(tc, recv, send, part * blocks);
+    default: return LLMPAR_OK;
+    }
+}
+
+/* The host function of every collective. */
+static llmpar_status llmpar__mpi_run(void *arg)
+{
+    const llmpar__mpi_job *job = (const llmpar__mpi_job *)arg;
+    const llmpar_call *call = &job->call;
+    llmpar__mpi_comm *tc = job->tc;
+    size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
+    int sends = call->op == LLMPAR_CALL_SEND;
+    llmpar_status st;
+    if (sends || call->op == LLMPAR_CALL_RECV) {
+        int small = bytes <= LLMPAR__MPI_INLINE;
+        st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
+        if (!st && small && !sends) st = llmpar__mpi_copy(tc, job->recv, tc->world->inbox[0].payload, bytes);
+        if (!st && !small) st = llmpar__mpi_post(tc, call, !sends, call->peer, sends ? (void *)(uintptr_t)job->send : job->recv, bytes);
+        if (!st) st = llmpar__mpi_complete(tc, call);
+    } else {
+        if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_TO_ALL) bytes *= n;
+        int small = bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct, silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
+        st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
+        if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
+    }
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK; /* the device's, or told already */
+}
+
+/* The wrapper's description where there is one of this very call: a slot may be made of other slots. */
+static void llmpar__mpi_describe(const llmpar__mpi_comm *tc, llmpar_call_op op, const llmpar_collective *given, llmpar_call *out)
+{
+    if (tc->comm.call && tc->comm.call->op == (int32_t)op) {
+        *out = *tc->comm.call;
+        return;
+    }
+    memset(out, 0, sizeof *out);
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)given->dtype;
+    out->reduce = (int32_t)given->op;
+    out->root = given->root;
+    out->peer = given->peer;
+    out->count = given->count;
+    out->blocks = given->blocks;
+    out->member = tc->comm.rank;
+    out->members = tc->comm.ranks;
+    out->rank = tc->world->rank;
+    memcpy(out->axis, tc->axis, sizeof out->axis);
+    memcpy(out->tag, given->tag, llmpar__mpi_min(strlen(given->tag), sizeof out->tag - 1));
+}
+
+static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+{
+    llmpar__mpi_job job;
+    memset(&job, 0, sizeof job);
+    job.tc = (llmpar__mpi_comm *)comm->state;
+    job.send = given->send;
+    job.recv = given->recv;
+    llmpar__mpi_describe(job.tc, op, given, &job.call);
+    return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
+}
+
+static llmpar_status llmpar__mpi_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
+static llmpar_status llmpar__mpi_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
+static llmpar_status llmpar__mpi_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
+static llmpar_status llmpar__mpi_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
+static llmpar_status llmpar__mpi_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
+static llmpar_status llmpar__mpi_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
+static llmpar_status llmpar__mpi_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
+static llmpar_status llmpar__mpi_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return llmpar__mpi_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
+}
+
+static void llmpar__mpi_abort(llmpar_comm *comm, const llmpar_error *error)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_error mine = *error;
+    if (mine.rank < 0) mine.rank = tc->world->rank;
+    llmpar_mpi_world_fail(tc->world, &mine);
+}
+
+/* ---- communicators ---- */
+
+static void llmpar__mpi_destroy(llmpar_comm *comm)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_heap *heap = tc->world->heap;
+    llmpar_heap_free(heap, tc->member);
+    llmpar_heap_free(heap, tc->level);
+    llmpar_heap_free(heap, tc->label);
+    llmpar_heap_free(heap, tc->kept);
+    llmpar_heap_free(heap, tc);
+}
+
+static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
+
+/* The path from this rank's leaf up to the root, and the labels of all parts along it. */
+static void llmpar__mpi_plan(llmpar__mpi_comm *tc)
+{
+    int32_t n = tc->comm.ranks, r = tc->comm.rank, lo = 0, m = n, l = tc->levels;
+    while (m > 1) {
+        int32_t p = (int32_t)llmpar_tree_split(m), *label = tc->label + (size_t)--l * (size_t)n;
+        const int32_t *above = label + n;
+        struct llmpar__mpi_level *level = &tc->level[l];
+        for (int32_t j = 0; j < n; j++) {
+            int32_t c = j;
+            if (l + 1 < tc->levels) { /* from the node above */
+                const struct llmpar__mpi_level *up = level + 1;
+                c = above[j];
+                if (up->left) c = c < up->p ? c : c - up->p;
+                else c = c < up->p ? c % up->q : c - up->p;
+            }
+            label[j] = c;
+        }
+        level->lo = lo;
+        level->p = p;
+        level->q = m - p;
+        level->left = r < lo + p;
+        int32_t a = level->left ? r - lo : r - lo - p, keeps = 0, gives = 0;
+        for (int32_t j = 0; j < n; j++) {
+            keeps += label[j] == (level->left ? a : p + a);
+            gives += level->left ? label[j] == a + p : label[j] < p && label[j] % level->q == a;
+        }
+        if (keeps > tc->most_kept) tc->most_kept = keeps;
+        if (gives > tc->most_given) tc->most_given = gives;
+        if (level->left) m = p;
+        else lo += p, m -= p;
+    }
+}
+
+/* A communicator of these world ranks (copied). Local. */
+static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    llmpar_heap *heap = world->heap;
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
+    if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
+    llmpar_comm *comm = &tc->comm;
+    int32_t lo = 0;
+    for (int32_t m = ranks; m > 1; tc->levels++) {
+        int32_t p = (int32_t)llmpar_tree_split(m);
+        if (rank < lo + p) m = p;
+        else lo += p, m -= p;
+    }
+    tc->world = world;
+    tc->context = context;
+    tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
+    tc->level = (struct llmpar__mpi_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
+    tc->label = (int32_t *)llmpar_heap_zalloc(heap, (size_t)tc->levels * (size_t)ranks, sizeof *tc->label);
+    tc->kept = (int32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *tc->kept);
+    comm->state = tc;
+    if (!tc->member || !tc->level || !tc->label || !tc->kept) {
+        llmpar__mpi_destroy(comm);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
+    }
+    memcpy(tc->member, member, (size_t)ranks * sizeof *member);
+    memcpy(tc->axis, name, llmpar__mpi_min(strlen(name), sizeof tc->axis - 1));
+    comm->abi = LLMPAR_COMM_ABI;
+    comm->size = (uint32_t)sizeof *comm;
+    comm->rank = rank;
+    comm->ranks = ranks;
+    comm->axis = tc->axis;
+    comm->device = device;
+    comm->error = error;
+    comm->split = llmpar__mpi_split;
+    comm->destroy = llmpar__mpi_destroy;
+    comm->barrier = llmpar__mpi_barrier;
+    comm->all_gather = llmpar__mpi_all_gather;
+    comm->reduce_scatter = llmpar__mpi_reduce_scatter;
+    comm->all_reduce = llmpar__mpi_all_reduce;
+    comm->broadcast = llmpar__mpi_broadcast;
+    comm->all_to_all = llmpar__mpi_all_to_all;
+    comm->send = llmpar__mpi_send;
+    comm->recv = llmpar__mpi_recv;
+    comm->abort = llmpar__mpi_abort;
+    comm->unchecked = world->desc.unchecked;
+    llmpar__mpi_plan(tc);
+    if (llmpar_record_attach(world->record, comm, member)) {
+        llmpar__mpi_destroy(comm);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for its record", name);
+    }
+    *out = comm;
+    return LLMPAR_OK;
+}
+
+/* What the ranks show each other at a split. Plain bytes. */
+typedef struct llmpar__mpi_place {
+    int32_t color, key;
+    uint64_t next_context;
+} llmpar__mpi_place;
+
+/* Every rank sees all places and works out its own communicator from them: no further message. Contexts: one above all that a member has been part of. */
+static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t color, int32_t key, const char *name, llmpar__mpi_place *place, int32_t *member, llmpar_comm **out)
+{
+    llmpar_mpi_world *world = tc->world;
+    llmpar_call call;
+    llmpar_collective named;
+    int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
+    memset(&named, 0, sizeof named);
+    named.tag = name;
+    llmpar__mpi_describe(tc, LLMPAR_CALL_SPLIT, &named, &call);
+    place[r].color = color;
+    place[r].key = key;
+    place[r].next_context = world->next_context;
+    llmpar_status st = llmpar__mpi_meet(tc, &call, NULL, 0);
+    if (!st) st = llmpar__mpi_exchange(tc, &call, 1, (const char *)&place[r], (char *)place, sizeof *place, 0);
+    if (st) return st;
+    uint64_t context = 0;
+    for (int32_t i = 0; i < n; i++)
+        if (place[i].next_context > context) context = place[i].next_context;
+    world->next_context = context + 1;
+    for (int32_t i = 0; i < n && color >= 0; i++) {
+        int32_t at = 0;
+        if (place[i].color != color) continue;
+        for (int32_t j = 0; j < n; j++)
+            if (place[j].color == color && (place[j].key < place[i].key || (place[j].key == place[i].key && j < i))) at++;
+        member[at] = tc->member[i];
+        if (i == r) rank = at;
+        ranks++;
+    }
+    if (color < 0) return LLMPAR_OK;
+    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, tc->comm.error, out);
+}
+
+static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
+    llmpar_heap *heap = tc->world->heap;
+    llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
+    int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
+    *out = NULL;
+    llmpar_status st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
+                                       : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
+    llmpar_heap_free(heap, place);
+    llmpar_heap_free(heap, member);
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
+{
+    *out = NULL;
+    int32_t *all = (int32_t *)llmpar_heap_alloc(world->heap, (size_t)world->ranks, sizeof *all);
+    if (!all) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator world: out of memory for %d ranks", (int)world->ranks);
+    for (int32_t i = 0; i < world->ranks; i++) all[i] = i;
+    llmpar_status st = llmpar__mpi_make(world, all, world->ranks, world->rank, 0, "world", device, error, out);
+    llmpar_heap_free(world->heap, all);
+    return st;
+}
+
+#endif /* LLMPAR_USE_MPI */
 
 /* ==== src/io/file.c ==== */
 
@@ -12875,13 +15125,38 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 /* launch: rank threads, their contexts, and the root error.
 
    One rank's life, on its own thread (on the caller's for a world of one rank):
-     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all -> communicator and device destroyed
-   The check hook runs when all ranks have ended, on the caller's thread, rank by rank. */
+     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all, record written -> communicator and device destroyed
+   The check hook runs when all ranks have ended, on the caller's thread, rank by rank.
 
+   A rank that never comes back cannot be joined and must not lose its memory. So what the ranks share belongs to all of them and to the caller, and whoever leaves last frees it: if a rank is stuck
+   the caller leaves first, with the error. */
+/* ==== src/run/launch_internal.h ==== */
+/* launch_internal: what both ways of making ranks share: launch.c (threads), launch_mpi.c (processes). */
+#ifndef LLMPAR_LAUNCH_INTERNAL_H
+#define LLMPAR_LAUNCH_INTERNAL_H
+
+
+/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
+LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);
+LLMPAR__PRIVATE void llmpar__launch_float_restore(uint64_t state);
+/* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
+/* All ranks compute alike, or all say who does not. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_agree(llmpar_ctx *ctx);
+/* Writes a rank's record, if there is one, to DIRECTORY/llmpar_rank_N.json, unless that is NULL or ""; what goes wrong is a warning. */
+LLMPAR__PRIVATE void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record);
+/* Runs this process's rank where the job's ranks are MPI processes: 1, and *error is the result. 0: they are not. */
+LLMPAR__PRIVATE int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
+
+#endif
+/* ---- src/run/launch.c goes on ---- */
+
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
@@ -12889,24 +15164,29 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
+#define LLMPAR__LAUNCH_DEADLINE 600.0
 
-/* What all ranks of one launch share; read-only while they run. */
+typedef struct llmpar__launch_rank {
+    llmpar_ctx ctx;
+    struct llmpar__launch_job *job;
+    pthread_t thread;
+    int32_t stuck; /* left running */
+} llmpar__launch_rank;
+
+/* What all ranks of one launch share; read-only while they run, but for `references`. */
 typedef struct llmpar__launch_job {
     llmpar_launch_desc desc;
     llmpar_cpu_level level;
     llmpar_rank_fn fn;
     void *user;
+    llmpar_heap heap; /* of the launching thread; the ranks' splits use it under the world's lock, and whoever frees the job */
     llmpar_threads_world *world;
+    llmpar__launch_rank *rank;
+    char record[1000];  /* directory, "" = none */
+    int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
-typedef struct llmpar__launch_rank {
-    llmpar_ctx ctx;
-    const llmpar__launch_job *job;
-    pthread_t thread;
-} llmpar__launch_rank;
-
-/* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
-static uint64_t llmpar__launch_float_state(void)
+LLMPAR__PRIVATE_DEF uint64_t llmpar__launch_float_state(void)
 {
 #if defined(__x86_64__)
     unsigned old = __builtin_ia32_stmxcsr();
@@ -12920,7 +15200,7 @@ static uint64_t llmpar__launch_float_state(void)
 #endif
 }
 
-static void llmpar__launch_float_restore(uint64_t state)
+LLMPAR__PRIVATE_DEF void llmpar__launch_float_restore(uint64_t state)
 {
 #if defined(__x86_64__)
     __builtin_ia32_ldmxcsr((unsigned)state);
@@ -12987,8 +15267,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
     return st;
 }
 
-/* All ranks compute alike, or all say who does not. */
-static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
     uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
@@ -13017,9 +15296,53 @@ static llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
     return st;
 }
 
+/* text == NULL: there was no memory for it. */
+static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, const char *text)
+{
+    char path[1100], line[1280];
+    snprintf(path, sizeof path, "%s/llmpar_rank_%d.json", directory, (int)ctx->rank);
+    if (text) mkdir(directory, 0777); /* may be there */
+    FILE *file = text ? fopen(path, "w") : NULL;
+    int failed = !file || fputs(text, file) < 0;
+    if (file && fclose(file)) failed = 1;
+    snprintf(line, sizeof line, "the record could not be written to %s: %s", path, text ? strerror(errno) : "out of memory");
+    if (failed && ctx->log) ctx->log(ctx->log_user, (int)ctx->rank, LLMPAR_LOG_WARNING, line);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+{
+    if (!directory || !directory[0] || !record) return;
+    size_t bytes = llmpar_record_json(record, NULL, 0) + 1;
+    char *text = (char *)malloc(bytes);
+    if (text) llmpar_record_json(record, text, bytes);
+    llmpar__launch_write(directory, ctx, text);
+    free(text);
+}
+
+/* The same for a rank that is stuck: its record belongs to its thread, which may yet go on. */
+static void llmpar__launch_dump_stuck(const char *directory, const llmpar_ctx *ctx, llmpar_threads_world *world)
+{
+    if (!directory[0]) return;
+    size_t bytes = llmpar_threads_rank_json(world, ctx->rank, NULL, 0) + 4096;
+    char *text = (char *)malloc(bytes);
+    if (!text || llmpar_threads_rank_json(world, ctx->rank, text, bytes)) llmpar__launch_write(directory, ctx, text);
+    free(text);
+}
+
+/* What a rank that did not fail first has to say: whom it waited for, in which collective. A user's error needs no such lines: it says itself what was wrong. */
+static void llmpar__launch_report(llmpar__launch_job *job, llmpar_ctx *ctx)
+{
+    llmpar_error root;
+    char line[sizeof root.text + sizeof root.where + 4];
+    llmpar_threads_world_error(job->world, &root);
+    int plain = root.status != LLMPAR_ERR_TIMEOUT && root.status != LLMPAR_ERR_MISMATCH;
+    snprintf(line, sizeof line, "%s%s%s%s", ctx->error.where[0] ? "(" : "", ctx->error.where, ctx->error.where[0] ? ") " : "", ctx->error.text);
+    if (root.rank != ctx->rank && ctx->error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s", line);
+}
+
 static void llmpar__launch_run(llmpar__launch_rank *self)
 {
-    const llmpar__launch_job *job = self->job;
+    llmpar__launch_job *job = self->job;
     llmpar_ctx *ctx = &self->ctx;
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
@@ -13035,12 +15358,24 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         error.rank = ctx->rank;
         error.status = st;
         llmpar_threads_world_fail(job->world, &error);
+        llmpar__launch_report(job, ctx);
+        if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
     llmpar_comm_destroy(ctx->comm);
     llmpar_cpu_destroy(ctx->device);
     ctx->comm = NULL;
     ctx->device = NULL;
+}
+
+/* The last one out frees what all share. */
+static void llmpar__launch_leave(llmpar__launch_job *job)
+{
+    if (__atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL)) return;
+    llmpar_heap heap = job->heap;
+    llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
+    llmpar_heap_free(&heap, job->rank);
+    llmpar_heap_free(&heap, job);
 }
 
 static void *llmpar__launch_thread(void *arg)
@@ -13055,17 +15390,19 @@ static void *llmpar__launch_thread(void *arg)
 #endif
     llmpar__launch_float_state(); /* the thread ends with it */
     llmpar__launch_run(self);
+    llmpar__launch_leave(self->job);
     return NULL;
 }
 
-/* Checks the desc and fills in the defaults. */
-static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error)
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (one rank) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
     if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
-    if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
-    if (!desc->ranks) desc->ranks = 1;
+    if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
+    if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
+    if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
+    if (desc->record && !desc->record[0]) desc->record = NULL;
     if (!desc->threads) desc->threads = 1;
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
@@ -13083,45 +15420,71 @@ static llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu
     return LLMPAR_OK;
 }
 
+/* Adds to the error which ranks are left running; the end of a long text makes room. */
+static void llmpar__launch_stuck(const llmpar__launch_job *job, llmpar_error *error, int32_t started)
+{
+    char note[240] = "; stuck and left running, with their memory: ";
+    size_t used = strlen(note), length = strlen(error->text);
+    for (int32_t i = 0; i < started && used < sizeof note - 16; i++)
+        if (job->rank[i].stuck) used += (size_t)snprintf(note + used, sizeof note - used, "rank %d ", (int)i);
+    note[--used] = 0;
+    if (length > sizeof error->text - 1 - used) length = sizeof error->text - 1 - used;
+    memcpy(error->text + length, note, used + 1);
+}
+
 LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
     llmpar_error local;
     if (!error) error = &local;
     llmpar_error_clear(error);
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
-    llmpar__launch_job job;
-    memset(&job, 0, sizeof job);
-    if (given) job.desc = *given;
-    job.fn = fn;
-    job.user = user;
-    llmpar_status st = llmpar__launch_resolve(&job.desc, &job.level, error);
+    if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level;
+    memset(&desc, 0, sizeof desc);
+    if (given) desc = *given;
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
     if (st) return st;
 
-    int32_t ranks = job.desc.ranks, started = 0;
-    llmpar_heap heap; /* of this thread; the ranks' splits use it under the world's lock */
+    int32_t ranks = desc.ranks ? desc.ranks : 1, started = 0, stuck = 0;
+    llmpar_heap heap;
+    llmpar_heap_init(&heap, desc.allocator);
+    llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
+    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
+    if (!job || !rank) {
+        llmpar_heap_free(&heap, rank);
+        llmpar_heap_free(&heap, job);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
+    }
+    job->desc = desc;
+    job->level = level;
+    job->fn = fn;
+    job->user = user;
+    job->heap = heap;
+    job->rank = rank;
+    job->references = 1;
+    snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
-    threads.lockstep = job.desc.lockstep;
-    threads.deadline = job.desc.deadline;
-    llmpar_heap_init(&heap, job.desc.allocator);
-    llmpar__launch_rank *rank = (llmpar__launch_rank *)llmpar_heap_zalloc(&heap, (size_t)ranks, sizeof *rank);
-    if (!rank) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
-    st = llmpar_threads_world_create(&heap, &threads, &job.world, error);
+    threads.lockstep = desc.lockstep;
+    threads.deadline = desc.deadline;
+    threads.unchecked = desc.unchecked;
+    st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
-        llmpar_heap_free(&heap, rank);
+        llmpar__launch_leave(job);
         return st;
     }
     for (int32_t i = 0; i < ranks; i++) {
         llmpar_ctx *ctx = &rank[i].ctx;
-        rank[i].job = &job;
+        rank[i].job = job;
         ctx->rank = i;
         ctx->world = ranks;
-        llmpar_heap_init(&ctx->heap, job.desc.allocator);
+        llmpar_heap_init(&ctx->heap, desc.allocator);
         llmpar_error_clear(&ctx->error);
         ctx->error.rank = i;
-        ctx->log = job.desc.log;
-        ctx->log_user = job.desc.log_user;
+        ctx->log = desc.log;
+        ctx->log_user = desc.log_user;
     }
 
     if (ranks == 1) {
@@ -13135,8 +15498,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         if (!failed) {
             pthread_attr_setstacksize(&attributes, LLMPAR__LAUNCH_STACK);
             while (started < ranks && !failed) {
+                __atomic_add_fetch(&job->references, 1, __ATOMIC_ACQ_REL);
                 failed = pthread_create(&rank[started].thread, &attributes, llmpar__launch_thread, &rank[started]);
-                if (!failed) started++;
+                if (failed) __atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL);
+                else started++;
             }
             pthread_attr_destroy(&attributes);
         }
@@ -13145,20 +15510,188 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
             llmpar_error_clear(&broken);
             llmpar_error_set(&broken, LLMPAR_ERR_INTERNAL, "launch: thread %d of %d could not be started (system error %d)", (int)started, (int)ranks, failed);
             broken.rank = started;
-            llmpar_threads_world_fail(job.world, &broken);
-            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job.world, i);
+            llmpar_threads_world_fail(job->world, &broken);
+            for (int32_t i = started; i < ranks; i++) llmpar_threads_rank_finished(job->world, i);
         }
-        for (int32_t i = 0; i < started; i++) pthread_join(rank[i].thread, NULL);
+        for (int32_t i = 0; i < started; i++) {
+            rank[i].stuck = !llmpar_threads_rank_wait(job->world, i);
+            stuck += rank[i].stuck;
+            if (!rank[i].stuck) pthread_join(rank[i].thread, NULL);
+        }
+        for (int32_t i = 0; i < started && stuck; i++)
+            if (rank[i].stuck) {
+                llmpar__launch_dump_stuck(job->record, &rank[i].ctx, job->world);
+                pthread_detach(rank[i].thread);
+            }
     }
-    for (int32_t i = 0; i < started && job.desc.check; i++) job.desc.check(&rank[i].ctx, user);
-    llmpar_threads_world_error(job.world, error);
-    llmpar_threads_world_destroy(job.world);
-    llmpar_heap_free(&heap, rank);
+    for (int32_t i = 0; i < started && desc.check; i++)
+        if (!rank[i].stuck) desc.check(&rank[i].ctx, user);
+    llmpar_threads_world_error(job->world, error);
+    if (stuck) llmpar__launch_stuck(job, error, started);
+    llmpar__launch_leave(job);
     return error->status;
 }
 
 #undef LLMPAR__LAUNCH_STACK
 #undef LLMPAR__LAUNCH_MAX_RANKS
+#undef LLMPAR__LAUNCH_DEADLINE
+/* ==== src/run/launch_mpi.c ==== */
+/* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
+     MPI initialised, if nobody has -> world -> heap, device, communicator -> lowest dispatch level, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
+   A rank that cannot even start takes part up to the first collective, so that the others hear why. */
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+
+#ifdef LLMPAR_USE_MPI
+
+#include <mpi.h>
+
+/* Started by mpirun, mpiexec or srun? */
+static int llmpar__launch_under_mpirun(void)
+{
+    static const char *const names[] = { "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_SIZE" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (getenv(names[i])) return 1;
+    return 0;
+}
+
+/* Device and communicator at a dispatch level. */
+static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+{
+    llmpar_cpu_desc cpu;
+    memset(&cpu, 0, sizeof cpu);
+    cpu.threads = desc->threads;
+    cpu.level = level;
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
+    return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
+}
+
+static void llmpar__launch_clear(llmpar_ctx *ctx)
+{
+    llmpar_comm_destroy(ctx->comm);
+    llmpar_cpu_destroy(ctx->device);
+    ctx->comm = NULL;
+    ctx->device = NULL;
+}
+
+/* The lowest dispatch level of all ranks: machines of a job may differ. */
+static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+{
+    llmpar_status st = llmpar__launch_furnish(ctx, world, desc, level);
+    if (st || ctx->world == 1) return st;
+    int64_t mine = -(int64_t)level, most = 0;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = &mine;
+    call.recv = &most;
+    call.count = 1;
+    call.dtype = LLMPAR_I64;
+    call.op = LLMPAR_MAX;
+    call.tag = "launch/level";
+    st = ctx->device->stream_create(ctx->device, "launch", &stream);
+    if (st) return st;
+    st = llmpar_all_reduce(ctx->comm, stream, &call);
+    llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
+    ctx->device->stream_destroy(ctx->device, stream);
+    if (!st) st = synchronized;
+    if (st || most == mine) return st;
+    llmpar__launch_clear(ctx);
+    return llmpar__launch_furnish(ctx, world, desc, (llmpar_cpu_level)-most);
+}
+
+static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
+{
+    if (desc->ranks && desc->ranks != ctx->world)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
+    if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
+    if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))
+        return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
+                           (int)desc->threads);
+    llmpar_status st = llmpar__launch_level(ctx, world, desc, level);
+    if (!st) st = llmpar__launch_agree(ctx);
+    return st ? st : fn(ctx, user);
+}
+
+/* Runs the rank in an existing world. 1: all ranks have ended in order. */
+static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_status st, llmpar_rank_fn fn, void *user, llmpar_error *root)
+{
+    ctx->error.rank = ctx->rank;
+    if (!st) st = llmpar__launch_process(ctx, world, desc, level, fn, user);
+    if (st) {
+        llmpar_error error = ctx->error;
+        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error.rank = ctx->rank;
+        error.status = st;
+        if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
+        if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
+        if (st == LLMPAR_ERR_PEER || st == LLMPAR_ERR_TIMEOUT || st == LLMPAR_ERR_MISMATCH) llmpar_log(ctx, LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
+    }
+    int orderly = llmpar_mpi_world_finish(world, 0, root);
+    llmpar__launch_clear(ctx);
+    return orderly;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    int there = 0, over = 0, owned, provided = 0, orderly = 1;
+    MPI_Initialized(&there);
+    MPI_Finalized(&over);
+    llmpar_transport transport = given ? given->transport : LLMPAR_TRANSPORT_DEFAULT;
+    if (given && given->mpi && transport == LLMPAR_TRANSPORT_DEFAULT) transport = LLMPAR_TRANSPORT_MPI;
+    if (transport == LLMPAR_TRANSPORT_THREADS || (transport == LLMPAR_TRANSPORT_DEFAULT && !there && !llmpar__launch_under_mpirun())) return 0;
+    owned = !there && !(given && given->mpi && given->mpi->comm); /* with a communicator MPI has to be there: world_create says so */
+    if (owned) MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided);
+
+    llmpar_ctx ctx;
+    llmpar_mpi_desc mpi;
+    llmpar_launch_desc desc;
+    llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
+    llmpar_mpi_world *world = NULL;
+    memset(&ctx, 0, sizeof ctx);
+    memset(&mpi, 0, sizeof mpi);
+    memset(&desc, 0, sizeof desc);
+    if (given) desc = *given;
+    if (desc.mpi) mpi = *desc.mpi;
+    llmpar_error_clear(&ctx.error);
+    llmpar_heap_init(&ctx.heap, desc.allocator);
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, &ctx.error);
+    mpi.deadline = !st && desc.deadline > 0 ? desc.deadline : 0;
+    mpi.unchecked = desc.unchecked;
+    ctx.log = desc.log;
+    ctx.log_user = desc.log_user;
+    if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
+        uint64_t state = llmpar__launch_float_state();
+        ctx.rank = llmpar_mpi_world_rank(world);
+        ctx.world = llmpar_mpi_world_ranks(world);
+        orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
+        llmpar__launch_float_restore(state);
+        llmpar_mpi_world_destroy(world);
+        if (desc.check) desc.check(&ctx, user);
+    }
+    if (owned && orderly) MPI_Finalize();
+    if (owned && !orderly) {
+        llmpar_log(&ctx, LLMPAR_LOG_ERROR, "the job ends here: rank %d%s%s%s: %s", (int)error->rank, error->where[0] ? " (" : "", error->where, error->where[0] ? ")" : "", error->text);
+        MPI_Abort(MPI_COMM_WORLD, 1);
+    }
+    return 1;
+}
+
+#else
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    (void)fn;
+    (void)user;
+    if (!given || (given->transport != LLMPAR_TRANSPORT_MPI && !given->mpi)) return 0;
+    llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: ranks as MPI processes are asked for, but the implementation was compiled without LLMPAR_USE_MPI");
+    return 1;
+}
+
+#endif /* LLMPAR_USE_MPI */
 /* ==== src/run/parallelize.c ==== */
 /* ==== src/run/trainer_internal.h ==== */
 /* trainer_internal: the trainer's state, made by parallelize.c, driven by trainer.c, reported by metrics.c. */
@@ -13851,7 +16384,11 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
             const float *rows = in + panel * width * ld;
             float *out = packing->out + panel * distance;
             for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                for (r = 0; r + 4 <= width; r += 4) {
+                    int ahead;
+                    for (ahead = 0; ahead < 4; ahead++) __builtin_prefetch(rows + (r + ahead) * ld + i + 64);
+                    LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
+                }
                 for (; r < width; r++) {
                     int lane;
                     for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
@@ -13862,7 +16399,11 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         }
     } else {
         for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+            for (panel = 0; panel < full; panel++) {
+                __builtin_prefetch(in + (i + 8) * ld + panel * width);
+                if (width > 16) __builtin_prefetch(in + (i + 8) * ld + panel * width + 16);
+                memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
+            }
     }
     if (full < packing->panels) {
         int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
@@ -13878,8 +16419,11 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_pac
 /* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
 #define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
 
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. */
+/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. Both panels come from L2, so what the next k will need is asked for. */
 #define LLMPAR__GEMM_LINK(i) do { \
+    __builtin_prefetch(b + ((i) + 8) * LLMPAR__GEMM_COLUMNS); \
+    if (LLMPAR__GEMM_COLUMNS > 16) __builtin_prefetch(b + ((i) + 8) * LLMPAR__GEMM_COLUMNS + 16); \
+    if ((i) % 2 == 0 || LLMPAR__GEMM_ROWS > 8) __builtin_prefetch(a + ((i) + 32) * LLMPAR__GEMM_ROWS); \
     LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
     for (r = 0; r < rows; r++) { \
         LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
@@ -13913,12 +16457,16 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         } else {
             for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
         }
-        for (k = step->k; k >= 2; k -= 2) {
+        for (k = step->k; k >= 4; k -= 4) {
             LLMPAR__GEMM_LINK(0);
             LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
-            a += 2 * LLMPAR__GEMM_ROWS;
-            b += 2 * LLMPAR__GEMM_COLUMNS;
+            LLMPAR__GEMM_IN_ORDER();
+            LLMPAR__GEMM_LINK(2);
+            LLMPAR__GEMM_IN_ORDER();
+            LLMPAR__GEMM_LINK(3);
+            a += 4 * LLMPAR__GEMM_ROWS;
+            b += 4 * LLMPAR__GEMM_COLUMNS;
         }
         for (; k > 0; k--) {
             LLMPAR__GEMM_LINK(0);

@@ -108,6 +108,7 @@ typedef struct llmpar__gemm_kernel {
     _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
 } while (0)
 
+/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed. */
 /* portable, any processor */
 typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
@@ -130,7 +131,7 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 8
 #define LLMPAR__GEMM_ROWS 6
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_add_ps(_mm256_mul_ps(a, b), sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
 #include "cpu/gemm_kernel.inc"
 
@@ -141,7 +142,7 @@ typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 8
 #define LLMPAR__GEMM_ROWS 6
 #define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
 #include "cpu/gemm_kernel.inc"
 
@@ -153,7 +154,7 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_LANES 16
 #define LLMPAR__GEMM_ROWS 12
 #define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm512_fmadd_ps(a, b, sum)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
 #define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
 #include "cpu/gemm_kernel.inc"
 
@@ -231,9 +232,11 @@ typedef struct llmpar__gemm_run {
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a panel of A in L1, a group of B's panels in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1536, LLMPAR__GEMM_BLOCK_N = 1536, LLMPAR__GEMM_STACK_N = 768, LLMPAR__GEMM_GROUP_N = 384, LLMPAR__GEMM_PART_K = 384, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_K = 256 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
+/* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
+enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
 #define LLMPAR__GEMM_SERIAL (1 << 20)
 
@@ -261,6 +264,16 @@ static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, in
     return deepest;
 }
 
+/* Length of a part: even parts of at most `limit`; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
+static int64_t llmpar__gemm_part(int64_t total, int64_t pieces, int64_t limit)
+{
+    int64_t piece = total / pieces, part = piece;
+    if (pieces == 1 || total <= limit || total % pieces || limit < LLMPAR__GEMM_PART_K) return llmpar__gemm_even_blocks(total, limit, 1);
+    if (piece > LLMPAR__GEMM_PIECE_K) return llmpar__gemm_even_blocks(piece, LLMPAR__GEMM_PIECE_K, 1);
+    while (part * 2 <= LLMPAR__GEMM_PIECE_K && part < total) part *= 2;
+    return part;
+}
+
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
     int64_t total = 0, parts, tile, limit_n;
@@ -273,11 +286,11 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
     run->thin = args->m <= 2 * run->kernel.rows;
     run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
-    parts = (total + run->block_k - 1) / run->block_k;
-    run->block_k = llmpar__gemm_even_blocks(total, run->block_k, 1);
+    run->block_k = llmpar__gemm_part(total, args->pieces, run->block_k);
+    parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
     limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar__gemm_even_blocks(args->m, LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_m = llmpar__gemm_even_blocks(args->m, run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
