@@ -60,6 +60,7 @@ typedef struct grade_shared {
     int patched;             /* this slot is the student's */
     int fault;               /* a rank has run into a guard page, or crashed: its failure says so */
     int stop;                /* atomic: some rank has failed */
+    int finished;            /* the child came to its end */
     double sent, formula;    /* bytes of all ranks and cases */
     char worst[400];         /* the case that sent most above the formula */
     double worst_ratio;
@@ -245,6 +246,7 @@ static int grade_run(void (*fn)(void *arg), void *arg, char *text, size_t capaci
         for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) sigaction(signals[i], &action, NULL);
         close(end[0]); /* the other end closes when the process ends */
         fn(arg);
+        grade->finished = 1;
         fflush(stdout);
         _exit(0);
     }
@@ -275,7 +277,7 @@ static int grade_run(void (*fn)(void *arg), void *arg, char *text, size_t capaci
     if (worst) snprintf(text, capacity, "%s%s%s%s%s", grade->what, grade->what[0] ? ": " : "", worst->who, worst->who[0] ? ": " : "", worst->failure);
     else if (hung) snprintf(text, capacity, "%s: hangs (no end after %g s of processor time or %g s)", grade->what, GRADE_CPU_LIMIT, GRADE_WALL_LIMIT);
     else if (WIFSIGNALED(status)) snprintf(text, capacity, "%s: crashed: %s", grade->what, strsignal(WTERMSIG(status)));
-    else if (!WIFEXITED(status) || WEXITSTATUS(status)) snprintf(text, capacity, "%s: the process ended by itself (exit code %d)", grade->what, WIFEXITED(status) ? WEXITSTATUS(status) : -1);
+    else if (!grade->finished) snprintf(text, capacity, "%s: the process ended itself (exit code %d)", grade->what, WIFEXITED(status) ? WEXITSTATUS(status) : -1);
     else return 1;
     return 0;
 }

@@ -1,6 +1,6 @@
 #!/bin/sh
 # make test-grade: what the graders say about files that are known. Untouched tables and the reference solutions pass; each wrong file, and the stubs, fail with what their `expect:` lines say:
-#   /* expect: all_gather */        the slot that fails; every other slot passes (`expect: *`: any number of slots may fail)
+#   /* expect: all_gather */        the slot that fails, which is the one that is tried (`expect: *`: all are, and any number may fail)
 #   /* expect: text */              a piece of the output
 here=tests/conformance out=build/grade/test
 mkdir -p "$out"
@@ -17,37 +17,38 @@ wrong()
 # must_pass NAME VARIABLE=FILE...
 must_pass()
 {
-    name=$1
+    what=$1
     shift
-    if env "$@" $here/grade.sh >"$out/log" 2>&1; then fine; else wrong "$name" "expected to pass" "$out/log"; fi
+    if env "$@" $here/grade.sh >"$out/log" 2>&1; then fine; else wrong "$what" "expected to pass" "$out/log"; fi
 }
 
 # must_fail FILE VARIABLE=FILE...
 must_fail()
 {
-    file=$1
+    wanted=$1
     shift
+    sed -n 's:^.*/\* expect\: \(.*\) \*/.*$:\1:p' "$wanted" >"$out/expect"
+    slot=$(head -n 1 "$out/expect")
+    [ "$slot" = '*' ] || set -- "$@" "SLOT=$slot"
     env "$@" $here/grade.sh >"$out/log" 2>&1
     code=$?
     if [ "$code" -ne 1 ]; then
-        wrong "$file" "expected exit code 1, got $code" "$out/log"
+        wrong "$wanted" "expected exit code 1, got $code" "$out/log"
         return
     fi
-    sed -n 's:^.*/\* expect\: \(.*\) \*/.*$:\1:p' "$file" >"$out/expect"
     if [ ! -s "$out/expect" ]; then
-        wrong "$file" "has no expect line" "$out/log"
+        wrong "$wanted" "has no expect line" "$out/log"
         return
     fi
-    slot=$(head -n 1 "$out/expect")
     if [ "$slot" != '*' ]; then
         others=$(sed -n 's/^\([a-z_, ]*[a-z]\) *\((\*)\)* *FAILED.*/\1/p' "$out/log" | tr '\n' ';')
         if [ "$others" != "$slot;" ]; then
-            wrong "$file" "expected \"$slot\" alone to fail, got \"$others\"" "$out/log"
+            wrong "$wanted" "expected \"$slot\" alone to fail, got \"$others\"" "$out/log"
             return
         fi
     fi
     missing=$(tail -n +2 "$out/expect" | while IFS= read -r text; do grep -qF -- "$text" "$out/log" || echo "$text"; done)
-    if [ -n "$missing" ]; then wrong "$file" "the output lacks \"$missing\"" "$out/log"; else fine; fi
+    if [ -n "$missing" ]; then wrong "$wanted" "the output lacks \"$missing\"" "$out/log"; else fine; fi
 }
 
 printf 'void grade_patch(llmpar_comm *table) { (void)table; }\n' >"$out/none_comm.c"
@@ -56,7 +57,7 @@ must_pass "the communicator as it is" COMM="$out/none_comm.c"
 must_pass "the device as it is" OP="$out/none_device.c"
 for folder in examples/teaching/*/; do
     name=$(basename "$folder")
-    must_pass "$name/reference.c" ASSIGNMENT="$name" FILE="${folder}reference.c"
+    must_pass "$name, the reference" ASSIGNMENT="$name" FILE="${folder}reference.c"
     must_fail "$here/wrong/stub_$name.txt" ASSIGNMENT="$name" FILE="${folder}stub.c"
 done
 for file in $here/wrong/comm_*; do must_fail "$file" COMM="$file"; done
