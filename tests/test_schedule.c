@@ -105,15 +105,15 @@ TEST(printed)
         "   17  compute  FREE           u2\n"
         "   18  gather   GATHER         u0  after 17\n"
         "   19  compute  BACKWARD       u1 mb0 -> local0  after 10\n"
-        "   20  reduce   REDUCE         u1 local0 -> shard0  after 19\n"
-        "   21  reduce   REDUCE_REPLICA u1 shard0  after 19\n"
-        "   22  reduce   FREE           u2 local0\n"
-        "   23  reduce   FREE           u0.borrowed local0\n"
+        "   20  reduce   FREE           u2 local0\n" /* before the next reduction: u0's backward waits for 21, not for 23 */
+        "   21  reduce   FREE           u0.borrowed local0\n"
+        "   22  reduce   REDUCE         u1 local0 -> shard0  after 19\n"
+        "   23  reduce   REDUCE_REPLICA u1 shard0  after 19\n"
         "   24  compute  FREE           u1\n"
-        "   25  compute  BACKWARD       u0 mb0 -> local0  after 18,23\n"
-        "   26  reduce   REDUCE         u0 local0 -> shard0  after 25\n"
-        "   27  reduce   REDUCE_REPLICA u0 shard0  after 25\n"
-        "   28  reduce   FREE           u1 local0\n"
+        "   25  compute  BACKWARD       u0 mb0 -> local0  after 18,21\n"
+        "   26  reduce   FREE           u1 local0\n"
+        "   27  reduce   REDUCE         u0 local0 -> shard0  after 25\n"
+        "   28  reduce   REDUCE_REPLICA u0 shard0  after 25\n"
         "   29  compute  FREE           u0\n"
         "   30  reduce   FREE           u0 local0\n"
         "   31  reduce   ACCUMULATE     u0 shard0 += borrowed shard0\n"
@@ -545,7 +545,7 @@ static const struct { int policy; edit edits[6]; const char *text; } broken[] = 
     { SHARDED, {{ SET, LLMPAR_OP_BACKWARD, 0, OF_SLOT, -1 }}, "a gradient buffer is missing" },
     { SHARDED, {{ SET, LLMPAR_OP_REDUCE, 0, OF_FROM, -1 }}, "a gradient buffer is missing" },
     { SHARDED, {{ SET, LLMPAR_OP_NORM, 0, OF_SLOT, -1 }}, "a gradient buffer is missing" },
-    { SHARDED, {{ SET, LLMPAR_OP_REDUCE, 1, OF_FROM, 1 }}, "instruction 11, REDUCE u0: reads a gradient buffer that nothing has written" },
+    { SHARDED, {{ SET, LLMPAR_OP_REDUCE, 1, OF_FROM, 1 }}, "instruction 12, REDUCE u0: reads a gradient buffer that nothing has written" },
     { SHARDED, {{ NO_WAITS, LLMPAR_OP_REDUCE, 0, NO_MEMBER, 0 }}, "instruction 7, REDUCE u1: reads a gradient buffer without waiting for its writer" },
     { SHARDED, {{ DROP, LLMPAR_OP_GATHER, 2, NO_MEMBER, 0 }}, "instruction 9, BACKWARD u0: uses parameters that are not gathered" },
     { SHARDED, {{ NO_WAITS, LLMPAR_OP_FORWARD, 1, NO_MEMBER, 0 }}, "instruction 5, FORWARD u1: uses parameters without waiting for their gather" },
@@ -571,9 +571,9 @@ static const struct { int policy; edit edits[6]; const char *text; } broken[] = 
     { SHARDED, {{ TWICE, LLMPAR_OP_FREE, 0, NO_MEMBER, 0 }}, "instruction 4, FREE u0: frees parameters that are not gathered" },
     { WHOLE, {{ SET, LLMPAR_OP_REDUCE_REPLICA, 0, OP, LLMPAR_OP_FREE }, { SET, LLMPAR_OP_FREE, 0, OF_SLOT, -1 }}, "frees parameters that are not gathered" },
     { SHARDED, {{ SET, LLMPAR_OP_FREE, 0, STREAM, LLMPAR_STREAM_GATHER }}, "instruction 3, FREE u0: frees parameters that another stream may still use" },
-    { SHARDED, {{ TWICE, LLMPAR_OP_FREE, 2, NO_MEMBER, 0 }}, "instruction 13, FREE u1: frees a gradient buffer that nothing has written" },
-    { SHARDED, {{ DROP, LLMPAR_OP_REDUCE, 0, NO_MEMBER, 0 }}, "instruction 11, FREE u1: frees a gradient that was not reduced" },
-    { SHARDED, {{ SET, LLMPAR_OP_FREE, 2, STREAM, LLMPAR_STREAM_COMPUTE }}, "instruction 12, FREE u1: frees a gradient buffer that another stream may still use" },
+    { SHARDED, {{ TWICE, LLMPAR_OP_FREE, 2, NO_MEMBER, 0 }}, "instruction 12, FREE u1: frees a gradient buffer that nothing has written" },
+    { SHARDED, {{ DROP, LLMPAR_OP_REDUCE, 0, NO_MEMBER, 0 }}, "instruction 10, FREE u1: frees a gradient that was not reduced" },
+    { SHARDED, {{ SET, LLMPAR_OP_FREE, 2, STREAM, LLMPAR_STREAM_COMPUTE }}, "instruction 11, FREE u1: frees a gradient buffer that another stream may still use" },
     { SHARDED, {{ TWICE, LLMPAR_OP_SCALAR_REDUCE, 0, NO_MEMBER, 0 }}, "instruction 1, SCALAR_REDUCE -: runs twice" },
     { SHARDED, {{ TWICE, LLMPAR_OP_SCALAR_REDUCE, 1, NO_MEMBER, 0 }}, "instruction 18, SCALAR_REDUCE -: runs twice" },
     { EVALUATION, {{ NO_WAITS, LLMPAR_OP_SCALAR_REDUCE, 1, NO_MEMBER, 0 }}, "runs before the loss is complete" },

@@ -180,9 +180,10 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     int32_t *depth = &plan->depth[unit * 2 + use];
     if (policy->no_sync) {
         int local = !policy->unsharded;
+        int32_t before = plan->schedule->count;
         llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
         if (!last) return 0;
-        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count - 1);
+        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
         return local;
     }
     if (!policy->unsharded) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
@@ -221,11 +222,11 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
         if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
     }
     llmpar__plan_wait(backward, plan->last_grad_free);
-    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
-    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
-    /* The buffer that was reduced one step ago is freed now, so that this backward did not have to wait for that reduction. */
+    /* The buffer that was reduced one step ago is freed now: this backward did not have to wait for that reduction. Before this step's own reduction, which the next backward then need not wait for either. */
     if (pending[0] >= 0) llmpar__plan_free_local(plan, pending[0], 0, 0);
     if (pending[1] >= 0) llmpar__plan_free_local(plan, pending[1], 1, 0);
+    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
+    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
     pending[0] = release ? unit : -1;
     pending[1] = release_borrowed ? borrow : -1;
 }
