@@ -237,6 +237,8 @@ LLMPAR_EXTERN_C_END
 
 #include "mesh/mesh.c"
 #include "mesh/dtensor.c"
+#include "mesh/picture.c"
+#include "mesh/redistribute_plan.c"
 #include "mesh/redistribute.c"
 
 #include "tp/tp.c"

@@ -498,7 +498,7 @@ static llmpar_status pictures(llmpar_ctx *ctx, void *user)
     CHECK_INT(need, strlen(text));
     CHECK_TEXT(text, "wq f32[4,6] [Shard(0) on tp, Flat(0) on dp_shard]\n");
     CHECK_TEXT(text, "  rank 3 dp_shard=1 tp=1  [2:4, 0:6]  elements 6:12 at 0 of the shard  24 bytes\n");
-    CHECK_TEXT(text, "    000000\n    222222\n    111111\n    333333\n");
+    CHECK_TEXT(text, "                           0:6 \n    0:1  dp_shard=0 tp=0 | 0  |\n    1:2  dp_shard=1 tp=0 | 2  |\n    2:3  dp_shard=0 tp=1 | 1  |\n    3:4  dp_shard=1 tp=1 | 3  |\n");
     CHECK_INT(llmpar_dtensor_print(&t, mesh, NULL, 0), need);
     llmpar_mesh_destroy(mesh);
     return LLMPAR_OK;

@@ -124,79 +124,69 @@ LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *
     return used;
 }
 
-/* The coordinate of a world rank. */
-static void llmpar__dtensor_coordinate(const llmpar_mesh *mesh, int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
+LLMPAR__PRIVATE_DEF void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor)
 {
-    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
-        coordinate[a] = rank % mesh->degree[a];
-        rank /= mesh->degree[a];
-    }
+    llmpar__mesh_append(text, capacity, used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
+    llmpar__mesh_append(text, capacity, used, "]");
 }
 
-/* Character of the rank that owns element (row, column) of the 1-D or 2-D tensor. */
-static char llmpar__dtensor_owner(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t ranks, int64_t row, int64_t column)
+/* The range [begin, end) of a rectangle's row-major elements, seen from dim d on (the dims before have been fixed in `at`). */
+static void llmpar__dtensor_range(const llmpar_local *part, int32_t dims, int32_t d, int64_t begin, int64_t end, const llmpar__box *at, llmpar__box *box, int32_t *count)
 {
-    static const char digits[] = "0123456789abcdefghijklmnopqrstuvwxyz";
-    for (int32_t r = 0; r < ranks; r++) {
-        int32_t coordinate[LLMPAR_MESH_AXES];
-        llmpar_local local;
-        llmpar__dtensor_coordinate(mesh, r, coordinate);
-        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
-        int64_t width = local.shape[tensor->dims - 1], column_at = column - local.offset[tensor->dims - 1], row_at = tensor->dims == 2 ? row - local.offset[0] : 0;
-        if (!local.is_owner || column_at < 0 || column_at >= width || row_at < 0 || (tensor->dims == 2 && row_at >= local.shape[0])) continue;
-        int64_t element = row_at * width + column_at;
-        if (element >= local.flat_begin && element < local.flat_begin + local.flat_count) return r < 36 ? digits[r] : '#';
+    int64_t inner = 1;
+    if (begin >= end) return;
+    for (int32_t i = d + 1; i < dims; i++) inner *= part->shape[i];
+    llmpar__box now = *at;
+    int64_t first = begin / inner, last = end / inner;
+    if (d >= dims || (begin % inner == 0 && end % inner == 0)) { /* whole rows */
+        for (int32_t i = d; i < dims; i++) {
+            now.begin[i] = part->offset[i] + (i == d ? first : 0);
+            now.end[i] = part->offset[i] + (i == d ? last : part->shape[i]);
+        }
+        box[(*count)++] = now;
+        return;
     }
-    return '.';
+    now.begin[d] = part->offset[d] + first;
+    now.end[d] = now.begin[d] + 1;
+    if (first == last) {
+        llmpar__dtensor_range(part, dims, d + 1, begin % inner, end % inner, &now, box, count);
+        return;
+    }
+    if (begin % inner) llmpar__dtensor_range(part, dims, d + 1, begin % inner, inner, &now, box, count);
+    llmpar__dtensor_range(part, dims, d, (begin + inner - 1) / inner * inner, last * inner, at, box, count);
+    now.begin[d] = part->offset[d] + last;
+    now.end[d] = now.begin[d] + 1;
+    llmpar__dtensor_range(part, dims, d + 1, 0, end % inner, &now, box, count);
 }
 
-/* wq f32[8,6] [Shard(0) on tp, Flat(0) on dp_shard]
-     rank 0 dp_shard=0 tp=0   [0:4, 0:6]  flat [0:12) at 0 of the shard  48 bytes, owner
-     ..
-     map (digit = owning rank, one character = 1 x 1 elements)
-       000000
-       ..                                                                                              */
-LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
+LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES])
 {
-    enum { MAP_ROWS = 16, MAP_COLUMNS = 64 };
-    size_t used = 0, item = llmpar_dtype_size(tensor->dtype);
-    int32_t ranks = 1;
-    int flat = 0;
-    for (int a = 0; a < LLMPAR_MESH_AXES; a++) ranks *= mesh->degree[a];
-    for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
-    char placements[256];
-    llmpar_dtensor_placements(tensor, placements, sizeof placements);
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, &used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
-    llmpar__mesh_append(text, capacity, &used, "] %s\n", placements);
-    for (int32_t r = 0; r < ranks; r++) {
-        int32_t coordinate[LLMPAR_MESH_AXES];
-        llmpar_local local;
-        llmpar__dtensor_coordinate(mesh, r, coordinate);
-        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
-        llmpar__mesh_append(text, capacity, &used, "  rank %d", (int)r);
-        for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-            if (mesh->degree[a] > 1) llmpar__mesh_append(text, capacity, &used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
-        llmpar__mesh_append(text, capacity, &used, "  [");
-        for (int32_t d = 0; d < tensor->dims; d++)
-            llmpar__mesh_append(text, capacity, &used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
-        llmpar__mesh_append(text, capacity, &used, "]");
-        if (flat)
-            llmpar__mesh_append(text, capacity, &used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
-        llmpar__mesh_append(text, capacity, &used, "  %lld bytes%s\n", (long long)(local.flat_count * (int64_t)item), local.is_owner ? "" : " (copy)");
-    }
-    if (tensor->dims != 1 && tensor->dims != 2) return used;
-    int64_t rows = tensor->dims == 2 ? tensor->shape[0] : 1, columns = tensor->shape[tensor->dims - 1];
-    if (rows < 1 || columns < 1) return used;
-    int64_t down = (rows + MAP_ROWS - 1) / MAP_ROWS, across = (columns + MAP_COLUMNS - 1) / MAP_COLUMNS;
-    llmpar__mesh_append(text, capacity, &used, "  map (digit: owning rank; one character: %lld x %lld elements)\n", (long long)down, (long long)across);
-    for (int64_t row = 0; row < rows; row += down) {
-        char line[MAP_COLUMNS + 1];
-        int n = 0;
-        for (int64_t column = 0; column < columns; column += across) line[n++] = llmpar__dtensor_owner(tensor, mesh, ranks, row, column);
-        line[n] = 0;
-        llmpar__mesh_append(text, capacity, &used, "    %s\n", line);
-    }
-    return used;
+    llmpar__box none;
+    int32_t count = 0;
+    memset(&none, 0, sizeof none);
+    llmpar__dtensor_range(part, dims, 0, part->flat_begin, part->flat_begin + part->flat_count, &none, box, &count);
+    return count;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume)
+{
+    llmpar__box of_a[LLMPAR__BOXES], of_b[LLMPAR__BOXES];
+    int32_t boxes_a = llmpar__mesh_boxes(a, dims, of_a), boxes_b = llmpar__mesh_boxes(b, dims, of_b), count = 0;
+    *volume = 0;
+    for (int32_t i = 0; i < boxes_a; i++)
+        for (int32_t j = 0; j < boxes_b; j++) {
+            llmpar__box *common = &box[count];
+            int64_t elements = 1;
+            memset(common, 0, sizeof *common);
+            for (int32_t d = 0; d < dims; d++) {
+                common->begin[d] = of_a[i].begin[d] > of_b[j].begin[d] ? of_a[i].begin[d] : of_b[j].begin[d];
+                common->end[d] = of_a[i].end[d] < of_b[j].end[d] ? of_a[i].end[d] : of_b[j].end[d];
+                elements *= common->end[d] > common->begin[d] ? common->end[d] - common->begin[d] : 0;
+            }
+            if (!elements) continue;
+            *volume += elements;
+            count++;
+        }
+    return count;
 }

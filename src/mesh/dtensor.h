@@ -12,6 +12,7 @@ typedef enum llmpar_placement_kind { LLMPAR_REPLICATE = 0, LLMPAR_SHARD = 1, LLM
 /* How one mesh axis treats a tensor.
    SHARD: dim `dim` is cut in grains of `grain` elements (0 = 1; a head for q, k, v) by llmpar_piece_begin over parts = degree / replicas; rank r holds part r / replicas (replicas 0 = 1; above 1 for
    kv heads where tp > kv heads).
+   PARTIAL: every coordinate holds a contribution of the whole (of what other cuts leave); the tensor is their sum or max, in the balanced tree over the coordinate. Several are undone like cuts, the last listed first.
    FLAT: the row-major local tensor left by the earlier cuts is a slice [offset, offset + elements) of a unit's flat buffer of `unit_elements`, cut evenly over the axis. */
 typedef struct llmpar_placement {
     llmpar_placement_kind kind;
@@ -45,7 +46,10 @@ LLMPAR_API llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, cons
 LLMPAR_API void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out);
 /* "[Shard(0) on tp, Flat(128) on dp_shard]" into text; returns bytes needed. Local. */
 LLMPAR_API size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity);
-/* Picture: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a small map. Returns bytes needed. Local. */
+/* Picture of a checked tensor: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a table of ranks whose rows and columns are labelled with their elements and the coordinates that
+   hold them (as torch's and jax's visualize_sharding do). Cut at capacity; returns bytes needed without the NUL. Local. */
 LLMPAR_API size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
+/* The same picture as an SVG document; each cell has the id "cell-ROW-COLUMN" and data-ranks, each legend line "rank-N". A tensor of other dims, or without elements, has the legend only. Local. */
+LLMPAR_API size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
 
 #endif

@@ -47,6 +47,20 @@ LLMPAR__PRIVATE_DEF void llmpar__mesh_append(char *text, size_t capacity, size_t
     if (n > 0) *used += (size_t)n;
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (degree[a] > 1) llmpar__mesh_append(text, capacity, used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
+        coordinate[a] = rank % degree[a];
+        rank /= degree[a];
+    }
+}
+
 /* Thread names are for debuggers: "r3" becomes "r3 tp1", and only where launch has given that name. */
 static void llmpar__mesh_name_thread(const llmpar_mesh *mesh)
 {
@@ -74,22 +88,19 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
     mesh->ctx = ctx;
     mesh->world = ctx->comm;
-    int32_t degree[LLMPAR_MESH_AXES], rest = ctx->rank;
+    int32_t *const degree = mesh->degree;
     degree[LLMPAR_AXIS_DP_REPLICATE] = desc.dp_replicate;
     degree[LLMPAR_AXIS_DP_SHARD] = desc.dp_shard;
     degree[LLMPAR_AXIS_CP] = desc.cp;
     degree[LLMPAR_AXIS_PP] = desc.pp;
     degree[LLMPAR_AXIS_TP] = desc.tp;
-    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
-        mesh->degree[a] = degree[a];
-        mesh->coordinate[a] = rest % degree[a];
-        rest /= degree[a];
-    }
+    llmpar__mesh_coordinate(degree, ctx->rank, mesh->coordinate);
     mesh->dp_ranks = degree[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD];
     mesh->dp_rank = mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD] + mesh->coordinate[LLMPAR_AXIS_DP_SHARD];
+    char where[sizeof mesh->where + 1] = "";
     size_t used = 0;
-    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (degree[a] > 1) llmpar__mesh_append(mesh->where, sizeof mesh->where, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)mesh->coordinate[a]);
+    llmpar__mesh_append_coordinate(where, sizeof where, &used, degree, mesh->coordinate);
+    if (used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
     if (ctx->error.status == LLMPAR_OK) memcpy(ctx->error.where, mesh->where, sizeof mesh->where);
     llmpar__mesh_name_thread(mesh);
 
