@@ -20,7 +20,7 @@ typedef enum fault_kind {
     /* faults */ FAULT_ERROR = FAULT_MUTATIONS, FAULT_AWAY, FAULT_RETURNS
 } fault_kind;
 
-static const char *const fault_x_name[X_COUNT] = {"barrier", "all_gather", "reduce_scatter", "all_reduce sum", "all_reduce max", "broadcast", "all_to_all", "send", "split"};
+static const char *const fault_x_name[X_COUNT] = {"barrier", "all_gather", "reduce_scatter sum", "all_reduce sum", "all_reduce max", "broadcast", "all_to_all", "send", "split"};
 static const char *const fault_axis_name[] = {"tp", "dp_shard", "world"};
 static const char *const fault_kind_name[] = {"nothing", "op", "dtype", "count", "blocks", "root", "reduce op", "order", "axis", "tag", "end of a long tag", "missing call", "extra call", "error", "stays away", "returns"};
 
@@ -58,7 +58,7 @@ static void fault_nap(double seconds)
 }
 
 /* Does this mutation change anything in this collective? */
-static int fault_applies(fault_x x, fault_kind kind)
+static inline int fault_applies(fault_x x, fault_kind kind)
 {
     int data = x != X_BARRIER && x != X_SPLIT;
     if (kind == FAULT_DTYPE || kind == FAULT_SIZE || kind == FAULT_BLOCKS) return data;
@@ -132,6 +132,7 @@ static llmpar_status fault_script(llmpar_ctx *ctx, fault_case *c, const llmpar_m
             c->failed_at = fault_clock();
             return st;
         case FAULT_AWAY:
+            c->failed_at = fault_clock();
             while (!__atomic_load_n(&c->release, __ATOMIC_SEQ_CST)) fault_nap(0.002);
             break;
         default: break;
