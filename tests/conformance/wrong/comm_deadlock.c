@@ -1,7 +1,7 @@
 /* expect: all_gather */
 /* expect: all_gather f32, count 7, blocks 1, 2 ranks */
 /* expect: nobody can go on */
-/* expect: send "all_gather" */
+/* expect: in send */
 /* Every rank sends first. */
 static llmpar_status ring(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call)
 {

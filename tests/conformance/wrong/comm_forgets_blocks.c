@@ -7,7 +7,10 @@ static llmpar_status one_block(llmpar_comm *comm, llmpar_stream *stream, const l
 {
     llmpar_collective c = *call;
     c.blocks = 1;
-    return original(comm, stream, &c);
+    comm->all_gather = original;
+    llmpar_status st = llmpar_all_gather(comm, stream, &c);
+    comm->all_gather = one_block;
+    return st;
 }
 
 void grade_patch(llmpar_comm *table)
