@@ -42,14 +42,29 @@ static void count_sent(const llmpar_comm *comm, const llmpar_collective *call, s
     if (s == ALL_REDUCE) bytes = comm->rank ? 0 : 2 * part * (n - 1); /* of all ranks at once: 2(n-1)/n each need not be whole */
     __atomic_add_fetch(&case_sent[self->number & 1], bytes, __ATOMIC_SEQ_CST);
 }
-#define COUNTING(slot, S) static llmpar_status counting_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { count_sent(comm, call, S); return self->inner.slot(comm, stream, call); }
-COUNTING(all_gather, ALL_GATHER)
-COUNTING(reduce_scatter, REDUCE_SCATTER)
-COUNTING(all_reduce, ALL_REDUCE)
-COUNTING(broadcast, BROADCAST)
-COUNTING(all_to_all, ALL_TO_ALL)
-COUNTING(send, SEND)
-COUNTING(recv, RECV)
+
+/* The wrappers describe a call to the slot (comm->call). Who calls a slot of the table itself, with another call than it was asked for, leaves that out. */
+static llmpar_status undescribed(llmpar_comm *comm, const char *name)
+{
+    grade_fail(GRADE_STATUS, "calls the slot %s directly: use llmpar_%s, which describes the call for messages and checks", name, name);
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s without its wrapper", name);
+}
+#define COUNTING(slot, S, OP) \
+    static llmpar_status counting_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) \
+    { \
+        const llmpar_call *described = comm->call; \
+        if (!described || described->op != OP || described->count != call->count || described->dtype != (int32_t)call->dtype) return undescribed(comm, #slot); \
+        count_sent(comm, call, S); \
+        return self->inner.slot(comm, stream, call); \
+    }
+COUNTING(all_gather, ALL_GATHER, LLMPAR_CALL_ALL_GATHER)
+COUNTING(reduce_scatter, REDUCE_SCATTER, LLMPAR_CALL_REDUCE_SCATTER)
+COUNTING(all_reduce, ALL_REDUCE, LLMPAR_CALL_ALL_REDUCE)
+COUNTING(broadcast, BROADCAST, LLMPAR_CALL_BROADCAST)
+COUNTING(all_to_all, ALL_TO_ALL, LLMPAR_CALL_ALL_TO_ALL)
+COUNTING(send, SEND, LLMPAR_CALL_SEND)
+COUNTING(recv, RECV, LLMPAR_CALL_RECV)
+#undef COUNTING
 
 static void watch(run *r)
 {
