@@ -103,4 +103,47 @@ TEST(unchecked)
     CHECK_OK(c.job);
 }
 
-TEST_LIST(T_(no_mutation), T_(every_mutation_of_every_collective), T_(text), T_(missing_at_the_end), T_(unchecked))
+/* ---- what every rank finds for itself ---- */
+
+static llmpar_status told[FAULTS_RANKS];
+static char why[FAULTS_RANKS][1600];
+
+/* 0: degrees whose product is not the world; 1, 2: a device table with another abi, too small; 3, 4: a world communicator with another abi, too small; 5: one from before the record */
+static llmpar_status bad_start(llmpar_ctx *ctx, void *user)
+{
+    int how = *(int *)user;
+    llmpar_device device = *ctx->device, *sound_device = ctx->device;
+    llmpar_comm comm = *ctx->comm, *sound_comm = ctx->comm;
+    llmpar_mesh *mesh = NULL;
+    llmpar_mesh_desc desc = { .dp_shard = 2, .tp = how ? 2 : 3 };
+    if (how == 1) device.abi = 9;
+    if (how == 2) device.size = 64;
+    if (how == 3) comm.abi = 9;
+    if (how == 4) comm.size = 64;
+    if (how == 5) comm.size = (uint32_t)offsetof(llmpar_comm, call);
+    if (how == 1 || how == 2) ctx->device = &device;
+    if (how > 2) ctx->comm = &comm;
+    llmpar_status st = llmpar_mesh_create(ctx, &desc, &mesh);
+    ctx->device = sound_device;
+    ctx->comm = sound_comm;
+    CHECK(!mesh);
+    told[ctx->rank] = st;
+    snprintf(why[ctx->rank], sizeof why[0], "%s", llmpar_last_error(ctx));
+    return st;
+}
+
+TEST(bad_tables_and_meshes)
+{
+    static const char *const text[] = {"mesh: dp_replicate 1 x dp_shard 2 x cp 1 x pp 1 x tp 3 = 6 ranks, but the world has 4", "device table with abi 9 and ", "device table with abi 1 and 64 bytes, expected abi 1 and at least ",
+                                       "communicator world: table with abi 9 and ", "communicator world: table with abi 1 and 64 bytes, expected abi 1 and at least ", "communicator world: a slot without comm->call: table of "};
+    for (int how = 0; how < 6; how++) {
+        llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .log = fault_quiet };
+        CHECK_STATUS(llmpar_launch(&desc, bad_start, &how, NULL), how ? LLMPAR_ERR_ABI : LLMPAR_ERR_MESH);
+        for (int r = 0; r < FAULTS_RANKS; r++) {
+            CHECK_STATUS(told[r], how ? LLMPAR_ERR_ABI : LLMPAR_ERR_MESH);
+            CHECK_TEXT(why[r], text[how]);
+        }
+    }
+}
+
+TEST_LIST(T_(no_mutation), T_(every_mutation_of_every_collective), T_(text), T_(missing_at_the_end), T_(unchecked), T_(bad_tables_and_meshes))

@@ -219,10 +219,17 @@ static llmpar_status llmpar__threads_run(void *arg)
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
+/* Only the wrappers may call a slot, on a table with a place for the description. */
+static llmpar_status llmpar__threads_undescribed(llmpar_comm *comm)
+{
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: a slot without comm->call: table of %u bytes, expected at least %lu, and a call by llmpar_all_gather and so on", comm->axis, (unsigned)comm->size, (unsigned long)sizeof *comm);
+}
+
 /* Every slot of the table: what to do stands in comm->call. */
 static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
 {
     llmpar__threads_job job;
+    if (!comm->call) return llmpar__threads_undescribed(comm);
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
     job.call.what = *comm->call;
@@ -311,6 +318,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar__threads_call call;
     memset(&call, 0, sizeof call);
+    if (!comm->call) return llmpar__threads_undescribed(comm);
     call.what = *comm->call;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
