@@ -40,6 +40,7 @@ help:
 	@echo 'make install       headers, pkg-config file, CMake package, documents (PREFIX=/usr/local, DESTDIR=); make uninstall'
 	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
+	@echo 'make test-docs     runs the commands of docs/ and compares what they print; links, pictures'
 	@echo 'make bench         the benchmarks    make clean: removes build/'
 
 # ---- generated headers ----
@@ -216,6 +217,10 @@ test-package: $(HEADERS:%=build/gen/%)
 
 include tests/conformance/grade.mk
 
+# The commands of README.md and docs/, with the programs in build/; links and pictures.
+test-docs: all
+	@tests/docs.sh build
+
 # ---- checks ----
 
 check-layers: build/gen/llmpar.h
@@ -240,6 +245,6 @@ clean:
 	rm -rf build
 
 .PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
-	check-layers check-compile check-budget check check-full install uninstall test-package test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
+	check-layers check-compile check-budget check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

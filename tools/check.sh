@@ -38,6 +38,7 @@ phase header $make $jobs test-header
 phase separate $make $jobs test-separate
 phase cxx $make $jobs test-cxx
 phase examples $make $jobs all
+phase docs $make test-docs
 [ -f tests/bad_input.sh ] && phase bad_input sh tests/bad_input.sh
 [ -f tests/test_exact.c ] && LLMPAR_TEST_QUICK=1 phase exact $make test-exact
 phase aarch64 $make $jobs test-aarch64
