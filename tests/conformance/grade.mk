@@ -14,9 +14,12 @@ grade: $(grading)
 test-grade: $(grading)
 	@CC='$(CC)' CXX='$(CXX)' tests/conformance/run.sh
 
-# A training step in lockstep under gdb.
-build/gdb/step: tests/gdb_step.c build/plain/llmpar.o
+# A training step in lockstep under gdb. Without optimisation: every argument of every collective can be printed.
+build/gdb/llmpar.o: build/dev/llmpar.h
 	@mkdir -p $(@D)
+	@$(CC) -O0 -g -x c -DLLMPAR_IMPLEMENTATION -c $< -o $@
+
+build/gdb/step: tests/gdb_step.c build/gdb/llmpar.o
 	@$(CC) -O0 -g -Wall -Wextra -Ibuild/dev $^ -o $@ $(LDLIBS)
 
 run-gdb: build/gdb/step
