@@ -44,6 +44,8 @@ phase docs $make test-docs
 phase aarch64 $make $jobs test-aarch64
 phase musl $make $jobs test-musl
 phase package $make test-package
+phase grade $make test-grade
+phase gdb $make test-gdb
 phase plant $make test-plant
 phase asan $make $jobs test-asan
 phase tsan $make $jobs test-tsan
