@@ -397,6 +397,7 @@ static llmpar_status one_fails(llmpar_ctx *ctx, void *user)
     if (ctx->rank == 1) return llmpar_fail(ctx, LLMPAR_ERR_IO, "no data");
     return all_reduce(ctx->comm, "step", 3);
 }
+static llmpar_status one_returns(llmpar_ctx *ctx, void *user) { (void)user; return ctx->rank == 1 ? LLMPAR_OK : all_reduce(ctx->comm, "step", 3); }
 static int lines_with(const char *path, const char *part)
 {
     char line[4000];
@@ -421,6 +422,10 @@ TEST(files)
     CHECK_STATUS(llmpar_launch(&desc, one_fails, NULL, NULL), LLMPAR_ERR_IO);
     CHECK_INT(lines_with(first, "\"state\": \"started\""), 1);
     CHECK_INT(lines_with(second, "\"state\": \"completed\""), 1);
+    rmdir(directory);
+    CHECK_STATUS(llmpar_launch(&desc, one_returns, NULL, NULL), LLMPAR_ERR_MISMATCH);
+    CHECK_INT(lines_with(first, "\"name\": \"step\""), 1);
+    CHECK_INT(lines_with(second, "launch/self_test"), 1); /* of a rank that had returned long before */
     rmdir(directory);
     desc.record = NULL;
     setenv("LLMPAR_RECORD", directory, 1);

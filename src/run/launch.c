@@ -30,7 +30,8 @@ typedef struct llmpar__launch_rank {
     llmpar_ctx ctx;
     struct llmpar__launch_job *job;
     pthread_t thread;
-    int32_t stuck; /* left running */
+    int32_t stuck;  /* left running */
+    char *returned; /* malloc: the record of a rank that returned, in case another one fails after it */
 } llmpar__launch_rank;
 
 /* What all ranks of one launch share; read-only while they run, but for `references`. */
@@ -169,12 +170,19 @@ static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, c
     if (failed && ctx->log) ctx->log(ctx->log_user, (int)ctx->rank, LLMPAR_LOG_WARNING, line);
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+/* malloc; NULL: no memory. */
+static char *llmpar__launch_json(llmpar_record *record)
 {
-    if (!directory || !directory[0] || !record) return;
     size_t bytes = llmpar_record_json(record, NULL, 0) + 1;
     char *text = (char *)malloc(bytes);
     if (text) llmpar_record_json(record, text, bytes);
+    return text;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+{
+    if (!directory || !directory[0] || !record) return;
+    char *text = llmpar__launch_json(record);
     llmpar__launch_write(directory, ctx, text);
     free(text);
 }
@@ -220,6 +228,8 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         llmpar_threads_world_fail(job->world, &error);
         llmpar__launch_report(job, ctx);
         if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
+    } else if (job->record[0] && ctx->comm->record) {
+        self->returned = llmpar__launch_json(ctx->comm->record);
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
     llmpar_comm_destroy(ctx->comm);
@@ -233,6 +243,7 @@ static void llmpar__launch_leave(llmpar__launch_job *job)
 {
     if (__atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL)) return;
     llmpar_heap heap = job->heap;
+    for (int32_t i = 0; i < job->desc.ranks; i++) free(job->rank[i].returned);
     llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
     llmpar_heap_free(&heap, job->rank);
     llmpar_heap_free(&heap, job);
@@ -387,6 +398,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     for (int32_t i = 0; i < started && desc.check; i++)
         if (!rank[i].stuck) desc.check(&rank[i].ctx, user);
     llmpar_threads_world_error(job->world, error);
+    for (int32_t i = 0; i < started && error->status; i++)
+        if (!rank[i].stuck && rank[i].returned) llmpar__launch_write(job->record, &rank[i].ctx, rank[i].returned);
     if (stuck) llmpar__launch_stuck(job, error, started);
     llmpar__launch_leave(job);
     return error->status;
