@@ -14,11 +14,11 @@
 #include "common/options.h"
 
 typedef struct settings {
-    const char *model, *data, *save, *log, *gradients;
+    const char *model, *data, *save, *log, *gradients, *record;
     long dp_replicate, dp_shard, tp, seq_len, batch, grad_accum, steps, prefetch, threads, warmup, log_every;
     unsigned long seed;
-    double lr;
-    int sp, zero, exact, no_sync, print_schedule;
+    double lr, deadline;
+    int sp, zero, exact, no_sync, print_schedule, check;
 } settings;
 
 static void usage(void)
@@ -51,6 +51,10 @@ static void usage(void)
          "  --log FILE.jsonl    one JSON object a step\n"
          "  --log-every N       console line every N steps (default 10)\n"
          "  --print-schedule    print what a step does, one instruction a line, and exit\n"
+         "faults\n"
+         "  --deadline SECONDS  a collective waits so long for its peers, then says who is where (default 600; 0 for ever)\n"
+         "  --check 0|1         do the ranks compare what they call before data moves? (default 1)\n"
+         "  --record DIR        on an error write every rank's last collectives to DIR/llmpar_rank_N.json\n"
          "  --help");
 }
 
@@ -141,8 +145,8 @@ int main(int argc, char **argv)
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},    {"sp", 1, 0, 'p'},
         {"zero", 1, 0, 'z'},   {"prefetch", 1, 0, 'g'}, {"no-sync", 1, 0, 'y'},   {"exact", 1, 0, 'e'},    {"save", 1, 0, 'o'},    {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
-        {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
-    static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "3"}, *const exact[] = {"off", "on", "require"};
+        {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "3"}, *const check[] = {"0", "1"}, *const exact[] = {"off", "on", "require"};
     settings s;
     memset(&s, 0, sizeof s);
     s.dp_replicate = s.dp_shard = s.tp = s.threads = s.grad_accum = 1;
@@ -150,7 +154,8 @@ int main(int argc, char **argv)
     s.steps = 100;
     s.warmup = -1;
     s.log_every = 10;
-    s.zero = s.exact = 1;
+    s.zero = s.exact = s.check = 1;
+    s.deadline = 600;
     s.lr = 1e-3;
     int bad = 0;
     for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
@@ -178,6 +183,9 @@ int main(int argc, char **argv)
         case 'j': s.log = optarg; break;
         case 'v': bad = option_long("--log-every", optarg, 1, 1000000000, &s.log_every); break;
         case 'P': s.print_schedule = 1; break;
+        case 'D': bad = option_double("--deadline", optarg, 0, 1e9, &s.deadline); break;
+        case 'C': bad = option_word("--check", optarg, check, 2, &s.check); break;
+        case 'R': s.record = optarg; break;
         case 'h': usage(); return 0;
         default: bad = 2; /* getopt_long has said what */
         }
@@ -199,6 +207,9 @@ int main(int argc, char **argv)
     memset(&launch, 0, sizeof launch);
     launch.ranks = (int32_t)(s.dp_replicate * s.dp_shard * s.tp);
     launch.threads = (int32_t)s.threads;
+    launch.deadline = s.deadline > 0 ? s.deadline : -1;
+    launch.unchecked = !s.check;
+    launch.record = s.record;
     launch.log = quiet_log;
     return llmpar_launch(&launch, train, &s, &error) ? print_error("train_llama", &error) : 0;
 }

@@ -66,11 +66,12 @@ __attribute__((unused)) static int option_word(const char *name, const char *tex
 }
 
 #ifdef LLMPAR_H
-/* The root error is printed once, by main: rank threads stay quiet. */
+/* The root error is printed once, by main. Rank threads stay quiet, but for what each has to say when ranks disagree or one stays away. */
 __attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_level level, const char *line)
 {
     (void)user;
     if (level == LLMPAR_LOG_WARNING && rank == 0) fprintf(stderr, "warning: %s\n", line);
+    if (level == LLMPAR_LOG_ERROR) fprintf(stderr, "rank %d %s\n", rank, line);
 }
 
 /* "train_llama: rank 3 (dp_shard=1 tp=1): ..."; returns 1. */

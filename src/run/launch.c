@@ -318,6 +318,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (st) return st;
 
     int32_t ranks = desc.ranks ? desc.ranks : 1, started = 0, stuck = 0;
+    desc.ranks = ranks;
     llmpar_heap heap;
     llmpar_heap_init(&heap, desc.allocator);
     llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
