@@ -505,4 +505,118 @@ static llmpar_status pictures(llmpar_ctx *ctx, void *user)
 }
 TEST(prints) { CHECK_OK(launch(4, pictures, NULL, NULL)); }
 
-TEST_LIST(T_(axes), T_(bad_degrees), T_(mesh_that_is_not_the_world), T_(local_parts), T_(known_parts), T_(refused_tensors), T_(full_and_cut), T_(what_full_refuses), T_(prints))
+/* A strict reader of the XML that the library writes: every element closed in order, attributes quoted, text and values without bare markup, ids used once. Returns the number of elements, or -1 with a line on stderr. */
+static int read_xml(const char *text)
+{
+    static char ids[400][40];
+    const char *stack[16], *p = text;
+    size_t length[16];
+    int depth = 0, elements = 0, count = 0;
+    if (strncmp(p, "<svg xmlns=\"http://www.w3.org/2000/svg\" ", 40)) { TEST_FAIL("no svg: %.60s", p); return -1; }
+    while (*p) {
+        if (*p == '&' && strncmp(p, "&amp;", 5) && strncmp(p, "&lt;", 4) && strncmp(p, "&gt;", 4) && strncmp(p, "&quot;", 6)) { TEST_FAIL("bare &: %.60s", p); return -1; }
+        if (*p == '>' || (unsigned char)*p >= 0x7f || ((unsigned char)*p < 0x20 && *p != '\n')) { TEST_FAIL("bare character: %.60s", p); return -1; }
+        if (*p != '<') { p++; continue; }
+        const char *name = ++p;
+        int closes = *p == '/';
+        if (closes) name = ++p;
+        while (*p >= 'a' && *p <= 'z') p++;
+        size_t n = (size_t)(p - name);
+        if (!n) { TEST_FAIL("no name: %.60s", name); return -1; }
+        if (closes) {
+            if (!depth || length[depth - 1] != n || memcmp(stack[depth - 1], name, n) || *p != '>') { TEST_FAIL("closes what is not open: %.60s", name); return -1; }
+            depth--;
+            p++;
+            continue;
+        }
+        elements++;
+        while (*p == ' ') {
+            const char *attribute = ++p;
+            while ((*p >= 'a' && *p <= 'z') || (*p >= 'A' && *p <= 'Z') || *p == '-' || *p == ':') p++;
+            if (p == attribute || p[0] != '=' || p[1] != '"') { TEST_FAIL("attribute: %.60s", attribute); return -1; }
+            const char *value = p += 2;
+            while (*p && *p != '"' && *p != '<' && *p != '\n') p++;
+            if (*p != '"') { TEST_FAIL("value: %.60s", value); return -1; }
+            if (!strncmp(attribute, "id=", 3)) {
+                CHECK(p - value < 40 && count < 400);
+                snprintf(ids[count], sizeof ids[count], "%.*s", (int)(p - value), value);
+                for (int i = 0; i < count; i++) if (!strcmp(ids[i], ids[count])) TEST_FAIL("id %s twice", ids[i]);
+                count++;
+            }
+            p++;
+        }
+        if (p[0] == '/' && p[1] == '>') { p += 2; continue; }
+        if (*p != '>' || depth == 16) { TEST_FAIL("tag: %.60s", name); return -1; }
+        stack[depth] = name;
+        length[depth++] = n;
+        p++;
+    }
+    if (depth) { TEST_FAIL("%d elements are open at the end", depth); return -1; }
+    return elements;
+}
+
+/* The picture says who holds what: each cell's ranks are those whose part has the cell's first element. */
+TEST(svg)
+{
+    state = 31;
+    int drawn = 0, flats = 0;
+    for (int round = 0; round < 1500; round++) {
+        problem p;
+        llmpar_mesh mesh;
+        make_problem(&p);
+        memset(&mesh, 0, sizeof mesh);
+        memcpy(mesh.degree, p.degree, sizeof mesh.degree);
+        if (round % 50 == 0) p.tensor.name = "a<b> & \"c\"\n\x01\xff";
+        size_t need = llmpar_dtensor_svg(&p.tensor, &mesh, NULL, 0);
+        char *text = (char *)malloc(need + 1), id[64];
+        CHECK_INT(llmpar_dtensor_svg(&p.tensor, &mesh, text, need + 1), need);
+        CHECK_INT(strlen(text), need);
+        if (read_xml(text) < 0) { free(text); return; }
+        for (int r = 0; r < p.ranks; r++) {
+            snprintf(id, sizeof id, "<g id=\"rank-%d\">", r);
+            CHECK_TEXT(text, id);
+        }
+        const char *cell = text;
+        while ((cell = strstr(cell, "id=\"cell-")) != NULL) {
+            int row, column, x, y;
+            char ranks[80] = "", want[80] = "", label[80];
+            CHECK_INT(sscanf(cell, "id=\"cell-%d-%d\" data-ranks=\"%79[^\"]\" x=\"%d\" y=\"%d\"", &row, &column, ranks, &x, &y), 5);
+            int64_t at[2] = { 0, 0 }, index;
+            for (int d = 0; d < 2; d++) { /* the first element, from the labels */
+                snprintf(label, sizeof label, "<g id=\"%s-%d\" ", d ? "column" : "row", d ? column : row);
+                const char *g = strstr(text, label), *colon = g;
+                if (!g) { TEST_FAIL("no label %s", label); break; }
+                const char *end = strstr(g, "</g>");
+                if (!d && p.tensor.dims == 1) continue;
+                do { colon = strchr(colon + 1, ':'); } while (colon && colon < end && (colon[-1] < '0' || colon[-1] > '9'));
+                if (!colon || colon > end) { TEST_FAIL("no range in %.120s", g); break; }
+                while (colon[-1] >= '0' && colon[-1] <= '9') colon--;
+                at[d] = atoll(colon);
+            }
+            index = p.tensor.dims == 1 ? at[1] : at[0] * p.tensor.shape[1] + at[1];
+            int run = 0;
+            for (int r = 0; r <= p.ranks; r++) { /* "0-3 5" */
+                static int64_t really[24 * 24 * 24 * 24];
+                int32_t coordinate[LLMPAR_MESH_AXES];
+                int64_t begin, holds = 0;
+                if (r < p.ranks) {
+                    coordinate_of(&p, r, coordinate);
+                    for (int64_t e = cut_really(&p, coordinate, really, &begin) - 1; e >= 0; e--) holds |= really[e] == index;
+                }
+                if (holds) { run++; continue; }
+                size_t used = strlen(want);
+                if (run > 2) snprintf(want + used, sizeof want - used, "%s%d-%d", used ? " " : "", r - run, r - 1);
+                else for (int k = run; k > 0; k--, used = strlen(want)) snprintf(want + used, sizeof want - used, "%s%d", used ? " " : "", r - k);
+                run = 0;
+            }
+            if (strcmp(ranks, want)) { TEST_FAIL("cell %d %d: ranks \"%s\", want \"%s\"\n%s", row, column, ranks, want, text); free(text); return; }
+            drawn++;
+            for (int i = 0; i < p.tensor.placements; i++) flats += p.tensor.placement[i].kind == LLMPAR_FLAT;
+            cell++;
+        }
+        free(text);
+    }
+    CHECK(drawn > 800 && flats > 120);
+}
+
+TEST_LIST(T_(axes), T_(bad_degrees), T_(mesh_that_is_not_the_world), T_(local_parts), T_(known_parts), T_(refused_tensors), T_(full_and_cut), T_(what_full_refuses), T_(prints), T_(svg))

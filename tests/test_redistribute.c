@@ -1,5 +1,6 @@
 /* redistribute: random tensors on random meshes of up to 3 axes and 12 ranks, or 4 axes and 16, go from random placements to random others, and every rank's result is compared with the definition: what the whole tensor is,
    cut again element by element. Planned bytes are compared with what the communicators counted, and both with the least that could be sent, counted here element by element too. */
+#include "debug_device.h"
 #include "test.h"
 
 enum { MESHES = 84, CASES = 240, RANKS = 16, MOST = 1200 }; /* 20,160 cases */
@@ -428,7 +429,11 @@ TEST(any_to_any)
     static item items[CASES];
     int64_t ops[7] = { 0 }, cases = 0, reductions = 0, over = 0, several = 0, axes[6] = { 0 };
     double worst = 0;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    int meshes = MESHES / 4;
+#else
     int meshes = getenv("LLMPAR_TEST_QUICK") ? MESHES / 8 : MESHES;
+#endif
     for (int m = 0; m < meshes && !test_failures; m++) {
         batch b;
         int32_t ranks = 1, used = 0;
@@ -476,4 +481,227 @@ TEST(any_to_any)
     CHECK(meshes < MESHES || cases >= 20000);
 }
 
-TEST_LIST(T_(any_to_any))
+/* On a device that delays everything to the wait: scratch is used again only behind what used it before. */
+static llmpar_status run_late(llmpar_ctx *ctx, void *user)
+{
+    const batch *b = (const batch *)user;
+    llmpar_mesh mesh;
+    llmpar_stream *stream = NULL;
+    llmpar_device *inner = ctx->device;
+    debug_device *late = (debug_device *)malloc(sizeof *late);
+    debug_device_init(late, inner, DEBUG_FIFO);
+    ctx->device = ctx->comm->device = &late->table;
+    llmpar_status st = mesh_of(ctx, b->degree, &mesh);
+    if (!st) st = ctx->device->stream_create(ctx->device, "late", &stream);
+    for (int i = 0; i < b->count && !st; i++) st = run_case(&mesh, stream, &b->items[i]);
+    CHECK(late->most_pending > 3);
+    CHECK_INT(late->pending, 0);
+    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) llmpar_comm_destroy(mesh.comm[a]);
+    ctx->device = ctx->comm->device = inner;
+    free(late);
+    return st;
+}
+TEST(late_device)
+{
+    static item items[60];
+    state = 4711;
+    for (int m = 0; m < 8 && !test_failures; m++) {
+        batch b;
+        int32_t ranks = 1;
+        make_mesh(b.degree, m);
+        for (int a = 0; a < LLMPAR_MESH_AXES; a++) ranks *= b.degree[a];
+        b.items = items;
+        b.count = 60;
+        for (int i = 0; i < b.count; i++) make_case(&items[i], b.degree);
+        CHECK_OK(launch(ranks, run_late, &b, NULL));
+    }
+}
+
+/* ---- plans ---- */
+
+static llmpar_dtensor matrix(int64_t rows, int64_t columns)
+{
+    llmpar_dtensor t;
+    memset(&t, 0, sizeof t);
+    t.name = "wq";
+    t.dtype = LLMPAR_F32;
+    t.dims = 2;
+    t.shape[0] = rows;
+    t.shape[1] = columns;
+    return t;
+}
+static llmpar_placement *place(llmpar_dtensor *t, llmpar_placement_kind kind, llmpar_axis axis, int32_t dim)
+{
+    llmpar_placement *p = &t->placement[t->placements++];
+    memset(p, 0, sizeof *p);
+    p->kind = kind;
+    p->axis = axis;
+    p->dim = dim;
+    return p;
+}
+
+/* What people ask for becomes the collectives that they expect. */
+TEST(known_plans)
+{
+    static const int32_t tp4[LLMPAR_MESH_AXES] = { 1, 1, 1, 1, 4 }, two[LLMPAR_MESH_AXES] = { 1, 2, 1, 1, 2 };
+    llmpar_redistribute_plan plan;
+    llmpar_error error;
+    char text[2000];
+    llmpar_dtensor whole_one = matrix(8, 12), rows = whole_one, columns = whole_one, uneven = matrix(10, 12), uneven_whole = uneven, sum = whole_one, unit = whole_one, both = whole_one, flipped = whole_one;
+    place(&rows, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    place(&columns, LLMPAR_SHARD, LLMPAR_AXIS_TP, 1);
+    place(&uneven, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    place(&sum, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_TP, 0);
+    place(&unit, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    place(&unit, LLMPAR_FLAT, LLMPAR_AXIS_DP_SHARD, 0)->unit_elements = 48;
+    place(&both, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_DP_SHARD, 0);
+    place(&both, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_TP, 0);
+    place(&flipped, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_TP, 0);
+    place(&flipped, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_DP_SHARD, 0);
+    const struct { const llmpar_dtensor *from, *to; const int32_t *degree; const char *ops; int64_t bytes; } cases[] = {
+        { &rows, &rows, tp4, "local", 0 },
+        { &whole_one, &columns, tp4, "local", 0 },
+        { &rows, &whole_one, tp4, "all_gather on tp", 4 * 3 * 96 },
+        { &columns, &whole_one, tp4, "all_gather on tp", 4 * 3 * 96 },
+        { &uneven, &uneven_whole, tp4, "broadcast on tp", 4 * 3 * 120 },
+        { &rows, &columns, tp4, "all_to_all on tp", 4 * 72 },
+        { &sum, &columns, tp4, "reduce_scatter on tp", 4 * 3 * 96 },
+        { &sum, &whole_one, tp4, "all_reduce on tp", 4 * 6 * 96 },
+        { &unit, &whole_one, two, "all_gather on dp_shard, all_gather on tp", 4 * 3 * 96 },
+        { &both, &whole_one, two, "all_reduce on tp, all_reduce on dp_shard", 4 * 2 * 96 * 4 },
+        { &both, &unit, two, "reduce_scatter on tp, reduce_scatter on dp_shard", 4 * 3 * 96 },
+        { &flipped, &unit, two, "exchange", 4 * 3 * 96 }, /* dp_shard is reduced first, but cut last */
+        { &whole_one, &sum, tp4, "local", 0 },
+        { &rows, &sum, tp4, "exchange", 4 * 72 },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        static const char *const names[] = { "local", "all_gather", "broadcast", "reduce_scatter", "all_reduce", "all_to_all", "exchange" };
+        char ops[200] = "";
+        llmpar_error_clear(&error);
+        CHECK_OK(llmpar_redistribute_plan_make(cases[i].from, cases[i].to, cases[i].degree, &plan, &error));
+        for (int s = 0; s < plan.steps; s++) {
+            int axis = plan.step[s].op != LLMPAR_REDISTRIBUTE_LOCAL && plan.step[s].op != LLMPAR_REDISTRIBUTE_EXCHANGE;
+            size_t used = strlen(ops);
+            snprintf(ops + used, sizeof ops - used, "%s%s%s%s", s ? ", " : "", names[plan.step[s].op], axis ? " on " : "", axis ? llmpar_axis_name(plan.step[s].axis) : "");
+        }
+        if (strcmp(ops, cases[i].ops)) TEST_FAIL("plan %d: got \"%s\", want \"%s\"", (int)i, ops, cases[i].ops);
+        CHECK_INT(plan.bytes, cases[i].bytes);
+    }
+    CHECK_OK(llmpar_redistribute_plan_make(&unit, &whole_one, two, &plan, &error));
+    size_t need = llmpar_redistribute_plan_print(&plan, text, sizeof text);
+    CHECK_INT(need, strlen(text));
+    CHECK_INT(llmpar_redistribute_plan_print(&plan, NULL, 0), need);
+    CHECK_TEXT(text, "wq f32[8,12]: [Shard(0) on tp, Flat(0) on dp_shard] -> [Replicate]\n"
+                     "  1  all_gather     on dp_shard            384 bytes  -> [Shard(0) on tp]\n"
+                     "  2  all_gather     on tp                  768 bytes  -> [Replicate]\n"
+                     "1152 bytes are sent by 4 ranks together; no plan can send less than 1152\n");
+}
+
+/* A plan needs no ranks: 8,192 of them here. */
+TEST(plan_for_many_ranks)
+{
+    static const int32_t degree[LLMPAR_MESH_AXES] = { 2, 512, 1, 1, 8 };
+    llmpar_redistribute_plan plan;
+    llmpar_error error;
+    llmpar_dtensor from = matrix(4096, 14336), to = from;
+    place(&from, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    place(&from, LLMPAR_FLAT, LLMPAR_AXIS_DP_SHARD, 0)->unit_elements = 4096 * 14336 / 8;
+    place(&to, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    llmpar_error_clear(&error);
+    CHECK_OK(llmpar_redistribute_plan_make(&from, &to, degree, &plan, &error));
+    CHECK_INT(plan.steps, 1);
+    CHECK_INT(plan.step[0].op, LLMPAR_REDISTRIBUTE_ALL_GATHER);
+    CHECK_INT(plan.bytes, (int64_t)4 * 4096 * 14336 * 2 * 511); /* each rank of each group passes its part to 511 others */
+    CHECK_INT(plan.bytes, plan.bound);
+}
+
+/* ---- bad requests ---- */
+
+TEST(refused_requests)
+{
+    static const struct { const char *text; llmpar_status status; int what; } cases[] = {
+        { "expected one dtype and shape", LLMPAR_ERR_SHAPE, 0 },
+        { "from wq f32[8,12] to wq f64[8,12]", LLMPAR_ERR_SHAPE, 1 },
+        { "Flat on dp_shard: the 72 elements of rank 1 at offset 0 do not fit a unit of 48", LLMPAR_ERR_SHAPE, 2 },
+        { "Partial(sum) of bf16 on tp cannot be reduced", LLMPAR_ERR_UNSUPPORTED, 3 },
+        { "Partial(max) of u64 on tp cannot be reduced", LLMPAR_ERR_UNSUPPORTED, 4 },
+        { "tp = 0, expected degrees of at least 1", LLMPAR_ERR_MESH, 5 },
+        { "Shard(2) on tp, expected a dim below 2", LLMPAR_ERR_SHAPE, 6 },
+        { "overflow", LLMPAR_ERR_OVERFLOW, 7 },
+        { "Partial(sum) of i32 on tp cannot be reduced", LLMPAR_ERR_UNSUPPORTED, 8 },
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        int32_t degree[LLMPAR_MESH_AXES] = { 1, 2, 1, 1, 2 };
+        llmpar_dtensor from = matrix(8, 12), to;
+        llmpar_redistribute_plan plan;
+        llmpar_error error;
+        llmpar_error_clear(&error);
+        to = from;
+        switch (cases[i].what) {
+        case 0: to.shape[1] = 11; break;
+        case 1: to.dtype = LLMPAR_F64; break;
+        case 2: from = to = matrix(9, 12); place(&from, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0)->grain = 3; place(&from, LLMPAR_FLAT, LLMPAR_AXIS_DP_SHARD, 0)->unit_elements = 48; break;
+        case 3: from.dtype = to.dtype = LLMPAR_BF16; place(&from, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_TP, 0); break;
+        case 4: from.dtype = to.dtype = LLMPAR_U64; place(&from, LLMPAR_PARTIAL_MAX, LLMPAR_AXIS_TP, 0); break;
+        case 5: degree[LLMPAR_AXIS_TP] = 0; break;
+        case 6: place(&to, LLMPAR_SHARD, LLMPAR_AXIS_TP, 2); break;
+        case 7: from.shape[0] = to.shape[0] = (int64_t)1 << 31; from.shape[1] = to.shape[1] = (int64_t)1 << 29; break;
+        default: from.dtype = to.dtype = LLMPAR_I32; place(&to, LLMPAR_PARTIAL_SUM, LLMPAR_AXIS_TP, 0); break;
+        }
+        CHECK_STATUS(llmpar_redistribute_plan_make(&from, &to, degree, &plan, &error), cases[i].status);
+        CHECK_TEXT(error.text, cases[i].text);
+    }
+}
+
+/* Rank 1 asks for something else, or brings no buffer: every rank gets an error, and no result has been written anywhere. */
+typedef struct bad { int what; llmpar_status status[4]; int written[4]; char text[4][700]; } bad;
+static llmpar_status run_bad(llmpar_ctx *ctx, void *user)
+{
+    bad *b = (bad *)user;
+    llmpar_mesh *mesh = NULL;
+    llmpar_mesh_desc desc;
+    llmpar_redistribute_plan plan;
+    llmpar_error error;
+    float in[48], out[96], scratch[400];
+    memset(&desc, 0, sizeof desc);
+    desc.tp = 4;
+    llmpar_status st = llmpar_mesh_create(ctx, &desc, &mesh);
+    if (st) return st;
+    llmpar_dtensor from = matrix(8, 12), to = from;
+    int odd = ctx->rank == 1;
+    place(&from, LLMPAR_SHARD, LLMPAR_AXIS_TP, 0);
+    if (odd && b->what == 1) place(&to, LLMPAR_SHARD, LLMPAR_AXIS_TP, 1);
+    for (int i = 0; i < 96; i++) out[i] = 7;
+    for (int i = 0; i < 48; i++) in[i] = 1;
+    llmpar_error_clear(&error);
+    st = llmpar_redistribute_plan_make(&from, &to, mesh->degree, &plan, &error);
+    CHECK_OK(st);
+    if (odd && b->what == 3) plan.degree[LLMPAR_AXIS_TP] = 2;
+    if (!st) st = llmpar_redistribute(&plan, mesh, NULL, odd && b->what == 0 ? NULL : in, scratch, odd && b->what == 2 ? NULL : odd && b->what == 4 ? in : out);
+    b->status[ctx->rank] = st;
+    snprintf(b->text[ctx->rank], sizeof b->text[0], "%s", llmpar_last_error(ctx));
+    for (int i = 0; i < 96; i++) b->written[ctx->rank] |= out[i] != 7;
+    llmpar_mesh_destroy(mesh);
+    return st;
+}
+TEST(error_on_every_rank)
+{
+    static const char *const texts[] = { "wq: redistribute: in is NULL, expected room for 96 bytes", "redistribute request", "wq: redistribute: out is NULL, expected room for 384 bytes",
+                                         "the plan is for a mesh with tp = 2, expected this mesh's 4", "in, scratch and out overlap" };
+    for (int what = 0; what < 5; what++) {
+        bad b;
+        llmpar_error error;
+        memset(&b, 0, sizeof b);
+        b.what = what;
+        CHECK(launch(4, run_bad, &b, &error) != LLMPAR_OK);
+        CHECK_TEXT(error.text, texts[what]);
+        for (int r = 0; r < 4; r++) {
+            CHECK(b.status[r] != LLMPAR_OK);
+            CHECK(!b.written[r]);
+            CHECK_TEXT(b.text[r], texts[what]);
+        }
+    }
+}
+
+TEST_LIST(T_(any_to_any), T_(late_device), T_(known_plans), T_(plan_for_many_ranks), T_(refused_requests), T_(error_on_every_rank))

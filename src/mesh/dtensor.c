@@ -110,7 +110,7 @@ LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *
 {
     size_t used = 0;
     if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "[");
+    llmpar__mesh_append(text, capacity, &used, tensor->placements ? "[" : "[Replicate");
     for (int32_t i = 0; i < tensor->placements; i++) {
         const llmpar_placement *p = &tensor->placement[i];
         if (i) llmpar__mesh_append(text, capacity, &used, ", ");

@@ -232,19 +232,19 @@ static void llmpar__picture_escape(char *text, size_t capacity, size_t *used, co
     }
 }
 
-/* Does this cell carry its ranks' name? Of neighbours held by the same ranks, the largest does. */
+/* Does this cell carry its ranks' name? Of the cells beside, above and below that the same ranks hold, the largest does. */
 static int llmpar__picture_named(const llmpar__picture *picture, const int32_t *x, const int32_t *y, int32_t row, int32_t column)
 {
     static const int32_t step[4][2] = { { -1, 0 }, { 0, -1 }, { 1, 0 }, { 0, 1 } };
     char cell[96], next[96];
     int64_t area = (int64_t)(x[column + 1] - x[column]) * (y[row + 1] - y[row]);
     llmpar__picture_holders(picture, row, column, cell, sizeof cell);
-    for (int i = 0; i < 4; i++) {
-        int32_t r = row + step[i][0], c = column + step[i][1];
-        if (r < 0 || c < 0 || r >= picture->bands[0] || c >= picture->bands[1]) continue;
-        llmpar__picture_holders(picture, r, c, next, sizeof next);
-        if (!strcmp(cell, next) && (int64_t)(x[c + 1] - x[c]) * (y[r + 1] - y[r]) >= area + (i > 1)) return 0;
-    }
+    for (int i = 0; i < 4; i++)
+        for (int32_t r = row + step[i][0], c = column + step[i][1]; r >= 0 && c >= 0 && r < picture->bands[0] && c < picture->bands[1]; r += step[i][0], c += step[i][1]) {
+            llmpar__picture_holders(picture, r, c, next, sizeof next);
+            if (strcmp(cell, next)) break;
+            if ((int64_t)(x[c + 1] - x[c]) * (y[r + 1] - y[r]) >= area + (i > 1)) return 0;
+        }
     return 1;
 }
 
@@ -290,7 +290,7 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)(WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
     int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
     if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
+    llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
                         (int)width, (int)height, (int)width, (int)height);
     llmpar__mesh_append(text, capacity, &used, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
     length = 0;

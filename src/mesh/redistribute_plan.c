@@ -376,9 +376,9 @@ LLMPAR_DEF llmpar_status llmpar_redistribute_plan_make(const llmpar_dtensor *fro
     return LLMPAR_OK;
 }
 
-/* wq f32[12,16]: [Shard(0) on tp, Flat(0) on dp_shard] -> []
+/* wq f32[12,16]: [Shard(0) on tp, Flat(0) on dp_shard] -> [Replicate]
      1  all_gather      on dp_shard           768 bytes  -> [Shard(0) on tp]
-     2  all_gather      on tp                1536 bytes  -> []
+     2  all_gather      on tp                1536 bytes  -> [Replicate]
    2304 bytes are sent by 4 ranks together; no plan can send less than 2304                                            */
 LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan *plan, char *text, size_t capacity)
 {
