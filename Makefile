@@ -13,13 +13,15 @@ SRC := $(sort $(shell find src -type f))
 MODULES := $(filter %.c,$(SRC))
 HEADERS := llmpar.h llmpar_cuda.h llmpar_nccl.h
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
+# Where there is a C++ compiler.
+CXX_EXAMPLES := $(if $(shell command -v $(CXX)),$(patsubst examples/%.cc,build/%,$(wildcard examples/*.cc)))
 BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
 SUITE := $(or $(TEST),$(filter-out test_exact,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
 # What ThreadSanitizer has something to find in: rank threads and worker pools.
 THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h' tests/test_*.c))))
 
-all: $(EXAMPLES)
+all: $(EXAMPLES) $(CXX_EXAMPLES)
 
 help:
 	@echo 'make               the examples, from the committed llmpar.h, into build/'
@@ -76,6 +78,10 @@ build/examples/llmpar.o: llmpar.h
 $(EXAMPLES): build/%: examples/%.c build/examples/llmpar.o $(wildcard examples/common/*.h)
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -DLLMPAR__IMPLEMENTED -I. $< build/examples/llmpar.o -o $@ $(LDLIBS)
+
+build/%: examples/%.cc build/examples/llmpar.o
+	@mkdir -p $(@D)
+	$(CXX) -O2 -g -DLLMPAR__IMPLEMENTED -I. $< build/examples/llmpar.o -o $@ $(LDLIBS)
 
 $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
 	@mkdir -p $(@D)
