@@ -52,6 +52,7 @@ phase tsan $make $jobs test-tsan
 phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -n "$full" ]; then
     [ -f tests/test_exact.c ] && LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
+    LLMPAR_TEST_SOAK=300 phase soak $make test TEST=test_stuck
     phase aarch64-portable $make test-aarch64-portable
     [ -f examples/demo.c ] && phase demo $make demo
 fi
