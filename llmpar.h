@@ -1044,6 +1044,7 @@ typedef enum llmpar_placement_kind { LLMPAR_REPLICATE = 0, LLMPAR_SHARD = 1, LLM
 /* How one mesh axis treats a tensor.
    SHARD: dim `dim` is cut in grains of `grain` elements (0 = 1; a head for q, k, v) by llmpar_piece_begin over parts = degree / replicas; rank r holds part r / replicas (replicas 0 = 1; above 1 for
    kv heads where tp > kv heads).
+   PARTIAL: every coordinate holds a contribution of the whole (of what other cuts leave); the tensor is their sum or max, in the balanced tree over the coordinate. Several are undone like cuts, the last listed first.
    FLAT: the row-major local tensor left by the earlier cuts is a slice [offset, offset + elements) of a unit's flat buffer of `unit_elements`, cut evenly over the axis. */
 typedef struct llmpar_placement {
     llmpar_placement_kind kind;
@@ -1077,18 +1078,57 @@ LLMPAR_API llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, cons
 LLMPAR_API void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out);
 /* "[Shard(0) on tp, Flat(128) on dp_shard]" into text; returns bytes needed. Local. */
 LLMPAR_API size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity);
-/* Picture: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a small map. Returns bytes needed. Local. */
+/* Picture of a checked tensor: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a table of ranks whose rows and columns are labelled with their elements and the coordinates that
+   hold them (as torch's and jax's visualize_sharding do). Cut at capacity; returns bytes needed without the NUL. Local. */
 LLMPAR_API size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
+/* The same picture as an SVG document; each cell has the id "cell-ROW-COLUMN" and data-ranks, each legend line "rank-N". A tensor of other dims, or without elements, has the legend only. Local. */
+LLMPAR_API size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
 
 #endif
 /* ==== src/mesh/redistribute.h ==== */
-/* redistribute: data of a dtensor from one placement to another. Today: to the whole tensor on every rank of the mesh's
-   dp_shard x tp plane (what saving and looking need), and from a whole tensor to the local part. */
+/* redistribute: a tensor from any placements to any others on the same mesh, planned as a short list of collectives. A plan is plain data, which every rank makes for itself from the same request. Where a collective
+   of the table does a step exactly, it is taken; everything else is an exchange: pairs of send and recv with just the elements that are needed. Sums are trees over the coordinate of each axis, the last listed axis first.
+   A target may be Partial. On an axis where `from` is Partial of the same kind contributions stay where they are (if sums and maxima are mixed: as long as their order of undoing stays); else Partial(sum) is the
+   tensor at coordinate 0 and zeros (-0 of f32, f64, which changes no sum) elsewhere, and Partial(max) is the tensor at every coordinate. */
 #ifndef LLMPAR_REDISTRIBUTE_H
 #define LLMPAR_REDISTRIBUTE_H
 
 
-/* Elements of scratch that llmpar_dtensor_full needs beside `full` (same dtype as the tensor). Local. */
+/* LOCAL: every rank has what it needs. ALL_GATHER undoes the last cut, BROADCAST too where parts are uneven (one from each owner). REDUCE_SCATTER reduces and cuts evenly. ALL_TO_ALL: all pairs of ranks of an axis move
+   the same number of elements. EXCHANGE: send and recv between pairs of the world; contributions go to one rank for each element, which combines them, and from there to the others. */
+typedef enum llmpar_redistribute_op {
+    LLMPAR_REDISTRIBUTE_LOCAL = 0, LLMPAR_REDISTRIBUTE_ALL_GATHER = 1, LLMPAR_REDISTRIBUTE_BROADCAST = 2, LLMPAR_REDISTRIBUTE_REDUCE_SCATTER = 3, LLMPAR_REDISTRIBUTE_ALL_REDUCE = 4,
+    LLMPAR_REDISTRIBUTE_ALL_TO_ALL = 5, LLMPAR_REDISTRIBUTE_EXCHANGE = 6
+} llmpar_redistribute_op;
+typedef struct llmpar_redistribute_step {
+    llmpar_redistribute_op op;
+    llmpar_axis axis;       /* of the collective; not for LOCAL, EXCHANGE */
+    int64_t bytes;          /* sent by all ranks together, as their communicators count */
+    llmpar_dtensor result;  /* what ranks hold after the step */
+} llmpar_redistribute_step;
+typedef struct llmpar_redistribute_plan {
+    llmpar_dtensor from, to; /* names borrowed */
+    int32_t degree[LLMPAR_MESH_AXES], steps; /* steps: 1 or more */
+    llmpar_redistribute_step step[2 * LLMPAR_MESH_AXES];
+    int64_t bytes, bound;    /* sent by all ranks together; no plan can send less than `bound`. bytes <= 2 * bound, and bytes == bound with nothing to reduce */
+    uint64_t fingerprint;    /* of the request: ranks compare it before anything moves */
+} llmpar_redistribute_plan;
+
+/* The least bytes that all ranks together send. Nothing to reduce: what each rank needs in `to` and does not hold in `from`. n contributions to reduce: for each element n-1 to bring them together and one more for each
+   further rank that needs it, which is the (n-1) of a reduce-scatter and the 2(n-1) of an all-reduce. Of tensors that plan_make accepts. Local. */
+LLMPAR_API int64_t llmpar_redistribute_bound(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES]);
+/* One dtype and shape in both; Flat is the same on all ranks and has to fit on each: LLMPAR_ERR_SHAPE. LLMPAR_ERR_UNSUPPORTED: a dtype that the communicators cannot reduce. LLMPAR_ERR_OVERFLOW, LLMPAR_ERR_MESH (degrees).
+   Local: no communication, no allocation; so also for meshes larger than the world. */
+LLMPAR_API llmpar_status llmpar_redistribute_plan_make(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES], llmpar_redistribute_plan *out, llmpar_error *error);
+/* A line for each step with its bytes, then their sum and the bound. Cut at capacity; returns bytes needed without the NUL. Local. */
+LLMPAR_API size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan *plan, char *text, size_t capacity);
+/* Elements of scratch (of the tensor's dtype) that the rank at `coordinate` needs. Local. */
+LLMPAR_API int64_t llmpar_redistribute_scratch(const llmpar_redistribute_plan *plan, const int32_t coordinate[LLMPAR_MESH_AXES]);
+/* out <- this rank's part in `to` of the tensor whose part in `from` is `in`: rectangles; with Flat the rank's whole flat shard, of which only the tensor's range is read or written. No overlaps; what has no elements may
+   be NULL. The ranks compare their requests in a barrier first: what is wrong on one is an error on all before anything moves. Collective over the world. */
+LLMPAR_API llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const void *in, void *scratch, void *out);
+
+/* To the whole tensor, undoing cuts on dp_shard and tp one by one: as saving and looking need it. Here the ranks of one Flat's axis share a layout, others may have their own. Elements of scratch that it needs. Local. */
 LLMPAR_API int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, const llmpar_mesh *mesh);
 /* full[shape] <- the tensor, from every rank's part `local` (with FLAT: the rank's whole flat shard of the unit; else its rectangle). Uneven and empty parts are fine. Collective over dp_shard and tp. */
 LLMPAR_API llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const void *local, void *scratch, void *full);
@@ -1742,7 +1782,7 @@ typedef struct llmpar_launch_desc {
     const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
     double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
-    const char *record;           /* directory: a rank whose function fails writes its last collectives to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
+    const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */
     void *log_user;
@@ -4837,7 +4877,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 #define LLMPAR__TEMPLATE 1 /* cpu/gemm_portable.inc */
 #include LLMPAR_HEADER
 
-#if defined(LLMPAR_NO_SIMD)
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
 #define LLMPAR__GEMM_REAL float
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
@@ -4895,7 +4935,6 @@ typedef struct llmpar__gemm_kernel {
     store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
     store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
 } while (0)
-#define LLMPAR__GEMM_STORE_1(v, out, width) _mm_storeu_ps(out, v)
 #define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
 /* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
 #define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
@@ -4911,21 +4950,7 @@ typedef struct llmpar__gemm_kernel {
 } while (0)
 
 /* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed. */
-/* portable, any processor */
-typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
-#define LLMPAR__GEMM_TARGET
-#define LLMPAR__GEMM_VECTOR __m128
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
-#define LLMPAR__GEMM_LANES 4
-#define LLMPAR__GEMM_ROWS 4
-#define LLMPAR__GEMM_SPREAD(x) _mm_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm_add_ps(_mm_mul_ps(a, b), sum)
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm, __m128, in, ld, out, width, LLMPAR__GEMM_STORE_1)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-/* portable, the same bits twice as wide */
+/* portable, the same bits as the rows of gemm_portable.inc, which serve processors without AVX */
 typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
 #define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
@@ -4969,20 +4994,17 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #undef LLMPAR__GEMM_512_unpacklo_ps
 #undef LLMPAR__GEMM_512_unpackhi_ps
 #undef LLMPAR__GEMM_512_shuffle_ps
-#undef LLMPAR__GEMM_STORE_1
 #undef LLMPAR__GEMM_STORE_2
 #undef LLMPAR__GEMM_STORE_4
 
 static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
 {
-    llmpar__gemm_kernel sse2 = { 4, 8, llmpar__gemm_sse2_pack_a, llmpar__gemm_sse2_pack_b, llmpar__gemm_sse2_tile };
     llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
     llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
     llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
     if (level == LLMPAR_CPU_AVX512) return avx512;
     if (level == LLMPAR_CPU_AVX2) return avx2;
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx") ? avx : sse2;
+    return avx;
 }
 
 #else /* aarch64: its vector unit and fma are always there */
@@ -5388,11 +5410,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
         llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
         return LLMPAR_OK;
     }
-#if defined(LLMPAR_NO_SIMD)
+#if !defined(LLMPAR_NO_SIMD)
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx"))
+#endif
+        return llmpar__gemm_run_f32(device, args);
+#endif
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
     llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
     return LLMPAR_OK;
-#else
-    return llmpar__gemm_run_f32(device, args);
 #endif
 }
 
@@ -5425,6 +5452,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
      avx2, avx512             the same text with wider vectors and fused multiply-adds
    Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
+   NARROW ones wait for memory, not for arithmetic: they have no instance for AVX-512, where AVX2's serves as well.
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
 #ifndef LLMPAR_VECTOR_H
@@ -5476,10 +5504,14 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VDECLARE_AT(name, level) LLMPAR__PRIVATE LLMPAR__VTARGET_##level void llmpar__##name##_##level(void *arg, int64_t task, int32_t worker);
 #if LLMPAR__VX86
 #define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2) LLMPAR__VDECLARE_AT(name, avx512)
+#define LLMPAR__VDECLARE_NARROW(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
+#define LLMPAR__VKERNELS_NARROW(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx2 }
 #else
 #define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable)
+#define LLMPAR__VDECLARE_NARROW(name) LLMPAR__VDECLARE(name)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
+#define LLMPAR__VKERNELS_NARROW(name) LLMPAR__VKERNELS(name)
 #endif
 
 /* Which of the four a call runs. */
@@ -5614,13 +5646,13 @@ LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqr
 /* norm */
 typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
 typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
-LLMPAR__VDECLARE(norm_forward)
-LLMPAR__VDECLARE(norm_dx)
-LLMPAR__VDECLARE(norm_dw)
+LLMPAR__VDECLARE_NARROW(norm_forward)
+LLMPAR__VDECLARE_NARROW(norm_dx)
+LLMPAR__VDECLARE_NARROW(norm_dw)
 
 /* rope */
 typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
-LLMPAR__VDECLARE(rope_rotate)
+LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
 enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
@@ -5652,7 +5684,7 @@ typedef struct llmpar__embedding_backward_job {
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
 } llmpar__embedding_backward_job;
-LLMPAR__VDECLARE(embedding_gradient)
+LLMPAR__VDECLARE_NARROW(embedding_gradient)
 
 /* xent */
 typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
@@ -5666,7 +5698,7 @@ LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
-LLMPAR__VDECLARE(optim_adamw)
+LLMPAR__VDECLARE_NARROW(optim_adamw)
 
 #endif
 /* ---- src/cpu/attention.c goes on ---- */
@@ -5767,9 +5799,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
 /* norm: RMSNorm (Zhang & Sennrich 2019) forward and backward. The hidden dim is never split, so the sum over it is in lanes; the sum of dw over tokens
    may be split by a mesh and follows docs/exact.md: a chain per T-piece, a tree over T-pieces, one row a leaf. */
 
-static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
-static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);
-static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS(norm_dw);
+static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_forward);
+static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dx);
+static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dw);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args)
 {
@@ -5808,7 +5840,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
 /* ==== src/cpu/rope.c ==== */
 /* rope: rotary position embedding in place (Su et al. 2021), half-split order. */
 
-static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS(rope_rotate);
+static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS_NARROW(rope_rotate);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args)
 {
@@ -5862,7 +5894,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
 
 typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
 
-static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
+static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS_NARROW(embedding_gradient);
 
 static void llmpar__embedding_gather(void *arg, int64_t task, int32_t worker)
 {
@@ -6126,7 +6158,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
 /* ==== src/cpu/optim.c ==== */
 /* optim: AdamW (Loshchilov & Hutter 2019) element by element, and the order-free sum of squares that the gradient norm needs. */
 
-static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS(optim_adamw);
+static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_adamw);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
 {
@@ -6227,6 +6259,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #undef LLMPAR__VDOUBLE
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
+
+/* From here on nothing is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+#if defined(__OPTIMIZE__) && !defined(__clang__)
+#pragma GCC optimize ("O1")
+#endif
 
 /* ==== src/comm/threads_wait.c ==== */
 /* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
@@ -7103,10 +7140,17 @@ static llmpar_status llmpar__threads_run(void *arg)
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
+/* Only the wrappers may call a slot, on a table with a place for the description. */
+static llmpar_status llmpar__threads_undescribed(llmpar_comm *comm)
+{
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: a slot without comm->call: table of %u bytes, expected at least %lu, and a call by llmpar_all_gather and so on", comm->axis, (unsigned)comm->size, (unsigned long)sizeof *comm);
+}
+
 /* Every slot of the table: what to do stands in comm->call. */
 static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
 {
     llmpar__threads_job job;
+    if (!comm->call) return llmpar__threads_undescribed(comm);
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
     job.call.what = *comm->call;
@@ -7195,6 +7239,7 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     *out = NULL;
     llmpar__threads_call call;
     memset(&call, 0, sizeof call);
+    if (!comm->call) return llmpar__threads_undescribed(comm);
     call.what = *comm->call;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
@@ -9660,6 +9705,25 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 
 /* Appends to text[capacity] at *used like snprintf, also past the capacity: *used counts what the whole needs. */
 LLMPAR__PRIVATE void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
+/* The coordinate of a world rank. */
+LLMPAR__PRIVATE void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES]);
+/* "wq f32[8,6]" */
+LLMPAR__PRIVATE void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor);
+/* " dp_shard=1 tp=0": the axes of more than one rank. */
+LLMPAR__PRIVATE void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES]);
+
+/* A box of the global tensor, dim d from begin[d] to end[d]. What a rank holds (a range of a rectangle's row-major elements) is a few of them, in row-major order:
+
+     . . # #    the range [2, 11) of a rectangle of 4 x 4: the rest of a row, whole rows, the start of a row
+     # # # #
+     # # # .
+     . . . .                                                                                               */
+typedef struct llmpar__box { int64_t begin[LLMPAR_MAX_DIMS], end[LLMPAR_MAX_DIMS]; } llmpar__box;
+#define LLMPAR__BOXES (2 * LLMPAR_MAX_DIMS - 1)
+/* The non-empty boxes of `part`; returns how many. */
+LLMPAR__PRIVATE int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES]);
+/* The common boxes of two parts; returns how many, *volume = their elements together. Two parts that meet in the same boxes on two ranks list them in the same order. */
+LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume);
 
 #endif
 /* ---- src/mesh/mesh.c goes on ---- */
@@ -9710,6 +9774,20 @@ LLMPAR__PRIVATE_DEF void llmpar__mesh_append(char *text, size_t capacity, size_t
     if (n > 0) *used += (size_t)n;
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (degree[a] > 1) llmpar__mesh_append(text, capacity, used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
+        coordinate[a] = rank % degree[a];
+        rank /= degree[a];
+    }
+}
+
 /* Thread names are for debuggers: "r3" becomes "r3 tp1", and only where launch has given that name. */
 static void llmpar__mesh_name_thread(const llmpar_mesh *mesh)
 {
@@ -9733,26 +9811,26 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     llmpar_error_clear(&error);
     llmpar_status st = llmpar_mesh_desc_resolve(&desc, ctx->world, &error);
     if (st) return llmpar_fail(ctx, st, "%s", error.text);
+    const llmpar_device *device = ctx->device; /* whoever brings an own one is told here, before anything is called */
+    if (device->abi != LLMPAR_DEVICE_ABI || device->size < sizeof *device)
+        return llmpar_fail(ctx, LLMPAR_ERR_ABI, "mesh: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI, (unsigned long)sizeof *device);
     llmpar_mesh *mesh = (llmpar_mesh *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *mesh);
     if (!mesh) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "mesh: out of memory");
     mesh->ctx = ctx;
     mesh->world = ctx->comm;
-    int32_t degree[LLMPAR_MESH_AXES], rest = ctx->rank;
+    int32_t *const degree = mesh->degree;
     degree[LLMPAR_AXIS_DP_REPLICATE] = desc.dp_replicate;
     degree[LLMPAR_AXIS_DP_SHARD] = desc.dp_shard;
     degree[LLMPAR_AXIS_CP] = desc.cp;
     degree[LLMPAR_AXIS_PP] = desc.pp;
     degree[LLMPAR_AXIS_TP] = desc.tp;
-    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
-        mesh->degree[a] = degree[a];
-        mesh->coordinate[a] = rest % degree[a];
-        rest /= degree[a];
-    }
+    llmpar__mesh_coordinate(degree, ctx->rank, mesh->coordinate);
     mesh->dp_ranks = degree[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD];
     mesh->dp_rank = mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD] + mesh->coordinate[LLMPAR_AXIS_DP_SHARD];
+    char where[sizeof mesh->where + 1] = "";
     size_t used = 0;
-    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (degree[a] > 1) llmpar__mesh_append(mesh->where, sizeof mesh->where, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)mesh->coordinate[a]);
+    llmpar__mesh_append_coordinate(where, sizeof where, &used, degree, mesh->coordinate);
+    if (used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
     if (ctx->error.status == LLMPAR_OK) memcpy(ctx->error.where, mesh->where, sizeof mesh->where);
     llmpar__mesh_name_thread(mesh);
 
@@ -9922,7 +10000,7 @@ LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *
 {
     size_t used = 0;
     if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "[");
+    llmpar__mesh_append(text, capacity, &used, tensor->placements ? "[" : "[Replicate");
     for (int32_t i = 0; i < tensor->placements; i++) {
         const llmpar_placement *p = &tensor->placement[i];
         if (i) llmpar__mesh_append(text, capacity, &used, ", ");
@@ -9936,215 +10014,1344 @@ LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *
     return used;
 }
 
-/* The coordinate of a world rank. */
-static void llmpar__dtensor_coordinate(const llmpar_mesh *mesh, int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
+LLMPAR__PRIVATE_DEF void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor)
 {
-    for (int a = LLMPAR_MESH_AXES - 1; a >= 0; a--) {
-        coordinate[a] = rank % mesh->degree[a];
-        rank /= mesh->degree[a];
-    }
+    llmpar__mesh_append(text, capacity, used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
+    llmpar__mesh_append(text, capacity, used, "]");
 }
 
-/* Character of the rank that owns element (row, column) of the 1-D or 2-D tensor. */
-static char llmpar__dtensor_owner(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t ranks, int64_t row, int64_t column)
+/* The range [begin, end) of a rectangle's row-major elements, seen from dim d on (the dims before have been fixed in `at`). */
+static void llmpar__dtensor_range(const llmpar_local *part, int32_t dims, int32_t d, int64_t begin, int64_t end, const llmpar__box *at, llmpar__box *box, int32_t *count)
 {
-    static const char digits[] = "0123456789abcdefghijklmnopqrstuvwxyz";
-    for (int32_t r = 0; r < ranks; r++) {
+    int64_t inner = 1;
+    if (begin >= end) return;
+    for (int32_t i = d + 1; i < dims; i++) inner *= part->shape[i];
+    llmpar__box now = *at;
+    int64_t first = begin / inner, last = end / inner;
+    if (d >= dims || (begin % inner == 0 && end % inner == 0)) { /* whole rows */
+        for (int32_t i = d; i < dims; i++) {
+            now.begin[i] = part->offset[i] + (i == d ? first : 0);
+            now.end[i] = part->offset[i] + (i == d ? last : part->shape[i]);
+        }
+        box[(*count)++] = now;
+        return;
+    }
+    now.begin[d] = part->offset[d] + first;
+    now.end[d] = now.begin[d] + 1;
+    if (first == last) {
+        llmpar__dtensor_range(part, dims, d + 1, begin % inner, end % inner, &now, box, count);
+        return;
+    }
+    if (begin % inner) llmpar__dtensor_range(part, dims, d + 1, begin % inner, inner, &now, box, count);
+    llmpar__dtensor_range(part, dims, d, (begin + inner - 1) / inner * inner, last * inner, at, box, count);
+    now.begin[d] = part->offset[d] + last;
+    now.end[d] = now.begin[d] + 1;
+    llmpar__dtensor_range(part, dims, d + 1, 0, end % inner, &now, box, count);
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dims, llmpar__box box[LLMPAR__BOXES])
+{
+    llmpar__box none;
+    int32_t count = 0;
+    memset(&none, 0, sizeof none);
+    llmpar__dtensor_range(part, dims, 0, part->flat_begin, part->flat_begin + part->flat_count, &none, box, &count);
+    return count;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume)
+{
+    llmpar__box of_a[LLMPAR__BOXES], of_b[LLMPAR__BOXES];
+    int32_t boxes_a = llmpar__mesh_boxes(a, dims, of_a), boxes_b = llmpar__mesh_boxes(b, dims, of_b), count = 0;
+    *volume = 0;
+    for (int32_t i = 0; i < boxes_a; i++)
+        for (int32_t j = 0; j < boxes_b; j++) {
+            llmpar__box *common = &box[count];
+            int64_t elements = 1;
+            memset(common, 0, sizeof *common);
+            for (int32_t d = 0; d < dims; d++) {
+                common->begin[d] = of_a[i].begin[d] > of_b[j].begin[d] ? of_a[i].begin[d] : of_b[j].begin[d];
+                common->end[d] = of_a[i].end[d] < of_b[j].end[d] ? of_a[i].end[d] : of_b[j].end[d];
+                elements *= common->end[d] > common->begin[d] ? common->end[d] - common->begin[d] : 0;
+            }
+            if (!elements) continue;
+            *volume += elements;
+            count++;
+        }
+    return count;
+}
+/* ==== src/mesh/picture.c ==== */
+/* picture: who holds what of a tensor, as text and as SVG. All cuts of all ranks' boxes, along rows and along columns, make a grid whose cells are each held by one set of ranks. */
+
+#include <stdio.h>
+#include <string.h>
+
+#define LLMPAR__PICTURE_BANDS 128  /* rows or columns of a grid; more are not drawn */
+#define LLMPAR__PICTURE_LEGEND 64  /* ranks in an SVG's legend */
+
+/* A 1-D tensor is one row. rows, columns 0: no grid (other dims, no elements, too many cuts). */
+typedef struct llmpar__picture {
+    const llmpar_dtensor *tensor;
+    const int32_t *degree;
+    int32_t ranks, bands[2];
+    int64_t at[2][LLMPAR__PICTURE_BANDS + 1]; /* band i of the rows or columns: [at[i], at[i + 1]) */
+} llmpar__picture;
+
+/* The boxes of a rank with dims 0 and 1 as rows and columns. */
+static int32_t llmpar__picture_boxes(const llmpar__picture *picture, int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *local, llmpar__box box[LLMPAR__BOXES])
+{
+    llmpar__mesh_coordinate(picture->degree, rank, coordinate);
+    llmpar_dtensor_local(picture->tensor, picture->degree, coordinate, local);
+    int32_t boxes = llmpar__mesh_boxes(local, picture->tensor->dims, box);
+    for (int32_t b = 0; b < boxes && picture->tensor->dims == 1; b++) {
+        box[b].begin[1] = box[b].begin[0];
+        box[b].end[1] = box[b].end[0];
+        box[b].begin[0] = 0;
+        box[b].end[0] = 1;
+    }
+    return boxes;
+}
+
+static int llmpar__picture_cut(llmpar__picture *picture, int dim, int64_t value)
+{
+    int64_t *at = picture->at[dim];
+    int32_t n = picture->bands[dim], i = 0; /* at[0..n]: n + 1 cuts */
+    while (i <= n && at[i] < value) i++;
+    if (i <= n && at[i] == value) return 1;
+    if (n == LLMPAR__PICTURE_BANDS) return 0;
+    memmove(&at[i + 1], &at[i], (size_t)(n + 1 - i) * sizeof *at);
+    at[i] = value;
+    picture->bands[dim]++;
+    return 1;
+}
+
+static void llmpar__picture_make(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar__picture *picture)
+{
+    memset(picture, 0, sizeof *picture);
+    picture->tensor = tensor;
+    picture->degree = mesh->degree;
+    picture->ranks = 1;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) picture->ranks *= mesh->degree[a];
+    if (tensor->dims < 1 || tensor->dims > 2 || !tensor->shape[0] || !tensor->shape[tensor->dims - 1]) return;
+    picture->bands[0] = picture->bands[1] = 1;
+    picture->at[0][1] = tensor->dims == 2 ? tensor->shape[0] : 1;
+    picture->at[1][1] = tensor->shape[tensor->dims - 1];
+    int fits = 1;
+    for (int32_t r = 0; r < picture->ranks; r++) {
         int32_t coordinate[LLMPAR_MESH_AXES];
         llmpar_local local;
-        llmpar__dtensor_coordinate(mesh, r, coordinate);
-        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
-        int64_t width = local.shape[tensor->dims - 1], column_at = column - local.offset[tensor->dims - 1], row_at = tensor->dims == 2 ? row - local.offset[0] : 0;
-        if (!local.is_owner || column_at < 0 || column_at >= width || row_at < 0 || (tensor->dims == 2 && row_at >= local.shape[0])) continue;
-        int64_t element = row_at * width + column_at;
-        if (element >= local.flat_begin && element < local.flat_begin + local.flat_count) return r < 36 ? digits[r] : '#';
+        llmpar__box box[LLMPAR__BOXES];
+        int32_t boxes = llmpar__picture_boxes(picture, r, coordinate, &local, box);
+        for (int32_t b = 0; b < boxes; b++)
+            for (int d = 0; d < 2; d++) fits = fits && llmpar__picture_cut(picture, d, box[b].begin[d]) && llmpar__picture_cut(picture, d, box[b].end[d]);
     }
-    return '.';
+    if (!fits) picture->bands[0] = picture->bands[1] = 0;
 }
 
-/* wq f32[8,6] [Shard(0) on tp, Flat(0) on dp_shard]
-     rank 0 dp_shard=0 tp=0   [0:4, 0:6]  flat [0:12) at 0 of the shard  48 bytes, owner
+/* The ranks of a cell, "0-3 8", cut with ".."; the first of them, -1 without any. */
+static int32_t llmpar__picture_holders(const llmpar__picture *picture, int32_t row, int32_t column, char *text, size_t capacity)
+{
+    int32_t first = -1, begin = -1;
+    size_t used = 0;
+    text[0] = 0;
+    for (int32_t r = 0; r <= picture->ranks; r++) {
+        int holds = 0;
+        if (r < picture->ranks) {
+            int32_t coordinate[LLMPAR_MESH_AXES];
+            llmpar_local local;
+            llmpar__box box[LLMPAR__BOXES];
+            int32_t boxes = llmpar__picture_boxes(picture, r, coordinate, &local, box);
+            int64_t y = picture->at[0][row], x = picture->at[1][column];
+            for (int32_t b = 0; b < boxes; b++) holds = holds || (box[b].begin[0] <= y && y < box[b].end[0] && box[b].begin[1] <= x && x < box[b].end[1]);
+        }
+        if (holds && first < 0) first = r;
+        if (holds && begin < 0) begin = r;
+        if (holds || begin < 0) continue;
+        llmpar__mesh_append(text, capacity, &used, r - begin > 2 ? "%s%d-%d" : r - begin == 2 ? "%s%d %d" : "%s%d", used ? " " : "", (int)begin, (int)r - 1);
+        begin = -1;
+    }
+    if (used >= capacity) memcpy(text + capacity - 3, "..", 3);
+    return first;
+}
+
+/* The first rank that holds the same as this one. */
+static int32_t llmpar__picture_first(const llmpar__picture *picture, int32_t rank)
+{
+    int32_t coordinate[LLMPAR_MESH_AXES];
+    llmpar_local local, other;
+    llmpar__mesh_coordinate(picture->degree, rank, coordinate);
+    llmpar_dtensor_local(picture->tensor, picture->degree, coordinate, &local);
+    for (int32_t r = 0; r < rank; r++) {
+        llmpar__mesh_coordinate(picture->degree, r, coordinate);
+        llmpar_dtensor_local(picture->tensor, picture->degree, coordinate, &other);
+        other.is_owner = local.is_owner;
+        if (!memcmp(&local, &other, sizeof local)) return r;
+    }
+    return rank;
+}
+
+/* "0:6 tp=0": the elements of a band, and the coordinates that all its holders share. */
+static void llmpar__picture_label(const llmpar__picture *picture, int dim, int32_t band, char *elements, char *coordinates, size_t capacity)
+{
+    int32_t shared[LLMPAR_MESH_AXES];
+    size_t used = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) shared[a] = -1; /* -2: several */
+    for (int32_t r = 0; r < picture->ranks; r++) {
+        int32_t coordinate[LLMPAR_MESH_AXES];
+        llmpar_local local;
+        llmpar__box box[LLMPAR__BOXES];
+        int32_t boxes = llmpar__picture_boxes(picture, r, coordinate, &local, box);
+        for (int32_t b = 0; b < boxes; b++)
+            for (int a = 0; a < LLMPAR_MESH_AXES && box[b].begin[dim] < picture->at[dim][band + 1] && box[b].end[dim] > picture->at[dim][band]; a++)
+                shared[a] = shared[a] == -1 || shared[a] == coordinate[a] ? coordinate[a] : -2;
+    }
+    snprintf(elements, capacity, "%lld:%lld", (long long)picture->at[dim][band], (long long)picture->at[dim][band + 1]);
+    coordinates[0] = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (picture->degree[a] > 1 && shared[a] >= 0) llmpar__mesh_append(coordinates, capacity, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)shared[a]);
+}
+
+/* "rank 3 dp_shard=1 tp=1  [2:4, 0:6]  elements 6:12 at 0 of the shard  24 bytes (copy)" */
+static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, char *text, size_t capacity, size_t *used)
+{
+    const llmpar_dtensor *tensor = picture->tensor;
+    int32_t coordinate[LLMPAR_MESH_AXES];
+    llmpar_local local;
+    int flat = 0;
+    llmpar__mesh_coordinate(picture->degree, rank, coordinate);
+    llmpar_dtensor_local(tensor, picture->degree, coordinate, &local);
+    for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
+    llmpar__mesh_append(text, capacity, used, "rank %d", (int)rank);
+    llmpar__mesh_append_coordinate(text, capacity, used, picture->degree, coordinate);
+    llmpar__mesh_append(text, capacity, used, "  [");
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
+    llmpar__mesh_append(text, capacity, used, "]");
+    if (flat) llmpar__mesh_append(text, capacity, used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
+    llmpar__mesh_append(text, capacity, used, "  %lld bytes%s", (long long)(local.flat_count * (int64_t)llmpar_dtype_size(tensor->dtype)), local.is_owner ? "" : " (copy)");
+}
+
+/* wq f32[12,16] [Shard(0) on tp, Flat(0) on dp_shard]
+     rank 0 dp_shard=0 tp=0  [0:6, 0:16]  elements 0:48 at 0 of the shard  192 bytes
      ..
-     map (digit = owning rank, one character = 1 x 1 elements)
-       000000
+     ranks of each part
+                                 0:16
+       0:3   dp_shard=0 tp=0   | 0
        ..                                                                                              */
 LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
 {
-    enum { MAP_ROWS = 16, MAP_COLUMNS = 64 };
-    size_t used = 0, item = llmpar_dtype_size(tensor->dtype);
-    int32_t ranks = 1;
-    int flat = 0;
-    for (int a = 0; a < LLMPAR_MESH_AXES; a++) ranks *= mesh->degree[a];
-    for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
-    char placements[256];
+    enum { WIDTH = 40, ROWS = 64, COLUMNS = 24 };
+    size_t used = 0;
+    llmpar__picture picture;
+    char placements[256], elements[WIDTH], coordinates[WIDTH], cell[WIDTH];
+    llmpar__picture_make(tensor, mesh, &picture);
     llmpar_dtensor_placements(tensor, placements, sizeof placements);
     if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, &used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
-    llmpar__mesh_append(text, capacity, &used, "] %s\n", placements);
-    for (int32_t r = 0; r < ranks; r++) {
-        int32_t coordinate[LLMPAR_MESH_AXES];
-        llmpar_local local;
-        llmpar__dtensor_coordinate(mesh, r, coordinate);
-        llmpar_dtensor_local(tensor, mesh->degree, coordinate, &local);
-        llmpar__mesh_append(text, capacity, &used, "  rank %d", (int)r);
-        for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-            if (mesh->degree[a] > 1) llmpar__mesh_append(text, capacity, &used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
-        llmpar__mesh_append(text, capacity, &used, "  [");
-        for (int32_t d = 0; d < tensor->dims; d++)
-            llmpar__mesh_append(text, capacity, &used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
-        llmpar__mesh_append(text, capacity, &used, "]");
-        if (flat)
-            llmpar__mesh_append(text, capacity, &used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
-        llmpar__mesh_append(text, capacity, &used, "  %lld bytes%s\n", (long long)(local.flat_count * (int64_t)item), local.is_owner ? "" : " (copy)");
+    llmpar__mesh_append_tensor(text, capacity, &used, tensor);
+    llmpar__mesh_append(text, capacity, &used, " %s\n", placements);
+    for (int32_t r = 0; r < picture.ranks; r++) {
+        llmpar__mesh_append(text, capacity, &used, "  ");
+        llmpar__picture_rank(&picture, r, text, capacity, &used);
+        llmpar__mesh_append(text, capacity, &used, "\n");
     }
-    if (tensor->dims != 1 && tensor->dims != 2) return used;
-    int64_t rows = tensor->dims == 2 ? tensor->shape[0] : 1, columns = tensor->shape[tensor->dims - 1];
-    if (rows < 1 || columns < 1) return used;
-    int64_t down = (rows + MAP_ROWS - 1) / MAP_ROWS, across = (columns + MAP_COLUMNS - 1) / MAP_COLUMNS;
-    llmpar__mesh_append(text, capacity, &used, "  map (digit: owning rank; one character: %lld x %lld elements)\n", (long long)down, (long long)across);
-    for (int64_t row = 0; row < rows; row += down) {
-        char line[MAP_COLUMNS + 1];
-        int n = 0;
-        for (int64_t column = 0; column < columns; column += across) line[n++] = llmpar__dtensor_owner(tensor, mesh, ranks, row, column);
-        line[n] = 0;
-        llmpar__mesh_append(text, capacity, &used, "    %s\n", line);
+    int32_t rows = picture.bands[0], columns = picture.bands[1];
+    if (!rows || rows > ROWS || columns > COLUMNS) return used;
+    int width[COLUMNS], left = 0, left_elements = 0, named = 0;
+    for (int32_t c = 0; c < columns; c++) {
+        llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
+        width[c] = (int)(strlen(elements) > strlen(coordinates) ? strlen(elements) : strlen(coordinates));
+        named |= coordinates[0] != 0;
+        for (int32_t r = 0; r < rows; r++) {
+            llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
+            if ((int)strlen(cell) > width[c]) width[c] = (int)strlen(cell);
+        }
+    }
+    for (int32_t r = 0; r < rows; r++) {
+        llmpar__picture_label(&picture, 0, r, elements, coordinates, WIDTH);
+        if ((int)strlen(elements) > left_elements) left_elements = (int)strlen(elements);
+        if ((int)strlen(coordinates) > left) left = (int)strlen(coordinates);
+    }
+    llmpar__mesh_append(text, capacity, &used, "  ranks that hold each part, by rows and columns\n");
+    for (int line = 0; line < 1 + named; line++) {
+        llmpar__mesh_append(text, capacity, &used, "    %*s  %*s  ", left_elements, "", left, "");
+        for (int32_t c = 0; c < columns; c++) {
+            llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
+            llmpar__mesh_append(text, capacity, &used, " %-*s ", width[c], line ? coordinates : elements);
+        }
+        llmpar__mesh_append(text, capacity, &used, "\n");
+    }
+    for (int32_t r = 0; r < rows; r++) {
+        llmpar__picture_label(&picture, 0, r, elements, coordinates, WIDTH);
+        llmpar__mesh_append(text, capacity, &used, "    %-*s  %-*s |", left_elements, tensor->dims == 2 ? elements : "", left, coordinates);
+        for (int32_t c = 0; c < columns; c++) {
+            llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
+            llmpar__mesh_append(text, capacity, &used, " %-*s|", width[c], cell);
+        }
+        llmpar__mesh_append(text, capacity, &used, "\n");
     }
     return used;
 }
-/* ==== src/mesh/redistribute.c ==== */
-/* redistribute: undoing the cuts, the last one first, one axis at a time.
 
-     local --(last cut's axis)--> larger part --(..)--> full
-   On each axis every owner broadcasts its part to the axis, and the receivers put it into its place in the next larger rectangle. A range (FLAT) and a cut of the outermost
-   dim have one place, so the data is received where it belongs; other rectangles come by way of scratch. Empty parts are known to be empty on every rank and are not sent. */
+/* ---- SVG ---- */
+
+/* A light color for a rank: hues by the golden angle, so that neighbours differ. */
+static unsigned llmpar__picture_color(int32_t rank)
+{
+    int32_t hue = (int32_t)(((int64_t)rank * 1375 + 2100) / 10 % 360), part = hue % 60, color[3];
+    const int32_t low = 178, high = 246, up = low + (high - low) * part / 60, down = high - (high - low) * part / 60;
+    const int32_t table[6][3] = { { high, up, low }, { down, high, low }, { low, high, up }, { low, down, high }, { up, low, high }, { high, low, down } };
+    memcpy(color, table[hue / 60], sizeof color);
+    return (unsigned)color[0] << 16 | (unsigned)color[1] << 8 | (unsigned)color[2];
+}
+
+/* Text content: what XML forbids or reads as markup is written as entities or replaced. */
+static void llmpar__picture_escape(char *text, size_t capacity, size_t *used, const char *content)
+{
+    for (; *content; content++) {
+        unsigned char c = (unsigned char)*content;
+        const char *entity = c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '"' ? "&quot;" : c < 0x20 || c >= 0x7f ? "?" : NULL;
+        if (entity) llmpar__mesh_append(text, capacity, used, "%s", entity);
+        else llmpar__mesh_append(text, capacity, used, "%c", (int)c);
+    }
+}
+
+/* Does this cell carry its ranks' name? Of the cells beside, above and below that the same ranks hold, the largest does. */
+static int llmpar__picture_named(const llmpar__picture *picture, const int32_t *x, const int32_t *y, int32_t row, int32_t column)
+{
+    static const int32_t step[4][2] = { { -1, 0 }, { 0, -1 }, { 1, 0 }, { 0, 1 } };
+    char cell[96], next[96];
+    int64_t area = (int64_t)(x[column + 1] - x[column]) * (y[row + 1] - y[row]);
+    llmpar__picture_holders(picture, row, column, cell, sizeof cell);
+    for (int i = 0; i < 4; i++)
+        for (int32_t r = row + step[i][0], c = column + step[i][1]; r >= 0 && c >= 0 && r < picture->bands[0] && c < picture->bands[1]; r += step[i][0], c += step[i][1]) {
+            llmpar__picture_holders(picture, r, c, next, sizeof next);
+            if (strcmp(cell, next)) break;
+            if ((int64_t)(x[c + 1] - x[c]) * (y[r + 1] - y[r]) >= area + (i > 1)) return 0;
+        }
+    return 1;
+}
+
+/* Pixels that the longest label of a dim takes; by elements and coordinates one above the other, or side by side. */
+static int32_t llmpar__picture_room(const llmpar__picture *picture, int dim, int side)
+{
+    char elements[96], coordinates[96];
+    int32_t room = 0;
+    for (int32_t i = 0; i < picture->bands[dim]; i++) {
+        llmpar__picture_label(picture, dim, i, elements, coordinates, sizeof elements);
+        int32_t a = (int32_t)strlen(elements), b = (int32_t)strlen(coordinates), need = 9 * (side ? a + b + 1 : a > b ? a : b);
+        if (need > room) room = need;
+    }
+    return room;
+}
+
+/* Where band i begins, in pixels: by its share of the elements, but with room for a word. */
+static void llmpar__picture_pixels(const llmpar__picture *picture, int dim, int32_t whole, int32_t least, int32_t pixel[LLMPAR__PICTURE_BANDS + 1])
+{
+    double total = (double)picture->at[dim][picture->bands[dim]];
+    for (int32_t i = 0; i < picture->bands[dim]; i++) {
+        int32_t share = (int32_t)((double)whole * ((double)(picture->at[dim][i + 1] - picture->at[dim][i]) / total));
+        pixel[i + 1] = pixel[i] + (share > least ? share : least);
+    }
+}
+
+LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
+{
+    enum { TOP = 110, WHOLE = 640, LINE = 20, LABEL = 96 };
+    size_t used = 0, length;
+    llmpar__picture picture;
+    char line[512], elements[LABEL], coordinates[LABEL], cell[LABEL], next[LABEL];
+    int32_t x[LLMPAR__PICTURE_BANDS + 1], y[LLMPAR__PICTURE_BANDS + 1];
+    llmpar__picture_make(tensor, mesh, &picture);
+    int32_t rows = picture.bands[0], columns = picture.bands[1], legend = picture.ranks < LLMPAR__PICTURE_LEGEND ? picture.ranks : LLMPAR__PICTURE_LEGEND;
+    double ratio = rows ? (double)picture.at[0][rows] / (double)picture.at[1][columns] : 0;
+    int32_t narrow = 16 + llmpar__picture_room(&picture, 1, 0), beside = 0;
+    y[0] = TOP;
+    llmpar__picture_pixels(&picture, 0, tensor->dims == 1 ? 60 : ratio < 0.25 ? 160 : ratio > 1 ? WHOLE : (int32_t)(WHOLE * ratio), 30, y);
+    for (int32_t r = 0; r < rows; r++) beside |= y[r + 1] - y[r] < 40;
+    int32_t left = 34 + llmpar__picture_room(&picture, 0, beside);
+    x[0] = left < 100 ? 100 : left;
+    llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)(WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
+    int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
+    if (capacity) text[0] = 0;
+    llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
+                        (int)width, (int)height, (int)width, (int)height);
+    llmpar__mesh_append(text, capacity, &used, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
+    length = 0;
+    llmpar__mesh_append_tensor(line, sizeof line, &length, tensor);
+    llmpar__picture_escape(text, capacity, &used, line);
+    llmpar_dtensor_placements(tensor, line, sizeof line);
+    llmpar__mesh_append(text, capacity, &used, "</text>\n<text id=\"placements\" x=\"24\" y=\"57\" fill=\"#555555\">%s</text>\n", line);
+    for (int32_t c = 0; c < columns; c++) {
+        llmpar__picture_label(&picture, 1, c, elements, coordinates, LABEL);
+        llmpar__mesh_append(text, capacity, &used, "<g id=\"column-%d\" text-anchor=\"middle\"><text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)c,
+                            (int)(x[c] + x[c + 1]) / 2, TOP - 10, coordinates, (int)(x[c] + x[c + 1]) / 2, coordinates[0] ? TOP - 26 : TOP - 10, elements);
+    }
+    for (int32_t r = 0; r < rows; r++) {
+        int32_t middle = (y[r] + y[r + 1]) / 2 + 5;
+        llmpar__picture_label(&picture, 0, r, elements, coordinates, LABEL);
+        if (tensor->dims == 1) elements[0] = 0;
+        llmpar__mesh_append(text, capacity, &used, "<g id=\"row-%d\" text-anchor=\"end\">", (int)r);
+        if (coordinates[0] && y[r + 1] - y[r] >= 40) /* one above the other, or side by side */
+            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)x[0] - 10, (int)middle - 8, coordinates, (int)x[0] - 10, (int)middle + 9, elements);
+        else
+            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-size=\"12\"><tspan font-weight=\"bold\">%s</tspan> <tspan fill=\"#555555\">%s</tspan></text></g>\n", (int)x[0] - 10, (int)middle, coordinates, elements);
+    }
+    for (int32_t r = 0; r < rows; r++)
+        for (int32_t c = 0; c < columns; c++) {
+            int32_t first = llmpar__picture_holders(&picture, r, c, cell, sizeof cell), w = x[c + 1] - x[c], h = y[r + 1] - y[r];
+            llmpar__mesh_append(text, capacity, &used, "<rect id=\"cell-%d-%d\" data-ranks=\"%s\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%06x\"/>\n", (int)r, (int)c, cell, (int)x[c], (int)y[r], (int)w, (int)h, first < 0 ? 0xeeeeeeu : llmpar__picture_color(first));
+            if (llmpar__picture_named(&picture, x, y, r, c))
+                llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s %s</text>\n", (int)x[c] + w / 2, (int)y[r] + h / 2 + 5, strchr(cell, ' ') || strchr(cell, '-') ? "ranks" : "rank", cell);
+        }
+    llmpar__mesh_append(text, capacity, &used, "<g stroke=\"#444444\" stroke-width=\"1.5\" stroke-linecap=\"square\">\n");
+    for (int32_t r = 0; r < rows; r++) /* a line where the ranks change */
+        for (int32_t c = 0; c < columns; c++) {
+            llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
+            next[0] = 0;
+            if (c + 1 < columns) llmpar__picture_holders(&picture, r, c + 1, next, sizeof next);
+            if (c + 1 < columns && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dV%d\"/>\n", (int)x[c + 1], (int)y[r], (int)y[r + 1]);
+            if (r + 1 < rows) llmpar__picture_holders(&picture, r + 1, c, next, sizeof next);
+            if (r + 1 < rows && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dH%d\"/>\n", (int)x[c], (int)y[r + 1], (int)x[c + 1]);
+        }
+    if (rows) llmpar__mesh_append(text, capacity, &used, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\"/>\n", (int)x[0], (int)y[0], (int)(x[columns] - x[0]), (int)(y[rows] - y[0]));
+    llmpar__mesh_append(text, capacity, &used, "</g>\n");
+    for (int32_t r = 0; r < legend; r++) {
+        length = 0;
+        llmpar__picture_rank(&picture, r, line, sizeof line, &length);
+        llmpar__mesh_append(text, capacity, &used, "<g id=\"rank-%d\"><rect x=\"24\" y=\"%d\" width=\"13\" height=\"13\" fill=\"#%06x\" stroke=\"#444444\"/><text x=\"46\" y=\"%d\" font-size=\"12\" xml:space=\"preserve\">%s</text></g>\n", (int)r, (int)(under + LINE * r - 11),
+                            llmpar__picture_color(llmpar__picture_first(&picture, r)), (int)(under + LINE * r), line);
+    }
+    if (legend < picture.ranks) llmpar__mesh_append(text, capacity, &used, "<text x=\"46\" y=\"%d\" font-size=\"12\">and %d more ranks</text>\n", (int)(under + LINE * legend), (int)(picture.ranks - legend));
+    llmpar__mesh_append(text, capacity, &used, "</svg>\n");
+    return used;
+}
+
+#undef LLMPAR__PICTURE_BANDS
+#undef LLMPAR__PICTURE_LEGEND
+/* ==== src/mesh/redistribute_plan.c ==== */
+/* redistribute_plan: what has to move, the least that could, and the collectives that do it.
+
+   1. nothing has to move            local
+   2. a chain of plain collectives   reduce (last listed axis first) by reduce_scatter where the target cuts that axis next and evenly, else by all_reduce; then undo cuts (last first) until the target's are left
+   3. one axis, all pairs alike      all_to_all
+   4. everything else                exchange
+   The first that fits and does not cost too much: a chain without reductions sends no byte too many, and one with them at most twice the bound (an exchange sends its contributions to one rank for each element,
+   which is the bound or, where that rank has no contribution of its own, one element more; but a chain spreads the work). */
+/* ==== src/mesh/redistribute_internal.h ==== */
+/* redistribute_internal: what planning (redistribute_plan.c) and moving (redistribute.c) share: who sends what to whom. */
+#ifndef LLMPAR_REDISTRIBUTE_INTERNAL_H
+#define LLMPAR_REDISTRIBUTE_INTERNAL_H
+
+
+/* The roles of the axes in a request. Ranks of an axis form groups of `group` neighbours that hold the same part; a rank takes what it needs from the rank that has its own place in each group:
+
+     from: Shard(0) x 2 replicas on tp 4    tp 0 | tp 1 | tp 2 | tp 3      group 2: tp 3 takes the first part from tp 1, tp 2 from tp 0
+                                            first part  | second part
+   An axis to be reduced has groups of one: a rank takes from all its coordinates. */
+typedef struct llmpar__redistribute_pair {
+    const llmpar_dtensor *from, *to;
+    const int32_t *degree;
+    int32_t ranks, reductions;
+    int32_t reduced[LLMPAR_MESH_AXES];                                     /* placements of `from` to be reduced, in list order */
+    int32_t from_group[LLMPAR_MESH_AXES], to_group[LLMPAR_MESH_AXES];      /* by axis */
+    int32_t kept[LLMPAR_MESH_AXES], fresh[LLMPAR_MESH_AXES];               /* by axis: Partial stays; Partial(sum) whose value stands at coordinate 0 */
+    int64_t contributions;                                                 /* to each element: product of the reduced axes' degrees */
+} llmpar__redistribute_pair;
+
+LLMPAR__PRIVATE void llmpar__redistribute_pair_make(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES], llmpar__redistribute_pair *pair);
+/* Does `receiver` take from `sender` what that holds (and it needs)? */
+LLMPAR__PRIVATE int llmpar__redistribute_serves(const llmpar__redistribute_pair *pair, const int32_t sender[LLMPAR_MESH_AXES], const int32_t receiver[LLMPAR_MESH_AXES]);
+/* Does the rank need its part of `to`? home: is it also the first of the ranks that need the same? */
+LLMPAR__PRIVATE int llmpar__redistribute_needs(const llmpar__redistribute_pair *pair, const int32_t coordinate[LLMPAR_MESH_AXES], int home);
+/* What a coordinate holds after the first `placements` placements. */
+LLMPAR__PRIVATE void llmpar__redistribute_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], int32_t placements, const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out);
+/* The placements that do something on this mesh: Partial first, then the cuts. The parts are the same, but a Flat over one rank is gone: they begin at 0. */
+LLMPAR__PRIVATE void llmpar__redistribute_normal(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_dtensor *out);
+/* Is the last placement an even cut of what this coordinate's axis held before it, part r at rank r? Then the larger part is [blocks][ranks][count]. */
+LLMPAR__PRIVATE int llmpar__redistribute_even(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], size_t *blocks, size_t *count);
+
+#endif
+/* ---- src/mesh/redistribute_plan.c goes on ---- */
 
 #include <string.h>
 
 
-/* The cuts of a tensor on axes with more than one rank, in their order. */
-typedef struct llmpar__redistribute_plan {
-    int32_t cuts;
-    int32_t placement[LLMPAR_MESH_AXES];
-    llmpar_local rect[LLMPAR_MESH_AXES + 1]; /* rect[i]: this rank's rectangle after i cuts; rect[0] is the whole tensor */
-} llmpar__redistribute_plan;
-
-static void llmpar__redistribute_local(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t placements, const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out)
+static int llmpar__redistribute_partial(const llmpar_placement *p) { return p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX; }
+static int32_t llmpar__redistribute_replicas(const llmpar_placement *p) { return p->kind == LLMPAR_SHARD && p->replicas > 1 ? p->replicas : 1; }
+static int32_t llmpar__redistribute_ranks(const int32_t degree[LLMPAR_MESH_AXES])
 {
-    llmpar_dtensor prefix = *tensor;
-    prefix.placements = placements;
-    llmpar_dtensor_local(&prefix, mesh->degree, coordinate, out);
+    int32_t ranks = 1;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) ranks *= degree[a];
+    return ranks;
 }
 
-static void llmpar__redistribute_make(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar__redistribute_plan *plan)
+static const llmpar_placement *llmpar__redistribute_on(const llmpar_dtensor *tensor, int axis)
 {
-    plan->cuts = 0;
-    llmpar__redistribute_local(tensor, mesh, 0, mesh->coordinate, &plan->rect[0]);
-    for (int32_t i = 0; i < tensor->placements; i++) {
-        const llmpar_placement *p = &tensor->placement[i];
-        /* A Flat over one rank still moves the data to its offset in the shard, so it counts as a cut. */
-        if (p->kind == LLMPAR_FLAT || (p->kind == LLMPAR_SHARD && mesh->degree[p->axis] > 1)) {
-            plan->placement[plan->cuts++] = i;
-            llmpar__redistribute_local(tensor, mesh, i + 1, mesh->coordinate, &plan->rect[plan->cuts]);
+    for (int32_t i = 0; i < tensor->placements; i++)
+        if ((int)tensor->placement[i].axis == axis) return &tensor->placement[i];
+    return NULL;
+}
+
+static int32_t llmpar__redistribute_group(const llmpar_placement *p, int32_t degree)
+{
+    return p && p->kind == LLMPAR_SHARD ? llmpar__redistribute_replicas(p) : p && p->kind == LLMPAR_FLAT ? 1 : degree;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__redistribute_pair_make(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES], llmpar__redistribute_pair *pair)
+{
+    memset(pair, 0, sizeof *pair);
+    pair->from = from;
+    pair->to = to;
+    pair->degree = degree;
+    pair->ranks = llmpar__redistribute_ranks(degree);
+    pair->contributions = 1;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) {
+        pair->from_group[a] = llmpar__redistribute_group(llmpar__redistribute_on(from, a), degree[a]);
+        pair->to_group[a] = llmpar__redistribute_group(llmpar__redistribute_on(to, a), degree[a]);
+    }
+    for (int32_t i = 0; i < from->placements; i++) {
+        const llmpar_placement *p = &from->placement[i], *target = llmpar__redistribute_on(to, p->axis);
+        if (!llmpar__redistribute_partial(p) || degree[p->axis] == 1) continue;
+        int keep = target && target->kind == p->kind;
+        for (int32_t j = 0; j < i && keep; j++) { /* a sum of maxima is no maximum of sums: what is undone later has to stay so */
+            const llmpar_placement *outer = &from->placement[j];
+            if (!llmpar__redistribute_partial(outer) || outer->kind == p->kind || degree[outer->axis] == 1) continue;
+            keep = pair->kept[outer->axis] && llmpar__redistribute_on(to, outer->axis) < target;
         }
+        if (keep) {
+            pair->kept[p->axis] = pair->to_group[p->axis] = 1;
+        } else {
+            pair->reduced[pair->reductions++] = i;
+            pair->from_group[p->axis] = 1;
+            pair->contributions *= degree[p->axis];
+        }
+    }
+    for (int32_t i = 0; i < to->placements; i++) {
+        const llmpar_placement *p = &to->placement[i];
+        if (p->kind == LLMPAR_PARTIAL_SUM && degree[p->axis] > 1 && !pair->kept[p->axis]) pair->fresh[p->axis] = pair->to_group[p->axis] = 1;
     }
 }
 
-/* What `coordinate` holds after the cut of placement `index`. */
-static void llmpar__redistribute_part(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, int32_t index, int32_t rank_on_axis, llmpar_local *out)
+LLMPAR__PRIVATE_DEF int llmpar__redistribute_serves(const llmpar__redistribute_pair *pair, const int32_t sender[LLMPAR_MESH_AXES], const int32_t receiver[LLMPAR_MESH_AXES])
 {
-    int32_t coordinate[LLMPAR_MESH_AXES];
-    memcpy(coordinate, mesh->coordinate, sizeof coordinate);
-    coordinate[tensor->placement[index].axis] = rank_on_axis;
-    llmpar__redistribute_local(tensor, mesh, index + 1, coordinate, out);
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (sender[a] % pair->from_group[a] != receiver[a] % pair->from_group[a]) return 0;
+    return 1;
 }
 
-/* Does a part along `dim` lie in one piece in the larger rectangle? */
-static int llmpar__redistribute_contiguous(const llmpar_local *whole, int32_t dim)
+LLMPAR__PRIVATE_DEF int llmpar__redistribute_needs(const llmpar__redistribute_pair *pair, const int32_t coordinate[LLMPAR_MESH_AXES], int home)
 {
-    for (int32_t d = 0; d < dim; d++)
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if ((pair->fresh[a] && coordinate[a]) || (home && coordinate[a] % pair->to_group[a])) return 0;
+    return 1;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__redistribute_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], int32_t placements, const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out)
+{
+    llmpar_dtensor prefix = *tensor;
+    prefix.placements = placements;
+    llmpar_dtensor_local(&prefix, degree, coordinate, out);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__redistribute_even(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], size_t *blocks, size_t *count)
+{
+    const llmpar_placement *cut = &tensor->placement[tensor->placements - 1];
+    int32_t at[LLMPAR_MESH_AXES];
+    int64_t outer = 1, part = 0;
+    llmpar_local whole, local;
+    memcpy(at, coordinate, sizeof at);
+    if (llmpar__redistribute_replicas(cut) > 1) return 0;
+    llmpar__redistribute_local(tensor, degree, tensor->placements - 1, coordinate, &whole);
+    for (at[cut->axis] = 0; at[cut->axis] < degree[cut->axis]; at[cut->axis]++) {
+        llmpar_dtensor_local(tensor, degree, at, &local);
+        if (at[cut->axis] && local.flat_count != part) return 0;
+        part = local.flat_count;
+    }
+    for (int32_t d = 0; cut->kind == LLMPAR_SHARD && d < cut->dim; d++) outer *= whole.shape[d];
+    *blocks = (size_t)(outer ? outer : 1);
+    *count = (size_t)(outer ? part / outer : 0);
+    return 1;
+}
+
+/* What moves at least, and in an exchange; in elements. */
+static void llmpar__redistribute_volumes(const llmpar__redistribute_pair *pair, int64_t *bound, int64_t *exchange)
+{
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    int64_t elements = 1, need = 0, n = pair->contributions;
+    *exchange = 0;
+    for (int32_t d = 0; d < pair->to->dims; d++) elements *= pair->to->shape[d];
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) elements *= pair->kept[a] ? pair->degree[a] : 1;
+    for (int32_t r = 0; r < pair->ranks; r++) {
+        int32_t coordinate[LLMPAR_MESH_AXES];
+        llmpar_local held, needed;
+        int64_t common;
+        llmpar__mesh_coordinate(pair->degree, r, coordinate);
+        if (!llmpar__redistribute_needs(pair, coordinate, 0)) continue;
+        llmpar_dtensor_local(pair->from, pair->degree, coordinate, &held);
+        llmpar_dtensor_local(pair->to, pair->degree, coordinate, &needed);
+        llmpar__mesh_common(&held, &needed, pair->to->dims, box, &common);
+        need += needed.flat_count;
+        *exchange += n > 1 && !llmpar__redistribute_needs(pair, coordinate, 1) ? needed.flat_count : n * needed.flat_count - common;
+    }
+    *bound = n > 1 ? (n - 2) * elements + need : *exchange;
+}
+
+LLMPAR_DEF int64_t llmpar_redistribute_bound(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES])
+{
+    llmpar__redistribute_pair pair;
+    int64_t bound, exchange;
+    llmpar__redistribute_pair_make(from, to, degree, &pair);
+    llmpar__redistribute_volumes(&pair, &bound, &exchange);
+    return bound * (int64_t)llmpar_dtype_size(from->dtype);
+}
+
+/* ---- the chain ---- */
+
+LLMPAR__PRIVATE_DEF void llmpar__redistribute_normal(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_dtensor *out)
+{
+    *out = *tensor;
+    out->placements = 0;
+    for (int cuts = 0; cuts < 2; cuts++)
+        for (int32_t i = 0; i < tensor->placements; i++) {
+            const llmpar_placement *p = &tensor->placement[i];
+            int partial = llmpar__redistribute_partial(p);
+            if (p->kind != LLMPAR_REPLICATE && cuts != partial && degree[p->axis] > (partial ? 1 : llmpar__redistribute_replicas(p))) out->placement[out->placements++] = *p;
+        }
+}
+
+static int32_t llmpar__redistribute_partials(const llmpar_dtensor *normal)
+{
+    int32_t n = 0;
+    while (n < normal->placements && llmpar__redistribute_partial(&normal->placement[n])) n++;
+    return n;
+}
+
+/* How many cuts two normal tensors have in common before they differ. */
+static int32_t llmpar__redistribute_prefix(const llmpar_dtensor *a, const llmpar_dtensor *b)
+{
+    int32_t first_a = llmpar__redistribute_partials(a), first_b = llmpar__redistribute_partials(b), n = 0;
+    for (; first_a + n < a->placements && first_b + n < b->placements; n++) {
+        const llmpar_placement *p = &a->placement[first_a + n], *q = &b->placement[first_b + n];
+        if (p->kind != q->kind || p->axis != q->axis) break;
+        if (p->kind == LLMPAR_FLAT ? p->offset != q->offset || p->unit_elements != q->unit_elements
+                                   : p->dim != q->dim || (p->grain ? p->grain : 1) != (q->grain ? q->grain : 1) || llmpar__redistribute_replicas(p) != llmpar__redistribute_replicas(q)) break;
+    }
+    return n;
+}
+
+static int llmpar__redistribute_all_even(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES])
+{
+    int32_t axis = (int32_t)tensor->placement[tensor->placements - 1].axis, coordinate[LLMPAR_MESH_AXES];
+    for (int32_t r = 0; r < llmpar__redistribute_ranks(degree); r++) {
+        size_t blocks, count;
+        llmpar__mesh_coordinate(degree, r, coordinate);
+        if (!coordinate[axis] && !llmpar__redistribute_even(tensor, degree, coordinate, &blocks, &count)) return 0;
+    }
+    return 1;
+}
+
+/* Appends a step; `cut` is the tensor whose parts are sent or received: before an all_gather, after a reduce_scatter. The bytes are those that tables/comm.c counts. */
+static void llmpar__redistribute_add(llmpar_redistribute_plan *plan, llmpar_redistribute_op op, llmpar_axis axis, const llmpar_dtensor *cut, const llmpar_dtensor *result)
+{
+    llmpar_redistribute_step *step = &plan->step[plan->steps++];
+    int64_t item = (int64_t)llmpar_dtype_size(cut->dtype), n = plan->degree[axis];
+    memset(step, 0, sizeof *step);
+    step->op = op;
+    step->axis = axis;
+    step->result = *result;
+    for (int32_t r = 0; r < llmpar__redistribute_ranks(plan->degree); r++) {
+        int32_t coordinate[LLMPAR_MESH_AXES];
+        llmpar_local local;
+        llmpar__mesh_coordinate(plan->degree, r, coordinate);
+        llmpar_dtensor_local(cut, plan->degree, coordinate, &local);
+        int64_t part = local.flat_count * item;
+        if (op == LLMPAR_REDISTRIBUTE_ALL_REDUCE) step->bytes += (int64_t)(2 * ((double)(n - 1) / (double)n) * (double)part + 0.5);
+        else if (op == LLMPAR_REDISTRIBUTE_ALL_TO_ALL) step->bytes += part / n * (n - 1);
+        else if (op != LLMPAR_REDISTRIBUTE_BROADCAST || coordinate[axis] % llmpar__redistribute_replicas(&cut->placement[cut->placements - 1]) == 0) step->bytes += (n - 1) * part;
+    }
+    plan->bytes += step->bytes;
+}
+
+static int llmpar__redistribute_chain(const llmpar__redistribute_pair *pair, llmpar_redistribute_plan *plan)
+{
+    llmpar_dtensor now, target;
+    llmpar__redistribute_normal(pair->from, pair->degree, &now);
+    llmpar__redistribute_normal(pair->to, pair->degree, &target);
+    int32_t target_cuts = target.placements - llmpar__redistribute_partials(&target);
+    const llmpar_placement *target_cut = &target.placement[target.placements - target_cuts];
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (pair->fresh[a]) return 0;
+    for (int32_t i = pair->reductions - 1; i >= 0; i--) {
+        llmpar_axis axis = pair->from->placement[pair->reduced[i]].axis;
+        int32_t at = 0;
+        while (now.placement[at].axis != axis) at++;
+        memmove(&now.placement[at], &now.placement[at + 1], (size_t)(--now.placements - at) * sizeof now.placement[0]);
+        int32_t cuts = now.placements - llmpar__redistribute_partials(&now);
+        const llmpar_placement *wanted = llmpar__redistribute_on(pair->to, axis);
+        if (wanted && llmpar__redistribute_group(wanted, pair->degree[axis]) < pair->degree[axis]) { /* `to` cuts this axis */
+            if (cuts >= target_cuts || llmpar__redistribute_prefix(&now, &target) != cuts || target_cut[cuts].axis != axis) return 0;
+            now.placement[now.placements++] = target_cut[cuts];
+            if (!llmpar__redistribute_all_even(&now, pair->degree)) return 0;
+            llmpar__redistribute_add(plan, LLMPAR_REDISTRIBUTE_REDUCE_SCATTER, axis, &now, &now);
+        } else {
+            llmpar__redistribute_add(plan, LLMPAR_REDISTRIBUTE_ALL_REDUCE, axis, &now, &now);
+        }
+    }
+    if (llmpar__redistribute_prefix(&now, &target) != target_cuts) return 0;
+    while (now.placements - llmpar__redistribute_partials(&now) > target_cuts) {
+        llmpar_dtensor before = now;
+        now.placements--;
+        llmpar__redistribute_add(plan, llmpar__redistribute_all_even(&before, pair->degree) ? LLMPAR_REDISTRIBUTE_ALL_GATHER : LLMPAR_REDISTRIBUTE_BROADCAST, before.placement[now.placements].axis, &before, &now);
+    }
+    return plan->steps > 0;
+}
+
+/* Does every rank take the same number of elements from every rank of this axis, and nothing from others? */
+static int llmpar__redistribute_pairs_alike(const llmpar__redistribute_pair *pair, llmpar_axis axis)
+{
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    int32_t n = pair->degree[axis];
+    for (int32_t r = 0; r < pair->ranks; r++) {
+        int32_t receiver[LLMPAR_MESH_AXES], sender[LLMPAR_MESH_AXES];
+        llmpar_local held, needed;
+        int64_t common;
+        llmpar__mesh_coordinate(pair->degree, r, receiver);
+        memcpy(sender, receiver, sizeof sender);
+        llmpar_dtensor_local(pair->to, pair->degree, receiver, &needed);
+        for (sender[axis] = 0; sender[axis] < n; sender[axis]++) {
+            llmpar_dtensor_local(pair->from, pair->degree, sender, &held);
+            llmpar__mesh_common(&held, &needed, pair->to->dims, box, &common);
+            if (!llmpar__redistribute_serves(pair, sender, receiver) || !llmpar__redistribute_needs(pair, receiver, 0) || held.flat_count != needed.flat_count || common * n != needed.flat_count) return 0;
+        }
+    }
+    return 1;
+}
+
+/* ---- making a plan ---- */
+
+static llmpar_status llmpar__redistribute_flat_fits(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error)
+{
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        if (p->kind != LLMPAR_FLAT) continue;
+        for (int32_t r = 0; r < llmpar__redistribute_ranks(degree); r++) { /* the check of the tensor knows the smallest part only */
+            int32_t coordinate[LLMPAR_MESH_AXES];
+            llmpar_local local;
+            llmpar__mesh_coordinate(degree, r, coordinate);
+            llmpar__redistribute_local(tensor, degree, i, coordinate, &local);
+            if (local.elements > p->unit_elements - p->offset)
+                return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: Flat on %s: the %lld elements of rank %d at offset %lld do not fit a unit of %lld", tensor->name ? tensor->name : "tensor", llmpar_axis_name(p->axis),
+                                        (long long)local.elements, (int)r, (long long)p->offset, (long long)p->unit_elements);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__redistribute_check(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error)
+{
+    const char *name = from->name ? from->name : "tensor";
+    int64_t ranks = 1, elements = 1;
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) {
+        if (degree[a] < 1 || ranks * degree[a] > INT32_MAX) return llmpar_error_set(error, LLMPAR_ERR_MESH, "%s: redistribute: %s = %d, expected degrees of at least 1 whose product is a number of ranks", name, llmpar_axis_name((llmpar_axis)a), (int)degree[a]);
+        ranks *= degree[a];
+    }
+    llmpar_status st = llmpar_dtensor_check(from, degree, error);
+    if (!st) st = llmpar_dtensor_check(to, degree, error);
+    if (st) return st;
+    int same = from->dtype == to->dtype && from->dims == to->dims;
+    for (int32_t d = 0; d < from->dims && same; d++) {
+        same = from->shape[d] == to->shape[d];
+        elements *= from->shape[d];
+    }
+    if (!same) {
+        char got[128], expected[128];
+        size_t a = 0, b = 0;
+        llmpar__mesh_append_tensor(expected, sizeof expected, &a, from);
+        llmpar__mesh_append_tensor(got, sizeof got, &b, to);
+        return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "redistribute: from %s to %s: expected one dtype and shape", expected, got);
+    }
+    if (elements > INT64_MAX / 4 / ranks / (int64_t)llmpar_dtype_size(from->dtype)) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: redistribute: the bytes of all %lld ranks overflow", name, (long long)ranks);
+    st = llmpar__redistribute_flat_fits(from, degree, error);
+    if (!st) st = llmpar__redistribute_flat_fits(to, degree, error);
+    if (st) return st;
+    llmpar__redistribute_pair pair;
+    llmpar__redistribute_pair_make(from, to, degree, &pair);
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) {
+        const llmpar_placement *p = llmpar__redistribute_on(pair.fresh[a] ? to : from, a);
+        if (!p || !llmpar__redistribute_partial(p) || pair.kept[a] || degree[a] == 1) continue;
+        int fine = from->dtype == LLMPAR_F32 || from->dtype == LLMPAR_F64 || from->dtype == LLMPAR_I64 || (from->dtype == LLMPAR_U64 && p->kind == LLMPAR_PARTIAL_SUM);
+        if (!fine) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s: %s of %s on %s cannot be reduced (sum: f32 f64 i64 u64; max: f32 f64 i64)", name, p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : "Partial(max)",
+                                           llmpar_dtype_name(from->dtype), llmpar_axis_name(p->axis));
+    }
+    return LLMPAR_OK;
+}
+
+static void llmpar__redistribute_hash(uint64_t *hash, int64_t value)
+{
+    for (int i = 0; i < 8; i++) *hash = (*hash ^ ((uint64_t)value >> (8 * i) & 0xff)) * 0x100000001b3u;
+}
+
+static void llmpar__redistribute_hash_tensor(uint64_t *hash, const llmpar_dtensor *tensor)
+{
+    llmpar__redistribute_hash(hash, (int64_t)tensor->dtype);
+    llmpar__redistribute_hash(hash, tensor->dims);
+    llmpar__redistribute_hash(hash, tensor->placements);
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__redistribute_hash(hash, tensor->shape[d]);
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        const int64_t value[] = { (int64_t)p->kind, (int64_t)p->axis, p->dim, p->replicas, p->grain, p->offset, p->unit_elements };
+        int used = p->kind == LLMPAR_FLAT ? 7 : p->kind == LLMPAR_SHARD ? 5 : 2; /* what a kind does not use may be anything */
+        for (int k = 0; k < used; k++)
+            if (p->kind != LLMPAR_FLAT || k < 2 || k > 4) llmpar__redistribute_hash(hash, value[k]);
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_redistribute_plan_make(const llmpar_dtensor *from, const llmpar_dtensor *to, const int32_t degree[LLMPAR_MESH_AXES], llmpar_redistribute_plan *plan, llmpar_error *error)
+{
+    memset(plan, 0, sizeof *plan);
+    llmpar_status st = llmpar__redistribute_check(from, to, degree, error);
+    if (st) return st;
+    llmpar__redistribute_pair pair;
+    int64_t bound, exchange, item = (int64_t)llmpar_dtype_size(from->dtype);
+    plan->from = *from;
+    plan->to = *to;
+    memcpy(plan->degree, degree, sizeof plan->degree);
+    plan->fingerprint = 0xcbf29ce484222325u;
+    llmpar__redistribute_hash_tensor(&plan->fingerprint, from);
+    llmpar__redistribute_hash_tensor(&plan->fingerprint, to);
+    llmpar__redistribute_pair_make(&plan->from, &plan->to, plan->degree, &pair);
+    llmpar__redistribute_volumes(&pair, &bound, &exchange);
+    plan->bound = bound * item;
+    if (!pair.reductions && !bound) {
+        plan->step[plan->steps++].result = *to;
+        return LLMPAR_OK;
+    }
+    if (llmpar__redistribute_chain(&pair, plan) && plan->bytes <= plan->bound * (pair.reductions ? 2 : 1)) return LLMPAR_OK;
+    plan->steps = 0;
+    plan->bytes = 0;
+    for (int a = 0; a < LLMPAR_MESH_AXES && !pair.reductions; a++)
+        if (degree[a] > 1 && llmpar__redistribute_pairs_alike(&pair, (llmpar_axis)a)) {
+            llmpar__redistribute_add(plan, LLMPAR_REDISTRIBUTE_ALL_TO_ALL, (llmpar_axis)a, to, to);
+            return LLMPAR_OK;
+        }
+    plan->steps = 1;
+    plan->step[0].op = LLMPAR_REDISTRIBUTE_EXCHANGE;
+    plan->step[0].result = *to;
+    plan->step[0].bytes = plan->bytes = exchange * item;
+    return LLMPAR_OK;
+}
+
+/* wq f32[12,16]: [Shard(0) on tp, Flat(0) on dp_shard] -> [Replicate]
+     1  all_gather      on dp_shard           768 bytes  -> [Shard(0) on tp]
+     2  all_gather      on tp                1536 bytes  -> [Replicate]
+   2304 bytes are sent by 4 ranks together; no plan can send less than 2304                                            */
+LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan *plan, char *text, size_t capacity)
+{
+    static const char *const names[] = { "local", "all_gather", "broadcast", "reduce_scatter", "all_reduce", "all_to_all", "exchange" };
+    size_t used = 0;
+    char from[256], to[256];
+    if (capacity) text[0] = 0;
+    llmpar_dtensor_placements(&plan->from, from, sizeof from);
+    llmpar_dtensor_placements(&plan->to, to, sizeof to);
+    llmpar__mesh_append_tensor(text, capacity, &used, &plan->from);
+    llmpar__mesh_append(text, capacity, &used, ": %s -> %s\n", from, to);
+    for (int32_t i = 0; i < plan->steps; i++) {
+        const llmpar_redistribute_step *step = &plan->step[i];
+        int axis = step->op != LLMPAR_REDISTRIBUTE_LOCAL && step->op != LLMPAR_REDISTRIBUTE_EXCHANGE;
+        llmpar_dtensor_placements(&step->result, to, sizeof to);
+        llmpar__mesh_append(text, capacity, &used, "  %d  %-14s %-3s%-12s %10lld bytes  -> %s\n", (int)i + 1, names[step->op], axis ? "on" : "", axis ? llmpar_axis_name(step->axis) : "", (long long)step->bytes, to);
+    }
+    llmpar__mesh_append(text, capacity, &used, "%lld bytes are sent by %d ranks together; no plan can send less than %lld\n", (long long)plan->bytes, (int)llmpar__redistribute_ranks(plan->degree), (long long)plan->bound);
+    return used;
+}
+/* ==== src/mesh/redistribute.c ==== */
+/* redistribute: carrying out a plan, and undoing the cuts of a tensor for who wants it whole.
+
+   Inside, a part is what a rank holds and nothing else: pointers to flat shards are moved to the tensor's range first. Between two steps it lies in scratch. */
+
+#include <string.h>
+
+
+/* ---- boxes ---- */
+
+/* Moves a box between two parts. Dims that lie without a gap in both are merged, so that most boxes are one call. */
+static llmpar_status llmpar__redistribute_copy(llmpar_device *device, llmpar_stream *stream, size_t item, int32_t dims, const llmpar__box *box, const llmpar_local *from, const char *in, const llmpar_local *to, char *out)
+{
+    int64_t length[LLMPAR_MAX_DIMS + 1], ld_in[LLMPAR_MAX_DIMS + 1], ld_out[LLMPAR_MAX_DIMS + 1]; /* innermost first */
+    int64_t step_in = 1, step_out = 1, at_in = -from->flat_begin, at_out = -to->flat_begin, calls = 1;
+    int32_t levels = 1;
+    llmpar_status st = LLMPAR_OK;
+    length[0] = ld_in[0] = ld_out[0] = 1;
+    for (int32_t d = dims - 1; d >= 0; d--) {
+        int64_t extent = box->end[d] - box->begin[d];
+        at_in += (box->begin[d] - from->offset[d]) * step_in;
+        at_out += (box->begin[d] - to->offset[d]) * step_out;
+        if (extent != 1 && step_in == length[levels - 1] * ld_in[levels - 1] && step_out == length[levels - 1] * ld_out[levels - 1]) {
+            length[levels - 1] *= extent;
+        } else if (extent != 1) {
+            length[levels] = extent;
+            ld_in[levels] = step_in;
+            ld_out[levels++] = step_out;
+        }
+        step_in *= from->shape[d];
+        step_out *= to->shape[d];
+    }
+    llmpar_copy_rows_args rows;
+    memset(&rows, 0, sizeof rows);
+    rows.width = length[0];
+    rows.rows = levels > 1 ? length[1] : 1;
+    rows.ld_in = levels > 1 ? ld_in[1] : length[0];
+    rows.ld_out = levels > 1 ? ld_out[1] : length[0];
+    rows.size = item;
+    for (int32_t i = 2; i < levels; i++) calls *= length[i];
+    for (int64_t call = 0; call < calls && !st; call++) {
+        int64_t rest = call, i = at_in, o = at_out;
+        for (int32_t level = 2; level < levels; level++) {
+            i += rest % length[level] * ld_in[level];
+            o += rest % length[level] * ld_out[level];
+            rest /= length[level];
+        }
+        rows.in = in + (size_t)i * item;
+        rows.out = out + (size_t)o * item;
+        st = levels == 1 ? device->copy(device, stream, out + (size_t)o * item, rows.in, (size_t)length[0] * item) : device->copy_rows(device, stream, &rows);
+    }
+    return st;
+}
+
+/* What two parts have in common, box after box: into `packed` (pack), out of it (unpack), or straight across (packed NULL). */
+static llmpar_status llmpar__redistribute_boxes(const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_dtensor *tensor, const llmpar_local *from, const char *in, const llmpar_local *to, char *out, char *packed)
+{
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    size_t item = llmpar_dtype_size(tensor->dtype);
+    int64_t volume;
+    int32_t boxes = llmpar__mesh_common(from, to, tensor->dims, box, &volume);
+    llmpar_status st = LLMPAR_OK;
+    for (int32_t i = 0; i < boxes && !st; i++) {
+        llmpar_local piece; /* the box as a part of its own */
+        int64_t elements = 1;
+        memset(&piece, 0, sizeof piece);
+        for (int32_t d = 0; d < tensor->dims; d++) {
+            piece.offset[d] = box[i].begin[d];
+            piece.shape[d] = box[i].end[d] - box[i].begin[d];
+            elements *= piece.shape[d];
+        }
+        st = llmpar__redistribute_copy(mesh->ctx->device, stream, item, tensor->dims, &box[i], packed && !in ? &piece : from, packed && !in ? packed : in, packed && in ? &piece : to, packed && in ? packed : out);
+        if (packed) packed += (size_t)elements * item;
+    }
+    return st;
+}
+
+static int64_t llmpar__redistribute_volume(const llmpar_dtensor *tensor, const llmpar_local *a, const llmpar_local *b)
+{
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    int64_t volume;
+    llmpar__mesh_common(a, b, tensor->dims, box, &volume);
+    return volume;
+}
+
+/* ---- the table's collectives ---- */
+
+static void llmpar__redistribute_call(llmpar_collective *call, const llmpar_dtensor *tensor, const void *send, void *recv, size_t blocks, size_t count)
+{
+    memset(call, 0, sizeof *call);
+    call->send = send;
+    call->recv = recv;
+    call->blocks = blocks;
+    call->count = count;
+    call->dtype = tensor->dtype;
+    call->tag = tensor->name;
+}
+
+/* What `coordinate` would hold at another place of its axis. */
+static void llmpar__redistribute_part(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_axis axis, int32_t place, llmpar_local *out)
+{
+    int32_t at[LLMPAR_MESH_AXES];
+    memcpy(at, coordinate, sizeof at);
+    at[axis] = place;
+    llmpar_dtensor_local(tensor, degree, at, out);
+}
+
+/* Does a part of the last cut lie in one piece in the larger rectangle? */
+static int llmpar__redistribute_direct(const llmpar_dtensor *tensor, const llmpar_local *whole)
+{
+    const llmpar_placement *cut = &tensor->placement[tensor->placements - 1];
+    for (int32_t d = 0; cut->kind == LLMPAR_SHARD && d < cut->dim; d++)
         if (whole->shape[d] != 1) return 0;
     return 1;
 }
 
-/* Elements of the largest part that comes by way of scratch when cut `i` is undone. */
-static int64_t llmpar__redistribute_staging(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const llmpar__redistribute_plan *plan, int32_t i)
+/* Undoes the last cut. A range (FLAT) and a cut of the outermost dim are received where they belong, others by way of `staging`. Empty parts are known to be empty on every rank and are not sent. */
+static llmpar_status llmpar__redistribute_broadcasts(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const char *in, char *staging, char *out)
 {
-    const llmpar_placement *p = &tensor->placement[plan->placement[i]];
+    const llmpar_placement *cut = &tensor->placement[tensor->placements - 1];
+    llmpar_comm *comm = mesh->comm[cut->axis];
+    int32_t replicas = cut->kind == LLMPAR_SHARD && cut->replicas > 1 ? cut->replicas : 1;
+    llmpar_local whole, part;
+    llmpar_status st = LLMPAR_OK;
+    llmpar__redistribute_local(tensor, mesh->degree, tensor->placements - 1, mesh->coordinate, &whole);
+    int direct = llmpar__redistribute_direct(tensor, &whole);
+    for (int32_t owner = 0; owner < comm->ranks && !st; owner += replicas) {
+        llmpar__redistribute_part(tensor, mesh->degree, mesh->coordinate, cut->axis, owner, &part);
+        if (!part.flat_count) continue;
+        int64_t first = part.flat_begin; /* in the larger rectangle, of a part in one piece */
+        if (cut->kind == LLMPAR_SHARD) {
+            first = part.offset[cut->dim] - whole.offset[cut->dim];
+            for (int32_t d = cut->dim + 1; d < tensor->dims; d++) first *= whole.shape[d];
+        }
+        char *place = direct ? out + (size_t)first * llmpar_dtype_size(tensor->dtype) : staging;
+        int mine = comm->rank == owner;
+        llmpar_collective call;
+        llmpar__redistribute_call(&call, tensor, mine ? in : NULL, mine ? NULL : place, 1, (size_t)part.flat_count);
+        call.root = owner;
+        if (comm->ranks > 1) st = llmpar_broadcast(comm, stream, &call);
+        if (!st && (mine || !direct)) st = llmpar__redistribute_boxes(mesh, stream, tensor, &part, mine ? in : place, &whole, out, NULL);
+    }
+    return st;
+}
+
+/* Every rank's piece of `to` from every rank's part of `from` on one axis: [ranks][count] both ways, packed. */
+static llmpar_status llmpar__redistribute_pairs(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_axis axis, llmpar_stream *stream, const char *in, char *scratch, char *out)
+{
+    llmpar_comm *comm = mesh->comm[axis];
+    llmpar_local held, needed, other;
+    llmpar_status st = LLMPAR_OK;
+    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
+    llmpar_dtensor_local(&plan->to, mesh->degree, mesh->coordinate, &needed);
+    size_t count = (size_t)(held.flat_count / comm->ranks), bytes = count * llmpar_dtype_size(plan->from.dtype);
+    char *received = scratch + bytes * (size_t)comm->ranks;
+    if (!count) return LLMPAR_OK;
+    for (int32_t r = 0; r < comm->ranks && !st; r++) {
+        llmpar__redistribute_part(&plan->to, mesh->degree, mesh->coordinate, axis, r, &other);
+        st = llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &other, NULL, scratch + (size_t)r * bytes);
+    }
+    llmpar_collective call;
+    llmpar__redistribute_call(&call, &plan->from, scratch, received, 1, count);
+    if (!st) st = llmpar_all_to_all(comm, stream, &call);
+    for (int32_t r = 0; r < comm->ranks && !st; r++) {
+        llmpar__redistribute_part(&plan->from, mesh->degree, mesh->coordinate, axis, r, &other);
+        st = llmpar__redistribute_boxes(mesh, stream, &plan->from, &other, NULL, &needed, out, received + (size_t)r * bytes);
+    }
+    return st;
+}
+
+/* ---- exchange ---- */
+
+/* One rank's view of an exchange. */
+typedef struct llmpar__redistribute_exchange {
+    llmpar__redistribute_pair pair;
+    int32_t me[LLMPAR_MESH_AXES];
+    llmpar_local held, needed;
+    int64_t most_out, most_in, slots; /* elements of the largest message each way; contributions that this rank adds up (0: none) */
+} llmpar__redistribute_exchange;
+
+static void llmpar__redistribute_exchange_make(const llmpar_redistribute_plan *plan, const int32_t coordinate[LLMPAR_MESH_AXES], llmpar__redistribute_exchange *x)
+{
+    memset(x, 0, sizeof *x);
+    llmpar__redistribute_pair_make(&plan->from, &plan->to, plan->degree, &x->pair);
+    memcpy(x->me, coordinate, sizeof x->me);
+    llmpar_dtensor_local(&plan->from, plan->degree, coordinate, &x->held);
+    llmpar_dtensor_local(&plan->to, plan->degree, coordinate, &x->needed);
+    int reduces = x->pair.contributions > 1, receives = llmpar__redistribute_needs(&x->pair, coordinate, reduces);
+    x->slots = reduces && receives ? x->pair.contributions : 0;
+    for (int32_t r = 0; r < x->pair.ranks; r++) {
+        int32_t peer[LLMPAR_MESH_AXES];
+        llmpar_local other;
+        int64_t volume;
+        llmpar__mesh_coordinate(plan->degree, r, peer);
+        if (!memcmp(peer, coordinate, sizeof peer)) continue;
+        if (llmpar__redistribute_serves(&x->pair, coordinate, peer) && llmpar__redistribute_needs(&x->pair, peer, reduces)) {
+            llmpar_dtensor_local(&plan->to, plan->degree, peer, &other);
+            volume = llmpar__redistribute_volume(&plan->from, &x->held, &other);
+            if (volume > x->most_out) x->most_out = volume;
+        }
+        if (receives && llmpar__redistribute_serves(&x->pair, peer, coordinate)) {
+            llmpar_dtensor_local(&plan->from, plan->degree, peer, &other);
+            volume = llmpar__redistribute_volume(&plan->from, &other, &x->needed);
+            if (volume > x->most_in) x->most_in = volume;
+        }
+    }
+}
+
+/* Slot 0 <- the tree over `n` slots that lie `stride` bytes apart. */
+static llmpar_status llmpar__redistribute_tree(llmpar_device *device, llmpar_stream *stream, const llmpar_dtensor *tensor, llmpar_placement_kind kind, char *slot, int64_t n, size_t stride, int64_t count)
+{
+    if (n < 2) return LLMPAR_OK;
+    int64_t left = llmpar_tree_split(n);
+    llmpar_status st = llmpar__redistribute_tree(device, stream, tensor, kind, slot, left, stride, count);
+    if (!st) st = llmpar__redistribute_tree(device, stream, tensor, kind, slot + (size_t)left * stride, n - left, stride, count);
+    if (st) return st;
+    const void *in[2];
+    in[0] = slot;
+    in[1] = slot + (size_t)left * stride;
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = 2;
+    args.count = (size_t)count;
+    args.out = slot;
+    args.dtype = tensor->dtype;
+    return kind == LLMPAR_PARTIAL_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
+}
+
+/* Where the contribution of a coordinate stands: the last listed axis fastest. */
+static int64_t llmpar__redistribute_slot(const llmpar__redistribute_pair *pair, const int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    int64_t slot = 0;
+    for (int32_t i = 0; i < pair->reductions; i++) {
+        llmpar_axis axis = pair->from->placement[pair->reduced[i]].axis;
+        slot = slot * pair->degree[axis] + coordinate[axis];
+    }
+    return slot;
+}
+
+static llmpar_status llmpar__redistribute_message(const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_dtensor *tensor, int32_t peer, const void *send, void *recv, int64_t count)
+{
+    llmpar_collective call;
+    llmpar__redistribute_call(&call, tensor, send, recv, 1, (size_t)count);
+    call.peer = peer;
+    return send ? llmpar_send(mesh->world, stream, &call) : llmpar_recv(mesh->world, stream, &call);
+}
+
+/* Rounds: in round k rank r deals with rank r ^ k, the lower one sends first. So all ranks see the pairs in one order, and nobody waits in a circle.
+     scratch: | outgoing message | incoming message | slot 0 | slot 1 | ..                                                                       */
+static llmpar_status llmpar__redistribute_exchange_run(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const char *in, char *scratch, char *out)
+{
+    const llmpar_dtensor *tensor = &plan->from;
+    llmpar_device *device = mesh->ctx->device;
+    size_t item = llmpar_dtype_size(tensor->dtype);
+    llmpar__redistribute_exchange x;
+    llmpar__redistribute_exchange_make(plan, mesh->coordinate, &x);
+    const llmpar__redistribute_pair *pair = &x.pair;
+    int32_t me = llmpar_mesh_rank_at(mesh, mesh->coordinate);
+    int reduces = pair->contributions > 1, receives = llmpar__redistribute_needs(pair, x.me, reduces);
+    size_t part = (size_t)x.needed.flat_count * item;
+    char *incoming = scratch + (size_t)x.most_out * item, *slots = incoming + (size_t)x.most_in * item;
+    llmpar_status st = LLMPAR_OK;
+    if (receives) st = llmpar__redistribute_boxes(mesh, stream, tensor, &x.held, in, &x.needed, reduces ? slots + (size_t)llmpar__redistribute_slot(pair, x.me) * part : out, NULL);
+    int32_t rounds = 1;
+    while (rounds < pair->ranks) rounds *= 2;
+    for (int32_t k = 1; k < rounds && !st; k++) {
+        int32_t peer = me ^ k, at[LLMPAR_MESH_AXES];
+        llmpar_local other;
+        if (peer >= pair->ranks) continue;
+        llmpar__mesh_coordinate(plan->degree, peer, at);
+        for (int turn = 0; turn < 2 && !st; turn++) {
+            if ((me < peer) == (turn == 0)) {
+                if (!llmpar__redistribute_serves(pair, x.me, at) || !llmpar__redistribute_needs(pair, at, reduces)) continue;
+                llmpar_dtensor_local(&plan->to, plan->degree, at, &other);
+                int64_t volume = llmpar__redistribute_volume(tensor, &x.held, &other);
+                if (volume) st = llmpar__redistribute_boxes(mesh, stream, tensor, &x.held, in, &other, NULL, scratch);
+                if (volume && !st) st = llmpar__redistribute_message(mesh, stream, tensor, peer, scratch, NULL, volume);
+            } else {
+                if (!receives || !llmpar__redistribute_serves(pair, at, x.me)) continue;
+                llmpar_dtensor_local(&plan->from, plan->degree, at, &other);
+                int64_t volume = llmpar__redistribute_volume(tensor, &other, &x.needed);
+                if (volume) st = llmpar__redistribute_message(mesh, stream, tensor, peer, NULL, incoming, volume);
+                if (volume && !st) st = llmpar__redistribute_boxes(mesh, stream, tensor, &other, NULL, &x.needed, reduces ? slots + (size_t)llmpar__redistribute_slot(pair, at) * part : out, incoming);
+            }
+        }
+    }
+    if (st || !reduces || !part) return st;
+
+    int64_t stride = 1;
+    for (int32_t i = pair->reductions - 1; i >= 0 && receives; i--) {
+        const llmpar_placement *p = &plan->from.placement[pair->reduced[i]];
+        int64_t n = plan->degree[p->axis];
+        for (int64_t base = 0; base < pair->contributions && !st; base += stride * n)
+            st = llmpar__redistribute_tree(device, stream, tensor, p->kind, slots + (size_t)base * part, n, (size_t)stride * part, x.needed.flat_count);
+        stride *= n;
+    }
+    if (receives && !st) st = device->copy(device, stream, out, slots, part);
+    for (int32_t k = 1; k < rounds && !st; k++) { /* from the first of the ranks that need the same to the others */
+        int32_t peer = me ^ k, at[LLMPAR_MESH_AXES];
+        int same = 1;
+        if (peer >= pair->ranks) continue;
+        llmpar__mesh_coordinate(plan->degree, peer, at);
+        for (int a = 0; a < LLMPAR_MESH_AXES; a++) same = same && at[a] / pair->to_group[a] == x.me[a] / pair->to_group[a];
+        if (!same || !llmpar__redistribute_needs(pair, at, 0)) continue;
+        if (receives) st = llmpar__redistribute_message(mesh, stream, tensor, peer, out, NULL, x.needed.flat_count);
+        else if (llmpar__redistribute_needs(pair, at, 1)) st = llmpar__redistribute_message(mesh, stream, tensor, peer, NULL, out, x.needed.flat_count);
+    }
+    return st;
+}
+
+/* ---- plans ---- */
+
+/* Step i of a plan undoes a cut of, or reduces, what the step before left: the first one has the request itself, with cuts that do something last. */
+static void llmpar__redistribute_before(const llmpar_redistribute_plan *plan, int32_t i, llmpar_dtensor *out)
+{
+    if (i) *out = plan->step[i - 1].result;
+    else llmpar__redistribute_normal(&plan->from, plan->degree, out);
+}
+
+static int64_t llmpar__redistribute_staging(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
+{
+    const llmpar_placement *cut = &tensor->placement[tensor->placements - 1];
     int64_t most = 0;
-    if (p->kind == LLMPAR_FLAT || llmpar__redistribute_contiguous(&plan->rect[i], p->dim)) return 0;
-    for (int32_t r = 0; r < mesh->degree[p->axis]; r++) {
-        llmpar_local part;
-        llmpar__redistribute_part(tensor, mesh, plan->placement[i], r, &part);
+    llmpar_local whole, part;
+    llmpar__redistribute_local(tensor, degree, tensor->placements - 1, coordinate, &whole);
+    if (llmpar__redistribute_direct(tensor, &whole)) return 0;
+    for (int32_t r = 0; r < degree[cut->axis]; r++) {
+        llmpar__redistribute_part(tensor, degree, coordinate, cut->axis, r, &part);
         if (part.elements > most) most = part.elements;
     }
     return most;
 }
 
-/* Scratch: the rectangles between the first cut and the last, each in its own place, then the largest staging area. */
-LLMPAR_DEF int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, const llmpar_mesh *mesh)
+LLMPAR_DEF int64_t llmpar_redistribute_scratch(const llmpar_redistribute_plan *plan, const int32_t coordinate[LLMPAR_MESH_AXES])
 {
-    llmpar__redistribute_plan plan;
-    int64_t elements = 0, staging = 0;
-    llmpar__redistribute_make(tensor, mesh, &plan);
-    for (int32_t i = 0; i < plan.cuts; i++) {
-        int64_t need = llmpar__redistribute_staging(tensor, mesh, &plan, i);
-        if (i) elements += plan.rect[i].elements;
-        if (need > staging) staging = need;
+    int64_t elements = 0, staging = 0; /* the parts between the steps, each in its own place, then the largest staging area */
+    for (int32_t i = 0; i < plan->steps; i++) {
+        const llmpar_redistribute_step *step = &plan->step[i];
+        llmpar_local local;
+        llmpar_dtensor_local(&step->result, plan->degree, coordinate, &local);
+        if (i + 1 < plan->steps) elements += local.flat_count;
+        if (step->op == LLMPAR_REDISTRIBUTE_BROADCAST) {
+            llmpar_dtensor before;
+            llmpar__redistribute_before(plan, i, &before);
+            int64_t need = llmpar__redistribute_staging(&before, plan->degree, coordinate);
+            if (need > staging) staging = need;
+        } else if (step->op == LLMPAR_REDISTRIBUTE_ALL_TO_ALL) {
+            staging = 2 * local.flat_count;
+        } else if (step->op == LLMPAR_REDISTRIBUTE_EXCHANGE) {
+            llmpar__redistribute_exchange x;
+            llmpar__redistribute_exchange_make(plan, coordinate, &x);
+            staging = x.most_out + x.most_in + x.slots * x.needed.flat_count;
+        }
     }
     return elements + staging;
 }
 
-/* One owner's part to all ranks of its axis, into its place in `out`, the rectangle `whole`. `mine`: this rank's part, read where this rank is that owner. */
-static llmpar_status llmpar__redistribute_send(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_placement *p, const llmpar_local *whole, const llmpar_local *part,
-                                               int32_t owner, const char *mine, char *staging, char *out)
+static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_plan *plan, int32_t i, const llmpar_mesh *mesh, llmpar_stream *stream, const char *in, char *staging, char *out)
+{
+    const llmpar_redistribute_step *step = &plan->step[i];
+    llmpar_comm *comm = mesh->comm[step->axis];
+    llmpar_dtensor before;
+    llmpar_local held, result;
+    llmpar_collective call;
+    size_t blocks = 1, count = 0;
+    llmpar__redistribute_before(plan, i, &before);
+    llmpar_dtensor_local(&before, mesh->degree, mesh->coordinate, &held);
+    llmpar_dtensor_local(&step->result, mesh->degree, mesh->coordinate, &result);
+    switch (step->op) {
+    case LLMPAR_REDISTRIBUTE_LOCAL: return llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &result, out, NULL);
+    case LLMPAR_REDISTRIBUTE_BROADCAST: return llmpar__redistribute_broadcasts(&before, mesh, stream, in, staging, out);
+    case LLMPAR_REDISTRIBUTE_ALL_TO_ALL: return llmpar__redistribute_pairs(plan, mesh, step->axis, stream, in, staging, out);
+    case LLMPAR_REDISTRIBUTE_EXCHANGE: return llmpar__redistribute_exchange_run(plan, mesh, stream, in, staging, out);
+    case LLMPAR_REDISTRIBUTE_ALL_GATHER: llmpar__redistribute_even(&before, mesh->degree, mesh->coordinate, &blocks, &count); break;
+    case LLMPAR_REDISTRIBUTE_REDUCE_SCATTER: llmpar__redistribute_even(&step->result, mesh->degree, mesh->coordinate, &blocks, &count); break;
+    case LLMPAR_REDISTRIBUTE_ALL_REDUCE: count = (size_t)held.flat_count; break;
+    }
+    if (!count) return LLMPAR_OK;
+    llmpar__redistribute_call(&call, &before, in, out, blocks, count);
+    if (step->op == LLMPAR_REDISTRIBUTE_ALL_GATHER) return llmpar_all_gather(comm, stream, &call);
+    for (int32_t p = 0; p < before.placements; p++)
+        if (before.placement[p].axis == step->axis && before.placement[p].kind == LLMPAR_PARTIAL_MAX) call.op = LLMPAR_MAX;
+    return step->op == LLMPAR_REDISTRIBUTE_ALL_REDUCE ? llmpar_all_reduce(comm, stream, &call) : llmpar_reduce_scatter(comm, stream, &call);
+}
+
+static llmpar_status llmpar__redistribute_run(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const char *in, char *scratch, char *out)
+{
+    size_t item = llmpar_dtype_size(plan->from.dtype), between = 0;
+    char *area = scratch;
+    llmpar_local local;
+    llmpar_status st = LLMPAR_OK;
+    for (int32_t i = 0; i + 1 < plan->steps; i++) {
+        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        between += (size_t)local.flat_count * item;
+    }
+    for (int32_t i = 0; i < plan->steps && !st; i++) {
+        int last = i + 1 == plan->steps;
+        llmpar_dtensor_local(&plan->step[i].result, mesh->degree, mesh->coordinate, &local);
+        st = llmpar__redistribute_step_run(plan, i, mesh, stream, in, scratch + between, last ? out : area);
+        in = area;
+        area += last ? 0 : (size_t)local.flat_count * item;
+    }
+    return st;
+}
+
+static int llmpar__redistribute_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    return a_bytes && b_bytes && (uintptr_t)a < (uintptr_t)b + b_bytes && (uintptr_t)b < (uintptr_t)a + a_bytes;
+}
+
+LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *plan, const llmpar_mesh *mesh, llmpar_stream *stream, const void *in, void *scratch, void *out)
 {
     llmpar_device *device = mesh->ctx->device;
-    llmpar_comm *comm = mesh->comm[p->axis];
-    size_t item = llmpar_dtype_size(tensor->dtype);
-    int64_t count = p->kind == LLMPAR_FLAT ? part->flat_count : part->elements, inner = 1, outer = 1, first = 0;
-    if (!count) return LLMPAR_OK;
-    int direct = p->kind == LLMPAR_FLAT || llmpar__redistribute_contiguous(whole, p->dim);
-    if (p->kind == LLMPAR_SHARD) {
-        for (int32_t d = 0; d < p->dim; d++) outer *= whole->shape[d];
-        for (int32_t d = p->dim + 1; d < tensor->dims; d++) inner *= whole->shape[d];
-        first = (part->offset[p->dim] - whole->offset[p->dim]) * inner;
-    } else {
-        first = part->flat_begin;
+    const llmpar_dtensor *to = &plan->to;
+    const char *name = to->name ? to->name : "tensor";
+    size_t item = llmpar_dtype_size(to->dtype);
+    llmpar_local held, needed;
+    if (plan->steps < 1) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "redistribute: the plan is empty: expected one that plan_make has made");
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++)
+        if (plan->degree[a] != mesh->degree[a])
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_MESH, "%s: redistribute: the plan is for a mesh with %s = %d, expected this mesh's %d", name, llmpar_axis_name((llmpar_axis)a), (int)plan->degree[a], (int)mesh->degree[a]);
+    llmpar_dtensor_local(&plan->from, mesh->degree, mesh->coordinate, &held);
+    llmpar_dtensor_local(to, mesh->degree, mesh->coordinate, &needed);
+    size_t in_bytes = (size_t)held.flat_count * item, out_bytes = (size_t)needed.flat_count * item, scratch_bytes = (size_t)llmpar_redistribute_scratch(plan, mesh->coordinate) * item;
+    if ((in_bytes && !in) || (out_bytes && !out) || (scratch_bytes && !scratch))
+        return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: %s is NULL, expected room for %lu bytes", name, in_bytes && !in ? "in" : out_bytes && !out ? "out" : "scratch",
+                           (unsigned long)(in_bytes && !in ? in_bytes : out_bytes && !out ? out_bytes : scratch_bytes));
+    const char *source = in_bytes ? (const char *)in + (size_t)held.shard_begin * item : NULL;
+    char *target = out_bytes ? (char *)out + (size_t)needed.shard_begin * item : NULL;
+    if (llmpar__redistribute_overlap(source, in_bytes, target, out_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, target, out_bytes))
+        return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
+
+    char tag[64];
+    size_t used = 0;
+    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute request %016llx %s", (unsigned long long)plan->fingerprint, name);
+    llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag); /* compares the tags */
+    llmpar__redistribute_pair pair;
+    llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
+    if (!st && out_bytes && !llmpar__redistribute_needs(&pair, mesh->coordinate, 0)) { /* Partial(sum) whose value stands at coordinate 0 */
+        llmpar_scale_args minus;
+        memset(&minus, 0, sizeof minus);
+        minus.count = (size_t)needed.flat_count;
+        minus.x = target;
+        minus.factor = -1;
+        minus.dtype = to->dtype;
+        st = device->zero(device, stream, target, out_bytes);
+        if (!st && (to->dtype == LLMPAR_F32 || to->dtype == LLMPAR_F64)) st = device->scale(device, stream, &minus);
+        if (plan->step[0].op == LLMPAR_REDISTRIBUTE_LOCAL) return st;
     }
-    char *place = out + (size_t)first * item;
-    int is_owner = comm->rank == owner;
-    const char *from = is_owner ? mine : direct ? place : staging;
-    if (comm->ranks > 1) {
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = is_owner ? mine : NULL;
-        call.recv = is_owner ? NULL : direct ? place : staging;
-        call.count = (size_t)count;
-        call.dtype = tensor->dtype;
-        call.root = owner;
-        call.tag = tensor->name;
-        llmpar_status st = llmpar_broadcast(comm, stream, &call);
-        if (st) return st;
+    if (!st) st = llmpar__redistribute_run(plan, mesh, stream, source, (char *)scratch, target);
+    return st;
+}
+
+/* ---- whole tensors ---- */
+
+/* The plan that undoes one cut after the other, as far as this rank's axes go: what the ranks of an axis decide, they decide alike, since only what lies on that axis counts. */
+static void llmpar__redistribute_full_plan(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_redistribute_plan *plan)
+{
+    llmpar_dtensor now;
+    memset(plan, 0, sizeof *plan);
+    plan->from = plan->to = *tensor;
+    plan->to.placements = 0;
+    memcpy(plan->degree, mesh->degree, sizeof plan->degree);
+    llmpar__redistribute_normal(tensor, mesh->degree, &now);
+    while (now.placements || !plan->steps) {
+        llmpar_redistribute_step *step = &plan->step[plan->steps++];
+        size_t blocks, count;
+        if (now.placements) {
+            step->axis = now.placement[now.placements - 1].axis;
+            step->op = llmpar__redistribute_even(&now, mesh->degree, mesh->coordinate, &blocks, &count) ? LLMPAR_REDISTRIBUTE_ALL_GATHER : LLMPAR_REDISTRIBUTE_BROADCAST;
+            now.placements--;
+        }
+        step->result = now;
     }
-    if (direct) return is_owner ? device->copy(device, stream, place, from, (size_t)count * item) : LLMPAR_OK;
-    llmpar_copy_rows_args rows;
-    memset(&rows, 0, sizeof rows);
-    rows.rows = outer;
-    rows.width = rows.ld_in = part->shape[p->dim] * inner;
-    rows.ld_out = whole->shape[p->dim] * inner;
-    rows.size = item;
-    rows.in = from;
-    rows.out = place;
-    return device->copy_rows(device, stream, &rows);
+}
+
+LLMPAR_DEF int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, const llmpar_mesh *mesh)
+{
+    llmpar_redistribute_plan plan;
+    llmpar__redistribute_full_plan(tensor, mesh, &plan);
+    return llmpar_redistribute_scratch(&plan, mesh->coordinate);
 }
 
 LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const void *local, void *scratch, void *full)
 {
-    llmpar_device *device = mesh->ctx->device;
-    size_t item = llmpar_dtype_size(tensor->dtype);
     const char *name = tensor->name ? tensor->name : "tensor";
-    llmpar__redistribute_plan plan;
+    llmpar_redistribute_plan plan;
+    llmpar_local part;
     llmpar_error error;
     llmpar_error_clear(&error);
     llmpar_status st = llmpar_dtensor_check(tensor, mesh->degree, &error);
@@ -10158,35 +11365,16 @@ LLMPAR_DEF llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
             return llmpar_fail(mesh->ctx, LLMPAR_ERR_UNSUPPORTED, "%s: %s cannot be made whole: expected Shard or Flat on dp_shard and tp only", name, placements);
         }
     }
-    llmpar__redistribute_make(tensor, mesh, &plan);
     for (int32_t i = 0; i < tensor->placements; i++) { /* the check knows the smallest part only */
         const llmpar_placement *p = &tensor->placement[i];
-        if (p->kind == LLMPAR_FLAT && plan.rect[plan.cuts].elements > p->unit_elements - p->offset)
-            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "%s: Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", name, llmpar_axis_name(p->axis), (long long)plan.rect[plan.cuts].elements,
+        llmpar__redistribute_local(tensor, mesh->degree, i, mesh->coordinate, &part);
+        if (p->kind == LLMPAR_FLAT && part.elements > p->unit_elements - p->offset)
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "%s: Flat on %s: %lld elements at offset %lld do not fit a unit of %lld", name, llmpar_axis_name(p->axis), (long long)part.elements,
                                (long long)p->offset, (long long)p->unit_elements);
     }
-    if (!plan.cuts) {
-        if (plan.rect[0].elements && local != full) return device->copy(device, stream, full, local, (size_t)plan.rect[0].elements * item);
-        return LLMPAR_OK;
-    }
-    char *staging = (char *)scratch;
-    for (int32_t i = 1; i < plan.cuts; i++) staging += (size_t)plan.rect[i].elements * item;
-    char *area = staging; /* the rectangles lie before it, the last cut's first */
-    const char *mine = (const char *)local;
-    for (int32_t i = plan.cuts - 1; i >= 0 && !st; i--) {
-        const llmpar_placement *p = &tensor->placement[plan.placement[i]];
-        if (i) area -= (size_t)plan.rect[i].elements * item;
-        char *out = i ? area : (char *)full;
-        int32_t replicas = p->kind == LLMPAR_SHARD && p->replicas > 1 ? p->replicas : 1;
-        for (int32_t owner = 0; owner < mesh->degree[p->axis] && !st; owner += replicas) {
-            llmpar_local part;
-            llmpar__redistribute_part(tensor, mesh, plan.placement[i], owner, &part);
-            const char *from = p->kind == LLMPAR_FLAT && owner == mesh->coordinate[p->axis] ? mine + (size_t)part.shard_begin * item : mine;
-            st = llmpar__redistribute_send(tensor, mesh, stream, p, &plan.rect[i], &part, owner, from, staging, out);
-        }
-        mine = out;
-    }
-    return st;
+    llmpar__redistribute_full_plan(tensor, mesh, &plan);
+    llmpar_dtensor_local(tensor, mesh->degree, mesh->coordinate, &part);
+    return llmpar__redistribute_run(&plan, mesh, stream, (const char *)local + (size_t)part.shard_begin * llmpar_dtype_size(tensor->dtype), (char *)scratch, (char *)full);
 }
 
 LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const void *full, void *local)
@@ -11105,9 +12293,10 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     int32_t *depth = &plan->depth[unit * 2 + use];
     if (policy->no_sync) {
         int local = !policy->unsharded;
+        int32_t before = plan->schedule->count;
         llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
         if (!last) return 0;
-        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count - 1);
+        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
         return local;
     }
     if (!policy->unsharded) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
@@ -11146,11 +12335,11 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
         if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
     }
     llmpar__plan_wait(backward, plan->last_grad_free);
-    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
-    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
-    /* The buffer that was reduced one step ago is freed now, so that this backward did not have to wait for that reduction. */
+    /* The buffer that was reduced one step ago is freed now: this backward did not have to wait for that reduction. Before this step's own reduction, which the next backward then need not wait for either. */
     if (pending[0] >= 0) llmpar__plan_free_local(plan, pending[0], 0, 0);
     if (pending[1] >= 0) llmpar__plan_free_local(plan, pending[1], 1, 0);
+    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
+    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
     pending[0] = release ? unit : -1;
     pending[1] = release_borrowed ? borrow : -1;
 }
@@ -15170,7 +16359,8 @@ typedef struct llmpar__launch_rank {
     llmpar_ctx ctx;
     struct llmpar__launch_job *job;
     pthread_t thread;
-    int32_t stuck; /* left running */
+    int32_t stuck;  /* left running */
+    char *returned; /* malloc: the record of a rank that returned, in case another one fails after it */
 } llmpar__launch_rank;
 
 /* What all ranks of one launch share; read-only while they run, but for `references`. */
@@ -15309,12 +16499,19 @@ static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, c
     if (failed && ctx->log) ctx->log(ctx->log_user, (int)ctx->rank, LLMPAR_LOG_WARNING, line);
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+/* malloc; NULL: no memory. */
+static char *llmpar__launch_json(llmpar_record *record)
 {
-    if (!directory || !directory[0] || !record) return;
     size_t bytes = llmpar_record_json(record, NULL, 0) + 1;
     char *text = (char *)malloc(bytes);
     if (text) llmpar_record_json(record, text, bytes);
+    return text;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+{
+    if (!directory || !directory[0] || !record) return;
+    char *text = llmpar__launch_json(record);
     llmpar__launch_write(directory, ctx, text);
     free(text);
 }
@@ -15360,6 +16557,8 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         llmpar_threads_world_fail(job->world, &error);
         llmpar__launch_report(job, ctx);
         if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
+    } else if (job->record[0] && ctx->comm->record) {
+        self->returned = llmpar__launch_json(ctx->comm->record);
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
     llmpar_comm_destroy(ctx->comm);
@@ -15373,6 +16572,7 @@ static void llmpar__launch_leave(llmpar__launch_job *job)
 {
     if (__atomic_sub_fetch(&job->references, 1, __ATOMIC_ACQ_REL)) return;
     llmpar_heap heap = job->heap;
+    for (int32_t i = 0; i < job->desc.ranks; i++) free(job->rank[i].returned);
     llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
     llmpar_heap_free(&heap, job->rank);
     llmpar_heap_free(&heap, job);
@@ -15447,6 +16647,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (st) return st;
 
     int32_t ranks = desc.ranks ? desc.ranks : 1, started = 0, stuck = 0;
+    desc.ranks = ranks;
     llmpar_heap heap;
     llmpar_heap_init(&heap, desc.allocator);
     llmpar__launch_job *job = (llmpar__launch_job *)llmpar_heap_zalloc(&heap, 1, sizeof *job);
@@ -15527,6 +16728,8 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     for (int32_t i = 0; i < started && desc.check; i++)
         if (!rank[i].stuck) desc.check(&rank[i].ctx, user);
     llmpar_threads_world_error(job->world, error);
+    for (int32_t i = 0; i < started && error->status; i++)
+        if (!rank[i].stuck && rank[i].returned) llmpar__launch_write(job->record, &rank[i].ctx, rank[i].returned);
     if (stuck) llmpar__launch_stuck(job, error, started);
     llmpar__launch_leave(job);
     return error->status;
@@ -16457,7 +17660,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GE
         } else {
             for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
         }
-        for (k = step->k; k >= 4; k -= 4) {
+        for (k = step->k; k >= 4 && rows == LLMPAR__GEMM_ROWS; k -= 4) { /* unrolled where it counts */
             LLMPAR__GEMM_LINK(0);
             LLMPAR__GEMM_IN_ORDER();
             LLMPAR__GEMM_LINK(1);
@@ -16685,7 +17888,7 @@ LLMPAR__VSHARED void LLMPAR__V(tree_finish)(LLMPAR__V(tree) *tree)
 #endif
 /* ==== src/cpu/norm.inc ==== */
 /* Kernels of norm.c. Parameter: LLMPAR__VLEVEL. */
-#if LLMPAR__VBUILT
+#if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
 /* A task is `step` rows. */
 LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t worker)
@@ -16802,7 +18005,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worke
 /* ==== src/cpu/rope.inc ==== */
 /* Kernel of rope.c; a task is `step` rows. Parameter: LLMPAR__VLEVEL.
    (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
-#if LLMPAR__VBUILT
+#if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
 LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
 {
@@ -17163,7 +18366,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
 /* ==== src/cpu/embedding.inc ==== */
 /* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
    For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. */
-#if LLMPAR__VBUILT
+#if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
 LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
 {
@@ -17354,7 +18557,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int
      v  = fma(beta2, v, ((1 - beta2) * g') * g')
      p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
    The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
-#if LLMPAR__VBUILT
+#if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
 LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
 {

@@ -226,6 +226,11 @@ LLMPAR_EXTERN_C_END
 #include "cpu/kernels_avx2.c"
 #include "cpu/kernels_avx512.c"
 
+/* From here on nothing is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+#if defined(__OPTIMIZE__) && !defined(__clang__)
+#pragma GCC optimize ("O1")
+#endif
+
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
 #include "comm/mpi_world.c"

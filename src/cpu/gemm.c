@@ -36,7 +36,7 @@
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
 #include "cpu/gemm_portable.inc"
 
-#if defined(LLMPAR_NO_SIMD)
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
 #define LLMPAR__GEMM_REAL float
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
@@ -93,7 +93,6 @@ typedef struct llmpar__gemm_kernel {
     store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
     store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
 } while (0)
-#define LLMPAR__GEMM_STORE_1(v, out, width) _mm_storeu_ps(out, v)
 #define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
 /* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
 #define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
@@ -109,20 +108,7 @@ typedef struct llmpar__gemm_kernel {
 } while (0)
 
 /* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed. */
-/* portable, any processor */
-typedef __m128 llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_sse2_##part
-#define LLMPAR__GEMM_TARGET
-#define LLMPAR__GEMM_VECTOR __m128
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
-#define LLMPAR__GEMM_LANES 4
-#define LLMPAR__GEMM_ROWS 4
-#define LLMPAR__GEMM_SPREAD(x) _mm_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) _mm_add_ps(_mm_mul_ps(a, b), sum)
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm, __m128, in, ld, out, width, LLMPAR__GEMM_STORE_1)
-#include "cpu/gemm_kernel.inc"
-
-/* portable, the same bits twice as wide */
+/* portable, the same bits as the rows of gemm_portable.inc, which serve processors without AVX */
 typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
 #define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
@@ -163,20 +149,17 @@ typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
 #undef LLMPAR__GEMM_512_unpacklo_ps
 #undef LLMPAR__GEMM_512_unpackhi_ps
 #undef LLMPAR__GEMM_512_shuffle_ps
-#undef LLMPAR__GEMM_STORE_1
 #undef LLMPAR__GEMM_STORE_2
 #undef LLMPAR__GEMM_STORE_4
 
 static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
 {
-    llmpar__gemm_kernel sse2 = { 4, 8, llmpar__gemm_sse2_pack_a, llmpar__gemm_sse2_pack_b, llmpar__gemm_sse2_tile };
     llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
     llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
     llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
     if (level == LLMPAR_CPU_AVX512) return avx512;
     if (level == LLMPAR_CPU_AVX2) return avx2;
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx") ? avx : sse2;
+    return avx;
 }
 
 #else /* aarch64: its vector unit and fma are always there */
@@ -581,11 +564,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
         llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
         return LLMPAR_OK;
     }
-#if defined(LLMPAR_NO_SIMD)
+#if !defined(LLMPAR_NO_SIMD)
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx"))
+#endif
+        return llmpar__gemm_run_f32(device, args);
+#endif
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
     llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
     return LLMPAR_OK;
-#else
-    return llmpar__gemm_run_f32(device, args);
 #endif
 }
 

@@ -7,13 +7,13 @@
 /* norm */
 typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
 typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
-LLMPAR__VDECLARE(norm_forward)
-LLMPAR__VDECLARE(norm_dx)
-LLMPAR__VDECLARE(norm_dw)
+LLMPAR__VDECLARE_NARROW(norm_forward)
+LLMPAR__VDECLARE_NARROW(norm_dx)
+LLMPAR__VDECLARE_NARROW(norm_dw)
 
 /* rope */
 typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
-LLMPAR__VDECLARE(rope_rotate)
+LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
 enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
@@ -45,7 +45,7 @@ typedef struct llmpar__embedding_backward_job {
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
 } llmpar__embedding_backward_job;
-LLMPAR__VDECLARE(embedding_gradient)
+LLMPAR__VDECLARE_NARROW(embedding_gradient)
 
 /* xent */
 typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
@@ -59,6 +59,6 @@ LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
-LLMPAR__VDECLARE(optim_adamw)
+LLMPAR__VDECLARE_NARROW(optim_adamw)
 
 #endif

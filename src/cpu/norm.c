@@ -3,9 +3,9 @@
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
 
-static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
-static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);
-static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS(norm_dw);
+static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_forward);
+static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dx);
+static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dw);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args)
 {

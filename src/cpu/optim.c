@@ -3,7 +3,7 @@
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
 
-static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS(optim_adamw);
+static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_adamw);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
 {

@@ -2,7 +2,7 @@
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
 
-static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS(rope_rotate);
+static const llmpar__kernel llmpar__rope_kernels[4] = LLMPAR__VKERNELS_NARROW(rope_rotate);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args)
 {

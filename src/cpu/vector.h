@@ -5,6 +5,7 @@
      avx2, avx512             the same text with wider vectors and fused multiply-adds
    Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
+   NARROW ones wait for memory, not for arithmetic: they have no instance for AVX-512, where AVX2's serves as well.
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
 #ifndef LLMPAR_VECTOR_H
@@ -59,10 +60,14 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VDECLARE_AT(name, level) LLMPAR__PRIVATE LLMPAR__VTARGET_##level void llmpar__##name##_##level(void *arg, int64_t task, int32_t worker);
 #if LLMPAR__VX86
 #define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2) LLMPAR__VDECLARE_AT(name, avx512)
+#define LLMPAR__VDECLARE_NARROW(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable) LLMPAR__VDECLARE_AT(name, avx2)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx512 }
+#define LLMPAR__VKERNELS_NARROW(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_avx2, llmpar__##name##_avx2 }
 #else
 #define LLMPAR__VDECLARE(name) LLMPAR__VDECLARE_AT(name, portable_f64) LLMPAR__VDECLARE_AT(name, portable)
+#define LLMPAR__VDECLARE_NARROW(name) LLMPAR__VDECLARE(name)
 #define LLMPAR__VKERNELS(name) { llmpar__##name##_portable_f64, llmpar__##name##_portable, llmpar__##name##_portable, llmpar__##name##_portable }
+#define LLMPAR__VKERNELS_NARROW(name) LLMPAR__VKERNELS(name)
 #endif
 
 /* Which of the four a call runs. */
