@@ -67,9 +67,7 @@ group() { echo "$1: $((passed - group_passed)) ok"; group_passed=$passed; }
 # ---- what users get ----
 source="$work/source tree"
 mkdir -p "$source"
-cp -r Makefile CMakeLists.txt README.md LICENSE CHANGELOG.md cmake docs "$source/"
-mkdir "$source/tools"
-cp tools/install.sh "$source/tools/"
+for item in *; do [ "$item" = build ] || cp -r "$item" "$source/"; done
 cp build/gen/*.h "$source/"
 cp -r tests/package "$work/consumer"
 cp tests/package/consumer.c "$work/consumer.c"
@@ -108,6 +106,7 @@ check "headers are there" test -f "$work/own/opt/c/include/llmpar.h" -a ! -e "$w
 check "the CMake file knows" grep -qF '"/opt/c/include" ABSOLUTE' "$work/own/usr/share/cmake/llmpar/llmparConfig.cmake"
 check "the pkg-config file knows" grep -qx 'includedir=/opt/c/include' "$work/own/usr/share/pkgconfig/llmpar.pc"
 group "make install"
+if [ "$failed" -gt 0 ]; then echo "$passed passed, $failed failed"; exit 1; fi # nothing below can work
 
 # ---- plain: one file of C, one of C++ ----
 plain="-I$prefix/include"
@@ -193,8 +192,11 @@ if have cmake cmake; then
     done
     says "they may be optional" "found llmpar $version" project optional "${find[@]}" "${absent[@]}" -DASK="OPTIONAL_COMPONENTS;mpi;cuda;nccl"
     if have mpicc libopenmpi-dev; then
-        built mpi "${find[@]}" -DMPI=ON "$ready"
-        built mpi_subdirectory -DWAY=subdirectory "-DSOURCE=$source" -DMPI=ON "$ready"
+        # one implementation with MPI in it, as two processes and, without mpirun, as threads
+        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+        built mpi "${find[@]}" -DMPI=ON
+        says "mpirun -n 2" "$expected" timeout 120 mpirun -n 2 "$work/cmake mpi/consumer_c"
+        built mpi_subdirectory -DWAY=subdirectory "-DSOURCE=$source" -DMPI=ON "-DIMPLEMENTATION=$work/cmake mpi/libfunctions.a"
     fi
     # NCCL is stood in for by a folder of that shape; the toolkit is the one of the machine.
     mkdir -p "$work/nccl/include" "$work/nccl/lib"
