@@ -124,7 +124,7 @@ static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
         median_on = bench_median(on, steps);
         median_off = bench_median(off, steps);
         printf("a step:        %8.3f ms with, %8.3f ms without (medians of %d); median difference of neighbours %+.3f ms = %+.2f %%\n", 1e3 * median_on, 1e3 * median_off, steps, 1e3 * between, 100 * between / median_off);
-        printf("a collective:  %8.0f ns; %llu of them a step on each rank: %.2f %% of the step\n", 1e9 * alone, (unsigned long long)calls, 100 * alone * (double)calls / median_off);
+        printf("a collective:  %8.0f ns; %llu of them a step on each rank: %.3f %% of the step\n", 1e9 * alone, (unsigned long long)calls, 100 * alone * (double)calls / median_off);
         printf("bar:           < 2 %%\n");
     }
     llmpar_trainer_destroy(trainer);
