@@ -3,6 +3,7 @@
 #   /* expect: all_gather */        the slot that fails, which is the one that is tried (`expect: *`: all are, and any number may fail)
 #   /* expect: text */              a piece of the output
 here=tests/conformance out=build/grade/test
+unset COMM OP ASSIGNMENT FILE BYTES SLOT LLMPAR_CPU
 mkdir -p "$out"
 passed=0 failed=0
 
@@ -63,7 +64,27 @@ done
 for file in $here/wrong/comm_*; do must_fail "$file" COMM="$file"; done
 for file in $here/wrong/op_*; do must_fail "$file" OP="$file"; done
 for file in $here/wrong/fsdp_*; do must_fail "$file" ASSIGNMENT=2_fsdp FILE="$file"; done
-if COMM=$out/missing.c $here/grade.sh >"$out/log" 2>&1 || ! grep -q 'no such file' "$out/log"; then wrong "a missing file" "expected \"no such file\"" "$out/log"; else fine; fi
+
+# What is no failed slot: bytes that are only reported; files that cannot be tried (exit code 2).
+must_pass "more bytes than the formula, reported" COMM="$here/wrong/comm_sends_too_much.c" SLOT=all_reduce BYTES=report
+# refused TEXT VARIABLE=VALUE...
+refused()
+{
+    text=$1
+    shift
+    env "$@" $here/grade.sh >"$out/log" 2>&1
+    code=$?
+    if [ "$code" -eq 2 ] && grep -qF -- "$text" "$out/log"; then fine; else wrong "$*" "expected exit code 2 and \"$text\", got $code" "$out/log"; fi
+}
+printf 'void grade_patch(llmpar_comm *table) { table->no_such_slot = 0; }\n' >"$out/broken.c"
+printf 'static void unused(void) {}\nstatic void (*keep)(void) = unused;\nint other(void) { return keep == 0; }\n' >"$out/nothing.c"
+refused 'missing.c: no such file' COMM="$out/missing.c"
+refused 'broken.c does not compile' COMM="$out/broken.c"
+refused 'broken.c does not compile' OP="$out/broken.c"
+refused 'does the file define every function of the task' COMM="$out/nothing.c"
+refused 'conflicting types' OP="$out/none_comm.c"
+refused 'no assignment "3_none" (there are: 1_collectives 2_fsdp )' ASSIGNMENT=3_none
+refused 'say what: make grade COMM=file.c'
 rm -rf "$out"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
