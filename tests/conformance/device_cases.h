@@ -54,7 +54,25 @@ static llmpar_status op_gemm(trial *t, int k)
     a.workspace_bytes = t->d->gemm_workspace(t->d, &a);
     a.workspace = scratch(t, a.workspace_bytes);
     llmpar_status st = t->d->gemm(t->d, t->stream, &a);
-    if (st || !t->tested || style != 1 || m * n == 0) return st;
+    if (st || !t->tested || m * n == 0) return st;
+    if (style == 0 && kind != LLMPAR_GEMM_TN) { /* the last row of the product alone */
+        llmpar_gemm_args row = a;
+        char *alone = (char *)malloc((size_t)n * item);
+        llmpar_gemm_segment mine = list[0];
+        mine.a = A + (size_t)((m - 1) * lda) * item;
+        row.m = 1;
+        row.c = alone;
+        row.segments = &mine;
+        row.workspace_bytes = t->d->gemm_workspace(t->d, &row);
+        row.workspace = malloc(row.workspace_bytes + 1);
+        if (a.segment_count == 1) {
+            st = t->d->gemm(t->d, t->stream, &row);
+            if (!st) same(t, "the last row alone and among others", (const char *)a.c + (size_t)((m - 1) * a.ldc) * item, alone, n);
+        }
+        free(row.workspace);
+        free(alone);
+    }
+    if (st || style != 1) return st;
     /* The pieces computed one by one, as ranks do, and added in the tree: the same bits. */
     int64_t cells = m * n;
     char *parts = (char *)calloc((size_t)(9 * cells), item);
@@ -163,7 +181,39 @@ static llmpar_status op_rmsnorm_backward(trial *t, int k)
     if (kind == 2) a.dresidual = a.dx = out_as(t, "dx", t->dtype, 1, rows * dim, rows * dim, 1);
     else a.dx = out1(t, "dx", rows * dim);
     if (kind != 3) a.dw_leaves = out2(t, "dw_leaves", 2, dim, dim);
-    return t->d->rmsnorm_backward(t->d, t->stream, &a);
+    llmpar_status st = t->d->rmsnorm_backward(t->d, t->stream, &a);
+    if (st || !t->tested || kind) return st;
+    /* The second leaf alone, and its positions on two ranks: pieces 0 to 3 and 4 to 7, whose sums added are the whole's bits. */
+    size_t item = llmpar_dtype_size(t->dtype), row = (size_t)dim * item;
+    char *part = (char *)malloc((size_t)(4 * rows + 8) * row);
+    char *dy = part, *px = dy + (size_t)rows * row, *dx = px + (size_t)rows * row, *scales = dx + (size_t)rows * row, *dw = scales + (size_t)rows * row;
+    for (int cut = 0; cut < 3 && !st; cut++) {
+        llmpar_rmsnorm_backward_args b = a;
+        int64_t begin = cut == 2 ? llmpar_piece_begin(4, length, 8) : 0, finish = cut == 1 ? llmpar_piece_begin(4, length, 8) : length, at = 0;
+        for (int64_t q = 2; q < 4; q++)
+            for (int64_t i = begin; i < finish; i++, at++) {
+                memcpy(dy + (size_t)at * row, (const char *)a.dy + (size_t)(q * length + i) * row, row);
+                memcpy(px + (size_t)at * row, (const char *)a.x + (size_t)(q * length + i) * row, row);
+                memcpy(scales + (size_t)at * item, (const char *)a.rstd + (size_t)(q * length + i) * item, item);
+            }
+        b.tokens = tokens(2, finish - begin, 1);
+        b.tokens.t_begin = begin;
+        b.tokens.t_total = length;
+        b.dy = dy;
+        b.x = px;
+        b.rstd = scales;
+        b.dx = dx;
+        b.dw_leaves = dw + (size_t)cut * row;
+        st = t->d->rmsnorm_backward(t->d, t->stream, &b);
+    }
+    for (int64_t j = 0; j < dim && !st; j++) { /* half + half where the second half was */
+        double first = load(dw + row, j, t->dtype), second = load(dw + 2 * row, j, t->dtype);
+        store(dw + row, j, t->dtype, t->dtype == LLMPAR_F64 ? first + second : (double)((float)first + (float)second));
+    }
+    if (!st) same(t, "dw of a leaf alone and among others", (const char *)a.dw_leaves + row, dw, dim);
+    if (!st) same(t, "dw of all positions and of two halves added", (const char *)a.dw_leaves + row, dw + row, dim);
+    free(part);
+    return st;
 }
 
 static llmpar_status op_rope(trial *t, int k)
@@ -296,7 +346,35 @@ static llmpar_status op_attention_backward(trial *t, int k)
     a.dv = out2(t, "dv", f->batch * f->tk, f->kv_heads * f->head_dim, f->ldv);
     f->workspace_bytes = t->d->attention_backward_workspace(t->d, &a);
     f->workspace = scratch(t, f->workspace_bytes);
-    return t->d->attention_backward(t->d, t->stream, &a);
+    llmpar_status st = t->d->attention_backward(t->d, t->stream, &a);
+    if (st || !t->tested || f->batch < 2) return st;
+    /* The second sequence alone. */
+    llmpar_attention_backward_args b = a;
+    size_t q_at = (size_t)(f->tq * f->ldq) * item, k_at = (size_t)(f->tk * f->ldk) * item, v_at = (size_t)(f->tk * f->ldv) * item, o_at = (size_t)(f->tq * f->ldo) * item;
+    b.forward.batch = 1;
+    b.forward.q = (const char *)f->q + q_at;
+    b.forward.k = (const char *)f->k + k_at;
+    b.forward.v = (const char *)f->v + v_at;
+    b.forward.out = (char *)f->out + o_at;
+    b.forward.lse = (char *)f->lse + (size_t)(f->heads * f->tq) * item;
+    b.forward.doc_start = f->doc_start ? f->doc_start + f->tk : NULL;
+    b.dout = (const char *)a.dout + o_at;
+    b.dq = malloc(q_at);
+    b.dk = malloc(k_at);
+    b.dv = malloc(v_at);
+    b.forward.workspace_bytes = t->d->attention_backward_workspace(t->d, &b);
+    b.forward.workspace = malloc(b.forward.workspace_bytes + 1);
+    st = t->d->attention_backward(t->d, t->stream, &b);
+    for (int64_t i = 0; i < f->tq && !st; i++) {
+        same(t, "dq of a sequence alone and among others", (const char *)a.dq + q_at + (size_t)(i * f->ldq) * item, (const char *)b.dq + (size_t)(i * f->ldq) * item, f->heads * f->head_dim);
+        same(t, "dk of a sequence alone and among others", (const char *)a.dk + k_at + (size_t)(i * f->ldk) * item, (const char *)b.dk + (size_t)(i * f->ldk) * item, f->kv_heads * f->head_dim);
+        same(t, "dv of a sequence alone and among others", (const char *)a.dv + v_at + (size_t)(i * f->ldv) * item, (const char *)b.dv + (size_t)(i * f->ldv) * item, f->kv_heads * f->head_dim);
+    }
+    free(b.dq);
+    free(b.dk);
+    free(b.dv);
+    free(b.forward.workspace);
+    return st;
 }
 
 static llmpar_status op_swiglu(trial *t, int k)
