@@ -1,6 +1,7 @@
 /* test: the one small harness. A test file includes this (it includes llmpar.h), defines TEST(name) functions, and ends in
      TEST_LIST(T_(a), T_(b), T_(c))
-   CHECKs may be used on rank threads. The last line printed is "N passed, N failed[, N skipped]"; exit code 0 only with none failed.
+   CHECKs may be used on rank threads. Compiled with LLMPAR_USE_MPI it runs under mpirun: every process runs every test, a test has failed if it failed on one of them, and rank 0 prints.
+   The last line printed is "N passed, N failed[, N skipped]"; exit code 0 only with none failed.
    argv[1], if given, runs only tests whose name contains it. */
 #ifndef TEST_H
 #define TEST_H
@@ -9,6 +10,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef LLMPAR_USE_MPI
+#include <mpi.h>
+#endif
 
 static int test_failures, test_passed, test_failed, test_skipped, test_skip_now;
 
@@ -38,20 +43,44 @@ static inline const char *test_data(const char *relative)
 #define TEST_DATA(variable, relative) const char *variable = test_data(relative); if (!variable) TEST_SKIP("LLMPAR_TEST_DATA is not set")
 
 typedef struct test_entry { const char *name; void (*run)(void); } test_entry;
+static int test_rank, test_world = 1; /* MPI */
+static inline void test_begin(int *argc, char ***argv)
+{
+#ifdef LLMPAR_USE_MPI
+    int provided;
+    MPI_Init_thread(argc, argv, MPI_THREAD_SERIALIZED, &provided);
+    MPI_Comm_rank(MPI_COMM_WORLD, &test_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &test_world);
+    if (test_rank && !freopen("/dev/null", "w", stdout)) exit(1);
+#else
+    (void)argc; (void)argv;
+#endif
+}
+static inline int test_sum(int x)
+{
+#ifdef LLMPAR_USE_MPI
+    MPI_Allreduce(MPI_IN_PLACE, &x, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+#endif
+    return x;
+}
 static inline int test_main(int argc, char **argv, const test_entry *tests, int count)
 {
+    test_begin(&argc, &argv);
     for (int i = 0; i < count; i++) {
         if (argc > 1 && !strstr(tests[i].name, argv[1])) continue;
         int before = test_failures;
         test_skip_now = 0;
         tests[i].run();
-        if (test_failures != before) { test_failed++; printf("FAILED %s\n", tests[i].name); }
+        if (test_sum(test_failures != before)) { test_failed++; printf("FAILED %s\n", tests[i].name); }
         else if (test_skip_now) test_skipped++;
         else test_passed++;
         fflush(stdout);
     }
     if (test_skipped) printf("%d passed, %d failed, %d skipped\n", test_passed, test_failed, test_skipped);
     else printf("%d passed, %d failed\n", test_passed, test_failed);
+#ifdef LLMPAR_USE_MPI
+    MPI_Finalize();
+#endif
     return test_failed != 0;
 }
 #define T_(f) { #f, f }

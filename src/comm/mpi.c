@@ -160,7 +160,8 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. */
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
+   never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
@@ -168,8 +169,12 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
     for (size_t k = 1; k < n && !st; k++) {
         size_t to = (r + k) % n, from = (r + n - k) % n;
         for (size_t b = 0; b < blocks && !st; b++) {
-            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, recv + (b * n + from) * part, part);
-            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part, part);
+            char *in = recv + (b * n + from) * part, *out = (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part;
+            for (size_t at = 0; at < part && !st; at += tc->world->desc.comm_slice) {
+                size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, part - at);
+                st = llmpar__mpi_post(tc, call, 1, (int32_t)from, in + at, now);
+                if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, out + at, now);
+            }
         }
     }
     return st ? st : llmpar__mpi_complete(tc, call);

@@ -33,7 +33,7 @@ typedef struct llmpar__mpi_note {
 /* One note to all other ranks, sent at most once. */
 typedef struct llmpar__mpi_cast {
     llmpar__mpi_note note;
-    MPI_Request *request;    /* [ranks] */
+    MPI_Request *request;    /* [ranks]; of `bye` [2][ranks]: the last messages on `data` too */
     int sent;
 } llmpar__mpi_cast;
 
@@ -42,6 +42,7 @@ typedef struct llmpar__mpi_peer {
     double silent;           /* seconds of this rank's own attention without a sign of life; watched peers only */
     double finished_for;     /* .. since it finished */
     int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure */
+    int32_t flushed;         /* its last message on `data` has come */
 } llmpar__mpi_peer;
 
 /* A peer that gets this rank's heartbeats. */
@@ -75,7 +76,9 @@ struct llmpar_mpi_world {
     int32_t beats;
     double last_beat, last_look;
     MPI_Request dropped;             /* the message that is being dropped */
-    unsigned char bucket[4096];
+    unsigned char *bucket;           /* .. into this; grows on the rank's own thread only */
+    size_t bucket_bytes;
+    pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes;

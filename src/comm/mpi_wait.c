@@ -134,33 +134,43 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 
 /* ---- data ---- */
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call)
+/* Waits until at most `most` messages are under way. */
+static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t most)
 {
     llmpar_mpi_world *world = tc->world;
     llmpar__mpi_wait wait;
     llmpar_status st = LLMPAR_OK;
     MPI_Status status[LLMPAR__MPI_BATCH];
-    int finished[LLMPAR__MPI_BATCH], count, left = (int)world->posted;
-    if (left) llmpar__mpi_wait_begin(&wait, world);
-    while (left && !st) {
+    int finished[LLMPAR__MPI_BATCH], count;
+    if (world->posted > most) llmpar__mpi_wait_begin(&wait, world);
+    while (world->posted > most && !st) {
         pthread_mutex_lock(&world->lock);
         int code = MPI_Testsome((int)world->posted, world->request, &count, finished, status);
         if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Testsome", code);
-        else if (count > 0) left -= count; /* those requests are null now */
-        if (left && !st) {
-            int32_t missing = -1;
+        int32_t left = 0, missing = -1;
+        for (int32_t i = 0; i < world->posted && !st; i++) {
+            if (world->request[i] == MPI_REQUEST_NULL) continue;
+            world->request[left] = world->request[i];
+            world->from[left++] = world->from[i];
+        }
+        if (!st) world->posted = left;
+        if (left > most && !st) {
             llmpar__mpi_look(world);
-            for (int32_t i = 0; i < world->posted && missing < 0; i++)
-                if (world->request[i] != MPI_REQUEST_NULL && world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
+            for (int32_t i = 0; i < left && missing < 0; i++)
+                if (world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
             st = llmpar__mpi_hopeless(tc, call, &wait, missing);
         }
         pthread_mutex_unlock(&world->lock);
-        if (left && !st) llmpar__mpi_pause(world, &wait);
+        if (world->posted > most && !st) llmpar__mpi_pause(world, &wait);
     }
-    if (st) llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
-    world->posted = 0;
+    if (st) {
+        llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
+        world->posted = 0;
+    }
     return st;
 }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
@@ -168,7 +178,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
     while (bytes) {
         size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
         if (world->posted == LLMPAR__MPI_BATCH) {
-            llmpar_status st = llmpar__mpi_complete(tc, call);
+            llmpar_status st = llmpar__mpi_until(tc, call, LLMPAR__MPI_BATCH - 1);
             if (st) return st;
         }
         MPI_Request *request = &world->request[world->posted];
@@ -223,8 +233,8 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < count; i++) {
             const llmpar__mpi_header *in = &world->inbox[i];
             if (world->meeting[i] != MPI_REQUEST_NULL || in->call.op == LLMPAR_CALL_NONE) continue;
-            if (in->context != world->outbox.context) other = &in->call;
-            else if (!tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint) odd = &in->call;
+            if (in->context != world->outbox.context && !other) other = &in->call;
+            else if (in->context == world->outbox.context && !tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint && !odd) odd = &in->call;
         }
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
         if (!st && left) {

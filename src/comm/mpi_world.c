@@ -4,7 +4,7 @@
      BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
      FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
      FINISHED   once, to all: the sender's rank function has returned
-     BYE        once, to all, when all have finished: the last note of the sender
+     BYE        once, to all, when all have finished: the last note of the sender. With it an empty last message on `data`, up to which everybody drops what a failure has left there
    So a failure floods the job even where its first witness dies, every survivor can say who was where, and nothing is left in flight when communicators are freed.
 
    Who looks at `control`: the rank's thread while it waits in a collective, and else a helper thread, ten times a second; both under world->lock, which is around every MPI call.
@@ -22,7 +22,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LLMPAR__MPI_NOTE_TAG 1
+#define LLMPAR__MPI_NOTE_TAG 1    /* on control */
+#define LLMPAR__MPI_LAST_TAG 3    /* on data, above those of mpi_wait.c */
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
 
@@ -152,18 +153,23 @@ static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
     }
 }
 
-/* Takes what nobody will receive any more. */
+/* Takes what nobody will receive any more, whole: MPI libraries are not to be trusted with a receive that is too short. */
 static void llmpar__mpi_drain(llmpar_mpi_world *world)
 {
     for (int i = 0; i < 16; i++) {
-        int there = 0, done = 1;
+        int there = 0, done = 1, bytes = 0;
         MPI_Status status;
-        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) { /* longer than the bucket: that is an error, and it is done */
-            done = 1;
-            world->dropped = MPI_REQUEST_NULL;
+        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) return;
+        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there || MPI_Get_count(&status, MPI_BYTE, &bytes)) return;
+        if ((size_t)bytes > world->bucket_bytes) {
+            if (!pthread_equal(pthread_self(), world->owner)) return; /* not with the heap of another thread */
+            llmpar_heap_free(world->heap, world->bucket);
+            world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
+            world->bucket_bytes = world->bucket ? (size_t)bytes : 0;
+            if (!world->bucket) return; /* its sender gives up after a while */
         }
-        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there) return;
-        if (MPI_Irecv(world->bucket, (int)sizeof world->bucket, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
+        if (status.MPI_TAG == LLMPAR__MPI_LAST_TAG) world->peer[status.MPI_SOURCE].flushed = 1;
+        if (MPI_Irecv(world->bucket, bytes, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
     }
 }
 
@@ -231,9 +237,10 @@ typedef struct llmpar__mpi_hello {
     llmpar_error error;
 } llmpar__mpi_hello;
 
-static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, llmpar_error *error)
+static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, int ranks, llmpar_error *error)
 {
-    if (desc->comm_slice > (size_t)1 << 30) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB) to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (desc->comm_slice && (desc->comm_slice > (size_t)1 << 30 || desc->comm_slice < 8 * (size_t)ranks))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
     if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
     if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
     if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
@@ -256,7 +263,7 @@ static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
 static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llmpar_error *error)
 {
     size_t n = (size_t)world->ranks;
-    llmpar_status st = llmpar__mpi_resolve(&world->desc, error);
+    llmpar_status st = llmpar__mpi_resolve(&world->desc, (int)world->ranks, error);
     if (st) return st;
     for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
     world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
@@ -267,7 +274,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
     world->failed.request = llmpar__mpi_requests(world->heap, n);
     world->finished.request = llmpar__mpi_requests(world->heap, n);
-    world->bye.request = llmpar__mpi_requests(world->heap, n);
+    world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
     if (!world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
@@ -364,6 +371,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->finished.request);
     llmpar_heap_free(heap, world->bye.request);
     llmpar_heap_free(heap, world->scratch);
+    llmpar_heap_free(heap, world->bucket);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(heap, world);
@@ -401,6 +409,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->standing = world->dropped = MPI_REQUEST_NULL;
     world->last_look = world->last_beat = llmpar__mpi_now();
     world->next_context = 1;
+    world->owner = pthread_self();
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
     code = MPI_Comm_dup(from, &world->data);
@@ -477,16 +486,22 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, si
 static int llmpar__mpi_all(const llmpar_mpi_world *world, int bye)
 {
     for (int32_t i = 0; i < world->ranks; i++)
-        if (i != world->rank && !(bye ? world->peer[i].bye : world->peer[i].finished)) return 0;
+        if (i != world->rank && !(bye ? world->peer[i].bye && world->peer[i].flushed : world->peer[i].finished)) return 0;
     return 1;
+}
+
+static void llmpar__mpi_flush(llmpar_mpi_world *world)
+{
+    for (int32_t i = 0; i < world->ranks; i++)
+        if (i != world->rank && MPI_Isend(world->outbox.payload, 0, MPI_BYTE, (int)i, LLMPAR__MPI_LAST_TAG, world->data, &world->bye.request[world->ranks + i])) world->bye.request[world->ranks + i] = MPI_REQUEST_NULL;
 }
 
 static int llmpar__mpi_sent(llmpar_mpi_world *world)
 {
     int done = 1, all = 1;
-    llmpar__mpi_cast *const cast[3] = { &world->failed, &world->finished, &world->bye };
-    for (int32_t i = 0; i < 3 * world->ranks; i++) {
-        MPI_Request *request = &cast[i / world->ranks]->request[i % world->ranks];
+    int32_t n = world->ranks;
+    for (int32_t i = 0; i < 4 * n; i++) {
+        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : &world->bye.request[i - 2 * n];
         if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
     }
     for (int32_t i = 0; i < world->beats; i++)
@@ -506,8 +521,9 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         llmpar__mpi_idle(world);
     }
     if (llmpar__mpi_all(world, 0)) {
-        if (world->aborted) world->draining = 1;
+        world->draining = 1;
         llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
+        llmpar__mpi_flush(world);
         double limit = llmpar__mpi_now() + 10;
         int done = 0;
         while (!done && llmpar__mpi_now() < limit) {
@@ -543,6 +559,7 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 }
 
 #undef LLMPAR__MPI_NOTE_TAG
+#undef LLMPAR__MPI_LAST_TAG
 #undef LLMPAR__MPI_LOOK
 #undef LLMPAR__MPI_ATTENTION
 
