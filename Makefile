@@ -201,7 +201,8 @@ build/fuzz/llmpar.o: build/dev/llmpar.h
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o
 	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-run-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
+build-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
+run-fuzz: build-fuzz
 	@tests/fuzz/run.sh $(FUZZ) $(FUZZERS)
 
 test-fuzz:
@@ -250,7 +251,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz run-fuzz \
+.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -1,25 +1,39 @@
 #!/bin/sh
 # Runs the test programs of one configuration: tests/run.sh build/plain test_json test_gemm ...
-# One line a program, the whole log of one that fails, and the sum as the last line. With LLMPAR_TEST_DATA set, a skip is a failure.
+# As many at a time as there are processors, at most four (LLMPAR_TEST_JOBS). One line a program, the whole log of one that fails, and
+# the sum as the last line. With LLMPAR_TEST_DATA set, a skip is a failure. A program may take LLMPAR_TEST_TIMEOUT seconds (600).
 # LLMPAR_TEST_RUNNER, if set, is what runs the programs (an emulator).
 folder=$1
 shift
+
+if [ "$1" = --one ]; then # writes TEST.log, and TEST.end: exit code and seconds
+    test=$2
+    start=$(date +%s)
+    if [ -x "$folder/$test" ]; then
+        timeout "${LLMPAR_TEST_TIMEOUT:-600}" $LLMPAR_TEST_RUNNER "$folder/$test" >"$folder/$test.log" 2>&1
+        code=$?
+    else
+        echo "$folder/$test was not built" >"$folder/$test.log"
+        code=127
+    fi
+    echo "$code $(($(date +%s) - start))" >"$folder/$test.end"
+    exit 0
+fi
+
+jobs=${LLMPAR_TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
+[ "$jobs" -le 4 ] || jobs=4
+mkdir -p "$folder"
+for test in "$@"; do rm -f "$folder/$test.end"; done
+printf '%s\n' "$@" | xargs -P "$jobs" -n 1 "$0" "$folder" --one 2>/dev/null
+
 passed=0 failed=0 skipped=0
 for test in "$@"; do
     log=$folder/$test.log
-    start=$(date +%s)
-    if [ -x "$folder/$test" ]; then
-        timeout "${LLMPAR_TEST_TIMEOUT:-600}" $LLMPAR_TEST_RUNNER "$folder/$test" >"$log" 2>&1
-        code=$?
-    else
-        echo "$folder/$test was not built" >"$log"
-        code=127
-    fi
-    seconds=$(($(date +%s) - start))
+    code=1 seconds=0
+    [ ! -f "$folder/$test.end" ] || read -r code seconds <"$folder/$test.end"
     last=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -n 1)
-    set_counts=$(echo "$last" | sed -n -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?$/p=\1 f=\2 s=\4/p')
     p=0 f=0 s=0
-    eval "$set_counts"
+    eval "$(echo "$last" | sed -n -E 's/^([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?$/p=\1 f=\2 s=\4/p')"
     s=${s:-0}
     if [ "$code" -ne 0 ] && [ "$f" -eq 0 ]; then f=1; fi   # crashed, hung, or did not build
     if [ -z "$last" ] && [ "$f" -eq 0 ]; then f=1; fi

@@ -1,38 +1,32 @@
 #!/bin/bash
 # Plants faults: applies each tests/plant/*.patch to a copy of the tree and expects the test program that the patch names
 # (first line "test: test_name", second "fault: what") to fail there, and to pass without it. A patch that no longer applies is a failure.
-# tests/plant/run.sh [NAME...] takes only the patches so named.
-tree=build/plant
-mkdir -p $tree
-rm -rf $tree/src $tree/tests $tree/tools $tree/build
-cp -a Makefile src tests tools $tree/
-# Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` left is taken along.
-mkdir -p $tree/build
-[ ! -d build/separate ] || cp -a build/separate $tree/build/
-passed=0 failed=0
-export LLMPAR_TEST_TIMEOUT=60 LLMPAR_TEST_QUICK=1
+# tests/plant/run.sh [NAME...] takes only the patches so named. Each processor, at most four, has a tree of its own (LLMPAR_TEST_JOBS).
+jobs=${LLMPAR_TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
+[ "$jobs" -le 4 ] || jobs=4
+export LLMPAR_TEST_TIMEOUT=150 LLMPAR_TEST_QUICK=1
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
 build() { make -C $tree --no-print-directory "build/separate/$1" >$tree/build.log 2>&1; }
 run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "build/separate/$1" >run.log 2>&1) 2>/dev/null; }
 
-declare -A sound
-for patch in tests/plant/*.patch; do
-    [ -f "$patch" ] || continue
+# plant PATCH in $tree, a sound one; leaves it sound.
+plant()
+{
+    local patch=$1 name test fault code how
     name=$(basename "$patch" .patch)
-    if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi
     test=$(sed -n '1s/^test: //p' "$patch")
     fault=$(sed -n '2s/^fault: //p' "$patch")
-    if [ -z "$test" ] || [ ! -f "tests/$test.c" ]; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; continue; fi
+    if [ -z "$test" ] || [ ! -f "tests/$test.c" ]; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; return; fi
     if [ -z "${sound[$test]}" ]; then
-        build "$test" || { bad "$name" "$test does not build without the fault" $tree/build.log; continue; }
-        run "$test" || { bad "$name" "$test fails without the fault" $tree/run.log; continue; }
+        build "$test" || { bad "$name" "$test does not build without the fault" $tree/build.log; return; }
+        run "$test" || { bad "$name" "$test fails without the fault" $tree/run.log; return; }
         sound[$test]=1
     fi
     if ! patch -d $tree -p1 --fuzz=0 -s -f <"$patch" >$tree/patch.log 2>&1; then
         bad "$name" "the patch no longer applies" $tree/patch.log
         rm -rf $tree/src && cp -a src $tree/
-        continue
+        return
     fi
     if ! build "$test"; then bad "$name" "does not build with the fault" $tree/build.log
     else
@@ -47,6 +41,44 @@ for patch in tests/plant/*.patch; do
         fi
     fi
     patch -d $tree -p1 -R -s -f <"$patch" >/dev/null
+}
+
+# worker K: takes the patches from the list, one after the other, and leaves its counts in a file.
+worker()
+{
+    local index patch
+    declare -A sound
+    tree=build/plant/$1
+    passed=0 failed=0
+    mkdir -p $tree/build
+    cp -a Makefile src tests tools $tree/
+    # Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` left is taken along.
+    [ ! -d build/separate ] || cp -a build/separate $tree/build/
+    while index=$(next); do
+        patch=${patches[$index]}
+        [ -n "$patch" ] || break
+        plant "$patch"
+    done
+    echo "$passed $failed" >build/plant/$1.count
+}
+
+next() { flock build/plant/lock bash -c 'n=$(cat build/plant/next); echo $((n + 1)) >build/plant/next; echo $n'; }
+
+rm -rf build/plant
+mkdir -p build/plant
+echo 0 >build/plant/next
+patches=()
+for patch in $(for p in tests/plant/*.patch; do echo "$(head -n 1 "$p" | tr -d ' ') $p"; done | sort | cut -d' ' -f2); do # by test: a worker shows only once that it is sound
+    name=$(basename "$patch" .patch)
+    if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi
+    patches+=("$patch")
 done
+for ((k = 0; k < jobs; k++)); do worker $k & done
+wait
+passed=0 failed=0
+for ((k = 0; k < jobs; k++)); do
+    if read -r p f <build/plant/$k.count; then passed=$((passed + p)) failed=$((failed + f)); else failed=$((failed + 1)); fi
+done
+[ $((passed + failed)) -ge ${#patches[@]} ] || { echo "FAILED: $((${#patches[@]} - passed - failed)) patches were not tried"; failed=$((failed + 1)); }
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
