@@ -43,7 +43,7 @@ static inline const char *test_data(const char *relative)
 #define TEST_DATA(variable, relative) const char *variable = test_data(relative); if (!variable) TEST_SKIP("LLMPAR_TEST_DATA is not set")
 
 typedef struct test_entry { const char *name; void (*run)(void); } test_entry;
-static int test_rank, test_world = 1; /* MPI */
+static int test_rank __attribute__((unused)), test_world __attribute__((unused)) = 1; /* of an MPI job */
 static inline void test_begin(int *argc, char ***argv)
 {
 #ifdef LLMPAR_USE_MPI
