@@ -1,6 +1,13 @@
 /* One rank calls something else than the others: every way to differ, in every collective, is reported by both sides before data moves. */
 #include "faults.h"
 
+/* Under a sanitizer one case in seven. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+enum { SAMPLE = 7 };
+#else
+enum { SAMPLE = 1 };
+#endif
+
 /* The script itself is sound. */
 TEST(no_mutation)
 {
@@ -38,6 +45,7 @@ TEST(every_mutation_of_every_collective)
                     for (int culprit = 0; culprit < FAULTS_RANKS; culprit++) {
                         if (!fault_applies((fault_x)x, (fault_kind)kind)) continue;
                         if ((large + culprit) % 2 && axis == FAULT_WORLD) continue;
+                        if (SAMPLE > 1 && (x + kind + axis + 2 * large + culprit) % SAMPLE) continue; /* still every mutation of every collective */
                         fault_case c = fault_of((fault_x)x, (fault_axis)axis, (fault_kind)kind, large, culprit);
                         fault_run(&c);
                         cases++;
