@@ -3,6 +3,7 @@
 #include "train.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <time.h>
 
 /* Under a sanitizer fewer places are tried. */
@@ -32,9 +33,14 @@ typedef struct plan {
     int64_t heap_step;               /* counted from the begin of this step (0, 1, ..) instead of from the begin; -1 */
     int64_t bad_sequence;            /* this global index cannot be read on that rank; -1 */
     int bad_token;                   /* .. or has a token beyond the vocabulary */
+    int away;                        /* the rank stays away from the nth collective (counted on all its communicators) until the others have returned */
     /* out */
     uint64_t calls[TRAIN_RANKS][SLOTS], heap_calls[TRAIN_RANKS][4];
-    double failed_at;                /* clock when the planned rank's steps returned */
+    double failed_at;                /* clock when the planned rank's steps returned, or when it stayed away */
+    uint64_t collectives[TRAIN_RANKS];
+    int survivors;                   /* atomic: have returned */
+    double returned_at[TRAIN_RANKS];
+    char text[TRAIN_RANKS][1600];
 } plan;
 
 /* The calling rank's. */
@@ -70,7 +76,14 @@ static llmpar_status fail_event_record(llmpar_device *d, llmpar_stream *s, llmpa
 static llmpar_status fail_event_wait(llmpar_device *d, llmpar_stream *s, llmpar_event *e) { return planned(SLOT_EVENT_WAIT) ? plant(d, SLOT_EVENT_WAIT) : my_device.event_wait(d, s, e); }
 static llmpar_status fail_host_call(llmpar_device *d, llmpar_stream *s, llmpar_status (*fn)(void *arg), const void *arg, size_t bytes)
 {
-    return planned(SLOT_HOST_CALL) ? plant(d, SLOT_HOST_CALL) : my_device.host_call(d, s, fn, arg, bytes);
+    /* A collective is three host calls, the middle one large: itself between its marks in the record. */
+    int begins = bytes < 100 && my_plan->calls[my_rank][SLOT_HOST_CALL] % 3 == 0;
+    if (begins && ++my_plan->collectives[my_rank] == my_plan->nth && my_plan->away && my_plan->rank == my_rank) {
+        struct timespec moment = { 0, 2000000 };
+        my_plan->failed_at = seconds();
+        while (__atomic_load_n(&my_plan->survivors, __ATOMIC_SEQ_CST) < 3) nanosleep(&moment, NULL);
+    }
+    return planned(SLOT_HOST_CALL) && !my_plan->away ? plant(d, SLOT_HOST_CALL) : my_device.host_call(d, s, fn, arg, bytes);
 }
 static llmpar_status fail_copy(llmpar_device *d, llmpar_stream *s, void *out, const void *in, size_t bytes) { return planned(SLOT_COPY) ? plant(d, SLOT_COPY) : my_device.copy(d, s, out, in, bytes); }
 static llmpar_status fail_gemm(llmpar_device *d, llmpar_stream *s, const llmpar_gemm_args *a) { return planned(SLOT_GEMM) ? plant(d, SLOT_GEMM) : my_device.gemm(d, s, a); }
@@ -110,8 +123,11 @@ static llmpar_status before_step(train_job *job, llmpar_ctx *ctx, llmpar_trainer
 
 static llmpar_status failed(train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer, llmpar_status status)
 {
-    (void)job; (void)ctx; (void)trainer;
-    if (my_plan->rank == my_rank) my_plan->failed_at = seconds();
+    (void)job; (void)trainer;
+    if (my_plan->rank == my_rank && !my_plan->away) my_plan->failed_at = seconds();
+    snprintf(my_plan->text[my_rank], sizeof my_plan->text[0], "%s", llmpar_last_error(ctx));
+    my_plan->returned_at[my_rank] = seconds();
+    if (my_plan->rank != my_rank) __atomic_add_fetch(&my_plan->survivors, 1, __ATOMIC_SEQ_CST);
     return status;
 }
 
@@ -246,6 +262,55 @@ TEST(allocations)
             snprintf(name, sizeof name, "allocation %llu of step %lld on rank %d", (unsigned long long)p.heap_nth, (long long)step, p.rank);
             expect(&job, name, LLMPAR_ERR_MEMORY, "");
         }
+    }
+}
+
+/* A rank that stays away from a collective somewhere in a step: after the deadline everybody says where it is. The jobs run at once: they mostly wait. */
+enum { AWAY = 20, DEADLINE = 3 };
+typedef struct away_job { plan p; train_job job; train_result result; } away_job;
+
+static void *away_run(void *arg)
+{
+    away_job *a = (away_job *)arg;
+    train_run(&a->job, &a->result);
+    return NULL;
+}
+
+TEST(a_rank_stays_away)
+{
+    static away_job all[AWAY];
+    static plan clean;
+    pthread_t thread[AWAY];
+    llmpar_llama_config config = small_config();
+    int places = TRIES < 6 ? 5 : AWAY;
+    count_calls(&config, &clean);
+    CHECK_INT(clean.calls[1][SLOT_HOST_CALL], 3 * clean.collectives[1]);
+    CHECK(clean.collectives[1] > AWAY);
+    for (int i = 0; i < places; i++) {
+        away_job *a = &all[i];
+        a->job = job_of(&config, &a->p);
+        a->job.deadline = DEADLINE;
+        a->p.rank = i % 4;
+        a->p.away = 1;
+        a->p.slot = -1;
+        a->p.nth = spread(clean.collectives[a->p.rank], i, places);
+        if (pthread_create(&thread[i], NULL, away_run, a)) { TEST_FAIL("no thread"); return; }
+    }
+    for (int i = 0; i < places; i++) pthread_join(thread[i], NULL);
+    for (int i = 0; i < places; i++) {
+        away_job *a = &all[i];
+        char rank[40];
+        snprintf(rank, sizeof rank, " %d (dp_shard=%d tp=%d)", a->p.rank, a->p.rank / 2, a->p.rank % 2);
+        CHECK_STATUS(a->result.status, LLMPAR_ERR_TIMEOUT);
+        for (int r = 0; r < 4; r++) {
+            CHECK_INT(a->result.live[r], 0);
+            if (r == a->p.rank) continue;
+            const char *text = a->p.text[r];
+            if (!strstr(text, rank) || !strstr(text, ": outside, last completed ") || !strstr(text, "waited 3 s for the other ranks") || !strstr(text, "\" (call ") || (strncmp(text, "barrier ", 8) && !strstr(text, "f32[") && !strstr(text, "64[")))
+                TEST_FAIL("collective %llu, rank %d away: rank %d says: %s", (unsigned long long)a->p.nth, a->p.rank, r, text);
+            if (!(a->p.returned_at[r] - a->p.failed_at < DEADLINE + 2)) TEST_FAIL("collective %llu: rank %d returned %.1f s after rank %d stayed away", (unsigned long long)a->p.nth, r, a->p.returned_at[r] - a->p.failed_at, a->p.rank);
+        }
+        train_result_free(&a->result);
     }
 }
 
@@ -653,4 +718,4 @@ TEST(no_token_counts)
     }
 }
 
-TEST_LIST(T_(device_calls), T_(allocations), T_(data_source), T_(unwritable), T_(memory_limit), T_(own_callbacks), T_(not_finite), T_(not_finite_recovered), T_(no_token_counts))
+TEST_LIST(T_(device_calls), T_(allocations), T_(a_rank_stays_away), T_(data_source), T_(unwritable), T_(memory_limit), T_(own_callbacks), T_(not_finite), T_(not_finite_recovered), T_(no_token_counts))
