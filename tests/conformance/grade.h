@@ -28,6 +28,9 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -237,6 +240,9 @@ static int grade_run(void (*fn)(void *arg), void *arg, char *text, size_t capaci
     pid_t child = fork();
     if (child < 0) { perror("conformance: fork"); exit(2); }
     if (child == 0) {
+#if defined(__linux__)
+        prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* no slot outlives its grader */
+#endif
         struct sigaction action;
         memset(&action, 0, sizeof action);
         action.sa_sigaction = grade_on_fault;

@@ -8,7 +8,8 @@ stop() { echo "grade: $*" >&2; exit 2; }
 compile()
 {
     [ -f "$1" ] || stop "$1: no such file"
-    case $1 in *.cc | *.cpp | *.cxx) compiler="${CXX:-c++}" ;; *) compiler="${CC:-cc} -std=gnu99" ;; esac
+    case $1 in *.cc | *.cpp | *.cxx) compiler="${CXX:-c++}" ;; *) compiler=${CC:-cc} ;; esac
+    linker=$compiler
     $compiler -O1 -g -Wall -Wextra -I. -I"$(dirname "$1")" $4 -include "$2" -c "$1" -o "$3" || stop "$1 does not compile"
 }
 
@@ -17,7 +18,7 @@ link()
 {
     program=$1
     shift
-    ${CC:-cc} "$@" "$lib" -o "$program" -lpthread -lm 2>"$program.log" && return
+    $linker "$@" "$lib" -o "$program" -lpthread -lm 2>"$program.log" && return
     cat "$program.log" >&2
     stop "it does not link: does the file define every function of the task, and none of them static?"
 }

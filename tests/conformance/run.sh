@@ -56,6 +56,23 @@ printf 'void grade_patch(llmpar_comm *table) { (void)table; }\n' >"$out/none_com
 printf 'void grade_patch(llmpar_device *table) { (void)table; }\n' >"$out/none_device.c"
 must_pass "the communicator as it is" COMM="$out/none_comm.c"
 must_pass "the device as it is" OP="$out/none_device.c"
+if command -v "${CXX:-c++}" >/dev/null; then
+    cat >"$out/vector.cc" <<'END'
+#include <vector>
+static llmpar_status (*original)(llmpar_comm *, llmpar_stream *, const llmpar_collective *);
+static llmpar_status pass_on(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call)
+{
+    std::vector<int> three(3);
+    return three.size() == 3 ? original(comm, stream, call) : LLMPAR_ERR_INTERNAL;
+}
+void grade_patch(llmpar_comm *table)
+{
+    __atomic_store_n(&original, table->all_to_all, __ATOMIC_SEQ_CST);
+    table->all_to_all = pass_on;
+}
+END
+    must_pass "a file in C++" COMM="$out/vector.cc" SLOT=all_to_all
+fi
 for folder in examples/teaching/*/; do
     name=$(basename "$folder")
     must_pass "$name, the reference" ASSIGNMENT="$name" FILE="${folder}reference.c"
