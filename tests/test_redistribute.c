@@ -692,7 +692,7 @@ static llmpar_status run_bad(llmpar_ctx *ctx, void *user)
 }
 TEST(error_on_every_rank)
 {
-    static const char *const texts[] = { "wq: redistribute: in is NULL, expected room for 96 bytes", "redistribute request", "wq: redistribute: out is NULL, expected room for 384 bytes",
+    static const char *const texts[] = { "wq: redistribute: in is NULL, expected room for 96 bytes", "rank 1 (tp=1): barrier \"redistribute ", "wq: redistribute: out is NULL, expected room for 384 bytes",
                                          "the plan is for a mesh with tp = 2, expected this mesh's 4", "in, scratch and out overlap" };
     for (int what = 0; what < 5 && test_world == 1; what++) {
         bad b;

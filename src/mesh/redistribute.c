@@ -432,10 +432,12 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     if (llmpar__redistribute_overlap(source, in_bytes, target, out_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, target, out_bytes))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
-    char tag[64];
+    char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
     size_t used = 0;
-    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute request %016llx %s", (unsigned long long)plan->fingerprint, name);
-    llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag); /* compares the tags */
+    llmpar_dtensor_placements(&plan->from, before, sizeof before);
+    llmpar_dtensor_placements(to, after, sizeof after);
+    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
+    llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag);
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
     if (!st && out_bytes && !llmpar__redistribute_needs(&pair, mesh->coordinate, 0)) { /* Partial(sum) whose value stands at coordinate 0 */
