@@ -163,10 +163,11 @@ static void llmpar__mpi_drain(llmpar_mpi_world *world)
         if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there || MPI_Get_count(&status, MPI_BYTE, &bytes)) return;
         if ((size_t)bytes > world->bucket_bytes) {
             if (!pthread_equal(pthread_self(), world->owner)) return; /* not with the heap of another thread */
+            unsigned char *larger = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
+            if (!larger) return; /* its sender gives up after a while, and the job cannot end in order */
             llmpar_heap_free(world->heap, world->bucket);
-            world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
-            world->bucket_bytes = world->bucket ? (size_t)bytes : 0;
-            if (!world->bucket) return; /* its sender gives up after a while */
+            world->bucket = larger;
+            world->bucket_bytes = (size_t)bytes;
         }
         if (status.MPI_TAG == LLMPAR__MPI_LAST_TAG) world->peer[status.MPI_SOURCE].flushed = 1;
         if (MPI_Irecv(world->bucket, bytes, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
@@ -275,7 +276,9 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->failed.request = llmpar__mpi_requests(world->heap, n);
     world->finished.request = llmpar__mpi_requests(world->heap, n);
     world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
-    if (!world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+    world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
+    world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, world->bucket_bytes, 1);
+    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
     for (int32_t i = 0; i < world->ranks; i++) {
