@@ -7310,7 +7310,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
      BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
      FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
      FINISHED   once, to all: the sender's rank function has returned
-     BYE        once, to all, when all have finished: the last note of the sender
+     BYE        once, to all, when all have finished: the last note of the sender. With it an empty last message on `data`, up to which everybody drops what a failure has left there
    So a failure floods the job even where its first witness dies, every survivor can say who was where, and nothing is left in flight when communicators are freed.
 
    Who looks at `control`: the rank's thread while it waits in a collective, and else a helper thread, ten times a second; both under world->lock, which is around every MPI call.
@@ -7350,7 +7350,7 @@ typedef struct llmpar__mpi_note {
 /* One note to all other ranks, sent at most once. */
 typedef struct llmpar__mpi_cast {
     llmpar__mpi_note note;
-    MPI_Request *request;    /* [ranks] */
+    MPI_Request *request;    /* [ranks]; of `bye` [2][ranks]: the last messages on `data` too */
     int sent;
 } llmpar__mpi_cast;
 
@@ -7359,6 +7359,7 @@ typedef struct llmpar__mpi_peer {
     double silent;           /* seconds of this rank's own attention without a sign of life; watched peers only */
     double finished_for;     /* .. since it finished */
     int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure */
+    int32_t flushed;         /* its last message on `data` has come */
 } llmpar__mpi_peer;
 
 /* A peer that gets this rank's heartbeats. */
@@ -7392,7 +7393,9 @@ struct llmpar_mpi_world {
     int32_t beats;
     double last_beat, last_look;
     MPI_Request dropped;             /* the message that is being dropped */
-    unsigned char bucket[4096];
+    unsigned char *bucket;           /* .. into this; grows on the rank's own thread only */
+    size_t bucket_bytes;
+    pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes;
@@ -7459,7 +7462,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 #include <time.h>
 #include <unistd.h>
 
-#define LLMPAR__MPI_NOTE_TAG 1
+#define LLMPAR__MPI_NOTE_TAG 1    /* on control */
+#define LLMPAR__MPI_LAST_TAG 3    /* on data, above those of mpi_wait.c */
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
 
@@ -7589,18 +7593,24 @@ static void llmpar__mpi_silence(llmpar_mpi_world *world, double attention)
     }
 }
 
-/* Takes what nobody will receive any more. */
+/* Takes what nobody will receive any more, whole: MPI libraries are not to be trusted with a receive that is too short. */
 static void llmpar__mpi_drain(llmpar_mpi_world *world)
 {
     for (int i = 0; i < 16; i++) {
-        int there = 0, done = 1;
+        int there = 0, done = 1, bytes = 0;
         MPI_Status status;
-        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) { /* longer than the bucket: that is an error, and it is done */
-            done = 1;
-            world->dropped = MPI_REQUEST_NULL;
+        if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) return;
+        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there || MPI_Get_count(&status, MPI_BYTE, &bytes)) return;
+        if ((size_t)bytes > world->bucket_bytes) {
+            if (!pthread_equal(pthread_self(), world->owner)) return; /* not with the heap of another thread */
+            unsigned char *larger = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
+            if (!larger) return; /* its sender gives up after a while, and the job cannot end in order */
+            llmpar_heap_free(world->heap, world->bucket);
+            world->bucket = larger;
+            world->bucket_bytes = (size_t)bytes;
         }
-        if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there) return;
-        if (MPI_Irecv(world->bucket, (int)sizeof world->bucket, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
+        if (status.MPI_TAG == LLMPAR__MPI_LAST_TAG) world->peer[status.MPI_SOURCE].flushed = 1;
+        if (MPI_Irecv(world->bucket, bytes, MPI_BYTE, status.MPI_SOURCE, status.MPI_TAG, world->data, &world->dropped)) world->dropped = MPI_REQUEST_NULL;
     }
 }
 
@@ -7668,9 +7678,10 @@ typedef struct llmpar__mpi_hello {
     llmpar_error error;
 } llmpar__mpi_hello;
 
-static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, llmpar_error *error)
+static llmpar_status llmpar__mpi_resolve(llmpar_mpi_desc *desc, int ranks, llmpar_error *error)
 {
-    if (desc->comm_slice > (size_t)1 << 30) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB) to 1 GiB", (unsigned long long)desc->comm_slice);
+    if (desc->comm_slice && (desc->comm_slice > (size_t)1 << 30 || desc->comm_slice < 8 * (size_t)ranks))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: comm_slice = %llu bytes, expected 0 (16 MiB), or 8 bytes a rank to 1 GiB", (unsigned long long)desc->comm_slice);
     if (!(desc->deadline >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: deadline = %g seconds, expected 0 (none) or more", desc->deadline);
     if (!(desc->heartbeat >= 0) || !(desc->silence >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: heartbeat = %g and silence = %g seconds, expected 0 (0.5, 5) or more", desc->heartbeat, desc->silence);
     if (desc->direct < 0 || desc->direct > 256) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "mpi: direct = %d ranks, expected 0 (16) to 256", (int)desc->direct);
@@ -7693,7 +7704,7 @@ static MPI_Request *llmpar__mpi_requests(llmpar_heap *heap, size_t count)
 static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llmpar_error *error)
 {
     size_t n = (size_t)world->ranks;
-    llmpar_status st = llmpar__mpi_resolve(&world->desc, error);
+    llmpar_status st = llmpar__mpi_resolve(&world->desc, (int)world->ranks, error);
     if (st) return st;
     for (int32_t k = 1; k < world->ranks; k *= 2) world->beats++;
     world->inboxes = world->desc.direct < world->ranks ? world->desc.direct : world->ranks;
@@ -7704,8 +7715,10 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
     world->failed.request = llmpar__mpi_requests(world->heap, n);
     world->finished.request = llmpar__mpi_requests(world->heap, n);
-    world->bye.request = llmpar__mpi_requests(world->heap, n);
-    if (!world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+    world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
+    world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
+    world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, world->bucket_bytes, 1);
+    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
     for (int32_t i = 0; i < world->ranks; i++) {
@@ -7801,6 +7814,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->finished.request);
     llmpar_heap_free(heap, world->bye.request);
     llmpar_heap_free(heap, world->scratch);
+    llmpar_heap_free(heap, world->bucket);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(heap, world);
@@ -7838,6 +7852,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->standing = world->dropped = MPI_REQUEST_NULL;
     world->last_look = world->last_beat = llmpar__mpi_now();
     world->next_context = 1;
+    world->owner = pthread_self();
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
     code = MPI_Comm_dup(from, &world->data);
@@ -7914,16 +7929,22 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, si
 static int llmpar__mpi_all(const llmpar_mpi_world *world, int bye)
 {
     for (int32_t i = 0; i < world->ranks; i++)
-        if (i != world->rank && !(bye ? world->peer[i].bye : world->peer[i].finished)) return 0;
+        if (i != world->rank && !(bye ? world->peer[i].bye && world->peer[i].flushed : world->peer[i].finished)) return 0;
     return 1;
+}
+
+static void llmpar__mpi_flush(llmpar_mpi_world *world)
+{
+    for (int32_t i = 0; i < world->ranks; i++)
+        if (i != world->rank && MPI_Isend(world->outbox.payload, 0, MPI_BYTE, (int)i, LLMPAR__MPI_LAST_TAG, world->data, &world->bye.request[world->ranks + i])) world->bye.request[world->ranks + i] = MPI_REQUEST_NULL;
 }
 
 static int llmpar__mpi_sent(llmpar_mpi_world *world)
 {
     int done = 1, all = 1;
-    llmpar__mpi_cast *const cast[3] = { &world->failed, &world->finished, &world->bye };
-    for (int32_t i = 0; i < 3 * world->ranks; i++) {
-        MPI_Request *request = &cast[i / world->ranks]->request[i % world->ranks];
+    int32_t n = world->ranks;
+    for (int32_t i = 0; i < 4 * n; i++) {
+        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : &world->bye.request[i - 2 * n];
         if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
     }
     for (int32_t i = 0; i < world->beats; i++)
@@ -7943,8 +7964,9 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         llmpar__mpi_idle(world);
     }
     if (llmpar__mpi_all(world, 0)) {
-        if (world->aborted) world->draining = 1;
+        world->draining = 1;
         llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
+        llmpar__mpi_flush(world);
         double limit = llmpar__mpi_now() + 10;
         int done = 0;
         while (!done && llmpar__mpi_now() < limit) {
@@ -7980,6 +8002,7 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 }
 
 #undef LLMPAR__MPI_NOTE_TAG
+#undef LLMPAR__MPI_LAST_TAG
 #undef LLMPAR__MPI_LOOK
 #undef LLMPAR__MPI_ATTENTION
 
@@ -8120,33 +8143,43 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 
 /* ---- data ---- */
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call)
+/* Waits until at most `most` messages are under way. */
+static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *call, int32_t most)
 {
     llmpar_mpi_world *world = tc->world;
     llmpar__mpi_wait wait;
     llmpar_status st = LLMPAR_OK;
     MPI_Status status[LLMPAR__MPI_BATCH];
-    int finished[LLMPAR__MPI_BATCH], count, left = (int)world->posted;
-    if (left) llmpar__mpi_wait_begin(&wait, world);
-    while (left && !st) {
+    int finished[LLMPAR__MPI_BATCH], count;
+    if (world->posted > most) llmpar__mpi_wait_begin(&wait, world);
+    while (world->posted > most && !st) {
         pthread_mutex_lock(&world->lock);
         int code = MPI_Testsome((int)world->posted, world->request, &count, finished, status);
         if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Testsome", code);
-        else if (count > 0) left -= count; /* those requests are null now */
-        if (left && !st) {
-            int32_t missing = -1;
+        int32_t left = 0, missing = -1;
+        for (int32_t i = 0; i < world->posted && !st; i++) {
+            if (world->request[i] == MPI_REQUEST_NULL) continue;
+            world->request[left] = world->request[i];
+            world->from[left++] = world->from[i];
+        }
+        if (!st) world->posted = left;
+        if (left > most && !st) {
             llmpar__mpi_look(world);
-            for (int32_t i = 0; i < world->posted && missing < 0; i++)
-                if (world->request[i] != MPI_REQUEST_NULL && world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
+            for (int32_t i = 0; i < left && missing < 0; i++)
+                if (world->from[i] >= 0 && world->peer[world->from[i]].finished) missing = world->from[i];
             st = llmpar__mpi_hopeless(tc, call, &wait, missing);
         }
         pthread_mutex_unlock(&world->lock);
-        if (left && !st) llmpar__mpi_pause(world, &wait);
+        if (world->posted > most && !st) llmpar__mpi_pause(world, &wait);
     }
-    if (st) llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
-    world->posted = 0;
+    if (st) {
+        llmpar__mpi_settle(tc, call, st, world->request, world->from, world->posted);
+        world->posted = 0;
+    }
     return st;
 }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
@@ -8154,7 +8187,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
     while (bytes) {
         size_t now = bytes < world->desc.comm_slice ? bytes : world->desc.comm_slice;
         if (world->posted == LLMPAR__MPI_BATCH) {
-            llmpar_status st = llmpar__mpi_complete(tc, call);
+            llmpar_status st = llmpar__mpi_until(tc, call, LLMPAR__MPI_BATCH - 1);
             if (st) return st;
         }
         MPI_Request *request = &world->request[world->posted];
@@ -8209,8 +8242,8 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < count; i++) {
             const llmpar__mpi_header *in = &world->inbox[i];
             if (world->meeting[i] != MPI_REQUEST_NULL || in->call.op == LLMPAR_CALL_NONE) continue;
-            if (in->context != world->outbox.context) other = &in->call;
-            else if (!tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint) odd = &in->call;
+            if (in->context != world->outbox.context && !other) other = &in->call;
+            else if (in->context == world->outbox.context && !tc->comm.unchecked && in->fingerprint != world->outbox.fingerprint && !odd) odd = &in->call;
         }
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
         if (!st && left) {
@@ -8490,7 +8523,8 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. */
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
+   never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
@@ -8498,8 +8532,12 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
     for (size_t k = 1; k < n && !st; k++) {
         size_t to = (r + k) % n, from = (r + n - k) % n;
         for (size_t b = 0; b < blocks && !st; b++) {
-            st = llmpar__mpi_post(tc, call, 1, (int32_t)from, recv + (b * n + from) * part, part);
-            if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part, part);
+            char *in = recv + (b * n + from) * part, *out = (char *)(uintptr_t)send + (all_to_all ? b * n + to : b) * part;
+            for (size_t at = 0; at < part && !st; at += tc->world->desc.comm_slice) {
+                size_t now = llmpar__mpi_min(tc->world->desc.comm_slice, part - at);
+                st = llmpar__mpi_post(tc, call, 1, (int32_t)from, in + at, now);
+                if (!st) st = llmpar__mpi_post(tc, call, 0, (int32_t)to, out + at, now);
+            }
         }
     }
     return st ? st : llmpar__mpi_complete(tc, call);
@@ -11296,10 +11334,12 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
     if (llmpar__redistribute_overlap(source, in_bytes, target, out_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, source, in_bytes) || llmpar__redistribute_overlap(scratch, scratch_bytes, target, out_bytes))
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
-    char tag[64];
+    char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
     size_t used = 0;
-    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute request %016llx %s", (unsigned long long)plan->fingerprint, name);
-    llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag); /* compares the tags */
+    llmpar_dtensor_placements(&plan->from, before, sizeof before);
+    llmpar_dtensor_placements(to, after, sizeof after);
+    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
+    llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag);
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
     if (!st && out_bytes && !llmpar__redistribute_needs(&pair, mesh->coordinate, 0)) { /* Partial(sum) whose value stands at coordinate 0 */
