@@ -133,6 +133,13 @@ TEST(bad_descs)
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "the deadline is not a number");
     desc.deadline = 0;
+    char path[1200];
+    memset(path, 'x', sizeof path);
+    path[sizeof path - 1] = 0;
+    desc.record = path;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "record: a path of 1199 bytes");
+    desc.record = NULL;
     desc.cpu = "avx3";
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_CONFIG);
     CHECK_TEXT(error.text, "cpu \"avx3\" is not a dispatch level (portable, avx2, avx512");

@@ -151,6 +151,14 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
     }
 }
 
+/* The other end has failed and taken its side back: it held the lock until the failure was there for all to see. */
+static llmpar_status llmpar__threads_withdrawn(llmpar__threads_comm *tc, const llmpar_call *call)
+{
+    pthread_mutex_lock(&tc->world->lock);
+    pthread_mutex_unlock(&tc->world->lock);
+    return llmpar__threads_failed(tc, llmpar__threads_check(tc, call));
+}
+
 /* One direction between two ranks; see the phases at llmpar__threads_channel. Runs as a host call. */
 static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpar__threads_call *call)
 {
@@ -175,13 +183,11 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         channel->mismatch = 0;
         llmpar__threads_step(tc, channel, step, step + 1);
         st = llmpar__threads_await(tc, &call->what, channel, step + 1, call->what.peer, 1);
+        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == 0xffffffffu) return llmpar__threads_withdrawn(tc, &call->what);
         if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, &call->what, channel, step + 2, call->what.peer, 0);
     } else {
         st = llmpar__threads_await(tc, &call->what, channel, step, call->what.peer, 1);
-        if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) { /* the sender has failed and taken its message back */
-            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, &call->what));
-            return st;
-        }
+        if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) return llmpar__threads_withdrawn(tc, &call->what);
         if (!st) {
             const llmpar__threads_call *from = &channel->sender;
             channel->receiver = *call;

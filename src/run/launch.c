@@ -25,6 +25,7 @@
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
 #define LLMPAR__LAUNCH_DEADLINE 600.0
+#define LLMPAR__LAUNCH_PATH 999
 
 typedef struct llmpar__launch_rank {
     llmpar_ctx ctx;
@@ -43,7 +44,7 @@ typedef struct llmpar__launch_job {
     llmpar_heap heap; /* of the launching thread; the ranks' splits use it under the world's lock, and whoever frees the job */
     llmpar_threads_world *world;
     llmpar__launch_rank *rank;
-    char record[1000];  /* directory, "" = none */
+    char record[LLMPAR__LAUNCH_PATH + 1]; /* directory, "" = none */
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
@@ -274,6 +275,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
+    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if (!desc->threads) desc->threads = 1;
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
@@ -409,3 +411,4 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 #undef LLMPAR__LAUNCH_STACK
 #undef LLMPAR__LAUNCH_MAX_RANKS
 #undef LLMPAR__LAUNCH_DEADLINE
+#undef LLMPAR__LAUNCH_PATH
