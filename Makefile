@@ -16,7 +16,7 @@ EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 # Where there is a C++ compiler.
 CXX_EXAMPLES := $(if $(shell command -v $(CXX)),$(patsubst examples/%.cc,build/%,$(wildcard examples/*.cc)))
 BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
-SUITE := $(or $(TEST),$(filter-out test_exact,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
+SUITE := $(or $(TEST),$(filter-out test_exact test_mpi%,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
 # What ThreadSanitizer has something to find in: rank threads and worker pools.
 THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h' tests/test_*.c))))
@@ -29,6 +29,7 @@ help:
 	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
+	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-tsan     the suite under ThreadSanitizer'
@@ -83,6 +84,17 @@ build/%: examples/%.cc build/examples/llmpar.o
 	@mkdir -p $(@D)
 	$(CXX) -O2 -g -DLLMPAR__IMPLEMENTED -I. $< build/examples/llmpar.o -o $@ $(LDLIBS)
 
+# The same programs with MPI processes as ranks: mpirun -n 4 build/train_llama_mpi ...
+MPICC = $(firstword $(shell command -v mpicc.openmpi mpicc) mpicc)
+build/examples/llmpar_mpi.o: llmpar.h
+	@mkdir -p $(@D)
+	$(MPICC) -O3 -g -x c -DLLMPAR_IMPLEMENTATION -DLLMPAR_USE_MPI -c $< -o $@
+
+MPI_EXAMPLES := build/train_llama_mpi build/generate_mpi
+$(MPI_EXAMPLES): build/%_mpi: examples/%.c build/examples/llmpar_mpi.o $(wildcard examples/common/*.h)
+	@mkdir -p $(@D)
+	$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -I. $< build/examples/llmpar_mpi.o -o $@ $(LDLIBS)
+
 $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -Ibuild/dev $^ -o $@ $(LDLIBS)
@@ -128,6 +140,9 @@ $(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(t
 $(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))
 $(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
 $(eval $(call configuration,musl,build/dev,musl-gcc,-O1 -g -static,musl-gcc -O2 -g $(WARN) -x c))
+
+$(eval $(call configuration,mpi,build/dev,$(MPICC) -DLLMPAR_USE_MPI,-O1 -g,$(MPICC) -DLLMPAR_USE_MPI $(OPT) -g $(WARN) -x c))
+$(eval $(call configuration,mpich,build/dev,mpicc.mpich -DLLMPAR_USE_MPI,-O1 -g,mpicc.mpich -DLLMPAR_USE_MPI $(OPT) -g $(WARN) -x c))
 
 # Module by module: extern instead of static between them, one object each.
 SEPARATE := $(MODULES:src/%.c=build/separate/%.o)
@@ -185,6 +200,21 @@ run-ported:
 
 test-exact: build/plain/test_exact
 	@tests/run.sh build/plain test_exact
+
+# 1, 2 and 4 processes, a sample of the faults; test-mpi-full: 8 processes, both MPIs, every fault, five minutes of random delays.
+MPI_PROGRAMS = test_mpi test_mpi_life test_mpi_fault test_exact
+build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/train_llama
+build-mpich-programs: $(MPI_PROGRAMS:%=build/mpich/%)
+build/mpi/train_llama: examples/train_llama.c build/mpi/llmpar.o
+	@$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -Ibuild/dev -Iexamples $^ -o $@ $(LDLIBS)
+test-mpi:
+	@tests/need.sh $(MPICC) 'openmpi-bin libopenmpi-dev' -- $(MAKE) --no-print-directory run-mpi-quick
+run-mpi-quick: build-mpi-programs
+	@tests/mpi.sh quick
+test-mpi-full:
+	@tests/need.sh $(MPICC) 'openmpi-bin libopenmpi-dev' -- tests/need.sh mpicc.mpich mpich -- $(MAKE) --no-print-directory run-mpi-full
+run-mpi-full: build-mpi-programs build-mpich-programs
+	@tests/mpi.sh full
 
 test-plant:
 	@tests/plant/run.sh
@@ -251,7 +281,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -200,6 +200,9 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
 
 static inline void train_check(const llmpar_ctx *ctx, void *user) { ((train_job *)user)->result->live[ctx->rank] = ctx->heap.live; }
 
+/* Under mpirun: a job of as many ranks as there are processes runs on them, any other on rank threads of each. Local files of the former are rank 0's. */
+static inline int train_on_mpi(const train_result *result) { return test_world > 1 && result->ranks == test_world; }
+
 /* Runs the job; defaults: B = 16, T = 24, TRAIN_STEPS steps. The caller frees *result. */
 static inline void train_run(train_job *job, train_result *result)
 {
@@ -220,6 +223,13 @@ static inline void train_run(train_job *job, train_result *result)
         snprintf(job->directory, sizeof job->directory, "%.200s/llmpar-train-XXXXXX", root && root[0] ? root : "/tmp");
         if (!mkdtemp(job->directory)) { TEST_FAIL("cannot make %s", job->directory); return; }
     }
+#ifdef LLMPAR_USE_MPI
+    launch.transport = train_on_mpi(result) ? LLMPAR_TRANSPORT_MPI : LLMPAR_TRANSPORT_THREADS;
+    if (job->keep_files && train_on_mpi(result)) {
+        if (test_rank) rmdir(job->directory);
+        MPI_Bcast(job->directory, (int)sizeof job->directory, MPI_BYTE, 0, MPI_COMM_WORLD);
+    }
+#endif
     launch.ranks = result->ranks;
     launch.threads = job->threads;
     launch.cpu = job->cpu;
@@ -228,7 +238,7 @@ static inline void train_run(train_job *job, train_result *result)
     launch.log = train_quiet;
     launch.check = train_check;
     result->status = llmpar_launch(&launch, train_rank, job, &result->error);
-    if (!job->keep_files) return;
+    if (!job->keep_files || (train_on_mpi(result) && test_rank)) return;
     for (int i = 0; i < TRAIN_FILES; i++) {
         train_path(job, i, path);
         result->file[i] = train_read(path);
@@ -282,16 +292,17 @@ static inline int train_same(const char *name, const train_result *got, const tr
     int before = test_failures;
     if (got->status) { TEST_FAIL("%s: rank %d: %s: %s", name, (int)got->error.rank, llmpar_status_string(got->status), got->error.text); return 0; }
     for (int r = 0; r < got->ranks; r++) {
+        if (train_on_mpi(got) && r != test_rank) continue;
         if (got->live[r]) TEST_FAIL("%s: rank %d: %llu bytes left", name, r, (unsigned long long)got->live[r]);
         for (int i = 0; i < want->steps; i++) {
-            const llmpar_step *g = &got->step[r][i], *w = &want->step[0][i];
+            const llmpar_step *g = &got->step[r][i], *w = &want->step[train_on_mpi(want) ? test_rank : 0][i];
             if (!memcmp(&g->loss, &w->loss, sizeof g->loss) && !memcmp(&g->grad_norm, &w->grad_norm, sizeof g->grad_norm) && g->tokens == w->tokens && g->step == w->step && g->skipped == w->skipped) continue;
             TEST_FAIL("%s: rank %d step %d: loss %.17g norm %.17g tokens %lld, expected loss %.17g norm %.17g tokens %lld", name, r, i + 1, g->loss, g->grad_norm, (long long)g->tokens, w->loss, w->grad_norm, (long long)w->tokens);
             r = got->ranks;
             break;
         }
     }
-    for (int i = 0; i < TRAIN_FILES; i++) {
+    for (int i = 0; i < TRAIN_FILES && !(train_on_mpi(got) && test_rank); i++) {
         if (!want->file[i].data || !got->file[i].data) { if (want->file[i].data || got->file[i].data) TEST_FAIL("%s: no %s", name, train_file_name[i]); continue; }
         if (got->file[i].bytes == want->file[i].bytes && !memcmp(got->file[i].data, want->file[i].data, want->file[i].bytes)) continue;
         train_difference(&got->file[i], &want->file[i], text, sizeof text);

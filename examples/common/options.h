@@ -74,9 +74,19 @@ __attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_l
     if (level == LLMPAR_LOG_ERROR) fprintf(stderr, "rank %d %s\n", rank, line);
 }
 
+/* Under mpirun every process comes here with the same error: one of them prints it. */
+__attribute__((unused)) static int is_first_process(void)
+{
+    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (getenv(names[i]) && strcmp(getenv(names[i]), "0")) return 0;
+    return 1;
+}
+
 /* "train_llama: rank 3 (dp_shard=1 tp=1): ..."; returns 1. */
 __attribute__((unused)) static int print_error(const char *program, const llmpar_error *error)
 {
+    if (!is_first_process()) return 1;
     if (error->rank >= 0 && error->where[0]) fprintf(stderr, "%s: rank %d (%s): %s\n", program, (int)error->rank, error->where, error->text);
     else fprintf(stderr, "%s: %s\n", program, error->text);
     return 1;

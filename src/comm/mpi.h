@@ -34,6 +34,8 @@ LLMPAR_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
 LLMPAR_API llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
 /* Makes *error the job's failure, if it is the first, and tells all ranks. Local. */
 LLMPAR_API void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error);
+/* The job's failure as far as this rank knows, status OK if none. Local. */
+LLMPAR_API void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out);
 /* This rank is done. Waits until all are; after a failure at most `grace` seconds (0: 3). *root (may be NULL): the job's root error, the same on all ranks that end in order, else status OK.
    1: all ranks have come here and MPI may be finalised; 0: some rank is dead or stuck, and only MPI_Abort ends the job. */
 LLMPAR_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root);

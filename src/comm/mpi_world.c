@@ -96,6 +96,13 @@ LLMPAR_DEF void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_erro
     pthread_mutex_unlock(&world->lock);
 }
 
+LLMPAR_DEF void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out)
+{
+    pthread_mutex_lock(&world->lock);
+    *out = world->failure;
+    pthread_mutex_unlock(&world->lock);
+}
+
 static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *note)
 {
     if (note->rank < 0 || note->rank >= world->ranks) return;

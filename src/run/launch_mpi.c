@@ -92,7 +92,9 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         error.status = st;
         if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
         if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
-        if (st == LLMPAR_ERR_PEER || st == LLMPAR_ERR_TIMEOUT || st == LLMPAR_ERR_MISMATCH) llmpar_log(ctx, LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
+        llmpar_mpi_world_error(world, root);
+        int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
+        if (root->rank != ctx->rank && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
     }
     int orderly = llmpar_mpi_world_finish(world, 0, root);
     llmpar__launch_clear(ctx);

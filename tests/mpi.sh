@@ -1,0 +1,116 @@
+#!/bin/bash
+# tests/mpi.sh quick|full: the test programs of build/mpi (Open MPI) and, full, build/mpich under mpirun; then the faults. One line a run, the sum as the last line.
+# A rank that dies takes the others with it at once where mpirun sees to that; these runs ask it to leave the job alone, so that the others can report.
+full=$1
+out=build/mpi/runs
+rm -rf $out
+mkdir -p $out
+passed=0 failed=0
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 LC_ALL=C
+openmpi=$(command -v mpirun.openmpi || command -v mpirun)
+
+# launch MPI RANKS PROGRAM ARGS...
+launch()
+{
+    local mpi=$1 ranks=$2
+    shift 2
+    if [ "$mpi" = mpich ]; then timeout -k 5 ${limit:-600} mpirun.mpich $patient -n "$ranks" "$@"
+    else timeout -k 5 ${limit:-600} "$openmpi" $patient -n "$ranks" "$@"; fi
+}
+
+verdict() # NAME COUNT CODE LOG: COUNT tests of NAME have passed if CODE is 0
+{
+    if [ "$3" -eq 0 ]; then passed=$((passed + $2)); printf '%-44s ok, %d s\n' "$1" $((SECONDS - start))
+    else failed=$((failed + 1)); printf '%-44s FAILED\n' "$1"; sed 's/^/    /' "$4" | grep -v '^ *---*$' | tail -n 25; fi
+}
+
+# program MPI RANKS NAME ARGS...: counts its own "N passed, N failed"
+program()
+{
+    local mpi=$1 ranks=$2 name=$3 folder=build/mpi log code count
+    [ "$mpi" = mpich ] && folder=build/mpich
+    shift 3
+    log=$out/$mpi.$ranks.$name.$*.log
+    start=$SECONDS
+    launch "$mpi" "$ranks" $folder/$name "$@" >"$log" 2>&1
+    code=$?
+    count=$(sed -n -E 's/^([0-9]+) passed, 0 failed.*/\1/p' "$log" | tail -n 1)
+    [ -n "$count" ] || code=1
+    verdict "$mpi, $ranks: $name $*" "${count:-0}" $code "$log"
+}
+
+# fault MPI HOW PLACE: four ranks, one of them is the victim; every other one has to say who failed and where all were, within 10 s
+fault()
+{
+    local mpi=$1 how=$2 place=$3 folder=build/mpi victim=$(($3 % 4)) dir code bad=0 r text
+    [ "$mpi" = mpich ] && folder=build/mpich patient=-disable-auto-cleanup || patient="--mca orte_abort_on_non_zero_status 0"
+    dir=$out/$mpi.$how.$place
+    mkdir -p $dir
+    start=$SECONDS
+    limit=60 launch $mpi 4 $folder/test_mpi_fault $how $place $victim $dir >$dir/log 2>&1
+    code=$?
+    patient=
+    if [ $code -eq 0 ]; then echo "the job ended with exit code 0" >>$dir/log; bad=1; fi
+    if [ $code -eq 124 ] || [ $code -eq 137 -a $((SECONDS - start)) -gt 55 ]; then echo "the job did not end" >>$dir/log; bad=1; fi
+    for r in 0 1 2 3; do
+        [ $r -ne $victim ] || continue
+        text=$(head -n 1 $dir/rank_$r 2>/dev/null)
+        if ! echo "$text" | awk '{ exit !($1 >= 0 && $1 <= 10) }'; then echo "rank $r reported after more than 10 s, or not: $text" >>$dir/log; bad=1; fi
+        case $how in
+        error) want="this rank gives up" ;;
+        loop) want="waited 5 s\|no sign of life" ;;
+        *) want="no sign of life from rank $victim\|waited 5 s" ;;
+        esac
+        for part in "$want" "rank $victim (" "dp_shard=" "tp=" "layers.3/" "last completed" "(call\|(message"; do
+            echo "$text" | grep -q "$part" || { echo "rank $r does not say \"$part\": $text" >>$dir/log; bad=1; }
+        done
+    done
+    verdict "$mpi: $how, place $place, rank $victim" 1 $bad $dir/log
+}
+
+# Training with processes as ranks gives the bytes of thread ranks.
+train()
+{
+    local options="--model tiny --data README.md --dp-shard 2 --tp 2 --steps 3 --seq-len 64 --batch 8" bad=0
+    start=$SECONDS
+    build/mpi/train_llama $options --save $out/threads >$out/train.log 2>&1 || bad=1
+    launch openmpi 4 build/mpi/train_llama $options --save $out/processes >$out/train.mpi.log 2>&1 || bad=1
+    cmp $out/threads/model.safetensors $out/processes/model.safetensors >>$out/train.mpi.log 2>&1 || bad=1
+    [ "$(grep -c '^step:' $out/train.mpi.log)" = "$(grep -c '^step:' $out/train.log)" ] || { echo "not only rank 0 prints" >>$out/train.mpi.log; bad=1; }
+    verdict "train_llama on 4 processes and on 4 threads" 1 $bad $out/train.mpi.log
+    start=$SECONDS bad=0
+    launch openmpi 2 build/mpi/train_llama $options >$out/wrong.log 2>&1 && bad=1
+    grep -q 'ranks = 4, but there are 2 MPI processes' $out/wrong.log || bad=1
+    verdict "train_llama --dp-shard 2 --tp 2 on 2 processes" 1 $bad $out/wrong.log
+}
+
+soak()
+{
+    start=$SECONDS
+    launch $1 4 $3/test_mpi_fault soak $2 >$out/soak.$1.log 2>&1
+    verdict "$1: $2 s of random delays" 1 $? $out/soak.$1.log
+}
+
+for case in own single abroad; do program openmpi 2 test_mpi_life $case; done
+train
+if [ "$full" != full ]; then
+    for n in 1 2 4; do program openmpi $n test_mpi; done
+    for n in 1 2 4; do LLMPAR_TEST_QUICK=1 program openmpi $n test_exact matrix; done
+    for sample in "error 5" "exit 8" "kill 22" "stop 17" "loop 13"; do fault openmpi $sample; done
+    soak openmpi 8 build/mpi
+else
+    export LLMPAR_TEST_FULL=1
+    for n in 1 2 3 4 5 6 7 8; do program openmpi $n test_mpi; done
+    for n in 1 2 4; do LLMPAR_TEST_FULL= program openmpi $n test_exact; done
+    LLMPAR_TEST_FULL= LLMPAR_TEST_QUICK=1 program openmpi 8 test_exact
+    for case in own single abroad; do program mpich 2 test_mpi_life $case; done
+    for n in 1 2; do program mpich $n test_mpi; LLMPAR_TEST_FULL= program mpich $n test_exact; done
+    for how in error exit kill stop loop; do
+        for place in $(seq 0 $(($(build/mpi/test_mpi_fault places) - 1))); do fault openmpi $how $place; done
+    done
+    for how in error exit stop loop; do for place in 3 8 17; do fault mpich $how $place; done; done
+    soak openmpi 300 build/mpi
+    soak mpich 60 build/mpich
+fi
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
