@@ -755,7 +755,7 @@ struct llmpar_comm {
     /* Local, from any rank: every rank's pending and next collective on any communicator of the job returns LLMPAR_ERR_PEER with this error's rank and text. */
     void (*abort)(llmpar_comm *comm, const llmpar_error *error);
     /* Kept by the wrappers (record.h). A table that ends before `group`, or has no record, works without being recorded. */
-    const struct llmpar_call *call;  /* during a slot: what it was asked for, described for messages; its blocks are not 0 */
+    const struct llmpar_call *call;  /* during a slot: the call of the wrapper, for messages (llmpar_call_describe) */
     struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
     int32_t group;                   /* this communicator's number there */
     int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
@@ -779,7 +779,7 @@ LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local *
 /* record: what a collective is, said the same way by every rank and every transport: a fingerprint to compare before data moves, a text to report, and a ring of each
    rank's last collectives (all of its communicators) that can be dumped as JSON with the field names of PyTorch's Flight Recorder.
 
-   The wrappers of comm.h describe each call (comm->call, for the slot), enter it in the record and mark it, on its stream, as started and as completed. A communicator
+   The wrappers of comm.h describe each call (comm->call), enter it in the record and mark it, on its stream, as started and as completed. A communicator
    attaches itself to its rank's record, compares fingerprints when its ranks meet, and reports with the functions below. One rank alone is not recorded: it waits for nobody. */
 #ifndef LLMPAR_RECORD_H
 #define LLMPAR_RECORD_H
@@ -827,6 +827,8 @@ typedef struct llmpar_record llmpar_record; /* one rank's; written by its thread
 
 /* "all_gather" and so on. */
 LLMPAR_API const char *llmpar_call_op_name(llmpar_call_op op);
+/* For slots: what this one is asked for. Its arguments, with number and rank of the call that the wrapper shows in comm->call: a slot may be called by another slot, with arguments of its own. Local. */
+LLMPAR_API void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out);
 /* Equal if and only if (up to chance) the calls belong together: op, dtype, count, blocks, root, reduce, axis, tag, number; of a message both ends instead of op, peer and number. Local. */
 LLMPAR_API uint64_t llmpar_call_fingerprint(const llmpar_call *call);
 /* `all_reduce sum f32[2 x 100] "layers.1/x" (call 17 on tp)`. Cut at capacity; returns the bytes needed without the NUL, as all printing functions here. Local. */
@@ -988,6 +990,8 @@ LLMPAR_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
 LLMPAR_API llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
 /* Makes *error the job's failure, if it is the first, and tells all ranks. Local. */
 LLMPAR_API void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error);
+/* The job's failure as far as this rank knows, status OK if none. Local. */
+LLMPAR_API void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out);
 /* This rank is done. Waits until all are; after a failure at most `grace` seconds (0: 3). *root (may be NULL): the job's root error, the same on all ranks that end in order, else status OK.
    1: all ranks have come here and MPI may be finalised; 0: some rank is dead or stuck, and only MPI_Abort ends the job. */
 LLMPAR_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root);
@@ -3952,14 +3956,17 @@ static llmpar_status llmpar__comm_completed(void *arg)
     return LLMPAR_OK;
 }
 
-/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
-static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+/* Is there a description of the call that the slot was asked for? */
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+
+LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
 {
+    const llmpar_call *shown = llmpar__comm_shown(comm);
     const char *tag = call->tag ? call->tag : "";
     size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
     memset(out, 0, sizeof *out);
     out->count = call->count;
-    out->blocks = call->blocks;
+    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
     out->op = (int32_t)op;
     out->dtype = (int32_t)call->dtype;
     out->reduce = (int32_t)call->op;
@@ -3967,7 +3974,8 @@ static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const ll
     out->peer = call->peer;
     out->member = comm->rank;
     out->members = comm->ranks;
-    out->rank = -1;
+    out->number = shown ? shown->number : 0;
+    out->rank = shown ? shown->rank : -1;
     if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
     if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
     memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
@@ -3978,6 +3986,12 @@ static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const ll
         out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
         out->tag_bits ^= out->tag_bits >> 32;
     }
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    llmpar_call_describe(comm, op, call, out);
     mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
     mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
 }
@@ -3996,7 +4010,7 @@ static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *str
 {
     llmpar_call described;
     llmpar__comm_mark mark;
-    llmpar__comm_describe(comm, op, call, &described, &mark);
+    llmpar__comm_enter(comm, op, call, &described, &mark);
     llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
     if (st) return st;
     const llmpar_call *before = llmpar__comm_show(comm, &described);
@@ -4094,7 +4108,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     llmpar__comm_mark mark;
     memset(&call, 0, sizeof call);
     call.tag = name ? name : "";
-    llmpar__comm_describe(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
     if (mark.id) llmpar_record_started(mark.record, mark.id);
     const llmpar_call *before = llmpar__comm_show(comm, &described);
     st = comm->split(comm, color, key, call.tag, out);
@@ -7072,6 +7086,14 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
     }
 }
 
+/* The other end has failed and taken its side back: it held the lock until the failure was there for all to see. */
+static llmpar_status llmpar__threads_withdrawn(llmpar__threads_comm *tc, const llmpar_call *call)
+{
+    pthread_mutex_lock(&tc->world->lock);
+    pthread_mutex_unlock(&tc->world->lock);
+    return llmpar__threads_failed(tc, llmpar__threads_check(tc, call));
+}
+
 /* One direction between two ranks; see the phases at llmpar__threads_channel. Runs as a host call. */
 static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpar__threads_call *call)
 {
@@ -7096,13 +7118,11 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         channel->mismatch = 0;
         llmpar__threads_step(tc, channel, step, step + 1);
         st = llmpar__threads_await(tc, &call->what, channel, step + 1, call->what.peer, 1);
+        if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == 0xffffffffu) return llmpar__threads_withdrawn(tc, &call->what);
         if (!st && (uint32_t)(__atomic_load_n(&channel->phase, __ATOMIC_SEQ_CST) >> 32) == step + 2) st = llmpar__threads_await(tc, &call->what, channel, step + 2, call->what.peer, 0);
     } else {
         st = llmpar__threads_await(tc, &call->what, channel, step, call->what.peer, 1);
-        if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) { /* the sender has failed and taken its message back */
-            st = llmpar__threads_failed(tc, llmpar__threads_check(tc, &call->what));
-            return st;
-        }
+        if (!st && !llmpar__threads_step(tc, channel, step + 1, step + 2)) return llmpar__threads_withdrawn(tc, &call->what);
         if (!st) {
             const llmpar__threads_call *from = &channel->sender;
             channel->receiver = *call;
@@ -7140,31 +7160,31 @@ static llmpar_status llmpar__threads_run(void *arg)
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
-/* Only the wrappers may call a slot, on a table with a place for the description. */
-static llmpar_status llmpar__threads_undescribed(llmpar_comm *comm)
-{
-    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: a slot without comm->call: table of %u bytes, expected at least %lu, and a call by llmpar_all_gather and so on", comm->axis, (unsigned)comm->size, (unsigned long)sizeof *comm);
-}
-
-/* Every slot of the table: what to do stands in comm->call. */
-static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
 {
     llmpar__threads_job job;
-    if (!comm->call) return llmpar__threads_undescribed(comm);
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
-    job.call.what = *comm->call;
+    llmpar_call_describe(comm, op, given, &job.call.what);
+    if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
     job.call.send = given->send;
     job.call.recv = given->recv;
     return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
+static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
+static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
+static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
+static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
+static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
+static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
+static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
 static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_collective call;
-    (void)tag;
     memset(&call, 0, sizeof call);
-    return llmpar__threads_enqueue(comm, stream, &call);
+    call.tag = tag;
+    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -7220,13 +7240,13 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->split = llmpar__threads_split;
     comm->destroy = llmpar__threads_destroy;
     comm->barrier = llmpar__threads_meet_all;
-    comm->all_gather = llmpar__threads_enqueue;
-    comm->reduce_scatter = llmpar__threads_enqueue;
-    comm->all_reduce = llmpar__threads_enqueue;
-    comm->broadcast = llmpar__threads_enqueue;
-    comm->all_to_all = llmpar__threads_enqueue;
-    comm->send = llmpar__threads_enqueue;
-    comm->recv = llmpar__threads_enqueue;
+    comm->all_gather = llmpar__threads_all_gather;
+    comm->reduce_scatter = llmpar__threads_reduce_scatter;
+    comm->all_reduce = llmpar__threads_all_reduce;
+    comm->broadcast = llmpar__threads_broadcast;
+    comm->all_to_all = llmpar__threads_all_to_all;
+    comm->send = llmpar__threads_send;
+    comm->recv = llmpar__threads_recv;
     comm->abort = llmpar__threads_abort;
     *out = comm;
     return LLMPAR_OK;
@@ -7238,9 +7258,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
     llmpar__threads_call call;
+    llmpar_collective given;
     memset(&call, 0, sizeof call);
-    if (!comm->call) return llmpar__threads_undescribed(comm);
-    call.what = *comm->call;
+    memset(&given, 0, sizeof given);
+    given.tag = name;
+    llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
+    if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
     mine[1] = key;
@@ -7533,6 +7556,13 @@ LLMPAR_DEF void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_erro
 {
     pthread_mutex_lock(&world->lock);
     llmpar__mpi_fail_locked(world, error);
+    pthread_mutex_unlock(&world->lock);
+}
+
+LLMPAR_DEF void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out)
+{
+    pthread_mutex_lock(&world->lock);
+    *out = world->failure;
     pthread_mutex_unlock(&world->lock);
 }
 
@@ -8674,29 +8704,12 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK; /* the device's, or told already */
-}
-
-/* The wrapper's description where there is one of this very call: a slot may be made of other slots. */
-static void llmpar__mpi_describe(const llmpar__mpi_comm *tc, llmpar_call_op op, const llmpar_collective *given, llmpar_call *out)
-{
-    if (tc->comm.call && tc->comm.call->op == (int32_t)op) {
-        *out = *tc->comm.call;
-        return;
-    }
-    memset(out, 0, sizeof *out);
-    out->op = (int32_t)op;
-    out->dtype = (int32_t)given->dtype;
-    out->reduce = (int32_t)given->op;
-    out->root = given->root;
-    out->peer = given->peer;
-    out->count = given->count;
-    out->blocks = given->blocks;
-    out->member = tc->comm.rank;
-    out->members = tc->comm.ranks;
-    out->rank = tc->world->rank;
-    memcpy(out->axis, tc->axis, sizeof out->axis);
-    memcpy(out->tag, given->tag, llmpar__mpi_min(strlen(given->tag), sizeof out->tag - 1));
+    if (st) return llmpar__mpi_failed(tc, st); /* the device's, or told already */
+    pthread_mutex_lock(&tc->world->lock);
+    llmpar__mpi_seen(tc->world, tc->world->met, 1);
+    tc->world->met = 0;
+    pthread_mutex_unlock(&tc->world->lock);
+    return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
@@ -8706,7 +8719,8 @@ static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *strea
     job.tc = (llmpar__mpi_comm *)comm->state;
     job.send = given->send;
     job.recv = given->recv;
-    llmpar__mpi_describe(job.tc, op, given, &job.call);
+    llmpar_call_describe(comm, op, given, &job.call);
+    if (job.call.rank < 0) job.call.rank = job.tc->world->rank;
     return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
 }
 
@@ -8851,7 +8865,8 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
     int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
     memset(&named, 0, sizeof named);
     named.tag = name;
-    llmpar__mpi_describe(tc, LLMPAR_CALL_SPLIT, &named, &call);
+    llmpar_call_describe(&tc->comm, LLMPAR_CALL_SPLIT, &named, &call);
+    if (call.rank < 0) call.rank = tc->world->rank;
     place[r].color = color;
     place[r].key = key;
     place[r].next_context = world->next_context;
@@ -16394,6 +16409,7 @@ LLMPAR__PRIVATE int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_r
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
 #define LLMPAR__LAUNCH_DEADLINE 600.0
+#define LLMPAR__LAUNCH_PATH 999
 
 typedef struct llmpar__launch_rank {
     llmpar_ctx ctx;
@@ -16412,7 +16428,7 @@ typedef struct llmpar__launch_job {
     llmpar_heap heap; /* of the launching thread; the ranks' splits use it under the world's lock, and whoever frees the job */
     llmpar_threads_world *world;
     llmpar__launch_rank *rank;
-    char record[1000];  /* directory, "" = none */
+    char record[LLMPAR__LAUNCH_PATH + 1]; /* directory, "" = none */
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
@@ -16643,6 +16659,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
+    if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if (!desc->threads) desc->threads = 1;
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
@@ -16778,6 +16795,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 #undef LLMPAR__LAUNCH_STACK
 #undef LLMPAR__LAUNCH_MAX_RANKS
 #undef LLMPAR__LAUNCH_DEADLINE
+#undef LLMPAR__LAUNCH_PATH
 /* ==== src/run/launch_mpi.c ==== */
 /* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
      MPI initialised, if nobody has -> world -> heap, device, communicator -> lowest dispatch level, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
@@ -16871,7 +16889,9 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         error.status = st;
         if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
         if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
-        if (st == LLMPAR_ERR_PEER || st == LLMPAR_ERR_TIMEOUT || st == LLMPAR_ERR_MISMATCH) llmpar_log(ctx, LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
+        llmpar_mpi_world_error(world, root);
+        int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
+        if (root->rank != ctx->rank && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
     }
     int orderly = llmpar_mpi_world_finish(world, 0, root);
     llmpar__launch_clear(ctx);

@@ -697,6 +697,31 @@ static llmpar_status crowd(llmpar_ctx *ctx, void *user)
 }
 TEST(many_ranks) { CHECK_OK(launch(24, crowd, NULL, NULL)); }
 
-TEST_LIST(T_(values), T_(values_lockstep), T_(counts_bytes), T_(split), T_(split_without_memory), T_(mismatch), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody),
+/* A slot made of another slot of its table, called without its wrapper and with arguments of its own. */
+static llmpar_status sum_of_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call)
+{
+    int64_t all[8] = { 0 }, sum = 0;
+    llmpar_collective gather = { .send = call->send, .recv = all, .count = 1, .dtype = LLMPAR_I64 };
+    llmpar_status st = comm->all_gather(comm, stream, &gather);
+    for (int r = 0; r < comm->ranks; r++) sum += all[r];
+    memcpy(call->recv, &sum, sizeof sum);
+    return st;
+}
+static llmpar_status slot_of_slots(llmpar_ctx *ctx, void *user)
+{
+    int64_t x = 10 + ctx->rank, y = 0;
+    (void)user;
+    llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_I64, .tag = "slots" };
+    ctx->comm->all_reduce = sum_of_all;
+    llmpar_status st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    CHECK_INT(y, 10 * 5 + 10);
+    y = 0;
+    if (!st) st = ctx->comm->all_reduce(ctx->comm, NULL, &call); /* no wrapper anywhere */
+    CHECK_INT(y, 10 * 5 + 10);
+    return st;
+}
+TEST(a_slot_calls_another) { CHECK_OK(launch(5, slot_of_slots, NULL, NULL)); }
+
+TEST_LIST(T_(a_slot_calls_another), T_(values), T_(values_lockstep), T_(counts_bytes), T_(split), T_(split_without_memory), T_(mismatch), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody),
           T_(a_rank_that_returns_while_others_wait), T_(deadline), T_(lockstep_finds_a_deadlock), T_(lockstep_runs_one_rank_at_a_time), T_(abort_by_hand), T_(random_failures), T_(wrappers_refuse),
           T_(collectives_on_a_late_device), T_(device_failure), T_(many_ranks))

@@ -311,29 +311,12 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK; /* the device's, or told already */
-}
-
-/* The wrapper's description where there is one of this very call: a slot may be made of other slots. */
-static void llmpar__mpi_describe(const llmpar__mpi_comm *tc, llmpar_call_op op, const llmpar_collective *given, llmpar_call *out)
-{
-    if (tc->comm.call && tc->comm.call->op == (int32_t)op) {
-        *out = *tc->comm.call;
-        return;
-    }
-    memset(out, 0, sizeof *out);
-    out->op = (int32_t)op;
-    out->dtype = (int32_t)given->dtype;
-    out->reduce = (int32_t)given->op;
-    out->root = given->root;
-    out->peer = given->peer;
-    out->count = given->count;
-    out->blocks = given->blocks;
-    out->member = tc->comm.rank;
-    out->members = tc->comm.ranks;
-    out->rank = tc->world->rank;
-    memcpy(out->axis, tc->axis, sizeof out->axis);
-    memcpy(out->tag, given->tag, llmpar__mpi_min(strlen(given->tag), sizeof out->tag - 1));
+    if (st) return llmpar__mpi_failed(tc, st); /* the device's, or told already */
+    pthread_mutex_lock(&tc->world->lock);
+    llmpar__mpi_seen(tc->world, tc->world->met, 1);
+    tc->world->met = 0;
+    pthread_mutex_unlock(&tc->world->lock);
+    return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
@@ -343,7 +326,8 @@ static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *strea
     job.tc = (llmpar__mpi_comm *)comm->state;
     job.send = given->send;
     job.recv = given->recv;
-    llmpar__mpi_describe(job.tc, op, given, &job.call);
+    llmpar_call_describe(comm, op, given, &job.call);
+    if (job.call.rank < 0) job.call.rank = job.tc->world->rank;
     return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
 }
 
@@ -488,7 +472,8 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
     int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
     memset(&named, 0, sizeof named);
     named.tag = name;
-    llmpar__mpi_describe(tc, LLMPAR_CALL_SPLIT, &named, &call);
+    llmpar_call_describe(&tc->comm, LLMPAR_CALL_SPLIT, &named, &call);
+    if (call.rank < 0) call.rank = tc->world->rank;
     place[r].color = color;
     place[r].key = key;
     place[r].next_context = world->next_context;

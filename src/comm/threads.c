@@ -225,31 +225,31 @@ static llmpar_status llmpar__threads_run(void *arg)
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
-/* Only the wrappers may call a slot, on a table with a place for the description. */
-static llmpar_status llmpar__threads_undescribed(llmpar_comm *comm)
-{
-    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: a slot without comm->call: table of %u bytes, expected at least %lu, and a call by llmpar_all_gather and so on", comm->axis, (unsigned)comm->size, (unsigned long)sizeof *comm);
-}
-
-/* Every slot of the table: what to do stands in comm->call. */
-static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given)
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
 {
     llmpar__threads_job job;
-    if (!comm->call) return llmpar__threads_undescribed(comm);
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
-    job.call.what = *comm->call;
+    llmpar_call_describe(comm, op, given, &job.call.what);
+    if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
     job.call.send = given->send;
     job.call.recv = given->recv;
     return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
+static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
+static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
+static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
+static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
+static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
+static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
+static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
 static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_collective call;
-    (void)tag;
     memset(&call, 0, sizeof call);
-    return llmpar__threads_enqueue(comm, stream, &call);
+    call.tag = tag;
+    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -305,13 +305,13 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->split = llmpar__threads_split;
     comm->destroy = llmpar__threads_destroy;
     comm->barrier = llmpar__threads_meet_all;
-    comm->all_gather = llmpar__threads_enqueue;
-    comm->reduce_scatter = llmpar__threads_enqueue;
-    comm->all_reduce = llmpar__threads_enqueue;
-    comm->broadcast = llmpar__threads_enqueue;
-    comm->all_to_all = llmpar__threads_enqueue;
-    comm->send = llmpar__threads_enqueue;
-    comm->recv = llmpar__threads_enqueue;
+    comm->all_gather = llmpar__threads_all_gather;
+    comm->reduce_scatter = llmpar__threads_reduce_scatter;
+    comm->all_reduce = llmpar__threads_all_reduce;
+    comm->broadcast = llmpar__threads_broadcast;
+    comm->all_to_all = llmpar__threads_all_to_all;
+    comm->send = llmpar__threads_send;
+    comm->recv = llmpar__threads_recv;
     comm->abort = llmpar__threads_abort;
     *out = comm;
     return LLMPAR_OK;
@@ -323,9 +323,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
     llmpar__threads_call call;
+    llmpar_collective given;
     memset(&call, 0, sizeof call);
-    if (!comm->call) return llmpar__threads_undescribed(comm);
-    call.what = *comm->call;
+    memset(&given, 0, sizeof given);
+    given.tag = name;
+    llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
+    if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     mine[0] = color;
     mine[1] = key;

@@ -56,14 +56,17 @@ static llmpar_status llmpar__comm_completed(void *arg)
     return LLMPAR_OK;
 }
 
-/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
-static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+/* Is there a description of the call that the slot was asked for? */
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+
+LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
 {
+    const llmpar_call *shown = llmpar__comm_shown(comm);
     const char *tag = call->tag ? call->tag : "";
     size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
     memset(out, 0, sizeof *out);
     out->count = call->count;
-    out->blocks = call->blocks;
+    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
     out->op = (int32_t)op;
     out->dtype = (int32_t)call->dtype;
     out->reduce = (int32_t)call->op;
@@ -71,7 +74,8 @@ static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const ll
     out->peer = call->peer;
     out->member = comm->rank;
     out->members = comm->ranks;
-    out->rank = -1;
+    out->number = shown ? shown->number : 0;
+    out->rank = shown ? shown->rank : -1;
     if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
     if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
     memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
@@ -82,6 +86,12 @@ static void llmpar__comm_describe(llmpar_comm *comm, llmpar_call_op op, const ll
         out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
         out->tag_bits ^= out->tag_bits >> 32;
     }
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    llmpar_call_describe(comm, op, call, out);
     mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
     mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
 }
@@ -100,7 +110,7 @@ static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *str
 {
     llmpar_call described;
     llmpar__comm_mark mark;
-    llmpar__comm_describe(comm, op, call, &described, &mark);
+    llmpar__comm_enter(comm, op, call, &described, &mark);
     llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
     if (st) return st;
     const llmpar_call *before = llmpar__comm_show(comm, &described);
@@ -198,7 +208,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     llmpar__comm_mark mark;
     memset(&call, 0, sizeof call);
     call.tag = name ? name : "";
-    llmpar__comm_describe(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
     if (mark.id) llmpar_record_started(mark.record, mark.id);
     const llmpar_call *before = llmpar__comm_show(comm, &described);
     st = comm->split(comm, color, key, call.tag, out);

@@ -58,7 +58,7 @@ struct llmpar_comm {
     /* Local, from any rank: every rank's pending and next collective on any communicator of the job returns LLMPAR_ERR_PEER with this error's rank and text. */
     void (*abort)(llmpar_comm *comm, const llmpar_error *error);
     /* Kept by the wrappers (record.h). A table that ends before `group`, or has no record, works without being recorded. */
-    const struct llmpar_call *call;  /* during a slot: what it was asked for, described for messages; its blocks are not 0 */
+    const struct llmpar_call *call;  /* during a slot: the call of the wrapper, for messages (llmpar_call_describe) */
     struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
     int32_t group;                   /* this communicator's number there */
     int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */

@@ -1,7 +1,7 @@
 /* record: what a collective is, said the same way by every rank and every transport: a fingerprint to compare before data moves, a text to report, and a ring of each
    rank's last collectives (all of its communicators) that can be dumped as JSON with the field names of PyTorch's Flight Recorder.
 
-   The wrappers of comm.h describe each call (comm->call, for the slot), enter it in the record and mark it, on its stream, as started and as completed. A communicator
+   The wrappers of comm.h describe each call (comm->call), enter it in the record and mark it, on its stream, as started and as completed. A communicator
    attaches itself to its rank's record, compares fingerprints when its ranks meet, and reports with the functions below. One rank alone is not recorded: it waits for nobody. */
 #ifndef LLMPAR_RECORD_H
 #define LLMPAR_RECORD_H
@@ -51,6 +51,8 @@ typedef struct llmpar_record llmpar_record; /* one rank's; written by its thread
 
 /* "all_gather" and so on. */
 LLMPAR_API const char *llmpar_call_op_name(llmpar_call_op op);
+/* For slots: what this one is asked for. Its arguments, with number and rank of the call that the wrapper shows in comm->call: a slot may be called by another slot, with arguments of its own. Local. */
+LLMPAR_API void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out);
 /* Equal if and only if (up to chance) the calls belong together: op, dtype, count, blocks, root, reduce, axis, tag, number; of a message both ends instead of op, peer and number. Local. */
 LLMPAR_API uint64_t llmpar_call_fingerprint(const llmpar_call *call);
 /* `all_reduce sum f32[2 x 100] "layers.1/x" (call 17 on tp)`. Cut at capacity; returns the bytes needed without the NUL, as all printing functions here. Local. */
