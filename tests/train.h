@@ -15,7 +15,7 @@ typedef struct train_bytes { unsigned char *data; size_t bytes; } train_bytes;
 typedef struct train_result {
     llmpar_status status;
     llmpar_error error;                         /* of the launch */
-    int ranks, steps;
+    int ranks, steps, on_mpi;
     llmpar_step step[TRAIN_RANKS][TRAIN_STEPS]; /* as told to each rank */
     llmpar_status rank_status[TRAIN_RANKS];     /* what each rank's own function ended with */
     uint64_t live[TRAIN_RANKS];                 /* bytes on a rank's heap after its clean-up */
@@ -32,7 +32,7 @@ typedef struct train_job {
     llmpar_dtype dtype;
     int64_t batch, seq_len;
     uint64_t memory_limit;
-    int keep_files;
+    int keep_files, on_threads;                 /* on_threads: not on MPI processes */
     llmpar_sequence_fn sequence;                /* default train_sequence */
     void *sequence_user;
     /* Hooks, on the rank's thread: before anything else; when the trainer exists; when all is destroyed. NULL: none. */
@@ -201,7 +201,7 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
 static inline void train_check(const llmpar_ctx *ctx, void *user) { ((train_job *)user)->result->live[ctx->rank] = ctx->heap.live; }
 
 /* Under mpirun: a job of as many ranks as there are processes runs on them, any other on rank threads of each. Local files of the former are rank 0's. */
-static inline int train_on_mpi(const train_result *result) { return test_world > 1 && result->ranks == test_world; }
+static inline int train_on_mpi(const train_result *result) { return result->on_mpi; }
 
 /* Runs the job; defaults: B = 16, T = 24, TRAIN_STEPS steps. The caller frees *result. */
 static inline void train_run(train_job *job, train_result *result)
@@ -224,6 +224,7 @@ static inline void train_run(train_job *job, train_result *result)
         if (!mkdtemp(job->directory)) { TEST_FAIL("cannot make %s", job->directory); return; }
     }
 #ifdef LLMPAR_USE_MPI
+    result->on_mpi = !job->on_threads && result->ranks == test_world;
     launch.transport = train_on_mpi(result) ? LLMPAR_TRANSPORT_MPI : LLMPAR_TRANSPORT_THREADS;
     if (job->keep_files && train_on_mpi(result)) {
         if (test_rank) rmdir(job->directory);

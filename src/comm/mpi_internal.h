@@ -81,7 +81,7 @@ struct llmpar_mpi_world {
     pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
-    int32_t inboxes;
+    int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
     MPI_Request *meeting;               /* [2 * inboxes] receives, then sends */
     MPI_Request request[LLMPAR__MPI_BATCH];
     int32_t from[LLMPAR__MPI_BATCH];    /* a receive's source, a world rank; -1: a send */
@@ -109,6 +109,8 @@ typedef struct llmpar__mpi_comm {
 LLMPAR__PRIVATE double llmpar__mpi_now(void);
 /* Under the lock: receives control messages, sends heartbeats, notices silence. */
 LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
+/* Under the lock: what the calls of inbox[0, count) say about their ranks: inside their call, or out of it. */
+LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed);
 /* Under the lock: llmpar_mpi_world_fail. */
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
 /* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */

@@ -67,6 +67,7 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
 {
     llmpar_mpi_world *world = tc->world;
     char what[320], who[1100];
+    llmpar__mpi_seen(world, world->met, 0);
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
@@ -91,6 +92,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     int late = wait->limit > 0 && llmpar__mpi_now() >= wait->limit;
     if (!gone && !late) return LLMPAR_OK;
     char what[320], who[1100];
+    llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
     if (gone) llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
@@ -286,6 +288,7 @@ static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_
     memcpy(&world->inbox[r], &world->outbox, (size_t)LLMPAR__MPI_HEADER_BYTES(bytes));
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i < 2 * n; i++) world->meeting[i] = MPI_REQUEST_NULL;
+    world->met = n;
     for (int32_t k = 1; k < n && !st; k++) st = llmpar__mpi_post_header(tc, call, (r + k) % n, n, (r + k) % n, (r + k) % n);
     if (!st) st = llmpar__mpi_await(tc, call, n);
     for (int32_t i = 1; i < n && !st && !tc->comm.unchecked; i++)
@@ -331,6 +334,7 @@ static llmpar_status llmpar__mpi_meet_rounds(llmpar__mpi_comm *tc, const llmpar_
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
 {
     llmpar_status st = llmpar__mpi_check(tc, call);
+    tc->world->met = 0;
     if (st) return st;
     return tc->comm.ranks <= tc->world->desc.direct ? llmpar__mpi_meet_direct(tc, call, payload, bytes) : llmpar__mpi_meet_rounds(tc, call);
 }
@@ -340,6 +344,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
     llmpar_mpi_world *world = tc->world;
     llmpar_status st = llmpar__mpi_check(tc, call);
     if (st) return st;
+    world->met = 1;
     llmpar__mpi_pack(tc, call, payload, bytes);
     st = llmpar__mpi_post_header(tc, call, 0, 1, call->peer, call->peer);
     if (!st) st = llmpar__mpi_await(tc, call, 1);

@@ -61,7 +61,7 @@ static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, ll
     cast->note.kind = (int32_t)kind;
     cast->note.rank = world->rank;
     llmpar_record_position(world->record, &cast->note.position);
-    if (kind >= LLMPAR__MPI_FINISHED) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    if (kind >= LLMPAR__MPI_FINISHED && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
     cast->note.error = world->failure;
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
@@ -107,13 +107,28 @@ static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *n
 {
     if (note->rank < 0 || note->rank >= world->ranks) return;
     llmpar__mpi_peer *peer = &world->peer[note->rank];
-    peer->position = note->position;
+    if (!peer->told || note->position.state == LLMPAR_POSITION_INSIDE) peer->position = note->position; /* once the job has failed, where it was then */
     peer->silent = 0;
     if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
     if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
     if (note->error.status == LLMPAR_OK) return;
     peer->told = 1;
     llmpar__mpi_fail_locked(world, &note->error);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed)
+{
+    for (int32_t i = 0; i < count; i++) {
+        const llmpar_call *call = &world->inbox[i].call;
+        if (world->meeting[i] != MPI_REQUEST_NULL || call->op == LLMPAR_CALL_NONE || call->rank < 0 || call->rank >= world->ranks) continue;
+        llmpar__mpi_peer *peer = &world->peer[call->rank];
+        if (peer->told || peer->finished) continue; /* it knows better */
+        llmpar_position *position = &peer->position;
+        position->state = (int32_t)(completed ? LLMPAR_POSITION_OUTSIDE : LLMPAR_POSITION_INSIDE);
+        *(completed ? &position->last : &position->now) = *call;
+        if (completed) position->now.op = (int32_t)LLMPAR_CALL_NONE;
+        memcpy(position->where, call->where, sizeof position->where);
+    }
 }
 
 static void llmpar__mpi_listen(llmpar_mpi_world *world)
@@ -132,7 +147,7 @@ static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
         beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
         beat->note.rank = world->rank;
         llmpar_record_position(world->record, &beat->note.position);
-        if (world->finished.sent) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+        if (world->finished.sent && !world->aborted) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
         beat->note.error = world->failure;
         if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
     }
