@@ -43,7 +43,7 @@ DO THIS
             return 0;
         }
 
-    The ranks are threads of your process. Every call that takes a ctx, or an object made from one, is collective -
+    The ranks are threads of your process, or processes of mpirun (LLMPAR_USE_MPI below). Every call that takes a ctx, or an object made from one, is collective -
     all ranks make it, in the same order - unless its comment says local.
 
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
@@ -55,6 +55,9 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
     LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
                             instance of a kernel; define it if you rename the file
+    LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
+                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
+                            declarations need no mpi.h. Without mpirun the ranks are threads as before
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
@@ -72,8 +75,8 @@ llmpar DOES NOT
     - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator.
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
-    - train on several machines or on GPUs in this version: the ranks are threads. Whoever needs more brings a
-      device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
+      needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
     - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces
       are deterministic, and refused under `exact = require`.
 

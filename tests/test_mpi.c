@@ -217,7 +217,7 @@ TEST(large_buffers)
 /* Above 2 GiB in one call: counts of MPI are int. Needs memory, so only in the long runs. */
 static llmpar_status huge(llmpar_ctx *ctx, void *user)
 {
-    size_t count = ((size_t)1 << 31) + 4097;
+    size_t count = ((size_t)1 << 31) + 4099;
     unsigned char *x = (unsigned char *)calloc(count, 1);
     (void)user;
     if (!x) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "no memory for the test");

@@ -48,6 +48,7 @@ phase examples $make all
 phase docs $make test-docs
 [ -f tests/bad_input.sh ] && phase bad_input sh tests/bad_input.sh
 [ -f tests/test_exact.c ] && LLMPAR_TEST_QUICK=1 phase exact $make test-exact
+phase mpi $make $jobs test-mpi
 phase aarch64 $make $jobs test-aarch64
 phase musl $make $jobs test-musl
 phase package $make test-package
@@ -60,6 +61,7 @@ phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -n "$full" ]; then
     [ -f tests/test_exact.c ] && LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
     LLMPAR_TEST_SOAK=300 phase soak $make test TEST=test_stuck
+    phase mpi-full $make $jobs test-mpi-full
     phase aarch64-portable $make test-aarch64-portable
     [ -f examples/demo.c ] && phase demo $make demo
 fi

@@ -119,7 +119,13 @@ for compiler in g++ clang++; do
     done
     check "$compiler static" $compiler -std=c++11 $cxx_flags $impl -DLLMPAR_STATIC -x c++ -fsyntax-only $out/llmpar.last.c
 done
-group "implementation as C99, gnu11, C++11/17/20, static"
+for mpicc in mpicc.openmpi mpicc.mpich; do
+    have $mpicc ${mpicc#mpicc.} || continue
+    flags="$($mpicc --showme:compile 2>/dev/null || $mpicc -compile_info | tr ' ' '\n' | grep '^-I')"
+    check "$mpicc c99 implementation" gcc -std=c99 $cc_flags $impl -DLLMPAR_USE_MPI $flags -fsyntax-only $out/llmpar.first.c
+    if have g++ g++; then check "$mpicc c++11 implementation" g++ -std=c++11 $cxx_flags $impl -DLLMPAR_USE_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $flags -x c++ -fsyntax-only $out/llmpar.first.c; fi
+done
+group "implementation as C99, gnu11, C++11/17/20, static, with MPI"
 
 # ---- under another name: the header includes itself ----
 mkdir -p $out/renamed
