@@ -45,7 +45,7 @@ DO THIS
             return 0;
         }
 
-    The ranks are threads of your process. Every call that takes a ctx, or an object made from one, is collective -
+    The ranks are threads of your process, or processes of mpirun (LLMPAR_USE_MPI below). Every call that takes a ctx, or an object made from one, is collective -
     all ranks make it, in the same order - unless its comment says local.
 
 OPTIONS (define before the #include; where not said otherwise, in the file with LLMPAR_IMPLEMENTATION)
@@ -57,6 +57,9 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
     LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
                             instance of a kernel; define it if you rename the file
+    LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
+                            `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
+                            declarations need no mpi.h. Without mpirun the ranks are threads as before
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
@@ -74,8 +77,8 @@ llmpar DOES NOT
     - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator.
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
-    - train on several machines or on GPUs in this version: the ranks are threads. Whoever needs more brings a
-      device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
+    - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
+      needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
     - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces
       are deterministic, and refused under `exact = require`.
 
@@ -6221,19 +6224,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum_carry(accumulator);
     return LLMPAR_OK;
 }
-/* ==== src/cpu/kernels_f64.c ==== */
-/* kernels_f64: every kernel at f64, the level of finite differences. */
-
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__VDOUBLE 1
-#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
-#define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
-#include LLMPAR_HEADER
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
 /* ==== src/cpu/kernels_portable.c ==== */
 /* kernels_portable: every kernel on any processor. */
 
@@ -6274,10 +6264,24 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
 
-/* From here on nothing is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+/* From here on nothing is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
+
+/* ==== src/cpu/kernels_f64.c ==== */
+/* kernels_f64: every kernel at f64, the level of finite differences. */
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VDOUBLE 1
+#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f64
+#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
 
 /* ==== src/comm/threads_wait.c ==== */
 /* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
@@ -7421,7 +7425,7 @@ struct llmpar_mpi_world {
     pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
-    int32_t inboxes;
+    int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
     MPI_Request *meeting;               /* [2 * inboxes] receives, then sends */
     MPI_Request request[LLMPAR__MPI_BATCH];
     int32_t from[LLMPAR__MPI_BATCH];    /* a receive's source, a world rank; -1: a send */
@@ -7449,6 +7453,8 @@ typedef struct llmpar__mpi_comm {
 LLMPAR__PRIVATE double llmpar__mpi_now(void);
 /* Under the lock: receives control messages, sends heartbeats, notices silence. */
 LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
+/* Under the lock: what the calls of inbox[0, count) say about their ranks: inside their call, or out of it. */
+LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed);
 /* Under the lock: llmpar_mpi_world_fail. */
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
 /* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
@@ -7524,7 +7530,7 @@ static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, ll
     cast->note.kind = (int32_t)kind;
     cast->note.rank = world->rank;
     llmpar_record_position(world->record, &cast->note.position);
-    if (kind >= LLMPAR__MPI_FINISHED) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    if (kind >= LLMPAR__MPI_FINISHED && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
     cast->note.error = world->failure;
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
@@ -7570,13 +7576,28 @@ static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *n
 {
     if (note->rank < 0 || note->rank >= world->ranks) return;
     llmpar__mpi_peer *peer = &world->peer[note->rank];
-    peer->position = note->position;
+    if (!peer->told || note->position.state == LLMPAR_POSITION_INSIDE) peer->position = note->position; /* once the job has failed, where it was then */
     peer->silent = 0;
     if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
     if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
     if (note->error.status == LLMPAR_OK) return;
     peer->told = 1;
     llmpar__mpi_fail_locked(world, &note->error);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed)
+{
+    for (int32_t i = 0; i < count; i++) {
+        const llmpar_call *call = &world->inbox[i].call;
+        if (world->meeting[i] != MPI_REQUEST_NULL || call->op == LLMPAR_CALL_NONE || call->rank < 0 || call->rank >= world->ranks) continue;
+        llmpar__mpi_peer *peer = &world->peer[call->rank];
+        if (peer->told || peer->finished) continue; /* it knows better */
+        llmpar_position *position = &peer->position;
+        position->state = (int32_t)(completed ? LLMPAR_POSITION_OUTSIDE : LLMPAR_POSITION_INSIDE);
+        *(completed ? &position->last : &position->now) = *call;
+        if (completed) position->now.op = (int32_t)LLMPAR_CALL_NONE;
+        memcpy(position->where, call->where, sizeof position->where);
+    }
 }
 
 static void llmpar__mpi_listen(llmpar_mpi_world *world)
@@ -7595,7 +7616,7 @@ static void llmpar__mpi_beats(llmpar_mpi_world *world, double now)
         beat->note.kind = (int32_t)LLMPAR__MPI_BEAT;
         beat->note.rank = world->rank;
         llmpar_record_position(world->record, &beat->note.position);
-        if (world->finished.sent) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+        if (world->finished.sent && !world->aborted) beat->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
         beat->note.error = world->failure;
         if (MPI_Isend(&beat->note, (int)sizeof beat->note, MPI_BYTE, beat->to, LLMPAR__MPI_NOTE_TAG, world->control, &beat->request)) beat->request = MPI_REQUEST_NULL;
     }
@@ -8106,6 +8127,7 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
 {
     llmpar_mpi_world *world = tc->world;
     char what[320], who[1100];
+    llmpar__mpi_seen(world, world->met, 0);
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
@@ -8130,6 +8152,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     int late = wait->limit > 0 && llmpar__mpi_now() >= wait->limit;
     if (!gone && !late) return LLMPAR_OK;
     char what[320], who[1100];
+    llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
     if (gone) llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
@@ -8325,6 +8348,7 @@ static llmpar_status llmpar__mpi_meet_direct(llmpar__mpi_comm *tc, const llmpar_
     memcpy(&world->inbox[r], &world->outbox, (size_t)LLMPAR__MPI_HEADER_BYTES(bytes));
     llmpar_status st = LLMPAR_OK;
     for (int32_t i = 0; i < 2 * n; i++) world->meeting[i] = MPI_REQUEST_NULL;
+    world->met = n;
     for (int32_t k = 1; k < n && !st; k++) st = llmpar__mpi_post_header(tc, call, (r + k) % n, n, (r + k) % n, (r + k) % n);
     if (!st) st = llmpar__mpi_await(tc, call, n);
     for (int32_t i = 1; i < n && !st && !tc->comm.unchecked; i++)
@@ -8370,6 +8394,7 @@ static llmpar_status llmpar__mpi_meet_rounds(llmpar__mpi_comm *tc, const llmpar_
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
 {
     llmpar_status st = llmpar__mpi_check(tc, call);
+    tc->world->met = 0;
     if (st) return st;
     return tc->comm.ranks <= tc->world->desc.direct ? llmpar__mpi_meet_direct(tc, call, payload, bytes) : llmpar__mpi_meet_rounds(tc, call);
 }
@@ -8379,6 +8404,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
     llmpar_mpi_world *world = tc->world;
     llmpar_status st = llmpar__mpi_check(tc, call);
     if (st) return st;
+    world->met = 1;
     llmpar__mpi_pack(tc, call, payload, bytes);
     st = llmpar__mpi_post_header(tc, call, 0, 1, call->peer, call->peer);
     if (!st) st = llmpar__mpi_await(tc, call, 1);

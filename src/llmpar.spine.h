@@ -224,15 +224,16 @@ LLMPAR_EXTERN_C_END
 #include "cpu/xent.c"
 #include "cpu/elementwise.c"
 #include "cpu/optim.c"
-#include "cpu/kernels_f64.c"
 #include "cpu/kernels_portable.c"
 #include "cpu/kernels_avx2.c"
 #include "cpu/kernels_avx512.c"
 
-/* From here on nothing is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+/* From here on nothing is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
+
+#include "cpu/kernels_f64.c"
 
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
