@@ -128,8 +128,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const l
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
 /* Both ends of a message meet; the sender's payload is then in inbox[0] of the receiver. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
-/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
-LLMPAR__PRIVATE llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status);
 

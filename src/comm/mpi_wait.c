@@ -74,13 +74,16 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
     return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call)
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. Where ranks disagree, one that comes late meets them all the same: perhaps it is the other side of it. */
+static llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call)
 {
-    if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
-    pthread_mutex_lock(&tc->world->lock);
-    llmpar_status st = llmpar__mpi_peer_error(tc, call);
-    pthread_mutex_unlock(&tc->world->lock);
-    return llmpar__mpi_failed(tc, st);
+    llmpar_mpi_world *world = tc->world;
+    if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
+    llmpar_status st = LLMPAR_OK;
+    pthread_mutex_lock(&world->lock);
+    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining) st = llmpar__mpi_peer_error(tc, call);
+    pthread_mutex_unlock(&world->lock);
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
 }
 
 /* Under the lock: is the wait over for another reason than success? missing: world rank that has not come, -1: not known. */
