@@ -60,7 +60,7 @@ fault()
         error) want="this rank gives up" ;;
         *) want="no sign of life from rank $victim\|waited 5 s" ;;
         esac
-        for part in "$want" "rank $victim (dp_shard=$((victim / 2)) tp=$((victim % 2)))" "layers.3/" "last completed" "(call\|(message" "before"; do
+        for part in "$want" " $victim (dp_shard=$((victim / 2)) tp=$((victim % 2)))" "layers.3/" "last completed" "(call\|(message" "before"; do
             echo "$text" | grep -q "$part" || { echo "rank $r does not say \"$part\": $text" >>$dir/log; bad=1; }
         done
     done

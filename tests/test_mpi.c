@@ -685,6 +685,27 @@ TEST(own_communicator)
     CHECK_TEXT(error.text, "three heartbeats");
 }
 
+static llmpar_status own_calls(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = LLMPAR_OK;
+    (void)user;
+    for (int i = 0; i < 20 && !st; i++) {
+        int x = 1, sum = 0;
+        MPI_Allreduce(&x, &sum, 1, MPI_INT, MPI_SUM, MPI_COMM_WORLD);
+        CHECK_INT(sum, test_world);
+        st = llmpar_comm_barrier(ctx->comm, NULL, "own");
+    }
+    return st;
+}
+TEST(beside_own_calls_of_mpi)
+{
+    llmpar_mpi_desc mpi = { .unattended = 1 };
+    CHECK_OK(launch_with(&mpi, 60, own_calls, NULL, NULL));
+    llmpar_error error;
+    double delay = 4;
+    if (test_world > 1) CHECK_STATUS(launch_with(&mpi, 2, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
+}
+
 /* Threads inside a rank, and rank threads inside a process, are as they were. */
 static llmpar_status inside(llmpar_ctx *ctx, void *user)
 {
@@ -701,4 +722,4 @@ TEST(threads_inside)
 
 TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(values_meeting_in_rounds), T_(values_without_checks), T_(like_threads), T_(large_buffers), T_(above_2_gib), T_(counts_bytes), T_(split),
           T_(split_without_memory), T_(set_up_without_memory), T_(mismatch), T_(mismatch_in_rounds), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody), T_(a_rank_that_returns_while_others_wait),
-          T_(deadline), T_(abort_by_hand), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(threads_inside))
+          T_(deadline), T_(abort_by_hand), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside))

@@ -19,6 +19,7 @@ typedef struct llmpar_mpi_desc {
     double heartbeat;      /* seconds between two signs of life; default 0.5 */
     double silence;        /* seconds without one after which a rank is given up (killed, stopped, unreachable); default 5 */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */
+    int32_t unattended;    /* 1: no helper thread; for programs that call MPI themselves while ranks run, which beside a helper needs MPI_THREAD_MULTIPLE. Silent ranks are then only found by `deadline` */
     int32_t direct;        /* up to this many ranks, a collective begins with a message from each to each, which also carries small data; beyond, with log2 n rounds. Default 16 */
 } llmpar_mpi_desc;
 

@@ -212,7 +212,7 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
         llmpar__mpi_listen(world);
     }
     llmpar__mpi_beats(world, now);
-    if (world->serialized) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
+    if (world->attended) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
     if (world->draining) llmpar__mpi_drain(world);
 }
 
@@ -312,7 +312,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
         world->beat[i].request = MPI_REQUEST_NULL;
         world->peer[(world->rank - k + world->ranks) % world->ranks].watched = 1;
     }
-    if (level < MPI_THREAD_SERIALIZED || world->ranks == 1) return LLMPAR_OK;
+    if (level < MPI_THREAD_SERIALIZED || world->desc.unattended || world->ranks == 1) return LLMPAR_OK;
     int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
     if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started (system error %d)", failed);
     world->helping = 1;
@@ -357,11 +357,14 @@ static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpa
     first = mine;
     code = MPI_Bcast(&first, (int)sizeof first, MPI_BYTE, 0, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
-    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels = level, least = 0;
+    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels[2], least[2];
+    levels[0] = level;
+    levels[1] = !world->desc.unattended;
     code = MPI_Allreduce(&differs, &other, 1, MPI_INT32_T, MPI_MIN, world->data);
-    if (!code) code = MPI_Allreduce(&levels, &least, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (!code) code = MPI_Allreduce(levels, least, 2, MPI_INT32_T, MPI_MIN, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
-    world->serialized = least >= MPI_THREAD_SERIALIZED;
+    world->serialized = least[0] >= MPI_THREAD_SERIALIZED;
+    world->attended = world->serialized && least[1];
     if (other == world->ranks) return LLMPAR_OK;
     lowest = mine;
     code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
@@ -454,7 +457,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     if (!st) llmpar__mpi_neighbours(world);
     if (!st) llmpar__mpi_listen(world);
     world->last_look = world->last_beat = llmpar__mpi_now();
-    if (st || !world->serialized) world->stop = 1;
+    if (st || !world->attended) world->stop = 1;
     pthread_mutex_unlock(&world->lock);
     if (st || world->stop) llmpar__mpi_dismiss(world);
     if (!st) {
