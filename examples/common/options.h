@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* Prints the line, returns 2. */
 __attribute__((format(printf, 1, 2), unused)) static int option_error(const char *format, ...)
@@ -86,7 +87,11 @@ __attribute__((unused)) static int is_first_process(void)
 /* "train_llama: rank 3 (dp_shard=1 tp=1): ..."; returns 1. */
 __attribute__((unused)) static int print_error(const char *program, const llmpar_error *error)
 {
-    if (!is_first_process()) return 1;
+    if (!is_first_process()) {
+        struct timespec moment = {0, 300000000};
+        nanosleep(&moment, NULL); /* mpirun ends the job with the first process that exits with an error: the one that prints comes first */
+        return 1;
+    }
     if (error->rank >= 0 && error->where[0]) fprintf(stderr, "%s: rank %d (%s): %s\n", program, (int)error->rank, error->where, error->text);
     else fprintf(stderr, "%s: %s\n", program, error->text);
     return 1;
