@@ -1,7 +1,9 @@
-/* train_llama: trains a Llama on a mesh of thread ranks. The world is dp_replicate x dp_shard x tp; losses, gradients and the saved model are the same bits on every mesh.
+/* train_llama: trains a Llama on a mesh of ranks: threads, or MPI processes. The world is dp_replicate x dp_shard x tp; losses, gradients and the saved model are the same bits on every mesh.
 
    cc -O3 -I. examples/train_llama.c -o build/train_llama -lpthread -lm       (or: make build/train_llama)
-   build/train_llama --model tiny --data input.txt --dp-shard 2 --tp 2 --seq-len 256 --batch 8 --steps 200 --save out --log train.jsonl */
+   build/train_llama --model tiny --data input.txt --dp-shard 2 --tp 2 --seq-len 256 --batch 8 --steps 200 --save out --log train.jsonl
+   mpicc -O3 -DLLMPAR_USE_MPI -I. examples/train_llama.c -o build/train_llama_mpi -lpthread -lm       (or: make build/train_llama_mpi)
+   mpirun -n 4 build/train_llama_mpi --model tiny --data input.txt --dp-shard 2 --tp 2 --steps 200 */
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 
