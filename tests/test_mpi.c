@@ -499,6 +499,24 @@ TEST(peer_failure_wakes_everybody)
     }
 }
 
+/* A rank that makes an error of its own of another one's failure does not become the root of it. */
+static llmpar_status renames_the_failure(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    if (ctx->rank == ctx->world - 1) return llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+    CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
+    return LLMPAR_ERR_INTERNAL;
+}
+TEST(a_renamed_failure_keeps_its_root)
+{
+    llmpar_error error;
+    if (test_world < 2) return;
+    CHECK_STATUS(launch(renames_the_failure, NULL, &error), LLMPAR_ERR_IO);
+    CHECK_INT(error.rank, test_world - 1);
+    CHECK_TEXT(error.text, "the disk is full");
+    check_alike(&error);
+}
+
 static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
 {
     float x = 1, y;
@@ -721,5 +739,5 @@ TEST(threads_inside)
 }
 
 TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(values_meeting_in_rounds), T_(values_without_checks), T_(like_threads), T_(large_buffers), T_(above_2_gib), T_(counts_bytes), T_(split),
-          T_(split_without_memory), T_(set_up_without_memory), T_(mismatch), T_(mismatch_in_rounds), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody), T_(a_rank_that_returns_while_others_wait),
+          T_(split_without_memory), T_(set_up_without_memory), T_(mismatch), T_(mismatch_in_rounds), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody), T_(a_renamed_failure_keeps_its_root), T_(a_rank_that_returns_while_others_wait),
           T_(deadline), T_(abort_by_hand), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside))

@@ -90,7 +90,7 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
-        if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
+        if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
         if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
         llmpar_mpi_world_error(world, root);
         int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
