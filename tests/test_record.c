@@ -136,6 +136,26 @@ TEST(who_is_where)
     CHECK(!cut[89] && cut[90] == 0x55);
 }
 
+/* Both ends of a message have one fingerprint, but are not in the same place. */
+static void both_ends(void *user, int32_t rank, llmpar_position *out)
+{
+    (void)user;
+    memset(out, 0, sizeof *out);
+    out->rank = rank;
+    out->state = LLMPAR_POSITION_INSIDE;
+    out->now = sample();
+    out->now.op = rank ? LLMPAR_CALL_RECV : LLMPAR_CALL_SEND;
+    out->now.member = rank;
+    out->now.peer = 1 - rank;
+}
+TEST(who_is_in_a_message)
+{
+    char text[1000];
+    llmpar_position_print(both_ends, NULL, 2, text, sizeof text);
+    CHECK_TEXT(text, "rank 0: in send f32[1024] to 1 ");
+    CHECK_TEXT(text, "; rank 1: in recv f32[1024] from 0 ");
+}
+
 /* ---- through the communicators ---- */
 
 static llmpar_status all_reduce(llmpar_comm *comm, const char *tag, size_t count)
@@ -440,4 +460,4 @@ TEST(files)
     CHECK_INT(warnings, 2);
 }
 
-TEST_LIST(T_(fingerprint), T_(texts), T_(who_is_where), T_(ring), T_(dump_fields), T_(patched_slot), T_(looked_at_from_outside), T_(files))
+TEST_LIST(T_(fingerprint), T_(texts), T_(who_is_where), T_(who_is_in_a_message), T_(ring), T_(dump_fields), T_(patched_slot), T_(looked_at_from_outside), T_(files))

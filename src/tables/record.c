@@ -125,10 +125,11 @@ LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *
     return used;
 }
 
-/* What is alike for ranks that are reported together. */
+/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
 static uint64_t llmpar__record_situation(const llmpar_position *p)
 {
-    return llmpar__record_mix(llmpar_call_fingerprint(&p->now) ^ (uint64_t)(uint32_t)p->state << 32, llmpar_call_fingerprint(&p->last));
+    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
+    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
 }
 
 LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
