@@ -209,7 +209,7 @@ LLMPAR_EXTERN_C_BEGIN
     X(ERR_MESH, 8, "mesh mismatch") \
     X(ERR_PEER, 9, "another rank failed") \
     X(ERR_MISMATCH, 10, "ranks disagree") \
-    X(ERR_TIMEOUT, 11, "deadline exceeded") \
+    X(ERR_TIMEOUT, 11, "no answer in time") \
     X(ERR_UNSUPPORTED, 12, "not supported") \
     X(ERR_SCHEDULE, 13, "invalid schedule") \
     X(ERR_NONFINITE, 14, "non-finite value") \
@@ -978,6 +978,7 @@ typedef struct llmpar_mpi_desc {
     double heartbeat;      /* seconds between two signs of life; default 0.5 */
     double silence;        /* seconds without one after which a rank is given up (killed, stopped, unreachable); default 5 */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */
+    int32_t unattended;    /* 1: no helper thread; for programs that call MPI themselves while ranks run, which beside a helper needs MPI_THREAD_MULTIPLE. Silent ranks are then only found by `deadline` */
     int32_t direct;        /* up to this many ranks, a collective begins with a message from each to each, which also carries small data; beyond, with log2 n rounds. Default 16 */
 } llmpar_mpi_desc;
 
@@ -3621,10 +3622,11 @@ LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *
     return used;
 }
 
-/* What is alike for ranks that are reported together. */
+/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
 static uint64_t llmpar__record_situation(const llmpar_position *p)
 {
-    return llmpar__record_mix(llmpar_call_fingerprint(&p->now) ^ (uint64_t)(uint32_t)p->state << 32, llmpar_call_fingerprint(&p->last));
+    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
+    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
 }
 
 LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
@@ -4117,6 +4119,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     st = comm->split(comm, color, key, call.tag, out);
     llmpar__comm_show(comm, before);
     if (st) return st;
+    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
     if (mark.id) llmpar_record_completed(mark.record, mark.id);
     comm->sequence++;
     return LLMPAR_OK;
@@ -7134,7 +7137,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
             llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype));
             int mismatch = channel->mismatch;
             llmpar__threads_call other = *from;
-            llmpar__threads_step(tc, channel, step + 2, step + 3);
+            llmpar__threads_step(tc, channel, step + 2, step + 3 == 0xffffffffu ? 0 : step + 3); /* that number means "withdrawn" */
             if (copied) return llmpar__threads_failed(tc, copied);
             if (mismatch) return llmpar__threads_mismatch(tc, &other.what, &call->what);
         }
@@ -7400,7 +7403,7 @@ struct llmpar_mpi_world {
     llmpar_heap *heap;
     llmpar_mpi_desc desc;            /* resolved */
     MPI_Comm data, control;
-    int32_t rank, ranks, serialized, crowded; /* crowded: more ranks than processors on this node */
+    int32_t rank, ranks, serialized, attended, crowded; /* attended: all ranks have helpers; crowded: more ranks than processors on this node */
     uint64_t next_context;
     llmpar_record *record;           /* of this rank's collectives */
     pthread_mutex_t lock;            /* around every MPI call and everything below up to `inbox` */
@@ -7420,9 +7423,8 @@ struct llmpar_mpi_world {
     int32_t beats;
     double last_beat, last_look;
     MPI_Request dropped;             /* the message that is being dropped */
-    unsigned char *bucket;           /* .. into this; grows on the rank's own thread only */
+    unsigned char *bucket;           /* .. into this, of malloc: the helper's thread may not use the rank's heap */
     size_t bucket_bytes;
-    pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
@@ -7468,12 +7470,12 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_error(llmpar_error *error, const char 
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes);
 /* Waits until all posted messages are through. On an error none is left that this rank could end. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call);
+/* After a failure `st` of this rank's own with messages under way: tells the job and ends them. Returns st. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st);
 /* All members come to the same call, or all report both sides and nothing has moved. Up to desc.direct members: member i's payload is then in inbox[i], this rank's own too. More: bytes is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
 /* Both ends of a message meet; the sender's payload is then in inbox[0] of the receiver. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
-/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
-LLMPAR__PRIVATE llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status);
 
@@ -7483,6 +7485,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 /* ---- src/comm/mpi_world.c goes on ---- */
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 
@@ -7653,10 +7656,9 @@ static void llmpar__mpi_drain(llmpar_mpi_world *world)
         if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) return;
         if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there || MPI_Get_count(&status, MPI_BYTE, &bytes)) return;
         if ((size_t)bytes > world->bucket_bytes) {
-            if (!pthread_equal(pthread_self(), world->owner)) return; /* not with the heap of another thread */
-            unsigned char *larger = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
+            unsigned char *larger = (unsigned char *)malloc((size_t)bytes); /* not the rank's heap: this may be the helper's thread. At most comm_slice, and only after a failure */
             if (!larger) return; /* its sender gives up after a while, and the job cannot end in order */
-            llmpar_heap_free(world->heap, world->bucket);
+            free(world->bucket);
             world->bucket = larger;
             world->bucket_bytes = (size_t)bytes;
         }
@@ -7681,7 +7683,7 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
         llmpar__mpi_listen(world);
     }
     llmpar__mpi_beats(world, now);
-    if (world->serialized) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
+    if (world->attended) llmpar__mpi_silence(world, attention < LLMPAR__MPI_ATTENTION ? attention : LLMPAR__MPI_ATTENTION);
     if (world->draining) llmpar__mpi_drain(world);
 }
 
@@ -7768,10 +7770,10 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->finished.request = llmpar__mpi_requests(world->heap, n);
     world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
-    world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, world->bucket_bytes, 1);
+    world->bucket = (unsigned char *)malloc(world->bucket_bytes);
     if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
-    if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
     for (int32_t i = 0; i < world->ranks; i++) {
         world->peer[i].position.rank = i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -7781,7 +7783,7 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
         world->beat[i].request = MPI_REQUEST_NULL;
         world->peer[(world->rank - k + world->ranks) % world->ranks].watched = 1;
     }
-    if (level < MPI_THREAD_SERIALIZED || world->ranks == 1) return LLMPAR_OK;
+    if (level < MPI_THREAD_SERIALIZED || world->desc.unattended || world->ranks == 1) return LLMPAR_OK;
     int failed = pthread_create(&world->helper, NULL, llmpar__mpi_help, world); /* it waits for the lock */
     if (failed) return llmpar_error_set(error, LLMPAR_ERR_INTERNAL, "mpi: the helper thread could not be started (system error %d)", failed);
     world->helping = 1;
@@ -7826,11 +7828,14 @@ static llmpar_status llmpar__mpi_agree(llmpar_mpi_world *world, int level, llmpa
     first = mine;
     code = MPI_Bcast(&first, (int)sizeof first, MPI_BYTE, 0, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Bcast", code);
-    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels = level, least = 0;
+    int32_t differs = first.direct != mine.direct || first.comm_slice != mine.comm_slice ? world->rank : world->ranks, other = 0, levels[2], least[2];
+    levels[0] = level;
+    levels[1] = !world->desc.unattended;
     code = MPI_Allreduce(&differs, &other, 1, MPI_INT32_T, MPI_MIN, world->data);
-    if (!code) code = MPI_Allreduce(&levels, &least, 1, MPI_INT32_T, MPI_MIN, world->data);
+    if (!code) code = MPI_Allreduce(levels, least, 2, MPI_INT32_T, MPI_MIN, world->data);
     if (code) return llmpar__mpi_error(error, "MPI_Allreduce", code);
-    world->serialized = least >= MPI_THREAD_SERIALIZED;
+    world->serialized = least[0] >= MPI_THREAD_SERIALIZED;
+    world->attended = world->serialized && least[1];
     if (other == world->ranks) return LLMPAR_OK;
     lowest = mine;
     code = MPI_Bcast(&lowest, (int)sizeof lowest, MPI_BYTE, other, world->data);
@@ -7865,7 +7870,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->finished.request);
     llmpar_heap_free(heap, world->bye.request);
     llmpar_heap_free(heap, world->scratch);
-    llmpar_heap_free(heap, world->bucket);
+    free(world->bucket);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(heap, world);
@@ -7875,6 +7880,9 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 {
     *out = NULL;
     int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
+    llmpar_error unheard;
+    llmpar_error_clear(&unheard);
+    if (!error) error = &unheard;
     MPI_Initialized(&there);
     if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
     MPI_Finalized(&over);
@@ -7903,7 +7911,6 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->standing = world->dropped = MPI_REQUEST_NULL;
     world->last_look = world->last_beat = llmpar__mpi_now();
     world->next_context = 1;
-    world->owner = pthread_self();
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
     code = MPI_Comm_dup(from, &world->data);
@@ -7923,7 +7930,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     if (!st) llmpar__mpi_neighbours(world);
     if (!st) llmpar__mpi_listen(world);
     world->last_look = world->last_beat = llmpar__mpi_now();
-    if (st || !world->serialized) world->stop = 1;
+    if (st || !world->attended) world->stop = 1;
     pthread_mutex_unlock(&world->lock);
     if (st || world->stop) llmpar__mpi_dismiss(world);
     if (!st) {
@@ -8025,6 +8032,15 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
             done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
         }
         world->orderly = done;
+        if (!done && !world->aborted) {
+            int32_t late = 0;
+            llmpar_error error;
+            while (late < world->ranks - 1 && (late == world->rank || (world->peer[late].bye && world->peer[late].flushed))) late++;
+            llmpar_error_clear(&error);
+            llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "mpi: rank %d has not confirmed the end of the job within 10 s", (int)late);
+            error.rank = late;
+            llmpar__mpi_fail_locked(world, &error);
+        }
     }
     if (root) {
         if (world->aborted) *root = world->failure;
@@ -8032,11 +8048,13 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
     }
     pthread_mutex_unlock(&world->lock);
     llmpar__mpi_dismiss(world);
-    if (world->standing != MPI_REQUEST_NULL) {
+    for (int k = 0; k < 2; k++) {
+        MPI_Request *receive = k ? &world->dropped : &world->standing;
         int done = 0;
-        MPI_Cancel(&world->standing);
+        if (*receive == MPI_REQUEST_NULL) continue;
+        MPI_Cancel(receive);
         for (int i = 0; i < 1000 && !done; i++)
-            if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) break;
+            if (MPI_Test(receive, &done, MPI_STATUS_IGNORE)) break;
     }
     return world->orderly;
 }
@@ -8119,6 +8137,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpa
         error.rank = tc->world->rank;
         llmpar_mpi_world_fail(tc->world, &error);
     }
+    pthread_mutex_lock(&tc->world->lock); /* what is still on its way to this rank keeps its sender, and the sender's buffers, waiting */
+    tc->world->draining = 1;
+    pthread_mutex_unlock(&tc->world->lock);
     return status;
 }
 
@@ -8131,16 +8152,19 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call)
+/* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. Where ranks disagree, one that comes late meets them all the same: perhaps it is the other side of it. */
+static llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *call)
 {
-    if (!__atomic_load_n(&tc->world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
-    pthread_mutex_lock(&tc->world->lock);
-    llmpar_status st = llmpar__mpi_peer_error(tc, call);
-    pthread_mutex_unlock(&tc->world->lock);
-    return llmpar__mpi_failed(tc, st);
+    llmpar_mpi_world *world = tc->world;
+    if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
+    llmpar_status st = LLMPAR_OK;
+    pthread_mutex_lock(&world->lock);
+    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__mpi_now() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
+    pthread_mutex_unlock(&world->lock);
+    return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
 }
 
 /* Under the lock: is the wait over for another reason than success? missing: world rank that has not come, -1: not known. */
@@ -8233,6 +8257,13 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
+{
+    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
+    tc->world->posted = 0;
+    return st;
+}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {
@@ -8730,7 +8761,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    if (st) return llmpar__mpi_failed(tc, st); /* the device's, or told already */
+    if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
+    if (st) return llmpar__mpi_failed(tc, st);                             /* the device's, or told already */
     pthread_mutex_lock(&tc->world->lock);
     llmpar__mpi_seen(tc->world, tc->world->met, 1);
     tc->world->met = 0;
@@ -10444,11 +10476,11 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     double ratio = rows ? (double)picture.at[0][rows] / (double)picture.at[1][columns] : 0;
     int32_t narrow = 16 + llmpar__picture_room(&picture, 1, 0), beside = 0;
     y[0] = TOP;
-    llmpar__picture_pixels(&picture, 0, tensor->dims == 1 ? 60 : ratio < 0.25 ? 160 : ratio > 1 ? WHOLE : (int32_t)(WHOLE * ratio), 30, y);
+    llmpar__picture_pixels(&picture, 0, tensor->dims == 1 ? 60 : ratio < 0.25 ? 160 : ratio > 1 ? WHOLE : (int32_t)((double)WHOLE * ratio), 30, y);
     for (int32_t r = 0; r < rows; r++) beside |= y[r + 1] - y[r] < 40;
     int32_t left = 34 + llmpar__picture_room(&picture, 0, beside);
     x[0] = left < 100 ? 100 : left;
-    llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)(WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
+    llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)((double)WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
     int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
     if (capacity) text[0] = 0;
     llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
@@ -16913,11 +16945,12 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
-        if (st != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error);
+        if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
         if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
         llmpar_mpi_world_error(world, root);
         int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
-        if (root->rank != ctx->rank && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
+        int late = root->status == LLMPAR_ERR_TIMEOUT; /* the root's own report too: another survivor may end the job before launch returns here */
+        if ((root->rank != ctx->rank || late) && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
     }
     int orderly = llmpar_mpi_world_finish(world, 0, root);
     llmpar__launch_clear(ctx);

@@ -724,6 +724,62 @@ TEST(beside_own_calls_of_mpi)
     if (test_world > 1) CHECK_STATUS(launch_with(&mpi, 2, late, &delay, &error), LLMPAR_ERR_TIMEOUT);
 }
 
+/* A rank that fails after the ranks have met, and then is busy: the large messages for it are taken off its peers' hands, who may free their buffers. */
+static llmpar_status fails_after_the_meeting(llmpar_ctx *ctx, void *user)
+{
+    size_t count = (size_t)1 << 20, ranks = (size_t)ctx->world;
+    float *x = (float *)malloc(ranks * count * sizeof *x), *y = (float *)malloc(count * sizeof *y);
+    (void)user;
+    memset(x, 0, ranks * count * sizeof *x);
+    llmpar_collective call = { .send = x, .recv = y, .count = count, .dtype = LLMPAR_F32, .tag = "rs" };
+    if (ctx->rank == 1) ctx->heap.fail_at = ctx->heap.calls + 1; /* the scratch */
+    llmpar_status st = llmpar_reduce_scatter(ctx->comm, NULL, &call);
+    CHECK_STATUS(st, ctx->rank == 1 ? LLMPAR_ERR_MEMORY : LLMPAR_ERR_PEER);
+    memset(x, 255, ranks * count * sizeof *x);
+    free(x);
+    free(y);
+    ctx->heap.fail_at = 0;
+    if (ctx->rank == 1) {
+        struct timespec t = { 1, 500000000 };
+        nanosleep(&t, NULL);
+    }
+    CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
+    return st;
+}
+TEST(a_rank_without_scratch)
+{
+    if (test_world < 2) return;
+    llmpar_error error;
+    CHECK_STATUS(launch(fails_after_the_meeting, NULL, &error), LLMPAR_ERR_MEMORY);
+    CHECK_INT(error.rank, 1);
+    check_alike(&error);
+}
+
+/* Two ranks disagree; others that have a communicator of their own hear of it within seconds, and the two get no further. */
+static llmpar_status two_disagree(llmpar_ctx *ctx, void *user)
+{
+    llmpar_comm *pair = NULL;
+    (void)user;
+    llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
+    if (st) return st;
+    if (ctx->rank < 2) {
+        st = llmpar_comm_barrier(pair, NULL, ctx->rank ? "a" : "b");
+        CHECK_STATUS(st, LLMPAR_ERR_MISMATCH);
+        CHECK_STATUS(llmpar_comm_barrier(pair, NULL, "again"), LLMPAR_ERR_PEER);
+    } else {
+        while (!(st = llmpar_comm_barrier(pair, NULL, "loop"))) { }
+        CHECK_STATUS(st, LLMPAR_ERR_PEER);
+    }
+    llmpar_comm_destroy(pair);
+    return st;
+}
+TEST(a_mismatch_ends_the_others)
+{
+    if (test_world < 4 || test_world % 2) return;
+    llmpar_error error;
+    CHECK_STATUS(launch(two_disagree, NULL, &error), LLMPAR_ERR_MISMATCH);
+}
+
 /* Threads inside a rank, and rank threads inside a process, are as they were. */
 static llmpar_status inside(llmpar_ctx *ctx, void *user)
 {
@@ -740,4 +796,4 @@ TEST(threads_inside)
 
 TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(values_meeting_in_rounds), T_(values_without_checks), T_(like_threads), T_(large_buffers), T_(above_2_gib), T_(counts_bytes), T_(split),
           T_(split_without_memory), T_(set_up_without_memory), T_(mismatch), T_(mismatch_in_rounds), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody), T_(a_renamed_failure_keeps_its_root), T_(a_rank_that_returns_while_others_wait),
-          T_(deadline), T_(abort_by_hand), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside))
+          T_(deadline), T_(abort_by_hand), T_(a_rank_without_scratch), T_(a_mismatch_ends_the_others), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside))

@@ -17,7 +17,7 @@
     X(ERR_MESH, 8, "mesh mismatch") \
     X(ERR_PEER, 9, "another rank failed") \
     X(ERR_MISMATCH, 10, "ranks disagree") \
-    X(ERR_TIMEOUT, 11, "deadline exceeded") \
+    X(ERR_TIMEOUT, 11, "no answer in time") \
     X(ERR_UNSUPPORTED, 12, "not supported") \
     X(ERR_SCHEDULE, 13, "invalid schedule") \
     X(ERR_NONFINITE, 14, "non-finite value") \

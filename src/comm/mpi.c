@@ -311,7 +311,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
-    if (st) return llmpar__mpi_failed(tc, st); /* the device's, or told already */
+    if (st && tc->world->posted) return llmpar__mpi_abandon(tc, call, st); /* the device's */
+    if (st) return llmpar__mpi_failed(tc, st);                             /* the device's, or told already */
     pthread_mutex_lock(&tc->world->lock);
     llmpar__mpi_seen(tc->world, tc->world->met, 1);
     tc->world->met = 0;

@@ -76,9 +76,8 @@ struct llmpar_mpi_world {
     int32_t beats;
     double last_beat, last_look;
     MPI_Request dropped;             /* the message that is being dropped */
-    unsigned char *bucket;           /* .. into this; grows on the rank's own thread only */
+    unsigned char *bucket;           /* .. into this, of malloc: the helper's thread may not use the rank's heap */
     size_t bucket_bytes;
-    pthread_t owner;                 /* the rank's thread */
     /* the rank's thread only */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
@@ -124,6 +123,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_error(llmpar_error *error, const char 
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes);
 /* Waits until all posted messages are through. On an error none is left that this rank could end. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call);
+/* After a failure `st` of this rank's own with messages under way: tells the job and ends them. Returns st. */
+LLMPAR__PRIVATE llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st);
 /* All members come to the same call, or all report both sides and nothing has moved. Up to desc.direct members: member i's payload is then in inbox[i], this rank's own too. More: bytes is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_meet(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes);
 /* Both ends of a message meet; the sender's payload is then in inbox[0] of the receiver. */

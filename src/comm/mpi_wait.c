@@ -59,6 +59,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpa
         error.rank = tc->world->rank;
         llmpar_mpi_world_fail(tc->world, &error);
     }
+    pthread_mutex_lock(&tc->world->lock); /* what is still on its way to this rank keeps its sender, and the sender's buffers, waiting */
+    tc->world->draining = 1;
+    pthread_mutex_unlock(&tc->world->lock);
     return status;
 }
 
@@ -71,7 +74,7 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
+    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
 }
 
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. Where ranks disagree, one that comes late meets them all the same: perhaps it is the other side of it. */
@@ -81,7 +84,7 @@ static llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *
     if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
     llmpar_status st = LLMPAR_OK;
     pthread_mutex_lock(&world->lock);
-    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining) st = llmpar__mpi_peer_error(tc, call);
+    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__mpi_now() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
     pthread_mutex_unlock(&world->lock);
     return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
 }
@@ -176,6 +179,13 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_complete(llmpar__mpi_comm *tc, const llmpar_call *call) { return llmpar__mpi_until(tc, call, 0); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_abandon(llmpar__mpi_comm *tc, const llmpar_call *call, llmpar_status st)
+{
+    st = llmpar__mpi_settle(tc, call, st, tc->world->request, tc->world->from, tc->world->posted);
+    tc->world->posted = 0;
+    return st;
+}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes)
 {

@@ -13,6 +13,7 @@
 #include "comm/mpi_internal.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "base/size.h"
@@ -184,10 +185,9 @@ static void llmpar__mpi_drain(llmpar_mpi_world *world)
         if (world->dropped != MPI_REQUEST_NULL && MPI_Test(&world->dropped, &done, MPI_STATUS_IGNORE)) return;
         if (!done || MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, world->data, &there, &status) || !there || MPI_Get_count(&status, MPI_BYTE, &bytes)) return;
         if ((size_t)bytes > world->bucket_bytes) {
-            if (!pthread_equal(pthread_self(), world->owner)) return; /* not with the heap of another thread */
-            unsigned char *larger = (unsigned char *)llmpar_heap_alloc(world->heap, (size_t)bytes, 1);
+            unsigned char *larger = (unsigned char *)malloc((size_t)bytes); /* not the rank's heap: this may be the helper's thread. At most comm_slice, and only after a failure */
             if (!larger) return; /* its sender gives up after a while, and the job cannot end in order */
-            llmpar_heap_free(world->heap, world->bucket);
+            free(world->bucket);
             world->bucket = larger;
             world->bucket_bytes = (size_t)bytes;
         }
@@ -299,10 +299,10 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->finished.request = llmpar__mpi_requests(world->heap, n);
     world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
-    world->bucket = (unsigned char *)llmpar_heap_alloc(world->heap, world->bucket_bytes, 1);
+    world->bucket = (unsigned char *)malloc(world->bucket_bytes);
     if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
-    if (llmpar_record_create(world->heap, world->rank, (uint64_t)(world->desc.deadline * 1000), &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
     for (int32_t i = 0; i < world->ranks; i++) {
         world->peer[i].position.rank = i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -399,7 +399,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->finished.request);
     llmpar_heap_free(heap, world->bye.request);
     llmpar_heap_free(heap, world->scratch);
-    llmpar_heap_free(heap, world->bucket);
+    free(world->bucket);
     pthread_cond_destroy(&world->wake);
     pthread_mutex_destroy(&world->lock);
     llmpar_heap_free(heap, world);
@@ -409,6 +409,9 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 {
     *out = NULL;
     int there = 0, over = 0, inter = 0, level = 0, main_thread = 1, rank = 0, ranks = 0;
+    llmpar_error unheard;
+    llmpar_error_clear(&unheard);
+    if (!error) error = &unheard;
     MPI_Initialized(&there);
     if (!there) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "mpi: MPI is not initialised: call MPI_Init_thread before, with MPI_THREAD_SERIALIZED");
     MPI_Finalized(&over);
@@ -437,7 +440,6 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->standing = world->dropped = MPI_REQUEST_NULL;
     world->last_look = world->last_beat = llmpar__mpi_now();
     world->next_context = 1;
-    world->owner = pthread_self();
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
     code = MPI_Comm_dup(from, &world->data);
@@ -559,6 +561,15 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
             done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
         }
         world->orderly = done;
+        if (!done && !world->aborted) {
+            int32_t late = 0;
+            llmpar_error error;
+            while (late < world->ranks - 1 && (late == world->rank || (world->peer[late].bye && world->peer[late].flushed))) late++;
+            llmpar_error_clear(&error);
+            llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "mpi: rank %d has not confirmed the end of the job within 10 s", (int)late);
+            error.rank = late;
+            llmpar__mpi_fail_locked(world, &error);
+        }
     }
     if (root) {
         if (world->aborted) *root = world->failure;
@@ -566,11 +577,13 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
     }
     pthread_mutex_unlock(&world->lock);
     llmpar__mpi_dismiss(world);
-    if (world->standing != MPI_REQUEST_NULL) {
+    for (int k = 0; k < 2; k++) {
+        MPI_Request *receive = k ? &world->dropped : &world->standing;
         int done = 0;
-        MPI_Cancel(&world->standing);
+        if (*receive == MPI_REQUEST_NULL) continue;
+        MPI_Cancel(receive);
         for (int i = 0; i < 1000 && !done; i++)
-            if (MPI_Test(&world->standing, &done, MPI_STATUS_IGNORE)) break;
+            if (MPI_Test(receive, &done, MPI_STATUS_IGNORE)) break;
     }
     return world->orderly;
 }

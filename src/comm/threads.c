@@ -195,7 +195,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
             llmpar_status copied = channel->mismatch ? LLMPAR_OK : llmpar__threads_copy(tc, call->recv, from->send, call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype));
             int mismatch = channel->mismatch;
             llmpar__threads_call other = *from;
-            llmpar__threads_step(tc, channel, step + 2, step + 3);
+            llmpar__threads_step(tc, channel, step + 2, step + 3 == 0xffffffffu ? 0 : step + 3); /* that number means "withdrawn" */
             if (copied) return llmpar__threads_failed(tc, copied);
             if (mismatch) return llmpar__threads_mismatch(tc, &other.what, &call->what);
         }

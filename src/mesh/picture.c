@@ -283,11 +283,11 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     double ratio = rows ? (double)picture.at[0][rows] / (double)picture.at[1][columns] : 0;
     int32_t narrow = 16 + llmpar__picture_room(&picture, 1, 0), beside = 0;
     y[0] = TOP;
-    llmpar__picture_pixels(&picture, 0, tensor->dims == 1 ? 60 : ratio < 0.25 ? 160 : ratio > 1 ? WHOLE : (int32_t)(WHOLE * ratio), 30, y);
+    llmpar__picture_pixels(&picture, 0, tensor->dims == 1 ? 60 : ratio < 0.25 ? 160 : ratio > 1 ? WHOLE : (int32_t)((double)WHOLE * ratio), 30, y);
     for (int32_t r = 0; r < rows; r++) beside |= y[r + 1] - y[r] < 40;
     int32_t left = 34 + llmpar__picture_room(&picture, 0, beside);
     x[0] = left < 100 ? 100 : left;
-    llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)(WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
+    llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)((double)WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
     int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
     if (capacity) text[0] = 0;
     llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",

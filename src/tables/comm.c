@@ -214,6 +214,7 @@ LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int
     st = comm->split(comm, color, key, call.tag, out);
     llmpar__comm_show(comm, before);
     if (st) return st;
+    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
     if (mark.id) llmpar_record_completed(mark.record, mark.id);
     comm->sequence++;
     return LLMPAR_OK;
