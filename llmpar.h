@@ -1920,141 +1920,6 @@ LLMPAR_EXTERN_C_END
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #endif
 
-/* ==== src/base/status.c ==== */
-
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-
-LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
-{
-    switch ((int)status) {
-#define LLMPAR__STATUS_CASE(name, value, text) case value: return text;
-    LLMPAR_STATUS_LIST(LLMPAR__STATUS_CASE)
-#undef LLMPAR__STATUS_CASE
-    default: return "unknown status";
-    }
-}
-
-LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
-{
-    /* Formatted aside first: an argument may point into *error. */
-    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
-    va_list arguments;
-    int length;
-    size_t i;
-    if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
-    va_start(arguments, format);
-    length = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    if (length < 0) text[0] = 0;
-    if (length >= (int)sizeof text) {
-        size_t end = sizeof text - 4;
-        while (end > 0 && ((unsigned char)text[end] & 0xC0) == 0x80) end--; /* never half of a UTF-8 character */
-        memcpy(text + end, "...", 4);
-    }
-    for (i = 0; text[i]; i++)
-        if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
-    while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
-    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
-    memcpy(where, error->where, sizeof where);
-    llmpar_error_clear(error);
-    memcpy(error->where, where, sizeof where);
-    error->status = status;
-    memcpy(error->text, text, i + 1);
-    return status;
-}
-
-LLMPAR_DEF void llmpar_error_clear(llmpar_error *error)
-{
-    if (!error) return;
-    memset(error, 0, sizeof *error);
-    error->rank = -1;
-}
-/* ==== src/base/heap.c ==== */
-
-#include <stdlib.h>
-#include <string.h>
-
-/* What lies just below every pointer that was handed out:
-
-     raw              memory - sizeof(header)     memory (multiple of 64)
-      |... up to 63 ...| header                  | bytes ...              */
-typedef struct llmpar__heap_header {
-    void *raw;       /* as the hook gave it */
-    size_t total;    /* as asked of the hook */
-    size_t bytes;    /* as asked by the caller */
-} llmpar__heap_header;
-
-#define LLMPAR__HEAP_ALIGN 64
-
-static void *llmpar__heap_malloc(void *user, size_t bytes)
-{
-    (void)user;
-    return malloc(bytes);
-}
-
-static void llmpar__heap_release(void *user, void *memory, size_t bytes)
-{
-    (void)user;
-    (void)bytes;
-    free(memory);
-}
-
-LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allocator)
-{
-    memset(heap, 0, sizeof *heap);
-    if (allocator && allocator->alloc) {
-        heap->allocator = *allocator; /* without a free hook nothing is given back: the user's region goes at once */
-    } else {
-        heap->allocator.alloc = llmpar__heap_malloc;
-        heap->allocator.free = llmpar__heap_release;
-    }
-}
-
-LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
-{
-    llmpar__heap_header header;
-    char *memory;
-    if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
-    if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
-    if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
-    header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
-    if (!header.raw) return NULL;
-    memory = (char *)header.raw + sizeof header;
-    memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
-    memcpy(memory - sizeof header, &header, sizeof header);
-    heap->calls++;
-    heap->live += header.bytes;
-    if (heap->live > heap->peak) heap->peak = heap->live;
-    return memory;
-}
-
-LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size)
-{
-    void *memory = llmpar_heap_alloc(heap, count, size);
-    if (memory) memset(memory, 0, count * size);
-    return memory;
-}
-
-LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
-{
-    size_t bytes = strlen(text) + 1;
-    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
-    if (copy) memcpy(copy, text, bytes);
-    return copy;
-}
-
-LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
-{
-    llmpar__heap_header header;
-    if (!memory) return;
-    memcpy(&header, (char *)memory - sizeof header, sizeof header);
-    heap->live -= header.bytes;
-    if (heap->allocator.free) heap->allocator.free(heap->allocator.user, header.raw, header.total);
-}
-
-#undef LLMPAR__HEAP_ALIGN
 /* ==== src/base/size.c ==== */
 
 LLMPAR_DEF int llmpar_size_mul(size_t a, size_t b, size_t *out)
@@ -2860,1456 +2725,21 @@ LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first
         out[i] = (float)((double)mean + (double)stddev * pair[index & 1]);
     }
 }
-/* ==== src/base/json.c ==== */
 
-#include <string.h>
+/* ==== src/cpu/gemm.c ==== */
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
+   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
 
-/* A document is one allocation, sized by a count over the text before anything is parsed:
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
+   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
 
-     | node 0 = root | node 1 | ... one for each possible value | length of the text + 1 bytes of decoded strings |
+      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
+      parts         |        part 0         |        part 1        |part 2 |
+      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
 
-   A string is decoded to the same offset in the last part at which it stands in the text (escapes only shrink it, the closing quote's place
-   takes the NUL), so a key's own byte position needs no field. Nothing recurses: an open container keeps its parent in
-   `next`, which it needs only once it is closed. Memory: at most 60 bytes a byte of a valid text (empty arrays in an array), 90 of a
-   malformed one (commas), about 10 of a usual one. */
-
-typedef struct llmpar__json_parser {
-    llmpar_heap *heap;
-    const char *text;
-    size_t length, at;
-    const char *name;
-    uint32_t max_depth;
-    int unique_keys;
-    llmpar_json *nodes; /* owned; becomes the document */
-    size_t used;        /* nodes so far */
-    char *strings;      /* behind the nodes */
-    llmpar_error *error;
-} llmpar__json_parser;
-
-/* ---- errors: each returns 0, so that a reader can `return` it ---- */
-
-static int llmpar__json_expected(llmpar__json_parser *p, size_t position, const char *expected)
-{
-    if (position >= p->length) {
-        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got the end of the text", p->name, position, expected);
-    } else {
-        unsigned byte = (unsigned char)p->text[position];
-        if (byte > 0x20 && byte < 0x7F)
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got '%c'", p->name, position, expected, (int)byte);
-        else
-            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got byte 0x%02X", p->name, position, expected, byte);
-    }
-    return 0;
-}
-
-static void llmpar__json_skip_space(llmpar__json_parser *p)
-{
-    while (p->at < p->length) {
-        char c = p->text[p->at];
-        if (c != ' ' && c != '\t' && c != '\n' && c != '\r') return;
-        p->at++;
-    }
-}
-
-/* The character at the cursor, or -1 at the end. */
-static int llmpar__json_peek(const llmpar__json_parser *p)
-{
-    return p->at < p->length ? (unsigned char)p->text[p->at] : -1;
-}
-
-/* ---- strings ---- */
-
-/* Bytes of the UTF-8 character at text, 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
-   refused (Unicode 15, table 3-7). */
-static size_t llmpar__json_utf8(const char *text, size_t length)
-{
-    unsigned first, second, low = 0x80, high = 0xBF;
-    size_t bytes, i;
-    if (length == 0) return 0;
-    first = (unsigned char)text[0];
-    if (first < 0x80) return 1;
-    if (first < 0xC2 || first > 0xF4) return 0;
-    bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-    if (length < bytes) return 0;
-    if (first == 0xE0) low = 0xA0;
-    if (first == 0xED) high = 0x9F;
-    if (first == 0xF0) low = 0x90;
-    if (first == 0xF4) high = 0x8F;
-    second = (unsigned char)text[1];
-    if (second < low || second > high) return 0;
-    for (i = 2; i < bytes; i++)
-        if (((unsigned char)text[i] & 0xC0) != 0x80) return 0;
-    return bytes;
-}
-
-static char *llmpar__json_put_utf8(char *out, uint32_t code)
-{
-    if (code < 0x80) {
-        *out++ = (char)code;
-    } else if (code < 0x800) {
-        *out++ = (char)(0xC0 | code >> 6);
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else if (code < 0x10000) {
-        *out++ = (char)(0xE0 | code >> 12);
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    } else {
-        *out++ = (char)(0xF0 | code >> 18);
-        *out++ = (char)(0x80 | (code >> 12 & 0x3F));
-        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
-        *out++ = (char)(0x80 | (code & 0x3F));
-    }
-    return out;
-}
-
-/* Four hexadecimal digits at the cursor. */
-static int llmpar__json_hex4(llmpar__json_parser *p, uint32_t *code)
-{
-    int i;
-    *code = 0;
-    for (i = 0; i < 4; i++, p->at++) {
-        int c = llmpar__json_peek(p);
-        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-        if (digit < 0) return llmpar__json_expected(p, p->at, "four hexadecimal digits after \\u");
-        *code = *code * 16 + (uint32_t)digit;
-    }
-    return 1;
-}
-
-/* What follows \u, two escapes for a code above U+FFFF. */
-static int llmpar__json_unicode(llmpar__json_parser *p, uint32_t *code)
-{
-    size_t start = p->at - 2;
-    uint32_t second;
-    if (!llmpar__json_hex4(p, code)) return 0;
-    if (*code < 0xD800 || *code > 0xDFFF) return 1;
-    if (*code > 0xDBFF) return llmpar__json_expected(p, start, "no second half of a surrogate pair without a first");
-    if (p->length - p->at < 2 || p->text[p->at] != '\\' || p->text[p->at + 1] != 'u')
-        return llmpar__json_expected(p, p->at, "the second half of a surrogate pair");
-    start = p->at;
-    p->at += 2;
-    if (!llmpar__json_hex4(p, &second)) return 0;
-    if (second < 0xDC00 || second > 0xDFFF) return llmpar__json_expected(p, start, "the second half of a surrogate pair");
-    *code = 0x10000 + ((*code - 0xD800) << 10) + (second - 0xDC00);
-    return 1;
-}
-
-/* The string whose opening quote is at the cursor. */
-static int llmpar__json_read_string(llmpar__json_parser *p, const char **string, size_t *length)
-{
-    char *begin = p->strings + p->at + 1, *out = begin;
-    p->at++;
-    for (;;) {
-        int c = llmpar__json_peek(p);
-        if (c == '"') break;
-        if (c < 0x20) return llmpar__json_expected(p, p->at, "a character of a string or its closing '\"'");
-        if (c != '\\') {
-            size_t bytes = llmpar__json_utf8(p->text + p->at, p->length - p->at);
-            if (!bytes) return llmpar__json_expected(p, p->at, "UTF-8");
-            for (; bytes; bytes--) *out++ = p->text[p->at++];
-            continue;
-        }
-        p->at++;
-        c = llmpar__json_peek(p);
-        if (c == 'u') {
-            uint32_t code;
-            p->at++;
-            if (!llmpar__json_unicode(p, &code)) return 0;
-            out = llmpar__json_put_utf8(out, code);
-            continue;
-        }
-        switch (c) {
-        case '"': case '\\': case '/': *out++ = (char)c; break;
-        case 'b': *out++ = '\b'; break;
-        case 'f': *out++ = '\f'; break;
-        case 'n': *out++ = '\n'; break;
-        case 'r': *out++ = '\r'; break;
-        case 't': *out++ = '\t'; break;
-        default: return llmpar__json_expected(p, p->at, "one of \"\\/bfnrtu after \\");
-        }
-        p->at++;
-    }
-    p->at++;
-    *out = 0;
-    *string = begin;
-    *length = (size_t)(out - begin);
-    return 1;
-}
-
-/* ---- numbers ---- */
-
-/* A natural number below 2^2816, for decimals that double arithmetic cannot round exactly. */
-#define LLMPAR__JSON_BIG_LIMBS 88
-typedef struct llmpar__json_big {
-    uint32_t limb[LLMPAR__JSON_BIG_LIMBS]; /* lowest first */
-    int used;                              /* limbs; the highest is not zero */
-} llmpar__json_big;
-
-/* big = big * factor + term */
-static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, uint32_t term)
-{
-    uint64_t carry = term;
-    int i;
-    for (i = 0; i < big->used; i++) {
-        carry += (uint64_t)big->limb[i] * factor;
-        big->limb[i] = (uint32_t)carry;
-        carry >>= 32;
-    }
-    if (carry) big->limb[big->used++] = (uint32_t)carry;
-}
-
-static int llmpar__json_big_bits(const llmpar__json_big *big)
-{
-    return big->used ? 32 * big->used - __builtin_clz(big->limb[big->used - 1]) : 0;
-}
-
-static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
-{
-    int limbs = bits / 32, i;
-    if (!big->used) return;
-    if (limbs) {
-        for (i = big->used - 1; i >= 0; i--) big->limb[i + limbs] = big->limb[i];
-        for (i = 0; i < limbs; i++) big->limb[i] = 0;
-        big->used += limbs;
-    }
-    if (bits % 32) llmpar__json_big_multiply(big, (uint32_t)1 << bits % 32, 0);
-}
-
-static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_big *b)
-{
-    int i;
-    if (a->used != b->used) return a->used < b->used;
-    for (i = a->used - 1; i >= 0; i--)
-        if (a->limb[i] != b->limb[i]) return a->limb[i] < b->limb[i];
-    return 0;
-}
-
-/* a -= b, a >= b */
-static void llmpar__json_big_subtract(llmpar__json_big *a, const llmpar__json_big *b)
-{
-    int64_t borrow = 0;
-    int i;
-    for (i = 0; i < a->used; i++) {
-        borrow += (int64_t)a->limb[i] - (i < b->used ? (int64_t)b->limb[i] : 0);
-        a->limb[i] = (uint32_t)borrow;
-        borrow >>= 32;
-    }
-    while (a->used && a->limb[a->used - 1] == 0) a->used--;
-}
-
-/* digits (most significant first) * 10^scale, rounded once: both sides of the fraction are brought to the same length, then 64
-   quotient bits come out by subtraction, and a rest that is not zero is the sticky bit. */
-static double llmpar__json_exact(const unsigned char *digits, int count, int scale)
-{
-    llmpar__json_big above, below;
-    uint64_t quotient = 0;
-    int i, shift;
-    above.used = 0;
-    for (i = 0; i < count; i++) llmpar__json_big_multiply(&above, 10, digits[i]);
-    below.limb[0] = 1;
-    below.used = 1;
-    for (i = 0; i < scale; i++) llmpar__json_big_multiply(&above, 5, 0);
-    for (i = 0; i > scale; i--) llmpar__json_big_multiply(&below, 5, 0);
-    shift = llmpar__json_big_bits(&above) - llmpar__json_big_bits(&below);
-    if (shift < 0) llmpar__json_big_shift(&above, -shift);
-    else llmpar__json_big_shift(&below, shift);
-    for (i = 0; i < 64; i++) { /* above < 2 below */
-        quotient <<= 1;
-        if (!llmpar__json_big_less(&above, &below)) {
-            llmpar__json_big_subtract(&above, &below);
-            quotient |= 1;
-        }
-        llmpar__json_big_multiply(&above, 2, 0);
-    }
-    return llmpar__math_round_scaled(quotient, above.used != 0, (int64_t)shift + scale - 63);
-}
-
-/* The correctly rounded value of an unsigned number that fits the grammar; infinity where it is too large. 800 digits decide
-   (768 are enough for any double or midpoint); non-zero ones beyond count as one more digit 1. */
-static double llmpar__json_decimal(const char *text, size_t length)
-{
-    static const double power[23] = { 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11,
-                                      1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
-    const int64_t limit = (int64_t)1 << 59; /* beyond any text's length: zeros cannot bring a clamped exponent back */
-    unsigned char digits[801];
-    int count = 0, fraction = 0, beyond = 0, i;
-    int64_t scale = 0, exponent = 0;
-    size_t at;
-    for (at = 0; at < length && (text[at] | 0x20) != 'e'; at++) {
-        if (text[at] == '.') {
-            fraction = 1;
-        } else if (count == 800) {
-            beyond |= text[at] != '0';
-            scale += !fraction;
-        } else {
-            if (count || text[at] != '0') digits[count++] = (unsigned char)(text[at] - '0');
-            scale -= fraction;
-        }
-    }
-    if (at < length) {
-        int negative = text[at + 1] == '-';
-        for (at += text[at + 1] == '-' || text[at + 1] == '+' ? 2 : 1; at < length; at++)
-            if (exponent < limit) exponent = exponent * 10 + (text[at] - '0');
-        if (exponent > limit) exponent = limit;
-        scale += negative ? -exponent : exponent;
-    }
-    if (beyond) {
-        digits[count++] = 1;
-        scale--;
-    }
-    for (; count && digits[count - 1] == 0; count--) scale++;
-    if (count == 0) return 0.0;
-    if (count + scale > 310) return llmpar__math_round_scaled(1, 0, 2000);
-    if (count + scale < -330) return 0.0;
-    if (count <= 15 && scale >= -22 && scale <= 22) { /* both operands exact: one rounding (Clinger 1990) */
-        uint64_t value = 0;
-        for (i = 0; i < count; i++) value = value * 10 + digits[i];
-        return scale < 0 ? (double)value / power[-scale] : (double)value * power[scale];
-    }
-    return llmpar__json_exact(digits, count, (int)scale);
-}
-
-static int llmpar__json_is_digit(int c) { return c >= '0' && c <= '9'; }
-
-/* At least one digit at the cursor. */
-static int llmpar__json_digits(llmpar__json_parser *p)
-{
-    if (!llmpar__json_is_digit(llmpar__json_peek(p))) return llmpar__json_expected(p, p->at, "a digit");
-    while (llmpar__json_is_digit(llmpar__json_peek(p))) p->at++;
-    return 1;
-}
-
-static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
-{
-    size_t begin, i;
-    uint64_t magnitude = 0;
-    int negative = llmpar__json_peek(p) == '-', whole = 1;
-    p->at += (size_t)negative;
-    begin = p->at;
-    if (llmpar__json_peek(p) == '0') p->at++;
-    else if (!llmpar__json_digits(p)) return 0;
-    for (i = begin; i < p->at && whole; i++)
-        whole = !__builtin_mul_overflow(magnitude, (uint64_t)10, &magnitude) && !__builtin_add_overflow(magnitude, (uint64_t)(p->text[i] - '0'), &magnitude);
-    if (llmpar__json_peek(p) == '.') {
-        whole = 0;
-        p->at++;
-        if (!llmpar__json_digits(p)) return 0;
-    }
-    if (llmpar__json_peek(p) == 'e' || llmpar__json_peek(p) == 'E') {
-        whole = 0;
-        p->at++;
-        if (llmpar__json_peek(p) == '+' || llmpar__json_peek(p) == '-') p->at++;
-        if (!llmpar__json_digits(p)) return 0;
-    }
-    node->type = LLMPAR_JSON_NUMBER;
-    node->number = llmpar__json_decimal(p->text + begin, p->at - begin);
-    if (node->number > 1.7976931348623157e308) {
-        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected a number up to 1.8e308, got a larger one", p->name, node->position);
-        return 0;
-    }
-    if (negative) node->number = -node->number;
-    if (whole && magnitude <= (uint64_t)INT64_MAX + (uint64_t)negative) {
-        node->is_integer = 1;
-        node->integer = negative ? (magnitude ? -(int64_t)(magnitude - 1) - 1 : 0) : (int64_t)magnitude;
-    }
-    return 1;
-}
-
-/* ---- member names ---- */
-
-/* Any total order in which equal names are neighbours; equal ones in text order. */
-static int llmpar__json_key_before(const llmpar_json *a, const llmpar_json *b)
-{
-    int order;
-    if (a->key_length != b->key_length) return a->key_length < b->key_length;
-    order = memcmp(a->key, b->key, a->key_length);
-    return order ? order < 0 : a->key < b->key;
-}
-
-static void llmpar__json_sift(const llmpar_json **member, size_t root, size_t count)
-{
-    const llmpar_json *moving = member[root];
-    size_t child;
-    for (; (child = 2 * root + 1) < count; root = child) {
-        if (child + 1 < count && llmpar__json_key_before(member[child], member[child + 1])) child++;
-        if (!llmpar__json_key_before(moving, member[child])) break;
-        member[root] = member[child];
-    }
-    member[root] = moving;
-}
-
-/* Refuses an object with two members of the same name. A heap sort: no input makes it quadratic or deep. */
-static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *object)
-{
-    const llmpar_json **member, *duplicate = NULL, *node, *swap;
-    size_t count = 0, i;
-    int shown;
-    if (object->length < 2) return 1;
-    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
-    if (!member) {
-        llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
-        return 0;
-    }
-    for (node = object->child; node; node = node->next) member[count++] = node;
-    for (i = count / 2; i-- > 0;) llmpar__json_sift(member, i, count);
-    for (i = count - 1; i > 0; i--) {
-        swap = member[0];
-        member[0] = member[i];
-        member[i] = swap;
-        llmpar__json_sift(member, 0, i);
-    }
-    for (i = 1; i < count; i++)
-        if (member[i]->key_length == member[i - 1]->key_length && memcmp(member[i]->key, member[i - 1]->key, member[i]->key_length) == 0)
-            if (!duplicate || member[i]->key < duplicate->key) duplicate = member[i];
-    llmpar_heap_free(p->heap, (void *)member);
-    if (!duplicate) return 1;
-    shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
-    while (shown > 0 && ((unsigned char)duplicate->key[shown] & 0xC0) == 0x80) shown--; /* whole characters */
-    llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected every member name once, got \"%.*s\" again", p->name,
-                     (size_t)(duplicate->key - p->strings) - 1, shown, duplicate->key);
-    return 0;
-}
-
-/* ---- values ---- */
-
-static int llmpar__json_read_key(llmpar__json_parser *p, llmpar_json *node)
-{
-    if (llmpar__json_peek(p) != '"') return llmpar__json_expected(p, p->at, "'\"' of a member's name");
-    if (!llmpar__json_read_string(p, &node->key, &node->key_length)) return 0;
-    llmpar__json_skip_space(p);
-    if (llmpar__json_peek(p) != ':') return llmpar__json_expected(p, p->at, "':'");
-    p->at++;
-    llmpar__json_skip_space(p);
-    return 1;
-}
-
-static int llmpar__json_read_word(llmpar__json_parser *p, const char *word)
-{
-    size_t length = strlen(word);
-    if (p->length - p->at < length || memcmp(p->text + p->at, word, length) != 0) return llmpar__json_expected(p, p->at, "a value");
-    p->at += length;
-    return 1;
-}
-
-static int llmpar__json_read_scalar(llmpar__json_parser *p, llmpar_json *node)
-{
-    int c = llmpar__json_peek(p);
-    if (c == '"') {
-        node->type = LLMPAR_JSON_STRING;
-        return llmpar__json_read_string(p, &node->string, &node->length);
-    }
-    if (c == '-' || llmpar__json_is_digit(c)) return llmpar__json_read_number(p, node);
-    if (c == 'n') return llmpar__json_read_word(p, "null"); /* NULL is type 0 */
-    if (c != 't' && c != 'f') return llmpar__json_expected(p, p->at, "a value");
-    node->type = LLMPAR_JSON_BOOL;
-    node->boolean = c == 't';
-    return llmpar__json_read_word(p, c == 't' ? "true" : "false");
-}
-
-static int llmpar__json_read_document(llmpar__json_parser *p)
-{
-    llmpar_json *parent = NULL, *last = NULL, *node; /* last: the newest complete child of parent */
-    uint32_t depth = 0;
-    for (;;) {
-        int c, closer;
-        llmpar__json_skip_space(p);
-        node = &p->nodes[p->used++];
-        memset(node, 0, sizeof *node);
-        if (parent && parent->type == LLMPAR_JSON_OBJECT && !llmpar__json_read_key(p, node)) return 0;
-        node->position = p->at;
-        if (last) last->next = node;
-        else if (parent) parent->child = node;
-        if (parent) parent->length++;
-        c = llmpar__json_peek(p);
-        if (c == '[' || c == '{') {
-            node->type = c == '[' ? LLMPAR_JSON_ARRAY : LLMPAR_JSON_OBJECT;
-            if (depth == p->max_depth) {
-                llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected at most %u nested arrays and objects, got more", p->name, p->at, (unsigned)p->max_depth);
-                return 0;
-            }
-            p->at++;
-            llmpar__json_skip_space(p);
-            if (llmpar__json_peek(p) != (c == '[' ? ']' : '}')) {
-                node->next = parent;
-                parent = node;
-                last = NULL;
-                depth++;
-                continue;
-            }
-            p->at++;
-        } else if (!llmpar__json_read_scalar(p, node)) {
-            return 0;
-        }
-        for (last = node;; last = node) { /* close what ends here */
-            llmpar__json_skip_space(p);
-            c = llmpar__json_peek(p);
-            if (!parent) return c < 0 ? 1 : llmpar__json_expected(p, p->at, "the end of the text");
-            closer = parent->type == LLMPAR_JSON_ARRAY ? ']' : '}';
-            if (c == ',') break;
-            if (c != closer) return llmpar__json_expected(p, p->at, closer == ']' ? "',' or ']'" : "',' or '}'");
-            p->at++;
-            node = parent;
-            parent = node->next;
-            node->next = NULL;
-            depth--;
-            if (p->unique_keys && node->type == LLMPAR_JSON_OBJECT && !llmpar__json_check_unique(p, node)) return 0;
-        }
-        p->at++;
-    }
-}
-
-/* No text has more values than one and its '[', '{' and ',' outside strings: one of them stands before every value but the root. */
-static size_t llmpar__json_count(const char *text, size_t length)
-{
-    size_t count = 1, i;
-    int inside = 0;
-    for (i = 0; i < length; i++) {
-        char c = text[i];
-        if (c == '"') inside = !inside;
-        else if (inside && c == '\\') i++;
-        else if (!inside && (c == ',' || c == '[' || c == '{')) count++;
-    }
-    return count;
-}
-
-LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
-{
-    llmpar__json_parser p;
-    llmpar_error own; /* the status must be known where the caller wants no text */
-    size_t bytes = 0;
-    *out = NULL;
-    llmpar_error_clear(&own);
-    memset(&p, 0, sizeof p);
-    p.heap = heap;
-    p.text = text;
-    p.length = length;
-    p.name = desc && desc->name ? desc->name : "json";
-    p.max_depth = desc && desc->max_depth ? desc->max_depth : 128;
-    p.unique_keys = desc ? desc->unique_keys : 0;
-    p.error = &own;
-    if (llmpar_size_mul(llmpar__json_count(text, length), sizeof *p.nodes, &bytes) && llmpar_size_add(bytes, length, &bytes) && llmpar_size_add(bytes, 1, &bytes))
-        p.nodes = (llmpar_json *)llmpar_heap_alloc(heap, bytes, 1);
-    if (!p.nodes) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: no memory for the values of %zu bytes of text", p.name, length);
-    p.strings = (char *)p.nodes + (bytes - length - 1);
-    if (!llmpar__json_read_document(&p)) {
-        llmpar_heap_free(heap, p.nodes);
-        return llmpar_error_set(error, own.status, "%s", own.text);
-    }
-    *out = p.nodes;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root)
-{
-    llmpar_heap_free(heap, root);
-}
-
-LLMPAR_DEF const llmpar_json *llmpar_json_get(const llmpar_json *object, const char *key)
-{
-    const llmpar_json *member;
-    size_t length = strlen(key);
-    if (!object || object->type != LLMPAR_JSON_OBJECT) return NULL;
-    for (member = object->child; member; member = member->next)
-        if (member->key_length == length && memcmp(member->key, key, length) == 0) return member;
-    return NULL;
-}
-
-/* ---- writing ---- */
-
-LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out, size_t capacity)
-{
-    static const char hex[] = "0123456789abcdef";
-    static const char plain[] = "\b\f\n\r\t\"\\", letter[] = "bfnrt\"\\";
-    size_t needed = 0, at = 0, i, bytes;
-    char piece[8];
-    int ended = 0;
-    for (i = 0; i <= length + 1; i++) { /* the opening quote, at most `length` characters, the closing quote */
-        size_t piece_length = 1;
-        piece[0] = '"';
-        if (i > 0 && at < length) {
-            unsigned char c = (unsigned char)text[at];
-            const char *found = c ? strchr(plain, c) : NULL;
-            bytes = llmpar__json_utf8(text + at, length - at);
-            if (found) {
-                piece[0] = '\\';
-                piece[1] = letter[found - plain];
-                piece_length = 2;
-            } else if (c < 0x20) {
-                memcpy(piece, "\\u00", 4);
-                piece[4] = hex[c >> 4];
-                piece[5] = hex[c & 15];
-                piece_length = 6;
-            } else if (bytes) {
-                memcpy(piece, text + at, bytes);
-                piece_length = bytes;
-            } else {
-                memcpy(piece, "\xEF\xBF\xBD", 3);
-                piece_length = 3;
-                bytes = 1;
-            }
-            at += bytes;
-        } else if (i > 0) {
-            ended = 1;
-        }
-        for (bytes = 0; bytes < piece_length; bytes++, needed++)
-            if (needed + 1 < capacity) out[needed] = piece[bytes];
-        if (ended) break;
-    }
-    if (capacity) out[needed < capacity ? needed : capacity - 1] = 0;
-    return needed;
-}
-
-#undef LLMPAR__JSON_BIG_LIMBS
-
-/* ==== src/tables/ctx.c ==== */
-/* ctx: failing with a text, and logging. */
-
-#include <stdarg.h>
-#include <stdio.h>
-
-LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
-{
-    if (ctx->error.status != LLMPAR_OK) return status;
-    char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    ctx->error.rank = ctx->rank;
-    llmpar_error_set(&ctx->error, status, "%s", text);
-    ctx->error.rank = ctx->rank;
-    return status;
-}
-
-LLMPAR_DEF const char *llmpar_last_error(const llmpar_ctx *ctx)
-{
-    return ctx->error.status != LLMPAR_OK ? ctx->error.text : "";
-}
-
-LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...)
-{
-    if (!ctx->log) return;
-    char line[1024];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
-    va_end(args);
-    ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
-}
-/* ==== src/tables/record.c ==== */
-/* record: descriptions, fingerprints and the ring.
-
-   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
-   A mark for an id that has been overwritten does nothing. */
-
-#include <sched.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-#include <time.h>
-
-
-typedef struct llmpar__record_entry {
-    llmpar_call call;
-    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
-    int32_t group;
-} llmpar__record_entry;
-
-typedef struct llmpar__record_group {
-    char axis[24];
-    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
-    int32_t *world_rank;      /* [ranks] */
-    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
-} llmpar__record_group;
-
-struct llmpar_record {
-    llmpar_heap *heap;
-    int32_t rank;
-    uint32_t lock;           /* atomic; of everything below */
-    uint64_t timeout_ms, last_id, changed_ns;
-    char where[48];
-    llmpar_call last;        /* completed */
-    llmpar__record_group *groups;
-    int32_t group_count, group_capacity;
-    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
-};
-
-/* ---- texts ---- */
-
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
-    va_end(args);
-    if (n > 0) *used += (size_t)n;
-}
-
-LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
-{
-    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
-    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
-}
-
-static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
-
-LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
-{
-    size_t used = 0;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
-    if (call->op == LLMPAR_CALL_NONE) return used;
-    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__record_append(text, capacity, &used, call->reduce == LLMPAR_MAX ? " max" : " sum");
-    if (call->blocks > 1) llmpar__record_append(text, capacity, &used, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
-    else if (call->blocks) llmpar__record_append(text, capacity, &used, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
-    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__record_append(text, capacity, &used, " from root %d", (int)call->root);
-    if (call->op == LLMPAR_CALL_SEND) llmpar__record_append(text, capacity, &used, " to %d", (int)call->peer);
-    if (call->op == LLMPAR_CALL_RECV) llmpar__record_append(text, capacity, &used, " from %d", (int)call->peer);
-    llmpar__record_append(text, capacity, &used, " \"%s\"", call->tag);
-    if (call->number) llmpar__record_append(text, capacity, &used, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
-    else llmpar__record_append(text, capacity, &used, " (on %s)", call->axis);
-    return used;
-}
-
-static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
-{
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    return hash ^ (hash >> 29);
-}
-
-LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
-{
-    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
-    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
-    memcpy(axis, call->axis, sizeof axis);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
-    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
-    else hash = llmpar__record_mix(hash, call->number);
-    hash = llmpar__record_mix(hash, call->count);
-    hash = llmpar__record_mix(hash, call->blocks);
-    hash = llmpar__record_mix(hash, call->tag_bits);
-    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
-    return hash;
-}
-
-LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
-{
-    const llmpar_call *side[2];
-    size_t used = 0;
-    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
-    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
-    side[0] = a;
-    side[1] = b;
-    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
-    differ[1] = !messages && a->op != b->op;
-    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
-    differ[3] = a->dtype != b->dtype;
-    differ[4] = a->count != b->count;
-    differ[5] = a->blocks != b->blocks;
-    differ[6] = a->root != b->root;
-    differ[7] = a->reduce != b->reduce;
-    differ[8] = a->tag_bits != b->tag_bits;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "the ranks of %s disagree in", a->axis);
-    for (int i = 0; i < 9; i++)
-        if (differ[i]) llmpar__record_append(text, capacity, &used, "%s%s", fields++ ? ", " : " ", name[i]);
-    for (int i = 0; i < 2; i++) {
-        llmpar__record_append(text, capacity, &used, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
-        used += llmpar_call_print(side[i], used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
-    }
-    return used;
-}
-
-/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
-static uint64_t llmpar__record_situation(const llmpar_position *p)
-{
-    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
-    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
-}
-
-LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
-{
-    enum { SITUATIONS = 24, NAMED = 12 };
-    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
-    uint64_t seen[SITUATIONS];
-    int count = 0;
-    size_t used = 0;
-    llmpar_position p, q;
-    if (capacity) text[0] = 0;
-    for (int inside = 0; inside < 2; inside++)
-        for (int32_t i = 0; i < ranks; i++) {
-            get(user, i, &p);
-            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
-            uint64_t key = llmpar__record_situation(&p);
-            int k = 0;
-            while (k < count && seen[k] != key) k++;
-            if (k < count) continue;
-            if (count == SITUATIONS) {
-                llmpar__record_append(text, capacity, &used, "; ...");
-                return used;
-            }
-            seen[count++] = key;
-            int32_t alike = 1, named = 1;
-            for (int32_t j = i + 1; j < ranks; j++) {
-                get(user, j, &q);
-                alike += llmpar__record_situation(&q) == key;
-            }
-            llmpar__record_append(text, capacity, &used, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
-            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
-                get(user, j, &q);
-                if (llmpar__record_situation(&q) != key) continue;
-                llmpar__record_append(text, capacity, &used, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
-                named++;
-            }
-            if (named < alike) llmpar__record_append(text, capacity, &used, " and %d more", (int)(alike - named));
-            llmpar__record_append(text, capacity, &used, ": %s", states[p.state]);
-            if (p.state == LLMPAR_POSITION_INSIDE) used += llmpar_call_print(&p.now, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
-            llmpar__record_append(text, capacity, &used, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
-            if (p.last.op != LLMPAR_CALL_NONE) used += llmpar_call_print(&p.last, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
-        }
-    return used;
-}
-
-/* ---- the ring ---- */
-
-static void llmpar__record_lock(llmpar_record *record)
-{
-    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
-}
-static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
-
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
-{
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
-    if (!record) return LLMPAR_ERR_MEMORY;
-    record->heap = heap;
-    record->rank = rank;
-    record->timeout_ms = timeout_ms;
-    record->changed_ns = llmpar__record_now();
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
-{
-    if (!record) return;
-    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
-    llmpar_heap_free(record->heap, record->groups);
-    llmpar_heap_free(record->heap, record);
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
-{
-    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
-    char axis[sizeof record->groups->axis];
-    int32_t same_name = 0;
-    memset(axis, 0, sizeof axis);
-    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        llmpar__record_group *g = &record->groups[i];
-        if (memcmp(g->axis, axis, sizeof axis)) continue;
-        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
-            comm->record = record;
-            comm->group = i;
-            return LLMPAR_OK;
-        }
-        same_name++;
-    }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
-    llmpar__record_group *grown = NULL, *old = record->groups;
-    int32_t capacity = record->group_capacity;
-    if (members && record->group_count == capacity) {
-        capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
-    }
-    if (!members || (record->group_count == record->group_capacity && !grown)) {
-        llmpar_heap_free(record->heap, members);
-        return LLMPAR_ERR_MEMORY;
-    }
-    memcpy(members, world_rank, n * sizeof *members);
-    llmpar__record_lock(record);
-    if (grown) {
-        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
-        record->groups = grown;
-        record->group_capacity = capacity;
-    }
-    llmpar__record_group *g = &record->groups[record->group_count];
-    memset(g, 0, sizeof *g);
-    memcpy(g->axis, axis, sizeof axis);
-    g->ranks = comm->ranks;
-    g->same_name = same_name;
-    g->world_rank = members;
-    comm->record = record;
-    comm->group = record->group_count++;
-    llmpar__record_unlock(record);
-    if (grown) llmpar_heap_free(record->heap, old);
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_group *g = &record->groups[group];
-    uint64_t id = ++record->last_id;
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    call->rank = record->rank;
-    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
-    if (!llmpar__record_message(call)) g->enqueued = call->number;
-    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
-    e->call = *call;
-    e->id = id;
-    e->created_ns = record->changed_ns = now;
-    e->started_ns = e->completed_ns = 0;
-    e->group = group;
-    llmpar__record_unlock(record);
-    return id;
-}
-
-static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    record->changed_ns = now;
-    if (e->id == id) {
-        llmpar__record_group *g = &record->groups[e->group];
-        if (completed) {
-            e->completed_ns = now;
-            record->last = e->call;
-        } else {
-            e->started_ns = now;
-        }
-        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
-    }
-    llmpar__record_unlock(record);
-}
-
-LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
-LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
-
-static uint64_t llmpar__record_oldest(const llmpar_record *record)
-{
-    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
-}
-
-LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
-{
-    memset(out, 0, sizeof *out);
-    llmpar__record_lock(record);
-    out->rank = record->rank;
-    out->time_ns = record->changed_ns;
-    memcpy(out->where, record->where, sizeof out->where);
-    out->last = record->last;
-    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
-        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-        if (!e->started_ns || e->completed_ns) continue;
-        out->state = LLMPAR_POSITION_INSIDE;
-        out->now = e->call;
-        break;
-    }
-    llmpar__record_unlock(record);
-}
-
-/* ---- the dump ---- */
-
-static const char *llmpar__record_torch_dtype(int32_t dtype)
-{
-    switch (dtype) {
-    case LLMPAR_F32: return "Float";
-    case LLMPAR_F64: return "Double";
-    case LLMPAR_BF16: return "BFloat16";
-    case LLMPAR_F16: return "Half";
-    case LLMPAR_I32: return "Int";
-    case LLMPAR_I64: return "Long";
-    case LLMPAR_U64: return "UInt64";
-    default: return "Byte";
-    }
-}
-
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
-{
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
-}
-
-static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, char *text, size_t capacity, size_t *used)
-{
-    const llmpar_call *c = &e->call;
-    const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
-    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
-    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
-    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
-    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
-    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
-    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
-    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
-    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
-    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
-    llmpar__record_append(text, capacity, used,
-                          "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
-                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
-                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
-    llmpar__record_append(text, capacity, used, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
-                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
-    llmpar__record_append(text, capacity, used,
-                          "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
-                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
-                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
-                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
-}
-
-LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
-{
-    size_t used = 0;
-    char group[48], name[320], axis[160], where[320];
-    if (capacity) text[0] = 0;
-    llmpar__record_lock(record);
-    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
-    llmpar__record_append(text, capacity, &used, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-        llmpar__record_append(text, capacity, &used, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
-        for (int32_t k = 0; k < g->ranks; k++) llmpar__record_append(text, capacity, &used, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
-        llmpar__record_append(text, capacity, &used, "]\"}");
-    }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"pg_status\": {");
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_append(text, capacity, &used, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
-                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
-    }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"entries\": [");
-    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
-        llmpar__record_append(text, capacity, &used, id == llmpar__record_oldest(record) ? "\n" : ",\n");
-        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], text, capacity, &used);
-    }
-    llmpar__record_append(text, capacity, &used, "\n ]\n}\n");
-    llmpar__record_unlock(record);
-    return used;
-}
-/* ==== src/tables/comm.c ==== */
-/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
-
-#include <string.h>
-
-
-/* A slot that lies beyond the table's size is empty. */
-#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
-
-typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
-
-static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
-{
-    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
-    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
-                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
-}
-
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
-{
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
-}
-
-static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
-{
-    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
-    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
-}
-
-/* One rank: every collective is at most a copy. */
-static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
-{
-    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
-    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
-}
-
-/* The argument of the host calls that mark an entry of the record when its stream comes there. */
-typedef struct llmpar__comm_mark {
-    llmpar_record *record;
-    uint64_t id;
-} llmpar__comm_mark;
-
-static llmpar_status llmpar__comm_started(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_started(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-static llmpar_status llmpar__comm_completed(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_completed(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-
-/* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
-
-LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
-{
-    const llmpar_call *shown = llmpar__comm_shown(comm);
-    const char *tag = call->tag ? call->tag : "";
-    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
-    memset(out, 0, sizeof *out);
-    out->count = call->count;
-    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
-    out->op = (int32_t)op;
-    out->dtype = (int32_t)call->dtype;
-    out->reduce = (int32_t)call->op;
-    out->root = call->root;
-    out->peer = call->peer;
-    out->member = comm->rank;
-    out->members = comm->ranks;
-    out->number = shown ? shown->number : 0;
-    out->rank = shown ? shown->rank : -1;
-    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
-    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
-    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
-    out->tag_bits = 0xcbf29ce484222325u ^ length;
-    for (size_t i = 0; i < length; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
-        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
-        out->tag_bits ^= out->tag_bits >> 32;
-    }
-}
-
-/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
-static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
-{
-    llmpar_call_describe(comm, op, call, out);
-    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
-    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
-}
-
-/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
-static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
-{
-    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
-    const llmpar_call *before = comm->call;
-    comm->call = call;
-    return before;
-}
-
-/* The slot between its marks. */
-static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
-{
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    llmpar__comm_enter(comm, op, call, &described, &mark);
-    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
-    if (st) return st;
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
-    llmpar__comm_show(comm, before);
-    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
-    return st;
-}
-
-static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
-{
-    const char *name = llmpar_call_op_name(kind);
-    llmpar_status st = llmpar__comm_abi(comm, slot_end);
-    if (st) return st;
-    llmpar_collective call = *given;
-    if (!call.blocks) call.blocks = 1;
-    if (!call.tag) call.tag = "";
-    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
-    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
-    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
-                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
-    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
-    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
-                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
-    if (!reduces) call.op = LLMPAR_SUM;
-    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
-    if (call.root < 0 || call.root >= comm->ranks)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
-    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
-    if (!point) call.peer = 0;
-    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
-                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
-    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
-    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
-    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
-
-    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
-        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
-        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
-        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
-        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
-        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
-        if (!fine)
-            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
-                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
-    }
-
-    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
-    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
-    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
-    if (st) return st;
-    comm->sequence++;
-    uint64_t moved = part;
-    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
-    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
-    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
-    comm->bytes_sent += moved;
-    return LLMPAR_OK;
-}
-
-#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
-
-LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
-LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
-LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
-LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
-LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
-LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
-LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
-
-LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag ? tag : "";
-    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
-    if (!st) comm->sequence++;
-    return st;
-}
-
-LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
-{
-    *out = NULL;
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
-    if (st) return st;
-    llmpar_collective call;
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    memset(&call, 0, sizeof call);
-    call.tag = name ? name : "";
-    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
-    if (mark.id) llmpar_record_started(mark.record, mark.id);
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = comm->split(comm, color, key, call.tag, out);
-    llmpar__comm_show(comm, before);
-    if (st) return st;
-    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
-    if (mark.id) llmpar_record_completed(mark.record, mark.id);
-    comm->sequence++;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
-{
-    if (comm) comm->destroy(comm);
-}
-
-#undef LLMPAR__COMM_END
-#undef LLMPAR__COMM_CALL
-/* ==== src/tables/arena.c ==== */
-/* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
-
-   Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
-   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. */
-
-#include <stdio.h>
-#include <string.h>
-
-
-#define LLMPAR__ARENA_BUCKETS 256u
-
-typedef struct llmpar__arena_block {
-    struct llmpar__arena_block *next; /* in its chain */
-    void *memory;
-    size_t bytes;                     /* rounded */
-    llmpar_tag tag;
-    const char *label;                /* borrowed */
-} llmpar__arena_block;
-
-struct llmpar_arena {
-    llmpar_ctx *ctx; /* borrowed */
-    uint64_t limit;
-    llmpar_arena_usage usage;
-    llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size */
-};
-
-LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
-{
-    static const char *const names[] = { "parameters", "gathered", "gradients", "optimizer", "activations", "communication", "workspace" };
-    return (unsigned)tag < LLMPAR_TAG_COUNT ? names[tag] : "?";
-}
-
-static unsigned llmpar__arena_hash(uint64_t key)
-{
-    return (unsigned)((key * 0x9e3779b97f4a7c15u) >> 32) % LLMPAR__ARENA_BUCKETS;
-}
-
-LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
-{
-    *out = NULL;
-    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
-    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
-    arena->ctx = ctx;
-    arena->limit = limit;
-    *out = arena;
-    return LLMPAR_OK;
-}
-
-static void llmpar__arena_release(llmpar_arena *arena, llmpar__arena_block **chains)
-{
-    for (unsigned i = 0; i < LLMPAR__ARENA_BUCKETS; i++) {
-        llmpar__arena_block *block = chains[i];
-        chains[i] = NULL;
-        while (block) {
-            llmpar__arena_block *next = block->next;
-            arena->ctx->device->free(arena->ctx->device, block->memory, block->bytes);
-            arena->usage.reserved -= block->bytes;
-            llmpar_heap_free(&arena->ctx->heap, block);
-            block = next;
-        }
-    }
-}
-
-LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
-{
-    if (!arena) return;
-    llmpar__arena_release(arena, arena->live);
-    llmpar__arena_release(arena, arena->idle);
-    llmpar_heap_free(&arena->ctx->heap, arena);
-}
-
-/* `why` completes "arena: activations "layers.3 saved": 4096 bytes: ...". */
-static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
-{
-    char list[320];
-    size_t used = 0;
-    list[0] = 0;
-    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
-        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
-    return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
-                       (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
-}
-
-/* Drops the device's own text about a failure that is mended, or that the arena can tell better. */
-static void llmpar__arena_forget(llmpar_ctx *ctx)
-{
-    ctx->error.status = LLMPAR_OK;
-    ctx->error.text[0] = 0;
-}
-
-LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out)
-{
-    llmpar_ctx *ctx = arena->ctx;
-    llmpar_device *device = ctx->device;
-    llmpar_arena_usage *usage = &arena->usage;
-    *out = NULL;
-    if (!label) label = "";
-    if ((unsigned)tag >= LLMPAR_TAG_COUNT) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "arena: \"%s\": tag %d, expected 0 to %d", label, (int)tag, LLMPAR_TAG_COUNT - 1);
-    size_t need;
-    if (!llmpar_size_add(bytes ? bytes : 1, device->alignment - 1, &need)) return llmpar__arena_full(arena, tag, bytes, label, "size overflow");
-    need &= ~(device->alignment - 1);
-    if (arena->limit && (need > arena->limit || usage->live_total > arena->limit - need)) return llmpar__arena_full(arena, tag, need, label, "over the limit");
-
-    unsigned bucket = llmpar__arena_hash(need);
-    llmpar__arena_block **link = &arena->idle[bucket], *block;
-    while (*link && (*link)->bytes != need) link = &(*link)->next;
-    block = *link;
-    if (block) {
-        *link = block->next;
-    } else {
-        /* Idle blocks must not push what is really held over the limit. */
-        if (arena->limit && usage->reserved > arena->limit - need) llmpar__arena_release(arena, arena->idle);
-        block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
-        if (!block) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
-        int clean = ctx->error.status == LLMPAR_OK;
-        llmpar_status st = device->alloc(device, need, &block->memory);
-        if (st == LLMPAR_ERR_MEMORY && usage->reserved > usage->live_total) {
-            llmpar__arena_release(arena, arena->idle);
-            if (clean) llmpar__arena_forget(ctx);
-            st = device->alloc(device, need, &block->memory);
-        }
-        if (st) {
-            if (st == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
-            llmpar_heap_free(&ctx->heap, block);
-            return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
-        }
-        block->bytes = need;
-        usage->reserved += need;
-    }
-    block->tag = tag;
-    block->label = label;
-    bucket = llmpar__arena_hash((uint64_t)(uintptr_t)block->memory);
-    block->next = arena->live[bucket];
-    arena->live[bucket] = block;
-    usage->live[tag] += need;
-    usage->live_total += need;
-    if (usage->live[tag] > usage->peak[tag]) usage->peak[tag] = usage->live[tag];
-    if (usage->live_total > usage->peak_total) usage->peak_total = usage->live_total;
-    *out = block->memory;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
-{
-    if (!memory) return;
-    llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
-    while (*link && (*link)->memory != memory) link = &(*link)->next;
-    block = *link;
-    if (!block) { /* nothing to return an error through: it shows up as the rank's error */
-        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
-        return;
-    }
-    *link = block->next;
-    arena->usage.live[block->tag] -= block->bytes;
-    arena->usage.live_total -= block->bytes;
-    unsigned bucket = llmpar__arena_hash(block->bytes);
-    block->next = arena->idle[bucket];
-    arena->idle[bucket] = block;
-}
-
-LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
-{
-    *out = arena->usage;
-}
-
-LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
-{
-    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) arena->usage.peak[t] = arena->usage.live[t];
-    arena->usage.peak_total = arena->usage.live_total;
-}
-
-#undef LLMPAR__ARENA_BUCKETS
-
-/* ==== src/cpu/cpu.c ==== */
-/* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
-   only the failure that sticks to it, and an event only the failure of what was recorded. */
+   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
+   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
 /* ==== src/cpu/cpu_internal.h ==== */
 /* cpu_internal: what the operation files of the CPU device share: the device's state, the worker pool, and one function a slot. */
 #ifndef LLMPAR_CPU_INTERNAL_H
@@ -4369,510 +2799,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_st
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
 
 #endif
-/* ---- src/cpu/cpu.c goes on ---- */
-
-#include <stdio.h>
-#include <string.h>
-
-#define LLMPAR__CPU_MAX_THREADS 1024
-
-typedef struct llmpar__cpu_stream { llmpar_status status; } llmpar__cpu_stream;
-typedef struct llmpar__cpu_event { llmpar_status status; } llmpar__cpu_event; /* of the stream when last recorded */
-
-/* The device, its state and its name in one allocation of the rank's heap. */
-typedef struct llmpar__cpu_device {
-    llmpar_device table;
-    llmpar__cpu state;
-    char name[32];
-} llmpar__cpu_device;
-
-LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
-{
-#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return LLMPAR_CPU_AVX512;
-    return LLMPAR_CPU_AVX2;
-#else
-    return LLMPAR_CPU_PORTABLE;
-#endif
-}
-
-LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
-{
-    switch (level) {
-    case LLMPAR_CPU_PORTABLE: return "portable";
-    case LLMPAR_CPU_AVX2: return "avx2";
-    case LLMPAR_CPU_AVX512: return "avx512";
-    case LLMPAR_CPU_DEFAULT: break;
-    }
-    return "?";
-}
-
-LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
-{
-    int i;
-    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
-        if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
-            *out = (llmpar_cpu_level)i;
-            return 1;
-        }
-    }
-    return 0;
-}
-
-/* ---- memory ---- */
-
-static llmpar_status llmpar__cpu_alloc(llmpar_device *device, size_t bytes, void **out)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    *out = llmpar_heap_alloc(cpu->heap, bytes, 1);
-    if (!*out) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for %llu bytes", (unsigned long long)bytes);
-    return LLMPAR_OK;
-}
-
-static void llmpar__cpu_free(llmpar_device *device, void *memory, size_t bytes)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    (void)bytes;
-    llmpar_heap_free(cpu->heap, memory);
-}
-
-/* ---- streams and events; a NULL stream keeps no failure ---- */
-
-static llmpar_status llmpar__cpu_stuck(llmpar_stream *stream)
-{
-    return stream ? ((llmpar__cpu_stream *)(void *)stream)->status : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__cpu_stick(llmpar_stream *stream, llmpar_status status)
-{
-    if (stream && status) ((llmpar__cpu_stream *)(void *)stream)->status = status;
-    return status;
-}
-
-static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
-{
-    (void)device;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memmove(out, in, bytes);
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes)
-{
-    (void)device;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memset(out, 0, bytes);
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
-    *out = (llmpar_stream *)(void *)stream;
-    if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
-    return LLMPAR_OK;
-}
-
-static void llmpar__cpu_stream_destroy(llmpar_device *device, llmpar_stream *stream)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_heap_free(cpu->heap, stream);
-}
-
-static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_stream *stream)
-{
-    (void)device;
-    return llmpar__cpu_stuck(stream);
-}
-
-static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__cpu_event *event = (llmpar__cpu_event *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *event);
-    *out = (llmpar_event *)(void *)event;
-    if (!event) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for an event");
-    return LLMPAR_OK;
-}
-
-static void llmpar__cpu_event_destroy(llmpar_device *device, llmpar_event *event)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_heap_free(cpu->heap, event);
-}
-
-static llmpar_status llmpar__cpu_event_record(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
-{
-    (void)device;
-    ((llmpar__cpu_event *)(void *)event)->status = llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stuck(stream);
-}
-
-/* What waits for the work of a failed stream has failed too. */
-static llmpar_status llmpar__cpu_event_wait(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
-{
-    (void)device;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stick(stream, ((llmpar__cpu_event *)(void *)event)->status);
-}
-
-static llmpar_status llmpar__cpu_event_synchronize(llmpar_device *device, llmpar_event *event)
-{
-    (void)device;
-    return ((llmpar__cpu_event *)(void *)event)->status;
-}
-
-static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
-{
-    union { char bytes[256]; double alignment_of_double; int64_t alignment_of_int; void *alignment_of_pointer; } copy;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (arg_bytes > sizeof copy.bytes)
-        return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
-    if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
-    return llmpar__cpu_stick(stream, fn(copy.bytes));
-}
-
-/* ---- operations: each runs unless its stream has failed, and a failure sticks ---- */
-
-#define LLMPAR__CPU_OPERATIONS(X) \
-    X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum)
-
-#define LLMPAR__CPU_RUN(slot, args_type) \
-    static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
-    { \
-        if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream); \
-        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(device, stream, args)); \
-    }
-#define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
-LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
-LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
-LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
-LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
-LLMPAR__CPU_RUN(xent_backward, llmpar_xent_backward_args)
-
-static void llmpar__cpu_fill_table(llmpar_device *table)
-{
-    table->alloc = llmpar__cpu_alloc;
-    table->free = llmpar__cpu_free;
-    table->copy = llmpar__cpu_copy;
-    table->zero = llmpar__cpu_zero;
-    table->stream_create = llmpar__cpu_stream_create;
-    table->stream_destroy = llmpar__cpu_stream_destroy;
-    table->synchronize = llmpar__cpu_synchronize;
-    table->event_create = llmpar__cpu_event_create;
-    table->event_destroy = llmpar__cpu_event_destroy;
-    table->event_record = llmpar__cpu_event_record;
-    table->event_wait = llmpar__cpu_event_wait;
-    table->event_synchronize = llmpar__cpu_event_synchronize;
-    table->host_call = llmpar__cpu_host_call;
-#define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
-    LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
-    LLMPAR__CPU_FILL(xent_max)
-    LLMPAR__CPU_FILL(xent_sum)
-    LLMPAR__CPU_FILL(xent_loss)
-    LLMPAR__CPU_FILL(xent_backward)
-#undef LLMPAR__CPU_FILL
-    table->gemm_workspace = llmpar__cpu_gemm_workspace;
-    table->attention_workspace = llmpar__cpu_attention_workspace;
-    table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
-    table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
-}
-
-#undef LLMPAR__CPU_OPERATIONS
-#undef LLMPAR__CPU_RUN
-#undef LLMPAR__CPU_RUN_OWN
-
-/* ---- creation ---- */
-
-LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out)
-{
-    llmpar_cpu_level best = llmpar_cpu_best_level(), level = best;
-    int32_t threads = 1;
-    llmpar__cpu_device *cpu;
-    *out = NULL;
-    if (desc && desc->level != LLMPAR_CPU_DEFAULT) level = desc->level;
-    if (desc && desc->threads != 0) threads = desc->threads;
-    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
-    if ((int)level > (int)best)
-        return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "cpu: level %s was asked for, this processor or build has at most %s", llmpar_cpu_level_name(level), llmpar_cpu_level_name(best));
-    if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: expected 1 to %d threads, got %d", LLMPAR__CPU_MAX_THREADS, (int)threads);
-
-    cpu = (llmpar__cpu_device *)llmpar_heap_zalloc(heap, 1, sizeof *cpu);
-    if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
-    cpu->state.heap = heap;
-    cpu->state.level = level;
-    if (threads > 1) {
-        llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
-        if (status) {
-            llmpar_heap_free(heap, cpu);
-            return status;
-        }
-    }
-    snprintf(cpu->name, sizeof cpu->name, "cpu %s", llmpar_cpu_level_name(level));
-    cpu->table.abi = LLMPAR_DEVICE_ABI;
-    cpu->table.size = (uint32_t)sizeof(llmpar_device);
-    cpu->table.name = cpu->name;
-    cpu->table.error = error;
-    cpu->table.state = &cpu->state;
-    cpu->table.alignment = 64;
-    llmpar__cpu_fill_table(&cpu->table);
-    *out = &cpu->table;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
-{
-    llmpar__cpu *cpu;
-    if (!device) return;
-    cpu = (llmpar__cpu *)device->state;
-    llmpar__pool_destroy(cpu->pool);
-    llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
-}
-
-#undef LLMPAR__CPU_MAX_THREADS
-/* ==== src/cpu/pool.c ==== */
-/* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
-   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
-
-#include <pthread.h>
-#include <stdio.h>
-#include <string.h>
-#if defined(__linux__)
-#include <sys/prctl.h>
-#endif
-
-#define LLMPAR__POOL_SPINS 200
-#define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
-
-typedef struct llmpar__pool_worker {
-    struct llmpar__pool *pool;
-    pthread_t thread;
-    int32_t index;  /* 1 .. threads - 1 */
-    char name[16];
-} llmpar__pool_worker;
-
-struct llmpar__pool {
-    llmpar_heap *heap;
-    llmpar__pool_worker *workers; /* [threads - 1]; owned */
-    int32_t threads, started;
-    pthread_mutex_t mutex;
-    pthread_cond_t start, done;
-    /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
-    void (*fn)(void *arg, int64_t task, int32_t worker);
-    void *arg;
-    int64_t tasks;
-    /* atomic */
-    int64_t next;       /* first task nobody has taken */
-    uint32_t generation;
-    int32_t active;     /* workers that have not finished the current run */
-    int stop;
-};
-
-static void llmpar__pool_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#else
-    __asm__ __volatile__("yield");
-#endif
-}
-
-/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
-static void llmpar__pool_reset_float_control(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
-#else
-    uint64_t zero = 0;
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
-#endif
-}
-
-static void llmpar__pool_get_name(char name[16])
-{
-    name[0] = 0;
-#if defined(__linux__)
-    prctl(PR_GET_NAME, name, 0, 0, 0);
-#else
-    pthread_getname_np(pthread_self(), name, 16);
-#endif
-    name[15] = 0;
-}
-
-/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
-static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
-{
-    char suffix[16];
-    size_t length = strlen(base), suffix_length;
-    snprintf(suffix, sizeof suffix, " w%d", (int)index);
-    suffix_length = strlen(suffix);
-    if (length > 15 - suffix_length) length = 15 - suffix_length;
-    memcpy(name, base, length);
-    memcpy(name + length, suffix, suffix_length + 1);
-}
-
-static void llmpar__pool_set_name(const char *name)
-{
-#if defined(__linux__)
-    prctl(PR_SET_NAME, name, 0, 0, 0);
-#else
-    pthread_setname_np(name);
-#endif
-}
-
-static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
-{
-    for (;;) {
-        int64_t task = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
-        if (task >= pool->tasks) return;
-        pool->fn(pool->arg, task, worker);
-    }
-}
-
-static void *llmpar__pool_main(void *arg)
-{
-    llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
-    struct llmpar__pool *pool = self->pool;
-    uint32_t seen = 0;
-    llmpar__pool_set_name(self->name);
-    llmpar__pool_reset_float_control();
-    for (;;) {
-        int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
-            llmpar__pool_pause();
-            spins++;
-        }
-        if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
-            pthread_mutex_lock(&pool->mutex);
-            while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
-            pthread_mutex_unlock(&pool->mutex);
-        }
-        seen++;
-        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
-        llmpar__pool_take(pool, self->index);
-        if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
-            pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
-            pthread_cond_signal(&pool->done);
-            pthread_mutex_unlock(&pool->mutex);
-        }
-    }
-}
-
-/* Everybody leaves the wait for the next generation. */
-static void llmpar__pool_release(struct llmpar__pool *pool)
-{
-    pthread_mutex_lock(&pool->mutex);
-    __atomic_add_fetch(&pool->generation, 1u, __ATOMIC_ACQ_REL);
-    pthread_cond_broadcast(&pool->start);
-    pthread_mutex_unlock(&pool->mutex);
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
-{
-    int32_t i;
-    if (!pool) return;
-    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
-    llmpar__pool_release(pool);
-    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
-    pthread_cond_destroy(&pool->done);
-    pthread_cond_destroy(&pool->start);
-    pthread_mutex_destroy(&pool->mutex);
-    llmpar_heap_free(pool->heap, pool->workers);
-    llmpar_heap_free(pool->heap, pool);
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
-{
-    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
-    pthread_attr_t attributes;
-    char base[16];
-    int32_t i;
-    int failed = 0;
-    *out = NULL;
-    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    pool->heap = heap;
-    pool->threads = threads;
-    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
-    if (!pool->workers) {
-        llmpar_heap_free(heap, pool);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    }
-    pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->start, NULL);
-    pthread_cond_init(&pool->done, NULL);
-    llmpar__pool_get_name(base);
-    pthread_attr_init(&attributes);
-    pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
-    for (i = 0; i < threads - 1 && !failed; i++) {
-        llmpar__pool_worker *worker = &pool->workers[i];
-        worker->pool = pool;
-        worker->index = i + 1;
-        llmpar__pool_name_worker(worker->name, base, i + 1);
-        failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
-        if (!failed) pool->started++;
-    }
-    pthread_attr_destroy(&attributes);
-    if (failed) {
-        int32_t started = pool->started;
-        llmpar__pool_destroy(pool);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
-    }
-    *out = pool;
-    return LLMPAR_OK;
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks)
-{
-    struct llmpar__pool *pool = cpu->pool;
-    int spins = 0;
-    if (!pool || tasks <= 1) {
-        int64_t task;
-        for (task = 0; task < tasks; task++) fn(arg, task, 0);
-        return;
-    }
-    pool->fn = fn;
-    pool->arg = arg;
-    pool->tasks = tasks;
-    __atomic_store_n(&pool->next, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
-    llmpar__pool_release(pool);
-    llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
-        llmpar__pool_pause();
-        spins++;
-    }
-    if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
-        pthread_mutex_lock(&pool->mutex);
-        while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
-        pthread_mutex_unlock(&pool->mutex);
-    }
-}
-
-LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
-{
-    return cpu->pool ? cpu->pool->threads : 1;
-}
-
-#undef LLMPAR__POOL_SPINS
-#undef LLMPAR__POOL_STACK
-/* ==== src/cpu/gemm.c ==== */
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
-
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
-
-      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
-      parts         |        part 0         |        part 1        |part 2 |
-      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
-
-   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
-   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
-   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
+/* ---- src/cpu/gemm.c goes on ---- */
 
 
 #include <string.h>
@@ -6272,6 +4199,2080 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #pragma GCC optimize ("O1")
 #endif
 
+/* ==== src/base/status.c ==== */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
+{
+    switch ((int)status) {
+#define LLMPAR__STATUS_CASE(name, value, text) case value: return text;
+    LLMPAR_STATUS_LIST(LLMPAR__STATUS_CASE)
+#undef LLMPAR__STATUS_CASE
+    default: return "unknown status";
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
+{
+    /* Formatted aside first: an argument may point into *error. */
+    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
+    va_list arguments;
+    int length;
+    size_t i;
+    if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
+    va_start(arguments, format);
+    length = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (length < 0) text[0] = 0;
+    if (length >= (int)sizeof text) {
+        size_t end = sizeof text - 4;
+        while (end > 0 && ((unsigned char)text[end] & 0xC0) == 0x80) end--; /* never half of a UTF-8 character */
+        memcpy(text + end, "...", 4);
+    }
+    for (i = 0; text[i]; i++)
+        if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
+    while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
+    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
+    memcpy(where, error->where, sizeof where);
+    llmpar_error_clear(error);
+    memcpy(error->where, where, sizeof where);
+    error->status = status;
+    memcpy(error->text, text, i + 1);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_error_clear(llmpar_error *error)
+{
+    if (!error) return;
+    memset(error, 0, sizeof *error);
+    error->rank = -1;
+}
+/* ==== src/base/heap.c ==== */
+
+#include <stdlib.h>
+#include <string.h>
+
+/* What lies just below every pointer that was handed out:
+
+     raw              memory - sizeof(header)     memory (multiple of 64)
+      |... up to 63 ...| header                  | bytes ...              */
+typedef struct llmpar__heap_header {
+    void *raw;       /* as the hook gave it */
+    size_t total;    /* as asked of the hook */
+    size_t bytes;    /* as asked by the caller */
+} llmpar__heap_header;
+
+#define LLMPAR__HEAP_ALIGN 64
+
+static void *llmpar__heap_malloc(void *user, size_t bytes)
+{
+    (void)user;
+    return malloc(bytes);
+}
+
+static void llmpar__heap_release(void *user, void *memory, size_t bytes)
+{
+    (void)user;
+    (void)bytes;
+    free(memory);
+}
+
+LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allocator)
+{
+    memset(heap, 0, sizeof *heap);
+    if (allocator && allocator->alloc) {
+        heap->allocator = *allocator; /* without a free hook nothing is given back: the user's region goes at once */
+    } else {
+        heap->allocator.alloc = llmpar__heap_malloc;
+        heap->allocator.free = llmpar__heap_release;
+    }
+}
+
+LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    llmpar__heap_header header;
+    char *memory;
+    if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
+    if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
+    if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
+    header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
+    if (!header.raw) return NULL;
+    memory = (char *)header.raw + sizeof header;
+    memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
+    memcpy(memory - sizeof header, &header, sizeof header);
+    heap->calls++;
+    heap->live += header.bytes;
+    if (heap->live > heap->peak) heap->peak = heap->live;
+    return memory;
+}
+
+LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    void *memory = llmpar_heap_alloc(heap, count, size);
+    if (memory) memset(memory, 0, count * size);
+    return memory;
+}
+
+LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
+    if (copy) memcpy(copy, text, bytes);
+    return copy;
+}
+
+LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
+{
+    llmpar__heap_header header;
+    if (!memory) return;
+    memcpy(&header, (char *)memory - sizeof header, sizeof header);
+    heap->live -= header.bytes;
+    if (heap->allocator.free) heap->allocator.free(heap->allocator.user, header.raw, header.total);
+}
+
+#undef LLMPAR__HEAP_ALIGN
+/* ==== src/base/json.c ==== */
+
+#include <string.h>
+
+/* A document is one allocation, sized by a count over the text before anything is parsed:
+
+     | node 0 = root | node 1 | ... one for each possible value | length of the text + 1 bytes of decoded strings |
+
+   A string is decoded to the same offset in the last part at which it stands in the text (escapes only shrink it, the closing quote's place
+   takes the NUL), so a key's own byte position needs no field. Nothing recurses: an open container keeps its parent in
+   `next`, which it needs only once it is closed. Memory: at most 60 bytes a byte of a valid text (empty arrays in an array), 90 of a
+   malformed one (commas), about 10 of a usual one. */
+
+typedef struct llmpar__json_parser {
+    llmpar_heap *heap;
+    const char *text;
+    size_t length, at;
+    const char *name;
+    uint32_t max_depth;
+    int unique_keys;
+    llmpar_json *nodes; /* owned; becomes the document */
+    size_t used;        /* nodes so far */
+    char *strings;      /* behind the nodes */
+    llmpar_error *error;
+} llmpar__json_parser;
+
+/* ---- errors: each returns 0, so that a reader can `return` it ---- */
+
+static int llmpar__json_expected(llmpar__json_parser *p, size_t position, const char *expected)
+{
+    if (position >= p->length) {
+        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got the end of the text", p->name, position, expected);
+    } else {
+        unsigned byte = (unsigned char)p->text[position];
+        if (byte > 0x20 && byte < 0x7F)
+            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got '%c'", p->name, position, expected, (int)byte);
+        else
+            llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected %s, got byte 0x%02X", p->name, position, expected, byte);
+    }
+    return 0;
+}
+
+static void llmpar__json_skip_space(llmpar__json_parser *p)
+{
+    while (p->at < p->length) {
+        char c = p->text[p->at];
+        if (c != ' ' && c != '\t' && c != '\n' && c != '\r') return;
+        p->at++;
+    }
+}
+
+/* The character at the cursor, or -1 at the end. */
+static int llmpar__json_peek(const llmpar__json_parser *p)
+{
+    return p->at < p->length ? (unsigned char)p->text[p->at] : -1;
+}
+
+/* ---- strings ---- */
+
+/* Bytes of the UTF-8 character at text, 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
+   refused (Unicode 15, table 3-7). */
+static size_t llmpar__json_utf8(const char *text, size_t length)
+{
+    unsigned first, second, low = 0x80, high = 0xBF;
+    size_t bytes, i;
+    if (length == 0) return 0;
+    first = (unsigned char)text[0];
+    if (first < 0x80) return 1;
+    if (first < 0xC2 || first > 0xF4) return 0;
+    bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    if (length < bytes) return 0;
+    if (first == 0xE0) low = 0xA0;
+    if (first == 0xED) high = 0x9F;
+    if (first == 0xF0) low = 0x90;
+    if (first == 0xF4) high = 0x8F;
+    second = (unsigned char)text[1];
+    if (second < low || second > high) return 0;
+    for (i = 2; i < bytes; i++)
+        if (((unsigned char)text[i] & 0xC0) != 0x80) return 0;
+    return bytes;
+}
+
+static char *llmpar__json_put_utf8(char *out, uint32_t code)
+{
+    if (code < 0x80) {
+        *out++ = (char)code;
+    } else if (code < 0x800) {
+        *out++ = (char)(0xC0 | code >> 6);
+        *out++ = (char)(0x80 | (code & 0x3F));
+    } else if (code < 0x10000) {
+        *out++ = (char)(0xE0 | code >> 12);
+        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
+        *out++ = (char)(0x80 | (code & 0x3F));
+    } else {
+        *out++ = (char)(0xF0 | code >> 18);
+        *out++ = (char)(0x80 | (code >> 12 & 0x3F));
+        *out++ = (char)(0x80 | (code >> 6 & 0x3F));
+        *out++ = (char)(0x80 | (code & 0x3F));
+    }
+    return out;
+}
+
+/* Four hexadecimal digits at the cursor. */
+static int llmpar__json_hex4(llmpar__json_parser *p, uint32_t *code)
+{
+    int i;
+    *code = 0;
+    for (i = 0; i < 4; i++, p->at++) {
+        int c = llmpar__json_peek(p);
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return llmpar__json_expected(p, p->at, "four hexadecimal digits after \\u");
+        *code = *code * 16 + (uint32_t)digit;
+    }
+    return 1;
+}
+
+/* What follows \u, two escapes for a code above U+FFFF. */
+static int llmpar__json_unicode(llmpar__json_parser *p, uint32_t *code)
+{
+    size_t start = p->at - 2;
+    uint32_t second;
+    if (!llmpar__json_hex4(p, code)) return 0;
+    if (*code < 0xD800 || *code > 0xDFFF) return 1;
+    if (*code > 0xDBFF) return llmpar__json_expected(p, start, "no second half of a surrogate pair without a first");
+    if (p->length - p->at < 2 || p->text[p->at] != '\\' || p->text[p->at + 1] != 'u')
+        return llmpar__json_expected(p, p->at, "the second half of a surrogate pair");
+    start = p->at;
+    p->at += 2;
+    if (!llmpar__json_hex4(p, &second)) return 0;
+    if (second < 0xDC00 || second > 0xDFFF) return llmpar__json_expected(p, start, "the second half of a surrogate pair");
+    *code = 0x10000 + ((*code - 0xD800) << 10) + (second - 0xDC00);
+    return 1;
+}
+
+/* The string whose opening quote is at the cursor. */
+static int llmpar__json_read_string(llmpar__json_parser *p, const char **string, size_t *length)
+{
+    char *begin = p->strings + p->at + 1, *out = begin;
+    p->at++;
+    for (;;) {
+        int c = llmpar__json_peek(p);
+        if (c == '"') break;
+        if (c < 0x20) return llmpar__json_expected(p, p->at, "a character of a string or its closing '\"'");
+        if (c != '\\') {
+            size_t bytes = llmpar__json_utf8(p->text + p->at, p->length - p->at);
+            if (!bytes) return llmpar__json_expected(p, p->at, "UTF-8");
+            for (; bytes; bytes--) *out++ = p->text[p->at++];
+            continue;
+        }
+        p->at++;
+        c = llmpar__json_peek(p);
+        if (c == 'u') {
+            uint32_t code;
+            p->at++;
+            if (!llmpar__json_unicode(p, &code)) return 0;
+            out = llmpar__json_put_utf8(out, code);
+            continue;
+        }
+        switch (c) {
+        case '"': case '\\': case '/': *out++ = (char)c; break;
+        case 'b': *out++ = '\b'; break;
+        case 'f': *out++ = '\f'; break;
+        case 'n': *out++ = '\n'; break;
+        case 'r': *out++ = '\r'; break;
+        case 't': *out++ = '\t'; break;
+        default: return llmpar__json_expected(p, p->at, "one of \"\\/bfnrtu after \\");
+        }
+        p->at++;
+    }
+    p->at++;
+    *out = 0;
+    *string = begin;
+    *length = (size_t)(out - begin);
+    return 1;
+}
+
+/* ---- numbers ---- */
+
+/* A natural number below 2^2816, for decimals that double arithmetic cannot round exactly. */
+#define LLMPAR__JSON_BIG_LIMBS 88
+typedef struct llmpar__json_big {
+    uint32_t limb[LLMPAR__JSON_BIG_LIMBS]; /* lowest first */
+    int used;                              /* limbs; the highest is not zero */
+} llmpar__json_big;
+
+/* big = big * factor + term */
+static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, uint32_t term)
+{
+    uint64_t carry = term;
+    int i;
+    for (i = 0; i < big->used; i++) {
+        carry += (uint64_t)big->limb[i] * factor;
+        big->limb[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+    if (carry) big->limb[big->used++] = (uint32_t)carry;
+}
+
+static int llmpar__json_big_bits(const llmpar__json_big *big)
+{
+    return big->used ? 32 * big->used - __builtin_clz(big->limb[big->used - 1]) : 0;
+}
+
+static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
+{
+    int limbs = bits / 32, i;
+    if (!big->used) return;
+    if (limbs) {
+        for (i = big->used - 1; i >= 0; i--) big->limb[i + limbs] = big->limb[i];
+        for (i = 0; i < limbs; i++) big->limb[i] = 0;
+        big->used += limbs;
+    }
+    if (bits % 32) llmpar__json_big_multiply(big, (uint32_t)1 << bits % 32, 0);
+}
+
+static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_big *b)
+{
+    int i;
+    if (a->used != b->used) return a->used < b->used;
+    for (i = a->used - 1; i >= 0; i--)
+        if (a->limb[i] != b->limb[i]) return a->limb[i] < b->limb[i];
+    return 0;
+}
+
+/* a -= b, a >= b */
+static void llmpar__json_big_subtract(llmpar__json_big *a, const llmpar__json_big *b)
+{
+    int64_t borrow = 0;
+    int i;
+    for (i = 0; i < a->used; i++) {
+        borrow += (int64_t)a->limb[i] - (i < b->used ? (int64_t)b->limb[i] : 0);
+        a->limb[i] = (uint32_t)borrow;
+        borrow >>= 32;
+    }
+    while (a->used && a->limb[a->used - 1] == 0) a->used--;
+}
+
+/* digits (most significant first) * 10^scale, rounded once: both sides of the fraction are brought to the same length, then 64
+   quotient bits come out by subtraction, and a rest that is not zero is the sticky bit. */
+static double llmpar__json_exact(const unsigned char *digits, int count, int scale)
+{
+    llmpar__json_big above, below;
+    uint64_t quotient = 0;
+    int i, shift;
+    above.used = 0;
+    for (i = 0; i < count; i++) llmpar__json_big_multiply(&above, 10, digits[i]);
+    below.limb[0] = 1;
+    below.used = 1;
+    for (i = 0; i < scale; i++) llmpar__json_big_multiply(&above, 5, 0);
+    for (i = 0; i > scale; i--) llmpar__json_big_multiply(&below, 5, 0);
+    shift = llmpar__json_big_bits(&above) - llmpar__json_big_bits(&below);
+    if (shift < 0) llmpar__json_big_shift(&above, -shift);
+    else llmpar__json_big_shift(&below, shift);
+    for (i = 0; i < 64; i++) { /* above < 2 below */
+        quotient <<= 1;
+        if (!llmpar__json_big_less(&above, &below)) {
+            llmpar__json_big_subtract(&above, &below);
+            quotient |= 1;
+        }
+        llmpar__json_big_multiply(&above, 2, 0);
+    }
+    return llmpar__math_round_scaled(quotient, above.used != 0, (int64_t)shift + scale - 63);
+}
+
+/* The correctly rounded value of an unsigned number that fits the grammar; infinity where it is too large. 800 digits decide
+   (768 are enough for any double or midpoint); non-zero ones beyond count as one more digit 1. */
+static double llmpar__json_decimal(const char *text, size_t length)
+{
+    static const double power[23] = { 1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11,
+                                      1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22 };
+    const int64_t limit = (int64_t)1 << 59; /* beyond any text's length: zeros cannot bring a clamped exponent back */
+    unsigned char digits[801];
+    int count = 0, fraction = 0, beyond = 0, i;
+    int64_t scale = 0, exponent = 0;
+    size_t at;
+    for (at = 0; at < length && (text[at] | 0x20) != 'e'; at++) {
+        if (text[at] == '.') {
+            fraction = 1;
+        } else if (count == 800) {
+            beyond |= text[at] != '0';
+            scale += !fraction;
+        } else {
+            if (count || text[at] != '0') digits[count++] = (unsigned char)(text[at] - '0');
+            scale -= fraction;
+        }
+    }
+    if (at < length) {
+        int negative = text[at + 1] == '-';
+        for (at += text[at + 1] == '-' || text[at + 1] == '+' ? 2 : 1; at < length; at++)
+            if (exponent < limit) exponent = exponent * 10 + (text[at] - '0');
+        if (exponent > limit) exponent = limit;
+        scale += negative ? -exponent : exponent;
+    }
+    if (beyond) {
+        digits[count++] = 1;
+        scale--;
+    }
+    for (; count && digits[count - 1] == 0; count--) scale++;
+    if (count == 0) return 0.0;
+    if (count + scale > 310) return llmpar__math_round_scaled(1, 0, 2000);
+    if (count + scale < -330) return 0.0;
+    if (count <= 15 && scale >= -22 && scale <= 22) { /* both operands exact: one rounding (Clinger 1990) */
+        uint64_t value = 0;
+        for (i = 0; i < count; i++) value = value * 10 + digits[i];
+        return scale < 0 ? (double)value / power[-scale] : (double)value * power[scale];
+    }
+    return llmpar__json_exact(digits, count, (int)scale);
+}
+
+static int llmpar__json_is_digit(int c) { return c >= '0' && c <= '9'; }
+
+/* At least one digit at the cursor. */
+static int llmpar__json_digits(llmpar__json_parser *p)
+{
+    if (!llmpar__json_is_digit(llmpar__json_peek(p))) return llmpar__json_expected(p, p->at, "a digit");
+    while (llmpar__json_is_digit(llmpar__json_peek(p))) p->at++;
+    return 1;
+}
+
+static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
+{
+    size_t begin, i;
+    uint64_t magnitude = 0;
+    int negative = llmpar__json_peek(p) == '-', whole = 1;
+    p->at += (size_t)negative;
+    begin = p->at;
+    if (llmpar__json_peek(p) == '0') p->at++;
+    else if (!llmpar__json_digits(p)) return 0;
+    for (i = begin; i < p->at && whole; i++)
+        whole = !__builtin_mul_overflow(magnitude, (uint64_t)10, &magnitude) && !__builtin_add_overflow(magnitude, (uint64_t)(p->text[i] - '0'), &magnitude);
+    if (llmpar__json_peek(p) == '.') {
+        whole = 0;
+        p->at++;
+        if (!llmpar__json_digits(p)) return 0;
+    }
+    if (llmpar__json_peek(p) == 'e' || llmpar__json_peek(p) == 'E') {
+        whole = 0;
+        p->at++;
+        if (llmpar__json_peek(p) == '+' || llmpar__json_peek(p) == '-') p->at++;
+        if (!llmpar__json_digits(p)) return 0;
+    }
+    node->type = LLMPAR_JSON_NUMBER;
+    node->number = llmpar__json_decimal(p->text + begin, p->at - begin);
+    if (node->number > 1.7976931348623157e308) {
+        llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected a number up to 1.8e308, got a larger one", p->name, node->position);
+        return 0;
+    }
+    if (negative) node->number = -node->number;
+    if (whole && magnitude <= (uint64_t)INT64_MAX + (uint64_t)negative) {
+        node->is_integer = 1;
+        node->integer = negative ? (magnitude ? -(int64_t)(magnitude - 1) - 1 : 0) : (int64_t)magnitude;
+    }
+    return 1;
+}
+
+/* ---- member names ---- */
+
+/* Any total order in which equal names are neighbours; equal ones in text order. */
+static int llmpar__json_key_before(const llmpar_json *a, const llmpar_json *b)
+{
+    int order;
+    if (a->key_length != b->key_length) return a->key_length < b->key_length;
+    order = memcmp(a->key, b->key, a->key_length);
+    return order ? order < 0 : a->key < b->key;
+}
+
+static void llmpar__json_sift(const llmpar_json **member, size_t root, size_t count)
+{
+    const llmpar_json *moving = member[root];
+    size_t child;
+    for (; (child = 2 * root + 1) < count; root = child) {
+        if (child + 1 < count && llmpar__json_key_before(member[child], member[child + 1])) child++;
+        if (!llmpar__json_key_before(moving, member[child])) break;
+        member[root] = member[child];
+    }
+    member[root] = moving;
+}
+
+/* Refuses an object with two members of the same name. A heap sort: no input makes it quadratic or deep. */
+static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *object)
+{
+    const llmpar_json **member, *duplicate = NULL, *node, *swap;
+    size_t count = 0, i;
+    int shown;
+    if (object->length < 2) return 1;
+    member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
+    if (!member) {
+        llmpar_error_set(p->error, LLMPAR_ERR_MEMORY, "%s: no memory to check %zu member names", p->name, object->length);
+        return 0;
+    }
+    for (node = object->child; node; node = node->next) member[count++] = node;
+    for (i = count / 2; i-- > 0;) llmpar__json_sift(member, i, count);
+    for (i = count - 1; i > 0; i--) {
+        swap = member[0];
+        member[0] = member[i];
+        member[i] = swap;
+        llmpar__json_sift(member, 0, i);
+    }
+    for (i = 1; i < count; i++)
+        if (member[i]->key_length == member[i - 1]->key_length && memcmp(member[i]->key, member[i - 1]->key, member[i]->key_length) == 0)
+            if (!duplicate || member[i]->key < duplicate->key) duplicate = member[i];
+    llmpar_heap_free(p->heap, (void *)member);
+    if (!duplicate) return 1;
+    shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
+    while (shown > 0 && ((unsigned char)duplicate->key[shown] & 0xC0) == 0x80) shown--; /* whole characters */
+    llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected every member name once, got \"%.*s\" again", p->name,
+                     (size_t)(duplicate->key - p->strings) - 1, shown, duplicate->key);
+    return 0;
+}
+
+/* ---- values ---- */
+
+static int llmpar__json_read_key(llmpar__json_parser *p, llmpar_json *node)
+{
+    if (llmpar__json_peek(p) != '"') return llmpar__json_expected(p, p->at, "'\"' of a member's name");
+    if (!llmpar__json_read_string(p, &node->key, &node->key_length)) return 0;
+    llmpar__json_skip_space(p);
+    if (llmpar__json_peek(p) != ':') return llmpar__json_expected(p, p->at, "':'");
+    p->at++;
+    llmpar__json_skip_space(p);
+    return 1;
+}
+
+static int llmpar__json_read_word(llmpar__json_parser *p, const char *word)
+{
+    size_t length = strlen(word);
+    if (p->length - p->at < length || memcmp(p->text + p->at, word, length) != 0) return llmpar__json_expected(p, p->at, "a value");
+    p->at += length;
+    return 1;
+}
+
+static int llmpar__json_read_scalar(llmpar__json_parser *p, llmpar_json *node)
+{
+    int c = llmpar__json_peek(p);
+    if (c == '"') {
+        node->type = LLMPAR_JSON_STRING;
+        return llmpar__json_read_string(p, &node->string, &node->length);
+    }
+    if (c == '-' || llmpar__json_is_digit(c)) return llmpar__json_read_number(p, node);
+    if (c == 'n') return llmpar__json_read_word(p, "null"); /* NULL is type 0 */
+    if (c != 't' && c != 'f') return llmpar__json_expected(p, p->at, "a value");
+    node->type = LLMPAR_JSON_BOOL;
+    node->boolean = c == 't';
+    return llmpar__json_read_word(p, c == 't' ? "true" : "false");
+}
+
+static int llmpar__json_read_document(llmpar__json_parser *p)
+{
+    llmpar_json *parent = NULL, *last = NULL, *node; /* last: the newest complete child of parent */
+    uint32_t depth = 0;
+    for (;;) {
+        int c, closer;
+        llmpar__json_skip_space(p);
+        node = &p->nodes[p->used++];
+        memset(node, 0, sizeof *node);
+        if (parent && parent->type == LLMPAR_JSON_OBJECT && !llmpar__json_read_key(p, node)) return 0;
+        node->position = p->at;
+        if (last) last->next = node;
+        else if (parent) parent->child = node;
+        if (parent) parent->length++;
+        c = llmpar__json_peek(p);
+        if (c == '[' || c == '{') {
+            node->type = c == '[' ? LLMPAR_JSON_ARRAY : LLMPAR_JSON_OBJECT;
+            if (depth == p->max_depth) {
+                llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected at most %u nested arrays and objects, got more", p->name, p->at, (unsigned)p->max_depth);
+                return 0;
+            }
+            p->at++;
+            llmpar__json_skip_space(p);
+            if (llmpar__json_peek(p) != (c == '[' ? ']' : '}')) {
+                node->next = parent;
+                parent = node;
+                last = NULL;
+                depth++;
+                continue;
+            }
+            p->at++;
+        } else if (!llmpar__json_read_scalar(p, node)) {
+            return 0;
+        }
+        for (last = node;; last = node) { /* close what ends here */
+            llmpar__json_skip_space(p);
+            c = llmpar__json_peek(p);
+            if (!parent) return c < 0 ? 1 : llmpar__json_expected(p, p->at, "the end of the text");
+            closer = parent->type == LLMPAR_JSON_ARRAY ? ']' : '}';
+            if (c == ',') break;
+            if (c != closer) return llmpar__json_expected(p, p->at, closer == ']' ? "',' or ']'" : "',' or '}'");
+            p->at++;
+            node = parent;
+            parent = node->next;
+            node->next = NULL;
+            depth--;
+            if (p->unique_keys && node->type == LLMPAR_JSON_OBJECT && !llmpar__json_check_unique(p, node)) return 0;
+        }
+        p->at++;
+    }
+}
+
+/* No text has more values than one and its '[', '{' and ',' outside strings: one of them stands before every value but the root. */
+static size_t llmpar__json_count(const char *text, size_t length)
+{
+    size_t count = 1, i;
+    int inside = 0;
+    for (i = 0; i < length; i++) {
+        char c = text[i];
+        if (c == '"') inside = !inside;
+        else if (inside && c == '\\') i++;
+        else if (!inside && (c == ',' || c == '[' || c == '{')) count++;
+    }
+    return count;
+}
+
+LLMPAR_DEF llmpar_status llmpar_json_parse(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
+{
+    llmpar__json_parser p;
+    llmpar_error own; /* the status must be known where the caller wants no text */
+    size_t bytes = 0;
+    *out = NULL;
+    llmpar_error_clear(&own);
+    memset(&p, 0, sizeof p);
+    p.heap = heap;
+    p.text = text;
+    p.length = length;
+    p.name = desc && desc->name ? desc->name : "json";
+    p.max_depth = desc && desc->max_depth ? desc->max_depth : 128;
+    p.unique_keys = desc ? desc->unique_keys : 0;
+    p.error = &own;
+    if (llmpar_size_mul(llmpar__json_count(text, length), sizeof *p.nodes, &bytes) && llmpar_size_add(bytes, length, &bytes) && llmpar_size_add(bytes, 1, &bytes))
+        p.nodes = (llmpar_json *)llmpar_heap_alloc(heap, bytes, 1);
+    if (!p.nodes) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: no memory for the values of %zu bytes of text", p.name, length);
+    p.strings = (char *)p.nodes + (bytes - length - 1);
+    if (!llmpar__json_read_document(&p)) {
+        llmpar_heap_free(heap, p.nodes);
+        return llmpar_error_set(error, own.status, "%s", own.text);
+    }
+    *out = p.nodes;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root)
+{
+    llmpar_heap_free(heap, root);
+}
+
+LLMPAR_DEF const llmpar_json *llmpar_json_get(const llmpar_json *object, const char *key)
+{
+    const llmpar_json *member;
+    size_t length = strlen(key);
+    if (!object || object->type != LLMPAR_JSON_OBJECT) return NULL;
+    for (member = object->child; member; member = member->next)
+        if (member->key_length == length && memcmp(member->key, key, length) == 0) return member;
+    return NULL;
+}
+
+/* ---- writing ---- */
+
+LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out, size_t capacity)
+{
+    static const char hex[] = "0123456789abcdef";
+    static const char plain[] = "\b\f\n\r\t\"\\", letter[] = "bfnrt\"\\";
+    size_t needed = 0, at = 0, i, bytes;
+    char piece[8];
+    int ended = 0;
+    for (i = 0; i <= length + 1; i++) { /* the opening quote, at most `length` characters, the closing quote */
+        size_t piece_length = 1;
+        piece[0] = '"';
+        if (i > 0 && at < length) {
+            unsigned char c = (unsigned char)text[at];
+            const char *found = c ? strchr(plain, c) : NULL;
+            bytes = llmpar__json_utf8(text + at, length - at);
+            if (found) {
+                piece[0] = '\\';
+                piece[1] = letter[found - plain];
+                piece_length = 2;
+            } else if (c < 0x20) {
+                memcpy(piece, "\\u00", 4);
+                piece[4] = hex[c >> 4];
+                piece[5] = hex[c & 15];
+                piece_length = 6;
+            } else if (bytes) {
+                memcpy(piece, text + at, bytes);
+                piece_length = bytes;
+            } else {
+                memcpy(piece, "\xEF\xBF\xBD", 3);
+                piece_length = 3;
+                bytes = 1;
+            }
+            at += bytes;
+        } else if (i > 0) {
+            ended = 1;
+        }
+        for (bytes = 0; bytes < piece_length; bytes++, needed++)
+            if (needed + 1 < capacity) out[needed] = piece[bytes];
+        if (ended) break;
+    }
+    if (capacity) out[needed < capacity ? needed : capacity - 1] = 0;
+    return needed;
+}
+
+#undef LLMPAR__JSON_BIG_LIMBS
+
+/* ==== src/tables/ctx.c ==== */
+/* ctx: failing with a text, and logging. */
+
+#include <stdarg.h>
+#include <stdio.h>
+
+LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
+{
+    if (ctx->error.status != LLMPAR_OK) return status;
+    char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    ctx->error.rank = ctx->rank;
+    llmpar_error_set(&ctx->error, status, "%s", text);
+    ctx->error.rank = ctx->rank;
+    return status;
+}
+
+LLMPAR_DEF const char *llmpar_last_error(const llmpar_ctx *ctx)
+{
+    return ctx->error.status != LLMPAR_OK ? ctx->error.text : "";
+}
+
+LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...)
+{
+    if (!ctx->log) return;
+    char line[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
+}
+/* ==== src/tables/comm.c ==== */
+/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
+
+#include <string.h>
+
+
+/* A slot that lies beyond the table's size is empty. */
+#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
+
+typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
+
+static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
+{
+    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
+                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
+}
+
+static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
+    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+}
+
+static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
+    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
+}
+
+/* One rank: every collective is at most a copy. */
+static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
+{
+    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
+    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
+}
+
+/* The argument of the host calls that mark an entry of the record when its stream comes there. */
+typedef struct llmpar__comm_mark {
+    llmpar_record *record;
+    uint64_t id;
+} llmpar__comm_mark;
+
+static llmpar_status llmpar__comm_started(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_started(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+static llmpar_status llmpar__comm_completed(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_completed(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+
+/* Is there a description of the call that the slot was asked for? */
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+
+LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
+{
+    const llmpar_call *shown = llmpar__comm_shown(comm);
+    const char *tag = call->tag ? call->tag : "";
+    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
+    memset(out, 0, sizeof *out);
+    out->count = call->count;
+    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)call->dtype;
+    out->reduce = (int32_t)call->op;
+    out->root = call->root;
+    out->peer = call->peer;
+    out->member = comm->rank;
+    out->members = comm->ranks;
+    out->number = shown ? shown->number : 0;
+    out->rank = shown ? shown->rank : -1;
+    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
+    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
+    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
+    out->tag_bits = 0xcbf29ce484222325u ^ length;
+    for (size_t i = 0; i < length; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
+        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
+        out->tag_bits ^= out->tag_bits >> 32;
+    }
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    llmpar_call_describe(comm, op, call, out);
+    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
+}
+
+/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
+static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
+{
+    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
+    const llmpar_call *before = comm->call;
+    comm->call = call;
+    return before;
+}
+
+/* The slot between its marks. */
+static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
+{
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    llmpar__comm_enter(comm, op, call, &described, &mark);
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    if (st) return st;
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
+    llmpar__comm_show(comm, before);
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    return st;
+}
+
+static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
+{
+    const char *name = llmpar_call_op_name(kind);
+    llmpar_status st = llmpar__comm_abi(comm, slot_end);
+    if (st) return st;
+    llmpar_collective call = *given;
+    if (!call.blocks) call.blocks = 1;
+    if (!call.tag) call.tag = "";
+    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
+    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
+    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
+                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
+    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
+    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
+                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
+    if (!reduces) call.op = LLMPAR_SUM;
+    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
+    if (call.root < 0 || call.root >= comm->ranks)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
+    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
+    if (!point) call.peer = 0;
+    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
+                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
+    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
+    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
+    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
+
+    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
+        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
+        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
+        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
+        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
+        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
+        if (!fine)
+            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
+                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
+    }
+
+    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
+    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
+    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
+    if (st) return st;
+    comm->sequence++;
+    uint64_t moved = part;
+    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
+    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
+    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
+    comm->bytes_sent += moved;
+    return LLMPAR_OK;
+}
+
+#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
+
+LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
+LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
+LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
+LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
+LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
+LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
+LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag ? tag : "";
+    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
+    if (!st) comm->sequence++;
+    return st;
+}
+
+LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    *out = NULL;
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
+    if (st) return st;
+    llmpar_collective call;
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    memset(&call, 0, sizeof call);
+    call.tag = name ? name : "";
+    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    if (mark.id) llmpar_record_started(mark.record, mark.id);
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = comm->split(comm, color, key, call.tag, out);
+    llmpar__comm_show(comm, before);
+    if (st) return st;
+    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
+    if (mark.id) llmpar_record_completed(mark.record, mark.id);
+    comm->sequence++;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
+{
+    if (comm) comm->destroy(comm);
+}
+
+#undef LLMPAR__COMM_END
+#undef LLMPAR__COMM_CALL
+/* ==== src/tables/record.c ==== */
+/* record: descriptions, fingerprints and the ring.
+
+   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
+   A mark for an id that has been overwritten does nothing. */
+
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+
+typedef struct llmpar__record_entry {
+    llmpar_call call;
+    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
+    int32_t group;
+} llmpar__record_entry;
+
+typedef struct llmpar__record_group {
+    char axis[24];
+    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
+    int32_t *world_rank;      /* [ranks] */
+    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
+} llmpar__record_group;
+
+struct llmpar_record {
+    llmpar_heap *heap;
+    int32_t rank;
+    uint32_t lock;           /* atomic; of everything below */
+    uint64_t timeout_ms, last_id, changed_ns;
+    char where[48];
+    llmpar_call last;        /* completed */
+    llmpar__record_group *groups;
+    int32_t group_count, group_capacity;
+    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
+};
+
+/* ---- texts ---- */
+
+static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
+static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
+    va_end(args);
+    if (n > 0) *used += (size_t)n;
+}
+
+LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
+{
+    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
+    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
+}
+
+static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
+
+LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
+{
+    size_t used = 0;
+    if (capacity) text[0] = 0;
+    llmpar__record_append(text, capacity, &used, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return used;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__record_append(text, capacity, &used, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__record_append(text, capacity, &used, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__record_append(text, capacity, &used, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__record_append(text, capacity, &used, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__record_append(text, capacity, &used, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__record_append(text, capacity, &used, " from %d", (int)call->peer);
+    llmpar__record_append(text, capacity, &used, " \"%s\"", call->tag);
+    if (call->number) llmpar__record_append(text, capacity, &used, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__record_append(text, capacity, &used, " (on %s)", call->axis);
+    return used;
+}
+
+static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
+{
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    return hash ^ (hash >> 29);
+}
+
+LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
+{
+    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
+    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
+    memcpy(axis, call->axis, sizeof axis);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
+    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
+    else hash = llmpar__record_mix(hash, call->number);
+    hash = llmpar__record_mix(hash, call->count);
+    hash = llmpar__record_mix(hash, call->blocks);
+    hash = llmpar__record_mix(hash, call->tag_bits);
+    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
+    return hash;
+}
+
+LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
+{
+    const llmpar_call *side[2];
+    size_t used = 0;
+    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
+    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
+    side[0] = a;
+    side[1] = b;
+    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
+    differ[1] = !messages && a->op != b->op;
+    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
+    differ[3] = a->dtype != b->dtype;
+    differ[4] = a->count != b->count;
+    differ[5] = a->blocks != b->blocks;
+    differ[6] = a->root != b->root;
+    differ[7] = a->reduce != b->reduce;
+    differ[8] = a->tag_bits != b->tag_bits;
+    if (capacity) text[0] = 0;
+    llmpar__record_append(text, capacity, &used, "the ranks of %s disagree in", a->axis);
+    for (int i = 0; i < 9; i++)
+        if (differ[i]) llmpar__record_append(text, capacity, &used, "%s%s", fields++ ? ", " : " ", name[i]);
+    for (int i = 0; i < 2; i++) {
+        llmpar__record_append(text, capacity, &used, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        used += llmpar_call_print(side[i], used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+    }
+    return used;
+}
+
+/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
+static uint64_t llmpar__record_situation(const llmpar_position *p)
+{
+    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
+    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
+}
+
+LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
+{
+    enum { SITUATIONS = 24, NAMED = 12 };
+    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
+    uint64_t seen[SITUATIONS];
+    int count = 0;
+    size_t used = 0;
+    llmpar_position p, q;
+    if (capacity) text[0] = 0;
+    for (int inside = 0; inside < 2; inside++)
+        for (int32_t i = 0; i < ranks; i++) {
+            get(user, i, &p);
+            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
+            uint64_t key = llmpar__record_situation(&p);
+            int k = 0;
+            while (k < count && seen[k] != key) k++;
+            if (k < count) continue;
+            if (count == SITUATIONS) {
+                llmpar__record_append(text, capacity, &used, "; ...");
+                return used;
+            }
+            seen[count++] = key;
+            int32_t alike = 1, named = 1;
+            for (int32_t j = i + 1; j < ranks; j++) {
+                get(user, j, &q);
+                alike += llmpar__record_situation(&q) == key;
+            }
+            llmpar__record_append(text, capacity, &used, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
+                get(user, j, &q);
+                if (llmpar__record_situation(&q) != key) continue;
+                llmpar__record_append(text, capacity, &used, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                named++;
+            }
+            if (named < alike) llmpar__record_append(text, capacity, &used, " and %d more", (int)(alike - named));
+            llmpar__record_append(text, capacity, &used, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) used += llmpar_call_print(&p.now, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+            llmpar__record_append(text, capacity, &used, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) used += llmpar_call_print(&p.last, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+        }
+    return used;
+}
+
+/* ---- the ring ---- */
+
+static void llmpar__record_lock(llmpar_record *record)
+{
+    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
+}
+static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
+
+static uint64_t llmpar__record_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
+{
+    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    if (!record) return LLMPAR_ERR_MEMORY;
+    record->heap = heap;
+    record->rank = rank;
+    record->timeout_ms = timeout_ms;
+    record->changed_ns = llmpar__record_now();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
+{
+    if (!record) return;
+    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
+    llmpar_heap_free(record->heap, record->groups);
+    llmpar_heap_free(record->heap, record);
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
+{
+    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
+    char axis[sizeof record->groups->axis];
+    int32_t same_name = 0;
+    memset(axis, 0, sizeof axis);
+    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        llmpar__record_group *g = &record->groups[i];
+        if (memcmp(g->axis, axis, sizeof axis)) continue;
+        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
+            comm->record = record;
+            comm->group = i;
+            return LLMPAR_OK;
+        }
+        same_name++;
+    }
+    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    llmpar__record_group *grown = NULL, *old = record->groups;
+    int32_t capacity = record->group_capacity;
+    if (members && record->group_count == capacity) {
+        capacity = capacity ? 2 * capacity : 8;
+        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+    }
+    if (!members || (record->group_count == record->group_capacity && !grown)) {
+        llmpar_heap_free(record->heap, members);
+        return LLMPAR_ERR_MEMORY;
+    }
+    memcpy(members, world_rank, n * sizeof *members);
+    llmpar__record_lock(record);
+    if (grown) {
+        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
+        record->groups = grown;
+        record->group_capacity = capacity;
+    }
+    llmpar__record_group *g = &record->groups[record->group_count];
+    memset(g, 0, sizeof *g);
+    memcpy(g->axis, axis, sizeof axis);
+    g->ranks = comm->ranks;
+    g->same_name = same_name;
+    g->world_rank = members;
+    comm->record = record;
+    comm->group = record->group_count++;
+    llmpar__record_unlock(record);
+    if (grown) llmpar_heap_free(record->heap, old);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_group *g = &record->groups[group];
+    uint64_t id = ++record->last_id;
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    call->rank = record->rank;
+    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
+    if (!llmpar__record_message(call)) g->enqueued = call->number;
+    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
+    e->call = *call;
+    e->id = id;
+    e->created_ns = record->changed_ns = now;
+    e->started_ns = e->completed_ns = 0;
+    e->group = group;
+    llmpar__record_unlock(record);
+    return id;
+}
+
+static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    record->changed_ns = now;
+    if (e->id == id) {
+        llmpar__record_group *g = &record->groups[e->group];
+        if (completed) {
+            e->completed_ns = now;
+            record->last = e->call;
+        } else {
+            e->started_ns = now;
+        }
+        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
+    }
+    llmpar__record_unlock(record);
+}
+
+LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
+LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
+
+static uint64_t llmpar__record_oldest(const llmpar_record *record)
+{
+    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
+}
+
+LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
+{
+    memset(out, 0, sizeof *out);
+    llmpar__record_lock(record);
+    out->rank = record->rank;
+    out->time_ns = record->changed_ns;
+    memcpy(out->where, record->where, sizeof out->where);
+    out->last = record->last;
+    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
+        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+        if (!e->started_ns || e->completed_ns) continue;
+        out->state = LLMPAR_POSITION_INSIDE;
+        out->now = e->call;
+        break;
+    }
+    llmpar__record_unlock(record);
+}
+
+/* ---- the dump ---- */
+
+static const char *llmpar__record_torch_dtype(int32_t dtype)
+{
+    switch (dtype) {
+    case LLMPAR_F32: return "Float";
+    case LLMPAR_F64: return "Double";
+    case LLMPAR_BF16: return "BFloat16";
+    case LLMPAR_F16: return "Half";
+    case LLMPAR_I32: return "Int";
+    case LLMPAR_I64: return "Long";
+    case LLMPAR_U64: return "UInt64";
+    default: return "Byte";
+    }
+}
+
+/* "tp"; the second communicator of that name with other members is "tp.1". */
+static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+{
+    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(text, capacity, "%s", g->axis);
+}
+
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, char *text, size_t capacity, size_t *used)
+{
+    const llmpar_call *c = &e->call;
+    const llmpar__record_group *g = &record->groups[e->group];
+    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
+    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
+    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
+    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
+    llmpar__record_group_name(group, sizeof group, g);
+    llmpar_json_escape(group, strlen(group), name, sizeof name);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
+    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
+    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
+    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
+    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
+    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
+    llmpar__record_append(text, capacity, used,
+                          "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
+                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
+    llmpar__record_append(text, capacity, used, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
+    llmpar__record_append(text, capacity, used,
+                          "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
+                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
+                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
+}
+
+LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
+{
+    size_t used = 0;
+    char group[48], name[320], axis[160], where[320];
+    if (capacity) text[0] = 0;
+    llmpar__record_lock(record);
+    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
+    llmpar__record_append(text, capacity, &used, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_group_name(group, sizeof group, g);
+        llmpar_json_escape(group, strlen(group), name, sizeof name);
+        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__record_append(text, capacity, &used, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__record_append(text, capacity, &used, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__record_append(text, capacity, &used, "]\"}");
+    }
+    llmpar__record_append(text, capacity, &used, "\n },\n \"pg_status\": {");
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_append(text, capacity, &used, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
+    }
+    llmpar__record_append(text, capacity, &used, "\n },\n \"entries\": [");
+    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
+        llmpar__record_append(text, capacity, &used, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], text, capacity, &used);
+    }
+    llmpar__record_append(text, capacity, &used, "\n ]\n}\n");
+    llmpar__record_unlock(record);
+    return used;
+}
+/* ==== src/tables/arena.c ==== */
+/* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
+
+   Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
+   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#define LLMPAR__ARENA_BUCKETS 256u
+
+typedef struct llmpar__arena_block {
+    struct llmpar__arena_block *next; /* in its chain */
+    void *memory;
+    size_t bytes;                     /* rounded */
+    llmpar_tag tag;
+    const char *label;                /* borrowed */
+} llmpar__arena_block;
+
+struct llmpar_arena {
+    llmpar_ctx *ctx; /* borrowed */
+    uint64_t limit;
+    llmpar_arena_usage usage;
+    llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
+    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size */
+};
+
+LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
+{
+    static const char *const names[] = { "parameters", "gathered", "gradients", "optimizer", "activations", "communication", "workspace" };
+    return (unsigned)tag < LLMPAR_TAG_COUNT ? names[tag] : "?";
+}
+
+static unsigned llmpar__arena_hash(uint64_t key)
+{
+    return (unsigned)((key * 0x9e3779b97f4a7c15u) >> 32) % LLMPAR__ARENA_BUCKETS;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
+{
+    *out = NULL;
+    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
+    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
+    arena->ctx = ctx;
+    arena->limit = limit;
+    *out = arena;
+    return LLMPAR_OK;
+}
+
+static void llmpar__arena_release(llmpar_arena *arena, llmpar__arena_block **chains)
+{
+    for (unsigned i = 0; i < LLMPAR__ARENA_BUCKETS; i++) {
+        llmpar__arena_block *block = chains[i];
+        chains[i] = NULL;
+        while (block) {
+            llmpar__arena_block *next = block->next;
+            arena->ctx->device->free(arena->ctx->device, block->memory, block->bytes);
+            arena->usage.reserved -= block->bytes;
+            llmpar_heap_free(&arena->ctx->heap, block);
+            block = next;
+        }
+    }
+}
+
+LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
+{
+    if (!arena) return;
+    llmpar__arena_release(arena, arena->live);
+    llmpar__arena_release(arena, arena->idle);
+    llmpar_heap_free(&arena->ctx->heap, arena);
+}
+
+/* `why` completes "arena: activations "layers.3 saved": 4096 bytes: ...". */
+static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
+{
+    char list[320];
+    size_t used = 0;
+    list[0] = 0;
+    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
+        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
+    return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
+                       (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
+}
+
+/* Drops the device's own text about a failure that is mended, or that the arena can tell better. */
+static void llmpar__arena_forget(llmpar_ctx *ctx)
+{
+    ctx->error.status = LLMPAR_OK;
+    ctx->error.text[0] = 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out)
+{
+    llmpar_ctx *ctx = arena->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena_usage *usage = &arena->usage;
+    *out = NULL;
+    if (!label) label = "";
+    if ((unsigned)tag >= LLMPAR_TAG_COUNT) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "arena: \"%s\": tag %d, expected 0 to %d", label, (int)tag, LLMPAR_TAG_COUNT - 1);
+    size_t need;
+    if (!llmpar_size_add(bytes ? bytes : 1, device->alignment - 1, &need)) return llmpar__arena_full(arena, tag, bytes, label, "size overflow");
+    need &= ~(device->alignment - 1);
+    if (arena->limit && (need > arena->limit || usage->live_total > arena->limit - need)) return llmpar__arena_full(arena, tag, need, label, "over the limit");
+
+    unsigned bucket = llmpar__arena_hash(need);
+    llmpar__arena_block **link = &arena->idle[bucket], *block;
+    while (*link && (*link)->bytes != need) link = &(*link)->next;
+    block = *link;
+    if (block) {
+        *link = block->next;
+    } else {
+        /* Idle blocks must not push what is really held over the limit. */
+        if (arena->limit && usage->reserved > arena->limit - need) llmpar__arena_release(arena, arena->idle);
+        block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
+        if (!block) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
+        int clean = ctx->error.status == LLMPAR_OK;
+        llmpar_status st = device->alloc(device, need, &block->memory);
+        if (st == LLMPAR_ERR_MEMORY && usage->reserved > usage->live_total) {
+            llmpar__arena_release(arena, arena->idle);
+            if (clean) llmpar__arena_forget(ctx);
+            st = device->alloc(device, need, &block->memory);
+        }
+        if (st) {
+            if (st == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
+            llmpar_heap_free(&ctx->heap, block);
+            return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
+        }
+        block->bytes = need;
+        usage->reserved += need;
+    }
+    block->tag = tag;
+    block->label = label;
+    bucket = llmpar__arena_hash((uint64_t)(uintptr_t)block->memory);
+    block->next = arena->live[bucket];
+    arena->live[bucket] = block;
+    usage->live[tag] += need;
+    usage->live_total += need;
+    if (usage->live[tag] > usage->peak[tag]) usage->peak[tag] = usage->live[tag];
+    if (usage->live_total > usage->peak_total) usage->peak_total = usage->live_total;
+    *out = block->memory;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
+{
+    if (!memory) return;
+    llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
+    while (*link && (*link)->memory != memory) link = &(*link)->next;
+    block = *link;
+    if (!block) { /* nothing to return an error through: it shows up as the rank's error */
+        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
+        return;
+    }
+    *link = block->next;
+    arena->usage.live[block->tag] -= block->bytes;
+    arena->usage.live_total -= block->bytes;
+    unsigned bucket = llmpar__arena_hash(block->bytes);
+    block->next = arena->idle[bucket];
+    arena->idle[bucket] = block;
+}
+
+LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
+{
+    *out = arena->usage;
+}
+
+LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
+{
+    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) arena->usage.peak[t] = arena->usage.live[t];
+    arena->usage.peak_total = arena->usage.live_total;
+}
+
+#undef LLMPAR__ARENA_BUCKETS
+
+/* ==== src/cpu/cpu.c ==== */
+/* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
+   only the failure that sticks to it, and an event only the failure of what was recorded. */
+
+#include <stdio.h>
+#include <string.h>
+
+#define LLMPAR__CPU_MAX_THREADS 1024
+
+typedef struct llmpar__cpu_stream { llmpar_status status; } llmpar__cpu_stream;
+typedef struct llmpar__cpu_event { llmpar_status status; } llmpar__cpu_event; /* of the stream when last recorded */
+
+/* The device, its state and its name in one allocation of the rank's heap. */
+typedef struct llmpar__cpu_device {
+    llmpar_device table;
+    llmpar__cpu state;
+    char name[32];
+} llmpar__cpu_device;
+
+LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
+{
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return LLMPAR_CPU_AVX512;
+    return LLMPAR_CPU_AVX2;
+#else
+    return LLMPAR_CPU_PORTABLE;
+#endif
+}
+
+LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
+{
+    switch (level) {
+    case LLMPAR_CPU_PORTABLE: return "portable";
+    case LLMPAR_CPU_AVX2: return "avx2";
+    case LLMPAR_CPU_AVX512: return "avx512";
+    case LLMPAR_CPU_DEFAULT: break;
+    }
+    return "?";
+}
+
+LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
+{
+    int i;
+    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
+        if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
+            *out = (llmpar_cpu_level)i;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+/* ---- memory ---- */
+
+static llmpar_status llmpar__cpu_alloc(llmpar_device *device, size_t bytes, void **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    *out = llmpar_heap_alloc(cpu->heap, bytes, 1);
+    if (!*out) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for %llu bytes", (unsigned long long)bytes);
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_free(llmpar_device *device, void *memory, size_t bytes)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    (void)bytes;
+    llmpar_heap_free(cpu->heap, memory);
+}
+
+/* ---- streams and events; a NULL stream keeps no failure ---- */
+
+static llmpar_status llmpar__cpu_stuck(llmpar_stream *stream)
+{
+    return stream ? ((llmpar__cpu_stream *)(void *)stream)->status : LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stick(llmpar_stream *stream, llmpar_status status)
+{
+    if (stream && status) ((llmpar__cpu_stream *)(void *)stream)->status = status;
+    return status;
+}
+
+static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (bytes) memmove(out, in, bytes);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (bytes) memset(out, 0, bytes);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
+    *out = (llmpar_stream *)(void *)stream;
+    if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_stream_destroy(llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_heap_free(cpu->heap, stream);
+}
+
+static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_stream *stream)
+{
+    (void)device;
+    return llmpar__cpu_stuck(stream);
+}
+
+static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu_event *event = (llmpar__cpu_event *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *event);
+    *out = (llmpar_event *)(void *)event;
+    if (!event) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for an event");
+    return LLMPAR_OK;
+}
+
+static void llmpar__cpu_event_destroy(llmpar_device *device, llmpar_event *event)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_heap_free(cpu->heap, event);
+}
+
+static llmpar_status llmpar__cpu_event_record(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
+{
+    (void)device;
+    ((llmpar__cpu_event *)(void *)event)->status = llmpar__cpu_stuck(stream);
+    return llmpar__cpu_stuck(stream);
+}
+
+/* What waits for the work of a failed stream has failed too. */
+static llmpar_status llmpar__cpu_event_wait(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
+{
+    (void)device;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    return llmpar__cpu_stick(stream, ((llmpar__cpu_event *)(void *)event)->status);
+}
+
+static llmpar_status llmpar__cpu_event_synchronize(llmpar_device *device, llmpar_event *event)
+{
+    (void)device;
+    return ((llmpar__cpu_event *)(void *)event)->status;
+}
+
+static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    union { char bytes[256]; double alignment_of_double; int64_t alignment_of_int; void *alignment_of_pointer; } copy;
+    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
+    if (arg_bytes > sizeof copy.bytes)
+        return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
+    if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
+    return llmpar__cpu_stick(stream, fn(copy.bytes));
+}
+
+/* ---- operations: each runs unless its stream has failed, and a failure sticks ---- */
+
+#define LLMPAR__CPU_OPERATIONS(X) \
+    X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum)
+
+#define LLMPAR__CPU_RUN(slot, args_type) \
+    static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
+    { \
+        if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream); \
+        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(device, stream, args)); \
+    }
+#define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
+LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
+LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
+LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
+LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
+LLMPAR__CPU_RUN(xent_backward, llmpar_xent_backward_args)
+
+static void llmpar__cpu_fill_table(llmpar_device *table)
+{
+    table->alloc = llmpar__cpu_alloc;
+    table->free = llmpar__cpu_free;
+    table->copy = llmpar__cpu_copy;
+    table->zero = llmpar__cpu_zero;
+    table->stream_create = llmpar__cpu_stream_create;
+    table->stream_destroy = llmpar__cpu_stream_destroy;
+    table->synchronize = llmpar__cpu_synchronize;
+    table->event_create = llmpar__cpu_event_create;
+    table->event_destroy = llmpar__cpu_event_destroy;
+    table->event_record = llmpar__cpu_event_record;
+    table->event_wait = llmpar__cpu_event_wait;
+    table->event_synchronize = llmpar__cpu_event_synchronize;
+    table->host_call = llmpar__cpu_host_call;
+#define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
+    LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
+    LLMPAR__CPU_FILL(xent_max)
+    LLMPAR__CPU_FILL(xent_sum)
+    LLMPAR__CPU_FILL(xent_loss)
+    LLMPAR__CPU_FILL(xent_backward)
+#undef LLMPAR__CPU_FILL
+    table->gemm_workspace = llmpar__cpu_gemm_workspace;
+    table->attention_workspace = llmpar__cpu_attention_workspace;
+    table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
+    table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+}
+
+#undef LLMPAR__CPU_OPERATIONS
+#undef LLMPAR__CPU_RUN
+#undef LLMPAR__CPU_RUN_OWN
+
+/* ---- creation ---- */
+
+LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out)
+{
+    llmpar_cpu_level best = llmpar_cpu_best_level(), level = best;
+    int32_t threads = 1;
+    llmpar__cpu_device *cpu;
+    *out = NULL;
+    if (desc && desc->level != LLMPAR_CPU_DEFAULT) level = desc->level;
+    if (desc && desc->threads != 0) threads = desc->threads;
+    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
+    if ((int)level > (int)best)
+        return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "cpu: level %s was asked for, this processor or build has at most %s", llmpar_cpu_level_name(level), llmpar_cpu_level_name(best));
+    if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: expected 1 to %d threads, got %d", LLMPAR__CPU_MAX_THREADS, (int)threads);
+
+    cpu = (llmpar__cpu_device *)llmpar_heap_zalloc(heap, 1, sizeof *cpu);
+    if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
+    cpu->state.heap = heap;
+    cpu->state.level = level;
+    if (threads > 1) {
+        llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
+        if (status) {
+            llmpar_heap_free(heap, cpu);
+            return status;
+        }
+    }
+    snprintf(cpu->name, sizeof cpu->name, "cpu %s", llmpar_cpu_level_name(level));
+    cpu->table.abi = LLMPAR_DEVICE_ABI;
+    cpu->table.size = (uint32_t)sizeof(llmpar_device);
+    cpu->table.name = cpu->name;
+    cpu->table.error = error;
+    cpu->table.state = &cpu->state;
+    cpu->table.alignment = 64;
+    llmpar__cpu_fill_table(&cpu->table);
+    *out = &cpu->table;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
+{
+    llmpar__cpu *cpu;
+    if (!device) return;
+    cpu = (llmpar__cpu *)device->state;
+    llmpar__pool_destroy(cpu->pool);
+    llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
+}
+
+#undef LLMPAR__CPU_MAX_THREADS
+/* ==== src/cpu/pool.c ==== */
+/* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
+   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
+
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#if defined(__linux__)
+#include <sys/prctl.h>
+#endif
+
+#define LLMPAR__POOL_SPINS 200
+#define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
+
+typedef struct llmpar__pool_worker {
+    struct llmpar__pool *pool;
+    pthread_t thread;
+    int32_t index;  /* 1 .. threads - 1 */
+    char name[16];
+} llmpar__pool_worker;
+
+struct llmpar__pool {
+    llmpar_heap *heap;
+    llmpar__pool_worker *workers; /* [threads - 1]; owned */
+    int32_t threads, started;
+    pthread_mutex_t mutex;
+    pthread_cond_t start, done;
+    /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
+    void (*fn)(void *arg, int64_t task, int32_t worker);
+    void *arg;
+    int64_t tasks;
+    /* atomic */
+    int64_t next;       /* first task nobody has taken */
+    uint32_t generation;
+    int32_t active;     /* workers that have not finished the current run */
+    int stop;
+};
+
+static void llmpar__pool_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ __volatile__("yield");
+#endif
+}
+
+/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
+static void llmpar__pool_reset_float_control(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
+#else
+    uint64_t zero = 0;
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
+#endif
+}
+
+static void llmpar__pool_get_name(char name[16])
+{
+    name[0] = 0;
+#if defined(__linux__)
+    prctl(PR_GET_NAME, name, 0, 0, 0);
+#else
+    pthread_getname_np(pthread_self(), name, 16);
+#endif
+    name[15] = 0;
+}
+
+/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
+static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
+{
+    char suffix[16];
+    size_t length = strlen(base), suffix_length;
+    snprintf(suffix, sizeof suffix, " w%d", (int)index);
+    suffix_length = strlen(suffix);
+    if (length > 15 - suffix_length) length = 15 - suffix_length;
+    memcpy(name, base, length);
+    memcpy(name + length, suffix, suffix_length + 1);
+}
+
+static void llmpar__pool_set_name(const char *name)
+{
+#if defined(__linux__)
+    prctl(PR_SET_NAME, name, 0, 0, 0);
+#else
+    pthread_setname_np(name);
+#endif
+}
+
+static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
+{
+    for (;;) {
+        int64_t task = __atomic_fetch_add(&pool->next, 1, __ATOMIC_RELAXED);
+        if (task >= pool->tasks) return;
+        pool->fn(pool->arg, task, worker);
+    }
+}
+
+static void *llmpar__pool_main(void *arg)
+{
+    llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
+    struct llmpar__pool *pool = self->pool;
+    uint32_t seen = 0;
+    llmpar__pool_set_name(self->name);
+    llmpar__pool_reset_float_control();
+    for (;;) {
+        int spins = 0;
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
+            llmpar__pool_pause();
+            spins++;
+        }
+        if (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) {
+            pthread_mutex_lock(&pool->mutex);
+            while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen) pthread_cond_wait(&pool->start, &pool->mutex);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+        seen++;
+        if (__atomic_load_n(&pool->stop, __ATOMIC_ACQUIRE)) return NULL;
+        llmpar__pool_take(pool, self->index);
+        if (__atomic_sub_fetch(&pool->active, 1, __ATOMIC_ACQ_REL) == 0) {
+            pthread_mutex_lock(&pool->mutex); /* so that the caller is either before its test of `active` or asleep */
+            pthread_cond_signal(&pool->done);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+/* Everybody leaves the wait for the next generation. */
+static void llmpar__pool_release(struct llmpar__pool *pool)
+{
+    pthread_mutex_lock(&pool->mutex);
+    __atomic_add_fetch(&pool->generation, 1u, __ATOMIC_ACQ_REL);
+    pthread_cond_broadcast(&pool->start);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
+{
+    int32_t i;
+    if (!pool) return;
+    __atomic_store_n(&pool->stop, 1, __ATOMIC_RELEASE);
+    llmpar__pool_release(pool);
+    for (i = 0; i < pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->start);
+    pthread_mutex_destroy(&pool->mutex);
+    llmpar_heap_free(pool->heap, pool->workers);
+    llmpar_heap_free(pool->heap, pool);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
+{
+    struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
+    pthread_attr_t attributes;
+    char base[16];
+    int32_t i;
+    int failed = 0;
+    *out = NULL;
+    if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    pool->heap = heap;
+    pool->threads = threads;
+    pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
+    if (!pool->workers) {
+        llmpar_heap_free(heap, pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
+    }
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->start, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    llmpar__pool_get_name(base);
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
+    for (i = 0; i < threads - 1 && !failed; i++) {
+        llmpar__pool_worker *worker = &pool->workers[i];
+        worker->pool = pool;
+        worker->index = i + 1;
+        llmpar__pool_name_worker(worker->name, base, i + 1);
+        failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
+        if (!failed) pool->started++;
+    }
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+        int32_t started = pool->started;
+        llmpar__pool_destroy(pool);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: the system refused worker thread %d of %d (error %d)", (int)(started + 1), (int)(threads - 1), failed);
+    }
+    *out = pool;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks)
+{
+    struct llmpar__pool *pool = cpu->pool;
+    int spins = 0;
+    if (!pool || tasks <= 1) {
+        int64_t task;
+        for (task = 0; task < tasks; task++) fn(arg, task, 0);
+        return;
+    }
+    pool->fn = fn;
+    pool->arg = arg;
+    pool->tasks = tasks;
+    __atomic_store_n(&pool->next, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
+    llmpar__pool_release(pool);
+    llmpar__pool_take(pool, 0);
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
+        llmpar__pool_pause();
+        spins++;
+    }
+    if (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) {
+        pthread_mutex_lock(&pool->mutex);
+        while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
+        pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
+{
+    return cpu->pool ? cpu->pool->threads : 1;
+}
+
+#undef LLMPAR__POOL_SPINS
+#undef LLMPAR__POOL_STACK
 /* ==== src/cpu/kernels_f64.c ==== */
 /* kernels_f64: every kernel at f64, the level of finite differences. */
 

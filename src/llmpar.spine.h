@@ -199,22 +199,12 @@ LLMPAR_EXTERN_C_END
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #endif
 
-#include "base/status.c"
-#include "base/heap.c"
 #include "base/size.c"
 #include "base/dtype.c"
 #include "base/math.c"
 #include "base/exact_sum.c"
 #include "base/rng.c"
-#include "base/json.c"
 
-#include "tables/ctx.c"
-#include "tables/record.c"
-#include "tables/comm.c"
-#include "tables/arena.c"
-
-#include "cpu/cpu.c"
-#include "cpu/pool.c"
 #include "cpu/gemm.c"
 #include "cpu/attention.c"
 #include "cpu/norm.c"
@@ -233,6 +223,17 @@ LLMPAR_EXTERN_C_END
 #pragma GCC optimize ("O1")
 #endif
 
+#include "base/status.c"
+#include "base/heap.c"
+#include "base/json.c"
+
+#include "tables/ctx.c"
+#include "tables/comm.c"
+#include "tables/record.c"
+#include "tables/arena.c"
+
+#include "cpu/cpu.c"
+#include "cpu/pool.c"
 #include "cpu/kernels_f64.c"
 
 #include "comm/threads_wait.c"
