@@ -9,6 +9,13 @@
 #include "base/heap.h"
 #include "tables/comm.h"
 
+/* A static function that is left out would be warned of: declared extern, a call of it fails to link. */
+#if defined(LLMPAR_STATIC) && !defined(LLMPAR_USE_MPI)
+#define LLMPAR__MPI_API extern
+#else
+#define LLMPAR__MPI_API LLMPAR_API
+#endif
+
 typedef struct llmpar_mpi_world llmpar_mpi_world;
 
 /* Alike on all processes. Zero is a default. */
@@ -26,20 +33,22 @@ typedef struct llmpar_mpi_desc {
 /* Collective over desc->comm, and may block. heap: the rank's, borrowed; all memory is taken from it here and in collectives, on the caller's thread. desc may be NULL.
    Where MPI provides MPI_THREAD_SERIALIZED on all ranks a helper thread sends signs of life; else silent ranks are only found by `deadline`. One thread calls MPI at a time.
    Errors: LLMPAR_ERR_CONFIG (MPI not initialised, already finalised, an intercommunicator), LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_MEMORY; the same on every rank. */
-LLMPAR_API llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error);
-LLMPAR_API int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world);  /* local */
-LLMPAR_API int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world); /* local */
+LLMPAR__MPI_API llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error);
+LLMPAR__MPI_API int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world);  /* local */
+LLMPAR__MPI_API int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world); /* local */
 /* 1 where MPI provides MPI_THREAD_SERIALIZED on all ranks. Local. */
-LLMPAR_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
+LLMPAR__MPI_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
 /* The communicator of all ranks; its calls are in the world's record, as those of its splits. error: where its failures leave their text; its `where` (the mesh coordinate) is shown to the other ranks. Local. */
-LLMPAR_API llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+LLMPAR__MPI_API llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
 /* Makes *error the job's failure, if it is the first, and tells all ranks. Local. */
-LLMPAR_API void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error);
+LLMPAR__MPI_API void llmpar_mpi_world_fail(llmpar_mpi_world *world, const llmpar_error *error);
 /* The job's failure as far as this rank knows, status OK if none. Local. */
-LLMPAR_API void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out);
+LLMPAR__MPI_API void llmpar_mpi_world_error(llmpar_mpi_world *world, llmpar_error *out);
 /* This rank is done. Waits until all are; after a failure at most `grace` seconds (0: 3). *root (may be NULL): the job's root error, the same on all ranks that end in order, else status OK.
    1: all ranks have come here and MPI may be finalised; 0: some rank is dead or stuck, and only MPI_Abort ends the job. */
-LLMPAR_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root);
-LLMPAR_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL is fine; after finish */
+LLMPAR__MPI_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root);
+LLMPAR__MPI_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL is fine; after finish */
+
+#undef LLMPAR__MPI_API
 
 #endif
