@@ -25,7 +25,7 @@ plant()
     fi
     if ! patch -d $tree -p1 --fuzz=0 -s -f <"$patch" >$tree/patch.log 2>&1; then
         bad "$name" "the patch no longer applies" $tree/patch.log
-        rm -rf $tree/src && cp -a src $tree/
+        rm -rf $tree/src && cp -r src $tree/ # newer than every object
         return
     fi
     if ! build "$test"; then bad "$name" "does not build with the fault" $tree/build.log
