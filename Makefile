@@ -25,6 +25,7 @@ all: $(EXAMPLES) $(CXX_EXAMPLES)
 
 help:
 	@echo 'make               the examples, from the committed llmpar.h, into build/'
+	@echo 'make build/train_llama_mpi, build/generate_mpi: the same with ranks as MPI processes (mpicc)'
 	@echo 'make demo          trains a small Llama on a 2x2 mesh and compares the bits with one rank'
 	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'

@@ -54,7 +54,7 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_API              storage class and attributes of the public declarations, default `extern`
                             (everywhere alike, e.g. __declspec(dllexport), __attribute__((visibility("default"))) )
     LLMPAR_HEADER           the file's name, default "llmpar.h": the implementation includes this file again for each
-                            instance of a kernel; define it if you rename the file
+                            vector width; define it if you rename the file
     LLMPAR_USE_MPI          adds ranks that are MPI processes, on one machine or many: compile this file with mpicc, start the program with
                             `mpirun -n 4`, and llmpar_launch makes the processes its ranks, with the same bits. Nothing else changes;
                             declarations need no mpi.h. Without mpirun the ranks are threads as before
@@ -72,7 +72,9 @@ llmpar DOES NOT
     - print, exit or abort: every fallible call returns llmpar_status, and the text of the error names rank, mesh
       coordinate, tensor, expected and got. (llmpar_launch and the trainer write to callbacks; their default is
       stderr and stdout.)
-    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator.
+    - keep mutable globals, or take memory behind your back: all of it goes through your llmpar_allocator. (Two exceptions
+      are malloc's, because they outlive a rank or belong to another thread: records that llmpar_launch keeps for a
+      failure report, and over MPI the place where messages to a failed rank are dropped.)
     - run under -ffast-math or -Ofast: equal bits need the order of sums that the source has. Contraction of a*b+c is
       switched off for this header alone; your own code keeps its flags.
     - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever

@@ -107,8 +107,8 @@ typedef struct llmpar__gemm_kernel {
     _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
 } while (0)
 
-/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed. */
-/* portable, the same bits as the rows of gemm_portable.inc, which serve processors without AVX */
+/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed.
+   First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
 typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
 #define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
 #define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
@@ -247,11 +247,11 @@ static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, in
     return deepest;
 }
 
-/* Length of a part: even parts of at most `limit`; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
-static int64_t llmpar__gemm_part(int64_t total, int64_t pieces, int64_t limit)
+/* Length of a part: even parts of at most PART_K; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
+static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 {
     int64_t piece = total / pieces, part = piece;
-    if (pieces == 1 || total <= limit || total % pieces || limit < LLMPAR__GEMM_PART_K) return llmpar__gemm_even_blocks(total, limit, 1);
+    if (pieces == 1 || total <= LLMPAR__GEMM_PART_K || total % pieces) return llmpar__gemm_even_blocks(total, LLMPAR__GEMM_PART_K, 1);
     if (piece > LLMPAR__GEMM_PIECE_K) return llmpar__gemm_even_blocks(piece, LLMPAR__GEMM_PIECE_K, 1);
     while (part * 2 <= LLMPAR__GEMM_PIECE_K && part < total) part *= 2;
     return part;
@@ -268,8 +268,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
     for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
     run->thin = args->m <= 2 * run->kernel.rows;
-    run->block_k = run->thin ? LLMPAR__GEMM_THIN_K : LLMPAR__GEMM_PART_K;
-    run->block_k = llmpar__gemm_part(total, args->pieces, run->block_k);
+    run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
     limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
