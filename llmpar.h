@@ -722,10 +722,10 @@ typedef enum llmpar_reduce_op { LLMPAR_SUM = 0, LLMPAR_MAX = 1 } llmpar_reduce_o
      all_gather      send[blocks][count]           recv[blocks][ranks][count]
      reduce_scatter  send[blocks][ranks][count]    recv[blocks][count]
      all_reduce      send[blocks][count]           recv[blocks][count]
-     broadcast       send on root, recv elsewhere: [blocks][count]   (root's recv may be NULL or send)
+     broadcast       send on root, recv elsewhere: [blocks][count]   (root's recv may be NULL or send; elsewhere send is not looked at)
      all_to_all      send[blocks][ranks][count]    recv[blocks][ranks][count]
      send / recv     [blocks][count] to / from rank `peer`
-   In place: all_gather with send == recv + rank*count (blocks 1); reduce_scatter with recv == send + rank*count (blocks 1); all_reduce with recv == send. Other overlaps are errors of the caller. */
+   In place: all_gather with send == recv + rank*count (blocks 1); reduce_scatter with recv == send + rank*count (blocks 1); all_reduce and broadcast with recv == send. Other overlaps are errors of the caller. */
 typedef struct llmpar_collective {
     const void *send;
     void *recv;
@@ -5127,6 +5127,7 @@ static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream,
         return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
                                 name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
     int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
+    if (!needs_send) call.send = NULL; /* a broadcast in place, send == recv on every rank, is a root's only on the root */
     int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
     if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
         return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);

@@ -94,8 +94,8 @@ static inline llmpar_status one_sample(llmpar_comm *comm, const sample *s)
     for (int root = 0; !st && root < (int)n; root++) {
         fill(send, s->dtype, (int)r, part);
         memset(recv, 0x55, part * item);
-        call.send = (int)r == root ? send : NULL;
         call.recv = (int)r == root ? (s->in_place ? send : NULL) : recv;
+        call.send = (int)r == root ? send : s->in_place ? recv : NULL;
         call.root = root;
         st = llmpar_broadcast(comm, NULL, &call);
         fill(want, s->dtype, root, part);

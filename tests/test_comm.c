@@ -1,5 +1,5 @@
 /* The threads communicator: every collective against a plain reference, bit for bit; then every way in which one can fail. */
-#include "test.h"
+#include "collectives.h"
 
 #include <pthread.h>
 #include <time.h>
@@ -19,47 +19,6 @@ static void nap(double seconds)
     nanosleep(&t, NULL);
 }
 
-static uint64_t mix(uint64_t x)
-{
-    x ^= x >> 30; x *= 0xbf58476d1ce4e5b9u; x ^= x >> 27; x *= 0x94d049bb133111ebu; x ^= x >> 31;
-    return x;
-}
-
-/* Element i of rank r's send buffer. Magnitudes differ widely: another order of a sum gives other bits. */
-static void element(void *out, llmpar_dtype dtype, int rank, size_t i)
-{
-    uint64_t h = mix((uint64_t)rank * 1000003u + i + 1);
-    double value = ((double)(h >> 40) / 16777216.0 - 0.5) * (double)(1u << (h & 15));
-    float f = (float)value;
-    int64_t s = (int64_t)h >> 8;
-    if (dtype == LLMPAR_F32) memcpy(out, &f, 4);
-    else if (dtype == LLMPAR_F64) memcpy(out, &value, 8);
-    else if (dtype == LLMPAR_I64) memcpy(out, &s, 8);
-    else memcpy(out, &h, llmpar_dtype_size(dtype));
-}
-
-static void fill(void *buffer, llmpar_dtype dtype, int rank, size_t count)
-{
-    for (size_t i = 0; i < count; i++) element((char *)buffer + i * llmpar_dtype_size(dtype), dtype, rank, i);
-}
-
-/* Element i of the reduction over ranks [a, b). */
-static void reduced(void *out, llmpar_dtype dtype, llmpar_reduce_op op, int a, int b, size_t i)
-{
-    if (b - a == 1) { element(out, dtype, a, i); return; }
-    union { float f; double d; int64_t i; uint64_t u; } x, y;
-    int split = 1;
-    while (split * 2 < b - a) split *= 2;
-    reduced(&x, dtype, op, a, a + split, i);
-    reduced(&y, dtype, op, a + split, b, i);
-    switch ((int)dtype) {
-    case LLMPAR_F32: x.f = op == LLMPAR_MAX ? (y.f > x.f ? y.f : x.f) : x.f + y.f; memcpy(out, &x.f, 4); break;
-    case LLMPAR_F64: x.d = op == LLMPAR_MAX ? (y.d > x.d ? y.d : x.d) : x.d + y.d; memcpy(out, &x.d, 8); break;
-    case LLMPAR_I64: if (op == LLMPAR_MAX) x.i = y.i > x.i ? y.i : x.i; else x.u += y.u; memcpy(out, &x.i, 8); break;
-    default: x.u += y.u; memcpy(out, &x.u, 8); break;
-    }
-}
-
 static void no_leak(const llmpar_ctx *ctx, void *user)
 {
     (void)user;
@@ -77,110 +36,10 @@ static llmpar_status launch(int ranks, llmpar_rank_fn fn, void *user, llmpar_err
 
 /* ---- values ---- */
 
-typedef struct sample { size_t count, blocks; llmpar_dtype dtype; llmpar_reduce_op op; int in_place; } sample;
-
-static llmpar_status one_sample(llmpar_ctx *ctx, const sample *s)
-{
-    size_t item = llmpar_dtype_size(s->dtype), n = (size_t)ctx->world, r = (size_t)ctx->rank, blocks = s->blocks ? s->blocks : 1, part = s->count * blocks;
-    char *send = (char *)malloc(part * n * item + 1), *recv = (char *)malloc(part * n * item + 1), *want = (char *)malloc(part * n * item + 1);
-    llmpar_collective call = { .send = send, .recv = recv, .count = s->count, .blocks = s->blocks, .dtype = s->dtype, .op = s->op, .tag = "sample" };
-    llmpar_status st = LLMPAR_OK;
-    int reducible = s->dtype == LLMPAR_F32 || s->dtype == LLMPAR_F64 || s->dtype == LLMPAR_I64 || (s->dtype == LLMPAR_U64 && s->op == LLMPAR_SUM);
-
-    /* all_gather */
-    if (!s->in_place || blocks == 1) {
-        memset(recv, 0x55, part * n * item);
-        fill(send, s->dtype, (int)r, part);
-        if (s->in_place) { memcpy(recv + r * part * item, send, part * item); call.send = recv + r * part * item; }
-        st = llmpar_all_gather(ctx->comm, NULL, &call);
-        for (size_t b = 0; b < blocks; b++)
-            for (size_t i = 0; i < n; i++)
-                for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, b * s->count + e);
-        CHECK_BYTES(recv, want, part * n * item);
-    }
-    /* reduce_scatter */
-    if (!st && reducible && (!s->in_place || blocks == 1)) {
-        fill(send, s->dtype, (int)r, part * n);
-        call.send = send;
-        call.recv = s->in_place ? send + r * part * item : recv;
-        st = llmpar_reduce_scatter(ctx->comm, NULL, &call);
-        for (size_t b = 0; b < blocks; b++)
-            for (size_t e = 0; e < s->count; e++) reduced(want + (b * s->count + e) * item, s->dtype, s->op, 0, (int)n, (b * n + r) * s->count + e);
-        CHECK_BYTES(call.recv, want, part * item);
-    }
-    /* all_reduce */
-    if (!st && reducible) {
-        memset(recv, 0x55, part * item);
-        fill(send, s->dtype, (int)r, part);
-        call.send = send;
-        call.recv = s->in_place ? send : recv;
-        st = llmpar_all_reduce(ctx->comm, NULL, &call);
-        for (size_t e = 0; e < part; e++) reduced(want + e * item, s->dtype, s->op, 0, (int)n, e);
-        CHECK_BYTES(call.recv, want, part * item);
-        if (!s->in_place) {
-            fill(want, s->dtype, (int)r, part);
-            CHECK_BYTES(send, want, part * item); /* the input is left alone */
-        }
-    }
-    /* broadcast from every root */
-    for (int root = 0; !st && root < (int)n; root++) {
-        fill(send, s->dtype, (int)r, part);
-        memset(recv, 0x55, part * item);
-        call.send = (int)r == root ? send : NULL;
-        call.recv = (int)r == root ? (s->in_place ? send : NULL) : recv;
-        call.root = root;
-        st = llmpar_broadcast(ctx->comm, NULL, &call);
-        fill(want, s->dtype, root, part);
-        CHECK_BYTES((int)r == root ? send : recv, want, part * item);
-    }
-    call.root = 0;
-    /* all_to_all */
-    if (!st && !s->in_place) {
-        fill(send, s->dtype, (int)r, part * n);
-        call.send = send;
-        call.recv = recv;
-        st = llmpar_all_to_all(ctx->comm, NULL, &call);
-        for (size_t b = 0; b < blocks; b++)
-            for (size_t i = 0; i < n; i++)
-                for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, (b * n + r) * s->count + e);
-        CHECK_BYTES(recv, want, part * n * item);
-    }
-    /* a ring of messages: the even ranks send first */
-    if (!st && n > 1) {
-        int next = (int)((r + 1) % n), previous = (int)((r + n - 1) % n);
-        fill(send, s->dtype, (int)r, part);
-        memset(recv, 0x55, part * item);
-        call.send = send;
-        call.recv = recv;
-        for (int phase = 0; phase < 2 && !st; phase++) {
-            int sends = (r == n - 1 && n % 2) ? phase == 1 : (int)(r % 2) == phase; /* of an odd ring the last rank receives first */
-            call.peer = sends ? next : previous;
-            st = sends ? llmpar_send(ctx->comm, NULL, &call) : llmpar_recv(ctx->comm, NULL, &call);
-        }
-        fill(want, s->dtype, previous, part);
-        CHECK_BYTES(recv, want, part * item);
-    }
-    free(send);
-    free(recv);
-    free(want);
-    return st;
-}
-
 static llmpar_status all_samples(llmpar_ctx *ctx, void *user)
 {
-    static const size_t counts[] = { 0, 1, 7, 64, 513, 20011 };
-    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_I64, LLMPAR_U64, LLMPAR_BF16, LLMPAR_U8, LLMPAR_I32 };
-    llmpar_status st = LLMPAR_OK;
     (void)user;
-    for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++)
-        for (size_t d = 0; d < sizeof dtypes / sizeof dtypes[0]; d++)
-            for (int v = 0; v < 6 && !st; v++) {
-                sample s = { counts[c], v < 2 ? 0 : v < 4 ? 1 : 3, dtypes[d], v & 1 ? LLMPAR_MAX : LLMPAR_SUM, v == 2 || v == 3 };
-                if (s.count > 1000 && (d || v > 2 || ctx->world > 3)) continue; /* the others only need to cross the size of a slot */
-                if (s.count > 500 && d > 2 && ctx->world > 4) continue;
-                st = one_sample(ctx, &s);
-            }
-    return st;
+    return collectives_check(ctx->comm, 20011);
 }
 
 TEST(values)

@@ -20,10 +20,10 @@ typedef enum llmpar_reduce_op { LLMPAR_SUM = 0, LLMPAR_MAX = 1 } llmpar_reduce_o
      all_gather      send[blocks][count]           recv[blocks][ranks][count]
      reduce_scatter  send[blocks][ranks][count]    recv[blocks][count]
      all_reduce      send[blocks][count]           recv[blocks][count]
-     broadcast       send on root, recv elsewhere: [blocks][count]   (root's recv may be NULL or send)
+     broadcast       send on root, recv elsewhere: [blocks][count]   (root's recv may be NULL or send; elsewhere send is not looked at)
      all_to_all      send[blocks][ranks][count]    recv[blocks][ranks][count]
      send / recv     [blocks][count] to / from rank `peer`
-   In place: all_gather with send == recv + rank*count (blocks 1); reduce_scatter with recv == send + rank*count (blocks 1); all_reduce with recv == send. Other overlaps are errors of the caller. */
+   In place: all_gather with send == recv + rank*count (blocks 1); reduce_scatter with recv == send + rank*count (blocks 1); all_reduce and broadcast with recv == send. Other overlaps are errors of the caller. */
 typedef struct llmpar_collective {
     const void *send;
     void *recv;
