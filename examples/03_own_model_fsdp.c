@@ -176,7 +176,7 @@ static void describe(layer layers[LAYERS], const float *points, llmpar_param par
 {
     static const char *const names[LAYERS][3] = { { "points", "points.weight", "points.bias" }, { "hidden", "hidden.weight", "hidden.bias" }, { "classes", "classes.weight", "classes.bias" } };
     static const int64_t width[LAYERS + 1] = { INPUT, HIDDEN, HIDDEN, CLASSES };
-    static const llmpar_unit_op forward_ops[1] = { { "linear", forward, LLMPAR_COMPUTE, { 0, 0 } } }, backward_ops[1] = { { "linear backward", backward, LLMPAR_COMPUTE, { 0, 0 } } };
+    static const llmpar_unit_op forward_ops[1] = { { "linear", forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } }, backward_ops[1] = { { "linear backward", backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } };
     memset(layers, 0, LAYERS * sizeof *layers);
     memset(params, 0, LAYERS * sizeof *params);
     memset(units, 0, LAYERS * sizeof *units);
@@ -276,10 +276,10 @@ static llmpar_status create(trainer *t)
     st = llmpar_schedule_create(&ctx->heap, units, LAYERS, &policy, &t->schedule, &ctx->error);
     if (!st) st = llmpar_schedule_validate(&ctx->heap, t->schedule->list, t->schedule->count, units, LAYERS, &t->schedule->policy, &ctx->error);
     if (!st && ctx->rank == 0 && !t->j->keep) {
-        size_t bytes = llmpar_schedule_print(t->schedule, units, NULL, 0) + 1;
+        size_t bytes = llmpar_schedule_print(t->schedule, units, NULL, NULL, 0) + 1;
         char *text = (char *)malloc(bytes);
         if (text) {
-            llmpar_schedule_print(t->schedule, units, text, bytes);
+            llmpar_schedule_print(t->schedule, units, NULL, text, bytes);
             printf("what a step does on %d ranks:\n%s\n", (int)ctx->world, text);
         }
         free(text);

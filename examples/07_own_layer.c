@@ -93,7 +93,7 @@ static llmpar_status backward(llmpar_unit_call *call)
 /* The block's place in the list of units gets the layer. */
 static void take_over(llmpar_unit *unit, layer *l)
 {
-    static const llmpar_unit_op forward_list[] = { { "own layer", forward, LLMPAR_COMPUTE, { 0, 0 } } }, backward_list[] = { { "own layer dW, dx", backward, LLMPAR_COMPUTE, { 0, 0 } } };
+    static const llmpar_unit_op forward_list[] = { { "own layer", forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } }, backward_list[] = { { "own layer dW, dx", backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } };
     static const char *const names[] = { "own_layer.w1", "own_layer.w2" };
     for (int i = 0; i < 2; i++) {
         llmpar_param *p = &l->params[i];

@@ -65,10 +65,10 @@ static llmpar_status print_schedule(llmpar_ctx *ctx, llmpar_trainer *trainer, ll
     const llmpar_schedule *schedule = llmpar_trainer_schedule(trainer);
     const llmpar_unit *units = llmpar_llama_units(model, NULL);
     if (ctx->rank) return LLMPAR_OK;
-    size_t bytes = llmpar_schedule_print(schedule, units, NULL, 0) + 1;
+    size_t bytes = llmpar_schedule_print(schedule, units, NULL, NULL, 0) + 1;
     char *text = (char *)malloc(bytes);
     if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for the schedule's text");
-    llmpar_schedule_print(schedule, units, text, bytes);
+    llmpar_schedule_print(schedule, units, NULL, text, bytes);
     fputs(text, stdout);
     free(text);
     return LLMPAR_OK;

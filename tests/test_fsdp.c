@@ -172,10 +172,10 @@ static const llmpar_param score_params[] = {
     { "head", 1, 0, { D }, { LLMPAR_REPLICATE, LLMPAR_AXIS_DP_REPLICATE, 0, 0, 0, 0, 0 }, 0.3, 0 },
     { "bias", 1, 1, { 1 }, { LLMPAR_REPLICATE, LLMPAR_AXIS_DP_REPLICATE, 0, 0, 0, 0, 0 }, 0, 0 },
 };
-static const llmpar_unit_op embed_f[] = {{ "look up", embed_forward, LLMPAR_COMPUTE, { 0, 0 } }}, embed_b[] = {{ "rows", embed_backward, LLMPAR_COMPUTE, { 0, 0 } }};
-static const llmpar_unit_op mix_f[] = {{ "scale", mix_scale, LLMPAR_COMPUTE, { 0, 0 } }, { "multiply", mix_multiply, LLMPAR_TP_REDUCE, { 1, 0 } }, { "position", mix_position, LLMPAR_COMPUTE, { 2, 0 } }};
-static const llmpar_unit_op mix_b[] = {{ "dx", mix_dx, LLMPAR_COMPUTE, { 0, 0 } }, { "dw", mix_dw, LLMPAR_TP_GATHER, { 1, 0 } }};
-static const llmpar_unit_op score_f[] = {{ "score", score_forward, LLMPAR_COMPUTE, { 0, 0 } }}, score_b[] = {{ "dscore", score_backward, LLMPAR_COMPUTE, { 0, 0 } }};
+static const llmpar_unit_op embed_f[] = {{ "look up", embed_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }}, embed_b[] = {{ "rows", embed_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }};
+static const llmpar_unit_op mix_f[] = {{ "scale", mix_scale, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "multiply", mix_multiply, LLMPAR_TP_REDUCE, { 1, 0 }, 0, 0 }, { "position", mix_position, LLMPAR_COMPUTE, { 2, 0 }, 0, 0 }};
+static const llmpar_unit_op mix_b[] = {{ "dx", mix_dx, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "dw", mix_dw, LLMPAR_TP_GATHER, { 1, 0 }, 0, 0 }};
+static const llmpar_unit_op score_f[] = {{ "score", score_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }}, score_b[] = {{ "dscore", score_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }};
 static int index_of[UNITS] = { EMBED, MIX, SCORE };
 
 static void make_units(llmpar_unit units[UNITS])
@@ -346,7 +346,7 @@ static llmpar_status make_schedule(const job *j, llmpar_fsdp *fsdp, llmpar_sched
     policy.micro_batches = j->micro_batches;
     policy.no_sync = j->no_sync;
     policy.prefetch = j->prefetch;
-    policy.keep_after_forward = j->keep;
+    policy.reshard = j->keep ? LLMPAR_RESHARD_NEVER : LLMPAR_RESHARD_DEFAULT;
     llmpar_fsdp_policy(fsdp, &policy);
     llmpar_status status = llmpar_schedule_create(&ctx->heap, units, UNITS, &policy, out, &ctx->error);
     if (!status && j->by_hand) { /* the list takes the place of the generated one */
@@ -633,8 +633,8 @@ static llmpar_status measure(const job *j, llmpar_fsdp *fsdp, llmpar_adamw *adam
     llmpar_schedule *schedule = NULL;
     memset(&policy, 0, sizeof policy);
     llmpar_fsdp_policy(fsdp, &policy);
-    CHECK_INT(policy.unsharded, j->fsdp.zero == LLMPAR_ZERO_0 || mesh->degree[LLMPAR_AXIS_DP_SHARD] == 1);
-    int64_t shards = policy.unsharded ? 1 : mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    CHECK_INT(policy.shards < 2, j->fsdp.zero == LLMPAR_ZERO_0 || mesh->degree[LLMPAR_AXIS_DP_SHARD] == 1);
+    int64_t shards = policy.shards < 2 ? 1 : mesh->degree[LLMPAR_AXIS_DP_SHARD];
     CHECK_INT(policy.replicas, mesh->dp_ranks / shards);
     uint64_t alignment = mesh->ctx->device->alignment, size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp)), parameters = 0, gathered, gradients;
     for (int32_t u = 0; u < UNITS; u++) {

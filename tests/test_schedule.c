@@ -15,8 +15,8 @@ static llmpar_status nothing(llmpar_unit_call *call)
     return LLMPAR_OK;
 }
 
-static const llmpar_unit_op plain[] = {{"all", nothing, LLMPAR_COMPUTE, {0, 0}}};
-static const llmpar_unit_op with_tp[] = {{"multiply", nothing, LLMPAR_COMPUTE, {0, 0}}, {"sum", nothing, LLMPAR_TP_REDUCE, {1, 0}}, {"add", nothing, LLMPAR_COMPUTE, {2, 1}}};
+static const llmpar_unit_op plain[] = {{"all", nothing, LLMPAR_COMPUTE, {0, 0}, 0, 0}};
+static const llmpar_unit_op with_tp[] = {{"multiply", nothing, LLMPAR_COMPUTE, {0, 0}, 0, 0}, {"sum", nothing, LLMPAR_TP_REDUCE, {1, 0}, 0, 0}, {"add", nothing, LLMPAR_COMPUTE, {2, 1}, 0, 0}};
 
 /* borrower, lender: indices, or borrower < 0. */
 static void make_units(int32_t count, int32_t borrower, int32_t lender)
@@ -49,7 +49,7 @@ static llmpar_policy make_policy(int32_t micro_batches, int32_t no_sync, int32_t
     policy.micro_batches = micro_batches;
     policy.no_sync = no_sync;
     policy.prefetch = prefetch;
-    policy.unsharded = unsharded;
+    policy.shards = unsharded ? 1 : 2;
     policy.replicas = replicas;
     policy.forward_only = forward_only;
     return policy;
@@ -63,14 +63,14 @@ static void check_print(const llmpar_policy *policy, const char *want)
     llmpar_schedule *schedule = NULL;
     CHECK_OK(llmpar_schedule_create(&heap, units, unit_count, policy, &schedule, &err));
     if (!schedule) return;
-    size_t length = llmpar_schedule_print(schedule, units, text, sizeof text);
+    size_t length = llmpar_schedule_print(schedule, units, NULL, text, sizeof text);
     CHECK_INT(length, strlen(text));
     if (strcmp(text, want)) TEST_FAIL("printed:\n%swant:\n%s", text, want);
     char small[40];
     memset(small, 'x', sizeof small);
-    CHECK_INT(llmpar_schedule_print(schedule, units, small, 30), length);
+    CHECK_INT(llmpar_schedule_print(schedule, units, NULL, small, 30), length);
     CHECK(!memcmp(small, text, 29) && small[29] == 0 && small[30] == 'x');
-    CHECK_INT(llmpar_schedule_print(schedule, units, NULL, 0), length);
+    CHECK_INT(llmpar_schedule_print(schedule, units, NULL, NULL, 0), length);
     llmpar_schedule_destroy(schedule);
     CHECK_INT(heap.live, 0);
 }
@@ -201,7 +201,7 @@ static void add_access(access_list *a, int32_t resource, access_kind kind)
 
 static void accesses(const llmpar_instruction *in, const llmpar_policy *policy, access_list *a)
 {
-    int32_t u = in->unit, borrow = u >= 0 ? units[u].borrow - 1 : -1, parameters = policy->unsharded ? STORED : PARAMS;
+    int32_t u = in->unit, borrow = u >= 0 ? units[u].borrow - 1 : -1, parameters = policy->shards < 2 ? STORED : PARAMS;
     a->count = 0;
     switch (in->op) {
     case LLMPAR_OP_GATHER:
@@ -351,9 +351,9 @@ static llmpar_schedule *random_schedule(int32_t most_units, int32_t most_micro_b
     }
     make_units(count, borrower, lender);
     llmpar_policy policy = make_policy(1 + random_below(most_micro_batches), random_below(2), random_below(5), random_below(3) == 0, 1 + random_below(2), random_below(5) == 0);
-    policy.keep_after_forward = random_below(2);
+    policy.reshard = random_below(2) ? LLMPAR_RESHARD_NEVER : LLMPAR_RESHARD_DEFAULT;
     snprintf(what, 160, "%d units, %d borrows %d, micro_batches %d no_sync %d prefetch %d unsharded %d replicas %d keep %d forward_only %d", count, borrower, lender, policy.micro_batches, policy.no_sync, policy.prefetch,
-             policy.unsharded, policy.replicas, policy.keep_after_forward, policy.forward_only);
+             policy.shards < 2, policy.replicas, (int)policy.reshard, policy.forward_only);
     llmpar_schedule *schedule = NULL;
     llmpar_error_clear(&err);
     if (llmpar_schedule_create(&heap, units, count, &policy, &schedule, &err)) TEST_FAIL("%s: %s", what, err.text);

@@ -16,6 +16,8 @@ LLMPAR_DEF size_t llmpar_dtype_size(llmpar_dtype dtype)
     }
 }
 
+LLMPAR_DEF llmpar_dtype llmpar_dtype_sum(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 || dtype == LLMPAR_F16 ? LLMPAR_F32 : dtype; }
+
 LLMPAR_DEF const char *llmpar_dtype_name(llmpar_dtype dtype)
 {
     switch ((int)dtype) {

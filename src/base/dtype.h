@@ -19,6 +19,8 @@ typedef enum llmpar_dtype {
 
 /* Bytes of one element; 0 for DEFAULT or an unknown value. */
 LLMPAR_API size_t llmpar_dtype_size(llmpar_dtype dtype);
+/* The type that sums over elements of `dtype` are kept in (gradients, reductions, row statistics): F32 for BF16 and F16, else the type itself. */
+LLMPAR_API llmpar_dtype llmpar_dtype_sum(llmpar_dtype dtype);
 /* "f32", "bf16", ...; "?" for an unknown value. */
 LLMPAR_API const char *llmpar_dtype_name(llmpar_dtype dtype);
 

@@ -74,6 +74,7 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
             if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
             if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
         }
+        call->index = ops[i].index;
         if (!status) status = ops[i].run(call);
         if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
@@ -87,6 +88,7 @@ static llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_
 {
     const llmpar_unit *u = &exec->fsdp->units[unit].unit;
     memset(out, 0, sizeof *out);
+    out->recompute = (int32_t)u->recompute;
     return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
 }
 
@@ -102,6 +104,7 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->micro = &exec->micro[in->micro_batch];
     call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : (llmpar_pass)in->pass;
     call->dtype = fsdp->dtype;
+    call->recompute = flat->unit.recompute;
     call->params = flat->params;
     if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
     call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
@@ -356,6 +359,10 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
     case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
     case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
     case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_CAST:
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: break;
     }
     return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
 }

@@ -175,7 +175,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
 
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
 {
-    static const char *const names[] = {"compute", "gather", "reduce", "tp"};
+    static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar_ctx *ctx = fsdp->ctx;
     llmpar_device *device = fsdp->device;
     llmpar_status status = LLMPAR_OK;
@@ -322,7 +322,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit)
 
 LLMPAR_DEF void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy)
 {
-    policy->unsharded = fsdp->unsharded;
+    policy->shards = fsdp->unsharded ? 1 : fsdp->shard_comm->ranks;
     policy->replicas = fsdp->replicas;
 }
 LLMPAR_DEF int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp) { return fsdp->unit_count; }

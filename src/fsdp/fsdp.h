@@ -15,15 +15,23 @@
 
 typedef struct llmpar_fsdp llmpar_fsdp;
 
+/* Where a state stays between its uses: in device memory (the arena), in host memory (pinned on a GPU), in a file. */
+typedef enum llmpar_tier { LLMPAR_TIER_DEVICE = 0, LLMPAR_TIER_HOST = 1, LLMPAR_TIER_FILE = 2 } llmpar_tier;
+
+#define LLMPAR_OPTIMIZER_STATES 2
+
+/* Zero is a default everywhere. */
 typedef struct llmpar_fsdp_desc {
-    int32_t zero;              /* 0 is a meaning of its own, so: LLMPAR_ZERO_DEFAULT = ZeRO-3 */
-    llmpar_dtype dtype;        /* parameters, activations, gradients: F32 (default) or F64 */
+    int32_t zero;              /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
+    llmpar_dtype dtype;        /* compute dtype of parameters and activations: F32 (default), F64, BF16, F16. Below F32 the optimizer works on f32 master parameters; gradients are of the sum type */
+    llmpar_dtype reduce_dtype; /* gradients are rounded to it on their way between ranks; default: the sum type. BF16, F16: half the bytes, and no longer the same bits on every mesh (docs/exact.md) */
     uint64_t memory_limit;     /* arena limit in bytes, 0 = none */
     uint64_t seed;             /* initialisation */
+    int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
+    llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
+    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
+    int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
 } llmpar_fsdp_desc;
-#define LLMPAR_ZERO_DEFAULT 0
-#define LLMPAR_ZERO_0 1 /* DDP: whole parameters, gradients summed over dp */
-#define LLMPAR_ZERO_3 2 /* parameters, gradients and optimizer state sharded over dp_shard */
 
 /* The part of one parameter inside this rank's shard. */
 typedef struct llmpar_segment {
@@ -36,10 +44,11 @@ typedef struct llmpar_segment {
 /* What an OPTIM instruction hands to the optimizer. Buffers are shards of `elements` elements. */
 typedef struct llmpar_update {
     int32_t unit;
-    llmpar_dtype dtype;
+    llmpar_dtype dtype;    /* the sum type */
     int64_t elements;
-    void *param;
+    void *param;           /* master parameters where there are any */
     const void *grad;
+    void *state[LLMPAR_OPTIMIZER_STATES]; /* [optimizer_states], else NULL */
     const llmpar_segment *segments;
     int32_t segment_count;
     double grad_scale;     /* from begin_step */
@@ -49,9 +58,10 @@ typedef struct llmpar_update {
 /* The executor calls the optimizer through this table. */
 typedef struct llmpar_optimizer {
     void *state;
-    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping; 1 at the call). NULL: 1. Local. */
+    /* Before the first update of a step: after SCALAR_REDUCE 1, finite values only, norm is the global gradient norm; updates inside backward (LLMPAR_UPDATE_INSIDE): at the step's begin, norm -1. Sets the factor for gradients
+       (clipping; 1 at the call). NULL: 1. Local. */
     llmpar_status (*begin_step)(void *state, double grad_norm, double *grad_scale);
-    /* Enqueues the update of one unit's shard on update->stream. Local. */
+    /* Enqueues the update of one unit's shard on update->stream. Every rank updates the same units in the same order; collective if the optimizer communicates. */
     llmpar_status (*update)(void *state, const llmpar_update *update);
 } llmpar_optimizer;
 
@@ -59,7 +69,8 @@ typedef struct llmpar_optimizer {
 typedef struct llmpar_run {
     const llmpar_micro *micro;        /* [policy.micro_batches]; grad_scale and loss are filled in by the executor */
     int64_t tokens;                   /* in: counted tokens of this rank (all its micro-batches) */
-    double loss_scale;                /* default 1 */
+    double loss_scale;                /* default 1; a power of two keeps the bits */
+    int32_t skip_nonfinite;           /* 1: a gradient that is not finite makes the step a skipped one (found_inf) instead of an error: dynamic loss scaling */
     const llmpar_optimizer *optimizer;/* NULL: OPTIM only releases the gradient after on_gradient */
     /* Called before OPTIM of each unit with its gradient shard (saving gradients in tests, looking); may be NULL. Collective. */
     llmpar_status (*on_gradient)(void *user, llmpar_fsdp *fsdp, int32_t unit, const void *shard);
@@ -69,6 +80,8 @@ typedef struct llmpar_run {
     double loss;                      /* mean over counted tokens of the step */
     double grad_norm;                 /* 0 for forward-only */
     int32_t skipped;                  /* 1: no token of the step counts (N = 0), so nothing was updated */
+    int32_t found_inf;                /* 1: with skip_nonfinite: loss or norm was not finite on some rank, so nothing was updated */
+    llmpar_arena_usage before_optimizer; /* usage when the first update of the step begins */
 } llmpar_run;
 
 /* Allocates the shards (initialised by seed and name; no rank ever holds a whole tensor) and streams. Borrows mesh; copies units' names and params; borrows their callbacks. Collective. */
@@ -78,7 +91,7 @@ LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local *
    and parameters are unchanged. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
 
-/* policy.unsharded and replicas as this object needs them. Local. */
+/* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
 /* The units as copied by create; what the object borrows or owns. Local. */
 LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
@@ -86,8 +99,12 @@ LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t 
 LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp);
-/* This rank's shard and the segments in it. Local. */
+/* This rank's shard of the (master) parameters in the sum type, and the segments in it; where it is offloaded, fetched. After a change, and where parameters are offloaded, llmpar_fsdp_shard_done is due before the next step. Local. */
 LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
+/* changed: the shard was written, so the store, the compute dtype's copy and (ZeRO-1, 2) the whole parameters are made from it again: then collective, else local. */
+LLMPAR_API llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
+LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
 LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
 LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);

@@ -17,9 +17,17 @@ LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
     case LLMPAR_OP_NORM: return "NORM";
     case LLMPAR_OP_SCALAR_REDUCE: return "SCALAR_REDUCE";
     case LLMPAR_OP_OPTIM: return "OPTIM";
+    case LLMPAR_OP_RECOMPUTE: return "RECOMPUTE";
+    case LLMPAR_OP_CAST: return "CAST";
+    case LLMPAR_OP_FETCH: return "FETCH";
+    case LLMPAR_OP_STORE: return "STORE";
     }
     return "?";
 }
+
+LLMPAR_DEF int llmpar_policy_whole_params(const llmpar_policy *policy) { return policy->shards < 2 || (policy->zero != LLMPAR_ZERO_DEFAULT && policy->zero < LLMPAR_ZERO_3); }
+LLMPAR_DEF int llmpar_policy_whole_grads(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0 || policy->zero == LLMPAR_ZERO_1; }
+LLMPAR_DEF int llmpar_policy_whole_state(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0; }
 
 /* The compute steps of a step in order: for every micro-batch all forwards, then all backwards.
 
@@ -55,7 +63,7 @@ static int llmpar__plan_uses(const llmpar__plan *plan, int32_t step, int32_t uni
 static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t micro, llmpar_stream_id stream)
 {
     llmpar_schedule *schedule = plan->schedule;
-    static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1}};
+    static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1, -1, -1}};
     if (schedule->count == schedule->capacity) {
         int32_t capacity = schedule->capacity ? schedule->capacity * 2 : 64;
         llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
@@ -97,7 +105,7 @@ static void llmpar__plan_residency(llmpar__plan *plan)
         for (int32_t step = 0; step < plan->steps; step++) {
             if (!llmpar__plan_uses(plan, step, unit)) continue;
             int32_t gather = step - policy->prefetch < 0 ? 0 : step - policy->prefetch;
-            if (previous >= 0 && (step == previous + 1 || policy->keep_after_forward || gather <= previous)) {
+            if (previous >= 0 && (step == previous + 1 || policy->reshard == LLMPAR_RESHARD_NEVER || gather <= previous)) {
                 previous = step;
                 continue;
             }
@@ -145,7 +153,7 @@ static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, in
 static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t from, int32_t slot, int32_t after)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    if (!policy->unsharded) {
+    if (!llmpar_policy_whole_params(policy)) {
         llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE, unit, micro, LLMPAR_STREAM_REDUCE);
         if (!reduce) return;
         reduce->use = use;
@@ -179,14 +187,14 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     int last = micro + 1 == policy->micro_batches;
     int32_t *depth = &plan->depth[unit * 2 + use];
     if (policy->no_sync) {
-        int local = !policy->unsharded;
+        int local = !llmpar_policy_whole_params(policy);
         int32_t before = plan->schedule->count;
         llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
         if (!last) return 0;
         llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
         return local;
     }
-    if (!policy->unsharded) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
+    if (!llmpar_policy_whole_params(policy)) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
         llmpar__plan_reduce(plan, unit, use, micro, slot, *depth, backward);
         ++*depth;
     } else {
@@ -195,7 +203,7 @@ static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, 
     int32_t before = plan->schedule->count;
     llmpar__plan_count(plan, unit, use, micro, last, 0, LLMPAR_STREAM_REDUCE);
     if (plan->schedule->list && plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before], backward);
-    return !policy->unsharded;
+    return !llmpar_policy_whole_params(policy);
 }
 
 static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[2])
@@ -203,7 +211,7 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     const llmpar_policy *policy = &plan->schedule->policy;
     int32_t borrow = plan->units[unit].borrow - 1;
     /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
-    int counted = policy->no_sync || policy->unsharded;
+    int counted = policy->no_sync || llmpar_policy_whole_params(policy);
     if (pending[0] == unit) { /* a single unit: its own gradient of the micro-batch before is still in the buffer */
         llmpar__plan_free_local(plan, unit, 0, 0);
         pending[0] = -1;
@@ -215,9 +223,9 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     backward->pass = LLMPAR_PASS_BACKWARD;
     backward->slot = slot;
     backward->from = from;
-    backward->local = !policy->unsharded;
+    backward->local = !llmpar_policy_whole_params(policy);
     int32_t index = plan->schedule->count - 1;
-    if (!policy->unsharded) {
+    if (!llmpar_policy_whole_params(policy)) {
         llmpar__plan_wait(backward, plan->last_gather[unit]);
         if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
     }
@@ -236,19 +244,19 @@ static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[
     int backward;
     int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
     int32_t borrow = plan->units[unit].borrow - 1;
-    if (!plan->schedule->policy.unsharded) llmpar__plan_gathers(plan, step);
+    if (!llmpar_policy_whole_params(&plan->schedule->policy)) llmpar__plan_gathers(plan, step);
     if (backward) {
         llmpar__plan_backward(plan, unit, micro, pending);
     } else {
         llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
         if (!forward) return;
         forward->pass = plan->schedule->policy.forward_only ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
-        if (!plan->schedule->policy.unsharded) {
+        if (!llmpar_policy_whole_params(&plan->schedule->policy)) {
             llmpar__plan_wait(forward, plan->last_gather[unit]);
             if (borrow >= 0) llmpar__plan_wait(forward, plan->last_gather[borrow]);
         }
     }
-    if (plan->schedule->policy.unsharded) return;
+    if (llmpar_policy_whole_params(&plan->schedule->policy)) return;
     for (int32_t other = 0; other < n; other++)
         if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
             llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
@@ -268,7 +276,7 @@ static void llmpar__plan_finish(llmpar__plan *plan)
             if (!add) return;
             add->slot = add->from = 0;
             add->from_use = 1;
-            if (plan->schedule->policy.unsharded) llmpar__plan_wait(add, plan->schedule->count - 2);
+            if (llmpar_policy_whole_params(&plan->schedule->policy)) llmpar__plan_wait(add, plan->schedule->count - 2);
         }
         for (int32_t unit = 0; unit < n; unit++) {
             llmpar_instruction *norm = llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE);
@@ -280,7 +288,7 @@ static void llmpar__plan_finish(llmpar__plan *plan)
     int32_t compute = -1;
     for (int32_t i = 0; i < plan->schedule->count; i++)
         if (plan->schedule->list[i].stream == LLMPAR_STREAM_COMPUTE) compute = i;
-    if (!plan->schedule->policy.forward_only && plan->schedule->policy.unsharded)
+    if (!plan->schedule->policy.forward_only && llmpar_policy_whole_params(&plan->schedule->policy))
         for (int32_t i = 0; i < plan->schedule->count; i++)
             if (plan->schedule->list[i].op == LLMPAR_OP_NORM) llmpar__plan_wait(&plan->schedule->list[i], compute);
     llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
@@ -392,9 +400,10 @@ static void llmpar__schedule_put_ops(llmpar__schedule_text *out, const llmpar_un
     }
 }
 
-LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, char *text, size_t capacity)
+LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity)
 {
-    static const char *const stream[] = {"compute", "gather", "reduce", "tp"};
+    (void)bytes;
+    static const char *const stream[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar__schedule_text out;
     out.text = text;
     out.capacity = capacity;

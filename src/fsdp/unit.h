@@ -33,13 +33,19 @@ typedef struct llmpar_micro {
 
 /* Bytes a unit needs for one micro-batch; filled by llmpar_unit.sizes. */
 typedef struct llmpar_unit_sizes {
+    int32_t recompute; /* in: the unit's llmpar_recompute */
     size_t output;     /* activations handed to the next unit; 0 for the last */
     size_t saved;      /* kept from forward to backward */
     size_t scratch;    /* used inside one forward or backward */
     size_t workspace;  /* passed to operations */
 } llmpar_unit_sizes;
 
-typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2 } llmpar_pass;
+/* RECOMPUTE: forward again, for what backward needs of it; instructions marked output_only are left out. */
+typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2, LLMPAR_PASS_RECOMPUTE = 3 } llmpar_pass;
+
+/* What a unit keeps from forward to backward. NONE (default): everything it saves. SELECTIVE: the unit itself saves less (what is expensive to compute) and its backward makes the rest again: llmpar_unit_sizes and the
+   callbacks look at `recompute`. FULL: only its input; forward runs again (RECOMPUTE) before backward. Korthikanti et al. 2022; Chen et al. 2016. */
+typedef enum llmpar_recompute { LLMPAR_RECOMPUTE_NONE = 0, LLMPAR_RECOMPUTE_SELECTIVE = 1, LLMPAR_RECOMPUTE_FULL = 2 } llmpar_recompute;
 
 /* Everything a callback sees. Pointers are device memory, valid until the last instruction of the pass has run. params[i] is the tp-local tensor i, row-major. */
 typedef struct llmpar_unit_call {
@@ -49,15 +55,17 @@ typedef struct llmpar_unit_call {
     void *user;                         /* llmpar_unit.user */
     const llmpar_micro *micro;
     llmpar_pass pass;
-    llmpar_dtype dtype;                 /* of parameters, activations and gradients */
+    llmpar_dtype dtype;                 /* of parameters and activations; gradients of parameters are of llmpar_dtype_sum(dtype) */
+    llmpar_recompute recompute;         /* of the unit */
+    int32_t index;                      /* llmpar_unit_op.index of the instruction that runs */
     void *const *params;                /* [param_count] */
-    void *const *grads;                 /* backward: [param_count], each to be fully overwritten */
+    void *const *grads;                 /* backward: [param_count], each to be fully overwritten; NULL for a frozen unit */
     void *const *borrowed;              /* parameters of the borrowed unit, or NULL */
-    void *const *borrowed_grads;        /* backward: its gradients from this use, each to be fully overwritten */
+    void *const *borrowed_grads;        /* backward: its gradients from this use, each to be fully overwritten; NULL where the borrowed unit is frozen */
     const void *input;                  /* previous unit's output; NULL for the first */
-    void *output;                       /* forward */
+    void *output;                       /* forward; NULL in a RECOMPUTE of a unit that has output_only instructions */
     const void *doutput;                /* backward: gradient of output; NULL for the last */
-    void *dinput;                       /* backward: gradient of input, to be fully overwritten; NULL for the first */
+    void *dinput;                       /* backward: gradient of input, to be fully overwritten; NULL for the first, and where all units before are frozen: not wanted */
     void *saved, *scratch, *workspace;
     size_t workspace_bytes;
 } llmpar_unit_call;
@@ -71,6 +79,8 @@ typedef struct llmpar_unit_op {
     llmpar_status (*run)(llmpar_unit_call *call);  /* enqueues on call->stream */
     llmpar_unit_op_kind kind;
     int32_t wait[2];
+    int32_t index;                                 /* handed to run as call->index: which block of a unit that has several, say */
+    int32_t output_only;                           /* forward: 1: backward needs nothing of it, so RECOMPUTE leaves it out */
 } llmpar_unit_op;
 
 typedef struct llmpar_unit {
@@ -80,9 +90,11 @@ typedef struct llmpar_unit {
     int32_t borrow;                   /* 1 + index of another unit whose parameters this one reads too (tied embeddings); 0: none */
     const llmpar_unit_op *forward, *backward; /* borrowed as long as the fsdp object */
     int32_t forward_count, backward_count;
-    /* Sizes for a micro-batch shape (micro's batch, t, leaves). Local. */
+    /* Sizes for a micro-batch shape (micro's batch, t, leaves) and out->recompute; out is zero otherwise. Local. */
     llmpar_status (*sizes)(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
     void *user;
+    llmpar_recompute recompute;       /* what is kept for backward; not FULL for the last unit: its backward follows its forward */
+    int32_t frozen;                   /* 1: gathered, never reduced and never updated; backward only hands dinput on */
 } llmpar_unit;
 
 #endif

@@ -142,7 +142,7 @@ static void llmpar__proof_clock(llmpar__proof *proof, const llmpar_instruction *
 static llmpar_status llmpar__proof_params(llmpar__proof *proof, int32_t unit)
 {
     llmpar__unit_state *state = &proof->state[unit];
-    if (proof->policy.unsharded) return LLMPAR_OK;
+    if (llmpar_policy_whole_params(&proof->policy)) return LLMPAR_OK;
     if (state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
     if (!llmpar__proof_after(proof, state->gathered)) return llmpar__proof_fail(proof, "uses parameters without waiting for their gather");
     state->reader[proof->list[proof->at].stream] = proof->at;
@@ -177,7 +177,7 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
         llmpar__proof_write(proof, buffer);
         buffer->gradients = 1;
         buffer->content = llmpar__proof_token(unit, use, in->micro_batch);
-        if (!in->local && !proof->policy.unsharded) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
+        if (!in->local && !llmpar_policy_whole_params(&proof->policy)) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
         buffer->reduced = !in->local;
     }
     state->backwards++;
@@ -188,7 +188,7 @@ static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_in
 static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *from = llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from), *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    if (proof->policy.unsharded) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
+    if (llmpar_policy_whole_params(&proof->policy)) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
     llmpar_status status = llmpar__proof_read(proof, from);
     if (status) return status;
     if (from->consumed) return llmpar__proof_fail(proof, "reduces a gradient twice");
@@ -274,7 +274,7 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
 {
     switch (in->op) {
     case LLMPAR_OP_GATHER:
-        if (proof->policy.unsharded) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
+        if (llmpar_policy_whole_params(&proof->policy)) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
         if (proof->state[in->unit].gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
         if (proof->state[in->unit].updated == 2) return llmpar__proof_fail(proof, "gathers parameters after their update");
         proof->state[in->unit].gathered = proof->state[in->unit].last_gather = proof->at;
@@ -299,6 +299,10 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
     case LLMPAR_OP_NORM:
     case LLMPAR_OP_SCALAR_REDUCE:
     case LLMPAR_OP_OPTIM: return llmpar__proof_final(proof, in);
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_CAST:
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: break;
     }
     return llmpar__proof_fail(proof, "no such op");
 }

@@ -345,15 +345,15 @@ static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_forward_ops(int32_t *count)
 {
     static const llmpar__op_row rows[] = {
-        /* 1 */ {{"norm", llmpar__block_norm1, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"attention input", llmpar__block_gather1, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"q k v, rope, attention, wo", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"attention output", llmpar__block_reduce1, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"residual, norm", llmpar__block_norm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"mlp input", llmpar__block_gather2, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
-        /* 7 */ {{"gate, up, swiglu, down", llmpar__block_mlp, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
-        /* 8 */ {{"mlp output", llmpar__block_reduce2, LLMPAR_TP_REDUCE, {7, 0}}, LLMPAR__IF_TP},
-        /* 9 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {8, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"norm", llmpar__block_norm1, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 2 */ {{"attention input", llmpar__block_gather1, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 3 */ {{"q k v, rope, attention, wo", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 4 */ {{"attention output", llmpar__block_reduce1, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 5 */ {{"residual, norm", llmpar__block_norm2, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 6 */ {{"mlp input", llmpar__block_gather2, LLMPAR_TP_GATHER, {5, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 7 */ {{"gate, up, swiglu, down", llmpar__block_mlp, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 8 */ {{"mlp output", llmpar__block_reduce2, LLMPAR_TP_REDUCE, {7, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 9 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {8, 0}, 0, 0}, LLMPAR__ALWAYS},
     };
     *count = (int32_t)(sizeof rows / sizeof rows[0]);
     return rows;
@@ -524,23 +524,23 @@ static llmpar_status llmpar__block_norm1_weight(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *count)
 {
     static const llmpar__op_row rows[] = {
-        /* 1 */ {{"doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"mlp input again", llmpar__block_gather2, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"mlp dx", llmpar__block_dreduce2, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm", llmpar__block_dnorm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 7 */ {{"norm dW", llmpar__block_norm2_reduce, LLMPAR_TP_REDUCE, {6, 0}}, LLMPAR__IF_SP},
-        /* 8 */ {{"dx", llmpar__block_gather_dx2, LLMPAR_TP_GATHER, {6, 0}}, LLMPAR__IF_SP},
-        /* 9 */ {{"attention input again", llmpar__block_gather1, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
-        /* 10 */ {{"norm dW, wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {7, 8}}, LLMPAR__ALWAYS},
-        /* 11 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {10, 0}}, LLMPAR__IF_KV},
-        /* 12 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {11, 0}}, LLMPAR__ALWAYS},
-        /* 13 */ {{"attention dx", llmpar__block_dreduce1, LLMPAR_TP_REDUCE, {12, 0}}, LLMPAR__IF_TP},
-        /* 14 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {9, 0}}, LLMPAR__ALWAYS},
-        /* 15 */ {{"norm", llmpar__block_dnorm1, LLMPAR_COMPUTE, {13, 0}}, LLMPAR__ALWAYS},
-        /* 16 */ {{"norm dW", llmpar__block_norm1_reduce, LLMPAR_TP_REDUCE, {15, 0}}, LLMPAR__IF_SP},
-        /* 17 */ {{"norm dW", llmpar__block_norm1_weight, LLMPAR_COMPUTE, {16, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 2 */ {{"mlp input again", llmpar__block_gather2, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 4 */ {{"mlp dx", llmpar__block_dreduce2, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 6 */ {{"norm", llmpar__block_dnorm2, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 7 */ {{"norm dW", llmpar__block_norm2_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 8 */ {{"dx", llmpar__block_gather_dx2, LLMPAR_TP_GATHER, {6, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 9 */ {{"attention input again", llmpar__block_gather1, LLMPAR_TP_GATHER, {5, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 10 */ {{"norm dW, wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {7, 8}, 0, 0}, LLMPAR__ALWAYS},
+        /* 11 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {10, 0}, 0, 0}, LLMPAR__IF_KV},
+        /* 12 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {11, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 13 */ {{"attention dx", llmpar__block_dreduce1, LLMPAR_TP_REDUCE, {12, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 14 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 15 */ {{"norm", llmpar__block_dnorm1, LLMPAR_COMPUTE, {13, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 16 */ {{"norm dW", llmpar__block_norm1_reduce, LLMPAR_TP_REDUCE, {15, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 17 */ {{"norm dW", llmpar__block_norm1_weight, LLMPAR_COMPUTE, {16, 0}, 0, 0}, LLMPAR__ALWAYS},
     };
     *count = (int32_t)(sizeof rows / sizeof rows[0]);
     return rows;

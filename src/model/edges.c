@@ -107,12 +107,12 @@ static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}}, LLMPAR__IF_TP},
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 0}, LLMPAR__IF_TP},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
     };
     *count = 2;
     return backward ? backward_rows : forward_rows;
@@ -342,22 +342,22 @@ static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_TP},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}}, LLMPAR__IF_TP},
-        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
-        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_SP},
-        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
     };
     *count = 7;
     return backward ? backward_rows : forward_rows;

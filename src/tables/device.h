@@ -5,8 +5,9 @@
    recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call.
    Operations never allocate: where one needs scratch, a `_workspace` slot tells how many bytes the caller passes.
 
-   Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype (F32 or F64) is the type of all floating buffers of the call unless said
-   otherwise; F64 runs the portable code. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
+   Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype is the type of all floating buffers of the call unless said
+   otherwise: F32, F64 (runs the portable code), and for the operations of forward and backward (gemm .. xent, add, scale, copy_rows) BF16 and F16: these compute in F32 and round once at each store; what is summed stays in llmpar_dtype_sum(dtype),
+   called the sum type below: rstd, lse, softmax statistics, RoPE tables and the gradients of parameters. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
    Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
 #ifndef LLMPAR_DEVICE_H
 #define LLMPAR_DEVICE_H
@@ -41,7 +42,8 @@ typedef struct llmpar_gemm_args {
     const llmpar_gemm_segment *segments;
     int32_t segment_count, pieces;
     llmpar_gemm_kind kind;
-    llmpar_dtype dtype;
+    llmpar_dtype dtype;      /* of a and b */
+    llmpar_dtype out_dtype;  /* of c: dtype (default) or llmpar_dtype_sum(dtype); sums are kept in the latter, c is rounded once. accumulate needs the latter */
     int accumulate;
     void *workspace; size_t workspace_bytes;
 } llmpar_gemm_args;
@@ -54,7 +56,7 @@ typedef struct llmpar_tokens {
     int32_t canon;   /* pieces of t_total; t_begin and t_begin + t are piece boundaries when the guarantee holds */
 } llmpar_tokens;
 
-/* y[N,D] = x * rstd * w, rstd[N] = 1/sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). If `residual` is not NULL: sum[N,D] = x + residual is stored
+/* y[N,D] = x * rstd * w, rstd[N] (sum type) = 1/sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). If `residual` is not NULL: sum[N,D] = x + residual is stored
    first (sum may equal x or residual) and normalised instead of x. */
 typedef struct llmpar_rmsnorm_args {
     int64_t rows, dim;
@@ -64,7 +66,7 @@ typedef struct llmpar_rmsnorm_args {
     llmpar_dtype dtype;
 } llmpar_rmsnorm_args;
 
-/* dx[N,D] = dresidual (NULL = 0) + gradient through the norm; dx may equal dresidual or dy. dw_leaves[leaves, D]: per leaf the balanced tree over this call's T-pieces
+/* dx[N,D] = dresidual (NULL = 0) + gradient through the norm; dx may equal dresidual or dy. dw_leaves[leaves, D] (sum type): per leaf the balanced tree over this call's T-pieces
    (boundaries llmpar_piece_begin(i, t_total, canon) inside [t_begin, t_begin+t); a part-piece counts as its own piece) of the token chain (sequences of the leaf in order, positions of the piece in order) of dy * x * rstd.
    NULL dw_leaves: not computed. With t = t_total there are canon pieces; with a part, its subtree. */
 typedef struct llmpar_rmsnorm_backward_args {
@@ -75,7 +77,7 @@ typedef struct llmpar_rmsnorm_backward_args {
     llmpar_dtype dtype;
 } llmpar_rmsnorm_backward_args;
 
-/* In place on x[N, heads, E] with row stride ld: half-split rotation (x[i], x[i+E/2]) by the angles of tables cos/sin[positions, E/2] (dtype as x), row r of a
+/* In place on x[N, heads, E] with row stride ld: half-split rotation (x[i], x[i+E/2]) by the angles of tables cos/sin[positions, E/2] (sum type), row r of a
    sequence at position position + (r mod t). Su et al. 2021 (RoFormer), eq. 34 in Hugging Face's half-split order. inverse != 0 rotates back (backward). */
 typedef struct llmpar_rope_args {
     int64_t batch, t, heads, head_dim, ld, position;
@@ -85,7 +87,7 @@ typedef struct llmpar_rope_args {
     int inverse;
 } llmpar_rope_args;
 
-/* out[b,i,h,:] = softmax_j(scale * q[b,i,h,:] . k[b,j,h*kv_heads/heads,:]) v over j <= i + (tk - tq), j >= doc_start[b*tk + i + (tk - tq)]. lse[b,h,i] = log sum exp (natural), F32/F64 as dtype.
+/* out[b,i,h,:] = softmax_j(scale * q[b,i,h,:] . k[b,j,h*kv_heads/heads,:]) v over j <= i + (tk - tq), j >= doc_start[b*tk + i + (tk - tq)]. lse[b,h,i] = log sum exp (natural), sum type.
    Row i of sequence b of q is q + (b*tq + i)*ldq, head h at + h*E; k, v: row (b*tk_stride + j)*ldk. tk_stride >= tk (a KV cache longer than its fill). doc_start NULL: 0.
    Key tiles are taken at absolute positions counted from the document's start, sequentially. lse may be NULL. Dao et al. 2022. */
 typedef struct llmpar_attention_args {
@@ -105,6 +107,8 @@ typedef struct llmpar_attention_backward_args {
     llmpar_attention_args forward; /* q, k, v, out, lse as forward left them */
     const void *dout;              /* row stride ldo */
     void *dq, *dk, *dv;
+    llmpar_dtype dkv_dtype;        /* of dk, dv: dtype (default), or the sum type where ranks that share a kv head still add theirs */
+    int64_t ld_dkv;                /* row stride of dk and dv; 0: ldk, ldv */
 } llmpar_attention_backward_args;
 
 /* h[N,F] = gate * sigmoid(gate) * up (Shazeer 2020), row strides ld_in (gate, up) and ld_out (h). h may equal gate or up when the strides are equal. */
@@ -114,7 +118,7 @@ typedef struct llmpar_swiglu_backward_args { int64_t rows, dim, ld_in, ld_out; c
 
 /* out[N,D]: row of table[V_local,D] where v_begin <= id < v_begin + v_local, else all-zero bits. ids outside the whole vocabulary were refused earlier. */
 typedef struct llmpar_embedding_args { int64_t rows, dim, v_begin, v_local; const int32_t *ids; const void *table; void *out; llmpar_dtype dtype; } llmpar_embedding_args;
-/* dtable[V_local,D], fully overwritten: balanced tree over leaves of the token chain of dout rows with that id. tokens.t == t_total here. */
+/* dtable[V_local,D] (sum type), fully overwritten: balanced tree over leaves of the token chain of dout rows with that id. tokens.t == t_total here. */
 typedef struct llmpar_embedding_backward_args {
     llmpar_tokens tokens;
     int64_t dim, v_begin, v_local;
@@ -124,7 +128,7 @@ typedef struct llmpar_embedding_backward_args {
 } llmpar_embedding_backward_args;
 
 /* Vocab-parallel softmax cross-entropy in steps, so that the caller combines over "tp" between them (Shoeybi et al. 2019, section 3).
-   logits[N, v_local] with row stride ld; columns are vocabulary ids [v_begin, v_begin + v_local) of v_total; target < 0 = not counted. Pieces: llmpar_piece_begin(i, v_total, canon). */
+   max, target_logit and sum are of the sum type. logits[N, v_local] with row stride ld; columns are vocabulary ids [v_begin, v_begin + v_local) of v_total; target < 0 = not counted. Pieces: llmpar_piece_begin(i, v_total, canon). */
 typedef struct llmpar_xent_args {
     int64_t rows, ld, v_begin, v_local, v_total;
     int32_t canon;

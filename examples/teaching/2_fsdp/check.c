@@ -83,11 +83,11 @@ static llmpar_status plain_backward(llmpar_unit_call *call)
 
 static const int unit_numbers[UNITS] = { SCALE, MIX, SCORE };
 static const char *const unit_names[UNITS] = { "scale", "mix", "score" };
-static const llmpar_unit_op plain[2] = { { "mix", plain_forward, LLMPAR_COMPUTE, { 0, 0 } }, { "mix dx dw", plain_backward, LLMPAR_COMPUTE, { 0, 0 } } };
+static const llmpar_unit_op plain[2] = { { "mix", plain_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "mix dx dw", plain_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } };
 static const llmpar_unit_op operations[UNITS][2] = {
-    { { "scale", scale_forward, LLMPAR_COMPUTE, { 0, 0 } }, { "scale dg", scale_backward, LLMPAR_COMPUTE, { 0, 0 } } },
-    { { "mix", mix_forward, LLMPAR_COMPUTE, { 0, 0 } }, { "mix dx dw", mix_backward, LLMPAR_COMPUTE, { 0, 0 } } },
-    { { "score", score_forward, LLMPAR_COMPUTE, { 0, 0 } }, { "score dv dy", score_backward, LLMPAR_COMPUTE, { 0, 0 } } },
+    { { "scale", scale_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "scale dg", scale_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } },
+    { { "mix", mix_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "mix dx dw", mix_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } },
+    { { "score", score_forward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 }, { "score dv dy", score_backward, LLMPAR_COMPUTE, { 0, 0 }, 0, 0 } },
 };
 
 /* random: parameters from a normal distribution instead of 1; plainly: the middle layer of this file. */
