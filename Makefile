@@ -135,7 +135,7 @@ WARN = -Wall -Wextra -Wshadow -Wundef
 
 $(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) $(OPT) -g $(WARN) -x c))
 $(eval $(call configuration,header,.,$(CLANG),-O1 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
-$(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O3 -g -std=c++11 $(WARN) -x c++))
+$(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O1 -g -std=c++11 $(WARN) -x c++))
 $(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(asan) -x c))
 $(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
 $(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))

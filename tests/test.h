@@ -42,6 +42,17 @@ static inline const char *test_data(const char *relative)
 }
 #define TEST_DATA(variable, relative) const char *variable = test_data(relative); if (!variable) TEST_SKIP("LLMPAR_TEST_DATA is not set")
 
+/* How often a test repeats what it draws: a quarter under a sanitizer or with LLMPAR_TEST_QUICK, where each round costs ten times as much or was run a minute ago in another build. */
+static inline int test_rounds(int rounds)
+{
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    return (rounds + 3) / 4;
+#else
+    const char *quick = getenv("LLMPAR_TEST_QUICK");
+    return quick && quick[0] ? (rounds + 3) / 4 : rounds;
+#endif
+}
+
 typedef struct test_entry { const char *name; void (*run)(void); } test_entry;
 static int test_rank __attribute__((unused)), test_world __attribute__((unused)) = 1; /* of an MPI job */
 static inline void test_begin(int *argc, char ***argv)

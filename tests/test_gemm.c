@@ -243,7 +243,7 @@ TEST(random_shapes)
     FOR_LEVELS(level) {
         machine w;
         machine_begin(&w, (llmpar_cpu_level)level, 1);
-        for (int round = 0; round < 160; round++) {
+        for (int round = 0; round < test_rounds(160); round++) {
             static const int32_t piece_counts[] = { 1, 1, 1, 2, 3, 4, 5, 7, 8, 8, 13, 16 };
             problem p;
             int32_t pieces = piece_counts[random_below(12)];
@@ -264,7 +264,7 @@ TEST(long_sums)
     FOR_LEVELS(level) FOR_KINDS(kind) {
         machine w;
         machine_begin(&w, (llmpar_cpu_level)level, 1);
-        for (int i = 0; i < 5; i++) {
+        for (int i = 0; i < test_rounds(5); i++) {
             problem p;
             problem_begin(&p, (llmpar_gemm_kind)kind, LLMPAR_F32, 13, 35, piece_counts[i]);
             for (int32_t piece = 0; piece < piece_counts[i]; piece++) problem_segment(&p, piece, i == 0 ? 2111 : 1537 / piece_counts[i]);
@@ -291,7 +291,7 @@ TEST(wide_outputs)
         problem_begin(&p, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, pieces);
         for (int32_t piece = 0; piece < pieces; piece++) problem_segment(&p, piece, 800 / pieces);
         c = (const float *)run_poisoned(&w, &p, n + 3, 1, NULL, &memory);
-        for (int round = 0; round < 40; round++) {
+        for (int round = 0; round < test_rounds(40); round++) {
             problem q = p;
             q.args.segments = q.segments;
             int64_t i0 = random_below((int)m), j0 = random_below((int)n);
