@@ -30,6 +30,7 @@ typedef struct llmpar_fsdp_desc {
     int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
     const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
+    int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
     int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
 } llmpar_fsdp_desc;
 

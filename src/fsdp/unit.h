@@ -44,8 +44,8 @@ typedef struct llmpar_unit_sizes {
 typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2, LLMPAR_PASS_RECOMPUTE = 3 } llmpar_pass;
 
 /* What a unit keeps from forward to backward. NONE (default): everything it saves. SELECTIVE: the unit itself saves less (what is expensive to compute) and its backward makes the rest again: llmpar_unit_sizes and the
-   callbacks look at `recompute`. FULL: only its input; forward runs again (RECOMPUTE) before backward. Korthikanti et al. 2022; Chen et al. 2016. */
-typedef enum llmpar_recompute { LLMPAR_RECOMPUTE_NONE = 0, LLMPAR_RECOMPUTE_SELECTIVE = 1, LLMPAR_RECOMPUTE_FULL = 2 } llmpar_recompute;
+   callbacks look at `recompute`. FULL: only its input; forward runs again (RECOMPUTE) before backward. AUTO: for a recipe, not for a unit: the cheapest of these, unit by unit, that the memory limit allows. Korthikanti et al. 2022; Chen et al. 2016. */
+typedef enum llmpar_recompute { LLMPAR_RECOMPUTE_NONE = 0, LLMPAR_RECOMPUTE_SELECTIVE = 1, LLMPAR_RECOMPUTE_FULL = 2, LLMPAR_RECOMPUTE_AUTO = 3 } llmpar_recompute;
 
 /* Everything a callback sees. Pointers are device memory, valid until the last instruction of the pass has run. params[i] is the tp-local tensor i, row-major. */
 typedef struct llmpar_unit_call {
