@@ -29,6 +29,13 @@ LLMPAR_DEF int llmpar_policy_whole_params(const llmpar_policy *policy) { return 
 LLMPAR_DEF int llmpar_policy_whole_grads(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0 || policy->zero == LLMPAR_ZERO_1; }
 LLMPAR_DEF int llmpar_policy_whole_state(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0; }
 
+LLMPAR_DEF int32_t llmpar_schedule_first_backward(const llmpar_unit *units, int32_t unit_count)
+{
+    int32_t first = 0;
+    while (first < unit_count && units[first].frozen && (!units[first].borrow || units[units[first].borrow - 1].frozen)) first++;
+    return first;
+}
+
 /* The compute steps of a step in order: for every micro-batch all forwards, then all backwards.
 
      step:   F0 F1 F2 B2 B1 B0 | F0 F1 ...
