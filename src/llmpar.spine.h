@@ -133,6 +133,9 @@ LLMPAR_EXTERN_C_BEGIN
 #include "comm/threads.h"
 #include "comm/mpi.h"
 
+/* Chapter: sim */
+#include "sim/sim.h"
+
 /* Chapter: mesh */
 #include "mesh/mesh.h"
 #include "mesh/dtensor.h"
@@ -246,6 +249,8 @@ LLMPAR_EXTERN_C_END
 
 #include "io/file.c"
 #include "io/safetensors.c"
+
+#include "sim/sim.c"
 
 #include "mesh/mesh.c"
 #include "mesh/dtensor.c"

@@ -24,18 +24,29 @@ typedef struct llmpar_trainer_desc {
     int64_t batch;                /* global sequences a step, over all ranks and micro-batches; default: one a data rank and micro-batch */
     int32_t grad_accum;           /* micro-batches a step; default 1 */
     int32_t no_sync;              /* 1: gradients stay local until the last micro-batch; same bits, more memory, fewer bytes */
-    int32_t zero;                 /* LLMPAR_ZERO_0 or LLMPAR_ZERO_3 (default) */
-    int32_t prefetch;             /* units gathered ahead; default 0 */
+    int32_t chain;                /* 1: micro-batches are added in sequence into one gradient buffer; same bits on every mesh at the same grad_accum */
+    int32_t zero;                 /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
+    llmpar_reshard reshard;       /* default: parameters are freed between forward and backward, but for the last unit's */
+    int32_t reshard_every;        /* with EVERY; default 2 */
+    int32_t prefetch, prefetch_backward; /* units gathered ahead, 0 .. 4; default 0 */
+    llmpar_recompute recompute;   /* what blocks keep for backward; AUTO needs memory_limit */
+    int32_t recompute_every;      /* only every n-th block recomputes; default 1 */
+    int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
+    llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
+    const char *offload_dir;      /* of the FILE tier; default "." */
+    int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
     int32_t sequence_parallel;    /* 1: on (where tp > 1) */
     llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
     int32_t canon;                /* pieces of sums that tp may split; power of two, default 8; OFF uses 1 */
-    llmpar_dtype dtype;           /* F32 (default) or F64 */
+    llmpar_dtype dtype;           /* of compute: F32 (default), F64, BF16, F16 (with dynamic loss scaling); below F32 the optimizer works on f32 master parameters */
+    llmpar_dtype reduce_dtype;    /* of gradients between ranks; default: that of sums. BF16, F16: outside the guarantee */
     double lr;                    /* peak learning rate; default 1e-3 */
     double lr_min;                /* after the cosine; default lr / 10 */
     int64_t warmup;               /* steps; default 0 */
     int64_t total_steps;          /* of the cosine; default 0: constant */
     llmpar_adamw_desc adamw;
-    uint64_t memory_limit;        /* arena bytes a rank; default none */
+    uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
+    const char *trace;            /* path of a Chrome trace (Perfetto loads it) of all steps, written when the trainer is destroyed; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
@@ -54,8 +65,13 @@ typedef struct llmpar_step {
     double tflops;                /* all ranks, by llmpar_llama_flops_per_token */
     double mfu;                   /* share of what the ranks' own matrix product reached at start, all running at once */
     uint64_t memory;              /* peak arena bytes of this rank so far */
-    int32_t skipped;              /* 1: no token counted, nothing was updated */
+    int32_t skipped;              /* 1: no token counted, or found_inf: nothing was updated */
+    int32_t found_inf;            /* 1: the loss scale was too large for this step; it is halved for the next */
+    double loss_scale;            /* of this step; 1 without loss scaling */
 } llmpar_step;
+
+/* Arena bytes of one rank at three marks: when everything is set up; when the first update of a step begins (the largest of all steps); the peak of all steps. */
+typedef struct llmpar_memory { llmpar_arena_usage init, before_optimizer, step; } llmpar_memory;
 
 typedef struct llmpar_trainer llmpar_trainer;
 
@@ -70,6 +86,10 @@ LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_ste
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
 /* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
+/* This rank's memory at the three marks. Local. */
+LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
+/* The same of every rank as a table, a line each tag and mark with the smallest and the largest rank; written on world rank 0 ("" elsewhere). Returns bytes needed without the NUL. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_memory_print(llmpar_trainer *trainer, char *text, size_t capacity);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
 LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer);          /* NULL with own data; local */
