@@ -169,6 +169,7 @@ LLMPAR_EXTERN_C_BEGIN
 /* Chapter: run */
 #include "run/launch.h"
 #include "run/trainer.h"
+#include "run/plan.h"
 
 LLMPAR_EXTERN_C_END
 
@@ -282,6 +283,8 @@ LLMPAR_EXTERN_C_END
 #include "run/parallelize.c"
 #include "run/trainer.c"
 #include "run/metrics.c"
+#include "run/memory.c"
+#include "run/plan.c"
 
 #pragma GCC diagnostic pop
 

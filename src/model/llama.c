@@ -99,6 +99,15 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     return LLMPAR_OK;
 }
 
+LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out)
+{
+    llmpar_llama_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.config = &model->config;
+    desc.seed = model->seed;
+    return llmpar_llama_create(ctx, &desc, out);
+}
+
 LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
 {
     if (!model) return;

@@ -35,7 +35,10 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
     if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
     if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
-    if (d->prefetch < 0 || d->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: prefetch = %d, expected 0 .. 64", (int)d->prefetch);
+    if (d->recompute_every < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute_every = %d, expected at least 1", (int)d->recompute_every);
+    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
+    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
+    if (d->freeze < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: freeze = %d, expected 0 or more units", (int)d->freeze);
     if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
     if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
     if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
@@ -51,6 +54,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
     if (d->exact == LLMPAR_EXACT_OFF) d->canon = 1;
     if (d->canon == 0) d->canon = 8;
+    if (d->recompute_every == 0) d->recompute_every = 1;
     if (d->zero == LLMPAR_ZERO_DEFAULT) d->zero = LLMPAR_ZERO_3;
     if (d->dtype == LLMPAR_DTYPE_DEFAULT) d->dtype = LLMPAR_F32;
     if (d->lr == 0) d->lr = 1e-3;
@@ -103,7 +107,11 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, int32_t forward_
     llmpar_fsdp_policy(t->fsdp, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
+    policy.chain = t->desc.chain;
+    policy.reshard = t->desc.reshard;
+    policy.reshard_every = t->desc.reshard_every;
     policy.prefetch = t->desc.prefetch;
+    policy.prefetch_backward = t->desc.prefetch_backward;
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
     if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
@@ -143,8 +151,8 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     memset(&apply, 0, sizeof apply);
     memset(&fsdp, 0, sizeof fsdp);
     /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
-    llmpar_status status = llmpar__recipe_data(t);
-    if (!status) status = llmpar__metrics_open(t);
+    llmpar_status status = t->count_only ? LLMPAR_OK : llmpar__recipe_data(t);
+    if (!status && !t->count_only) status = llmpar__metrics_open(t);
     if (status) return status;
     /* Tensor parallelism: the model gets its axis. */
     apply.canon = t->desc.canon;
@@ -155,40 +163,78 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (status) return status;
     /* FSDP: the model's units become flat shards. */
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
+    for (int32_t i = 0; i < count; i++) units[i].frozen = i < t->desc.freeze;
     fsdp.zero = t->desc.zero;
     fsdp.dtype = t->desc.dtype;
+    fsdp.reduce_dtype = t->desc.reduce_dtype;
     fsdp.memory_limit = t->desc.memory_limit;
     fsdp.seed = llmpar_llama_seed(t->model);
+    memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
+    fsdp.offload_dir = t->desc.offload_dir;
+    fsdp.overlap = t->desc.overlap;
+    fsdp.count_only = t->count_only;
     status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
-    if (status || !t->desc.sequence) return status; /* without data: load, save, generate */
+    if (status || (!t->desc.sequence && !t->desc.data)) return status; /* without data: load, save, generate */
     /* What a step does, as a list, proved before it ever runs. */
     status = llmpar__recipe_schedule(t, 0, &t->train);
     if (!status) status = llmpar__recipe_schedule(t, 1, &t->eval);
     /* The optimizer on the shards, the step's tokens, the metrics. */
     if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
     if (!status) status = llmpar__recipe_buffers(t);
-    return status ? status : llmpar__metrics_peak(t);
+    if (!status && !t->count_only) status = llmpar__metrics_peak(t);
+    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
+    return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
+LLMPAR__PRIVATE_DEF int32_t llmpar__recipe_block_units(llmpar_llama *model)
+{
+    int32_t count;
+    llmpar_llama_units(model, &count);
+    return count - 2; /* without embedding and head */
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    out->every = desc->recompute_every;
+    out->full = desc->recompute == LLMPAR_RECOMPUTE_FULL ? all : 0;
+    out->selective = desc->recompute == LLMPAR_RECOMPUTE_SELECTIVE ? all : 0;
+}
+
+static void llmpar__recipe_recompute(llmpar_llama *model, const llmpar__recipe_blocks *blocks)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    llmpar_unit *units = llmpar_llama_units(model, NULL);
+    for (int32_t i = 0; i < all; i++) {
+        int mine = blocks->every < 2 || i % blocks->every == blocks->every - 1;
+        units[i + 1].recompute = mine && i < blocks->full ? LLMPAR_RECOMPUTE_FULL : mine && i < blocks->selective ? LLMPAR_RECOMPUTE_SELECTIVE : LLMPAR_RECOMPUTE_NONE;
+    }
+}
+
+static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char **out)
+{
+    *out = text ? llmpar_heap_strdup(heap, text) : NULL;
+    return !text || *out;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
-    llmpar_trainer_desc resolved = *desc;
-    llmpar_error error;
     *out = NULL;
-    llmpar_error_clear(&error);
-    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
-    if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_trainer *t = (llmpar_trainer *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *t);
     if (!t) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     t->ctx = ctx;
     t->mesh = mesh;
     t->model = model;
-    t->desc = resolved;
-    t->desc.data = desc->data ? llmpar_heap_strdup(&ctx->heap, desc->data) : NULL;
-    t->desc.log = desc->log ? llmpar_heap_strdup(&ctx->heap, desc->log) : NULL;
+    t->desc = *desc;
+    t->count_only = count_only;
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
-    if ((desc->data && !t->desc.data) || (desc->log && !t->desc.log)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    int copied = llmpar__recipe_copy(&ctx->heap, desc->data, &t->desc.data);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
+    llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
     if (status) {
         llmpar_trainer_destroy(t);
@@ -196,6 +242,20 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     }
     *out = t;
     return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
+{
+    llmpar_trainer_desc resolved = *desc;
+    llmpar__recipe_blocks blocks;
+    llmpar_error error;
+    *out = NULL;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
+    llmpar__recipe_blocks_of(&resolved, model, &blocks);
+    if (resolved.memory_limit && (resolved.data || resolved.sequence)) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
@@ -220,12 +280,15 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, t->gradients);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
     llmpar_heap_free(heap, t);
 }
 
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
 

@@ -42,6 +42,10 @@ static llmpar_status llmpar__trainer_tokens(llmpar_trainer *t, int64_t first, in
     int32_t *ids = t->staging + length + 1, *targets = ids + rows;
     llmpar_status status = LLMPAR_OK;
     *counted = 0;
+    if (t->count_only) { /* as if every token counted */
+        *counted = rows * t->desc.grad_accum;
+        return LLMPAR_OK;
+    }
     for (int32_t m = 0; m < t->desc.grad_accum && !status; m++) {
         for (int64_t j = 0; j < t->local && !status; j++) {
             int64_t index = first + llmpar__trainer_index(t, m, j);
@@ -122,6 +126,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
     }
     if (!status) *error = earlier;
+    if (run.before_optimizer.live_total > t->memory.before_optimizer.live_total) t->memory.before_optimizer = run.before_optimizer;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.step);
     if (t->gradient_file) {
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);
@@ -135,6 +141,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.skipped = run.skipped;
     step.seconds = llmpar__run_seconds() - begin;
     llmpar__trainer_rates(t, &step);
+    if (t->count_only) return LLMPAR_OK;
     if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
     if (out) *out = step;
     return llmpar__metrics_step(t, &step);

@@ -88,7 +88,7 @@ LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t ma
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
 /* This rank's memory at the three marks. Local. */
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
-/* The same of every rank as a table, a line each tag and mark with the smallest and the largest rank; written on world rank 0 ("" elsewhere). Returns bytes needed without the NUL. Collective. */
+/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_memory_print(llmpar_trainer *trainer, char *text, size_t capacity);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */

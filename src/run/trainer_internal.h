@@ -7,6 +7,9 @@
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
+/* Which block units recompute: of those with index i % every == every - 1, the first `full` fully, then up to number `selective` selectively. */
+typedef struct llmpar__recipe_blocks { int32_t every, full, selective; } llmpar__recipe_blocks;
+
 struct llmpar_trainer {
     llmpar_ctx *ctx;
     llmpar_mesh *mesh;
@@ -28,6 +31,8 @@ struct llmpar_trainer {
     void *log;                      /* FILE of the JSON lines, world rank 0 */
     double peak_flops;              /* all ranks' own matrix products at once, FLOP/s */
     int progress;                   /* a progress line is on the terminal */
+    int count_only;                 /* made by plan.c: no data, no files, no metrics */
+    llmpar_memory memory;
 };
 
 LLMPAR__PRIVATE double llmpar__run_seconds(void); /* monotonic */
@@ -37,6 +42,15 @@ LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
+/* *value becomes the largest of all ranks'. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
+
+/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
+LLMPAR__PRIVATE void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out); /* all but AUTO */
+LLMPAR__PRIVATE int32_t llmpar__recipe_block_units(llmpar_llama *model);
+/* plan.c: finds the blocks of AUTO; LLMPAR_ERR_MEMORY on every rank where a step would not fit desc->memory_limit, with what other policies would take. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 

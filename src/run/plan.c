@@ -1,0 +1,213 @@
+#include "run/plan.h"
+#include "run/trainer_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "sim/sim.h"
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
+#if !defined(LLMPAR_NO_SIM)
+
+/* One step of the recipe in a world of its own: the rank's ctx again, with a device and a world that only count. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
+{
+    llmpar_ctx *ctx = mesh->ctx, sim = *ctx;
+    llmpar_mesh_desc degrees;
+    llmpar_mesh *sim_mesh = NULL;
+    llmpar_llama *sim_model = NULL;
+    llmpar_trainer *trainer = NULL;
+    memset(&degrees, 0, sizeof degrees);
+    memset(out, 0, sizeof *out);
+    llmpar_heap_init(&sim.heap, &ctx->heap.allocator);
+    llmpar_error_clear(&sim.error);
+    sim.log = NULL;
+    sim.device = NULL;
+    sim.comm = NULL;
+    degrees.dp_replicate = mesh->degree[LLMPAR_AXIS_DP_REPLICATE];
+    degrees.dp_shard = mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    degrees.cp = mesh->degree[LLMPAR_AXIS_CP];
+    degrees.pp = mesh->degree[LLMPAR_AXIS_PP];
+    degrees.tp = mesh->degree[LLMPAR_AXIS_TP];
+    llmpar_status status = llmpar_sim_device_create(&sim.heap, &sim.error, ctx->device, &sim.device);
+    if (!status) status = llmpar_sim_comm_create(&sim.heap, &sim.error, sim.device, ctx->comm, 0, &sim.comm);
+    if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
+    if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
+    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);
+    if (!status) status = llmpar_trainer_step(trainer, NULL);
+    if (!status) llmpar_trainer_memory(trainer, out);
+    if (status) *error = sim.error;
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(sim_model);
+    llmpar_mesh_destroy(sim_mesh);
+    llmpar_comm_destroy(sim.comm);
+    llmpar_sim_device_destroy(sim.device);
+    return status;
+}
+
+#else
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
+{
+    (void)mesh; (void)model; (void)desc; (void)blocks;
+    memset(out, 0, sizeof *out);
+    return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "plan: this build leaves out the device that only counts (LLMPAR_NO_SIM)");
+}
+
+#endif
+
+/* ---- fitting a limit ---- */
+
+/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed (by its desc, so on all ranks). */
+static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, uint64_t *peak)
+{
+    llmpar_trainer_desc free_desc = *desc;
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    free_desc.memory_limit = 0;
+    *peak = 0;
+    llmpar_status status = llmpar__plan_step(mesh, model, &free_desc, blocks, &memory, &error);
+    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
+    int64_t mine = (int64_t)memory.step.peak_total;
+    status = llmpar__run_largest(mesh->ctx, "plan", &mine);
+    *peak = (uint64_t)mine;
+    return status;
+}
+
+typedef struct llmpar__plan_text { char *text; size_t capacity, used; int count; } llmpar__plan_text;
+
+/* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
+static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *given, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__plan_text *out)
+{
+    llmpar_trainer_desc desc = *other;
+    llmpar__recipe_blocks blocks;
+    llmpar_error error;
+    uint64_t peak;
+    llmpar_error_clear(&error);
+    /* The user's own numbers are resolved already; what changed has to be allowed. */
+    if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
+    llmpar__recipe_blocks_of(&desc, model, &blocks);
+    llmpar_status status = llmpar__plan_peak(mesh, model, &desc, &blocks, &peak);
+    (void)given;
+    if (status || peak == 0 || peak >= now) return status;
+    int n = snprintf(out->text + out->used, out->capacity - out->used, "%s%s: %llu (%llu less%s)", out->count ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= given->memory_limit ? ", fits" : "");
+    if (n > 0 && (size_t)n < out->capacity - out->used) out->used += (size_t)n, out->count++;
+    else out->text[out->used] = 0;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__plan_text *out)
+{
+    llmpar_status status = LLMPAR_OK;
+    llmpar_trainer_desc other = *desc;
+    if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
+        other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute selective", out);
+    }
+    if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
+        other = *desc;
+        other.recompute = LLMPAR_RECOMPUTE_FULL;
+        other.recompute_every = 1;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute full", out);
+    }
+    if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
+        other = *desc;
+        other.zero = LLMPAR_ZERO_3;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "zero 3", out);
+    }
+    if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
+        other = *desc;
+        other.sequence_parallel = 1;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "sp on", out);
+    }
+    for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
+        static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
+        if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
+        other = *desc;
+        other.offload[state] = LLMPAR_TIER_FILE;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, name[state], out);
+    }
+    if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
+        char name[48];
+        other = *desc;
+        other.grad_accum = 2 * desc->grad_accum;
+        snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, name, out);
+    }
+    return status;
+}
+
+/* As many blocks as have to, in the cheapest way: first selectively, then fully (and then all others selectively). More blocks never take more memory, so the number is found by halving. */
+static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    for (int full = 0; full < 2; full++) {
+        int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
+        uint64_t peak;
+        llmpar_status status;
+        memset(blocks, 0, sizeof *blocks);
+        if (full) blocks->selective = all;
+        while (low < high) {
+            int32_t middle = low + (high - low) / 2;
+            if (full) blocks->full = middle;
+            else blocks->selective = middle;
+            status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+            if (status) return status;
+            if (peak && peak <= desc->memory_limit) high = middle;
+            else low = middle + 1;
+        }
+        if (full) blocks->full = low;
+        else blocks->selective = low;
+        status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+        if (status || (peak && peak <= desc->memory_limit)) return status;
+    }
+    return LLMPAR_OK; /* nothing fits: the caller says so */
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
+{
+    llmpar_ctx *ctx = mesh->ctx;
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = desc->recompute == LLMPAR_RECOMPUTE_AUTO ? llmpar__plan_auto(mesh, model, desc, blocks) : LLMPAR_OK;
+    if (status) return status;
+    llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
+    int64_t refused = mine != LLMPAR_OK;
+    if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
+    status = llmpar__run_largest(ctx, "plan", &refused); /* all ranks refuse together */
+    if (status || !refused) return status;
+    char offers[900] = "";
+    llmpar__plan_text out;
+    uint64_t now;
+    out.text = offers;
+    out.capacity = sizeof offers;
+    out.used = 0;
+    out.count = 0;
+    status = llmpar__plan_peak(mesh, model, desc, blocks, &now);
+    if (!status) status = llmpar__plan_offers(mesh, model, desc, now, &out);
+    if (status) return status;
+    return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "memory limit %llu bytes a rank: a step takes %llu%s%s%s; %s", (unsigned long long)desc->memory_limit, (unsigned long long)now,
+                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.count ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
+}
+
+LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
+{
+    llmpar_trainer_desc resolved = *desc;
+    llmpar__recipe_blocks blocks;
+    llmpar_error wrong;
+    llmpar_error_clear(&wrong);
+    memset(out, 0, sizeof *out);
+    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", wrong.text);
+    llmpar__recipe_blocks_of(&resolved, model, &blocks);
+    if (resolved.recompute == LLMPAR_RECOMPUTE_AUTO) status = llmpar__plan_auto(mesh, model, &resolved, &blocks);
+    if (!status) status = llmpar__plan_step(mesh, model, &resolved, &blocks, out, &wrong);
+    if (status == LLMPAR_ERR_MEMORY && error) *error = wrong;
+    return status == LLMPAR_ERR_MEMORY || !status ? status : llmpar_fail(mesh->ctx, status, "%s", wrong.text);
+}
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
