@@ -14,13 +14,15 @@
 #include <unistd.h>
 
 #include "common/options.h"
+#include "common/policy.h"
 
 typedef struct settings {
     const char *model, *data, *save, *log, *gradients, *record;
-    long dp_replicate, dp_shard, tp, seq_len, batch, grad_accum, steps, prefetch, threads, warmup, log_every;
+    long dp_replicate, dp_shard, tp, seq_len, batch, grad_accum, steps, threads, warmup, log_every;
     unsigned long seed;
     double lr, deadline;
-    int sp, zero, exact, no_sync, print_schedule, check;
+    int print_schedule, print_memory, check;
+    llmpar_trainer_desc policy;
 } settings;
 
 static void usage(void)
@@ -41,18 +43,14 @@ static void usage(void)
          "  --lr X              peak of warm-up + cosine (default 1e-3)\n"
          "  --warmup N          steps (default a tenth of --steps)\n"
          "  --seed N            of weights and data order (default 0)\n"
-         "policy\n"
-         "  --sp on|off         sequence parallel (default off)\n"
-         "  --zero 0|3          0: parameters whole on every data rank; 3: sharded (default)\n"
-         "  --prefetch 0|1      units gathered ahead (default 0)\n"
-         "  --no-sync on|off    keep gradients local until the last micro-batch (default off)\n"
-         "  --exact off|on|require   same bits on every mesh: not asked for, where possible (default), or refuse other meshes\n"
+         POLICY_USAGE
          "output\n"
          "  --save DIR          write a Hugging Face directory at the end\n"
          "  --save-gradients FILE    write the last step's gradients as safetensors\n"
          "  --log FILE.jsonl    one JSON object a step\n"
          "  --log-every N       console line every N steps (default 10)\n"
-         "  --print-schedule    print what a step does, one instruction a line, and exit\n"
+         "  --print-schedule    print what a step does, one instruction a line with its bytes, and exit\n"
+         "  --print-memory      print what a step would hold, without holding it, and exit\n"
          "faults\n"
          "  --deadline SECONDS  a collective waits so long for its peers, then says who is where (default 600; 0 for ever)\n"
          "  --check 0|1         do the ranks compare what they call before data moves? (default 1)\n"
@@ -65,13 +63,27 @@ static llmpar_status print_schedule(llmpar_ctx *ctx, llmpar_trainer *trainer, ll
     const llmpar_schedule *schedule = llmpar_trainer_schedule(trainer);
     const llmpar_unit *units = llmpar_llama_units(model, NULL);
     if (ctx->rank) return LLMPAR_OK;
-    size_t bytes = llmpar_schedule_print(schedule, units, NULL, NULL, 0) + 1;
-    char *text = (char *)malloc(bytes);
-    if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for the schedule's text");
-    llmpar_schedule_print(schedule, units, NULL, text, bytes);
-    fputs(text, stdout);
+    uint64_t *each = (uint64_t *)malloc((size_t)schedule->count * sizeof *each);
+    llmpar_status status = each ? llmpar_trainer_schedule_bytes(trainer, each) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for the schedule's bytes");
+    size_t length = status ? 0 : llmpar_schedule_print(schedule, units, each, NULL, 0) + 1;
+    char *text = (char *)malloc(length + 1);
+    if (!status && !text) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for the schedule's text");
+    if (!status) {
+        llmpar_schedule_print(schedule, units, each, text, length);
+        fputs(text, stdout);
+    }
     free(text);
-    return LLMPAR_OK;
+    free(each);
+    return status;
+}
+
+/* What was held, or what the plan says would be. */
+static llmpar_status print_memory(llmpar_ctx *ctx, const llmpar_memory *memory)
+{
+    char text[2000];
+    llmpar_status status = llmpar_memory_print(ctx, memory, text, sizeof text);
+    if (!status && !ctx->rank) fputs(text, stdout);
+    return status;
 }
 
 /* A directory that cannot be written is better found before training than after. */
@@ -106,15 +118,11 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     model_desc.seed = s->seed;
     if (from_directory) model_desc.config = &config;
     else model_desc.preset = s->model;
+    desc = s->policy;
     desc.data = s->data;
     desc.seq_len = s->seq_len;
     desc.batch = s->batch;
     desc.grad_accum = (int32_t)s->grad_accum;
-    desc.no_sync = s->no_sync;
-    desc.zero = s->zero ? LLMPAR_ZERO_3 : LLMPAR_ZERO_0;
-    desc.prefetch = (int32_t)s->prefetch;
-    desc.sequence_parallel = s->sp;
-    desc.exact = (llmpar_exact)(s->exact + LLMPAR_EXACT_OFF);
     desc.lr = s->lr;
     desc.warmup = s->warmup;
     desc.total_steps = s->steps;
@@ -123,17 +131,26 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     llmpar_status status = from_directory ? llmpar_hf_config(ctx, s->model, &config) : LLMPAR_OK;
     if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
-    if (!status) status = llmpar_parallelize(mesh, model, &desc, &trainer);
-    if (!status && from_directory) status = llmpar_load_hf(trainer, s->model);
-    if (!status && s->print_schedule) {
+    llmpar_memory memory;
+    if (!status && s->print_memory) {
+        llmpar_error too_much;
+        desc.memory_limit = 0; /* to be printed, not refused */
+        status = llmpar_plan_memory(mesh, model, &desc, &memory, &too_much);
+        if (!status) status = print_memory(ctx, &memory);
+    }
+    if (!status && !s->print_memory) status = llmpar_parallelize(mesh, model, &desc, &trainer);
+    if (!status && trainer && from_directory) status = llmpar_load_hf(trainer, s->model);
+    if (!status && trainer && s->print_schedule) {
         status = print_schedule(ctx, trainer, model);
-    } else {
+    } else if (trainer) {
         if (!status) status = check_save(ctx, s);
         for (long i = 0; i < s->steps && !status; i++) {
             if (s->gradients && i + 1 == s->steps) status = llmpar_trainer_save_gradients(trainer, s->gradients);
             if (!status) status = llmpar_trainer_step(trainer, NULL);
         }
         if (!status && s->save) status = llmpar_save_hf(trainer, s->save);
+        llmpar_trainer_memory(trainer, &memory);
+        if (!status && s->log_every > 0) status = print_memory(ctx, &memory);
     }
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);
@@ -145,10 +162,10 @@ int main(int argc, char **argv)
 {
     static const struct option options[] = {
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
-        {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},    {"sp", 1, 0, 'p'},
-        {"zero", 1, 0, 'z'},   {"prefetch", 1, 0, 'g'}, {"no-sync", 1, 0, 'y'},   {"exact", 1, 0, 'e'},    {"save", 1, 0, 'o'},    {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
-        {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
-    static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "3"}, *const check[] = {"0", "1"}, *const exact[] = {"off", "on", "require"};
+        {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
+        POLICY_OPTIONS, {"save", 1, 0, 'o'},    {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    static const char *const check[] = {"0", "1"};
     settings s;
     memset(&s, 0, sizeof s);
     s.dp_replicate = s.dp_shard = s.tp = s.threads = s.grad_accum = 1;
@@ -156,11 +173,11 @@ int main(int argc, char **argv)
     s.steps = 100;
     s.warmup = -1;
     s.log_every = 10;
-    s.zero = s.exact = s.check = 1;
+    s.check = 1;
     s.deadline = 600;
     s.lr = 1e-3;
-    int bad = 0;
-    for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+    int bad = 0, index = 0;
+    for (int c; !bad && (c = getopt_long(argc, argv, "", options, &index)) != -1;) {
         switch (c) {
         case 'm': s.model = optarg; break;
         case 'd': s.data = optarg; break;
@@ -175,11 +192,8 @@ int main(int argc, char **argv)
         case 'l': bad = option_double("--lr", optarg, 1e-12, 1000, &s.lr); break;
         case 'u': bad = option_long("--warmup", optarg, 0, 1000000000, &s.warmup); break;
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
-        case 'p': bad = option_word("--sp", optarg, on_off, 2, &s.sp); break;
-        case 'z': bad = option_word("--zero", optarg, zero, 2, &s.zero); break;
-        case 'g': bad = option_long("--prefetch", optarg, 0, 1, &s.prefetch); break;
-        case 'y': bad = option_word("--no-sync", optarg, on_off, 2, &s.no_sync); break;
-        case 'e': bad = option_word("--exact", optarg, exact, 3, &s.exact); break;
+        case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy); break;
+        case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
         case 'G': s.gradients = optarg; break;
         case 'j': s.log = optarg; break;

@@ -53,14 +53,14 @@ static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...
                           after init   before the optimizer                   peak
      parameters              1048576                1048576                1048576
      activations      65536 .. 66560    ...                                                   */
-LLMPAR_DEF llmpar_status llmpar_trainer_memory_print(llmpar_trainer *t, char *text, size_t capacity)
+LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity)
 {
     enum { ROWS = LLMPAR_TAG_COUNT + 1, COLUMNS = 3, CELLS = ROWS * COLUMNS };
     const llmpar_arena_usage *marks[COLUMNS];
     int64_t values[2 * CELLS]; /* largest, and largest of the negative: the smallest */
-    marks[0] = &t->memory.init;
-    marks[1] = &t->memory.before_optimizer;
-    marks[2] = &t->memory.step;
+    marks[0] = &memory->init;
+    marks[1] = &memory->before_optimizer;
+    marks[2] = &memory->step;
     for (int row = 0; row < ROWS; row++)
         for (int column = 0; column < COLUMNS; column++) {
             const llmpar_arena_usage *u = marks[column];
@@ -68,14 +68,14 @@ LLMPAR_DEF llmpar_status llmpar_trainer_memory_print(llmpar_trainer *t, char *te
             values[row * COLUMNS + column] = (int64_t)bytes;
             values[CELLS + row * COLUMNS + column] = -(int64_t)bytes;
         }
-    llmpar_status status = llmpar__memory_largest(t->ctx, "memory", values, 2 * CELLS);
+    llmpar_status status = llmpar__memory_largest(ctx, "memory", values, 2 * CELLS);
     llmpar__memory_text out;
     out.text = text;
     out.capacity = capacity;
     out.used = 0;
     if (capacity) text[0] = 0;
-    if (status || t->ctx->rank) return status;
-    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", t->ctx->world > 1 ? ", the smallest .. the largest of " : ", ", (int)t->ctx->world, t->ctx->world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    if (status || ctx->rank) return status;
+    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", ctx->world > 1 ? ", the smallest .. the largest of " : ", ", (int)ctx->world, ctx->world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
     for (int row = 0; row < ROWS; row++) {
         llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
         for (int column = 0; column < COLUMNS; column++) {

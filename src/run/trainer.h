@@ -89,9 +89,10 @@ LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, 
 /* This rank's memory at the three marks. Local. */
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
 /* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
-LLMPAR_API llmpar_status llmpar_trainer_memory_print(llmpar_trainer *trainer, char *text, size_t capacity);
+LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
+LLMPAR_API llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *trainer, uint64_t *bytes); /* [its count], see llmpar_fsdp_bytes; local */
 LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer);          /* NULL with own data; local */
 /* Whole directory in, whole directory out. Collective. */
 LLMPAR_API llmpar_status llmpar_load_hf(llmpar_trainer *trainer, const char *directory);
