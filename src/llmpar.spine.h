@@ -147,7 +147,8 @@ LLMPAR_EXTERN_C_BEGIN
 #include "fsdp/fsdp.h"
 
 /* Chapter: optim */
-#include "optim/adamw.h"
+#include "optim/lr.h"
+#include "optim/optim.h"
 
 /* Chapter: model */
 #include "model/config.h"
@@ -260,7 +261,9 @@ LLMPAR_EXTERN_C_END
 #include "fsdp/validate.c"
 #include "fsdp/executor.c"
 
-#include "optim/adamw.c"
+#include "optim/lr.c"
+#include "optim/optim.c"
+#include "optim/adalomo.c"
 
 #include "text/data.c"
 

@@ -328,6 +328,7 @@ static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruc
         update.elements = flat->shard_elements;
         update.param = flat->shard;
         update.grad = *grad;
+        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
         update.segments = flat->segments;
         update.segment_count = flat->segment_count;
         update.grad_scale = exec->grad_scale;

@@ -173,6 +173,22 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
     return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
 }
 
+/* The optimizer's arrays, zeroed. */
+static llmpar_status llmpar__fsdp_states(llmpar_fsdp *fsdp)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        size_t bytes = (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->dtype);
+        for (int32_t i = 0; i < fsdp->optimizer_states && !flat->unit.frozen && !status; i++) {
+            status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_OPTIMIZER, bytes, flat->unit.name, &flat->state[i]);
+            if (!status) status = fsdp->device->zero(fsdp->device, fsdp->stream[0], flat->state[i], bytes);
+        }
+    }
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    return status ? status : waited;
+}
+
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
 {
     static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
@@ -203,7 +219,7 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
             for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->shard + (size_t)flat->offset[i] * size;
         }
     }
-    return status;
+    return status ? status : llmpar__fsdp_states(fsdp);
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out)
@@ -214,6 +230,8 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 or LLMPAR_ZERO_3", (int)desc->zero);
     llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32 or f64", llmpar_dtype_name(dtype));
+    if (desc->optimizer_states < 0 || desc->optimizer_states > LLMPAR_OPTIMIZER_STATES)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: optimizer_states = %d, expected 0 .. %d", (int)desc->optimizer_states, LLMPAR_OPTIMIZER_STATES);
     llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;
@@ -221,6 +239,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     fsdp->device = ctx->device;
     fsdp->dtype = dtype;
     fsdp->seed = desc->seed;
+    fsdp->optimizer_states = desc->optimizer_states;
     fsdp->unsharded = desc->zero == LLMPAR_ZERO_0 || mesh->degree[LLMPAR_AXIS_DP_SHARD] == 1;
     fsdp->shard_comm = fsdp->unsharded ? NULL : mesh->comm[LLMPAR_AXIS_DP_SHARD];
     fsdp->replica_comm = fsdp->unsharded ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
@@ -330,6 +349,9 @@ LLMPAR_DEF const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t 
 LLMPAR_DEF llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp) { return fsdp->mesh; }
 LLMPAR_DEF llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp) { return fsdp->arena; }
 LLMPAR_DEF llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp) { return fsdp->dtype; }
+
+LLMPAR_DEF int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp) { return fsdp->optimizer_states; }
+LLMPAR_DEF void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, int32_t index) { return fsdp->units[unit].state[index]; }
 
 LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count)
 {

@@ -104,6 +104,9 @@ LLMPAR_API llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp);
 LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
 /* changed: the shard was written, so the store, the compute dtype's copy and (ZeRO-1, 2) the whole parameters are made from it again: then collective, else local. */
 LLMPAR_API llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* llmpar_fsdp_desc.optimizer_states, and one of these arrays of a unit, shard-sized (0 <= index < that), for checkpoints; NULL for a frozen unit. Local. */
+LLMPAR_API int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp);
+LLMPAR_API void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, int32_t index);
 /* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */

@@ -17,6 +17,7 @@ typedef struct llmpar__flat {
     int32_t segment_count;
     int32_t gathers;                  /* unshard() calls and GATHER not yet undone */
     void *shard;                      /* parameters; PARAMETERS */
+    void *state[LLMPAR_OPTIMIZER_STATES]; /* of the optimizer, shard-sized; OPTIMIZER; NULL for a frozen unit */
     void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where unsharded */
     void **params;                    /* [param_count] into gathered */
     void **grads;                     /* [2][param_count] scratch for unit calls */
@@ -32,6 +33,7 @@ struct llmpar_fsdp {
     llmpar_device *device;
     llmpar_arena *arena;
     llmpar_dtype dtype;
+    int32_t optimizer_states;
     int32_t unsharded, replicas;
     llmpar_comm *shard_comm;          /* dp_shard; one rank where unsharded */
     llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where unsharded */

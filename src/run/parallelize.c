@@ -57,9 +57,9 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->lr_min == 0) d->lr_min = d->lr / 10;
     if (d->held_out == 0) d->held_out = 0.05;
     if (d->log_every == 0) d->log_every = 10;
-    llmpar_adamw_desc_resolve(&d->adamw);
+    llmpar_optim_desc_resolve(&d->optim);
     llmpar_status status = llmpar__recipe_numbers(d, error);
-    if (!status) status = llmpar_adamw_desc_check(&d->adamw, error);
+    if (!status) status = llmpar_optim_desc_check(&d->optim, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -159,13 +159,14 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.dtype = t->desc.dtype;
     fsdp.memory_limit = t->desc.memory_limit;
     fsdp.seed = llmpar_llama_seed(t->model);
+    if (t->desc.sequence) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);
     status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
     if (status || !t->desc.sequence) return status; /* without data: load, save, generate */
     /* What a step does, as a list, proved before it ever runs. */
     status = llmpar__recipe_schedule(t, 0, &t->train);
     if (!status) status = llmpar__recipe_schedule(t, 1, &t->eval);
     /* The optimizer on the shards, the step's tokens, the metrics. */
-    if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
+    if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
     return status ? status : llmpar__metrics_peak(t);
 }
@@ -209,7 +210,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
     }
-    llmpar_adamw_destroy(t->adamw);
+    llmpar_optim_destroy(t->optim);
     llmpar_schedule_destroy(t->train);
     llmpar_schedule_destroy(t->eval);
     if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);

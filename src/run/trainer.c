@@ -106,12 +106,12 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     }
     if (status) return status;
     run.micro = t->micro;
-    run.optimizer = llmpar_adamw_optimizer(t->adamw);
+    run.optimizer = llmpar_optim_table(t->optim);
     if (t->gradient_file) {
         run.on_gradient = llmpar__trainer_gradient;
         run.on_gradient_user = t;
     }
-    llmpar_adamw_set_lr(t->adamw, step.lr);
+    llmpar_optim_set_lr(t->optim, step.lr);
     /* The first error of a rank stays; one that the caller has lived with must not stand for this step's. */
     llmpar_error earlier = t->ctx->error, *error = &t->ctx->error;
     llmpar__trainer_forget(error);

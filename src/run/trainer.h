@@ -5,7 +5,8 @@
 #include "fsdp/fsdp.h"
 #include "model/llama.h"
 #include "model_io/hf.h"
-#include "optim/adamw.h"
+#include "optim/lr.h"
+#include "optim/optim.h"
 #include "text/data.h"
 
 typedef enum llmpar_exact { LLMPAR_EXACT_DEFAULT = 0, LLMPAR_EXACT_OFF = 1, LLMPAR_EXACT_ON = 2, LLMPAR_EXACT_REQUIRE = 3 } llmpar_exact;
@@ -34,7 +35,7 @@ typedef struct llmpar_trainer_desc {
     double lr_min;                /* after the cosine; default lr / 10 */
     int64_t warmup;               /* steps; default 0 */
     int64_t total_steps;          /* of the cosine; default 0: constant */
-    llmpar_adamw_desc adamw;
+    llmpar_optim_desc optim;      /* default AdamW */
     uint64_t memory_limit;        /* arena bytes a rank; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */

@@ -13,7 +13,7 @@ struct llmpar_trainer {
     llmpar_llama *model;
     llmpar_trainer_desc desc;       /* resolved; strings are copies */
     llmpar_fsdp *fsdp;
-    llmpar_adamw *adamw;
+    llmpar_optim *optim;
     llmpar_schedule *train, *eval;
     llmpar_mapped file;
     llmpar_data data;
