@@ -273,7 +273,7 @@ static llmpar_status create(trainer *t)
     /* What a step does, as a list; proved before it ever runs. */
     llmpar_fsdp_policy(t->fsdp, &policy);
     policy.micro_batches = t->j->grad_accum;
-    policy.prefetch = t->j->prefetch;
+    policy.prefetch = policy.prefetch_backward = t->j->prefetch;
     st = llmpar_schedule_create(&ctx->heap, units, LAYERS, &policy, &t->schedule, &ctx->error);
     if (!st) st = llmpar_schedule_validate(&ctx->heap, t->schedule->list, t->schedule->count, units, LAYERS, &t->schedule->policy, &ctx->error);
     if (!st && ctx->rank == 0 && !t->j->keep) {

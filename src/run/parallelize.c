@@ -103,7 +103,7 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, int32_t forward_
     llmpar_fsdp_policy(t->fsdp, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
-    policy.prefetch = t->desc.prefetch;
+    policy.prefetch = policy.prefetch_backward = t->desc.prefetch;
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
     if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
