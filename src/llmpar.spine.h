@@ -258,9 +258,13 @@ LLMPAR_EXTERN_C_END
 
 #include "fsdp/flat.c"
 #include "fsdp/schedule_order.c"
+#include "fsdp/store.c"
+#include "fsdp/shard.c"
 #include "fsdp/schedule.c"
 #include "fsdp/schedule_print.c"
 #include "fsdp/validate.c"
+#include "fsdp/executor_unit.c"
+#include "fsdp/executor_shard.c"
 #include "fsdp/executor.c"
 
 #include "optim/lr.c"
