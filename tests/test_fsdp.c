@@ -306,36 +306,36 @@ static void launch_ok(const job *j)
 
 /* A step of policy M = 1, two or more shards, written by hand: all units gathered at once. */
 static const llmpar_instruction by_hand[] = {
-    /* op, unit, micro_batch, pass, use, slot, from, from_use, local, stream, predicate, waits */
-    /*  0 */ { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  1 */ { LLMPAR_OP_GATHER, SCORE, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  2 */ { LLMPAR_OP_GATHER, EMBED, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  3 */ { LLMPAR_OP_GATHER, MIX, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  4 */ { LLMPAR_OP_FORWARD, EMBED, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 1, { 2 } },
-    /*  5 */ { LLMPAR_OP_FORWARD, MIX, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 1, { 3 } },
-    /*  6 */ { LLMPAR_OP_FORWARD, SCORE, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  7 */ { LLMPAR_OP_BACKWARD, SCORE, 0, 0, 0, 2, 5, 0, 1, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /*  8 */ { LLMPAR_OP_REDUCE, EMBED, -1, 0, 1, 1, 5, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 1, { 7 } },
-    /*  9 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 1, 5, -1, 0, 1, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 10 */ { LLMPAR_OP_FREE, SCORE, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 11 */ { LLMPAR_OP_BACKWARD, MIX, 0, 0, 0, 0, -1, 0, 1, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 12 */ { LLMPAR_OP_BACKWARD, EMBED, 0, 0, 0, 3, -1, 0, 1, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 13 */ { LLMPAR_OP_FREE, MIX, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 14 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 15 */ { LLMPAR_OP_REDUCE, EMBED, -1, 0, 0, 0, 3, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 1, { 12 } },
-    /* 16 */ { LLMPAR_OP_ACCUMULATE, EMBED, -1, 0, 0, 0, 1, 1, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 17 */ { LLMPAR_OP_NORM, EMBED, -1, 0, 0, 0, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 18 */ { LLMPAR_OP_REDUCE, SCORE, -1, 0, 0, 4, 2, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 19 */ { LLMPAR_OP_REDUCE, MIX, -1, 0, 0, 1, 0, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 20 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 0, 3, -1, 0, 1, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 21 */ { LLMPAR_OP_FREE, SCORE, -1, 0, 0, 2, -1, 0, 1, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 22 */ { LLMPAR_OP_FREE, MIX, -1, 0, 0, 0, -1, 0, 1, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 23 */ { LLMPAR_OP_NORM, MIX, -1, 0, 0, 1, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 24 */ { LLMPAR_OP_NORM, SCORE, -1, 0, 0, 4, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 25 */ { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 1, 0, -1, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
-    /* 26 */ { LLMPAR_OP_OPTIM, SCORE, -1, 0, 0, 4, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
-    /* 27 */ { LLMPAR_OP_OPTIM, EMBED, -1, 0, 0, 0, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
-    /* 28 */ { LLMPAR_OP_OPTIM, MIX, -1, 0, 0, 1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
+    /* op, unit, micro_batch, pass, use, slot, from, from_use, local, what, again, stream, predicate, waits */
+    /*  0 */ { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  1 */ { LLMPAR_OP_GATHER, SCORE, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  2 */ { LLMPAR_OP_GATHER, EMBED, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  3 */ { LLMPAR_OP_GATHER, MIX, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  4 */ { LLMPAR_OP_FORWARD, EMBED, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 1, { 2 } },
+    /*  5 */ { LLMPAR_OP_FORWARD, MIX, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 1, { 3 } },
+    /*  6 */ { LLMPAR_OP_FORWARD, SCORE, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  7 */ { LLMPAR_OP_BACKWARD, SCORE, 0, 0, 0, 2, 5, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /*  8 */ { LLMPAR_OP_REDUCE, EMBED, -1, 0, 1, 1, 5, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 1, { 7 } },
+    /*  9 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 1, 5, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 10 */ { LLMPAR_OP_FREE, SCORE, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 11 */ { LLMPAR_OP_BACKWARD, MIX, 0, 0, 0, 0, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 12 */ { LLMPAR_OP_BACKWARD, EMBED, 0, 0, 0, 3, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 13 */ { LLMPAR_OP_FREE, MIX, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 14 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 15 */ { LLMPAR_OP_REDUCE, EMBED, -1, 0, 0, 0, 3, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 1, { 12 } },
+    /* 16 */ { LLMPAR_OP_ACCUMULATE, EMBED, -1, 0, 0, 0, 1, 1, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 17 */ { LLMPAR_OP_NORM, EMBED, -1, 0, 0, 0, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 18 */ { LLMPAR_OP_REDUCE, SCORE, -1, 0, 0, 4, 2, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 19 */ { LLMPAR_OP_REDUCE, MIX, -1, 0, 0, 1, 0, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 20 */ { LLMPAR_OP_FREE, EMBED, -1, 0, 0, 3, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 21 */ { LLMPAR_OP_FREE, SCORE, -1, 0, 0, 2, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 22 */ { LLMPAR_OP_FREE, MIX, -1, 0, 0, 0, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 23 */ { LLMPAR_OP_NORM, MIX, -1, 0, 0, 1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 24 */ { LLMPAR_OP_NORM, SCORE, -1, 0, 0, 4, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 25 */ { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 1, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, 0, { 0 } },
+    /* 26 */ { LLMPAR_OP_OPTIM, SCORE, -1, 0, 0, 4, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
+    /* 27 */ { LLMPAR_OP_OPTIM, EMBED, -1, 0, 0, 0, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
+    /* 28 */ { LLMPAR_OP_OPTIM, MIX, -1, 0, 0, 1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, 0, { 0 } },
 };
 
 static llmpar_status make_schedule(const job *j, llmpar_fsdp *fsdp, llmpar_schedule **out)
@@ -466,7 +466,7 @@ static llmpar_status train(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
     if (!status) CHECK_INT(gradients, STEPS * UNITS);
     if (!status) CHECK_INT(llmpar_optim_steps(adamw), STEPS);
     for (int k = 0; !status && k < PARAMS; k++) {
-        const void *m = llmpar_fsdp_optimizer_state(fsdp, all[k].unit, 0), *v = llmpar_fsdp_optimizer_state(fsdp, all[k].unit, 1);
+        void *m = llmpar_fsdp_optimizer_state(fsdp, all[k].unit, 0), *v = llmpar_fsdp_optimizer_state(fsdp, all[k].unit, 1);
         check_padding(fsdp, all[k].unit, shard_of(fsdp, all[k].unit), "parameters");
         check_padding(fsdp, all[k].unit, m, "first moments");
         check_padding(fsdp, all[k].unit, v, "second moments");
@@ -696,7 +696,7 @@ static llmpar_status look(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
         CHECK_OK(llmpar_fsdp_unshard(fsdp, all[k].unit, &params));
         CHECK_OK(llmpar_fsdp_unshard(fsdp, all[k].unit, &again));
         llmpar_arena_get_usage(llmpar_fsdp_arena(fsdp), &usage);
-        int64_t shards = j->fsdp.zero == LLMPAR_ZERO_0 ? 1 : mesh->degree[LLMPAR_AXIS_DP_SHARD];
+        int64_t shards = j->fsdp.zero && j->fsdp.zero < LLMPAR_ZERO_3 ? 1 : mesh->degree[LLMPAR_AXIS_DP_SHARD];
         CHECK_INT(usage.live[LLMPAR_TAG_GATHERED], shards == 1 ? 0 : flat_elements(fsdp, all[k].unit, shards) * (int64_t)llmpar_dtype_size(llmpar_fsdp_dtype(fsdp)));
         CHECK(params == again);
         for (int i = 0; i < all[k].count; i++)
@@ -957,14 +957,22 @@ TEST(refused)
     CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "unit mix: still unsharded by hand");
     j.body = nobody;
-    j.fsdp.zero = 3;
+    j.fsdp.zero = 5;
     CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
-    CHECK_TEXT(error.text, "zero = 3");
+    CHECK_TEXT(error.text, "zero = 5");
     j.fsdp.zero = 0;
-    j.fsdp.dtype = LLMPAR_BF16;
+    j.fsdp.dtype = LLMPAR_I32;
     CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_UNSUPPORTED);
-    CHECK_TEXT(error.text, "dtype bf16");
-    j.fsdp.dtype = LLMPAR_DTYPE_DEFAULT;
+    CHECK_TEXT(error.text, "dtype i32");
+    j.fsdp.dtype = LLMPAR_F64;
+    j.fsdp.reduce_dtype = LLMPAR_BF16;
+    CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_UNSUPPORTED);
+    CHECK_TEXT(error.text, "reduce_dtype bf16 with dtype f64");
+    j.fsdp.dtype = j.fsdp.reduce_dtype = LLMPAR_DTYPE_DEFAULT;
+    j.fsdp.offload[LLMPAR_STATE_GRADS] = (llmpar_tier)3;
+    CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "offload of grads to tier 3");
+    j.fsdp.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_DEVICE;
     j.fsdp.memory_limit = 3000; /* 256 + 768 + 256 elements over two ranks are 2560 bytes; the moments do not fit */
     CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_MEMORY);
     CHECK_TEXT(error.text, "optimizer");

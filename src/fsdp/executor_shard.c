@@ -6,7 +6,7 @@
    reduce-scatter:  round | all-to-all | widen the n parts | tree sum
    all-reduce:      the same on n slices (the last ones may be filled up), then round | all-gather | widen */
 
-enum { LLMPAR__REDUCE_PIECE = 32768 }; /* elements of each part that are widened at a time */
+#define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
 
 static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
@@ -304,3 +304,5 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
     default: return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
     }
 }
+
+#undef LLMPAR__REDUCE_PIECE
