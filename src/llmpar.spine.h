@@ -257,9 +257,9 @@ LLMPAR_EXTERN_C_END
 #include "tp/tp.c"
 
 #include "fsdp/flat.c"
-#include "fsdp/schedule_order.c"
 #include "fsdp/store.c"
 #include "fsdp/shard.c"
+#include "fsdp/schedule_order.c"
 #include "fsdp/schedule.c"
 #include "fsdp/schedule_print.c"
 #include "fsdp/validate.c"
