@@ -226,7 +226,7 @@ typedef struct trainer {
     job *j;
     llmpar_mesh *mesh;
     llmpar_fsdp *fsdp;
-    llmpar_adamw *adamw;
+    llmpar_optim *adamw;
     llmpar_schedule *schedule;
     layer layers[LAYERS];
     int64_t local;                 /* points of this rank in a micro-batch */
@@ -241,7 +241,7 @@ static llmpar_status create(trainer *t)
     llmpar_param params[LAYERS][2];
     llmpar_unit units[LAYERS];
     llmpar_fsdp_desc fsdp;
-    llmpar_adamw_desc adamw;
+    llmpar_optim_desc adamw;
     llmpar_policy policy;
     memset(&fsdp, 0, sizeof fsdp);
     memset(&adamw, 0, sizeof adamw);
@@ -265,14 +265,15 @@ static llmpar_status create(trainer *t)
     }
     describe(t->layers, t->points, params, units);
     fsdp.seed = 1;
+    fsdp.optimizer_states = 2; /* AdamW's moments */
     st = llmpar_fsdp_create(t->mesh, units, LAYERS, &fsdp, &t->fsdp);
     adamw.decay = 0.01;
-    if (!st) st = llmpar_adamw_create(t->fsdp, &adamw, &t->adamw);
+    if (!st) st = llmpar_optim_create(t->fsdp, &adamw, &t->adamw);
     if (st) return st;
     /* What a step does, as a list; proved before it ever runs. */
     llmpar_fsdp_policy(t->fsdp, &policy);
     policy.micro_batches = t->j->grad_accum;
-    policy.prefetch = t->j->prefetch;
+    policy.prefetch = policy.prefetch_backward = t->j->prefetch;
     st = llmpar_schedule_create(&ctx->heap, units, LAYERS, &policy, &t->schedule, &ctx->error);
     if (!st) st = llmpar_schedule_validate(&ctx->heap, t->schedule->list, t->schedule->count, units, LAYERS, &t->schedule->policy, &ctx->error);
     if (!st && ctx->rank == 0 && !t->j->keep) {
@@ -299,8 +300,8 @@ static llmpar_status step(trainer *t, int32_t number)
         }
     run.micro = t->micro;
     run.tokens = t->local * t->j->grad_accum;
-    run.optimizer = llmpar_adamw_optimizer(t->adamw);
-    llmpar_adamw_set_lr(t->adamw, llmpar_lr_cosine(0.02, 0.0005, t->j->steps / 20, t->j->steps, number + 1));
+    run.optimizer = llmpar_optim_table(t->adamw);
+    llmpar_optim_set_lr(t->adamw, llmpar_lr_cosine(0.02, 0.0005, t->j->steps / 20, t->j->steps, number + 1));
     llmpar_status st = llmpar_fsdp_run(t->fsdp, t->schedule->list, t->schedule->count, &run);
     if (st || t->ctx->rank) return st;
     if (t->j->keep) t->j->losses[number] = run.loss;
@@ -368,7 +369,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     if (!st && ctx->rank == 0) llmpar_arena_get_usage(llmpar_fsdp_arena(t.fsdp), &t.j->usage[!t.j->keep]);
     if (!st) st = inspect(&t);
     llmpar_schedule_destroy(t.schedule);
-    llmpar_adamw_destroy(t.adamw);
+    llmpar_optim_destroy(t.adamw);
     llmpar_fsdp_destroy(t.fsdp);
     llmpar_heap_free(&ctx->heap, t.micro);
     llmpar_heap_free(&ctx->heap, t.labels);

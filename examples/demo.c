@@ -99,7 +99,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     desc.seq_len = SEQ_LEN;
     desc.batch = BATCH;
     desc.lr = 5e-3;
-    desc.adamw.beta2 = 0.99;
+    desc.optim.beta2 = 0.99;
     desc.warmup = 50;
     desc.total_steps = d->steps;
     desc.prefetch = 1;

@@ -150,7 +150,8 @@ LLMPAR_EXTERN_C_BEGIN
 #include "fsdp/fsdp.h"
 
 /* Chapter: optim */
-#include "optim/adamw.h"
+#include "optim/lr.h"
+#include "optim/optim.h"
 
 /* Chapter: model */
 #include "model/config.h"
@@ -262,11 +263,19 @@ LLMPAR_EXTERN_C_END
 #include "tp/tp.c"
 
 #include "fsdp/flat.c"
+#include "fsdp/store.c"
+#include "fsdp/shard.c"
+#include "fsdp/schedule_order.c"
 #include "fsdp/schedule.c"
+#include "fsdp/schedule_print.c"
 #include "fsdp/validate.c"
+#include "fsdp/executor_unit.c"
+#include "fsdp/executor_shard.c"
 #include "fsdp/executor.c"
 
-#include "optim/adamw.c"
+#include "optim/lr.c"
+#include "optim/optim.c"
+#include "optim/adalomo.c"
 
 #include "text/data.c"
 

@@ -418,13 +418,13 @@ static llmpar_status hand_rank(llmpar_ctx *ctx, void *user)
     llmpar_mesh *mesh = NULL;
     llmpar_llama *model = NULL;
     llmpar_fsdp *fsdp = NULL;
-    llmpar_adamw *adamw = NULL;
+    llmpar_optim *adamw = NULL;
     llmpar_schedule *schedule = NULL;
     llmpar_mesh_desc mesh_desc;
     llmpar_llama_desc desc;
     llmpar_llama_apply_desc apply;
     llmpar_fsdp_desc fsdp_desc;
-    llmpar_adamw_desc adamw_desc;
+    llmpar_optim_desc adamw_desc;
     llmpar_policy policy;
     llmpar_run run;
     llmpar_micro micro[2];
@@ -445,7 +445,8 @@ static llmpar_status hand_rank(llmpar_ctx *ctx, void *user)
     apply.canon = 8;
     apply.sequence_parallel = 1;
     apply.positions = T;
-    llmpar_adamw_desc_resolve(&adamw_desc);
+    llmpar_optim_desc_resolve(&adamw_desc);
+    fsdp_desc.optimizer_states = llmpar_optim_states(&adamw_desc);
     for (int m = 0; m < 2; m++) {
         for (int i = 0; i < B * T; i++) {
             ids[m][i] = (i * 7 + m) % 509;
@@ -482,17 +483,17 @@ static llmpar_status hand_rank(llmpar_ctx *ctx, void *user)
         policy.micro_batches = 2;
         status = llmpar_schedule_create(&ctx->heap, units, count, &policy, &schedule, &ctx->error);
     }
-    if (!status) status = llmpar_adamw_create(fsdp, &adamw_desc, &adamw);
+    if (!status) status = llmpar_optim_create(fsdp, &adamw_desc, &adamw);
     if (!status) {
         run.micro = micro;
         run.tokens = 2 * B * T;
-        run.optimizer = llmpar_adamw_optimizer(adamw);
+        run.optimizer = llmpar_optim_table(adamw);
         run.on_gradient = failing_gradient;
         run.on_gradient_user = h;
-        llmpar_adamw_set_lr(adamw, 1e-3);
+        llmpar_optim_set_lr(adamw, 1e-3);
     }
     for (int i = 0; i < 2 && !status; i++) status = llmpar_fsdp_run(fsdp, schedule->list, schedule->count, &run);
-    llmpar_adamw_destroy(adamw);
+    llmpar_optim_destroy(adamw);
     llmpar_schedule_destroy(schedule);
     llmpar_fsdp_destroy(fsdp);
     llmpar_llama_destroy(model);

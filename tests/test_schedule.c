@@ -48,7 +48,7 @@ static llmpar_policy make_policy(int32_t micro_batches, int32_t no_sync, int32_t
     memset(&policy, 0, sizeof policy);
     policy.micro_batches = micro_batches;
     policy.no_sync = no_sync;
-    policy.prefetch = prefetch;
+    policy.prefetch = policy.prefetch_backward = prefetch;
     policy.shards = unsharded ? 1 : 2;
     policy.replicas = replicas;
     policy.forward_only = forward_only;
@@ -525,7 +525,7 @@ enum { SHARDED, TWO_MICRO, KEPT, REPLICAS, WHOLE, EVALUATION, POLICIES };
 static const struct { int policy; edit edits[6]; const char *text; } broken[] = {
     { SHARDED, {{ SET, LLMPAR_OP_FREE, 0, OP, 0 }}, "no such op" },
     { SHARDED, {{ SET, LLMPAR_OP_FREE, 0, OP, 11 }}, "no such op" },
-    { SHARDED, {{ SET, LLMPAR_OP_NORM, 0, STREAM, 4 }}, "no such stream" },
+    { SHARDED, {{ SET, LLMPAR_OP_NORM, 0, STREAM, LLMPAR_STREAM_COUNT }}, "no such stream" },
     { SHARDED, {{ SET, LLMPAR_OP_NORM, 0, STREAM, -1 }}, "no such stream" },
     { SHARDED, {{ SET, LLMPAR_OP_FORWARD, 0, OF_UNIT, 2 }}, "instruction 2, FORWARD -: no such unit" },
     { SHARDED, {{ SET, LLMPAR_OP_OPTIM, 1, OF_UNIT, -1 }}, "instruction 19, OPTIM -: no such unit" },
@@ -640,7 +640,7 @@ TEST(refused_policies)
         { 2, -1, 0, -1, 0, 1, "micro_batches = -1" },
         { 2, -1, 0, (1 << 20) + 1, 0, 1, "micro_batches = 1048577" },
         { 2, -1, 0, 1, -1, 1, "prefetch = -1" },
-        { 2, -1, 0, 1, 65, 1, "prefetch = 65" },
+        { 2, -1, 0, 1, 5, 1, "prefetch = 5, expected 0 .. 4" },
         { 2, -1, 0, 1, 0, -1, "replicas = -1" },
         { 2, 1, 1, 1, 0, 1, "unit u1 borrows unit 1" },
         { 2, 1, 2, 1, 0, 1, "unit u1 borrows unit 2" },

@@ -169,7 +169,7 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 
 #define LLMPAR__CPU_OPERATIONS(X) \
     X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum)
+    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd)
 
 #define LLMPAR__CPU_RUN(slot, args_type) \
     static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \

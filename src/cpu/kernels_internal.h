@@ -60,5 +60,6 @@ LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
 LLMPAR__VDECLARE_NARROW(optim_adamw)
+LLMPAR__VDECLARE_NARROW(optim_sgd)
 
 #endif

@@ -94,18 +94,38 @@ LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 
 /* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
+/* The same of an object that llmpar_fsdp_create would make, so that a schedule can be made and proved before memory is taken. Local. */
+LLMPAR_API void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmpar_mesh *mesh, llmpar_policy *policy);
 /* The units as copied by create; what the object borrows or owns. Local. */
 LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
 LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit);
 LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp);
-/* This rank's shard of the (master) parameters in the sum type, and the segments in it; where it is offloaded, fetched. After a change, and where parameters are offloaded, llmpar_fsdp_shard_done is due before the next step. Local. */
+/* This rank's part of a unit: elements of its shard, and the segments in it. Local. */
+LLMPAR_API void llmpar_fsdp_layout(const llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
+/* This rank's shard of the (master) parameters in the sum type, and the segments in it; where it is offloaded, fetched; of a frozen unit below f32, which has no master, a copy. After a change, and where it was fetched or copied,
+   llmpar_fsdp_shard_done is due before the next step. NULL: it failed, and the rank's error says why. Local. */
 LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
 /* changed: the shard was written, so the store, the compute dtype's copy and (ZeRO-1, 2) the whole parameters are made from it again: then collective, else local. */
 LLMPAR_API llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* llmpar_fsdp_desc.optimizer_states, and one of these arrays of a unit, shard-sized (0 <= index < that), for checkpoints; NULL for a frozen unit. Where they are offloaded, fetched (NULL: that failed, and the rank's error says
+   why), and then llmpar_fsdp_optimizer_done is due before the next step; changed: the store gets them. Local. */
+LLMPAR_API int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp);
+LLMPAR_API void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, int32_t index);
+LLMPAR_API llmpar_status llmpar_fsdp_optimizer_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
 /* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
+/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak). */
+typedef enum llmpar_mark { LLMPAR_MARK_REST = 0, LLMPAR_MARK_BEFORE_OPTIMIZER = 1, LLMPAR_MARK_PEAK = 2 } llmpar_mark;
+typedef struct llmpar_account_line {
+    llmpar_tag tag;
+    const char *name;   /* "parameters", "padding", ..; static text */
+    uint64_t bytes;
+} llmpar_account_line;
+/* Lines of the tags PARAMETERS, GATHERED, GRADIENTS and OPTIMIZER: what this rank's part of the numbers themselves takes (parameters p, gradients g, optimizer and master K bytes each), and apart from it the buffers of micro-batch
+   counters, the second slot of a tied weight, local gradients on their way into shards, and padding. schedule may be NULL for REST. Lines of 0 bytes are left out. Returns their number; writes at most capacity. Local. */
+LLMPAR_API int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity);
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
 LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
 LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);

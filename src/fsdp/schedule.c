@@ -1,29 +1,7 @@
 #include "fsdp/schedule.h"
+#include "fsdp/schedule_internal.h"
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
-
-LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
-{
-    switch (op) {
-    case LLMPAR_OP_GATHER: return "GATHER";
-    case LLMPAR_OP_FREE: return "FREE";
-    case LLMPAR_OP_FORWARD: return "FORWARD";
-    case LLMPAR_OP_BACKWARD: return "BACKWARD";
-    case LLMPAR_OP_REDUCE: return "REDUCE";
-    case LLMPAR_OP_REDUCE_REPLICA: return "REDUCE_REPLICA";
-    case LLMPAR_OP_ACCUMULATE: return "ACCUMULATE";
-    case LLMPAR_OP_NORM: return "NORM";
-    case LLMPAR_OP_SCALAR_REDUCE: return "SCALAR_REDUCE";
-    case LLMPAR_OP_OPTIM: return "OPTIM";
-    case LLMPAR_OP_RECOMPUTE: return "RECOMPUTE";
-    case LLMPAR_OP_CAST: return "CAST";
-    case LLMPAR_OP_FETCH: return "FETCH";
-    case LLMPAR_OP_STORE: return "STORE";
-    }
-    return "?";
-}
 
 LLMPAR_DEF int llmpar_policy_whole_params(const llmpar_policy *policy) { return policy->shards < 2 || (policy->zero != LLMPAR_ZERO_DEFAULT && policy->zero < LLMPAR_ZERO_3); }
 LLMPAR_DEF int llmpar_policy_whole_grads(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0 || policy->zero == LLMPAR_ZERO_1; }
@@ -36,20 +14,37 @@ LLMPAR_DEF int32_t llmpar_schedule_first_backward(const llmpar_unit *units, int3
     return first;
 }
 
-/* The compute steps of a step in order: for every micro-batch all forwards, then all backwards.
+LLMPAR__PRIVATE_DEF void llmpar__policy_resolve(llmpar_policy *policy)
+{
+    if (policy->micro_batches == 0) policy->micro_batches = 1;
+    if (policy->shards == 0) policy->shards = 1;
+    if (policy->replicas == 0) policy->replicas = 1;
+    if (policy->zero == LLMPAR_ZERO_DEFAULT) policy->zero = LLMPAR_ZERO_3;
+    if (policy->reshard == LLMPAR_RESHARD_DEFAULT) policy->reshard = LLMPAR_RESHARD_NOT_LAST;
+    if (policy->reshard_every == 0) policy->reshard_every = 2;
+}
+
+/* The compute steps of a step in order: for every micro-batch all forwards, then all backwards; in two passes the whole again.
 
      step:   F0 F1 F2 B2 B1 B0 | F0 F1 ...
      resident (prefetch 0): unit 2 stays from F2 to B2, unit 0 from B0 to the next F0; all others are freed after a use and gathered again.
-     prefetch d: the gather stands d steps before its use; a gather that would stand before the preceding free cancels both. */
+     prefetch d: the gather stands d steps before its use; a gather that would stand before the preceding free cancels both.
+
+   Waits that bound memory are placed here; those that data needs, where they are not implied, by llmpar__plan_order at the end. */
 typedef struct llmpar__plan {
     llmpar_schedule *schedule;
     const llmpar_unit *units;
+    int32_t first;            /* the first unit with a backward */
     int32_t steps_per_micro, steps;
     unsigned char *flag;      /* [steps][units]: 1 gather before, 2 free after */
     int32_t *last_gather;     /* [units] instruction index, -1 */
     int32_t *depth;           /* [units][2] occupied buffers of the binary counter */
+    int32_t *uses_left;       /* [units] gradients (own, borrowed) that this pass still adds to */
+    int32_t *update;          /* [updates] units in the order of their updates */
+    int32_t updates, updated, fetched;
     int32_t last_param_free;  /* instruction index, -1 */
     int32_t last_grad_free;
+    int32_t pending[2];       /* units whose own, borrowed local buffer 0 is reduced and not yet freed, -1 */
     int32_t status;           /* 1: out of memory */
 } llmpar__plan;
 
@@ -67,19 +62,31 @@ static int llmpar__plan_uses(const llmpar__plan *plan, int32_t step, int32_t uni
     return own == unit || plan->units[own].borrow - 1 == unit;
 }
 
+/* The unit that borrows this one, -1. */
+static int32_t llmpar__plan_borrower(const llmpar__plan *plan, int32_t unit)
+{
+    for (int32_t other = 0; other < plan->schedule->units; other++)
+        if (plan->units[other].borrow - 1 == unit) return other;
+    return -1;
+}
+
+static int llmpar__plan_offloads(const llmpar__plan *plan, llmpar_state what) { return (int)(plan->schedule->policy.offload >> (unsigned)what & 1u); }
+
+/* A unit's reduced gradient goes on as soon as it is complete, instead of at the end of the step. */
+static int llmpar__plan_eager(const llmpar__plan *plan) { return plan->schedule->policy.update != LLMPAR_UPDATE_AFTER || llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS); }
+
 static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t micro, llmpar_stream_id stream)
 {
     llmpar_schedule *schedule = plan->schedule;
     static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1, -1, -1}};
     if (schedule->count == schedule->capacity) {
-        int32_t capacity = schedule->capacity ? schedule->capacity * 2 : 64;
+        int32_t capacity = schedule->capacity * 2;
         llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
         if (!list) {
             plan->status = 1;
             schedule->count = 0; /* keep writing into the old list; the caller reports */
-            if (!schedule->list) return NULL;
         } else {
-            if (schedule->count) memcpy(list, schedule->list, (size_t)schedule->count * sizeof *list);
+            memcpy(list, schedule->list, (size_t)schedule->count * sizeof *list);
             llmpar_heap_free(schedule->heap, schedule->list);
             schedule->list = list;
             schedule->capacity = capacity;
@@ -102,6 +109,22 @@ static void llmpar__plan_wait(llmpar_instruction *instruction, int32_t index)
     if (instruction->wait_count < LLMPAR_WAITS) instruction->waits[instruction->wait_count++] = index;
 }
 
+static llmpar_instruction *llmpar__plan_move(llmpar__plan *plan, llmpar_op op, llmpar_state what, int32_t unit)
+{
+    llmpar_instruction *move = llmpar__plan_emit(plan, op, unit, -1, LLMPAR_STREAM_OFFLOAD);
+    move->what = what;
+    return move;
+}
+
+static void llmpar__plan_move_gradient(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t use, int32_t slot)
+{
+    llmpar_instruction *move = llmpar__plan_move(plan, op, LLMPAR_STATE_GRADS, unit);
+    move->use = use;
+    move->slot = slot;
+}
+
+/* ---- parameters ---- */
+
 /* Where the gathers and frees stand. */
 static void llmpar__plan_residency(llmpar__plan *plan)
 {
@@ -109,10 +132,15 @@ static void llmpar__plan_residency(llmpar__plan *plan)
     int32_t n = plan->schedule->units;
     for (int32_t unit = 0; unit < n; unit++) {
         int32_t previous = -1;
+        int backward, was_backward = 0, stays = policy->reshard == LLMPAR_RESHARD_NEVER || (policy->reshard == LLMPAR_RESHARD_EVERY && (unit + 1) % policy->reshard_every);
         for (int32_t step = 0; step < plan->steps; step++) {
             if (!llmpar__plan_uses(plan, step, unit)) continue;
-            int32_t gather = step - policy->prefetch < 0 ? 0 : step - policy->prefetch;
-            if (previous >= 0 && (step == previous + 1 || policy->reshard == LLMPAR_RESHARD_NEVER || gather <= previous)) {
+            llmpar__plan_unit(plan, step, &backward);
+            int32_t ahead = backward ? policy->prefetch_backward : policy->prefetch, gather = step - ahead < 0 ? 0 : step - ahead;
+            int turn = policy->reshard == LLMPAR_RESHARD_ALWAYS && backward && !was_backward;
+            if (turn && gather <= previous) gather = previous + 1;
+            was_backward = backward;
+            if (previous >= 0 && !turn && (step == previous + 1 || stays || gather <= previous)) {
                 previous = step;
                 continue;
             }
@@ -124,30 +152,40 @@ static void llmpar__plan_residency(llmpar__plan *plan)
     }
 }
 
+/* A shard that is in a store is fetched for the gather alone. */
+static void llmpar__plan_gather(llmpar__plan *plan, int32_t unit)
+{
+    int fetched = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && !plan->schedule->policy.master;
+    if (fetched) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
+    llmpar__plan_wait(llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER), plan->last_param_free);
+    plan->last_gather[unit] = plan->schedule->count - 1;
+    if (fetched) llmpar__plan_emit(plan, LLMPAR_OP_FREE, unit, -1, LLMPAR_STREAM_GATHER)->what = LLMPAR_STATE_PARAMS;
+}
+
 static void llmpar__plan_gathers(llmpar__plan *plan, int32_t step)
 {
-    int32_t n = plan->schedule->units, last = step + plan->schedule->policy.prefetch;
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t n = plan->schedule->units, last = step + (policy->prefetch > policy->prefetch_backward ? policy->prefetch : policy->prefetch_backward);
     /* In order of need, which for a step may be its own unit and the one it borrows. */
     for (int32_t ahead = step; ahead <= last && ahead < plan->steps; ahead++)
         for (int32_t unit = 0; unit < n; unit++) {
             unsigned char *flag = &plan->flag[(size_t)step * (size_t)n + (size_t)unit];
             if (!(*flag & 1u) || !llmpar__plan_uses(plan, ahead, unit)) continue;
             *flag &= (unsigned char)~1u;
-            llmpar_instruction *gather = llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER);
-            if (!gather) return;
-            llmpar__plan_wait(gather, plan->last_param_free);
-            plan->last_gather[unit] = plan->schedule->count - 1;
+            llmpar__plan_gather(plan, unit);
         }
 }
 
+/* ---- gradients ---- */
+
 /* One more gradient of (unit, use) is in buffer depth-1 of the counter: merge while the number of micro-batches says so.
-   Micro-batch m completes as many subtrees as m + 1 has trailing zero bits. `last` folds what is left when M is no power of two. */
-static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int last, int local, llmpar_stream_id stream)
+   Micro-batch m completes as many subtrees as m + 1 has trailing zero bits. `last` folds what is left when M is no power of two; a chain folds at once. */
+static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int last, int local, int stored, llmpar_stream_id stream)
 {
     int32_t *depth = &plan->depth[unit * 2 + use];
-    for (int32_t bits = micro + 1; *depth > 1 && ((bits & 1) == 0 || last); bits >>= 1) {
+    for (int32_t bits = micro + 1; *depth > 1 && ((bits & 1) == 0 || last || plan->schedule->policy.chain); bits >>= 1) {
+        if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, unit, use, *depth - 2);
         llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, unit, micro, stream);
-        if (!add) return;
         add->use = add->from_use = use;
         add->slot = *depth - 2;
         add->from = *depth - 1;
@@ -156,13 +194,12 @@ static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, in
     }
 }
 
-/* Local buffer `from` to the shard counter's next buffer, summed over replicas. */
+/* Buffer `from` (local, or the one that is reduced in place) to shard buffer `slot`, summed over replicas. */
 static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t from, int32_t slot, int32_t after)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    if (!llmpar_policy_whole_params(policy)) {
+    if (!llmpar_policy_whole_state(policy)) {
         llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE, unit, micro, LLMPAR_STREAM_REDUCE);
-        if (!reduce) return;
         reduce->use = use;
         reduce->from = from;
         reduce->slot = slot;
@@ -170,173 +207,328 @@ static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, i
     }
     if (policy->replicas > 1) {
         llmpar_instruction *replica = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE_REPLICA, unit, micro, LLMPAR_STREAM_REDUCE);
-        if (!replica) return;
         replica->use = use;
         replica->slot = slot;
         llmpar__plan_wait(replica, after);
     }
 }
 
-static void llmpar__plan_free_local(llmpar__plan *plan, int32_t unit, int32_t use, int32_t slot)
+static void llmpar__plan_free_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t local)
 {
     llmpar_instruction *release = llmpar__plan_emit(plan, LLMPAR_OP_FREE, unit, -1, LLMPAR_STREAM_REDUCE);
-    if (!release) return;
     release->use = use;
-    release->slot = slot;
-    release->local = 1;
+    release->slot = 0;
+    release->local = local;
     plan->last_grad_free = plan->schedule->count - 1;
 }
 
-/* Everything one (unit, use) gradient goes through after its backward; returns 1 if local buffer `from` is to be freed later. */
-static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t slot, int32_t backward)
+/* The buffer that was reduced one step ago is freed after the next backward, which so did not have to wait for that reduction. */
+static void llmpar__plan_free_pending(llmpar__plan *plan)
 {
-    const llmpar_policy *policy = &plan->schedule->policy;
-    int last = micro + 1 == policy->micro_batches;
-    int32_t *depth = &plan->depth[unit * 2 + use];
-    if (policy->no_sync) {
-        int local = !llmpar_policy_whole_params(policy);
-        int32_t before = plan->schedule->count;
-        llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
-        if (!last) return 0;
-        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
-        return local;
+    for (int use = 0; use < 2; use++) {
+        if (plan->pending[use] >= 0) llmpar__plan_free_gradient(plan, plan->pending[use], use, 1);
+        plan->pending[use] = -1;
     }
-    if (!llmpar_policy_whole_params(policy)) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
-        llmpar__plan_reduce(plan, unit, use, micro, slot, *depth, backward);
-        ++*depth;
-    } else {
-        llmpar__plan_reduce(plan, unit, use, micro, -1, slot, backward);
-    }
-    int32_t before = plan->schedule->count;
-    llmpar__plan_count(plan, unit, use, micro, last, 0, LLMPAR_STREAM_REDUCE);
-    if (plan->schedule->list && plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before], backward);
-    return !llmpar_policy_whole_params(policy);
 }
 
-static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[2])
+/* Everything one (unit, use) gradient goes through after its backward. */
+static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t slot, int32_t backward)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    int32_t borrow = plan->units[unit].borrow - 1;
-    /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
-    int counted = policy->no_sync || llmpar_policy_whole_params(policy);
-    if (pending[0] == unit) { /* a single unit: its own gradient of the micro-batch before is still in the buffer */
-        llmpar__plan_free_local(plan, unit, 0, 0);
-        pending[0] = -1;
+    int last = micro + 1 == policy->micro_batches, whole = llmpar_policy_whole_grads(policy), stored = llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS);
+    int32_t *depth = &plan->depth[unit * 2 + use], before = plan->schedule->count;
+    if (policy->no_sync) {
+        llmpar__plan_count(plan, unit, use, micro, last, !whole, 0, LLMPAR_STREAM_COMPUTE);
+        if (!last) return;
+        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
+    } else {
+        llmpar__plan_reduce(plan, unit, use, micro, slot, whole ? slot : *depth, backward);
+        if (!whole) ++*depth; /* the shard counter grows by what REDUCE writes; a backward that is reduced in place wrote it there itself */
+        before = plan->schedule->count;
+        llmpar__plan_count(plan, unit, use, micro, last, 0, stored, LLMPAR_STREAM_REDUCE);
+        if (plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before + stored], backward); /* the first ACCUMULATE */
     }
-    int32_t slot = counted ? plan->depth[unit * 2]++ : 0;
-    int32_t from = borrow < 0 ? -1 : counted ? plan->depth[borrow * 2 + 1]++ : 0;
+    if (last) plan->uses_left[unit]--;
+    if (stored && !(last && plan->uses_left[unit] == 0)) llmpar__plan_move_gradient(plan, LLMPAR_OP_STORE, unit, use, *depth - 1);
+    if (whole) return;
+    plan->pending[use] = unit;
+    if (policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_free_pending(plan);
+}
+
+/* ---- updates ---- */
+
+/* The states of the k-th update that are kept in stores. */
+static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    if (k < plan->fetched || k >= plan->updates) return;
+    plan->fetched = k + 1;
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
+}
+
+/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
+static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t unit = plan->update[plan->updated];
+    int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
+    llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
+    llmpar__plan_fetch(plan, plan->updated);
+    llmpar__plan_fetch(plan, plan->updated + 1);
+    plan->updated++;
+    if (params && !policy->master && policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
+    optim->slot = 0;
+    optim->predicate = predicate;
+    llmpar__plan_wait(optim, after);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_COMPUTE)->predicate = predicate;
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
+    if (params) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_PARAMS, unit);
+    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = predicate;
+}
+
+/* Tied weights: g = g_head + g_embed, once, on the shard. */
+static llmpar_instruction *llmpar__plan_tie(llmpar__plan *plan, int32_t lender)
+{
+    llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, lender, -1, LLMPAR_STREAM_REDUCE);
+    add->slot = add->from = 0;
+    add->from_use = 1;
+    return add;
+}
+
+/* Where gradients do not wait for the end of the step: the last use of `unit` may be reduced now. */
+static void llmpar__plan_complete(llmpar__plan *plan, int32_t unit, int32_t now, int32_t micro, int32_t again)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    if (unit < 0 || plan->units[unit].frozen || plan->uses_left[unit] || micro + 1 != policy->micro_batches) return;
+    int stored = llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS);
+    if (llmpar__plan_borrower(plan, unit) >= 0) {
+        if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, unit, unit == now, 0); /* the other use */
+        llmpar__plan_tie(plan, unit);
+    }
+    int norm_only = policy->update == LLMPAR_UPDATE_TWO_PASSES && !again;
+    if (policy->update != LLMPAR_UPDATE_TWO_PASSES || norm_only) llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE)->slot = 0;
+    if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_STORE, unit, 0, 0);
+    if (norm_only) {
+        llmpar__plan_free_gradient(plan, unit, 0, 0);
+        plan->depth[unit * 2] = plan->depth[unit * 2 + 1] = 0;
+        plan->uses_left[unit] = llmpar__plan_borrower(plan, unit) >= 0 ? 2 : 1;
+    } else if (policy->update != LLMPAR_UPDATE_AFTER) {
+        llmpar__plan_update(plan, -1);
+    }
+}
+
+/* ---- steps ---- */
+
+static int llmpar__plan_stores_activations(const llmpar__plan *plan, int32_t unit)
+{
+    if (plan->schedule->policy.forward_only || !llmpar__plan_offloads(plan, LLMPAR_STATE_ACTIVATIONS)) return 0;
+    return unit >= plan->first && unit + 1 < plan->schedule->units && (unit > 0 || plan->units[unit].recompute != LLMPAR_RECOMPUTE_FULL); /* the first unit's input are the token ids */
+}
+
+static void llmpar__plan_wait_params(llmpar__plan *plan, llmpar_instruction *in)
+{
+    int32_t borrow = plan->units[in->unit].borrow - 1;
+    if (llmpar_policy_whole_params(&plan->schedule->policy)) return;
+    llmpar__plan_wait(in, plan->last_gather[in->unit]);
+    if (borrow >= 0) llmpar__plan_wait(in, plan->last_gather[borrow]);
+}
+
+static void llmpar__plan_forward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t again)
+{
+    llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
+    forward->pass = plan->schedule->policy.forward_only || unit < plan->first ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
+    forward->again = again;
+    llmpar__plan_wait_params(plan, forward);
+    if (llmpar__plan_stores_activations(plan, unit)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_ACTIVATIONS, unit)->micro_batch = micro;
+}
+
+static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t again)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    const llmpar_unit *u = &plan->units[unit];
+    int32_t borrow = u->borrow - 1, lender = borrow >= 0 && !plan->units[borrow].frozen ? borrow : -1;
+    int whole = llmpar_policy_whole_grads(policy);
+    /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
+    int counted = policy->no_sync || whole;
+    if (plan->pending[0] == unit) llmpar__plan_free_pending(plan); /* the only unit with a gradient: that of the micro-batch before is still in the buffer */
+    if (unit > 0 && llmpar__plan_stores_activations(plan, unit - 1)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_ACTIVATIONS, unit - 1)->micro_batch = micro;
+    if (u->recompute == LLMPAR_RECOMPUTE_FULL) {
+        llmpar_instruction *recompute = llmpar__plan_emit(plan, LLMPAR_OP_RECOMPUTE, unit, micro, LLMPAR_STREAM_COMPUTE);
+        recompute->pass = LLMPAR_PASS_RECOMPUTE;
+        recompute->again = again;
+        llmpar__plan_wait_params(plan, recompute);
+    }
     llmpar_instruction *backward = llmpar__plan_emit(plan, LLMPAR_OP_BACKWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
-    if (!backward) return;
+    int32_t slot = u->frozen ? -1 : counted ? plan->depth[unit * 2]++ : 0, from = lender < 0 ? -1 : counted ? plan->depth[lender * 2 + 1]++ : 0, index = plan->schedule->count - 1;
     backward->pass = LLMPAR_PASS_BACKWARD;
     backward->slot = slot;
     backward->from = from;
-    backward->local = !llmpar_policy_whole_params(policy);
-    int32_t index = plan->schedule->count - 1;
-    if (!llmpar_policy_whole_params(policy)) {
-        llmpar__plan_wait(backward, plan->last_gather[unit]);
-        if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
-    }
+    backward->local = !whole;
+    backward->again = again;
+    if (u->recompute != LLMPAR_RECOMPUTE_FULL) llmpar__plan_wait_params(plan, backward);
     llmpar__plan_wait(backward, plan->last_grad_free);
-    /* The buffer that was reduced one step ago is freed now: this backward did not have to wait for that reduction. Before this step's own reduction, which the next backward then need not wait for either. */
-    if (pending[0] >= 0) llmpar__plan_free_local(plan, pending[0], 0, 0);
-    if (pending[1] >= 0) llmpar__plan_free_local(plan, pending[1], 1, 0);
-    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
-    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
-    pending[0] = release ? unit : -1;
-    pending[1] = release_borrowed ? borrow : -1;
+    llmpar__plan_free_pending(plan); /* before this step's own reduction, which the next backward then need not wait for either */
+    if (slot >= 0) llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
+    if (from >= 0) llmpar__plan_gradient(plan, lender, 1, micro, from, index);
 }
 
-static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[2])
+static int32_t llmpar__plan_last_compute(const llmpar__plan *plan)
 {
-    int backward;
-    int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
-    int32_t borrow = plan->units[unit].borrow - 1;
-    if (!llmpar_policy_whole_params(&plan->schedule->policy)) llmpar__plan_gathers(plan, step);
-    if (backward) {
-        llmpar__plan_backward(plan, unit, micro, pending);
-    } else {
-        llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
-        if (!forward) return;
-        forward->pass = plan->schedule->policy.forward_only ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
-        if (!llmpar_policy_whole_params(&plan->schedule->policy)) {
-            llmpar__plan_wait(forward, plan->last_gather[unit]);
-            if (borrow >= 0) llmpar__plan_wait(forward, plan->last_gather[borrow]);
-        }
-    }
-    if (llmpar_policy_whole_params(&plan->schedule->policy)) return;
-    for (int32_t other = 0; other < n; other++)
-        if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
-            llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
-            plan->last_param_free = plan->schedule->count - 1;
-        }
+    int32_t compute = plan->schedule->count - 1;
+    while (compute >= 0 && plan->schedule->list[compute].stream != LLMPAR_STREAM_COMPUTE) compute--;
+    return compute;
 }
 
-/* Tied weights: g = g_head + g_embed, once, on the shard. Then norms, the one scalar reduction, the updates. */
+static void llmpar__plan_scalar(llmpar__plan *plan)
+{
+    int32_t compute = llmpar__plan_last_compute(plan);
+    llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
+    reduce->pass = 1;
+    llmpar__plan_wait(reduce, compute); /* it wrote gradients (whole) and the loss */
+}
+
+static void llmpar__plan_step(llmpar__plan *plan, int32_t step)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int backward;
+    int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), pass = step / plan->steps_per_micro, micro = pass % policy->micro_batches, again = pass / policy->micro_batches;
+    if (again && step % plan->steps_per_micro == 0) llmpar__plan_scalar(plan);
+    if (!llmpar_policy_whole_params(policy)) llmpar__plan_gathers(plan, step);
+    if (backward) llmpar__plan_backward(plan, unit, micro, again);
+    else llmpar__plan_forward(plan, unit, micro, again);
+    if (!llmpar_policy_whole_params(policy))
+        for (int32_t other = 0; other < n; other++)
+            if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
+                llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
+                plan->last_param_free = plan->schedule->count - 1;
+            }
+    if (!backward || !llmpar__plan_eager(plan)) return;
+    llmpar__plan_complete(plan, unit, unit, micro, again);
+    llmpar__plan_complete(plan, plan->units[unit].borrow - 1, unit, micro, again);
+}
+
+/* Norms, the one scalar reduction, the updates. */
 static void llmpar__plan_finish(llmpar__plan *plan)
 {
-    int32_t n = plan->schedule->units;
-    if (!plan->schedule->policy.forward_only) {
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t n = plan->schedule->units, compute = llmpar__plan_last_compute(plan);
+    if (policy->update == LLMPAR_UPDATE_TWO_PASSES && !policy->forward_only) return;
+    if (!policy->forward_only && !llmpar__plan_eager(plan)) {
         for (int32_t unit = 0; unit < n; unit++) {
-            int32_t borrow = plan->units[unit].borrow - 1;
-            if (borrow < 0) continue;
-            llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, borrow, -1, LLMPAR_STREAM_REDUCE);
-            if (!add) return;
-            add->slot = add->from = 0;
-            add->from_use = 1;
-            if (llmpar_policy_whole_params(&plan->schedule->policy)) llmpar__plan_wait(add, plan->schedule->count - 2);
+            int32_t lender = plan->units[unit].borrow - 1;
+            if (lender < 0 || plan->units[lender].frozen) continue;
+            llmpar_instruction *add = llmpar__plan_tie(plan, lender);
+            if (llmpar_policy_whole_state(policy)) llmpar__plan_wait(add, plan->schedule->count - 2);
         }
         for (int32_t unit = 0; unit < n; unit++) {
+            if (plan->units[unit].frozen) continue;
             llmpar_instruction *norm = llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE);
-            if (!norm) return;
             norm->slot = 0;
+            if (llmpar_policy_whole_state(policy)) llmpar__plan_wait(norm, compute);
         }
     }
-    /* Behind the last compute instruction: it wrote gradients (unsharded) and the loss. */
-    int32_t compute = -1;
-    for (int32_t i = 0; i < plan->schedule->count; i++)
-        if (plan->schedule->list[i].stream == LLMPAR_STREAM_COMPUTE) compute = i;
-    if (!plan->schedule->policy.forward_only && llmpar_policy_whole_params(&plan->schedule->policy))
-        for (int32_t i = 0; i < plan->schedule->count; i++)
-            if (plan->schedule->list[i].op == LLMPAR_OP_NORM) llmpar__plan_wait(&plan->schedule->list[i], compute);
-    llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
-    if (!reduce) return;
-    reduce->pass = 1;
-    llmpar__plan_wait(reduce, compute);
-    if (plan->schedule->policy.forward_only) return;
+    llmpar__plan_scalar(plan);
     int32_t after = plan->schedule->count - 1;
-    for (int32_t unit = 0; unit < n; unit++) {
-        llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
-        if (!optim) return;
-        optim->slot = 0;
-        optim->predicate = LLMPAR_IF_FINITE;
-        llmpar__plan_wait(optim, after);
+    while (!policy->forward_only && plan->updated < plan->updates) llmpar__plan_update(plan, after);
+}
+
+/* The order of updates: as gradients become complete in backward, or by unit at the end. */
+static void llmpar__plan_update_order(llmpar__plan *plan)
+{
+    int32_t n = plan->schedule->units;
+    if (plan->schedule->policy.forward_only) return;
+    for (int32_t unit = 0; unit < n; unit++) plan->uses_left[unit] = plan->units[unit].frozen ? 0 : llmpar__plan_borrower(plan, unit) >= 0 ? 2 : 1;
+    if (plan->schedule->policy.update == LLMPAR_UPDATE_AFTER) {
+        for (int32_t unit = 0; unit < n; unit++)
+            if (!plan->units[unit].frozen) plan->update[plan->updates++] = unit;
+        return;
+    }
+    for (int32_t unit = n - 1; unit >= plan->first; unit--) {
+        int32_t lender = plan->units[unit].borrow - 1;
+        if (!plan->units[unit].frozen && llmpar__plan_borrower(plan, unit) < 0) plan->update[plan->updates++] = unit;
+        if (!plan->units[unit].frozen && llmpar__plan_borrower(plan, unit) > unit) plan->update[plan->updates++] = unit;
+        if (lender > unit && !plan->units[lender].frozen) plan->update[plan->updates++] = lender;
     }
 }
 
-static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+/* Adds the waits that data needs: what another stream wrote, or still reads, is complete first. */
+static void llmpar__plan_order(llmpar__plan *plan)
 {
-    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
-    if (policy->micro_batches < 1 || policy->micro_batches > (1 << 20)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: micro_batches = %d, expected 1 .. %d", (int)policy->micro_batches, 1 << 20);
-    if (policy->prefetch < 0 || policy->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: prefetch = %d, expected 0 .. 64", (int)policy->prefetch);
-    if (policy->replicas < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: replicas = %d, expected at least 1", (int)policy->replicas);
-    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+    llmpar_schedule *schedule = plan->schedule;
+    llmpar__order order;
+    llmpar__hazard hazard;
+    if (llmpar__order_create(&order, schedule->heap, schedule->list, schedule->count, plan->units, schedule->units, &schedule->policy)) {
+        plan->status = 1;
+        return;
+    }
+    for (int32_t at = 0; at < schedule->count; at++) {
+        llmpar__order_begin(&order, at);
+        while (llmpar__order_hazard(&order, at, &hazard)) {
+            llmpar__plan_wait(&schedule->list[at], hazard.earlier);
+            llmpar__order_wait(&order, at, hazard.earlier);
+        }
+        llmpar__order_end(&order, at);
+    }
+    llmpar__order_destroy(&order);
+}
+
+/* ---- policies ---- */
+
+static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
             return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
         for (int32_t other = 0; other < unit && borrow >= 0; other++)
             if (units[other].borrow - 1 == borrow) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
+        if ((int)units[unit].recompute < 0 || units[unit].recompute > LLMPAR_RECOMPUTE_FULL)
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
     }
+    if (units[unit_count - 1].recompute == LLMPAR_RECOMPUTE_FULL)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
+    if (!policy->forward_only && llmpar_schedule_first_backward(units, unit_count) == unit_count)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
     return LLMPAR_OK;
+}
+
+/* Pairs that exclude each other. */
+static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpar_error *error)
+{
+    int inside = policy->update != LLMPAR_UPDATE_AFTER && !policy->forward_only;
+    if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
+    if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
+    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
+    const struct { const char *name; int32_t value, low, high; } range[] = {
+        {"micro_batches", policy->micro_batches, 1, 1 << 20}, {"prefetch", policy->prefetch, 0, 4}, {"prefetch_backward", policy->prefetch_backward, 0, 4}, {"replicas", policy->replicas, 1, INT32_MAX}, {"shards", policy->shards, 1, INT32_MAX},
+        {"zero", policy->zero, LLMPAR_ZERO_0, LLMPAR_ZERO_3}, {"reshard", (int32_t)policy->reshard, LLMPAR_RESHARD_NOT_LAST, LLMPAR_RESHARD_EVERY}, {"reshard_every", policy->reshard_every, 1, INT32_MAX},
+        {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
+    };
+    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
+    for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
+    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+    llmpar_status status = llmpar__plan_check_units(units, unit_count, policy, error);
+    return status ? status : llmpar__plan_check_pairs(policy, error);
 }
 
 LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
 {
     llmpar_policy resolved = *policy;
     *out = NULL;
-    if (resolved.micro_batches == 0) resolved.micro_batches = 1;
-    if (resolved.replicas == 0) resolved.replicas = 1;
+    llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__plan_check(units, unit_count, &resolved, error);
     if (status) return status;
     llmpar__plan plan;
@@ -346,26 +538,31 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     schedule->heap = heap;
     schedule->units = unit_count;
     schedule->policy = resolved;
+    schedule->capacity = 64;
+    schedule->list = (llmpar_instruction *)llmpar_heap_alloc(heap, (size_t)schedule->capacity, sizeof *schedule->list);
     plan.schedule = schedule;
     plan.units = units;
-    plan.steps_per_micro = resolved.forward_only ? unit_count : 2 * unit_count;
-    plan.steps = plan.steps_per_micro * resolved.micro_batches;
-    plan.last_param_free = plan.last_grad_free = -1;
+    plan.first = resolved.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
+    plan.steps_per_micro = 2 * unit_count - plan.first;
+    plan.steps = plan.steps_per_micro * resolved.micro_batches * (resolved.update == LLMPAR_UPDATE_TWO_PASSES && !resolved.forward_only ? 2 : 1);
+    plan.last_param_free = plan.last_grad_free = plan.pending[0] = plan.pending[1] = -1;
     plan.flag = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)plan.steps, (size_t)unit_count);
-    plan.last_gather = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof(int32_t));
-    plan.depth = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 2, sizeof(int32_t));
-    if (!plan.flag || !plan.last_gather || !plan.depth) plan.status = 1;
+    int32_t *per_unit = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 5, sizeof(int32_t));
+    plan.last_gather = per_unit;
+    plan.uses_left = per_unit + unit_count;
+    plan.update = per_unit + 2 * unit_count;
+    plan.depth = per_unit + 3 * unit_count;
+    if (!schedule->list || !plan.flag || !per_unit) plan.status = 1;
     if (!plan.status) {
-        int32_t pending[2] = {-1, -1};
         llmpar__plan_residency(&plan);
+        llmpar__plan_update_order(&plan);
         llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
-        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step, pending);
-        if (pending[0] >= 0) llmpar__plan_free_local(&plan, pending[0], 0, 0);
-        if (pending[1] >= 0) llmpar__plan_free_local(&plan, pending[1], 1, 0);
+        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step);
+        llmpar__plan_free_pending(&plan);
         llmpar__plan_finish(&plan);
     }
-    llmpar_heap_free(heap, plan.depth);
-    llmpar_heap_free(heap, plan.last_gather);
+    if (!plan.status) llmpar__plan_order(&plan);
+    llmpar_heap_free(heap, per_unit);
     llmpar_heap_free(heap, plan.flag);
     if (plan.status) {
         llmpar_schedule_destroy(schedule);
@@ -381,64 +578,4 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
     llmpar_heap *heap = schedule->heap;
     llmpar_heap_free(heap, schedule->list);
     llmpar_heap_free(heap, schedule);
-}
-
-/* Text that may be longer than its buffer: counts what it would take. */
-typedef struct llmpar__schedule_text { char *text; size_t capacity, length; } llmpar__schedule_text;
-static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...)
-{
-    va_list list;
-    size_t room = out->length < out->capacity ? out->capacity - out->length : 0;
-    va_start(list, format);
-    int written = vsnprintf(room ? out->text + out->length : NULL, room, format, list);
-    va_end(list);
-    if (written > 0) out->length += (size_t)written;
-}
-
-static void llmpar__schedule_put_ops(llmpar__schedule_text *out, const llmpar_unit_op *ops, int32_t count)
-{
-    static const char *const kind[] = {"COMPUTE", "TP_GATHER", "TP_REDUCE"};
-    for (int32_t i = 0; i < count; i++) {
-        llmpar__schedule_put(out, "          . %2d %-7s %-9s %s", (int)i, ops[i].kind == LLMPAR_COMPUTE ? "compute" : "tp", kind[ops[i].kind], ops[i].name);
-        for (int32_t w = 0; w < 2; w++)
-            if (ops[i].wait[w]) llmpar__schedule_put(out, "%s%d", w && ops[i].wait[0] ? "," : "  after .", (int)ops[i].wait[w] - 1);
-        llmpar__schedule_put(out, "\n");
-    }
-}
-
-LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity)
-{
-    (void)bytes;
-    static const char *const stream[] = {"compute", "gather", "reduce", "tp", "offload"};
-    llmpar__schedule_text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.length = 0;
-    if (capacity) text[0] = 0;
-    for (int32_t i = 0; i < schedule->count; i++) {
-        const llmpar_instruction *in = &schedule->list[i];
-        llmpar__schedule_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
-        if (in->unit >= 0) llmpar__schedule_put(&out, " %s", units[in->unit].name);
-        if (in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " mb%d", (int)in->micro_batch);
-        if (in->op == LLMPAR_OP_SCALAR_REDUCE) llmpar__schedule_put(&out, "%s", in->pass ? " loss, norm" : " tokens");
-        const char *kind = in->local ? "local" : "shard";
-        const char *use = in->use ? ".borrowed" : "";
-        if (in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " -> %s%d", kind, (int)in->slot);
-        if (in->op == LLMPAR_OP_BACKWARD && in->from >= 0) llmpar__schedule_put(&out, ", %s.borrowed %s%d", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
-        if (in->op == LLMPAR_OP_REDUCE) llmpar__schedule_put(&out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
-        if (in->op == LLMPAR_OP_ACCUMULATE) llmpar__schedule_put(&out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from);
-        if ((in->op == LLMPAR_OP_FREE && in->slot >= 0) || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM) llmpar__schedule_put(&out, "%s %s%d", use, kind, (int)in->slot);
-        if (in->predicate == LLMPAR_IF_FINITE) llmpar__schedule_put(&out, " if finite");
-        for (int32_t w = 0; w < in->wait_count; w++) llmpar__schedule_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
-        llmpar__schedule_put(&out, "\n");
-        /* A unit's own list: the first time a unit with this list runs. */
-        if (in->op != LLMPAR_OP_FORWARD && in->op != LLMPAR_OP_BACKWARD) continue;
-        int seen = in->micro_batch > 0;
-        const llmpar_unit_op *ops = in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward : units[in->unit].backward;
-        for (int32_t j = 0; j < i && !seen; j++)
-            if (schedule->list[j].op == in->op && (in->op == LLMPAR_OP_FORWARD ? units[schedule->list[j].unit].forward : units[schedule->list[j].unit].backward) == ops) seen = 1;
-        if (!seen) llmpar__schedule_put_ops(&out, ops, in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward_count : units[in->unit].backward_count);
-    }
-    return out.length;
 }

@@ -87,9 +87,10 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-    llmpar_dtype dtype = llmpar_fsdp_dtype(fsdp);
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
     int64_t elements;
     void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
+    if (!shard) return ctx->error.status;
     size_t bytes = (size_t)elements * llmpar_dtype_size(dtype);
     void *host = llmpar_heap_alloc(&ctx->heap, 1, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to load unit %s (%lld elements)", file->path, unit->name, (long long)elements);
@@ -114,7 +115,8 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
     if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
     if (!status) status = ctx->device->synchronize(ctx->device, stream);
     llmpar_heap_free(&ctx->heap, host);
-    return status;
+    llmpar_status done = llmpar_fsdp_shard_done(fsdp, u, !status);
+    return status ? status : done;
 }
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
@@ -169,7 +171,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
         const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, u);
         for (int32_t i = 0; i < unit->param_count; i++, at++) {
             tensors[at].name = unit->params[i].name;
-            tensors[at].dtype = llmpar_fsdp_dtype(file->fsdp);
+            tensors[at].dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
             tensors[at].dims = unit->params[i].dims;
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
@@ -184,7 +186,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
 {
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
-    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp));
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
     int64_t most = 1, scratch = 1;
     *out = NULL;
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
@@ -221,7 +223,7 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
-    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(file->fsdp));
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
     llmpar_error error;
     llmpar_error_clear(&error);
     if (unit != file->next) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected unit %d", (int)unit, (int)file->next);
@@ -302,7 +304,12 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
     if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL));
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
+        const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
+        status = shard ? llmpar_tensor_file_write(file, u, shard) : ctx->error.status;
+        llmpar_status done = shard ? llmpar_fsdp_shard_done(fsdp, u, 0) : LLMPAR_OK;
+        if (!status) status = done;
+    }
     /* When there is no room for the weights, a config.json of another model that stood here still stands. */
     if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
     if (!status) {

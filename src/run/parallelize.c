@@ -47,6 +47,18 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     return LLMPAR_OK;
 }
 
+static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
+{
+    memset(out, 0, sizeof *out);
+    out->kind = d->lr_schedule;
+    out->lr = d->lr;
+    out->lr_min = d->lr_min;
+    out->warmup = d->warmup;
+    out->total = d->total_steps;
+    out->decay_steps = d->decay_steps;
+    llmpar_lr_desc_resolve(out);
+}
+
 LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
 {
     if (d->grad_accum == 0) d->grad_accum = 1;
@@ -61,9 +73,14 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->lr_min == 0) d->lr_min = d->lr / 10;
     if (d->held_out == 0) d->held_out = 0.05;
     if (d->log_every == 0) d->log_every = 10;
-    llmpar_adamw_desc_resolve(&d->adamw);
+    llmpar_optim_desc_resolve(&d->optim);
+    llmpar_loss_scale_resolve(&d->loss_scale);
+    llmpar_lr_desc lr;
+    llmpar__recipe_lr(d, &lr);
     llmpar_status status = llmpar__recipe_numbers(d, error);
-    if (!status) status = llmpar_adamw_desc_check(&d->adamw, error);
+    if (!status) status = llmpar_optim_desc_check(&d->optim, error);
+    if (!status) status = llmpar_lr_desc_check(&lr, error);
+    if (!status) status = llmpar_loss_scale_check(&d->loss_scale, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -98,20 +115,21 @@ static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, int32_t forward_only, llmpar_schedule **out)
+static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsdp_desc *fsdp, int32_t forward_only, llmpar_schedule **out)
 {
     int32_t count;
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
     llmpar_policy policy;
     memset(&policy, 0, sizeof policy);
-    llmpar_fsdp_policy(t->fsdp, &policy);
+    llmpar_fsdp_desc_policy(fsdp, t->mesh, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
     policy.chain = t->desc.chain;
     policy.reshard = t->desc.reshard;
     policy.reshard_every = t->desc.reshard_every;
     policy.prefetch = t->desc.prefetch;
-    policy.prefetch_backward = t->desc.prefetch_backward;
+    policy.prefetch_backward = t->desc.prefetch_backward ? t->desc.prefetch_backward < 0 ? 0 : t->desc.prefetch_backward : t->desc.prefetch;
+    if (!forward_only) policy.update = llmpar_optim_update_when(&t->desc.optim, t->desc.dtype == LLMPAR_F16);
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
     if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
@@ -173,13 +191,15 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.offload_dir = t->desc.offload_dir;
     fsdp.overlap = t->desc.overlap;
     fsdp.count_only = t->count_only;
-    status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
-    if (status || (!t->desc.sequence && !t->desc.data)) return status; /* without data: load, save, generate */
-    /* What a step does, as a list, proved before it ever runs. */
-    status = llmpar__recipe_schedule(t, 0, &t->train);
-    if (!status) status = llmpar__recipe_schedule(t, 1, &t->eval);
+    if (t->desc.sequence || t->desc.data) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);
+    /* What a step does, as a list, proved before memory is taken: policies that contradict each other end here. Without data: load, save, generate. */
+    int trains = t->desc.sequence || t->desc.data;
+    if (trains) status = llmpar__recipe_schedule(t, &fsdp, 0, &t->train);
+    if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
+    if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
+    if (status || !trains) return status;
     /* The optimizer on the shards, the step's tokens, the metrics. */
-    if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
+    if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
     if (!status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
@@ -228,6 +248,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     t->model = model;
     t->desc = *desc;
     t->count_only = count_only;
+    t->scale = desc->loss_scale;
+    llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
     int copied = llmpar__recipe_copy(&ctx->heap, desc->data, &t->desc.data);
     copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
@@ -269,7 +291,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
     }
-    llmpar_adamw_destroy(t->adamw);
+    llmpar_optim_destroy(t->optim);
     llmpar_schedule_destroy(t->train);
     llmpar_schedule_destroy(t->eval);
     if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);

@@ -101,7 +101,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     double begin = llmpar__run_seconds();
     step.step = t->steps + 1;
-    step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
+    step.lr = llmpar_lr(&t->lr, step.step);
+    step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
     llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
     if (!status && t->gradients) {
         status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
@@ -110,12 +111,14 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     }
     if (status) return status;
     run.micro = t->micro;
-    run.optimizer = llmpar_adamw_optimizer(t->adamw);
+    run.loss_scale = step.loss_scale;
+    run.skip_nonfinite = t->desc.dtype == LLMPAR_F16;
+    run.optimizer = llmpar_optim_table(t->optim);
     if (t->gradient_file) {
         run.on_gradient = llmpar__trainer_gradient;
         run.on_gradient_user = t;
     }
-    llmpar_adamw_set_lr(t->adamw, step.lr);
+    llmpar_optim_set_lr(t->optim, step.lr);
     /* The first error of a rank stays; one that the caller has lived with must not stand for this step's. */
     llmpar_error earlier = t->ctx->error, *error = &t->ctx->error;
     llmpar__trainer_forget(error);
@@ -133,16 +136,24 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         else llmpar_tensor_file_abandon(t->gradient_file);
         t->gradient_file = NULL;
     }
+    if (!status && t->desc.dtype == LLMPAR_F16 && !t->count_only) {
+        llmpar_error why;
+        llmpar_error_clear(&why);
+        status = llmpar_loss_scale_update(&t->scale, run.found_inf, &why);
+        if (status) llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, why.text);
+    }
     if (status) return status;
     t->steps++;
     step.tokens = run.global_tokens;
     step.loss = run.loss;
     step.grad_norm = run.grad_norm;
-    step.skipped = run.skipped;
+    step.skipped = run.skipped || run.found_inf;
+    step.found_inf = run.found_inf;
     step.seconds = llmpar__run_seconds() - begin;
     llmpar__trainer_rates(t, &step);
     if (t->count_only) return LLMPAR_OK;
-    if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
+    if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);
+    else if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
     if (out) *out = step;
     return llmpar__metrics_step(t, &step);
 }

@@ -5,7 +5,8 @@
 #include "fsdp/fsdp.h"
 #include "model/llama.h"
 #include "model_io/hf.h"
-#include "optim/adamw.h"
+#include "optim/lr.h"
+#include "optim/optim.h"
 #include "text/data.h"
 
 typedef enum llmpar_exact { LLMPAR_EXACT_DEFAULT = 0, LLMPAR_EXACT_OFF = 1, LLMPAR_EXACT_ON = 2, LLMPAR_EXACT_REQUIRE = 3 } llmpar_exact;
@@ -28,7 +29,7 @@ typedef struct llmpar_trainer_desc {
     int32_t zero;                 /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
     llmpar_reshard reshard;       /* default: parameters are freed between forward and backward, but for the last unit's */
     int32_t reshard_every;        /* with EVERY; default 2 */
-    int32_t prefetch, prefetch_backward; /* units gathered ahead, 0 .. 4; default 0 */
+    int32_t prefetch, prefetch_backward; /* units gathered ahead, 0 .. 4; default 0; in backward default as in forward, negative: none */
     llmpar_recompute recompute;   /* what blocks keep for backward; AUTO needs memory_limit */
     int32_t recompute_every;      /* only every n-th block recomputes; default 1 */
     int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
@@ -41,10 +42,13 @@ typedef struct llmpar_trainer_desc {
     llmpar_dtype dtype;           /* of compute: F32 (default), F64, BF16, F16 (with dynamic loss scaling); below F32 the optimizer works on f32 master parameters */
     llmpar_dtype reduce_dtype;    /* of gradients between ranks; default: that of sums. BF16, F16: outside the guarantee */
     double lr;                    /* peak learning rate; default 1e-3 */
-    double lr_min;                /* after the cosine; default lr / 10 */
+    double lr_min;                /* at the end of the schedule; default lr / 10 */
     int64_t warmup;               /* steps; default 0 */
-    int64_t total_steps;          /* of the cosine; default 0: constant */
-    llmpar_adamw_desc adamw;
+    int64_t total_steps;          /* of the schedule; default 0: constant */
+    llmpar_lr_kind lr_schedule;   /* default COSINE, from lr to lr_min */
+    int64_t decay_steps;          /* of the WSD schedules; default a tenth of total_steps */
+    llmpar_optim_desc optim;      /* default AdamW */
+    llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
     uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
     const char *trace;            /* path of a Chrome trace (Perfetto loads it) of all steps, written when the trainer is destroyed; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */

@@ -16,7 +16,9 @@ struct llmpar_trainer {
     llmpar_llama *model;
     llmpar_trainer_desc desc;       /* resolved; strings are copies */
     llmpar_fsdp *fsdp;
-    llmpar_adamw *adamw;
+    llmpar_optim *optim;
+    llmpar_lr_desc lr;              /* resolved */
+    llmpar_loss_scale scale;        /* of the coming step; with F16 */
     llmpar_schedule *train, *eval;
     llmpar_mapped file;
     llmpar_data data;

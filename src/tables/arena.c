@@ -17,6 +17,7 @@ typedef struct llmpar__arena_block {
     size_t bytes;                     /* rounded */
     llmpar_tag tag;
     const char *label;                /* borrowed */
+    uint64_t mark;                    /* of its last release */
 } llmpar__arena_block;
 
 struct llmpar_arena {
@@ -143,7 +144,16 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
+LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory)
+{
+    const llmpar__arena_block *block = arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)];
+    while (block && block->memory != memory) block = block->next;
+    return block ? block->mark : 0;
+}
+
+LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0); }
+
+LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark)
 {
     if (!memory) return;
     llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
@@ -154,6 +164,7 @@ LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
         return;
     }
     *link = block->next;
+    block->mark = mark;
     arena->usage.live[block->tag] -= block->bytes;
     arena->usage.live_total -= block->bytes;
     unsigned bucket = llmpar__arena_hash(block->bytes);

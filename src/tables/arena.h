@@ -32,6 +32,9 @@ LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out);
 /* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
 LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
+/* The same for a block that something enqueued may still use: a number > 0 that stays with the block and tells who allocates it next what to wait for. mark: of a live block when it was free before; 0: nothing. */
+LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark);
+LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory);
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
 /* Peaks start again from the live bytes. */
 LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);

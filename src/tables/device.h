@@ -160,6 +160,9 @@ typedef struct llmpar_copy_rows_args { int64_t rows, width, ld_in, ld_out; size_
 /* AdamW with decoupled decay (Loshchilov & Hutter 2019), element-wise, fma order written out in the portable kernel:
    g' = g*grad_scale; m = b1*m + (1-b1)*g'; v = b2*v + (1-b2)*g'^2; p = p*(1 - lr*decay) - lr * (m/c1) / (sqrt(v/c2) + eps). c1 = 1-b1^step, c2 = 1-b2^step. */
 typedef struct llmpar_adamw_args { size_t count; void *p; const void *g; void *m, *v; double lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale; llmpar_dtype dtype; } llmpar_adamw_args;
+/* SGD with momentum and decoupled decay: g' = g*grad_scale, cut to [-limit, limit] where limit > 0; m = momentum*m + g'; p = p*(1 - lr*decay) - lr*m. m NULL: none, p takes g' itself.
+   limit <= 0: off. A NaN in g stays one. */
+typedef struct llmpar_sgd_args { size_t count; void *p; const void *g; void *m; double lr, momentum, decay, limit, grad_scale; llmpar_dtype dtype; } llmpar_sgd_args;
 /* accumulator[0..71] += exact squares of x (F32; F64 squares are rounded once). Infinities and NaNs are counted in the accumulator. */
 typedef struct llmpar_square_sum_args { size_t count; const void *x; int64_t *accumulator; llmpar_dtype dtype; } llmpar_square_sum_args;
 
@@ -215,6 +218,9 @@ struct llmpar_device {
     llmpar_status (*copy_rows)(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
     llmpar_status (*adamw)(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
     llmpar_status (*square_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+
+    /* optional: without them the optimizers that need them are refused */
+    llmpar_status (*sgd)(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
 };
 
 #endif

@@ -35,6 +35,7 @@ static const struct { const char *name; operation run; double f32, f64; size_t s
     { "cast", op_cast, 0, 0, { OFFSET(cast) } },
     { "copy_rows", op_copy_rows, 0, 0, { OFFSET(copy_rows) } },
     { "adamw", op_adamw, 3e-7, 1e-14, { OFFSET(adamw) } },
+    { "sgd", op_sgd, 3e-7, 1e-14, { OFFSET(sgd) } },
     { "square_sum", op_square_sum, 0, 0, { OFFSET(square_sum) } },
 };
 enum { SLOTS = sizeof list / sizeof list[0] };

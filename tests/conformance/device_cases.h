@@ -700,6 +700,26 @@ static llmpar_status op_adamw(trial *t, int k)
     return t->d->adamw(t->d, t->stream, &a);
 }
 
+static llmpar_status op_sgd(trial *t, int k)
+{
+    if (k >= 4 * LENGTHS) return NO_MORE;
+    llmpar_sgd_args a;
+    int64_t n = lengths[k / 4];
+    memset(&a, 0, sizeof a);
+    a.count = (size_t)n;
+    a.dtype = t->dtype;
+    a.lr = 1e-2;
+    a.momentum = 0.9;
+    a.decay = 0.1;
+    a.limit = k & 1 ? 0.02 : 0;
+    a.grad_scale = 0.5;
+    note(t, "count=%lld limit=%g %s", (long long)n, a.limit, k & 2 ? "with momentum" : "m NULL");
+    a.g = in1(t, "g", n, 0.1);
+    a.p = out_as(t, "p", t->dtype, 1, n, n, 1);
+    if (k & 2) a.m = out_as(t, "m", t->dtype, 1, n, n, 0.05);
+    return t->d->sgd(t->d, t->stream, &a);
+}
+
 static llmpar_status op_square_sum(trial *t, int k)
 {
     if (k >= LENGTHS) return NO_MORE;

@@ -1,0 +1,162 @@
+#include "fsdp/fsdp_internal.h"
+
+#include <string.h>
+
+/* ---- a unit's own instructions ---- */
+
+/* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
+static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device;
+    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
+    llmpar_status status = LLMPAR_OK;
+    int used_tp = 0;
+    for (int32_t i = 0; i < count && !status; i++) {
+        int on_tp = ops[i].kind != LLMPAR_COMPUTE;
+        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
+        call->stream = on_tp ? tp : compute;
+        if (on_tp && !used_tp) { /* whatever the unit reads was written on the compute stream before */
+            status = device->event_record(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+            if (!status) status = device->event_wait(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+        }
+        used_tp |= on_tp;
+        for (int w = 0; w < 2 && !status; w++) {
+            int32_t wait = ops[i].wait[w] - 1;
+            if (wait < 0) continue;
+            if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
+            if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
+        }
+        call->index = ops[i].index;
+        if (!status) status = ops[i].run(call);
+        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
+    }
+    /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
+    if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+{
+    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
+    memset(out, 0, sizeof *out);
+    out->recompute = (int32_t)u->recompute;
+    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
+}
+
+static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t borrow = flat->unit.borrow - 1;
+    memset(call, 0, sizeof *call);
+    call->ctx = fsdp->ctx;
+    call->device = fsdp->device;
+    call->user = flat->unit.user;
+    call->micro = &exec->micro[in->micro_batch + (in->again ? exec->micro_batches : 0)];
+    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : in->op == LLMPAR_OP_RECOMPUTE ? LLMPAR_PASS_RECOMPUTE : (llmpar_pass)in->pass;
+    call->dtype = fsdp->dtype;
+    call->recompute = flat->unit.recompute;
+    call->params = flat->params;
+    if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
+    call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
+}
+
+static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
+{
+    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
+    call->workspace_bytes = sizes->workspace;
+    return status;
+}
+
+static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_unit_call *call, llmpar_status status)
+{
+    llmpar_status a = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
+    llmpar_status b = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
+    return status ? status : a ? a : b;
+}
+
+static int llmpar__exec_output_only(const llmpar_unit *unit)
+{
+    for (int32_t i = 0; i < unit->forward_count; i++)
+        if (unit->forward[i].output_only) return 1;
+    return 0;
+}
+
+/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
+static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t m = in->micro_batch;
+    int again = in->op == LLMPAR_OP_RECOMPUTE, eval = !again && in->pass == LLMPAR_PASS_EVAL;
+    llmpar_unit_sizes sizes;
+    llmpar_unit_call call;
+    void *unused = NULL, **output = again ? &unused : &flat->output[m];
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    call.output = *output;
+    call.saved = flat->saved[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.forward, flat->unit.forward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    llmpar_status freed = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &unused);
+    if (!status) status = freed;
+    if (!status && !again && (eval || flat->unit.recompute == LLMPAR_RECOMPUTE_FULL)) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && eval && in->unit > 0) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
+    return status;
+}
+
+/* A buffer for the whole gradient of a unit; its padding is zeroed, the rest is written by backward. */
+static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int32_t use, int32_t local, int32_t slot)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[unit];
+    size_t size = llmpar_dtype_size(fsdp->sum);
+    void **buffer = &flat->grad[use][local][slot];
+    int32_t n = flat->unit.param_count;
+    if (!local) flat->reduced[use] &= ~(1u << slot);
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
+    for (int32_t i = 0; i < n && !status; i++) {
+        int64_t end = flat->offset[i] + flat->count[i], next = i + 1 < n ? flat->offset[i + 1] : flat->elements;
+        flat->grads[use * n + i] = (char *)*buffer + (size_t)flat->offset[i] * size;
+        if (next > end) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], (char *)*buffer + (size_t)end * size, (size_t)(next - end) * size);
+    }
+    if (n == 0 && !status) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], *buffer, (size_t)flat->elements * size);
+    return status;
+}
+
+static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
+    int32_t m = in->micro_batch, borrow = flat->unit.borrow - 1;
+    llmpar_unit_sizes sizes, input;
+    llmpar_unit_call call;
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status && in->slot >= 0) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
+    if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
+    if (!status && in->unit > fsdp->first_backward) {
+        status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
+        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+    }
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    if (in->slot >= 0) call.grads = flat->grads;
+    if (borrow >= 0 && in->from >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
+    call.saved = flat->saved[m];
+    call.doutput = behind ? behind->dinput[m] : NULL;
+    call.dinput = flat->dinput[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.backward, flat->unit.backward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    if (!status) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && before) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
+    if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
