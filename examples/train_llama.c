@@ -40,7 +40,7 @@ static void usage(void)
          "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
          "  --grad-accum N      micro-batches a step (default 1)\n"
          "  --steps N           (default 100)\n"
-         "  --lr X              peak of warm-up + cosine (default 1e-3)\n"
+         "  --lr X              peak of the learning rate (default 1e-3)\n"
          "  --warmup N          steps (default a tenth of --steps)\n"
          "  --seed N            of weights and data order (default 0)\n"
          POLICY_USAGE

@@ -9,9 +9,19 @@ enum { POLICY_OPTION = 256 };
 #define POLICY_OPTIONS \
     {"sp", 1, 0, POLICY_OPTION}, {"zero", 1, 0, POLICY_OPTION}, {"reshard", 1, 0, POLICY_OPTION}, {"prefetch", 1, 0, POLICY_OPTION}, {"no-sync", 1, 0, POLICY_OPTION}, {"accumulate", 1, 0, POLICY_OPTION}, \
     {"exact", 1, 0, POLICY_OPTION}, {"dtype", 1, 0, POLICY_OPTION}, {"reduce-dtype", 1, 0, POLICY_OPTION}, {"recompute", 1, 0, POLICY_OPTION}, {"freeze", 1, 0, POLICY_OPTION}, {"offload", 1, 0, POLICY_OPTION}, \
-    {"offload-dir", 1, 0, POLICY_OPTION}, {"overlap", 1, 0, POLICY_OPTION}, {"memory-limit", 1, 0, POLICY_OPTION}, {"trace", 1, 0, POLICY_OPTION}
+    {"offload-dir", 1, 0, POLICY_OPTION}, {"overlap", 1, 0, POLICY_OPTION}, {"memory-limit", 1, 0, POLICY_OPTION}, {"trace", 1, 0, POLICY_OPTION}, {"optimizer", 1, 0, POLICY_OPTION}, {"momentum", 1, 0, POLICY_OPTION}, \
+    {"weight-decay", 1, 0, POLICY_OPTION}, {"clip", 1, 0, POLICY_OPTION}, {"schedule", 1, 0, POLICY_OPTION}, {"lr-min", 1, 0, POLICY_OPTION}, {"decay-steps", 1, 0, POLICY_OPTION}, {"loss-scale", 1, 0, POLICY_OPTION}
 
 #define POLICY_USAGE \
+    "optimizer\n" \
+    "  --optimizer adamw|sgd|lomo|adalomo   lomo and adalomo update inside backward: no gradient outlives its unit (default adamw)\n" \
+    "  --momentum X        of sgd, 0 .. 1 (default 0.9)\n" \
+    "  --weight-decay X    decoupled, not on norms (default 0.1 for adamw, else 0)\n" \
+    "  --clip X            largest global gradient norm, 0: off (default 1 for adamw and sgd; lomo then runs backward twice)\n" \
+    "  --schedule cosine|constant|linear|wsd|wsd-sqrt|one-cycle   of the learning rate, over --steps (default cosine)\n" \
+    "  --lr-min X          where the schedule ends (default a tenth of --lr)\n" \
+    "  --decay-steps N     of wsd (default a tenth of --steps)\n" \
+    "  --loss-scale X      first loss scale of f16, a power of two (default 65536)\n" \
     "policy (each is a schedule: see --print-schedule; those that keep the bits can be mixed freely)\n" \
     "  --zero 0|1|2|3      sharded over dp-shard: 0 nothing (DDP), 1 optimizer state, 2 and gradients, 3 and parameters (default)\n" \
     "  --reshard last|always|never|N   parameters are freed between forward and backward: all units' but the last (default),\n" \
@@ -84,6 +94,7 @@ __attribute__((unused)) static int policy_option(const char *option, const char 
     char name[40];
     int word = 0, bad = 0;
     long number = 0, second;
+    double value = 0;
     snprintf(name, sizeof name, "--%s", option);
     if (!strcmp(option, "sp")) {
         bad = option_word(name, text, on_off, 2, &word);
@@ -108,7 +119,7 @@ __attribute__((unused)) static int policy_option(const char *option, const char 
         second = number;
         if (!bad && comma) bad = option_long(name, comma + 1, 0, 4, &second);
         d->prefetch = (int32_t)number;
-        d->prefetch_backward = (int32_t)second;
+        d->prefetch_backward = second ? (int32_t)second : -1;
     } else if (!strcmp(option, "no-sync")) {
         bad = option_word(name, text, on_off, 2, &word);
         d->no_sync = word;
@@ -143,6 +154,30 @@ __attribute__((unused)) static int policy_option(const char *option, const char 
         bad = policy_bytes(name, text, &d->memory_limit);
     } else if (!strcmp(option, "trace")) {
         d->trace = text;
+    } else if (!strcmp(option, "optimizer")) {
+        llmpar_optim_kind kind;
+        if (!llmpar_optim_parse(text, &kind)) return option_error("%s \"%s\": expected one of adamw, sgd, lomo, adalomo", name, text);
+        d->optim.kind = kind;
+    } else if (!strcmp(option, "schedule")) {
+        llmpar_lr_kind kind;
+        if (!llmpar_lr_parse(text, &kind)) return option_error("%s \"%s\": expected one of cosine, constant, linear, wsd, wsd-sqrt, one-cycle", name, text);
+        d->lr_schedule = kind;
+    } else if (!strcmp(option, "momentum")) {
+        bad = option_double(name, text, 0, 0.9999999, &value);
+        d->optim.momentum = value > 0 ? value : -1;
+    } else if (!strcmp(option, "weight-decay")) {
+        bad = option_double(name, text, 0, 1000, &value);
+        d->optim.decay = value > 0 ? value : -1;
+    } else if (!strcmp(option, "clip")) {
+        bad = option_double(name, text, 0, 1e30, &value);
+        d->optim.clip = value > 0 ? value : -1;
+    } else if (!strcmp(option, "lr-min")) {
+        bad = option_double(name, text, 1e-30, 1000, &d->lr_min);
+    } else if (!strcmp(option, "decay-steps")) {
+        bad = option_long(name, text, 1, 1000000000, &number);
+        d->decay_steps = number;
+    } else if (!strcmp(option, "loss-scale")) {
+        bad = option_double(name, text, 1e-30, 1e30, &d->loss_scale.scale);
     } else {
         bad = option_error("%s: no such option", name);
     }
