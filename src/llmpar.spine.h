@@ -212,6 +212,7 @@ LLMPAR_EXTERN_C_END
 #include "base/exact_sum.c"
 #include "base/rng.c"
 
+#include "cpu/half.c"
 #include "cpu/gemm.c"
 #include "cpu/attention.c"
 #include "cpu/norm.c"

@@ -129,6 +129,90 @@ static void matrix(int tied)
 TEST(matrix_tied) { matrix(1); }
 TEST(matrix_untied) { matrix(0); }
 
+/* ---- every policy: drawn at random, all of it at once, and the same bits ---- */
+
+static uint64_t drawn;
+static unsigned draw(unsigned below)
+{
+    drawn += 0x9e3779b97f4a7c15u;
+    return (unsigned)((train_mix(drawn) >> 20) % below);
+}
+
+/* A policy that the mesh and the batch allow. What other policies forbid is not drawn: chain and no_sync, offloaded f32 parameters that are whole at rest, ranks that update inside backward and accumulate. */
+static void draw_policy(train_job *job, const mesh_shape *mesh, int fixed_accum, char *text, size_t capacity)
+{
+    llmpar_trainer_desc *p = &job->policy;
+    int inside = p->optim.kind == LLMPAR_OPTIM_LOMO || p->optim.kind == LLMPAR_OPTIM_ADALOMO, stateless = inside || (p->optim.kind == LLMPAR_OPTIM_SGD && p->optim.momentum < 0);
+    int master = job->dtype == LLMPAR_BF16 || job->dtype == LLMPAR_F16;
+    job->exact = LLMPAR_EXACT_REQUIRE;
+    job->sp = (int32_t)draw(2);
+    job->zero = (int32_t)draw(4);
+    job->prefetch = (int32_t)draw(5);
+    p->prefetch_backward = (int32_t)draw(5) - 1;
+    p->reshard = (llmpar_reshard)draw(5);
+    p->reshard_every = 1 + (int32_t)draw(3);
+    if (fixed_accum) {
+        job->accum = fixed_accum;
+    } else if (!inside) {
+        job->accum = 1 << draw(3);
+        job->no_sync = (int32_t)draw(2);
+    }
+    p->recompute = (llmpar_recompute)draw(3);
+    p->recompute_every = 1 + (int32_t)draw(2);
+    p->overlap = draw(3) == 0;
+    for (int state = 0; state < LLMPAR_STATE_COUNT; state++) {
+        if (draw(3)) continue;
+        int whole = mesh->shard == 1 || job->zero < 3;
+        if (state == LLMPAR_STATE_OPTIMIZER && stateless) continue;
+        if (state == LLMPAR_STATE_PARAMS && !master && whole) continue;
+        p->offload[state] = draw(2) ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
+    }
+    snprintf(text, capacity, "%s %s %s sp %d zero %d prefetch %d,%d reshard %d/%d accum %d%s%s recompute %d/%d overlap %d offload %d%d%d%d", job->config->tied ? "tied" : "untied", llmpar_dtype_name(job->dtype ? job->dtype : LLMPAR_F32), mesh->name,
+             (int)job->sp, (int)job->zero, (int)job->prefetch, (int)p->prefetch_backward, (int)p->reshard, (int)p->reshard_every, (int)(job->accum ? job->accum : 1), job->no_sync ? " no_sync" : "", p->chain ? " chain" : "", (int)p->recompute,
+             (int)p->recompute_every, (int)p->overlap, (int)p->offload[0], (int)p->offload[1], (int)p->offload[2], (int)p->offload[3]);
+}
+
+/* Each kind of run against one rank with no policy at all. */
+static void policies(llmpar_dtype dtype, llmpar_optim_kind optim, int chain, int draws)
+{
+    double begin = seconds();
+    int before = compared, accum = chain ? 4 : 0;
+    drawn = (uint64_t)dtype * 1000 + (uint64_t)optim * 10 + (uint64_t)chain;
+    for (int tied = 0; tied < 2; tied++) {
+        train_result want;
+        llmpar_llama_config config = train_config(tied);
+        train_job job = job_of(&config, &meshes[0]);
+        job.dtype = dtype;
+        job.policy.optim.kind = optim;
+        job.policy.chain = chain;
+        job.accum = accum;
+        job.on_threads = 1;
+        train_run(&job, &want);
+        if (want.status) TEST_FAIL("one rank: %s", want.error.text);
+        for (unsigned m = 0; m < MESHES && !want.status; m++)
+            for (int i = 0; i < draws; i++) {
+                char name[256];
+                train_job other = job_of(&config, &meshes[m]);
+                other.dtype = dtype;
+                other.policy.optim.kind = optim;
+                other.policy.chain = chain;
+                draw_policy(&other, &meshes[m], accum, name, sizeof name);
+                compare(&other, name, &want);
+            }
+        train_result_free(&want);
+    }
+    printf("  %d runs, %.1f s\n", compared - before, seconds() - begin);
+}
+static int draws(int usual) { return wants("LLMPAR_TEST_FULL") ? 10 * usual : wants("LLMPAR_TEST_QUICK") ? (usual + 2) / 3 : usual; }
+
+TEST(policies_f32) { policies(LLMPAR_F32, LLMPAR_OPTIM_ADAMW, 0, draws(6)); }
+TEST(policies_bf16) { policies(LLMPAR_BF16, LLMPAR_OPTIM_ADAMW, 0, draws(3)); }
+TEST(policies_f16) { policies(LLMPAR_F16, LLMPAR_OPTIM_ADAMW, 0, draws(3)); }
+TEST(policies_chain) { policies(LLMPAR_F32, LLMPAR_OPTIM_ADAMW, 1, draws(1)); }
+TEST(policies_sgd) { policies(LLMPAR_F32, LLMPAR_OPTIM_SGD, 0, draws(1)); }
+TEST(policies_lomo) { policies(LLMPAR_F32, LLMPAR_OPTIM_LOMO, 0, draws(1)); }
+TEST(policies_adalomo) { policies(LLMPAR_F32, LLMPAR_OPTIM_ADALOMO, 0, draws(1)); }
+
 /* Each dispatch level is the same on every mesh, and with workers inside a rank; levels may differ from each other. */
 TEST(levels)
 {
@@ -274,4 +358,4 @@ TEST(exact_off)
     train_result_free(&b);
 }
 
-TEST_LIST(T_(trains), T_(matrix_tied), T_(matrix_untied), T_(levels), T_(in_f64), T_(other_canon), T_(uneven_leaves_and_pieces), T_(three_data_ranks), T_(three_tensor_ranks), T_(exact_off))
+TEST_LIST(T_(trains), T_(matrix_tied), T_(matrix_untied), T_(policies_f32), T_(policies_bf16), T_(policies_f16), T_(policies_chain), T_(policies_sgd), T_(policies_lomo), T_(policies_adalomo), T_(levels), T_(in_f64), T_(other_canon), T_(uneven_leaves_and_pieces), T_(three_data_ranks), T_(three_tensor_ranks), T_(exact_off))

@@ -533,7 +533,7 @@ static void check_refused(void (*spoil)(llmpar_gemm_args *args, llmpar_gemm_segm
     machine_end(&w);
 }
 static void spoil_kind(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->kind = LLMPAR_GEMM_DEFAULT; }
-static void spoil_dtype(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->dtype = LLMPAR_BF16; }
+static void spoil_dtype(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->dtype = LLMPAR_I32; }
 static void spoil_m(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->m = -1; }
 static void spoil_ldc(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->ldc = 5; }
 static void spoil_accumulate(llmpar_gemm_args *args, llmpar_gemm_segment *s) { (void)s; args->accumulate = 1; }
@@ -549,7 +549,7 @@ TEST(bad_arguments)
     machine w;
     problem p;
     check_refused(spoil_kind, LLMPAR_ERR_ARGUMENT, "kind 0");
-    check_refused(spoil_dtype, LLMPAR_ERR_UNSUPPORTED, "bf16");
+    check_refused(spoil_dtype, LLMPAR_ERR_UNSUPPORTED, "i32");
     check_refused(spoil_m, LLMPAR_ERR_SHAPE, "m = -1");
     check_refused(spoil_ldc, LLMPAR_ERR_SHAPE, "ldc = 5");
     check_refused(spoil_accumulate, LLMPAR_ERR_ARGUMENT, "exactly 1 piece, got 2");

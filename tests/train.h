@@ -25,13 +25,14 @@ typedef struct train_result {
 typedef struct train_job {
     const llmpar_llama_config *config;
     int32_t dp_replicate, dp_shard, tp;         /* 0: 1 */
-    int32_t sp, zero, prefetch, accum, no_sync; /* zero: 0 or 3 */
+    int32_t sp, zero, prefetch, accum, no_sync; /* zero: 0 .. 3 */
     int32_t threads, steps, canon;
     const char *cpu;
     llmpar_exact exact;
     llmpar_dtype dtype;
     int64_t batch, seq_len;
     uint64_t memory_limit;
+    llmpar_trainer_desc policy;                 /* whatever else the recipe is told; the fields above are set on top of it */
     int keep_files, on_threads;                 /* on_threads: not on MPI processes */
     llmpar_sequence_fn sequence;                /* default train_sequence */
     void *sequence_user;
@@ -158,7 +159,7 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     llmpar_trainer_desc desc;
     memset(&mesh_desc, 0, sizeof mesh_desc);
     memset(&model_desc, 0, sizeof model_desc);
-    memset(&desc, 0, sizeof desc);
+    desc = job->policy;
     mesh_desc.dp_replicate = job->dp_replicate;
     mesh_desc.dp_shard = job->dp_shard;
     mesh_desc.tp = job->tp;
@@ -170,8 +171,9 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     desc.batch = job->batch;
     desc.grad_accum = job->accum;
     desc.no_sync = job->no_sync;
-    desc.zero = job->zero ? LLMPAR_ZERO_3 : LLMPAR_ZERO_0;
+    desc.zero = LLMPAR_ZERO_0 + job->zero;
     desc.prefetch = job->prefetch;
+    desc.offload_dir = job->directory[0] ? job->directory : NULL;
     desc.sequence_parallel = job->sp;
     desc.exact = job->exact;
     desc.canon = job->canon;

@@ -2,7 +2,7 @@
 #ifndef EXAMPLES_POLICY_H
 #define EXAMPLES_POLICY_H
 
-#include "common/options.h"
+#include "options.h"
 
 /* For getopt_long: append to a program's own list, all with the value POLICY_OPTION. */
 enum { POLICY_OPTION = 256 };

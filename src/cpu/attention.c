@@ -41,7 +41,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
     int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
     else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
-    return (size_t)count * llmpar_dtype_size(a->dtype);
+    return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
 static size_t llmpar__attention_bytes(llmpar_device *device, const llmpar_attention_args *a, int backward)
@@ -83,6 +83,13 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.backward = backward;
     job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
     job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
+    job.half = job.half_dkv = llmpar__half_of(cpu, a->dtype);
+    job.ld_dk = job.ld_dv = 0;
+    if (backward) {
+        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job.half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
+        job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
+        job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    }
     job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
 }
@@ -103,6 +110,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
     (void)stream;
     if (args->forward.batch <= 0 || args->forward.tq <= 0 || args->forward.heads <= 0) return LLMPAR_OK;
     status = llmpar__attention_check(device, "attention_backward", &args->forward, 1);
+    if (!status && args->dkv_dtype != LLMPAR_DTYPE_DEFAULT && args->dkv_dtype != args->forward.dtype && args->dkv_dtype != llmpar_dtype_sum(args->forward.dtype))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(args->forward.dtype), llmpar_dtype_name(llmpar_dtype_sum(args->forward.dtype)));
+    if (!status && args->ld_dkv < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "attention_backward: ld_dkv %lld, expected 0 or the distance of two rows", (long long)args->ld_dkv);
     if (!status) llmpar__attention_run(device, llmpar__attention_backward_kernels, &args->forward, args);
     return status;
 }

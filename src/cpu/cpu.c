@@ -1,6 +1,7 @@
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
    only the failure that sticks to it, and an event only the failure of what was recorded. */
 #include "cpu/cpu_internal.h"
+#include "cpu/half_internal.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -236,6 +237,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
     cpu->state.heap = heap;
     cpu->state.level = level;
+    cpu->state.f16c = llmpar__half_has_f16c();
     if (threads > 1) {
         llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
         if (status) {

@@ -9,6 +9,7 @@ struct llmpar__pool;
 typedef struct llmpar__cpu {
     llmpar_heap *heap;
     llmpar_cpu_level level;
+    int f16c;                  /* the processor converts F16 (half.c) */
     struct llmpar__pool *pool; /* NULL: one thread */
 } llmpar__cpu;
 

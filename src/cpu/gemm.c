@@ -10,8 +10,11 @@
 
    A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
    balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
-   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
-#include "cpu/cpu_internal.h"
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows.
+
+   BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
+   workspace, and each is rounded into c once, when its last part is done. */
+#include "cpu/half_internal.h"
 
 #include "base/size.h"
 
@@ -31,15 +34,28 @@
 #define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
 #endif
 
+typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
+
 #define LLMPAR__GEMM_REAL double
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
+#define LLMPAR__GEMM_LOAD(base, i) ((const double *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((double *)(base))[i] = (value)
 #include "cpu/gemm_portable.inc"
 
 #if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
 #define LLMPAR__GEMM_REAL float
 #define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
 #define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) ((const float *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((float *)(base))[i] = (value)
+#include "cpu/gemm_portable.inc"
+
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_half
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) (job->args->dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(((const uint16_t *)(base))[i]) : llmpar_f16_to_f32(((const uint16_t *)(base))[i]))
+#define LLMPAR__GEMM_STORE(base, i, value) do { float value_ = (value); if (job->half_out.narrow) llmpar__half_write(&job->half_out, base, i, 1, &value_); else ((float *)(base))[i] = value_; } while (0)
 #include "cpu/gemm_portable.inc"
 #endif
 
@@ -69,7 +85,7 @@ typedef struct llmpar__gemm_tile {
 
 /* What the packing functions of gemm_kernel.inc do, and their words. */
 typedef struct llmpar__gemm_packing {
-    const float *in;
+    const void *in;
     float *out;
     int64_t ld, k, valid, panels, distance;
     int transposed;
@@ -196,16 +212,19 @@ typedef struct llmpar__gemm_run {
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that are packed at a time */
+    llmpar__half half, half_out;          /* of a and b; of c */
+    int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
+    int own_by_worker;
     int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
-    size_t a_bytes, b_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
+    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
-    float *a, *b, *stack, *saved;
+    float *a, *b, *c, *stack, *saved;
     llmpar__gemm_step *steps;             /* of the current part */
     llmpar__gemm_chunk *chunks;
     /* the current block and part */
     int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
-    int load, store;
+    int load, store, last;                /* last: the block's last part */
     int64_t group, group_end;             /* the current group of B's panels */
     int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
     int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
@@ -261,6 +280,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
 {
     int64_t total = 0, parts, tile, limit_n;
     int32_t s, n;
+    int outlives; /* tiles that are no part of c outlive a part */
     memset(run, 0, sizeof *run);
     run->args = args;
     run->kernel = llmpar__gemm_choose(cpu->level);
@@ -271,12 +291,18 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
-    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar__gemm_even_blocks(args->m, run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    outlives = run->levels_saved || (parts > 1 && run->half_out.narrow);
+    limit_n = outlives && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
+    run->block_m = llmpar__gemm_even_blocks(args->m, outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
 
     tile = run->kernel.rows * run->kernel.columns;
+    run->own_by_worker = parts <= 1;
+    if (run->half_out.narrow) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
     run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
@@ -288,7 +314,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
 /* With room to align. */
 static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
 {
-    return run->a_bytes + run->b_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
+    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
 }
 
 static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
@@ -299,6 +325,8 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
     at += run->a_bytes;
     run->b = (float *)(void *)at;
     at += run->b_bytes;
+    run->c = (float *)(void *)at;
+    at += run->c_bytes;
     run->stack = (float *)(void *)at;
     at += run->stack_bytes;
     run->saved = (float *)(void *)at;
@@ -356,7 +384,8 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
         }
     }
     if (run->inside) llmpar__gemm_add_step(run, step_k, 0);
-    run->store = run->inside || run->piece == args->pieces;
+    run->last = run->piece == args->pieces;
+    run->store = run->inside || run->last;
 }
 
 /* 0 when there is no part left. */
@@ -376,11 +405,45 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     return 1;
 }
 
+/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there. */
+static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
+{
+    enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
+    float scratch[STRIP * STRIP_LD]; /* the same as ROWS * LD */
+    llmpar__gemm_packing part = *packing;
+    int64_t panel, panels = packing->transposed ? ROWS / width : STRIP_LD / width, k, i;
+    part.in = scratch;
+    part.ld = packing->transposed ? (int64_t)LD : (int64_t)STRIP_LD;
+    for (panel = 0; panel < packing->panels; panel += panels) {
+        int64_t at = panel * width, columns;
+        part.panels = packing->panels - panel < panels ? packing->panels - panel : panels;
+        part.valid = packing->valid - at;
+        columns = part.valid < part.panels * width ? part.valid : part.panels * width;
+        for (k = 0; k < packing->k; k += part.k) {
+            const char *in = (const char *)packing->in + (packing->transposed ? at * packing->ld + k : k * packing->ld + at) * half->size;
+            part.k = packing->transposed ? (int64_t)ROW : (int64_t)STRIP;
+            if (part.k > packing->k - k) part.k = packing->k - k;
+            part.out = packing->out + panel * packing->distance + k * width;
+            if (packing->transposed) {
+                for (i = 0; i < columns; i++, in += packing->ld * half->size) {
+                    int64_t ahead;
+                    for (ahead = 0; ahead < ROW * 2; ahead += 64) __builtin_prefetch(in + ROW * 2 + ahead);
+                    half->widen(scratch + i * LD, in, part.k);
+                }
+            } else {
+                for (i = 0; i < part.k; i++, in += packing->ld * half->size) half->widen(scratch + i * STRIP_LD, in, columns);
+            }
+            pack(&part);
+        }
+    }
+}
+
 /* Panels [first, first + panels) of A, or of B, for the current part. */
 static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
 {
     const llmpar_gemm_args *args = run->args;
     int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
+    void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
     llmpar__gemm_packing packing;
     packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
     packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
@@ -392,9 +455,9 @@ static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t fir
         const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
         packing.k = chunk->k;
         packing.ld = is_b ? segment->ldb : segment->lda;
-        packing.in = (const float *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at);
-        if (is_b) run->kernel.pack_b(&packing);
-        else run->kernel.pack_a(&packing);
+        packing.in = (const char *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at) * run->half.size;
+        if (run->half.widen) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
+        else pack(&packing);
         packing.out += chunk->k * width;
     }
 }
@@ -419,12 +482,18 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
+    int64_t c = (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    int r;
     tile.a = llmpar__gemm_a_panel(run, i);
     tile.b = b;
-    tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    tile.c = (float *)run->args->c + c;
     tile.stack = run->stack + worker * run->levels * size;
     tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
     tile.ldc = run->args->ldc;
+    if (run->own_tiles) {
+        tile.c = run->c + (run->own_by_worker ? worker : i * run->b_panels + j) * size;
+        tile.ldc = run->kernel.columns;
+    }
     tile.steps = run->steps;
     tile.step_count = run->step_count;
     tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
@@ -432,6 +501,8 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.load = run->load;
     tile.store = run->store;
     run->kernel.tile(&tile);
+    if (run->own_tiles && run->last)
+        for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
@@ -513,11 +584,16 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
 
 static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm_args *args)
 {
+    llmpar_dtype sum = llmpar_dtype_sum(args->dtype), out = args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype;
     int32_t s, previous = 0;
     if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
-    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32 or f64, got %s", llmpar_dtype_name(args->dtype));
+    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64 && args->dtype != LLMPAR_BF16 && args->dtype != LLMPAR_F16)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
+    if (out != args->dtype && out != sum)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
+    if (args->accumulate && out != sum)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
     if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
     if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
     if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
@@ -541,7 +617,7 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
 LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
 {
 #if !defined(LLMPAR_NO_SIMD)
-    if (args->dtype == LLMPAR_F32 && args->m > 0 && args->n > 0) {
+    if (args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0) {
         llmpar__gemm_run run;
         llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
         return llmpar__gemm_bytes(&run);
@@ -555,12 +631,15 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_gemm_args copy = *args; /* pool tasks take a pointer to what is not const */
+    llmpar__gemm_rows rows;
     llmpar_status status = llmpar__gemm_check(device, args);
     (void)stream;
     if (status || args->m == 0 || args->n == 0) return status;
+    rows.args = args;
+    rows.half = llmpar__half_of(cpu, args->dtype);
+    rows.half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     if (args->dtype == LLMPAR_F64) {
-        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
+        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &rows, args->m);
         return LLMPAR_OK;
     }
 #if !defined(LLMPAR_NO_SIMD)
@@ -571,7 +650,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
         return llmpar__gemm_run_f32(device, args);
 #endif
 #if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
-    llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
+    llmpar__pool_run(cpu, rows.half.widen ? llmpar__gemm_row_half : llmpar__gemm_row_f32, &rows, args->m);
     return LLMPAR_OK;
 #endif
 }

@@ -5,14 +5,14 @@
 #include "cpu/vector.h"
 
 /* norm */
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; llmpar__half half; } llmpar__norm_job;
+typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; llmpar__half half; } llmpar__norm_backward_job;
 LLMPAR__VDECLARE_NARROW(norm_forward)
 LLMPAR__VDECLARE_NARROW(norm_dx)
 LLMPAR__VDECLARE_NARROW(norm_dw)
 
 /* rope */
-typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; llmpar__half half; } llmpar__rope_job;
 LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
@@ -23,6 +23,8 @@ typedef struct llmpar__attention_job {
     char *workspace;       /* aligned to 64 */
     size_t worker_bytes;   /* of it for each worker */
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+    llmpar__half half, half_dkv; /* of dk and dv */
+    int64_t ld_dk, ld_dv;
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
 LLMPAR__VDECLARE(attention_backward)
@@ -34,7 +36,7 @@ LLMPAR__PRIVATE int64_t llmpar__attention_split(int64_t n);
 LLMPAR__PRIVATE int64_t llmpar__attention_slots(int64_t n);
 
 /* swiglu */
-typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; llmpar__half half; } llmpar__swiglu_job;
 LLMPAR__VDECLARE(swiglu_forward)
 LLMPAR__VDECLARE(swiglu_backward)
 
@@ -44,17 +46,19 @@ typedef struct llmpar__embedding_backward_job {
     const llmpar_embedding_backward_args *args;
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
+    llmpar__half half;
 } llmpar__embedding_backward_job;
 LLMPAR__VDECLARE_NARROW(embedding_gradient)
 
 /* xent */
-typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; llmpar__half half; } llmpar__xent_job;
 LLMPAR__VDECLARE(xent_rows_max)
 LLMPAR__VDECLARE(xent_rows_sum)
 LLMPAR__VDECLARE(xent_rows_backward)
 
 /* elementwise, optim: elements a task */
 enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
+typedef struct llmpar__elementwise_job { const llmpar_add_args *add; const llmpar_scale_args *scale; llmpar__half half; } llmpar__elementwise_job; /* one of the two */
 LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)

@@ -16,6 +16,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llm
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -32,6 +33,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
     job.blocks = llmpar__v_blocks(args->dim, 64);
+    job.half = llmpar__half_of(cpu, args->dtype);
     /* dw first: dx may take the place of dy. */
     if (args->dw_leaves && tokens->leaves > 0) {
         if (tokens->canon < 1 || tokens->batch % tokens->leaves)

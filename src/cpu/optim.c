@@ -8,7 +8,7 @@ static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NA
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_status status = llmpar__v_check(device, "adamw", args->dtype);
+    llmpar_status status = llmpar__v_check_wide(device, "adamw", args->dtype);
     (void)stream;
     if (!status) llmpar__pool_run(cpu, llmpar__optim_adamw_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
     return status;
@@ -50,7 +50,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 {
     llmpar__optim_square_job job;
     llmpar_exact_sum *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
-    llmpar_status status = llmpar__v_check(device, "square_sum", args->dtype);
+    llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
     int64_t tasks;
     (void)stream;
     if (status || !args->count) return status;

@@ -13,7 +13,7 @@
 
 #include "base/math.h"
 #include "base/size.h"
-#include "cpu/cpu_internal.h"
+#include "cpu/half_internal.h"
 #include <string.h>
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
@@ -70,7 +70,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VKERNELS_NARROW(name) LLMPAR__VKERNELS(name)
 #endif
 
-/* Which of the four a call runs. */
+/* Which of the four a call runs; BF16 and F16 are computed in F32. */
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F64) return 0;
@@ -79,8 +79,13 @@ static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t llmpar__v_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
-/* Most operations take F32 and F64; anything else is told so. */
+/* The operations of forward and backward take every floating type, those of the optimizer F32 and F64; anything else is told so. */
 static inline llmpar_status llmpar__v_check(llmpar_device *device, const char *name, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_BF16 || dtype == LLMPAR_F16) return LLMPAR_OK;
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32, f64, bf16 or f16", name, llmpar_dtype_name(dtype));
+}
+static inline llmpar_status llmpar__v_check_wide(llmpar_device *device, const char *name, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64) return LLMPAR_OK;
     return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32 or f64", name, llmpar_dtype_name(dtype));
