@@ -170,7 +170,7 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 
 #define LLMPAR__CPU_OPERATIONS(X) \
     X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd)
+    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo)
 
 #define LLMPAR__CPU_RUN(slot, args_type) \
     static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
@@ -180,6 +180,7 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
     }
 #define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
 LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
+LLMPAR__CPU_RUN(adalomo_square, llmpar_adalomo_args)
 LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
@@ -202,6 +203,7 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->host_call = llmpar__cpu_host_call;
 #define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
     LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
+    LLMPAR__CPU_FILL(adalomo_square)
     LLMPAR__CPU_FILL(xent_max)
     LLMPAR__CPU_FILL(xent_sum)
     LLMPAR__CPU_FILL(xent_loss)

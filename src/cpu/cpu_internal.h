@@ -57,5 +57,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpa
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+/* adalomo.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
 
 #endif
