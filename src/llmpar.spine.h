@@ -232,6 +232,7 @@ LLMPAR_EXTERN_C_END
 #include "base/heap.c"
 #include "base/json.c"
 
+#include "tables/device.c"
 #include "tables/ctx.c"
 #include "tables/comm.c"
 #include "tables/record.c"
@@ -239,6 +240,7 @@ LLMPAR_EXTERN_C_END
 
 #include "cpu/cpu.c"
 #include "cpu/pool.c"
+#include "cpu/stream.c"
 #include "cpu/kernels_f64.c"
 
 #include "comm/threads_wait.c"

@@ -2,7 +2,8 @@
 
    Lifecycle. Whoever runs the ranks (llmpar_launch) makes one device a rank. Every operation is an enqueue on a stream: it returns when accepted; argument structs
    and the arrays they point to (gemm segments, tree_sum inputs) are copied before it returns, tensor buffers belong to the stream until an event
-   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call.
+   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call, until
+   the stream gets a thread of its own (stream_thread).
    Operations never allocate: where one needs scratch, a `_workspace` slot tells how many bytes the caller passes.
 
    Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype is the type of all floating buffers of the call unless said
@@ -245,11 +246,41 @@ struct llmpar_device {
 
     /* optional: without them the optimizers that need them are refused */
     llmpar_status (*sgd)(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
+<<<<<<< HEAD
     llmpar_status (*largest)(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
     llmpar_status (*factor_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
     llmpar_status (*factor_moment)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
     llmpar_status (*adalomo_square)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
     llmpar_status (*adalomo)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+=======
+
+    /* Threads. From now on the stream runs on a thread of its own, in order, beside the rank's thread and the other streams; with the same bits. Only the rank's own thread enqueues, waits, allocates and frees.
+       What runs on a stream's thread (host calls) may use operations with stream NULL, which means: now, on this thread; it must not use the rank's heap, nor write the rank's error but through thread_error.
+       Empty slot: the device has no such threads (llmpar_device_stream_thread says so). */
+    llmpar_status (*stream_thread)(llmpar_device *device, llmpar_stream *stream);
+    /* Where failures on the calling thread leave their text, to be taken over by who waits for the stream; NULL: this is the thread of no stream. Empty: no thread is one. */
+    llmpar_error *(*thread_error)(llmpar_device *device);
+    /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
+    int32_t (*threads_running)(llmpar_device *device);
+>>>>>>> 0d29b0c (cpu: streams with threads of their own; communicators that bear being called from them)
 };
+
+/* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
+LLMPAR_API llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream);
+/* Where a failure of the calling thread leaves its text: own, the rank's error, unless this is a stream's thread. device may be NULL. Local. */
+LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own);
+/* threads_running with its fallback. Local. */
+LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
+
+/* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
+   rank's own thread. Where no stream can have a thread it is a plain host_call. */
+typedef struct llmpar_order {
+    llmpar_device *device; /* of the event */
+    llmpar_event *event;   /* behind the last call; owned */
+} llmpar_order;
+LLMPAR_API llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes);
+/* Waits on the host until the last call is done. */
+LLMPAR_API llmpar_status llmpar_order_wait(llmpar_order *order);
+LLMPAR_API void llmpar_order_destroy(llmpar_order *order);
 
 #endif
