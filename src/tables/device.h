@@ -246,13 +246,12 @@ struct llmpar_device {
 
     /* optional: without them the optimizers that need them are refused */
     llmpar_status (*sgd)(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
-<<<<<<< HEAD
     llmpar_status (*largest)(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
     llmpar_status (*factor_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
     llmpar_status (*factor_moment)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
     llmpar_status (*adalomo_square)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
     llmpar_status (*adalomo)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
-=======
+
 
     /* Threads. From now on the stream runs on a thread of its own, in order, beside the rank's thread and the other streams; with the same bits. Only the rank's own thread enqueues, waits, allocates and frees.
        What runs on a stream's thread (host calls) may use operations with stream NULL, which means: now, on this thread; it must not use the rank's heap, nor write the rank's error but through thread_error.
@@ -262,7 +261,6 @@ struct llmpar_device {
     llmpar_error *(*thread_error)(llmpar_device *device);
     /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
     int32_t (*threads_running)(llmpar_device *device);
->>>>>>> 0d29b0c (cpu: streams with threads of their own; communicators that bear being called from them)
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
