@@ -270,6 +270,7 @@ LLMPAR_EXTERN_C_END
 #include "fsdp/executor_unit.c"
 #include "fsdp/executor_shard.c"
 #include "fsdp/executor.c"
+#include "fsdp/account.c"
 
 #include "optim/lr.c"
 #include "optim/optim.c"

@@ -153,7 +153,6 @@ static void llmpar__exec_clean(llmpar__exec *exec)
             int32_t count = fsdp->tier[what] == LLMPAR_TIER_DEVICE ? 0 : llmpar__fsdp_moved(fsdp, u, (llmpar_state)what, 0, 0, 0, moved);
             for (int32_t i = 0; i < count; i++) llmpar__fsdp_put(fsdp, LLMPAR_STREAM_COMPUTE, &moved[i], 0);
         }
-        llmpar__fsdp_point(fsdp, flat);
     }
 }
 
@@ -190,7 +189,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     if (exec.inside && run->skip_nonfinite) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates inside backward cannot be taken back where a gradient is not finite; expected a list of two passes");
     for (int32_t u = 0; u < fsdp->unit_count; u++) {
         if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
-        if (fsdp->units[u].gathers && (!fsdp->whole_params || fsdp->units[u].params_place.bytes)) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
+        if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
     }
     unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
     exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);

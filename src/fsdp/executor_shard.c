@@ -203,9 +203,8 @@ static llmpar_status llmpar__exec_move(llmpar__exec *exec, const llmpar_instruct
     int32_t count = llmpar__fsdp_moved(fsdp, in->unit, in->what, in->use, in->slot, in->micro_batch, moved);
     for (int32_t i = 0; i < count && !status; i++) {
         if (!moved[i].place->bytes) continue; /* nothing of this kind: no saved activations where all are recomputed */
-        status = store ? llmpar__fsdp_put(fsdp, in->stream, &moved[i], 1) : llmpar__fsdp_fetch(fsdp, in->stream, flat, &moved[i]);
+        status = store ? llmpar__fsdp_put(fsdp, in->stream, &moved[i], 1) : llmpar__fsdp_fetch(fsdp, in->stream, &moved[i]);
     }
-    if (in->what == LLMPAR_STATE_PARAMS) llmpar__fsdp_point(fsdp, flat);
     if (in->what == LLMPAR_STATE_GRADS && in->use == 0) flat->grad_stored = store ? flat->grad_stored | 1u << in->slot : flat->grad_stored & ~(1u << in->slot);
     return status;
 }
@@ -288,12 +287,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
     case LLMPAR_OP_FREE:
         if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
         if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);
-        llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_PARAMS, 0, 0, 0, moved);
-        {
-            llmpar_status status = llmpar__fsdp_put(fsdp, in->stream, moved, 0);
-            llmpar__fsdp_point(fsdp, flat);
-            return status;
-        }
+        return llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_PARAMS, 0, 0, 0, moved) ? llmpar__fsdp_put(fsdp, in->stream, moved, 0) : LLMPAR_OK;
     case LLMPAR_OP_REDUCE:
     case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
     case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);

@@ -186,7 +186,7 @@ static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
     size_t bytes = (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum);
     int away = fsdp->tier[LLMPAR_STATE_PARAMS] != LLMPAR_TIER_DEVICE, master = llmpar__fsdp_has_master(fsdp, flat);
     llmpar_status status = LLMPAR_OK;
-    if (away && (master || !fsdp->policy.master)) status = llmpar__store_place(fsdp->store, fsdp->tier[LLMPAR_STATE_PARAMS], master ? bytes : llmpar__fsdp_shard_bytes(fsdp, flat), &flat->params_place);
+    if (away && (master || !fsdp->policy.master)) status = llmpar__store_place(fsdp->store, fsdp->tier[LLMPAR_STATE_PARAMS], bytes, &flat->params_place);
     if (!status && (fsdp->policy.master || !away)) {
         status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_PARAMETERS, llmpar__fsdp_shard_bytes(fsdp, flat), flat->label[LLMPAR__LABEL_SHARD], &flat->shard);
         if (!status) status = device->zero(device, fsdp->stream[0], flat->shard, llmpar__fsdp_shard_bytes(fsdp, flat));
@@ -200,7 +200,8 @@ static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
             if (!status) status = device->zero(device, fsdp->stream[0], flat->state[i], bytes);
         }
     }
-    if (!status) llmpar__fsdp_point(fsdp, flat);
+    if (fsdp->whole_params) flat->gathered = flat->shard;
+    for (int32_t i = 0; i < flat->unit.param_count && fsdp->whole_params && !status; i++) flat->params[i] = (char *)flat->shard + (size_t)flat->offset[i] * llmpar_dtype_size(fsdp->dtype);
     return status;
 }
 
@@ -284,6 +285,9 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     fsdp->whole_params = llmpar_policy_whole_params(policy);
     fsdp->whole_grads = llmpar_policy_whole_grads(policy);
     fsdp->whole_state = llmpar_policy_whole_state(policy);
+    if (fsdp->tier[LLMPAR_STATE_PARAMS] != LLMPAR_TIER_DEVICE && fsdp->whole_params && !policy->master)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload of params, dtype %s, ZeRO-%d on %d ranks: the whole parameters are in use all the time; expected ZeRO-3 on several ranks, or a dtype below f32, which has f32 master parameters to offload",
+                           llmpar_dtype_name(fsdp->dtype), (int)policy->zero - LLMPAR_ZERO_0, (int)mesh->degree[LLMPAR_AXIS_DP_SHARD]);
     fsdp->shard_comm = fsdp->reduce_comm = fsdp->whole_state ? NULL : mesh->comm[LLMPAR_AXIS_DP_SHARD];
     fsdp->replica_comm = fsdp->whole_state ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
     policy->replicas = fsdp->replicas = fsdp->replica_comm->ranks;

@@ -111,12 +111,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__fl
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
 /* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
 LLMPAR__PRIVATE void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
-LLMPAR__PRIVATE void llmpar__fsdp_point(llmpar_fsdp *fsdp, llmpar__flat *flat); /* where parameters are whole: params[] into the shard */
 LLMPAR__PRIVATE size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, const llmpar__flat *flat); /* of flat->shard */
 LLMPAR__PRIVATE int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The buffers of a state: at most 2 (LLMPAR_OPTIMIZER_STATES); their number. */
 LLMPAR__PRIVATE int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2]);
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar__flat *flat, const llmpar__moved *moved);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved);
 /* write: the store gets it before the memory goes. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write);
 /* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */

@@ -46,13 +46,6 @@ static void *llmpar__shard_part(const llmpar_fsdp *fsdp, const llmpar__flat *fla
 
 LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__shard_part(fsdp, flat); }
 
-LLMPAR__PRIVATE_DEF void llmpar__fsdp_point(llmpar_fsdp *fsdp, llmpar__flat *flat)
-{
-    if (!fsdp->whole_params) return;
-    flat->gathered = flat->shard;
-    for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = flat->shard ? (char *)flat->shard + (size_t)flat->offset[i] * llmpar_dtype_size(fsdp->dtype) : NULL;
-}
-
 LLMPAR__PRIVATE_DEF int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2])
 {
     llmpar__flat *flat = &fsdp->units[unit];
@@ -95,12 +88,11 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, 
     return count;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar__flat *flat, const llmpar__moved *moved)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved)
 {
     if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
     llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
     if (!status) status = llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
-    if (moved->memory == &flat->shard) llmpar__fsdp_point(fsdp, flat);
     return status;
 }
 
@@ -158,7 +150,7 @@ static llmpar_status llmpar__shard_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar
     llmpar_status status = LLMPAR_OK;
     int32_t count = llmpar__fsdp_moved(fsdp, unit, what, 0, 0, 0, moved);
     for (int32_t i = 0; i < count && !status; i++)
-        if (!*moved[i].memory) status = llmpar__fsdp_fetch(fsdp, LLMPAR_STREAM_OFFLOAD, &fsdp->units[unit], &moved[i]);
+        if (!*moved[i].memory) status = llmpar__fsdp_fetch(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i]);
     llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     return llmpar__store_failed(fsdp->store, status ? status : waited);
 }
@@ -172,7 +164,6 @@ static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_s
         llmpar_status put = llmpar__fsdp_put(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i], write);
         if (!status) status = put;
     }
-    llmpar__fsdp_point(fsdp, &fsdp->units[unit]);
     llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     return llmpar__store_failed(fsdp->store, status ? status : waited);
 }
@@ -190,7 +181,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
         if (!status) status = waited;
         if (status) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
     }
-    if (fetch && (status || !fsdp->whole_params)) { /* whole: it stays until reshard */
+    if (fetch) {
         llmpar_status put = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, 0);
         if (!status) status = put;
     }
@@ -203,8 +194,8 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit)
     llmpar__flat *flat = &fsdp->units[unit];
     if (flat->gathers == 0) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
     if (!fsdp->whole_params) return llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
-    if (--flat->gathers > 0 || flat->held || !flat->params_place.bytes) return LLMPAR_OK;
-    return llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, 0);
+    flat->gathers--;
+    return LLMPAR_OK;
 }
 
 /* ---- looking in ---- */
@@ -271,7 +262,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit,
     llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
     if (!status) status = waited;
     flat->held = 0;
-    if (flat->params_place.bytes && !(fsdp->whole_params && flat->gathers)) waited = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
+    if (flat->params_place.bytes) waited = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
     else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) waited = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
     return status ? status : waited;
 }
