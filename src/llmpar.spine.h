@@ -222,6 +222,7 @@ LLMPAR_EXTERN_C_END
 #include "cpu/xent.c"
 #include "cpu/elementwise.c"
 #include "cpu/optim.c"
+#include "cpu/adalomo.c"
 #include "cpu/kernels_portable.c"
 #include "cpu/kernels_avx2.c"
 #include "cpu/kernels_avx512.c"
@@ -235,6 +236,7 @@ LLMPAR_EXTERN_C_END
 #include "base/heap.c"
 #include "base/json.c"
 
+#include "tables/device.c"
 #include "tables/ctx.c"
 #include "tables/comm.c"
 #include "tables/record.c"
@@ -242,6 +244,7 @@ LLMPAR_EXTERN_C_END
 
 #include "cpu/cpu.c"
 #include "cpu/pool.c"
+#include "cpu/stream.c"
 #include "cpu/kernels_f64.c"
 
 #include "comm/threads_wait.c"

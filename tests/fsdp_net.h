@@ -272,7 +272,7 @@ static llmpar_status net_schedule(const net_job *job, llmpar_fsdp *fsdp, llmpar_
     for (int u = 0; u < NET_UNITS; u++) units[u] = *llmpar_fsdp_unit(fsdp, u);
     llmpar_fsdp_policy(fsdp, &policy);
     llmpar_status status = llmpar_schedule_create(&ctx->heap, units, NET_UNITS, &policy, out, &ctx->error);
-    if (!status && !getenv("X_NOVALID")) status = llmpar_schedule_validate(&ctx->heap, (*out)->list, (*out)->count, units, NET_UNITS, &(*out)->policy, &ctx->error);
+    if (!status) status = llmpar_schedule_validate(&ctx->heap, (*out)->list, (*out)->count, units, NET_UNITS, &(*out)->policy, &ctx->error);
     return status;
 }
 

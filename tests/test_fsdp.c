@@ -1007,8 +1007,8 @@ static llmpar_status create_wrong(llmpar_ctx *ctx, void *user)
     if (wrong_units == 4) twice[0].dims = 5;
     if (wrong_units == 5) twice[0].tp.kind = LLMPAR_SHARD, twice[0].tp.axis = LLMPAR_AXIS_TP, twice[0].tp.dim = 1;
     units[SCORE].params = twice;
-    if (wrong_units == 6) units[MIX].forward_count = 65;
-    if (wrong_units == 7) units[MIX].backward_count = 65;
+    if (wrong_units == 6) units[MIX].forward_count = 161;
+    if (wrong_units == 7) units[MIX].backward_count = 161;
     llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
     if (!status) status = llmpar_fsdp_create(mesh, units, wrong_units == 0 ? 0 : UNITS, &desc, &fsdp);
     if (status) CHECK(fsdp == NULL);

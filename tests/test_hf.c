@@ -135,7 +135,7 @@ static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 {
     const job *j = (const job *)user;
     session s = { ctx, NULL, NULL, NULL, NULL };
-    llmpar_llama_desc desc = { NULL, &j->config, 9 };
+    llmpar_llama_desc desc = { .config = &j->config, .seed = 9 };
     llmpar_trainer_desc trainer;
     llmpar_step step;
     memset(&trainer, 0, sizeof trainer);

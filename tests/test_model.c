@@ -24,6 +24,8 @@ typedef struct job {
     llmpar_trainer_desc trainer;
     llmpar_status (*body)(session *s, void *user);
     void *user;
+    int32_t wrap;                        /* of the model's desc */
+    llmpar_recompute recompute;          /* of all units between the ends */
 } job;
 
 static void no_leak(const llmpar_ctx *ctx, void *user)
@@ -37,10 +39,17 @@ static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
     const job *j = (const job *)user;
     session s = { ctx, NULL, NULL, NULL, NULL };
     llmpar_llama_config config;
-    llmpar_llama_desc desc = { NULL, j->config ? j->config : &config, 7 };
+    llmpar_llama_desc desc = { .config = j->config ? j->config : &config, .seed = 7, .wrap = j->wrap };
     llmpar_status status = j->config ? LLMPAR_OK : llmpar_hf_config(ctx, j->directory, &config);
     if (!status) status = llmpar_mesh_create(ctx, &j->mesh, &s.mesh);
     if (!status) status = llmpar_llama_create(ctx, &desc, &s.model);
+    if (!status && j->recompute) {
+        llmpar_llama_apply_desc apply = { .sequence_parallel = j->trainer.sequence_parallel, .dtype = j->trainer.dtype, .positions = j->trainer.seq_len };
+        int32_t units;
+        status = llmpar_llama_apply(s.model, s.mesh->comm[LLMPAR_AXIS_TP], &apply);
+        llmpar_unit *unit = llmpar_llama_units(s.model, &units);
+        for (int32_t u = 1; u + 1 < units; u++) unit[u].recompute = j->recompute;
+    }
     if (!status) status = llmpar_parallelize(s.mesh, s.model, &j->trainer, &s.trainer);
     if (!status) s.fsdp = llmpar_trainer_fsdp(s.trainer);
     if (!status && j->directory) status = llmpar_load_hf(s.trainer, j->directory);
@@ -742,6 +751,156 @@ TEST(awkward_sizes)
         }
 }
 
+/* ---- half precision ---- */
+
+typedef struct half_result { float logits[64 * STORIES_V]; int32_t ids[40]; int known; } half_result;
+
+static llmpar_status half_body(session *s, void *user)
+{
+    half_result *want = (half_result *)user, *mine = (half_result *)take(1, sizeof *mine);
+    int32_t count = 0;
+    llmpar_generate_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.prompt = golden.ids;
+    desc.prompt_count = 9;
+    desc.tokens = 40;
+    llmpar_status status = llmpar_llama_logits(s->model, s->fsdp, golden.ids, 64, mine->logits);
+    if (!status) status = llmpar_llama_generate(s->model, s->fsdp, &desc, mine->ids, &count);
+    if (!status && s->ctx->world == 1) *want = *mine;
+    if (!status) CHECK_BYTES(mine->logits, want->logits, sizeof mine->logits);
+    if (!status) CHECK_BYTES(mine->ids, want->ids, sizeof mine->ids);
+    free(mine);
+    return status;
+}
+
+/* Generation in bf16 and f16: the same bits on every mesh, near f32, and at first the same text. */
+TEST(stories_in_half_precision)
+{
+    TEST_DATA(directory, "stories260K/hf");
+    TEST_DATA(file, "stories260K/hf/golden.json");
+    half_result *want = (half_result *)take(1, sizeof *want);
+    read_golden(file);
+    for (int dtype = 0; dtype < 2; dtype++) {
+        job j = { .directory = directory, .mesh = { .tp = 1 }, .trainer = { .seq_len = 64, .dtype = dtype ? LLMPAR_F16 : LLMPAR_BF16 }, .body = half_body, .user = want };
+        launch_ok(&j);
+        double off = 0;
+        for (int i = 0; i < STORIES_V; i++) off = fmax(off, fabs(want->logits[i] - golden.first_row[i]));
+        if (!(off > 0 && off < (dtype ? 0.05 : 0.4))) TEST_FAIL("%s: the first row of logits is off by %.3g", dtype ? "f16" : "bf16", off);
+        for (int i = 0; i < 4; i++) CHECK_INT(want->ids[i], golden.ids[9 + i]);
+        for (int tp = 2; tp <= 8; tp *= 2) {
+            j.mesh.tp = tp;
+            j.wrap = tp == 4 ? LLMPAR_WRAP_HALF : 0;
+            launch_ok(&j);
+        }
+    }
+    free(want);
+}
+
+/* ---- blocks wrapped into units one way or another ---- */
+
+typedef struct wrapped { const char *to; float logits[5 * 38]; int32_t ids[8]; double loss; int known; } wrapped;
+
+static llmpar_status wrapped_sequence(void *user, int64_t index, int32_t *tokens)
+{
+    (void)user;
+    for (int i = 0; i < 17; i++) tokens[i] = (int32_t)((index * 7 + i * (i + 3)) % 38);
+    return LLMPAR_OK;
+}
+
+/* Two steps, whatever is computed again in them, then everything that names units: save, logits, generate, evaluate. */
+static llmpar_status wrapped_body(session *s, void *user)
+{
+    static const int32_t prompt[] = { 3, 36, 0, 7, 7 };
+    wrapped *w = (wrapped *)user;
+    wrapped mine;
+    int32_t count = 0, targets[32];
+    batch b = { targets, targets + 1, 2, 8 };
+    llmpar_run eval;
+    llmpar_step result;
+    llmpar_generate_desc desc;
+    memset(&mine, 0, sizeof mine);
+    memset(&desc, 0, sizeof desc);
+    memset(&eval, 0, sizeof eval);
+    for (int i = 0; i < 32; i++) targets[i] = i % 38;
+    desc.prompt = prompt;
+    desc.prompt_count = 5;
+    desc.tokens = 8;
+    llmpar_status status = LLMPAR_OK;
+    for (int i = 0; i < 2 && !status; i++) status = llmpar_trainer_step(s->trainer, &result);
+    if (!status) status = llmpar_save_hf(s->trainer, w->to);
+    if (!status) status = llmpar_llama_logits(s->model, s->fsdp, prompt, 5, mine.logits);
+    if (!status) status = llmpar_llama_generate(s->model, s->fsdp, &desc, mine.ids, &count);
+    if (!status) status = step(s, &b, 1, &eval, NULL);
+    if (status) return status;
+    mine.loss = eval.loss;
+    if (s->ctx->rank) return LLMPAR_OK;
+    if (!w->known) memcpy(w->logits, mine.logits, sizeof mine.logits), memcpy(w->ids, mine.ids, sizeof mine.ids), w->loss = mine.loss;
+    w->known = 1;
+    CHECK_BYTES(mine.logits, w->logits, sizeof mine.logits);
+    CHECK_BYTES(mine.ids, w->ids, sizeof mine.ids);
+    CHECK(mine.loss == w->loss);
+    return LLMPAR_OK;
+}
+
+TEST(wrapping)
+{
+    static const int32_t wraps[] = { 0, 1, LLMPAR_WRAP_HALF, 2, 3, 8 };
+    char root[] = "/tmp/llmpar_wrapping_XXXXXX", first[64], next[64], file[96], config[96];
+    llmpar_llama_config c = awkward(0);
+    llmpar_error error;
+    wrapped w;
+    size_t want_length = 0, length;
+    char *want = NULL, *got;
+    memset(&w, 0, sizeof w);
+    CHECK(mkdtemp(root) != NULL);
+    c.vocab = 38;
+    c.hidden = 34;
+    c.layers = 5;
+    /* What `first` saves, the others load from and must save again after the same two steps. */
+    snprintf(first, sizeof first, "%s/first", root);
+    snprintf(next, sizeof next, "%s/next", root);
+    for (int k = 0; k < 6; k++)
+        for (int sp = 0; sp < 2; sp++) {
+            job j = { .config = &c, .mesh = { .dp_shard = 2, .tp = k ? 2 : 1 }, .trainer = { .seq_len = 16, .batch = 4, .sequence = wrapped_sequence, .sequence_parallel = sp, .log_every = -1 }, .body = wrapped_body, .user = &w, .wrap = wraps[k], .recompute = (llmpar_recompute)((k + sp) % 3) };
+            w.to = want ? next : first;
+            if (launch(&j, &error)) { TEST_FAIL("wrap %d: rank %d (%s): %s", wraps[k], error.rank, error.where, error.text); continue; }
+            snprintf(file, sizeof file, "%s/model.safetensors", w.to);
+            snprintf(config, sizeof config, "%s/config.json", w.to);
+            got = read_text(file, &length);
+            if (!want) want = got, want_length = length;
+            else {
+                if (length != want_length || memcmp(got, want, length)) TEST_FAIL("wrap %d, sp %d: not the same file", wraps[k], sp);
+                free(got);
+                unlink(file);
+                unlink(config);
+                rmdir(next);
+            }
+        }
+    /* A file knows no units. */
+    w.known = 0;
+    for (int k = 0; k < 6; k++) {
+        job j = { .directory = first, .mesh = { .tp = 2 }, .trainer = { .seq_len = 16, .batch = 4, .sequence = wrapped_sequence, .log_every = -1 }, .body = wrapped_body, .user = &w, .wrap = wraps[k] };
+        w.to = next;
+        launch_ok(&j);
+    }
+    unlink(file);
+    unlink(config);
+    rmdir(next);
+    snprintf(file, sizeof file, "%s/model.safetensors", first);
+    snprintf(config, sizeof config, "%s/config.json", first);
+    unlink(file);
+    unlink(config);
+    rmdir(first);
+    rmdir(root);
+    free(want);
+    static const int32_t bad[] = { -2, 9 };
+    for (int k = 0; k < 2; k++) {
+        job j = { .config = &c, .trainer = { .seq_len = 16 }, .body = wrapped_body, .user = &w, .wrap = bad[k] };
+        CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
+        CHECK_TEXT(error.text, "expected 1 .. 8 blocks a unit or -1");
+    }
+}
+
 /* One weight of the output projection is no number: so is one logit. */
 static llmpar_status poisoned_body(session *s, void *user)
 {
@@ -814,4 +973,4 @@ TEST(unshard_that_fails)
     launch_ok(&j);
 }
 
-TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied), T_(finite_differences), T_(awkward_sizes), T_(not_a_number), T_(unshard_that_fails))
+TEST_LIST(T_(stories_ids_and_logits), T_(stories_perplexity), T_(stories_gradients), T_(golden_llama3_untied), T_(golden_linear_tied), T_(finite_differences), T_(stories_in_half_precision), T_(awkward_sizes), T_(wrapping), T_(not_a_number), T_(unshard_that_fails))

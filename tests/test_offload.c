@@ -1,6 +1,12 @@
 /* What of a step's data is where, and when: ZeRO stages, compute dtypes, recomputation, frozen units, states in host memory and in files, updates inside backward. All of it changes no bit; memory is
    accounted for to the byte; what cannot be kept is refused and leaves nothing behind. */
 #include "fsdp_net.h"
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 static const llmpar_mesh_desc meshes[] = { { 1, 1, 1, 1, 1 }, { 1, 2, 1, 1, 1 }, { 1, 4, 1, 1, 1 }, { 2, 2, 1, 1, 1 }, { 4, 1, 1, 1, 1 } };
 enum { MESHES = 5 };
@@ -150,6 +156,7 @@ TEST(offload_tiers)
         job.policy.micro_batches = 1, job.policy.no_sync = 0, job.recompute = 0;
         for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = LLMPAR_TIER_FILE;
         everywhere(&job, "all in a file");
+        job.fsdp.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_DEVICE; /* none is kept that could be stored */
         job.policy.update = LLMPAR_UPDATE_TWO_PASSES;
         everywhere(&job, "all in a file, two passes");
         job.policy.update = LLMPAR_UPDATE_INSIDE;
@@ -157,4 +164,401 @@ TEST(offload_tiers)
     }
 }
 
-TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers))
+
+/* ---- gradients in half the bytes ---- */
+
+static llmpar_status narrow(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_result *r = (net_result *)calloc(1, sizeof *r);
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_schedule *schedule = NULL;
+    net_device = llmpar_fsdp_mesh(fsdp)->ctx->device;
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    llmpar_run run;
+    memset(&run, 0, sizeof run);
+    run.optimizer = &table;
+    run.on_gradient = net_look;
+    run.on_gradient_user = r;
+    if (!status) status = net_step(job, fsdp, 0, schedule, &run);
+    CHECK(run.loss == net_reference.loss[0]);
+    double bound = job->fsdp.reduce_dtype == LLMPAR_BF16 ? 1.0 / 128 : 1.0 / 1024, off = 0;
+    CHECK_NEAR(run.grad_norm / net_reference.norm[0], 1, bound);
+    for (int k = 0; k < NET_PARAMS && !status; k++) {
+        double most = 0;
+        for (int i = 0; i < net_all[k].count; i++) {
+            double want = net_reference.g[k][i], d = r->g[k][i] - want;
+            if (most < (want < 0 ? -want : want)) most = want < 0 ? -want : want;
+            if (off < (d < 0 ? -d : d)) off = d < 0 ? -d : d;
+        }
+        for (int i = 0; i < net_all[k].count; i++) /* every rank's part was rounded, so cancelling sums are off by their parts' size */
+            if (!(r->g[k][i] - net_reference.g[k][i] <= 4 * bound * most && net_reference.g[k][i] - r->g[k][i] <= 4 * bound * most)) { TEST_FAIL("%s[%d]: %g, exactly %g", net_all[k].name, i, r->g[k][i], net_reference.g[k][i]); break; }
+    }
+    CHECK(off > 0); /* it was rounded at all */
+    llmpar_schedule_destroy(schedule);
+    free(r);
+    return status;
+}
+
+static llmpar_status first_step(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_result *r = &net_reference;
+    llmpar_schedule *schedule = NULL;
+    llmpar_run run;
+    memset(&run, 0, sizeof run);
+    run.on_gradient = net_look;
+    run.on_gradient_user = r;
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    if (!status) status = net_step(job, fsdp, 0, schedule, &run);
+    r->loss[0] = run.loss, r->norm[0] = run.grad_norm;
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
+
+TEST(reduce_dtype)
+{
+    for (int mesh = 1; mesh < MESHES; mesh++)
+        for (int zero = LLMPAR_ZERO_0; zero <= LLMPAR_ZERO_3; zero++)
+            for (int d = 0; d < 2; d++) {
+                char row[60];
+                net_job job = job_of(0, LLMPAR_F32);
+                memset(&net_reference, 0, sizeof net_reference);
+                job.body = first_step;
+                net_launch_ok(&job, "one rank");
+                job = job_of(mesh, LLMPAR_F32);
+                job.fsdp.zero = zero;
+                job.fsdp.reduce_dtype = d ? LLMPAR_F16 : LLMPAR_BF16;
+                job.body = narrow;
+                snprintf(row, sizeof row, "mesh %d, zero %d, %s", mesh, zero - 1, llmpar_dtype_name(job.fsdp.reduce_dtype));
+                net_launch_ok(&job, row);
+            }
+}
+
+/* ---- a step that is not finite ---- */
+
+static llmpar_status overflow(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_schedule *schedule = NULL;
+    double before[NET_MOST], after[NET_MOST];
+    net_job calm = *job;
+    calm.loss_scale = 1;
+    net_device = llmpar_fsdp_mesh(fsdp)->ctx->device;
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    for (int i = 0; i < 2 && !status; i++) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        run.optimizer = &table;
+        net_whole(fsdp, 2, llmpar_fsdp_shard(fsdp, 1, NULL, NULL, NULL), before);
+        CHECK_OK(llmpar_fsdp_shard_done(fsdp, 1, 0));
+        status = net_step(i ? &calm : job, fsdp, i, schedule, &run);
+        if (status) break;
+        CHECK_INT(run.found_inf, i == 0);
+        CHECK_INT(state.updates, i * NET_UNITS);
+        net_whole(fsdp, 2, llmpar_fsdp_shard(fsdp, 1, NULL, NULL, NULL), after);
+        CHECK_OK(llmpar_fsdp_shard_done(fsdp, 1, 0));
+        CHECK_INT(memcmp(before, after, sizeof before) != 0, i); /* the copy in the compute dtype and the whole parameters as little: the next step's loss */
+        CHECK(run.loss < 1e4);
+    }
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
+
+TEST(skipped_steps)
+{
+    for (int mesh = 0; mesh < MESHES; mesh++)
+        for (int zero = LLMPAR_ZERO_0; zero <= LLMPAR_ZERO_3; zero++)
+            for (int kind = 0; kind < 3; kind++) {
+                llmpar_error error;
+                net_job job = job_of(mesh, LLMPAR_F16);
+                job.body = overflow;
+                job.loss_scale = 1e30;
+                job.skip_nonfinite = 1;
+                job.fsdp.zero = zero;
+                if (kind == 1) job.policy.update = LLMPAR_UPDATE_TWO_PASSES;
+                for (int s = 0; s < LLMPAR_STATE_COUNT && kind == 2; s++) job.fsdp.offload[s] = LLMPAR_TIER_HOST;
+                net_launch_ok(&job, kind == 1 ? "two passes" : kind ? "offload" : "plain");
+                job.skip_nonfinite = 0;
+                CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_NONFINITE);
+                CHECK_TEXT(error.text, kind == 1 ? "first non-finite tensor" : "first non-finite tensor: the gradient of table"); /* of two passes the first has given its gradients back */
+            }
+    llmpar_error error;
+    net_job job = job_of(0, LLMPAR_F32);
+    job.policy.update = LLMPAR_UPDATE_INSIDE;
+    job.skip_nonfinite = 1;
+    CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "two passes");
+}
+
+/* ---- memory ---- */
+
+static uint64_t line_of(const llmpar_account_line *lines, int32_t count, const char *name)
+{
+    for (int32_t i = 0; i < count; i++)
+        if (!strcmp(lines[i].name, name)) return lines[i].bytes;
+    return 0;
+}
+
+static void check_lines(const llmpar_account_line *lines, int32_t count, const uint64_t *usage, const char *when)
+{
+    static const llmpar_tag tags[] = { LLMPAR_TAG_PARAMETERS, LLMPAR_TAG_GATHERED, LLMPAR_TAG_GRADIENTS, LLMPAR_TAG_OPTIMIZER };
+    for (int t = 0; t < 4; t++) {
+        uint64_t sum = 0;
+        for (int32_t i = 0; i < count; i++) sum += lines[i].tag == tags[t] ? lines[i].bytes : 0;
+        if (sum != usage[tags[t]]) TEST_FAIL("%s: %s: the lines give %llu bytes, the arena %llu", when, llmpar_tag_name(tags[t]), (unsigned long long)sum, (unsigned long long)usage[tags[t]]);
+    }
+}
+
+/* Over the ranks that share it, a state of `width` bytes a number is held `copies` times. */
+static void check_width(llmpar_fsdp *fsdp, uint64_t bytes, int64_t width, int64_t psi, int64_t copies, const char *what)
+{
+    int64_t mine = (int64_t)bytes, sum = 0;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = &mine, call.recv = &sum, call.count = 1, call.dtype = LLMPAR_I64;
+    CHECK_OK(llmpar_all_reduce(llmpar_fsdp_mesh(fsdp)->world, NULL, &call));
+    if (sum != width * psi * copies) TEST_FAIL("%s: %lld bytes over all ranks, want %lld * %lld * %lld", what, (long long)sum, (long long)width, (long long)psi, (long long)copies);
+}
+
+static llmpar_status measure(const net_job *job, llmpar_fsdp *fsdp)
+{
+    enum { MOST = 16 };
+    llmpar_account_line rest[MOST], before[MOST], peak[MOST];
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_arena *arena = llmpar_fsdp_arena(fsdp);
+    llmpar_arena_usage usage;
+    llmpar_schedule *schedule = NULL;
+    llmpar_policy policy;
+    const llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    int64_t psi = 0, ranks = mesh->dp_ranks, shards = mesh->degree[LLMPAR_AXIS_DP_SHARD], replicas = ranks / shards;
+    net_device = mesh->ctx->device;
+    memset(&policy, 0, sizeof policy);
+    llmpar_fsdp_policy(fsdp, &policy);
+    for (int k = 0; k < NET_PARAMS; k++) psi += net_all[k].count;
+    int64_t p = (int64_t)llmpar_dtype_size(llmpar_fsdp_dtype(fsdp)), g = (int64_t)llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp))), K = 2 * g + (p < g ? g : 0);
+    int32_t n = llmpar_fsdp_account(fsdp, NULL, LLMPAR_MARK_REST, rest, MOST);
+    llmpar_arena_get_usage(arena, &usage);
+    check_lines(rest, n, usage.live, "created");
+    if (!(policy.offload & 1u << LLMPAR_STATE_PARAMS && p == g)) check_width(fsdp, line_of(rest, n, "parameters"), p, psi, llmpar_policy_whole_params(&policy) ? ranks : replicas, "parameters");
+    int64_t kept = K - (policy.offload & 1u << LLMPAR_STATE_OPTIMIZER ? 2 * g : 0) - (policy.offload & 1u << LLMPAR_STATE_PARAMS && p < g ? g : 0);
+    check_width(fsdp, line_of(rest, n, "optimizer") + line_of(rest, n, "master parameters"), kept, psi, llmpar_policy_whole_state(&policy) ? ranks : replicas, "optimizer");
+    if (p == 2 && !policy.offload) CHECK(p == 2 && g == 4 && K == 12);
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    if (!status) {
+        int32_t before_count = llmpar_fsdp_account(fsdp, schedule, LLMPAR_MARK_BEFORE_OPTIMIZER, before, MOST), peak_count = llmpar_fsdp_account(fsdp, schedule, LLMPAR_MARK_PEAK, peak, MOST);
+        for (int i = 0; i < 2 && !status; i++) {
+            llmpar_run run;
+            memset(&run, 0, sizeof run);
+            run.optimizer = &table;
+            llmpar_arena_reset_peaks(arena);
+            status = net_step(job, fsdp, i, schedule, &run);
+            check_lines(before, before_count, run.before_optimizer.live, "before the optimizer");
+            llmpar_arena_get_usage(arena, &usage);
+            check_lines(rest, n, usage.live, "after the step");
+            check_lines(peak, peak_count, usage.peak, "peak");
+            if (policy.offload & 1u << LLMPAR_STATE_GRADS || job->policy.update) continue;
+            check_width(fsdp, line_of(before, before_count, "gradients"), g, psi, llmpar_policy_whole_grads(&policy) ? ranks : replicas, "gradients");
+            CHECK_INT(line_of(before, before_count, "micro-batch counters") + line_of(before, before_count, "second slot of a tied weight") + line_of(before, before_count, "local gradients"), 0);
+            if (job->policy.micro_batches > 1 && llmpar_policy_whole_grads(&policy)) CHECK(line_of(peak, peak_count, "micro-batch counters") > 0);
+        }
+    }
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
+
+TEST(memory)
+{
+    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16 };
+    for (int d = 0; d < 2; d++)
+        for (int kind = 0; kind < 6; kind++) {
+            net_job job = job_of(0, dtypes[d]);
+            job.body = measure;
+            if (kind == 1) job.policy.micro_batches = 2;
+            if (kind == 2) job.policy.micro_batches = 2, job.policy.no_sync = 1, job.policy.prefetch = 2;
+            if (kind == 3) job.policy.update = LLMPAR_UPDATE_INSIDE, job.recompute = 6;
+            for (int s = 0; s < LLMPAR_STATE_COUNT && kind > 3; s++) job.fsdp.offload[s] = kind == 4 ? LLMPAR_TIER_HOST : s == LLMPAR_STATE_OPTIMIZER ? LLMPAR_TIER_FILE : LLMPAR_TIER_DEVICE;
+            job.fsdp.offload_dir = "build";
+            everywhere(&job, kind == 0 ? "plain" : kind == 1 ? "two micro-batches" : kind == 2 ? "no_sync" : kind == 3 ? "inside" : kind == 4 ? "host" : "optimizer in a file");
+        }
+}
+
+
+/* ---- what goes wrong ---- */
+
+#define PLACE "build/offload.test"
+
+static int entries(const char *directory)
+{
+    int count = 0;
+    DIR *d = opendir(directory);
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) count += e->d_name[0] != '.';
+    if (d) closedir(d);
+    return d ? count : -1;
+}
+
+/* Descriptors of this process whose file was an offload file; cut != 0: they lose their contents. */
+static int open_files(int cut)
+{
+    int count = 0;
+    DIR *d = opendir("/proc/self/fd");
+    for (struct dirent *e = d ? readdir(d) : NULL; e; e = readdir(d)) {
+        char link[300], target[400];
+        snprintf(link, sizeof link, "/proc/self/fd/%s", e->d_name);
+        ssize_t n = readlink(link, target, sizeof target - 1);
+        if (n < 0) continue;
+        target[n] = 0;
+        if (!strstr(target, "llmpar-offload")) continue;
+        count++;
+        if (cut && ftruncate(atoi(e->d_name), 0)) TEST_FAIL("%s: %s", link, strerror(errno));
+    }
+    if (d) closedir(d);
+    return count;
+}
+
+static void limit_files(rlim_t bytes)
+{
+    struct rlimit limit;
+    getrlimit(RLIMIT_FSIZE, &limit);
+    limit.rlim_cur = bytes;
+    if (setrlimit(RLIMIT_FSIZE, &limit)) TEST_FAIL("setrlimit: %s", strerror(errno));
+}
+
+static int trouble; /* 1: the disk takes nothing more, 2: the file loses its contents, 3: rank 1 fails in backward */
+static llmpar_status in_trouble(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar_schedule *schedule = NULL;
+    net_device = mesh->ctx->device;
+    CHECK_INT(entries(PLACE), 0); /* while it is in use, too */
+    if (open_files(0) < 1) TEST_FAIL("no file is open");
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    for (int i = 0; i < 3 && !status; i++) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        run.optimizer = &table;
+        if (i == 1 && !status) status = llmpar_comm_barrier(mesh->world, NULL, "all have stepped");
+        if (i == 1 && mesh->ctx->rank == 0 && trouble == 1) limit_files(4096);
+        if (i == 1 && mesh->ctx->rank == 0 && trouble == 2) open_files(1);
+        if (i == 1 && trouble == 3) net_fail = 2;
+        if (i == 1 && !status) status = llmpar_comm_barrier(mesh->world, NULL, "now");
+        if (!status) status = net_step(job, fsdp, i, schedule, &run);
+    }
+    CHECK(status != LLMPAR_OK);
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
+
+TEST(files_in_trouble)
+{
+    llmpar_error error;
+    mkdir("build", 0777);
+    mkdir(PLACE, 0777);
+    signal(SIGXFSZ, SIG_IGN);
+    for (int ranks = 1; ranks <= 2; ranks++) {
+        struct rlimit old;
+        net_job job = job_of(ranks - 1, LLMPAR_BF16);
+        for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = LLMPAR_TIER_FILE;
+        job.fsdp.offload_dir = "build/there/is/no/such";
+        CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+        CHECK_TEXT(error.text, "offload: build/there/is/no/such/llmpar-offload-");
+        CHECK_TEXT(error.text, "No such file or directory, expected a directory that files can be made in");
+        job.fsdp.offload_dir = "Makefile";
+        CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+        CHECK_TEXT(error.text, "Not a directory, expected");
+        job.fsdp.offload_dir = "/proc"; /* nobody may make files there */
+        CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+        CHECK_TEXT(error.text, "expected a directory that files can be made in");
+        job.fsdp.offload_dir = PLACE;
+        getrlimit(RLIMIT_FSIZE, &old);
+        limit_files(8192);
+        CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+        limit_files(old.rlim_cur);
+        CHECK_TEXT(error.text, " bytes: File too large");
+        job.body = in_trouble;
+        for (trouble = 1; trouble <= 3; trouble++) {
+            if (trouble == 3 && ranks == 1) continue;
+            for (int s = 2; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = trouble == 2 ? LLMPAR_TIER_DEVICE : LLMPAR_TIER_FILE; /* what is written first would hide the cut */
+            CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+            limit_files(old.rlim_cur);
+            net_fail = 0;
+            CHECK_TEXT(error.text, trouble == 1 ? "write of " : trouble == 2 ? "read of " : "planned failure");
+            CHECK_TEXT(error.text, trouble == 1 ? "File too large" : trouble == 2 ? "the file ends before them" : "embed: ");
+            CHECK_TEXT(error.text, trouble < 3 ? " bytes at " : "embed: ");
+            CHECK_INT(entries(PLACE), 0);
+            CHECK_INT(open_files(0), 0);
+        }
+    }
+    CHECK(!rmdir(PLACE));
+}
+
+/* The n-th allocation fails, for every n: an error, nothing leaked. */
+static uint64_t fail_at, took;
+static llmpar_status starved(llmpar_ctx *ctx, void *user)
+{
+    uint64_t begun = ctx->heap.calls;
+    ctx->heap.fail_at = fail_at ? begun + fail_at : 0;
+    llmpar_status status = net_rank(ctx, user);
+    if (!fail_at) took = ctx->heap.calls - begun;
+    ctx->heap.fail_at = 0;
+    return status;
+}
+
+static llmpar_status two_steps(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_schedule *schedule = NULL;
+    net_device = llmpar_fsdp_mesh(fsdp)->ctx->device;
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    for (int i = 0; i < 2 && !status; i++) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        run.optimizer = &table;
+        status = net_step(job, fsdp, i, schedule, &run);
+    }
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
+
+TEST(no_memory)
+{
+    for (int kind = 0; kind < 2; kind++) {
+        llmpar_error error;
+        llmpar_launch_desc desc;
+        net_job job = job_of(kind, LLMPAR_BF16);
+        job.body = two_steps;
+        job.fsdp.offload_dir = "build";
+        for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = s % 2 == kind ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
+        memset(&desc, 0, sizeof desc);
+        desc.ranks = kind + 1;
+        desc.check = net_no_leak;
+        fail_at = 0;
+        CHECK_OK(llmpar_launch(&desc, starved, &job, &error));
+        CHECK(took > 100);
+        uint64_t all = took;
+        for (fail_at = 1; fail_at <= all; fail_at += 1 + fail_at / (kind ? 10 : 25)) CHECK_STATUS(llmpar_launch(&desc, starved, &job, &error), LLMPAR_ERR_MEMORY);
+    }
+}
+
+/* More state than memory: trains with the same bits where the state is elsewhere, and says so where not. */
+TEST(memory_limit)
+{
+    llmpar_error error;
+    net_job job = job_of(0, LLMPAR_BF16);
+    memset(&net_reference, 0, sizeof net_reference);
+    net_launch_ok(&job, "no limit");
+    job.fsdp.memory_limit = 24000; /* 256 + 640 + 640 + 256 elements in flat buffers: parameters, master and optimizer state are 14 * 1792 = 25088 bytes; offloaded, two units at a time are here */
+    CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_MEMORY);
+    CHECK_TEXT(error.text, "over the limit");
+    for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = LLMPAR_TIER_FILE;
+    job.recompute = 7;
+    job.policy.micro_batches = 8;
+    job.fsdp.offload_dir = "build";
+    net_launch_ok(&job, "limited, everything in a file");
+}
+
+TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(files_in_trouble), T_(no_memory), T_(memory_limit))

@@ -1,7 +1,8 @@
 /* mpi: collectives between processes.
 
    Every collective: meet (mpi_wait.c: everybody is there and agrees), then move data; what is small has already moved with the meeting. The arithmetic is the device's tree_sum and max, on the rank's own
-   thread with stream NULL, as in threads.c; the whole collective is one host call on the stream.
+   thread or that of the call's stream, with stream NULL, as in threads.c; the whole collective is one host call on the stream. The headers of all communicators travel in one order, so calls on
+   different streams run one after the other even where these have threads (llmpar_order): compute overlaps with them, they do not with each other.
 
    Reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
    The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
@@ -75,15 +76,32 @@ static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call
     return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
 }
 
-/* At least `bytes` of scratch. */
-static llmpar_status llmpar__mpi_scratch(llmpar__mpi_comm *tc, const llmpar_call *call, size_t bytes)
+static int llmpar__mpi_is_small(const llmpar__mpi_comm *tc, size_t bytes) { return bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct; }
+
+/* Elements of one part of a slice, at most. */
+static size_t llmpar__mpi_step(const llmpar__mpi_comm *tc, size_t item, int scatter)
+{
+    size_t n = (size_t)tc->comm.ranks, step = tc->world->desc.comm_slice / item;
+    if (scatter) return step / n ? step / n : 1;
+    return step < n ? n : step;
+}
+
+/* Scratch for a call that is going to be enqueued, on the rank's own thread. What is under way uses the old one. */
+static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call *call)
 {
     llmpar_mpi_world *world = tc->world;
+    int scatter = call->op == LLMPAR_CALL_REDUCE_SCATTER;
+    if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
+    size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
+    if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
+    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->most_kept + (size_t)tc->most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
+    llmpar_status st = llmpar_order_wait(&world->order);
+    if (st) return st;
     llmpar_heap_free(world->heap, world->scratch);
     world->scratch_bytes = 0;
     world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
-    if (!world->scratch) return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
+    if (!world->scratch) return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
     world->scratch_bytes = bytes;
     return LLMPAR_OK;
 }
@@ -120,8 +138,10 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
 {
     size_t n = s->parts, room = (s->stride ? s->count : (s->count + n - 1) / n) * s->item, count;
     size_t keep = (size_t)tc->most_kept * room, give = (size_t)tc->most_given * room;
-    llmpar_status st = llmpar__mpi_scratch(tc, call, 2 * keep + give);
-    if (st) return st;
+    llmpar_status st = LLMPAR_OK;
+    if (tc->world->scratch_bytes < 2 * keep + give)
+        return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_INTERNAL, "%s \"%s\" on %s: %llu bytes of scratch, expected %llu", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis,
+                                (unsigned long long)tc->world->scratch_bytes, (unsigned long long)(2 * keep + give));
     char *partial = tc->world->scratch, *incoming = partial + keep, *pack;
     int32_t held = (int32_t)n, *kept = tc->kept;
     for (int32_t i = 0; i < held; i++) kept[i] = i;
@@ -182,14 +202,13 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
 
 static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
-    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = tc->world->desc.comm_slice / n / item;
+    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = llmpar__mpi_step(tc, item, 1);
     llmpar__mpi_slice s;
     llmpar_status st = LLMPAR_OK;
     memset(&s, 0, sizeof s);
     s.item = item;
     s.parts = n;
     s.stride = part;
-    if (!step) step = 1;
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
@@ -202,13 +221,12 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
 
 static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
-    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = tc->world->desc.comm_slice / item;
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, 0);
     llmpar__mpi_slice s;
     llmpar_status st = LLMPAR_OK;
     memset(&s, 0, sizeof s);
     s.item = item;
     s.parts = n;
-    if (step < n) step = n;
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
@@ -299,6 +317,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
     int sends = call->op == LLMPAR_CALL_SEND;
     llmpar_status st;
+    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
+        return llmpar__mpi_failed(tc, llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, tc->comm.one_thread));
     if (sends || call->op == LLMPAR_CALL_RECV) {
         int small = bytes <= LLMPAR__MPI_INLINE;
         st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
@@ -307,7 +327,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
         if (!st) st = llmpar__mpi_complete(tc, call);
     } else {
         if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_TO_ALL) bytes *= n;
-        int small = bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct, silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
+        int small = llmpar__mpi_is_small(tc, bytes), silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
@@ -329,7 +349,8 @@ static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *strea
     job.recv = given->recv;
     llmpar_call_describe(comm, op, given, &job.call);
     if (job.call.rank < 0) job.call.rank = job.tc->world->rank;
-    return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
+    llmpar_status st = llmpar__mpi_reserve(job.tc, &job.call);
+    return st ? llmpar__mpi_failed(job.tc, st) : llmpar_order_call(&job.tc->world->order, comm->device, stream, llmpar__mpi_run, &job, sizeof job);
 }
 
 static llmpar_status llmpar__mpi_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
@@ -361,6 +382,7 @@ static void llmpar__mpi_destroy(llmpar_comm *comm)
 {
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
     llmpar_heap *heap = tc->world->heap;
+    if (--tc->world->comms == 0) llmpar_order_destroy(&tc->world->order);
     llmpar_heap_free(heap, tc->member);
     llmpar_heap_free(heap, tc->level);
     llmpar_heap_free(heap, tc->label);
@@ -418,6 +440,7 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
         else lo += p, m -= p;
     }
     tc->world = world;
+    world->comms++;
     tc->context = context;
     tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
     tc->level = (struct llmpar__mpi_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
@@ -449,6 +472,7 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
     comm->recv = llmpar__mpi_recv;
     comm->abort = llmpar__mpi_abort;
     comm->unchecked = world->desc.unchecked;
+    comm->one_thread = world->serialized ? NULL : "MPI was initialised with less than MPI_THREAD_SERIALIZED";
     llmpar__mpi_plan(tc);
     if (llmpar_record_attach(world->record, comm, member)) {
         llmpar__mpi_destroy(comm);
@@ -495,7 +519,7 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
         ranks++;
     }
     if (color < 0) return LLMPAR_OK;
-    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, tc->comm.error, out);
+    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, llmpar__mpi_own_error(tc), out);
 }
 
 static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
@@ -505,8 +529,9 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
     llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
     int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
     *out = NULL;
-    llmpar_status st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
-                                       : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
+    llmpar_status st = llmpar_order_wait(&tc->world->order);
+    if (!st) st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
+                                  : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
     llmpar_heap_free(heap, place);
     llmpar_heap_free(heap, member);
     return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;

@@ -78,14 +78,16 @@ struct llmpar_mpi_world {
     MPI_Request dropped;             /* the message that is being dropped */
     unsigned char *bucket;           /* .. into this, of malloc: the helper's thread may not use the rank's heap */
     size_t bucket_bytes;
-    /* the rank's thread only */
+    llmpar_order order;              /* of all calls on all communicators: one at a time, in the order in which they were made */
+    int32_t comms;                   /* that there are; the last one takes `order` with it */
+    /* of the call that runs */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
     MPI_Request *meeting;               /* [2 * inboxes] receives, then sends */
     MPI_Request request[LLMPAR__MPI_BATCH];
     int32_t from[LLMPAR__MPI_BATCH];    /* a receive's source, a world rank; -1: a send */
     int32_t posted;
-    char *scratch;
+    char *scratch;                   /* large enough for every call that is enqueued */
     size_t scratch_bytes;
 };
 
@@ -114,10 +116,12 @@ LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, in
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
 /* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
 LLMPAR__PRIVATE void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity);
+/* Where a call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
+LLMPAR__PRIVATE llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc);
 /* An MPI function's complaint as LLMPAR_ERR_INTERNAL. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_error(llmpar_error *error, const char *function, int code);
 
-/* Waiting (mpi_wait.c). All run on the rank's thread and leave their text in tc->comm.error. */
+/* Waiting (mpi_wait.c). All run inside a call, on the rank's thread or that of a stream, and leave their text in llmpar__mpi_own_error. */
 
 /* Sends or receives `bytes` to or from the member with index `peer`, in messages of at most comm_slice; waits for room among the messages under way. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes);

@@ -24,6 +24,8 @@
 #define LLMPAR__MPI_SETTLE 1.0 /* seconds that a failing rank waits for its own messages */
 #define LLMPAR__MPI_GONE 1.0   /* seconds after which the message of a rank that has finished would have come */
 
+LLMPAR__PRIVATE_DEF llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
+
 typedef struct llmpar__mpi_wait {
     double begin, limit; /* limit 0: none */
     int looks;
@@ -52,9 +54,9 @@ static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *w
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status)
 {
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world->rank;
+    if (llmpar__mpi_own_error(tc)->rank < 0) llmpar__mpi_own_error(tc)->rank = tc->world->rank;
     if (status != LLMPAR_ERR_PEER) {
-        llmpar_error error = *tc->comm.error;
+        llmpar_error error = *llmpar__mpi_own_error(tc);
         error.status = status;
         error.rank = tc->world->rank;
         llmpar_mpi_world_fail(tc->world, &error);
@@ -74,7 +76,7 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
+    return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
 }
 
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. Where ranks disagree, one that comes late meets them all the same: perhaps it is the other side of it. */
@@ -101,8 +103,8 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
-    if (gone) llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
-    else llmpar_error_set(tc->comm.error, LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
+    if (gone) llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
+    else llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
     return gone ? LLMPAR_ERR_MISMATCH : LLMPAR_ERR_TIMEOUT;
 }
 
@@ -154,7 +156,7 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
     while (world->posted > most && !st) {
         pthread_mutex_lock(&world->lock);
         int code = MPI_Testsome((int)world->posted, world->request, &count, finished, status);
-        if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Testsome", code);
+        if (code) st = llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Testsome", code);
         int32_t left = 0, missing = -1;
         for (int32_t i = 0; i < world->posted && !st; i++) {
             if (world->request[i] == MPI_REQUEST_NULL) continue;
@@ -203,7 +205,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
         pthread_mutex_unlock(&world->lock);
         if (code) {
             *request = MPI_REQUEST_NULL;
-            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
+            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
             world->posted = 0;
             return st;
         }
@@ -220,7 +222,7 @@ static llmpar_status llmpar__mpi_mismatch(llmpar__mpi_comm *tc, const llmpar_cal
 {
     char text[1000];
     llmpar_call_mismatch(a->rank <= b->rank ? a : b, a->rank <= b->rank ? b : a, text, sizeof text);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text);
+    return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s", text);
 }
 
 /* Waits for world->meeting[0, count) receives into inbox[i] from the members `from[i]`, and count sends behind them. Whoever comes with another communicator's call ends it at once; other differences are
@@ -240,7 +242,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < 2 * count && !st; i++) {
             if (world->meeting[i] == MPI_REQUEST_NULL) continue;
             int done = 0, code = MPI_Test(&world->meeting[i], &done, MPI_STATUS_IGNORE);
-            if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Test", code);
+            if (code) st = llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Test", code);
             if (done) continue;
             left = 1;
             if (i < count) missing = i;
@@ -279,7 +281,7 @@ static llmpar_status llmpar__mpi_post_header(llmpar__mpi_comm *tc, const llmpar_
     if (!code) code = MPI_Isend(&world->outbox, LLMPAR__MPI_HEADER_BYTES(world->outbox.bytes), MPI_BYTE, (int)tc->member[to], LLMPAR__MPI_HEADER_TAG, world->data, &world->meeting[count + i]);
     pthread_mutex_unlock(&world->lock);
     if (!code) return LLMPAR_OK;
-    return llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, "MPI_Isend", code), world->meeting, NULL, 2 * count);
+    return llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Isend", code), world->meeting, NULL, 2 * count);
 }
 
 static void llmpar__mpi_pack(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)

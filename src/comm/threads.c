@@ -17,8 +17,8 @@
 
    Device and streams: the whole collective is one host call on the stream (device->host_call), so it takes its place among the stream's operations on a device
    that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the large copies are the device's tree_sum, max and copy with stream NULL,
-   which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. A device that runs late must run its host
-   calls in the order in which they were issued. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
+   which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
+   streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 #include "comm/threads_internal.h"
 
 #include <stdio.h>
@@ -39,7 +39,7 @@ static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const ll
     char text[700];
     int swapped = a->rank > b->rank;
     llmpar_call_mismatch(swapped ? b : a, swapped ? a : b, text, sizeof text);
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text));
+    return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MISMATCH, "%s", text));
 }
 
 /* Publishes this rank's call and payload, waits for all others, and compares. *slots is then the array of all ranks' slots, valid until the next-but-one call.
@@ -173,7 +173,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
-        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
+        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
     }
     int sends = call->what.op == LLMPAR_CALL_SEND;
     llmpar__threads_channel *channel = &channels[sends ? me * n + peer : peer * n + me];
@@ -211,6 +211,8 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
+    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
+        return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, tc->comm.axis, tc->comm.one_thread));
     if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
     size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
@@ -234,7 +236,7 @@ static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *s
     if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
     job.call.send = given->send;
     job.call.recv = given->recv;
-    return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
+    return llmpar_order_call(&job.tc->order, comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
 static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
@@ -264,7 +266,8 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     llmpar_heap *heap = tc->heap;
-    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL);
+    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL, NULL);
+    llmpar_order_destroy(&tc->order);
     llmpar__threads_group_release(tc->group);
     llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
@@ -299,6 +302,7 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
     comm->unchecked = tc->world->desc.unchecked;
+    comm->one_thread = tc->world->desc.lockstep ? "lockstep runs one thread at a time" : NULL;
     comm->device = device;
     comm->error = error;
     comm->state = tc;
@@ -330,10 +334,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
+    llmpar_status st = llmpar_order_wait(&tc->order);
+    if (st) return st;
     mine[0] = color;
     mine[1] = key;
     llmpar__threads_slot *slots = NULL;
-    llmpar_status st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
+    st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
     if (st) return st;
     for (int32_t i = 0; i < n && color >= 0; i++) {
         memcpy(theirs, slots[i].payload, sizeof theirs);
@@ -386,7 +392,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
         return st;
     }
     ((llmpar__threads_comm *)(*out)->state)->record = record;
-    if (record) llmpar__threads_show(world, rank, record);
+    if (record) llmpar__threads_show(world, rank, record, device);
     return LLMPAR_OK;
 }
 

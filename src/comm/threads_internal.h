@@ -47,8 +47,9 @@ typedef struct llmpar__threads_group {
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
-/* A wait for *word to change its upper half; on its rank's stack. */
+/* A wait for *word to change its upper half; on the stack of the thread that waits. */
 typedef struct llmpar__threads_wait {
+    struct llmpar__threads_wait *next; /* of this rank: its streams may have threads, and each may wait on another communicator */
     uint64_t *word;                    /* atomic: a group's barrier or a channel's phase */
     uint32_t high;
     uint32_t number;                   /* of the collective on its group; 0 for send and recv */
@@ -60,7 +61,8 @@ typedef struct llmpar__threads_wait {
 
 /* What a rank shows of itself to the others; under the world's lock except `finished`. */
 typedef struct llmpar__threads_rank {
-    const llmpar__threads_wait *wait; /* asleep in it; NULL: it runs */
+    llmpar__threads_wait *wait;       /* the list of those its threads are asleep in; NULL: none */
+    llmpar_device *device;            /* NULL: no communicator, it runs */
     llmpar_record *record;            /* NULL: no communicator yet, or no more; then `position` is its last one */
     llmpar_position position;
     double seen;                      /* when it last came back from a collective with an error */
@@ -76,6 +78,7 @@ struct llmpar_threads_world {
     int32_t spins;                /* how often a wait looks before it sleeps */
     int32_t turn, idle_turns;     /* lockstep: the rank that runs; turns passed on since somebody got further */
     int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
+    int32_t threaded;             /* some rank has waited while another thread of it ran */
     int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
     double failed_at;
     llmpar_error failure;         /* the root error */
@@ -95,6 +98,7 @@ typedef struct llmpar__threads_comm {
     uint32_t number;       /* meetings begun: the parity picks the slot */
     llmpar_record *record; /* owned by the world communicator, NULL in others */
     const void **inputs;   /* [ranks] scratch for the reductions */
+    llmpar_order order;    /* calls on different streams run in the order in which they were issued, as on every other rank */
 } llmpar__threads_comm;
 
 /* Waiting (threads_wait.c). */
@@ -111,10 +115,12 @@ LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, co
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call);
-/* Shows the rank's record to the others; NULL: no more, its memory goes. */
-LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record);
+/* Shows the rank's record and device to the others; NULL: no more, their memory goes. */
+LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record, llmpar_device *device);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
+/* Where this call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
+LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
 

@@ -9,7 +9,8 @@
    the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
 
    Nobody can go on: when every rank that has not finished is asleep and none of their words has moved, nothing ever will (only ranks move them). So calls on crossed communicators are
-   reported at once by all, with what each waits for, and need no deadline.
+   reported at once by all, with what each waits for, and need no deadline. A rank whose streams have threads is asleep when each of its threads is, here or in its device. Nobody tells when the last one
+   falls asleep in a device, so there the sleepers look once a second.
 
    Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
    further, nobody ever will. */
@@ -39,6 +40,8 @@ static void llmpar__threads_pause(void)
     __asm__ __volatile__("yield");
 #endif
 }
+
+LLMPAR__PRIVATE_DEF llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
 
 /* World. */
 
@@ -192,9 +195,9 @@ static llmpar_status llmpar__threads_peer(llmpar__threads_comm *tc, const llmpar
     const llmpar_error *f = &world->failure;
     char mine[256];
     llmpar_call_print(call, mine, sizeof mine);
-    llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
+    llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
                             llmpar_status_string(f->status), world->report[0] ? 500 : (int)sizeof f->text, f->text, world->report[0] ? "; " : "", world->report);
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     return LLMPAR_ERR_PEER;
 }
 
@@ -208,10 +211,10 @@ LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llm
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status)
 {
     llmpar_threads_world *world = tc->world;
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     pthread_mutex_lock(&world->lock);
     if (status != LLMPAR_ERR_PEER) {
-        llmpar_error error = *tc->comm.error;
+        llmpar_error error = *llmpar__threads_error(tc);
         error.status = status;
         error.rank = tc->world_rank;
         llmpar__threads_fail(world, &error, 0);
@@ -252,15 +255,22 @@ static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar
     return -1;
 }
 
-/* Under the lock: nobody runs who could move the word of anybody. Then all say so. */
+/* Under the lock, so that nobody falls asleep here meanwhile: nobody runs who could move the word of anybody. Then all say so. The words are looked at behind the threads: one that has just moved a word may
+   have fallen asleep in its device since. */
 static int llmpar__threads_is_stuck(llmpar_threads_world *world)
 {
     if (world->stuck) return 1;
     if (world->asleep + world->finished < world->desc.ranks) return 0;
     for (int32_t i = 0; i < world->desc.ranks; i++) {
-        const llmpar__threads_wait *wait = world->rank[i].wait;
-        if (wait && (!wait->abortable || llmpar__threads_ready(wait))) return 0;
+        const llmpar__threads_rank *r = &world->rank[i];
+        int32_t waits = 0;
+        if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) continue;
+        for (const llmpar__threads_wait *wait = r->wait; wait; wait = wait->next) waits++;
+        if (waits < (r->device ? llmpar_device_threads_running(r->device) : 1)) return 0;
     }
+    for (int32_t i = 0; i < world->desc.ranks; i++)
+        for (const llmpar__threads_wait *wait = world->rank[i].wait; wait; wait = wait->next)
+            if (!wait->abortable || llmpar__threads_ready(wait)) return 0;
     return 1;
 }
 
@@ -348,7 +358,8 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
             if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
             if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
         }
-        llmpar__threads_sleep(world, &group->wake, limit);
+        double look = world->threaded ? llmpar__threads_now() + 1 : limit;
+        llmpar__threads_sleep(world, &group->wake, limit > 0 && limit < look ? limit : look);
     }
 }
 
@@ -365,10 +376,10 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
     else if (outcome == LLMPAR__THREADS_STUCK) snprintf(why, sizeof why, "nobody can go on");
     else snprintf(why, sizeof why, "waited %g s for the other ranks", world->desc.deadline);
     if (world->failure.status == LLMPAR_OK) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, who, sizeof world->report);
-    llmpar_error_set(tc->comm.error, status, "%s: %s (%s)", what, why, who);
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    llmpar_error_set(llmpar__threads_error(tc), status, "%s: %s (%s)", what, why, who);
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     if (world->failure.status != LLMPAR_OK) return status;
-    llmpar_error error = *tc->comm.error;
+    llmpar_error error = *llmpar__threads_error(tc);
     error.status = status;
     error.rank = tc->world_rank;
     if (outcome == LLMPAR__THREADS_STUCK) world->stuck = 1; /* the report stays for the others */
@@ -378,7 +389,7 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
 }
 
 /* Waits. After an error the rank's arrival or message has been taken back. */
-static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__threads_wait *wait)
 {
     llmpar_threads_world *world = tc->world;
     llmpar__threads_group *group = wait->group;
@@ -390,15 +401,19 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const ll
         }
     pthread_mutex_lock(&world->lock);
     llmpar__threads_rank *self = &world->rank[tc->world_rank];
+    if (!self->wait) world->asleep++;
+    wait->next = self->wait;
     self->wait = wait;
-    world->asleep++;
+    if (llmpar_device_threads_running(tc->comm.device) > 1) world->threaded = 1;
     __atomic_add_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_outcome outcome = world->desc.lockstep ? llmpar__threads_wait_lockstep(tc, wait) : llmpar__threads_wait_asleep(tc, wait);
     __atomic_sub_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
     llmpar_status status = outcome != LLMPAR__THREADS_READY && llmpar__threads_withdraw(wait) ? llmpar__threads_report(tc, wait, outcome, gone) : LLMPAR_OK;
-    world->asleep--;
-    self->wait = NULL;
+    llmpar__threads_wait **link = &self->wait;
+    while (*link != wait) link = &(*link)->next;
+    *link = wait->next;
+    if (!self->wait) world->asleep--;
     pthread_mutex_unlock(&world->lock);
     return status;
 }
@@ -479,12 +494,13 @@ LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_
     pthread_mutex_unlock(&world->lock);
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record)
+LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record, llmpar_device *device)
 {
     llmpar__threads_rank *r = &world->rank[rank];
     pthread_mutex_lock(&world->lock);
     if (r->record && !record) llmpar_record_position(r->record, &r->position);
     r->record = record;
+    r->device = device;
     pthread_mutex_unlock(&world->lock);
 }
 

@@ -1,5 +1,6 @@
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
-   only the failure that sticks to it, and an event only the failure of what was recorded. */
+   only the failure that sticks to it, and an event only the failure of what was recorded; until the stream gets a thread of its own, which
+   runs what is enqueued later (stream.c). */
 #include "cpu/cpu_internal.h"
 #include "cpu/half_internal.h"
 
@@ -8,8 +9,18 @@
 
 #define LLMPAR__CPU_MAX_THREADS 1024
 
-typedef struct llmpar__cpu_stream { llmpar_status status; } llmpar__cpu_stream;
-typedef struct llmpar__cpu_event { llmpar_status status; } llmpar__cpu_event; /* of the stream when last recorded */
+typedef struct llmpar__cpu_stream {
+    llmpar_status status;        /* sticks; with a thread it is the queue that keeps it */
+    struct llmpar__queue *queue; /* NULL: operations finish inside the call */
+    char name[16];
+} llmpar__cpu_stream;
+
+/* As last recorded: on a stream with a thread the place in its queue, else its failure. */
+typedef struct llmpar__cpu_event {
+    llmpar_status status;
+    struct llmpar__queue *queue;
+    uint64_t position;
+} llmpar__cpu_event;
 
 /* The device, its state and its name in one allocation of the rank's heap. */
 typedef struct llmpar__cpu_device {
@@ -67,6 +78,8 @@ static void llmpar__cpu_free(llmpar_device *device, void *memory, size_t bytes)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     (void)bytes;
+    if (!memory) return;
+    llmpar__stream_wait_all(cpu);
     llmpar_heap_free(cpu->heap, memory);
 }
 
@@ -83,21 +96,37 @@ static llmpar_status llmpar__cpu_stick(llmpar_stream *stream, llmpar_status stat
     return status;
 }
 
-static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
+/* Where the stream's operations wait for its thread; NULL: they run now, on this thread. */
+static struct llmpar__queue *llmpar__cpu_queue(llmpar_stream *stream)
 {
-    (void)device;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memmove(out, in, bytes);
+    return stream ? ((llmpar__cpu_stream *)(void *)stream)->queue : NULL;
+}
+
+typedef struct llmpar__cpu_move { void *out; const void *in; size_t bytes; } llmpar__cpu_move; /* in NULL: zeros */
+
+static llmpar_status llmpar__cpu_do_move(llmpar_device *view, void *args)
+{
+    const llmpar__cpu_move *move = (const llmpar__cpu_move *)args;
+    (void)view;
+    if (move->in) memmove(move->out, move->in, move->bytes);
+    else memset(move->out, 0, move->bytes);
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes)
+static llmpar_status llmpar__cpu_move_run(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
 {
-    (void)device;
+    llmpar__cpu_move move;
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
+    move.out = out;
+    move.in = in;
+    move.bytes = bytes;
+    if (queue && bytes) return llmpar__stream_push(queue, llmpar__cpu_do_move, &move, sizeof move, NULL, 0);
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memset(out, 0, bytes);
-    return LLMPAR_OK;
+    return bytes ? llmpar__cpu_do_move(device, &move) : LLMPAR_OK;
 }
+
+static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes) { return llmpar__cpu_move_run(device, stream, out, in, in ? bytes : 0); }
+static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes) { return llmpar__cpu_move_run(device, stream, out, NULL, bytes); }
 
 static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
 {
@@ -105,19 +134,31 @@ static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char
     llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
     *out = (llmpar_stream *)(void *)stream;
     if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
+    snprintf(stream->name, sizeof stream->name, "%.15s", name ? name : "stream");
     return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar__cpu_stream *own = (llmpar__cpu_stream *)(void *)stream;
+    if (!own) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu: a thread for no stream");
+    if (own->queue || own->status) return own->status;
+    return llmpar__stream_begin(device, own->name, &own->queue);
 }
 
 static void llmpar__cpu_stream_destroy(llmpar_device *device, llmpar_stream *stream)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__stream_end(llmpar__cpu_queue(stream));
     llmpar_heap_free(cpu->heap, stream);
 }
 
 static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_stream *stream)
 {
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
+    llmpar_status status;
     (void)device;
-    return llmpar__cpu_stuck(stream);
+    return queue ? llmpar__stream_wait(queue, llmpar__stream_tail(queue, &status)) : llmpar__cpu_stuck(stream);
 }
 
 static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
@@ -137,23 +178,46 @@ static void llmpar__cpu_event_destroy(llmpar_device *device, llmpar_event *event
 
 static llmpar_status llmpar__cpu_event_record(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
 {
+    llmpar__cpu_event *own = (llmpar__cpu_event *)(void *)event;
     (void)device;
-    ((llmpar__cpu_event *)(void *)event)->status = llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stuck(stream);
+    own->queue = llmpar__cpu_queue(stream);
+    if (own->queue) own->position = llmpar__stream_tail(own->queue, &own->status);
+    else own->status = llmpar__cpu_stuck(stream);
+    return own->status;
+}
+
+/* A wait for an event of a stream without a thread that had failed: the text is in the rank's error. */
+static llmpar_status llmpar__cpu_do_fail(llmpar_device *view, void *args)
+{
+    (void)view;
+    return *(const llmpar_status *)args;
 }
 
 /* What waits for the work of a failed stream has failed too. */
 static llmpar_status llmpar__cpu_event_wait(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
 {
+    const llmpar__cpu_event *own = (const llmpar__cpu_event *)(const void *)event;
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
     (void)device;
+    if (queue && own->queue) return llmpar__stream_push_wait(queue, own->queue, own->position);
+    if (queue) return own->status ? llmpar__stream_push(queue, llmpar__cpu_do_fail, &own->status, sizeof own->status, NULL, 0) : LLMPAR_OK;
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stick(stream, ((llmpar__cpu_event *)(void *)event)->status);
+    return llmpar__cpu_stick(stream, own->queue ? llmpar__stream_wait(own->queue, own->position) : own->status);
 }
 
 static llmpar_status llmpar__cpu_event_synchronize(llmpar_device *device, llmpar_event *event)
 {
+    const llmpar__cpu_event *own = (const llmpar__cpu_event *)(const void *)event;
     (void)device;
-    return ((llmpar__cpu_event *)(void *)event)->status;
+    return own->queue ? llmpar__stream_wait(own->queue, own->position) : own->status;
+}
+
+typedef struct llmpar__cpu_call { llmpar_status (*fn)(void *arg); } llmpar__cpu_call;
+
+static llmpar_status llmpar__cpu_do_host_call(llmpar_device *view, void *args)
+{
+    (void)view;
+    return ((const llmpar__cpu_call *)args)->fn((unsigned char *)args + LLMPAR__STREAM_ARRAY_AT(sizeof(llmpar__cpu_call)));
 }
 
 static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
@@ -162,24 +226,44 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     if (arg_bytes > sizeof copy.bytes)
         return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
+    if (llmpar__cpu_queue(stream)) {
+        llmpar__cpu_call call;
+        call.fn = fn;
+        return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
+    }
     if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
     return llmpar__cpu_stick(stream, fn(copy.bytes));
 }
 
-/* ---- operations: each runs unless its stream has failed, and a failure sticks ---- */
+/* ---- operations: each runs unless its stream has failed, and a failure sticks. NULL streams run where the call is made, which may be the thread of another stream ---- */
 
 #define LLMPAR__CPU_OPERATIONS(X) \
-    X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd)
+    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo)
 
-#define LLMPAR__CPU_RUN(slot, args_type) \
+/* set_array makes the queued copy of the arguments point at the queued copy of their array. */
+#define LLMPAR__CPU_RUN_ARRAY(slot, args_type, set_array, array, array_bytes) \
+    static llmpar_status llmpar__cpu_do_##slot(llmpar_device *view, void *args) \
+    { \
+        set_array; \
+        return llmpar__cpu_##slot(view, NULL, (const args_type *)args); \
+    } \
     static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
     { \
+        if (llmpar__cpu_queue(stream)) return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_##slot, args, sizeof *args, array, array_bytes); \
         if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream); \
-        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(device, stream, args)); \
+        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(llmpar__stream_view(device), stream, args)); \
     }
+#define LLMPAR__CPU_RUN(slot, args_type) LLMPAR__CPU_RUN_ARRAY(slot, args_type, (void)0, NULL, 0)
+#define LLMPAR__CPU_OWN_ARRAY(args_type) ((void *)((unsigned char *)args + LLMPAR__STREAM_ARRAY_AT(sizeof(args_type))))
+#define LLMPAR__CPU_INPUTS(args_type) ((args_type *)args)->in = (const void *const *)LLMPAR__CPU_OWN_ARRAY(args_type)
+LLMPAR__CPU_RUN_ARRAY(gemm, llmpar_gemm_args, ((llmpar_gemm_args *)args)->segments = (const llmpar_gemm_segment *)LLMPAR__CPU_OWN_ARRAY(llmpar_gemm_args), args->segments,
+                      args->segment_count > 0 ? (size_t)args->segment_count * sizeof *args->segments : 0)
+LLMPAR__CPU_RUN_ARRAY(tree_sum, llmpar_tree_sum_args, LLMPAR__CPU_INPUTS(llmpar_tree_sum_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
+LLMPAR__CPU_RUN_ARRAY(max, llmpar_max_args, LLMPAR__CPU_INPUTS(llmpar_max_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 #define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
 LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
+LLMPAR__CPU_RUN(adalomo_square, llmpar_adalomo_args)
 LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
@@ -202,6 +286,10 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->host_call = llmpar__cpu_host_call;
 #define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
     LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
+    LLMPAR__CPU_FILL(adalomo_square)
+    LLMPAR__CPU_FILL(gemm)
+    LLMPAR__CPU_FILL(tree_sum)
+    LLMPAR__CPU_FILL(max)
     LLMPAR__CPU_FILL(xent_max)
     LLMPAR__CPU_FILL(xent_sum)
     LLMPAR__CPU_FILL(xent_loss)
@@ -211,11 +299,17 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->attention_workspace = llmpar__cpu_attention_workspace;
     table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
     table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+    table->stream_thread = llmpar__cpu_stream_thread;
+    table->thread_error = llmpar__stream_thread_error;
+    table->threads_running = llmpar__stream_threads_running;
 }
 
 #undef LLMPAR__CPU_OPERATIONS
 #undef LLMPAR__CPU_RUN
 #undef LLMPAR__CPU_RUN_OWN
+#undef LLMPAR__CPU_RUN_ARRAY
+#undef LLMPAR__CPU_OWN_ARRAY
+#undef LLMPAR__CPU_INPUTS
 
 /* ---- creation ---- */
 
@@ -262,6 +356,7 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
     llmpar__cpu *cpu;
     if (!device) return;
     cpu = (llmpar__cpu *)device->state;
+    llmpar__stream_end_all(cpu);
     llmpar__pool_destroy(cpu->pool);
     llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
 }

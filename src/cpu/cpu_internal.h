@@ -11,9 +11,36 @@ typedef struct llmpar__cpu {
     llmpar_cpu_level level;
     int f16c;                  /* the processor converts F16 (half.c) */
     struct llmpar__pool *pool; /* NULL: one thread */
+    struct llmpar__queues *queues; /* of the streams with threads; NULL: there was none yet */
 } llmpar__cpu;
 
-/* Runs fn(arg, task, worker) for every task in [0, tasks), 0 <= worker < threads, and returns when all are done. Which worker takes which task is
+/* Threads (pool.c). The caller's name; "r3" and "gather" give "r3 gather"; what a new thread does first: its name, and the floating-point control of every other. */
+LLMPAR__PRIVATE void llmpar__thread_get_name(char name[16]);
+LLMPAR__PRIVATE void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix);
+LLMPAR__PRIVATE void llmpar__thread_begin(const char *name);
+
+/* Streams with threads (stream.c). All but view, thread_error and threads_running are for the rank's own thread. */
+struct llmpar__queue;
+typedef llmpar_status (*llmpar__stream_fn)(llmpar_device *view, void *args); /* args: the copy; an array follows at LLMPAR__STREAM_ARRAY_AT */
+#define LLMPAR__STREAM_ARRAY_AT(args_bytes) (((args_bytes) + 15u) / 16u * 16u)
+LLMPAR__PRIVATE llmpar_status llmpar__stream_begin(llmpar_device *device, const char *name, struct llmpar__queue **out);
+/* Waits for what is enqueued, and joins. NULL is fine. */
+LLMPAR__PRIVATE void llmpar__stream_end(struct llmpar__queue *q);
+LLMPAR__PRIVATE void llmpar__stream_end_all(llmpar__cpu *cpu);
+/* Returns the failure that sticks, if there is one. */
+LLMPAR__PRIVATE llmpar_status llmpar__stream_push(struct llmpar__queue *q, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes);
+LLMPAR__PRIVATE llmpar_status llmpar__stream_push_wait(struct llmpar__queue *q, struct llmpar__queue *other, uint64_t position);
+/* Where an event recorded now stands. */
+LLMPAR__PRIVATE uint64_t llmpar__stream_tail(struct llmpar__queue *q, llmpar_status *status);
+/* Returns a failure at or before `position`, with its text in the device's error. */
+LLMPAR__PRIVATE llmpar_status llmpar__stream_wait(struct llmpar__queue *q, uint64_t position);
+LLMPAR__PRIVATE void llmpar__stream_wait_all(const llmpar__cpu *cpu);
+/* The device as the calling thread is to use it. */
+LLMPAR__PRIVATE llmpar_device *llmpar__stream_view(llmpar_device *device);
+LLMPAR__PRIVATE llmpar_error *llmpar__stream_thread_error(llmpar_device *device);
+LLMPAR__PRIVATE int32_t llmpar__stream_threads_running(llmpar_device *device);
+
+/* Runs fn(arg, task, worker) for every task in [0, tasks), 0 <= worker < threads, and returns when all are done; on the caller's thread alone while another thread has the pool. Which worker takes which task is
    not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
 LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
 LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
@@ -57,5 +84,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpa
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+/* adalomo.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
 
 #endif

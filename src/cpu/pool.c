@@ -33,6 +33,7 @@ struct llmpar__pool {
     int64_t next;       /* first task nobody has taken */
     uint32_t generation;
     int32_t active;     /* workers that have not finished the current run */
+    int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
     int stop;
 };
 
@@ -45,18 +46,7 @@ static void llmpar__pool_pause(void)
 #endif
 }
 
-/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
-static void llmpar__pool_reset_float_control(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
-#else
-    uint64_t zero = 0;
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
-#endif
-}
-
-static void llmpar__pool_get_name(char name[16])
+LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
 {
     name[0] = 0;
 #if defined(__linux__)
@@ -67,24 +57,31 @@ static void llmpar__pool_get_name(char name[16])
     name[15] = 0;
 }
 
-/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
-static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
+/* The system keeps 15 characters, so a long base is cut. */
+LLMPAR__PRIVATE_DEF void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix)
 {
-    char suffix[16];
-    size_t length = strlen(base), suffix_length;
-    snprintf(suffix, sizeof suffix, " w%d", (int)index);
-    suffix_length = strlen(suffix);
-    if (length > 15 - suffix_length) length = 15 - suffix_length;
+    size_t length = strlen(base), suffix_length = strlen(suffix);
+    if (suffix_length > 14) suffix_length = 14;
+    if (length > 14 - suffix_length) length = 14 - suffix_length;
     memcpy(name, base, length);
-    memcpy(name + length, suffix, suffix_length + 1);
+    name[length] = ' ';
+    memcpy(name + length + 1, suffix, suffix_length);
+    name[length + 1 + suffix_length] = 0;
 }
 
-static void llmpar__pool_set_name(const char *name)
+/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
+LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 {
 #if defined(__linux__)
     prctl(PR_SET_NAME, name, 0, 0, 0);
 #else
     pthread_setname_np(name);
+#endif
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
+#else
+    uint64_t zero = 0;
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
 #endif
 }
 
@@ -102,8 +99,7 @@ static void *llmpar__pool_main(void *arg)
     llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
     struct llmpar__pool *pool = self->pool;
     uint32_t seen = 0;
-    llmpar__pool_set_name(self->name);
-    llmpar__pool_reset_float_control();
+    llmpar__thread_begin(self->name);
     for (;;) {
         int spins = 0;
         while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
@@ -153,7 +149,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
 {
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
     pthread_attr_t attributes;
-    char base[16];
+    char base[16], suffix[16];
     int32_t i;
     int failed = 0;
     *out = NULL;
@@ -168,14 +164,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->start, NULL);
     pthread_cond_init(&pool->done, NULL);
-    llmpar__pool_get_name(base);
+    llmpar__thread_get_name(base);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
     for (i = 0; i < threads - 1 && !failed; i++) {
         llmpar__pool_worker *worker = &pool->workers[i];
         worker->pool = pool;
         worker->index = i + 1;
-        llmpar__pool_name_worker(worker->name, base, i + 1);
+        snprintf(suffix, sizeof suffix, "w%d", (int)(i + 1));
+        llmpar__thread_make_name(worker->name, base, suffix);
         failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
         if (!failed) pool->started++;
     }
@@ -193,7 +190,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
 {
     struct llmpar__pool *pool = cpu->pool;
     int spins = 0;
-    if (!pool || tasks <= 1) {
+    if (!pool || tasks <= 1 || __atomic_exchange_n(&pool->busy, 1, __ATOMIC_ACQUIRE)) {
         int64_t task;
         for (task = 0; task < tasks; task++) fn(arg, task, 0);
         return;
@@ -214,6 +211,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
         while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
         pthread_mutex_unlock(&pool->mutex);
     }
+    __atomic_store_n(&pool->busy, 0, __ATOMIC_RELEASE);
 }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)

@@ -6,7 +6,7 @@
 #include "fsdp/store_internal.h"
 #include "base/exact_sum.h"
 
-#define LLMPAR__UNIT_EVENTS 64 /* instructions in a unit's forward or backward */
+#define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
 
 /* Where a unit's numbers are (Psi elements, N = dp_shard ranks):

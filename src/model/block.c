@@ -7,93 +7,126 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-/* One transformer block as a unit. Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
+/* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
+   Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
-   saved    h1[Ns,D] rstd1[Ns]  qkv[N,(h+2k)E]  o[N,hE] lse[B,h,T]  x2[Ns,D]  h2[Ns,D] rstd2[Ns]  gate[N,f] up[N,f]
-   scratch  full[N,D] (gathered rows, sequence parallel)  part[N,D]  sum[Ns,D] (what the reduce gives; = part without sequence parallel)
-            backward also: dfull[N,D]  dh[N,max(f, hE)]  dqkv[N,(h+2k)E]  dx2[Ns,D]  dkv[N,2E] (ranks that share a kv head)  leaves1, leaves2 [leaves,D] */
-typedef struct llmpar__block {
+   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
+   scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
+            act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
+            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
+   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
+typedef struct llmpar__half {
     llmpar__shape s;
+    const llmpar__part *part_of;
     const llmpar_llama *model;
     const llmpar_tp *tp;
-    char *h1, *rstd1, *qkv, *o, *lse, *x2, *h2, *rstd2, *gate, *up;         /* saved */
-    char *full, *part, *sum, *dfull, *dh, *dqkv, *dx2, *dkv, *leaves1, *leaves2; /* scratch */
-    const char *in1, *in2;  /* what qkv and gate/up read: h1, h2, or the gathered rows */
-} llmpar__block;
+    int mlp, first, last, again;    /* again: h is made again in backward */
+    int32_t param;                  /* of the half's norm */
+    const char *input;
+    char *output;
+    const char *dout;
+    char *din;
+    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
+    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
+    const char *in;                 /* what the products read: h, or the gathered rows */
+} llmpar__half;
 
-typedef struct llmpar__block_layout { size_t h1, rstd1, qkv, o, lse, x2, h2, rstd2, gate, up, saved, full, part, sum, dfull, dh, dqkv, dx2, dkv, leaves1, leaves2, scratch; } llmpar__block_layout;
+/* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
+typedef struct llmpar__half_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__half_layout;
 
-static void llmpar__block_lay(const llmpar_tp *tp, const llmpar__shape *s, int backward, llmpar__block_layout *l)
+static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__half_layout *l)
 {
-    size_t at = 0, size = s->size;
-    l->h1 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->rstd1 = llmpar__llama_take(&at, s->ns, size);
-    l->qkv = llmpar__llama_take(&at, s->n * s->ld, size);
-    l->o = llmpar__llama_take(&at, s->n * s->h * s->e, size);
-    l->lse = llmpar__llama_take(&at, s->n * s->h, size);
-    l->x2 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->h2 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->rstd2 = llmpar__llama_take(&at, s->ns, size);
-    l->gate = llmpar__llama_take(&at, s->n * s->f, size);
-    l->up = llmpar__llama_take(&at, s->n * s->f, size);
+    const llmpar_tp *tp = &part->model->tp;
+    size_t at = 0, spare_h;
+    int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
+    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
+    memset(l, 0, sizeof *l);
+    for (int32_t i = 0; i < part->halves; i++) {
+        int is_mlp = (part->first + i) & 1;
+        llmpar__half_layout here = *l;
+        here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
+        here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
+        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
+        here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
+        here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
+        here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.up = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.stream = llmpar__llama_take(&at, i + 1 < part->halves ? s->ns * s->d : 0, s->size);
+        if (i < j) here.before = here.stream;
+        if (i <= j) *l = here;
+    }
     l->saved = at;
     at = 0;
-    l->full = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
-    l->part = llmpar__llama_take(&at, s->n * s->d, size);
-    l->sum = tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : l->part;
-    l->dh = llmpar__llama_take(&at, s->n * (s->f > s->h * s->e ? s->f : s->h * s->e), size); /* forward: swiglu's output */
+    if (mlp) act = s->n * s->f;
+    if (attention && backward && s->n * s->h * s->e > act) act = s->n * s->h * s->e;
+    l->full = llmpar__llama_take(&at, gathered, s->size);
+    l->part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(tp, s->b, s->t, s->d, s->dtype), 1);
+    l->sum = tp->sequence_parallel || llmpar_tp_partial_dtype(tp, s->dtype) != s->dtype ? llmpar__llama_take(&at, s->ns * s->d, s->size) : l->part;
+    l->act = llmpar__llama_take(&at, act, s->size);
+    spare_h = llmpar__llama_take(&at, again ? s->ns * s->d : 0, s->size);
+    if (again) l->h = spare_h;
+    l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
     if (backward) {
-        l->dfull = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
-        l->dqkv = llmpar__llama_take(&at, s->n * s->ld, size);
-        l->dx2 = llmpar__llama_take(&at, s->ns * s->d, size);
-        l->dkv = llmpar__llama_take(&at, tp->replicas > 1 ? s->n * 2 * s->e : 0, size);
-        l->leaves1 = llmpar__llama_take(&at, s->leaves * s->d, size);
-        l->leaves2 = llmpar__llama_take(&at, s->leaves * s->d, size);
-    } else {
-        l->dfull = l->dqkv = l->dx2 = l->dkv = l->leaves1 = l->leaves2 = 0;
+        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
+        l->dfull = llmpar__llama_take(&at, gathered, s->size);
+        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
+        l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
+        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
+        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
+        l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
     }
     l->scratch = at;
 }
 
-static void llmpar__block_open(const llmpar_unit_call *call, llmpar__block *b)
+static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__half *b)
 {
-    llmpar__block_layout l;
+    llmpar__half_layout l;
     memset(b, 0, sizeof *b);
-    b->model = (const llmpar_llama *)call->user;
+    b->part_of = (const llmpar__part *)call->user;
+    b->model = b->part_of->model;
     b->tp = &b->model->tp;
+    b->mlp = (b->part_of->first + j) & 1;
+    b->first = j == 0;
+    b->last = j + 1 == b->part_of->halves;
+    b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
+    llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
-    llmpar__block_lay(b->tp, &b->s, call->pass == LLMPAR_PASS_BACKWARD, &l);
+    llmpar__half_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
     char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
-    b->h1 = saved + l.h1;
-    b->rstd1 = saved + l.rstd1;
+    b->h = (b->again ? scratch : saved) + l.h;
+    b->rstd = saved + l.rstd;
     b->qkv = saved + l.qkv;
     b->o = saved + l.o;
     b->lse = saved + l.lse;
-    b->x2 = saved + l.x2;
-    b->h2 = saved + l.h2;
-    b->rstd2 = saved + l.rstd2;
     b->gate = saved + l.gate;
     b->up = saved + l.up;
     b->full = scratch + l.full;
     b->part = scratch + l.part;
     b->sum = scratch + l.sum;
+    b->act = scratch + l.act;
+    b->spare = scratch + l.spare;
     b->dfull = scratch + l.dfull;
-    b->dh = scratch + l.dh;
     b->dqkv = scratch + l.dqkv;
-    b->dx2 = scratch + l.dx2;
+    b->dx = scratch + l.dx;
     b->dkv = scratch + l.dkv;
-    b->leaves1 = scratch + l.leaves1;
-    b->leaves2 = scratch + l.leaves2;
-    b->in1 = b->tp->sequence_parallel ? b->full : b->h1;
-    b->in2 = b->tp->sequence_parallel ? b->full : b->h2;
+    b->dkv_low = scratch + l.dkv_low;
+    b->leaves = scratch + l.leaves;
+    b->in = b->tp->sequence_parallel ? b->full : b->h;
+    b->input = b->first ? (const char *)call->input : saved + l.before;
+    b->output = b->last ? (char *)call->output : saved + l.stream;
+    b->dout = b->last ? (const char *)call->doutput : b->dx;
+    b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
+static void *llmpar__half_param(const llmpar__half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__half_grad(const llmpar__half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+
 /* Element offset of k and v in a row of qkv. */
-static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+static size_t llmpar__half_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__half_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
 
 /* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__block_attention(const llmpar__block *b, llmpar_attention_args *args)
+static void llmpar__half_attention(const llmpar__half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
     memset(args, 0, sizeof *args);
@@ -102,18 +135,21 @@ static void llmpar__block_attention(const llmpar__block *b, llmpar_attention_arg
     args->heads = s->h;
     args->kv_heads = s->k;
     args->head_dim = s->e;
-    args->q = b->qkv;
-    args->k = b->qkv + llmpar__block_k(s);
-    args->v = b->qkv + llmpar__block_v(s);
     args->ldq = args->ldk = args->ldv = s->ld;
     args->ldo = s->h * s->e;
-    args->out = b->o;
-    args->lse = b->lse;
     args->scale = llmpar__llama_scale(b->model);
     args->dtype = s->dtype;
+    if (!call) return;
+    args->q = b->qkv;
+    args->k = b->qkv + llmpar__half_k(s);
+    args->v = b->qkv + llmpar__half_v(s);
+    args->out = b->o;
+    args->lse = b->lse;
+    args->workspace = call->workspace;
+    args->workspace_bytes = call->workspace_bytes;
 }
 
-static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block *b, char *qkv, int inverse)
+static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
@@ -132,7 +168,7 @@ static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmp
 }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__block_heads(const llmpar__block *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+static void llmpar__half_heads(const llmpar__half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
 {
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
@@ -147,14 +183,14 @@ static void llmpar__block_heads(const llmpar__block *b, const llmpar_unit_call *
     }
     if (!call) return;
     operand[0].a = dqkv;
-    operand[1].a = dqkv + llmpar__block_k(s);
-    operand[2].a = dqkv + llmpar__block_v(s);
-    operand[0].b = call->params[LLMPAR__WQ];
-    operand[1].b = call->params[LLMPAR__WK];
-    operand[2].b = call->params[LLMPAR__WV];
+    operand[1].a = dqkv + llmpar__half_k(s);
+    operand[2].a = dqkv + llmpar__half_v(s);
+    operand[0].b = llmpar__half_param(b, call, LLMPAR__WQ);
+    operand[1].b = llmpar__half_param(b, call, LLMPAR__WK);
+    operand[2].b = llmpar__half_param(b, call, LLMPAR__WV);
 }
 
-static void llmpar__block_ffn(const llmpar__block *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+static void llmpar__half_ffn(const llmpar__half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
 {
     memset(operand, 0, 2 * sizeof *operand);
     for (int i = 0; i < 2; i++) {
@@ -167,12 +203,12 @@ static void llmpar__block_ffn(const llmpar__block *b, const llmpar_unit_call *ca
     if (!call) return;
     operand[0].a = b->gate;
     operand[1].a = b->up;
-    operand[0].b = call->params[LLMPAR__GATE];
-    operand[1].b = call->params[LLMPAR__UP];
+    operand[0].b = llmpar__half_param(b, call, LLMPAR__GATE);
+    operand[1].b = llmpar__half_param(b, call, LLMPAR__UP);
 }
 
 /* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -185,365 +221,381 @@ static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w,
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
+/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__half_kv. */
+static void llmpar__half_dattention(const llmpar__half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+{
+    const llmpar__shape *s = &b->s;
+    int shared = b->tp->replicas > 1;
+    memset(args, 0, sizeof *args);
+    llmpar__half_attention(b, call, &args->forward);
+    args->dkv_dtype = shared ? s->sum : s->dtype;
+    args->ld_dkv = shared ? 2 * s->e : s->ld;
+    if (!call) return;
+    args->dout = b->act;
+    args->dq = b->dqkv;
+    args->dk = shared ? b->dkv : b->dqkv + llmpar__half_k(s);
+    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__half_v(s);
+}
+
 /* ---- sizes ---- */
 
-static size_t llmpar__block_max(size_t a, size_t b) { return a > b ? a : b; }
-
 /* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__block_workspace(const llmpar__block *b, llmpar_device *device)
+static size_t llmpar__half_workspace(const llmpar__half *b, llmpar_device *device)
 {
     const llmpar__shape *s = &b->s;
     const llmpar_tp *tp = b->tp;
     const llmpar_llama_config *c = &b->model->config;
     llmpar_tp_operand heads[3], ffn[2], row;
     llmpar_attention_backward_args attention;
-    size_t w = 0;
-    llmpar__block_heads(b, NULL, NULL, heads);
-    llmpar__block_ffn(b, NULL, ffn);
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype));
-    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype));
-    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype));
-    memset(&attention, 0, sizeof attention);
-    attention.forward.batch = s->b;
-    attention.forward.tq = attention.forward.tk = attention.forward.tk_stride = s->t;
-    attention.forward.heads = s->h;
-    attention.forward.kv_heads = s->k;
-    attention.forward.head_dim = s->e;
-    attention.forward.ldq = attention.forward.ldk = attention.forward.ldv = s->ld;
-    attention.forward.ldo = s->h * s->e;
-    attention.forward.dtype = s->dtype;
-    w = llmpar__block_max(w, device->attention_workspace(device, &attention.forward));
-    return llmpar__block_max(w, device->attention_backward_workspace(device, &attention));
+    size_t w[18], most = 0;
+    int n = 0;
+    llmpar__half_heads(b, NULL, NULL, heads);
+    llmpar__half_ffn(b, NULL, ffn);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
+    llmpar__half_row(tp, NULL, NULL, c->heads, s->e, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
+    llmpar__half_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
+    llmpar__half_dattention(b, NULL, &attention);
+    w[n++] = device->attention_workspace(device, &attention.forward);
+    w[n++] = device->attention_backward_workspace(device, &attention);
+    while (n > 0)
+        if (w[--n] > most) most = w[n];
+    return most;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
-    llmpar__block b;
-    llmpar__block_layout l;
+    llmpar__half b;
+    llmpar__half_layout l;
     memset(&b, 0, sizeof b);
-    b.model = (const llmpar_llama *)user;
+    b.part_of = (const llmpar__part *)user;
+    b.model = b.part_of->model;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
-    llmpar__block_lay(b.tp, &b.s, 1, &l);
+    llmpar__half_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
     out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
     out->saved = l.saved;
     out->scratch = l.scratch;
-    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
+    out->workspace = llmpar__half_workspace(&b, b.model->ctx->device);
     return LLMPAR_OK;
 }
 
-/* ---- forward ---- */
+/* ---- what both halves do ---- */
 
-static llmpar_status llmpar__block_norm1(llmpar_unit_call *call)
+static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, call->input, NULL, call->params[LLMPAR__NORM1], NULL, b.h1, b.rstd1);
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
-static llmpar_status llmpar__block_gather1(llmpar_unit_call *call)
+/* The half before ends here: its reduced sum and its input make this one's input. */
+static llmpar_status llmpar__half_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h1, b.full, b.s.dtype);
+    llmpar__half b, before;
+    llmpar__half_open(call, call->index, &b);
+    llmpar__half_open(call, call->index - 1, &before);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
-static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
+/* Selective recomputation: norm's output once more, from the same bits by the same code. */
+static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__half *b)
 {
-    llmpar__block b;
-    llmpar_attention_args attention;
-    llmpar_tp_operand row;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WQ], s->d, b.qkv, s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WK], s->d, b.qkv + llmpar__block_k(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WV], s->d, b.qkv + llmpar__block_v(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
-    llmpar__block_attention(&b, &attention);
-    attention.workspace = call->workspace;
-    attention.workspace_bytes = call->workspace_bytes;
-    if (!status) status = call->device->attention(call->device, call->stream, &attention);
-    llmpar__block_row(b.tp, b.o, call->params[LLMPAR__WO], b.model->config.heads, s->e, &row);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.heads, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
+    if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__half_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
-static llmpar_status llmpar__block_reduce(llmpar_unit_call *call, const char *tag)
+/* Forward, and again in backward for the weight gradients. */
+static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_reduce(b.tp, call->stream, tag, b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
-}
-static llmpar_status llmpar__block_reduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention output/reduce"); }
-static llmpar_status llmpar__block_reduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp output/reduce"); }
-static llmpar_status llmpar__block_dreduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention dx/reduce"); }
-static llmpar_status llmpar__block_dreduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp dx/reduce"); }
-
-static llmpar_status llmpar__block_norm2(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, call->input, call->params[LLMPAR__NORM2], b.x2, b.h2, b.rstd2);
+    llmpar__half b;
+    if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_again(call, &b);
+    return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
 
-static llmpar_status llmpar__block_gather2(llmpar_unit_call *call)
+static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "mlp input/all_gather", b.s.b, b.s.t, b.s.d, b.h2, b.full, b.s.dtype);
+    llmpar__half b;
+    int backward = call->pass == LLMPAR_PASS_BACKWARD;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
-static llmpar_status llmpar__block_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar_tp_operand row;
-    llmpar_swiglu_args swiglu;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__GATE], s->d, b.gate, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__UP], s->d, b.up, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
-    swiglu.rows = s->n;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
-    swiglu.gate = b.gate;
-    swiglu.up = b.up;
-    swiglu.h = b.dh;
-    swiglu.dtype = s->dtype;
-    if (!status) status = call->device->swiglu(call->device, call->stream, &swiglu);
-    llmpar__block_row(b.tp, b.dh, call->params[LLMPAR__DOWN], b.model->config.intermediate, 1, &row);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.intermediate, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
-}
-
-static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
-{
-    llmpar__block b;
+    llmpar__half b;
     llmpar_add_args args;
-    llmpar__block_open(call, &b);
+    llmpar__half_open(call, call->index, &b);
     memset(&args, 0, sizeof args);
     args.count = (size_t)(b.s.ns * b.s.d);
-    args.a = b.x2;
+    args.a = b.input;
     args.b = b.sum;
-    args.out = call->output;
+    args.out = b.output;
     args.dtype = b.s.dtype;
     return call->device->add(call->device, call->stream, &args);
 }
 
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_forward_ops(int32_t *count)
+static llmpar_status llmpar__half_gather_dout(llmpar_unit_call *call)
 {
-    static const llmpar__op_row rows[] = {
-        /* 1 */ {{"norm", llmpar__block_norm1, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 2 */ {{"attention input", llmpar__block_gather1, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 3 */ {{"q k v, rope, attention, wo", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 4 */ {{"attention output", llmpar__block_reduce1, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 5 */ {{"residual, norm", llmpar__block_norm2, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 6 */ {{"mlp input", llmpar__block_gather2, LLMPAR_TP_GATHER, {5, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 7 */ {{"gate, up, swiglu, down", llmpar__block_mlp, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 8 */ {{"mlp output", llmpar__block_reduce2, LLMPAR_TP_REDUCE, {7, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 9 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {8, 0}, 0, 0}, LLMPAR__ALWAYS},
-    };
-    *count = (int32_t)(sizeof rows / sizeof rows[0]);
-    return rows;
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
-/* ---- backward ---- */
-
-static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dnorm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "mlp doutput/all_gather", b.s.b, b.s.t, b.s.d, call->doutput, b.dfull, b.s.dtype);
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
-static llmpar_status llmpar__block_gather_dx2(llmpar_unit_call *call)
+static llmpar_status llmpar__half_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dx2, b.dfull, b.s.dtype);
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
-static const void *llmpar__block_dout(const llmpar_unit_call *call, const llmpar__block *b) { return b->tp->sequence_parallel ? b->dfull : call->doutput; }
+static llmpar_status llmpar__half_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__half_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
+}
+
+/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
+static llmpar_status llmpar__half_columns(const llmpar__half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+{
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__half_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
+static llmpar_status llmpar__half_rows(const llmpar__half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+{
+    llmpar_tp_operand row;
+    llmpar__half_row(b->tp, a, llmpar__half_param(b, call, p), grains, grain, &row);
+    return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
+}
+
+/* dw[out_dim, in_dim] of parameter p */
+static llmpar_status llmpar__half_dw(const llmpar__half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+{
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__half_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* ---- attention ---- */
+
+static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar_attention_args attention;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
+    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__half_k(s), s->ld);
+    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__half_v(s), s->ld);
+    if (!status) status = llmpar__half_rope(call, &b, b.qkv, 0);
+    llmpar__half_attention(&b, call, &attention);
+    return status ? status : call->device->attention(call->device, call->stream, &attention);
+}
+
+static llmpar_status llmpar__half_wo(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__half_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
+}
+
+static const char *llmpar__half_dout(const llmpar__half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+
+static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar_attention_backward_args attention;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = call->grads ? llmpar__half_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__half_dout(&b), s->d, b.o) : LLMPAR_OK;
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar__half_dattention(&b, call, &attention);
+    return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
+}
+
+/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
+static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_collective c;
+    llmpar_cast_args cast;
+    llmpar_copy_rows_args copy;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = b.dkv;
+    c.count = (size_t)(s->n * 2 * s->e);
+    c.dtype = s->sum;
+    c.tag = "dk dv/all_reduce";
+    llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
+    memset(&cast, 0, sizeof cast);
+    cast.count = c.count;
+    cast.in = b.dkv;
+    cast.in_dtype = s->sum;
+    cast.out = b.dkv_low;
+    cast.out_dtype = s->dtype;
+    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
+    memset(&copy, 0, sizeof copy);
+    copy.rows = s->n;
+    copy.width = copy.ld_in = 2 * s->e;
+    copy.ld_out = s->ld;
+    copy.size = s->size;
+    copy.in = b.dkv_low;
+    copy.out = b.dqkv + llmpar__half_k(s);
+    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+}
+
+static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar_tp_operand heads[3];
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_rope(call, &b, b.dqkv, 1);
+    llmpar__half_heads(&b, call, b.dqkv, heads);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__half_k(s), s->ld, b.in);
+    return status ? status : llmpar__half_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__half_v(s), s->ld, b.in);
+}
+
+/* ---- MLP ---- */
+
+static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
+    return status ? status : llmpar__half_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+}
+
+static llmpar_status llmpar__half_down(llmpar_unit_call *call)
+{
+    llmpar__half b;
+    llmpar_swiglu_args swiglu;
+    llmpar__half_open(call, call->index, &b);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = b.s.n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.h = b.act;
+    swiglu.dtype = b.s.dtype;
+    llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
+    return status ? status : llmpar__half_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
+}
 
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
-static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
 {
-    llmpar__block b;
+    llmpar__half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
-    llmpar__block_open(call, &b);
+    llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(call, &b), s->d, call->params[LLMPAR__DOWN], s->f, b.dh, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = b.gate;
     swiglu.up = b.up;
-    swiglu.dh = b.dh;
+    swiglu.dh = b.act;
     swiglu.dgate = b.gate;
     swiglu.dup = b.up;
-    swiglu.h = b.dh;
+    swiglu.h = call->grads ? b.act : NULL;
     swiglu.dtype = s->dtype;
     if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
-    llmpar__block_ffn(&b, call, ffn);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
+    llmpar__half_ffn(&b, call, ffn);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
+    llmpar__half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->f, llmpar__block_dout(call, &b), s->d, b.dh, s->f, call->grads[LLMPAR__DOWN], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.gate, s->f, b.in2, s->d, call->grads[LLMPAR__GATE], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.up, s->f, b.in2, s->d, call->grads[LLMPAR__UP], s->dtype, call->workspace, call->workspace_bytes);
-    return status;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__half_dout(&b), s->d, b.act);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
+    return status ? status : llmpar__half_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
 }
 
-static llmpar_status llmpar__block_dnorm2(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.x2, call->params[LLMPAR__NORM2], b.rstd2, call->doutput, b.dx2, b.leaves2);
-}
+/* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
 
-static llmpar_status llmpar__block_norm2_reduce(llmpar_unit_call *call)
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_reduce(call, &b.s, b.leaves2);
-}
-
-static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar_attention_backward_args attention;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    const void *dx2 = b.tp->sequence_parallel ? b.dfull : b.dx2;
-    llmpar_status status = llmpar__llama_norm_weight(call, s, b.leaves2, call->grads[LLMPAR__NORM2]);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->h * s->e, dx2, s->d, b.o, s->h * s->e, call->grads[LLMPAR__WO], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, dx2, s->d, call->params[LLMPAR__WO], s->h * s->e, b.dh, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&attention, 0, sizeof attention);
-    llmpar__block_attention(&b, &attention.forward);
-    attention.forward.workspace = call->workspace;
-    attention.forward.workspace_bytes = call->workspace_bytes;
-    attention.dout = b.dh;
-    attention.dq = b.dqkv;
-    attention.dk = b.dqkv + llmpar__block_k(s);
-    attention.dv = b.dqkv + llmpar__block_v(s);
-    if (!status) status = call->device->attention_backward(call->device, call->stream, &attention);
-    return status;
-}
-
-/* Ranks that share a kv head: dk and dv are summed over its query heads, row by row since they lie inside the joint buffer's rows. */
-static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_copy_rows_args copy;
-    llmpar_collective c;
-    memset(&copy, 0, sizeof copy);
-    copy.rows = s->n;
-    copy.width = copy.ld_out = 2 * s->e;
-    copy.ld_in = s->ld;
-    copy.size = s->size;
-    copy.in = b.dqkv + llmpar__block_k(s);
-    copy.out = b.dkv;
-    llmpar_status status = call->device->copy_rows(call->device, call->stream, &copy);
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = b.dkv;
-    c.count = (size_t)(s->n * 2 * s->e);
-    c.dtype = s->dtype;
-    c.tag = "dk dv/all_reduce";
-    if (!status) status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
-    copy.ld_in = 2 * s->e;
-    copy.ld_out = s->ld;
-    copy.in = b.dkv;
-    copy.out = b.dqkv + llmpar__block_k(s);
-    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
-}
-
-static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar_tp_operand heads[3];
-    llmpar__block_open(call, &b);
-    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
-    llmpar__block_heads(&b, call, b.dqkv, heads);
-    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
-}
-
-static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->h * s->e, s->d, b.dqkv, s->ld, b.in1, s->d, call->grads[LLMPAR__WQ], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WK], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WV], s->dtype, call->workspace, call->workspace_bytes);
-    return status;
-}
-
-static llmpar_status llmpar__block_dnorm1(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, call->input, call->params[LLMPAR__NORM1], b.rstd1, b.dx2, call->dinput, b.leaves1);
-}
-
-static llmpar_status llmpar__block_norm1_reduce(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_reduce(call, &b.s, b.leaves1);
-}
-
-static llmpar_status llmpar__block_norm1_weight(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves1, call->grads[LLMPAR__NORM1]);
-}
-
-/* The reductions of dx run beside the weight gradients of the same layers. */
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *count)
-{
-    static const llmpar__op_row rows[] = {
-        /* 1 */ {{"doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 2 */ {{"mlp input again", llmpar__block_gather2, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 4 */ {{"mlp dx", llmpar__block_dreduce2, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm", llmpar__block_dnorm2, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 7 */ {{"norm dW", llmpar__block_norm2_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 8 */ {{"dx", llmpar__block_gather_dx2, LLMPAR_TP_GATHER, {6, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 9 */ {{"attention input again", llmpar__block_gather1, LLMPAR_TP_GATHER, {5, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 10 */ {{"norm dW, wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {7, 8}, 0, 0}, LLMPAR__ALWAYS},
-        /* 11 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {10, 0}, 0, 0}, LLMPAR__IF_KV},
-        /* 12 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {11, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 13 */ {{"attention dx", llmpar__block_dreduce1, LLMPAR_TP_REDUCE, {12, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 14 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 15 */ {{"norm", llmpar__block_dnorm1, LLMPAR_COMPUTE, {13, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 16 */ {{"norm dW", llmpar__block_norm1_reduce, LLMPAR_TP_REDUCE, {15, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 17 */ {{"norm dW", llmpar__block_norm1_weight, LLMPAR_COMPUTE, {16, 0}, 0, 0}, LLMPAR__ALWAYS},
+    static const llmpar__op_row attention_forward[] = {
+        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"q k v, rope, attention", llmpar__half_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"wo", llmpar__half_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"attention output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
+        /* 6 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
     };
-    *count = (int32_t)(sizeof rows / sizeof rows[0]);
-    return rows;
+    static const llmpar__op_row mlp_forward[] = {
+        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
+        /* 2 */ {{"residual, norm", llmpar__half_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
+        /* 3 */ {{"mlp input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"gate, up", llmpar__half_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"swiglu, down", llmpar__half_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"mlp output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+    };
+    static const llmpar__op_row attention_backward[] = {
+        /* 1 */ {{"attention doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"wo dW, attention", llmpar__half_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dk dv", llmpar__half_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
+        /* 5 */ {{"rope, attention dx", llmpar__half_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"attention dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"q k v dW", llmpar__half_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 9 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 10 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    static const llmpar__op_row mlp_backward[] = {
+        /* 1 */ {{"mlp doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"mlp input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__half_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"mlp dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"down, gate, up dW", llmpar__half_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 7 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
+    return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
 }
 
 #endif /* LLMPAR_NO_LLAMA */

@@ -26,7 +26,7 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
 
 static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
 {
-    llmpar__embed_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -47,7 +47,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
-    const llmpar_llama *model = (const llmpar_llama *)user;
+    const llmpar_llama *model = ((const llmpar__part *)user)->model;
     /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
     if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
         return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
@@ -87,6 +87,7 @@ static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
 static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
 {
     llmpar__embed e;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__embed_open(call, &e);
     return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
 }
@@ -95,6 +96,7 @@ static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__embed_open(call, &e);
     llmpar__embed_backward_args(&e, call->micro, &args);
     args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
@@ -107,53 +109,73 @@ static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 0}, LLMPAR__IF_TP},
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = 2;
     return backward ? backward_rows : forward_rows;
 }
 
 /* ---- head
-   saved    h[Ns,D] rstd[Ns]  logits[N,V/tp]  max[N] target[N] (together: one reduction)  sum[N]
-   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part without sequence parallel)  leaves[leaves,D] ---- */
+   saved    h[Ns,D] rstd[Ns]  max[N] target[N] (together: one reduction)  sum[N]  logits[N,V/tp] where they fit
+   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
+   rstd, max, target, sum, part and leaves are of the sum type.
+
+   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
+   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
+   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
+   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
 
 typedef struct llmpar__head {
     llmpar__shape s;
     const llmpar_llama *model;
     const llmpar_tp *tp;
+    int whole;                     /* logits are saved */
+    int64_t rows, columns;         /* else: of a part of them */
     char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
     const char *in;
     size_t saved, scratch;
 } llmpar__head;
 
+static int64_t llmpar__head_fit(int64_t bytes, int64_t line, int64_t most)
+{
+    int64_t n = line > 0 ? bytes / line : most;
+    return n < 1 ? 1 : n > most ? most : n;
+}
+
 static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
 {
-    size_t at = 0, size;
+    size_t at = 0, size, logits;
     memset(out, 0, sizeof *out);
     out->model = model;
     out->tp = &model->tp;
     llmpar__llama_shape(model, micro, dtype, &out->s);
     const llmpar__shape *s = &out->s;
     size = s->size;
-    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, size), logits = llmpar__llama_take(&at, s->n * s->v, size);
-    size_t max = llmpar__llama_take(&at, 2 * s->n, size), sum = llmpar__llama_take(&at, s->n, size);
+    /* By the widest rank's share, so that all ranks cut alike. */
+    int64_t widest = (model->config.vocab + out->tp->ranks - 1) / out->tp->ranks;
+    out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
+    out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
+    out->whole = out->rows == s->n;
+    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
+    logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
     out->saved = at;
     at = 0;
-    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, s->n * s->d, size);
-    size_t dh = out->tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, size);
+    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
+    size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
     out->scratch = at;
     if (!saved || !scratch) return;
     out->h = (char *)saved + h;
     out->rstd = (char *)saved + rstd;
-    out->logits = (char *)saved + logits;
     out->max = (char *)saved + max;
-    out->target = out->max + (size_t)s->n * size;
+    out->target = out->max + (size_t)s->n * s->sum_size;
     out->sum = (char *)saved + sum;
+    out->logits = (char *)(out->whole ? saved : scratch) + logits;
     out->full = (char *)scratch + full;
     out->part = (char *)scratch + part;
     out->dh = (char *)scratch + dh;
@@ -163,7 +185,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
 
 static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
 {
-    llmpar__head_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -178,40 +200,60 @@ static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp
     operand->count = h->s.v;
 }
 
+static void llmpar__head_most(size_t *most, size_t bytes) { *most = bytes > *most ? bytes : *most; }
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
     llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_lay((const llmpar_llama *)user, micro, dtype, NULL, NULL, &h);
+    llmpar__head_lay(((const llmpar__part *)user)->model, micro, dtype, NULL, NULL, &h);
+    const llmpar__shape *s = &h.s;
     llmpar__head_operand(&h, NULL, &operand);
     out->saved = h.saved;
     out->scratch = h.scratch;
-    out->workspace = llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, dtype);
-    size_t dx = llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, dtype);
-    size_t dw = llmpar_tp_weight_gradient_workspace(h.tp, h.s.n, h.s.leaves, h.s.v, h.s.d, dtype);
-    if (dx > out->workspace) out->workspace = dx;
-    if (dw > out->workspace) out->workspace = dw;
+    for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
+        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
+    }
     return LLMPAR_OK;
 }
 
 /* The output projection [V/tp, D]: its own parameter, or the embedding table. */
-static void *llmpar__head_weight(const llmpar_unit_call *call) { return call->borrowed ? call->borrowed[0] : call->params[1]; }
-static void *llmpar__head_grad(const llmpar_unit_call *call) { return call->borrowed_grads ? call->borrowed_grads[0] : call->grads[1]; }
-
-static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, llmpar_xent_args *args)
+static const char *llmpar__head_weight(const llmpar_unit_call *call) { return (const char *)(call->borrowed ? call->borrowed[0] : call->params[1]); }
+static char *llmpar__head_grad(const llmpar_unit_call *call) /* NULL: frozen */
 {
+    void *const *grads = call->borrowed ? call->borrowed_grads : call->grads;
+    return grads ? (char *)grads[call->borrowed ? 0 : 1] : NULL;
+}
+/* The norm's weight gradient comes with dx. */
+static int llmpar__head_wants_dx(const llmpar_unit_call *call) { return call->dinput || call->grads; }
+
+/* Rows [row, row + rows) and columns [column, column + columns) of logits, which begin at h->logits. */
+static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns, llmpar_xent_args *args)
+{
+    size_t at = (size_t)row * h->s.sum_size;
     memset(args, 0, sizeof *args);
-    args->rows = h->s.n;
-    args->ld = args->v_local = h->s.v;
-    args->v_begin = h->s.v_begin;
+    args->rows = rows;
+    args->ld = args->v_local = columns;
+    args->v_begin = h->s.v_begin + column;
     args->v_total = h->model->config.vocab;
     args->canon = h->tp->pieces;
     args->logits = h->logits;
-    args->targets = call->micro->targets;
-    args->max = h->max;
-    args->target_logit = h->target;
-    args->sum = h->sum;
+    args->targets = call->micro->targets + row;
+    args->max = h->max + at;
+    args->target_logit = h->target + at;
+    args->sum = h->sum + at;
     args->dtype = h->s.dtype;
+}
+
+static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    int64_t d = h->s.d;
+    return llmpar_tp_product(h->tp, call->stream, LLMPAR_GEMM_NT, rows, columns, d, h->in + (size_t)(row * d) * h->s.size, d, llmpar__head_weight(call) + (size_t)(column * d) * h->s.size, d, h->logits, columns, h->s.dtype,
+                             call->workspace, call->workspace_bytes);
 }
 
 static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
@@ -225,7 +267,20 @@ static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
+    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
+{
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = values;
+    c.count = (size_t)count;
+    c.dtype = h->s.sum;
+    c.op = op;
+    c.tag = tag;
+    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
 static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
@@ -233,29 +288,24 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
     llmpar__head h;
     llmpar_xent_args xent;
     llmpar__head_open(call, &h);
-    llmpar_status status = llmpar_tp_product(h.tp, call->stream, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, h.in, h.s.d, llmpar__head_weight(call), h.s.d, h.logits, h.s.v, h.s.dtype, call->workspace, call->workspace_bytes);
-    llmpar__head_xent(call, &h, &xent);
-    return status ? status : call->device->xent_max(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
-{
-    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
-    llmpar_collective c;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = values;
-    c.count = (size_t)count;
-    c.dtype = call->dtype;
-    c.op = op;
-    c.tag = tag;
-    return llmpar_all_reduce(tp->comm, call->stream, &c);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
+        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
+        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
+        if (h.whole) continue;
+        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
+        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_max(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__head_combine(call, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX);
+    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
 }
 
 static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
@@ -263,7 +313,8 @@ static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
     llmpar__head h;
     llmpar_xent_args xent;
     llmpar__head_open(call, &h);
-    llmpar__head_xent(call, &h, &xent);
+    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
+    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
     return call->device->xent_sum(call->device, call->stream, &xent);
 }
 
@@ -271,7 +322,7 @@ static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__head_combine(call, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
+    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
 }
 
 static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
@@ -291,22 +342,38 @@ static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
     return call->device->xent_loss(call->device, call->stream, &args);
 }
 
-static llmpar_status llmpar__head_dlogits(llmpar_unit_call *call)
+/* dlogits in place of the logits of these rows and columns. */
+static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    llmpar_xent_backward_args xent;
+    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
+    llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
+    xent.scale = call->micro->grad_scale;
+    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 {
     llmpar__head h;
-    llmpar_xent_backward_args xent;
     llmpar_tp_operand operand;
     llmpar__head_open(call, &h);
-    llmpar__head_xent(call, &h, &xent.forward);
-    xent.scale = call->micro->grad_scale;
-    llmpar_status status = call->device->xent_backward(call->device, call->stream, &xent);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
-    return status ? status : llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part, call->workspace, call->workspace_bytes);
+    size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
+    llmpar_status status = LLMPAR_OK;
+    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
+        if (!status && llmpar__head_wants_dx(call))
+            status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
     llmpar__head_open(call, &h);
     return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
 }
@@ -314,15 +381,26 @@ static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
     llmpar__head h;
+    char *grad = llmpar__head_grad(call);
+    if (!grad) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar_tp_weight_gradient(h.tp, call->stream, h.s.n, h.s.leaves, h.s.v, h.s.d, h.logits, h.s.v, h.in, h.s.d, llmpar__head_grad(call), h.s.dtype, call->workspace, call->workspace_bytes);
+    const llmpar__shape *s = &h.s;
+    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t column = 0; column < s->v && !status; column += h.columns) {
+        int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
+        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
+        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput, h.leaves);
+    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
@@ -335,6 +413,7 @@ static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__head_open(call, &h);
     return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
 }
@@ -342,22 +421,22 @@ static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP},
-        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP},
-        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS},
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dx, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = 7;
     return backward ? backward_rows : forward_rows;

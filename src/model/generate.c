@@ -22,7 +22,7 @@ typedef struct llmpar__session {
     int64_t rows, capacity;
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *gate, *up, *logits;
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [rows, V] logits as f32 */
     void *gathered;                /* device [tp, widest vocabulary part] */
@@ -36,7 +36,8 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
     size_t at = 0;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, g->rows * s->d, s->size);
+    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
+    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
     size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
     size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
@@ -49,6 +50,8 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->x = base + x;
     g->h = base + h;
     g->part = base + part;
+    g->sum = base + sum;
+    g->rstd = base + rstd;
     g->q = base + q;
     g->o = base + o;
     g->gate = base + gate;
@@ -191,22 +194,33 @@ static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int
     return g->device->rope(g->device, g->stream, &args);
 }
 
+/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
+static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
+{
+    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
+    void *const *params = NULL;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
+    if (!status) *out = params + first;
+    return status;
+}
+
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    void *const *p = NULL;
+    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
     llmpar_attention_args attention;
     llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
     int64_t ld = 2 * s->k * s->e;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, layer + 1, &p); /* counted: already gathered */
+    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
+    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
     if (status) return status;
-    status = llmpar_fsdp_reshard(g->fsdp, layer + 1);
     llmpar__session_attention(g, layer, position, count, &attention);
     char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->part);
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
@@ -215,11 +229,11 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
-    /* x += part, h = norm(x); rstd is not needed and goes where gate will be */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->part, g->x, p[LLMPAR__NORM2], g->x, g->h, g->gate);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    /* x += sum, h = norm(x) */
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -228,13 +242,13 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
     add.count = (size_t)(count * s->d);
     add.a = g->x;
-    add.b = g->part;
+    add.b = g->sum;
     add.out = g->x;
     add.dtype = g->dtype;
     return status ? status : g->device->add(g->device, g->stream, &add);
@@ -246,7 +260,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
     llmpar_heap *heap = &g->model->ctx->heap;
-    int32_t head = c->layers + 1;
+    int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *const *p = NULL, *const *table = NULL;
     llmpar_collective call;
@@ -256,7 +270,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->part);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;

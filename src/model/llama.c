@@ -9,7 +9,7 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-enum { LLMPAR__NAME_BYTES = 80 };
+enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 10 /* of a half */ };
 
 static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
 {
@@ -30,6 +30,15 @@ static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_
     param->no_decay = columns == 0;
 }
 
+static const char *llmpar__llama_body_name(llmpar_llama *model, int32_t *used, const llmpar__part *part)
+{
+    char *text = (char *)(uintptr_t)llmpar__llama_name(model, used, "layers.%d", part->first / 2);
+    size_t length = strlen(text);
+    if (part->halves == 1) snprintf(text + length, LLMPAR__NAME_BYTES - length, "%s", part->first & 1 ? ".mlp" : ".attention");
+    else if (part->halves > 2) snprintf(text + length, LLMPAR__NAME_BYTES - length, "-%d", (int)((part->first + part->halves) / 2 - 1));
+    return text;
+}
+
 /* Names, shapes and units; placements come with apply. Projections back into the residual stream start smaller by sqrt(2L) (Radford et al. 2019, section 2.3). */
 static void llmpar__llama_describe(llmpar_llama *model)
 {
@@ -41,31 +50,47 @@ static void llmpar__llama_describe(llmpar_llama *model)
     int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
     const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
     double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
-    int32_t used = 0;
+    int32_t used = 0, half = 0;
     llmpar_param *param = model->params;
-    for (int32_t i = 0; i < c->layers + 2; i++) {
-        model->units[i].user = model;
-        model->units[i].params = param;
+    for (int32_t i = 0; i < model->unit_count; i++) {
+        llmpar_unit *unit = &model->units[i];
+        llmpar__part *part = &model->parts[i];
+        part->model = model;
+        unit->user = part;
+        unit->params = param;
         if (i == 0) {
-            model->units[i].name = "embed";
-            model->units[i].sizes = llmpar__embed_sizes;
+            unit->name = "embed";
+            unit->sizes = llmpar__embed_sizes;
+            part->list = LLMPAR__EMBED;
             llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
-        } else if (i <= c->layers) {
-            model->units[i].name = llmpar__llama_name(model, &used, "layers.%d", i - 1);
-            model->units[i].sizes = llmpar__block_sizes;
-            for (int p = 0; p < LLMPAR__BLOCK_PARAMS; p++) {
-                int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
-                llmpar__llama_param(model, param++, &used, names[p], i - 1, rows[p], columns[p], norm ? 0 : back ? deep : std);
-            }
+        } else if (i + 1 < model->unit_count) {
+            part->first = half;
+            part->halves = 2 * c->layers - half < model->wrap ? 2 * c->layers - half : model->wrap;
+            part->list = part->halves < model->wrap || (half & 1) ? LLMPAR__BODY_LAST : LLMPAR__BODY;
+            unit->name = llmpar__llama_body_name(model, &used, part);
+            unit->sizes = llmpar__block_sizes;
+            for (int32_t end = half + part->halves; half < end; half++)
+                for (int p = half & 1 ? LLMPAR__NORM2 : LLMPAR__NORM1; p < (half & 1 ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++) {
+                    int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                    llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], norm ? 0 : back ? deep : std);
+                }
         } else {
-            model->units[i].name = "head";
-            model->units[i].sizes = llmpar__head_sizes;
+            unit->name = "head";
+            unit->sizes = llmpar__head_sizes;
+            part->list = LLMPAR__HEAD;
             llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
-            if (c->tied) model->units[i].borrow = 1;
+            if (c->tied) unit->borrow = 1;
             else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
         }
-        model->units[i].param_count = (int32_t)(param - model->units[i].params);
+        unit->param_count = (int32_t)(param - unit->params);
     }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param)
+{
+    int32_t unit = half / model->wrap, inside = half - unit * model->wrap; /* units begin with an attention, or are one half */
+    *param = inside / 2 * LLMPAR__BLOCK_PARAMS + (inside & 1 ? LLMPAR__NORM2 : 0);
+    return unit + 1;
 }
 
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
@@ -79,6 +104,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
     else config = *desc->config;
     if (!status) status = llmpar_llama_config_check(&config, &error);
+    if (!status && desc->wrap != LLMPAR_WRAP_HALF && (desc->wrap < 0 || desc->wrap > LLMPAR__WRAP_MOST))
+        status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: wrap = %d, expected 1 .. %d blocks a unit or %d (half a block)", (int)desc->wrap, (int)LLMPAR__WRAP_MOST, LLMPAR_WRAP_HALF);
+    if (!status && desc->logits_bytes < 0) status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: logits_bytes = %lld, expected 0 or more", (long long)desc->logits_bytes);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_heap *heap = &ctx->heap;
     llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
@@ -86,11 +114,15 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->ctx = ctx;
     model->config = config;
     model->seed = desc->seed;
-    size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
+    model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
+    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
+    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
+    model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
-    if (!model->units || !model->params || !model->names) {
+    if (!model->units || !model->parts || !model->params || !model->names) {
         llmpar_llama_destroy(model);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
     }
@@ -112,13 +144,14 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
 {
     if (!model) return;
     llmpar_heap *heap = &model->ctx->heap;
-    for (int kind = 0; kind < LLMPAR__UNIT_KINDS; kind++)
-        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[kind][way].ops);
-    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(model->dtype);
+    for (int list = 0; list < LLMPAR__LISTS; list++)
+        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[list][way].ops);
+    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(llmpar_dtype_sum(model->dtype));
     model->ctx->device->free(model->ctx->device, model->cosine, table);
     model->ctx->device->free(model->ctx->device, model->sine, table);
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
+    llmpar_heap_free(heap, model->parts);
     llmpar_heap_free(heap, model->params);
     llmpar_heap_free(heap, model->names);
     llmpar_heap_free(heap, model);
@@ -130,28 +163,32 @@ LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return 
 
 LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
 {
-    if (count) *count = model->config.layers + 2;
+    if (count) *count = model->unit_count;
     return model->units;
 }
 
 /* ---- meeting a mesh ---- */
 
-/* The rows that exist for this mesh, waits renumbered. A wait for a row that does not exist needs none: its own predecessors are earlier on the waiting stream. */
-static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__op_row *rows, int32_t count, llmpar__op_list *out)
+/* Appends the rows of one half (the whole list of the two ends) that exist for this mesh and place, waits renumbered; *joint: 1 + index of the joint row, in: of the half before. A wait for a row that does not exist needs none:
+   its own predecessors are earlier on the waiting stream. */
+static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *rows, int32_t count, int32_t half, int last, int32_t *joint, llmpar__op_list *out)
 {
     const llmpar_tp *tp = &model->tp;
-    int32_t place[64];
-    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)count, sizeof *out->ops);
-    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    int32_t place[16], before = *joint;
+    *joint = 0;
     for (int32_t i = 0; i < count; i++) {
+        int where = rows[i].place & ~LLMPAR__JOINT;
         int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        if ((where == LLMPAR__FIRST && half > 0) || (where == LLMPAR__NOT_FIRST && half == 0) || (where == LLMPAR__LAST && !last)) here = 0;
         place[i] = here ? out->count + 1 : 0;
         if (!here) continue;
         llmpar_unit_op *op = &out->ops[out->count++];
         *op = rows[i].op;
-        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] ? place[op->wait[w] - 1] : 0;
+        op->index = half;
+        op->output_only = op->output_only && last;
+        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] == LLMPAR__HALF_BEFORE ? before : op->wait[w] ? place[op->wait[w] - 1] : 0;
+        if (rows[i].place & LLMPAR__JOINT) *joint = out->count;
     }
-    return LLMPAR_OK;
 }
 
 static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain, int32_t replicas)
@@ -163,21 +200,32 @@ static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain,
     param->tp.replicas = replicas;
 }
 
+/* One list for all units of a shape: halves in forward order, and backwards. */
+static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__part *part, int backward)
+{
+    llmpar__op_list *out = &model->lists[part->list][backward];
+    int32_t halves = part->halves ? part->halves : 1, joint = 0, count;
+    if (out->ops) return LLMPAR_OK;
+    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST, sizeof *out->ops);
+    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    for (int32_t i = 0; i < halves; i++) {
+        int32_t half = backward ? halves - 1 - i : i;
+        const llmpar__op_row *rows = part->list == LLMPAR__EMBED ? llmpar__embed_ops(backward, &count) : part->list == LLMPAR__HEAD ? llmpar__head_ops(backward, &count) : llmpar__block_ops((part->first + half) & 1, backward, &count);
+        llmpar__llama_rows(model, rows, count, half, half == halves - 1, &joint, out);
+    }
+    return LLMPAR_OK;
+}
+
 static llmpar_status llmpar__llama_lists(llmpar_llama *model)
 {
     llmpar_status status = LLMPAR_OK;
-    for (int kind = 0; kind < LLMPAR__UNIT_KINDS && !status; kind++)
-        for (int way = 0; way < 2 && !status; way++) {
-            int32_t count = 0;
-            const llmpar__op_row *rows = kind == LLMPAR__EMBED ? llmpar__embed_ops(way, &count) : kind == LLMPAR__HEAD ? llmpar__head_ops(way, &count) : way ? llmpar__block_backward_ops(&count) : llmpar__block_forward_ops(&count);
-            status = llmpar__llama_list(model, rows, count, &model->lists[kind][way]);
-        }
-    for (int32_t i = 0; i < model->config.layers + 2 && !status; i++) {
-        int kind = i == 0 ? LLMPAR__EMBED : i <= model->config.layers ? LLMPAR__BLOCK : LLMPAR__HEAD;
-        model->units[i].forward = model->lists[kind][0].ops;
-        model->units[i].forward_count = model->lists[kind][0].count;
-        model->units[i].backward = model->lists[kind][1].ops;
-        model->units[i].backward_count = model->lists[kind][1].count;
+    for (int32_t i = 0; i < model->unit_count && !status; i++) {
+        const llmpar__op_list *list = model->lists[model->parts[i].list];
+        for (int way = 0; way < 2 && !status; way++) status = llmpar__llama_list(model, &model->parts[i], way);
+        model->units[i].forward = list[0].ops;
+        model->units[i].forward_count = list[0].count;
+        model->units[i].backward = list[1].ops;
+        model->units[i].backward_count = list[1].count;
     }
     return status;
 }
@@ -186,13 +234,14 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
 {
     llmpar_ctx *ctx = model->ctx;
     llmpar_device *device = ctx->device;
-    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(model->dtype);
+    llmpar_dtype dtype = llmpar_dtype_sum(model->dtype);
+    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
     llmpar_error error;
     llmpar_error_clear(&error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
     llmpar_stream *stream = NULL;
-    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, model->dtype, host, (char *)host + bytes, &error);
+    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, dtype, host, (char *)host + bytes, &error);
     if (status) llmpar_fail(ctx, status, "%s", error.text);
     if (!status) status = device->alloc(device, bytes, &model->cosine);
     if (!status) status = device->alloc(device, bytes, &model->sine);
@@ -234,12 +283,10 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     model->positions = desc->positions;
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;
-    int32_t units = c->layers + 2;
-    for (int32_t i = 0; i < units; i++) {
-        llmpar_param *p = model->params + (model->units[i].params - model->params);
-        if (i == 0) llmpar__llama_shard(&p[0], 0, 1, 1);
-        else if (i == units - 1 && !c->tied) llmpar__llama_shard(&p[1], 0, 1, 1);
-        if (i == 0 || i == units - 1) continue;
+    llmpar__llama_shard(&model->params[0], 0, 1, 1);
+    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * LLMPAR__BLOCK_PARAMS], 0, 1, 1);
+    for (int32_t i = 0; i < c->layers; i++) { /* however they are wrapped, they lie one after the other */
+        llmpar_param *p = &model->params[1 + i * LLMPAR__BLOCK_PARAMS];
         llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
         llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
         llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
@@ -277,6 +324,8 @@ LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const ll
     s->leaves = micro->leaves;
     s->size = llmpar_dtype_size(dtype);
     s->dtype = dtype;
+    s->sum = llmpar_dtype_sum(dtype);
+    s->sum_size = llmpar_dtype_size(s->sum);
 }
 
 LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size)
@@ -305,7 +354,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
-    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
+    const llmpar_tp *tp = &((const llmpar__part *)call->user)->model->tp;
     llmpar_rmsnorm_backward_args args;
     memset(&args, 0, sizeof args);
     args.tokens.batch = s->b;
@@ -321,7 +370,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
     args.rstd = rstd;
     args.dresidual = dresidual;
     args.dx = dx;
-    args.dw_leaves = dw_leaves;
+    args.dw_leaves = call->grads ? dw_leaves : NULL;
     args.dtype = s->dtype;
     return call->device->rmsnorm_backward(call->device, call->stream, &args);
 }
@@ -329,26 +378,27 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
 {
     llmpar_collective c;
+    if (!call->grads) return LLMPAR_OK;
     memset(&c, 0, sizeof c);
     c.send = c.recv = dw_leaves;
     c.count = (size_t)(s->leaves * s->d);
-    c.dtype = s->dtype;
+    c.dtype = s->sum;
     c.tag = "norm weight/all_reduce";
-    return llmpar_all_reduce(((const llmpar_llama *)call->user)->tp.comm, call->stream, &c);
+    return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
 {
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
-    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->size;
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->sum_size;
     llmpar_tree_sum_args args;
     memset(&args, 0, sizeof args);
     args.in = in;
     args.n = (int32_t)s->leaves;
     args.count = (size_t)s->d;
     args.out = dw;
-    args.dtype = s->dtype;
+    args.dtype = s->sum;
     llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;

@@ -12,14 +12,18 @@
 
 typedef struct llmpar_llama llmpar_llama;
 
+#define LLMPAR_WRAP_HALF (-1)
+
 /* Exactly one of preset and config. */
 typedef struct llmpar_llama_desc {
     const char *preset;                 /* "tiny", "15m", "110m", "1b" */
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
+    int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 64 MiB. More are computed in parts, and again in backward: same bits */
 } llmpar_llama_desc;
 
-/* The units exist from here on: embed, layers.0 .., head. Collective only in that all ranks give the same desc. */
+/* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
 LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
 /* A model of the same desc in another ctx, before any llmpar_llama_apply. Local. */
 LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out);

@@ -62,6 +62,8 @@ struct llmpar_comm {
     struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
     int32_t group;                   /* this communicator's number there */
     int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
+    const char *one_thread;          /* not NULL: collectives run on the rank's own thread only, so not on a stream that has a thread of its own (device.h), and why. NULL: on any; those on one communicator
+                                        run in the order of the calls, whatever their streams */
 };
 
 /* Wrappers with checks common to all implementations (abi, sizes, dtype and op allowed, root and peer in range, NULL buffers with a count). With ranks == 1 they copy

@@ -1,20 +1,22 @@
 /* ctx: failing with a text, and logging. */
 #include "tables/ctx.h"
 
+#include "tables/device.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 
 LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
 {
-    if (ctx->error.status != LLMPAR_OK) return status;
+    llmpar_error *error = llmpar_device_thread_error(ctx->device, &ctx->error);
+    if (error->status != LLMPAR_OK) return status;
     char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    ctx->error.rank = ctx->rank;
-    llmpar_error_set(&ctx->error, status, "%s", text);
-    ctx->error.rank = ctx->rank;
+    llmpar_error_set(error, status, "%s", text);
+    error->rank = ctx->rank;
     return status;
 }
 

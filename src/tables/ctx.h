@@ -23,7 +23,7 @@ typedef struct llmpar_ctx {
     void *log_user;
 } llmpar_ctx;
 
-/* Sets ctx->error (the first error stays) with ctx->rank and returns status. Local. */
+/* Sets ctx->error (the first error stays; on the thread of a stream, the stream's) with ctx->rank and returns status. Local. */
 LLMPAR_API llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...) LLMPAR_PRINTF(3, 4);
 /* Text of this rank's first error, "" if none. Valid as long as ctx. Local. */
 LLMPAR_API const char *llmpar_last_error(const llmpar_ctx *ctx);

@@ -2,7 +2,8 @@
 
    Lifecycle. Whoever runs the ranks (llmpar_launch) makes one device a rank. Every operation is an enqueue on a stream: it returns when accepted; argument structs
    and the arrays they point to (gemm segments, tree_sum inputs) are copied before it returns, tensor buffers belong to the stream until an event
-   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call.
+   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call, until
+   the stream gets a thread of its own (stream_thread).
    Operations never allocate: where one needs scratch, a `_workspace` slot tells how many bytes the caller passes.
 
    Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype is the type of all floating buffers of the call unless said
@@ -163,6 +164,30 @@ typedef struct llmpar_adamw_args { size_t count; void *p; const void *g; void *m
 /* SGD with momentum and decoupled decay: g' = g*grad_scale, cut to [-limit, limit] where limit > 0; m = momentum*m + g'; p = p*(1 - lr*decay) - lr*m. m NULL: none, p takes g' itself.
    limit <= 0: off. A NaN in g stays one. */
 typedef struct llmpar_sgd_args { size_t count; void *p; const void *g; void *m; double lr, momentum, decay, limit, grad_scale; llmpar_dtype dtype; } llmpar_sgd_args;
+/* *largest = max(*largest, largest |x|); NaN wins. */
+typedef struct llmpar_largest_args { size_t count; const void *x; double *largest; llmpar_dtype dtype; } llmpar_largest_args;
+
+/* AdaLomo (Lv et al. 2023, arXiv 2310.10195), whose second moments are factored by row and column as Adafactor's (Shazeer & Stern 2018). g' = g*grad_scale. A call works on a part of a matrix: elements [begin, begin + count) of
+   a row-major rectangle of `cols` columns; p and g point at the first of these, rows and columns count from the rectangle's first.
+   Sums over ranks have no order, since they are integers: with 2^e the smallest power of two above *largest * grad_scale (*largest: of |g| of the whole tensor, e >= -1000), the square of an element counts floor((g'/2^e)^2 2^bits),
+   and one more unless it is 0, so that no small one is lost. bits = 62 - log2 of the terms of a sum, rounded up.
+   factor_sum: row_sums[r] += over the part's columns of row r, with row_bits; col_sums[c] += over its rows, with col_bits. Nothing if *largest * grad_scale is not below 2^1000. */
+typedef struct llmpar_factor_sum_args { int64_t begin, count, cols; const void *g; int64_t *row_sums, *col_sums; int32_t row_bits, col_bits; const double *largest; double grad_scale; llmpar_dtype dtype; } llmpar_factor_sum_args;
+/* moment[i] = beta*moment[i] + (1-beta) * (sums[i] as a number / terms + eps), in f64, rounded once; NaN if *largest * grad_scale is not below 2^1000. factor[i] = 1/sqrt(moment[i]), or, by_mean, sqrt(mean / moment[i]) with mean that of
+   all moments (chain in f64). */
+typedef struct llmpar_factor_moment_args { int64_t count; const int64_t *sums; int64_t terms; int32_t bits, by_mean; const double *largest; void *moment, *factor; double grad_scale, beta, eps; llmpar_dtype dtype; } llmpar_factor_moment_args;
+/* u = (g' * row_factor[r]) * col_factor[c], or with row_factor NULL: u = g' / sqrt(moment), moment[count].
+   adalomo_square: first moment = beta*moment + (1-beta) * (g'^2 + eps) where there are no factors; then update_squares[0..71] += exact squares of u, unless NULL. p is not looked at.
+   adalomo: p = p*(1 - rate*decay) - rate / max(1, rms of u) * u, rate = lr * max(1e-3, rms of p); the rms of u and p over the `elements` of the whole tensor, from the squares in update_squares and param_squares. */
+typedef struct llmpar_adalomo_args {
+    int64_t begin, count, cols, elements;
+    void *p; const void *g;
+    const void *row_factor, *col_factor;
+    void *moment;
+    int64_t *update_squares; const int64_t *param_squares;
+    double lr, decay, grad_scale, beta, eps;
+    llmpar_dtype dtype;
+} llmpar_adalomo_args;
 /* accumulator[0..71] += exact squares of x (F32; F64 squares are rounded once). Infinities and NaNs are counted in the accumulator. */
 typedef struct llmpar_square_sum_args { size_t count; const void *x; int64_t *accumulator; llmpar_dtype dtype; } llmpar_square_sum_args;
 
@@ -221,6 +246,39 @@ struct llmpar_device {
 
     /* optional: without them the optimizers that need them are refused */
     llmpar_status (*sgd)(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
+    llmpar_status (*largest)(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
+    llmpar_status (*factor_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
+    llmpar_status (*factor_moment)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
+    llmpar_status (*adalomo_square)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+    llmpar_status (*adalomo)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+
+
+    /* Threads. From now on the stream runs on a thread of its own, in order, beside the rank's thread and the other streams; with the same bits. Only the rank's own thread enqueues, waits, allocates and frees.
+       What runs on a stream's thread (host calls) may use operations with stream NULL, which means: now, on this thread; it must not use the rank's heap, nor write the rank's error but through thread_error.
+       Empty slot: the device has no such threads (llmpar_device_stream_thread says so). */
+    llmpar_status (*stream_thread)(llmpar_device *device, llmpar_stream *stream);
+    /* Where failures on the calling thread leave their text, to be taken over by who waits for the stream; NULL: this is the thread of no stream. Empty: no thread is one. */
+    llmpar_error *(*thread_error)(llmpar_device *device);
+    /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
+    int32_t (*threads_running)(llmpar_device *device);
 };
+
+/* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
+LLMPAR_API llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream);
+/* Where a failure of the calling thread leaves its text: own, the rank's error, unless this is a stream's thread. device may be NULL. Local. */
+LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own);
+/* threads_running with its fallback. Local. */
+LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
+
+/* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
+   rank's own thread. Where no stream can have a thread it is a plain host_call. */
+typedef struct llmpar_order {
+    llmpar_device *device; /* of the event */
+    llmpar_event *event;   /* behind the last call; owned */
+} llmpar_order;
+LLMPAR_API llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes);
+/* Waits on the host until the last call is done. */
+LLMPAR_API llmpar_status llmpar_order_wait(llmpar_order *order);
+LLMPAR_API void llmpar_order_destroy(llmpar_order *order);
 
 #endif

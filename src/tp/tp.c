@@ -80,6 +80,15 @@ static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, i
     return count;
 }
 
+LLMPAR_DEF llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype) { return tp->ranks > 1 ? llmpar_dtype_sum(dtype) : dtype; }
+
+LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype)
+{
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    int64_t rows = batch * t + (tp->sequence_parallel && wide != dtype ? batch * (t / tp->ranks) : 0);
+    return (size_t)(rows * dim) * llmpar_dtype_size(wide);
+}
+
 LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
                                            llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
 {
@@ -96,6 +105,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *s
     args.pieces = tp->pieces / tp->ranks;
     args.kind = kind;
     args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -115,6 +125,7 @@ LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
     args.pieces = tp->pieces / tp->ranks;
     args.kind = kind;
     args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
 }
 
@@ -178,6 +189,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
     args->pieces = (int32_t)leaves;
     args->kind = LLMPAR_GEMM_TN;
     args->dtype = dtype;
+    args->out_dtype = llmpar_dtype_sum(dtype);
     return LLMPAR_OK;
 }
 
@@ -229,6 +241,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *st
 static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
 {
     llmpar_collective call;
+    if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
     memset(&call, 0, sizeof call);
     call.send = in;
     call.recv = out;
@@ -243,15 +256,26 @@ static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stre
     return llmpar_all_reduce(tp->comm, stream, &call);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype)
+LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
 {
-    return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    llmpar_cast_args cast;
+    if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+    void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
+    llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
+    memset(&cast, 0, sizeof cast);
+    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
+    cast.in = sum;
+    cast.in_dtype = wide;
+    cast.out = out;
+    cast.out_dtype = dtype;
+    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
 {
     size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
-    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype); /* a copy, of any width */
+    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype);
     if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
     return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
 }

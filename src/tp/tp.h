@@ -30,8 +30,12 @@ LLMPAR_API int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains);
    owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
 typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; } llmpar_tp_operand;
 
-/* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN. */
+/* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN.
+   out is of llmpar_tp_partial_dtype: the sum type of dtype where other ranks' parts are still to be added, else dtype, rounded once. */
 LLMPAR_API llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes);
+LLMPAR_API llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype); /* local */
+/* Bytes of a partial sum of batch * t rows that llmpar_tp_reduce is to combine: the rows, and with sequence parallel below the sum type room behind them for this rank's part of the sum. Local. */
+LLMPAR_API size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype);
 /* Workspace of llmpar_tp_partial for these extents; pointers in the operands are ignored. Local. */
 LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype);
 
@@ -39,14 +43,15 @@ LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
 LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out, int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
-/* Weight gradient dw[out_dim, in_dim] = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
+/* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
 LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
 
 /* Sequence parallel: full[B,T,D] <- local[B,T/tp,D]. Not called without sequence parallel. */
 LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype);
-/* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial). One rank: copies unless equal. */
-LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype);
+/* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial where both are of one type). One rank: copies unless equal.
+   partial is of llmpar_tp_partial_dtype and llmpar_tp_partial_bytes, and overwritten where out, of `dtype`, is rounded from the sum type: once, behind the whole tree. */
+LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype);
 /* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
 

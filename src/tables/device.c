@@ -1,0 +1,48 @@
+/* device: the optional slots with their fallbacks. */
+#include "tables/device.h"
+
+#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
+
+LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
+}
+
+LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
+{
+    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
+    return error ? error : own;
+}
+
+LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
+{
+    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    llmpar_status status = LLMPAR_OK;
+    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
+    if (order->device != device) {
+        status = llmpar_order_wait(order);
+        llmpar_order_destroy(order);
+        if (!status) status = device->event_create(device, &order->event);
+        if (status) return status;
+        order->device = device;
+    }
+    status = device->event_wait(device, stream, order->event);
+    if (!status) status = device->host_call(device, stream, fn, arg, arg_bytes);
+    return status ? status : device->event_record(device, stream, order->event);
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->event ? order->device->event_synchronize(order->device, order->event) : LLMPAR_OK; }
+
+LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
+{
+    if (order->event) order->device->event_destroy(order->device, order->event);
+    order->device = NULL;
+    order->event = NULL;
+}
+
+#undef LLMPAR__DEVICE_HAS

@@ -1,0 +1,367 @@
+/* Thousands of random policies over random units: each list validates, and holds against two slower models of what instructions do. One knows what is read and written: a list without one of its waits must be refused exactly
+   where it finds two accesses without an order. The other runs the streams in random legal orders over memory that holds what was put there. */
+#include "schedule_units.h"
+
+/* ---- the slow model: what instructions read and write, and which are ordered ---- */
+
+#define WORDS (MAX_LIST / 64)
+static uint64_t before[MAX_LIST][WORDS]; /* bit j of row i: j is complete before i starts */
+
+static int is_before(int32_t j, int32_t i) { return (int)(before[i][j / 64] >> (j % 64) & 1); }
+static void put_before(int32_t j, int32_t i)
+{
+    for (int w = 0; w < WORDS; w++) before[i][w] |= before[j][w];
+    before[i][j / 64] |= (uint64_t)1 << (j % 64);
+}
+
+static void order(const llmpar_instruction *list, int32_t count)
+{
+    int32_t last[LLMPAR_STREAM_COUNT] = {-1, -1, -1, -1, -1}, host[2], hosts = 0;
+    for (int32_t i = 0; i < count; i++) {
+        memset(before[i], 0, sizeof before[i]);
+        if (last[list[i].stream] >= 0) put_before(last[list[i].stream], i);
+        for (int32_t w = 0; w < list[i].wait_count; w++) put_before(list[i].waits[w], i);
+        for (int32_t h = 0; h < hosts; h++) put_before(host[h], i); /* the host waited for it before it issued i */
+        last[list[i].stream] = i;
+        if (list[i].op == LLMPAR_OP_SCALAR_REDUCE && hosts < 2) host[hosts++] = i;
+    }
+}
+
+#define MAX_MICRO 8
+enum {
+    TOKENS, LOSS, NORMS, VERDICT,
+    FORWARDS, BACKWARDS = FORWARDS + MAX_UNITS, SHARD = BACKWARDS + MAX_UNITS, PARAMS = SHARD + MAX_UNITS, MASTER = PARAMS + MAX_UNITS, STATE = MASTER + MAX_UNITS, KEPT_PARAMS = STATE + MAX_UNITS, KEPT_STATE = KEPT_PARAMS + MAX_UNITS,
+    SAVED = KEPT_STATE + MAX_UNITS, INPUT = SAVED + MAX_UNITS * MAX_MICRO, DINPUT = INPUT + (MAX_UNITS + 1) * MAX_MICRO, KEPT_ACTIVATIONS = DINPUT + (MAX_UNITS + 1) * MAX_MICRO, BUFFERS = KEPT_ACTIVATIONS + MAX_UNITS * MAX_MICRO,
+    KEPT_BUFFERS = BUFFERS + MAX_UNITS * 4 * LLMPAR_GRAD_SLOTS, RESOURCES = KEPT_BUFFERS + MAX_UNITS * 2 * LLMPAR_GRAD_SLOTS
+};
+static int32_t buffer_of(int32_t unit, int32_t use, int32_t local, int32_t slot) { return BUFFERS + ((unit * 2 + use) * 2 + local) * LLMPAR_GRAD_SLOTS + slot; }
+static int32_t of_micro(int32_t first, int32_t unit, int32_t micro) { return first + unit * MAX_MICRO + micro; }
+
+static int is_whole(const llmpar_policy *p) { return p->shards < 2 || p->zero == LLMPAR_ZERO_0 || p->zero == LLMPAR_ZERO_1 || p->zero == LLMPAR_ZERO_2; }
+static int is_reduced_in_place(const llmpar_policy *p) { return p->shards > 1 && p->zero == LLMPAR_ZERO_1; }
+
+typedef enum access_kind { READS = 0, WRITES = 1, BEGINS = 2 } access_kind; /* BEGINS: writes memory of its own, nothing before matters */
+typedef struct access_list { int32_t resource[12]; access_kind kind[12]; int count; } access_list;
+
+static void add_access(access_list *a, int32_t resource, access_kind kind)
+{
+    a->resource[a->count] = resource;
+    a->kind[a->count++] = kind;
+}
+
+static void unit_accesses(const llmpar_instruction *in, const llmpar_policy *policy, access_list *a)
+{
+    int32_t u = in->unit, m = in->micro_batch, borrow = units[u].borrow - 1, parameters = is_whole(policy) ? SHARD : PARAMS;
+    add_access(a, TOKENS, READS);
+    add_access(a, parameters + u, READS);
+    if (borrow >= 0) add_access(a, parameters + borrow, READS);
+    if (in->op == LLMPAR_OP_BACKWARD) {
+        add_access(a, BACKWARDS + u, WRITES);
+        add_access(a, of_micro(SAVED, u, m), WRITES); /* released, like the rest */
+        add_access(a, of_micro(INPUT, u, m), WRITES);
+        if (u + 1 < unit_count) add_access(a, of_micro(DINPUT, u + 1, m), WRITES);
+        add_access(a, of_micro(DINPUT, u, m), BEGINS);
+        if (in->slot >= 0) add_access(a, buffer_of(u, 0, in->local, in->slot), BEGINS);
+        if (in->from >= 0) add_access(a, buffer_of(borrow, 1, in->local, in->from), BEGINS);
+        return;
+    }
+    add_access(a, of_micro(INPUT, u, m), READS);
+    add_access(a, of_micro(SAVED, u, m), BEGINS);
+    if (in->op == LLMPAR_OP_RECOMPUTE) return;
+    add_access(a, FORWARDS + u, WRITES);
+    add_access(a, of_micro(INPUT, u + 1, m), BEGINS);
+    if (in->again) add_access(a, VERDICT, READS);
+    else if (u == unit_count - 1) add_access(a, LOSS, WRITES);
+}
+
+static void move_accesses(const llmpar_instruction *in, const llmpar_policy *policy, access_list *a)
+{
+    int32_t u = in->unit, m = in->micro_batch, store[4] = {KEPT_STATE + u, KEPT_PARAMS + u, 0, 0}, device[4] = {STATE + u, (policy->master ? MASTER : SHARD) + u, 0, 0};
+    access_kind on_device = in->op == LLMPAR_OP_FETCH ? BEGINS : WRITES, in_store = in->op == LLMPAR_OP_FETCH ? READS : WRITES;
+    if (in->what == LLMPAR_STATE_GRADS) {
+        device[2] = buffer_of(u, in->use, 0, in->slot);
+        store[2] = KEPT_BUFFERS + (u * 2 + in->use) * LLMPAR_GRAD_SLOTS + in->slot;
+    }
+    if (in->what == LLMPAR_STATE_ACTIVATIONS) {
+        device[3] = of_micro(SAVED, u, m);
+        store[3] = of_micro(KEPT_ACTIVATIONS, u, m);
+        add_access(a, of_micro(INPUT, u, m), on_device);
+    }
+    add_access(a, device[in->what], on_device);
+    add_access(a, store[in->what], in_store);
+}
+
+static void accesses(const llmpar_instruction *in, const llmpar_policy *policy, access_list *a)
+{
+    int32_t u = in->unit, updated = policy->master ? MASTER : SHARD;
+    a->count = 0;
+    switch (in->op) {
+    case LLMPAR_OP_GATHER:
+        add_access(a, SHARD + u, is_whole(policy) ? WRITES : READS);
+        if (!is_whole(policy)) add_access(a, PARAMS + u, BEGINS);
+        break;
+    case LLMPAR_OP_FREE: add_access(a, in->slot >= 0 ? buffer_of(u, in->use, in->local, in->slot) : (in->what == LLMPAR_STATE_PARAMS ? SHARD : PARAMS) + u, WRITES); break;
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: unit_accesses(in, policy, a); break;
+    case LLMPAR_OP_REDUCE:
+        if (!is_reduced_in_place(policy)) add_access(a, buffer_of(u, in->use, 1, in->from), READS);
+        add_access(a, buffer_of(u, in->use, 0, in->slot), is_reduced_in_place(policy) ? WRITES : BEGINS);
+        break;
+    case LLMPAR_OP_REDUCE_REPLICA: add_access(a, buffer_of(u, in->use, 0, in->slot), WRITES); break;
+    case LLMPAR_OP_ACCUMULATE:
+        add_access(a, buffer_of(u, in->use, in->local, in->slot), WRITES);
+        add_access(a, buffer_of(u, in->from_use, in->local, in->from), WRITES); /* released */
+        break;
+    case LLMPAR_OP_NORM:
+        add_access(a, buffer_of(u, in->use, 0, in->slot), READS);
+        add_access(a, NORMS, WRITES);
+        break;
+    case LLMPAR_OP_SCALAR_REDUCE:
+        add_access(a, in->pass ? VERDICT : TOKENS, BEGINS);
+        add_access(a, LOSS, in->pass ? WRITES : BEGINS);
+        add_access(a, NORMS, in->pass ? WRITES : BEGINS);
+        break;
+    case LLMPAR_OP_OPTIM:
+        if (policy->update != LLMPAR_UPDATE_INSIDE) add_access(a, VERDICT, READS);
+        add_access(a, buffer_of(u, in->use, 0, in->slot), WRITES);
+        add_access(a, STATE + u, WRITES);
+        add_access(a, updated + u, WRITES);
+        break;
+    case LLMPAR_OP_CAST:
+        add_access(a, MASTER + u, READS);
+        add_access(a, SHARD + u, WRITES);
+        break;
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: move_accesses(in, policy, a); break;
+    }
+}
+
+/* Two accesses of one thing, at least one a write, on streams that do not order them? */
+static int has_hazard(const llmpar_instruction *list, int32_t count, const llmpar_policy *policy)
+{
+    static struct { int32_t index[MAX_LIST]; unsigned char writes[MAX_LIST]; int32_t count; } seen[RESOURCES];
+    order(list, count);
+    for (int32_t r = 0; r < RESOURCES; r++) seen[r].count = 0;
+    for (int32_t i = 0; i < count; i++) {
+        access_list a;
+        accesses(&list[i], policy, &a);
+        for (int k = 0; k < a.count; k++) {
+            int32_t r = a.resource[k];
+            if (a.kind[k] == BEGINS) seen[r].count = 0;
+            for (int32_t j = 0; j < seen[r].count; j++)
+                if ((a.kind[k] != READS || seen[r].writes[j]) && !is_before(seen[r].index[j], i)) return 1;
+            seen[r].index[seen[r].count] = i;
+            seen[r].writes[seen[r].count++] = a.kind[k] != READS;
+        }
+    }
+    return 0;
+}
+
+/* May two neighbours not change places? NORMs only add to an order-free sum; an update needs the gathered copy gone, though it does not touch it. */
+static int conflict(const llmpar_instruction *x, const llmpar_instruction *y, const llmpar_policy *policy)
+{
+    access_list a, b;
+    accesses(x, policy, &a);
+    accesses(y, policy, &b);
+    if (x->op == LLMPAR_OP_FREE && y->op == LLMPAR_OP_OPTIM && x->unit == y->unit && x->slot < 0 && x->what != LLMPAR_STATE_PARAMS) return 1;
+    for (int i = 0; i < a.count; i++)
+        for (int j = 0; j < b.count; j++) {
+            if (a.resource[i] != b.resource[j] || (a.kind[i] == READS && b.kind[j] == READS)) continue;
+            if (a.resource[i] == NORMS && x->op == y->op) continue;
+            return 1;
+        }
+    return 0;
+}
+
+/* ---- changing a list ---- */
+/* ---- changing a list ---- */
+
+static void with_swapped(const llmpar_instruction *list, int32_t count, int32_t first)
+{
+    memcpy(changed, list, (size_t)count * sizeof *list);
+    changed[first] = list[first + 1];
+    changed[first + 1] = list[first];
+    for (int32_t i = 0; i < count; i++)
+        for (int32_t w = 0; w < changed[i].wait_count; w++) {
+            int32_t *wait = &changed[i].waits[w];
+            if (*wait == first) *wait = first + 1;
+            else if (*wait == first + 1) *wait = first;
+        }
+}
+
+static void without_wait(const llmpar_instruction *list, int32_t count, int32_t index, int32_t wait)
+{
+    memcpy(changed, list, (size_t)count * sizeof *list);
+    llmpar_instruction *in = &changed[index];
+    for (int32_t w = wait; w + 1 < in->wait_count; w++) in->waits[w] = in->waits[w + 1];
+    in->wait_count--;
+}
+
+/* ---- random policies ---- */
+
+static uint64_t random_state = 1;
+static int32_t random_below(int32_t n)
+{
+    random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
+    return (int32_t)((random_state >> 33) % (uint64_t)n);
+}
+
+/* A policy of every kind, over units of every kind; pairs that exclude each other are drawn again. */
+static llmpar_schedule *random_schedule(int32_t most_units, int32_t most_micro_batches, char what[320])
+{
+    for (;;) {
+        int32_t count = 1 + random_below(most_units), borrower = -1, lender = 0;
+        if (count > 1 && random_below(2)) {
+            borrower = random_below(count);
+            lender = (borrower + 1 + random_below(count - 1)) % count;
+        }
+        make_units(count, borrower, lender);
+        llmpar_policy policy = make_policy(random_below(3) ? 1 + random_below(most_micro_batches) : 1, random_below(3) == 0, random_below(5), random_below(4) == 0, 1 + random_below(2), random_below(8) == 0);
+        policy.prefetch_backward = random_below(5);
+        policy.zero = random_below(2) ? LLMPAR_ZERO_DEFAULT : random_below(5);
+        policy.reshard = (llmpar_reshard)random_below(5);
+        policy.reshard_every = random_below(4);
+        policy.chain = random_below(3) == 0;
+        policy.master = random_below(2);
+        policy.offload = random_below(2) ? 0 : (unsigned)random_below(1 << LLMPAR_STATE_COUNT);
+        policy.update = random_below(2) ? LLMPAR_UPDATE_AFTER : (llmpar_update_when)random_below(3);
+        int frozen = random_below(3) == 0;
+        int length = snprintf(what, 320, "micro_batches %d no_sync %d chain %d prefetch %d %d zero %d shards %d replicas %d reshard %d/%d forward_only %d master %d offload %u update %d units", policy.micro_batches, policy.no_sync, policy.chain,
+                              policy.prefetch, policy.prefetch_backward, policy.zero, policy.shards, policy.replicas, (int)policy.reshard, policy.reshard_every, policy.forward_only, policy.master, policy.offload, (int)policy.update);
+        for (int32_t i = 0; i < count; i++) {
+            units[i].frozen = frozen && random_below(2);
+            units[i].recompute = (llmpar_recompute)random_below(i + 1 < count ? 3 : 2);
+            length += snprintf(what + length, (size_t)(320 - length), " %s%s%s", units[i].frozen ? "frozen" : "trained", units[i].recompute == LLMPAR_RECOMPUTE_FULL ? "+full" : "", i == borrower ? "+borrows" : i == lender && borrower >= 0 ? "+lends" : "");
+        }
+        llmpar_schedule *schedule = NULL;
+        llmpar_error_clear(&err);
+        llmpar_status status = llmpar_schedule_create(&heap, units, count, &policy, &schedule, &err);
+        if (!status) return schedule;
+        if (status != LLMPAR_ERR_ARGUMENT) {
+            TEST_FAIL("%s: %s", what, err.text);
+            return NULL;
+        }
+    }
+}
+
+TEST(every_policy_validates)
+{
+    char what[320];
+    for (int i = 0, rounds = test_rounds(6000); i < rounds; i++) {
+        llmpar_schedule *s = random_schedule(6, MAX_MICRO, what);
+        if (!s) continue;
+        if (validate(s->list, s->count, &s->policy)) TEST_FAIL("%s: %s", what, err.text);
+        if (i % 8 == 0 && (s->count > MAX_LIST || has_hazard(s->list, s->count, &s->policy))) TEST_FAIL("%s: the validator passes a list with unordered accesses", what);
+        llmpar_schedule_destroy(s);
+    }
+    CHECK_INT(heap.live, 0);
+}
+
+/* Nothing in a list may be left out or done twice, and a pair of neighbours may change places exactly if they share nothing and the order of streams survives. */
+TEST(dropped_doubled_swapped)
+{
+    char what[320];
+    for (int k = 0, rounds = test_rounds(500); k < rounds; k++) {
+        llmpar_schedule *s = random_schedule(4, 4, what);
+        for (int32_t i = 0; s && i < s->count; i++) {
+            const char *name = llmpar_op_name(s->list[i].op);
+            if (!validate(changed, without(s->list, s->count, i), &s->policy)) TEST_FAIL("%s: passes without instruction %d, %s", what, i, name);
+            if (!validate(changed, with_twice(s->list, s->count, i), &s->policy)) TEST_FAIL("%s: passes with instruction %d, %s, twice", what, i, name);
+            if (i + 1 == s->count) continue;
+            with_swapped(s->list, s->count, i);
+            int bad = conflict(&s->list[i], &s->list[i + 1], &s->policy);
+            for (int32_t w = 0; w < changed[i].wait_count; w++) bad |= changed[i].waits[w] >= i;
+            if (!bad) bad = has_hazard(changed, s->count, &s->policy);
+            if (bad != (validate(changed, s->count, &s->policy) != LLMPAR_OK)) TEST_FAIL("%s: %s with instructions %d, %s, and %s swapped: %s", what, bad ? "passes" : "refused", i, name, llmpar_op_name(s->list[i + 1].op), err.text);
+        }
+        llmpar_schedule_destroy(s);
+    }
+}
+
+/* A wait may go, and an instruction move to another stream, exactly where the slow model says so. */
+TEST(waits_and_streams)
+{
+    char what[320];
+    int needed = 0, spare = 0;
+    for (int k = 0, rounds = test_rounds(500); k < rounds; k++) {
+        llmpar_schedule *s = random_schedule(4, 4, what);
+        for (int32_t i = 0; s && i < s->count; i++) {
+            llmpar_op op = s->list[i].op;
+            for (int32_t w = 0; w < s->list[i].wait_count; w++) {
+                without_wait(s->list, s->count, i, w);
+                int bad = has_hazard(changed, s->count, &s->policy);
+                needed += bad;
+                spare += !bad;
+                if (bad != (validate(changed, s->count, &s->policy) != LLMPAR_OK))
+                    TEST_FAIL("%s: %s without the wait of %d, %s, for %d, %s: %s", what, bad ? "passes" : "refused", i, llmpar_op_name(op), s->list[i].waits[w], llmpar_op_name(s->list[s->list[i].waits[w]].op), err.text);
+            }
+            memcpy(changed, s->list, (size_t)s->count * sizeof *changed);
+            changed[i].stream = (llmpar_stream_id)((changed[i].stream + 1 + random_below(LLMPAR_STREAM_COUNT - 1)) % LLMPAR_STREAM_COUNT);
+            int bad = op == LLMPAR_OP_FORWARD || op == LLMPAR_OP_RECOMPUTE || op == LLMPAR_OP_BACKWARD || has_hazard(changed, s->count, &s->policy);
+            if (bad != (validate(changed, s->count, &s->policy) != LLMPAR_OK)) TEST_FAIL("%s: %s with %d, %s, on stream %d: %s", what, bad ? "passes" : "refused", i, llmpar_op_name(op), changed[i].stream, err.text);
+        }
+        llmpar_schedule_destroy(s);
+    }
+    CHECK(needed > 200 && spare > 200);
+}
+
+enum { UNIT = 1, MICRO = 2, PASS = 4, USE = 8, SLOT = 16, FROM = 32, FROM_USE = 64, LOCAL = 128, PREDICATE = 256, WHAT = 512, AGAIN = 1024 };
+
+static int fields_of(const llmpar_instruction *in)
+{
+    int moves = UNIT | PREDICATE | WHAT;
+    switch (in->op) {
+    case LLMPAR_OP_GATHER: return UNIT | PREDICATE;
+    case LLMPAR_OP_FREE: return UNIT | SLOT | PREDICATE | WHAT | (in->slot >= 0 ? USE | LOCAL : 0);
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE: return UNIT | MICRO | PASS | PREDICATE | AGAIN;
+    case LLMPAR_OP_BACKWARD: return UNIT | MICRO | SLOT | FROM | PREDICATE | AGAIN | (in->slot >= 0 || in->from >= 0 ? LOCAL : 0);
+    case LLMPAR_OP_REDUCE: return UNIT | USE | SLOT | FROM | PREDICATE;
+    case LLMPAR_OP_REDUCE_REPLICA:
+    case LLMPAR_OP_NORM:
+    case LLMPAR_OP_OPTIM: return UNIT | USE | SLOT | PREDICATE;
+    case LLMPAR_OP_ACCUMULATE: return UNIT | LOCAL | SLOT | FROM | PREDICATE | USE | FROM_USE;
+    case LLMPAR_OP_SCALAR_REDUCE: return PASS | PREDICATE;
+    case LLMPAR_OP_CAST: return UNIT | PREDICATE;
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return in->what == LLMPAR_STATE_GRADS ? moves | USE | SLOT : in->what == LLMPAR_STATE_ACTIVATIONS ? moves | MICRO : moves;
+    }
+    return 0;
+}
+
+static void change(llmpar_instruction *c, int field)
+{
+    switch (field) {
+    case UNIT: c->unit = unit_count > 1 ? (c->unit + 1) % unit_count : 1; break;
+    case MICRO: c->micro_batch++; break;
+    case PASS: c->pass = c->op == LLMPAR_OP_SCALAR_REDUCE ? !c->pass : c->pass == LLMPAR_PASS_EVAL ? LLMPAR_PASS_FORWARD : LLMPAR_PASS_EVAL; break;
+    case USE: c->use = !c->use; break;
+    case SLOT: c->slot++; break;
+    case FROM: c->from++; break;
+    case FROM_USE: c->from_use = !c->from_use; break;
+    case LOCAL: c->local = !c->local; break;
+    case WHAT: c->what = (llmpar_state)((c->what + 1) % LLMPAR_STATE_COUNT); break;
+    case AGAIN: c->again = !c->again; break;
+    default: c->predicate = c->predicate == LLMPAR_ALWAYS ? LLMPAR_IF_FINITE : LLMPAR_ALWAYS; break;
+    }
+}
+
+/* Every operand matters: changed, the list is refused. */
+TEST(operands)
+{
+    char what[320];
+    for (int k = 0, rounds = test_rounds(500); k < rounds; k++) {
+        llmpar_schedule *s = random_schedule(4, 4, what);
+        for (int32_t i = 0; s && i < s->count; i++)
+            for (int field = 1; field <= AGAIN; field *= 2) {
+                if (!(fields_of(&s->list[i]) & field)) continue;
+                memcpy(changed, s->list, (size_t)s->count * sizeof *changed);
+                change(&changed[i], field);
+                if (!validate(changed, s->count, &s->policy)) TEST_FAIL("%s: passes with field %d of instruction %d, %s, changed", what, field, i, llmpar_op_name(s->list[i].op));
+            }
+        llmpar_schedule_destroy(s);
+    }
+}
+
+TEST_LIST(T_(every_policy_validates), T_(dropped_doubled_swapped), T_(waits_and_streams), T_(operands))
