@@ -483,7 +483,7 @@ static llmpar_status tensor_files(session *s, const job *j)
 {
     llmpar_tensor_file *file = NULL;
     int32_t units = llmpar_fsdp_unit_count(s->fsdp);
-    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, &file);
+    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, NULL, 0, &file);
     if (status) return status;
     for (int32_t u = 0; u < units && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(s->fsdp, u, NULL, NULL, NULL));
     CHECK(!llmpar_is_file(j->file));
@@ -496,7 +496,7 @@ static llmpar_status tensor_files(session *s, const job *j)
 static llmpar_status wrong_order(session *s, const job *j)
 {
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, &file);
+    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, NULL, 0, &file);
     if (!status) status = llmpar_tensor_file_write(file, 1, llmpar_fsdp_shard(s->fsdp, 1, NULL, NULL, NULL));
     llmpar_tensor_file_abandon(file);
     return status;
@@ -505,7 +505,7 @@ static llmpar_status wrong_order(session *s, const job *j)
 static llmpar_status too_early(session *s, const job *j)
 {
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, &file);
+    llmpar_status status = llmpar_tensor_file_open(s->fsdp, j->file, NULL, 0, &file);
     if (!status) status = llmpar_tensor_file_write(file, 0, llmpar_fsdp_shard(s->fsdp, 0, NULL, NULL, NULL));
     if (status) llmpar_tensor_file_abandon(file); /* rank 0 may have failed already */
     else status = llmpar_tensor_file_commit(file);

@@ -149,7 +149,7 @@ struct llmpar_tensor_file {
     llmpar_safetensors_writer *writer; /* world rank 0 */
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
     void *host;                        /* world rank 0: one tensor */
-    int32_t next;                      /* unit */
+    int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
 
 /* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
@@ -164,11 +164,11 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     llmpar_ctx *ctx = file->ctx;
     llmpar_error error;
     int32_t count = 0, at = 0;
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) count += llmpar_fsdp_unit(file->fsdp, u)->param_count;
+    for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) {
-        const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, u);
+    for (int32_t u = 0; u < file->count; u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, file->units[u]);
         for (int32_t i = 0; i < unit->param_count; i++, at++) {
             tensors[at].name = unit->params[i].name;
             tensors[at].dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
@@ -182,7 +182,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     return llmpar__hf_fail(ctx, status, &error);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out)
+LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
 {
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
@@ -193,6 +193,13 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
+    file->count = units ? count : llmpar_fsdp_unit_count(fsdp);
+    file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
+    if (!file->units) {
+        llmpar_heap_free(&ctx->heap, file);
+        return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    }
+    for (int32_t u = 0; u < file->count; u++) file->units[u] = units ? units[u] : u;
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++)
         for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count; i++) {
             llmpar_dtensor tensor;
@@ -226,7 +233,8 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
     llmpar_error error;
     llmpar_error_clear(&error);
-    if (unit != file->next) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected unit %d", (int)unit, (int)file->next);
+    if (file->next >= file->count || unit != file->units[file->next])
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
@@ -263,6 +271,7 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);
     llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
     llmpar_heap_free(&file->ctx->heap, file);
 }
@@ -303,7 +312,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
+    if (!status) status = llmpar_tensor_file_open(fsdp, path, NULL, 0, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
         const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
         status = shard ? llmpar_tensor_file_write(file, u, shard) : ctx->error.status;

@@ -64,6 +64,19 @@ static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int
     return llmpar_tensor_file_write(((llmpar_trainer *)user)->gradient_file, unit, shard);
 }
 
+/* Gradients come as the schedule updates: in backward's order where that is inside it, and not from frozen units. */
+static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
+{
+    llmpar_heap *heap = &t->ctx->heap;
+    int32_t count = 0, *units = (int32_t *)llmpar_heap_alloc(heap, (size_t)t->train->units + 1, sizeof *units);
+    if (!units) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    for (int32_t i = 0; i < t->train->count && count < t->train->units; i++)
+        if (t->train->list[i].op == LLMPAR_OP_OPTIM) units[count++] = t->train->list[i].unit;
+    llmpar_status status = llmpar_tensor_file_open(t->fsdp, t->gradients, units, count, &t->gradient_file);
+    llmpar_heap_free(heap, units);
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
 {
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
@@ -105,7 +118,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
     llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
     if (!status && t->gradients) {
-        status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+        status = llmpar__trainer_gradient_file(t);
         llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
         t->gradients = NULL;
     }
