@@ -163,7 +163,7 @@ static void draw_policy(train_job *job, const mesh_shape *mesh, int fixed_accum,
     for (int state = 0; state < LLMPAR_STATE_COUNT; state++) {
         if (draw(3)) continue;
         int whole = mesh->shard == 1 || job->zero < 3;
-        if (state == LLMPAR_STATE_OPTIMIZER && stateless) continue;
+        if ((state == LLMPAR_STATE_OPTIMIZER && stateless) || (state == LLMPAR_STATE_GRADS && inside)) continue;
         if (state == LLMPAR_STATE_PARAMS && !master && whole) continue;
         p->offload[state] = draw(2) ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
     }
