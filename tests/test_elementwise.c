@@ -149,6 +149,231 @@ TEST(adamw)
     free(p0); free(g); free(m0); free(v0); free(want);
 }
 
+static void sgd_run(ops_way way, int threads, int64_t n, double limit, double *p, const double *g, double *m)
+{
+    llmpar_device *d = ops_device(way.level, threads);
+    llmpar_sgd_args a;
+    memset(&a, 0, sizeof a);
+    a.count = (size_t)n; a.dtype = way.dtype;
+    a.lr = 1e-2; a.momentum = 0.75; a.decay = 0.1; a.limit = limit; a.grad_scale = 0.5;
+    a.p = ops_in(way.dtype, p, n); a.g = ops_in(way.dtype, g, n); a.m = ops_in(way.dtype, m, n);
+    CHECK_OK(d->sgd(d, NULL, &a));
+    ops_take(way.dtype, p, a.p, n);
+    if (m) ops_take(way.dtype, m, a.m, n);
+    ops_release();
+}
+
+TEST(sgd)
+{
+    enum { N = 20011 };
+    ops_way ways[4];
+    int count = ops_ways(ways);
+    double *p0 = ops_random(N, 1), *g = ops_random(N, 0.1), *m0 = ops_random(N, 0.05), *want = ops_zeros(2 * N), *p = ops_zeros(2 * N), *first = ops_zeros(2 * N);
+    for (int k = 0; k < 4; k++) { /* with and without momentum, a limit */
+        double limit = k & 1 ? 0.02 : 0, *m = k & 2 ? p + N : NULL;
+        for (int i = 0; i < N; i++) {
+            double x = g[i] * 0.5;
+            if (limit > 0) x = fmin((double)(float)limit, fmax(-(double)(float)limit, x));
+            want[N + i] = m ? 0.75 * m0[i] + x : 0;
+            want[i] = p0[i] * (1 - 1e-2 * 0.1) - 1e-2 * (m ? want[N + i] : x);
+        }
+        for (int w = 0; w < count; w++) {
+            for (int threads = 1; threads <= 3; threads++) {
+                memcpy(p, p0, N * 8); memcpy(p + N, m0, N * 8);
+                sgd_run(ways[w], threads, N, limit, p, g, m);
+                ops_near("sgd", ways[w], p, want, N, limit > 0 ? 1e-7 : ops_bound(ways[w], 3e-7)); /* the limit is rounded to f32 above */
+                if (m) ops_near("sgd m", ways[w], m, want + N, N, limit > 0 ? 1e-7 : ops_bound(ways[w], 3e-7));
+                if (threads == 1) memcpy(first, p, 2 * N * 8);
+                else ops_same("sgd threads", ways[w], p, first, 2 * N);
+            }
+            for (int64_t at = 1; at < 40; at++) { /* cut anywhere */
+                double q[2][64];
+                memcpy(q[0], p0 + at, 64 * 8); memcpy(q[1], m0 + at, 64 * 8);
+                sgd_run(ways[w], 1, 64 - at, limit, q[0], g + at, m ? q[1] : NULL);
+                ops_same("sgd cut", ways[w], q[0], first + at, 64 - at);
+                if (m) ops_same("sgd cut m", ways[w], q[1], first + N + at, 64 - at);
+            }
+            double special[3] = { (double)NAN, (double)INFINITY, 1 }, q[3] = { 0, 0, 0 };
+            sgd_run(ways[w], 1, 3, limit, q, special, NULL);
+            CHECK(isnan(q[0]) && (limit > 0 ? fabs(q[1] + 1e-2 * limit) < 1e-9 : isinf(q[1])) && isfinite(q[2]));
+        }
+    }
+    free(p0); free(g); free(m0); free(want); free(p); free(first);
+}
+
+/* ---- AdaLomo: a matrix of R x C, whole and as parts that begin and end anywhere ---- */
+
+enum { R = 37, C = 1100 };
+
+/* rows[R], cols[C] of elements [begin, end), added to what is there. */
+static void factor_run(ops_way way, int threads, const double *g, int64_t begin, int64_t end, double largest, double scale, int64_t *rows, int64_t *cols)
+{
+    llmpar_device *d = ops_device(way.level, threads);
+    llmpar_factor_sum_args a;
+    memset(&a, 0, sizeof a);
+    a.begin = begin; a.count = end - begin; a.cols = C; a.dtype = way.dtype;
+    a.row_bits = 62 - 11; a.col_bits = 62 - 6;
+    a.largest = &largest; a.grad_scale = scale;
+    a.row_sums = rows; a.col_sums = cols;
+    a.g = ops_in(way.dtype, g + begin, end - begin);
+    CHECK_OK(d->factor_sum(d, NULL, &a));
+    ops_release();
+}
+
+static double largest_run(ops_way way, int threads, const double *x, int64_t n, double from)
+{
+    llmpar_device *d = ops_device(way.level, threads);
+    llmpar_largest_args a;
+    double largest = from;
+    memset(&a, 0, sizeof a);
+    a.count = (size_t)n; a.dtype = way.dtype; a.largest = &largest;
+    a.x = ops_in(way.dtype, x, n);
+    CHECK_OK(d->largest(d, NULL, &a));
+    ops_release();
+    return largest;
+}
+
+TEST(factor_sums)
+{
+    ops_way ways[4];
+    int count = ops_ways(ways);
+    double *g = ops_random(R * C, 3);
+    static int64_t rows[R], cols[C], first_rows[R], first_cols[C], part_rows[R], part_cols[C];
+    double top = 0;
+    for (int i = 0; i < R * C; i++) {
+        if (i / C == 4) g[i] = 0;
+        else if (i / C == 6) g[i] *= ldexp(1, -100);
+        top = fmax(top, fabs(g[i]));
+    }
+    for (int w = 0; w < count; w++) {
+        for (int threads = 1; threads <= 3; threads++) {
+            CHECK(largest_run(ways[w], threads, g, R * C, 0) == top);
+            CHECK(largest_run(ways[w], threads, g, R * C, 2 * top) == 2 * top);
+            memset(rows, 0, sizeof rows);
+            memset(cols, 0, sizeof cols);
+            factor_run(ways[w], threads, g, 0, R * C, top, 0.25, rows, cols);
+            if (threads == 1) memcpy(first_rows, rows, sizeof rows), memcpy(first_cols, cols, sizeof cols);
+            CHECK_BYTES(rows, first_rows, sizeof rows);
+            CHECK_BYTES(cols, first_cols, sizeof cols);
+        }
+        /* 3 * 0.25 < 2^0 */
+        for (int r = 0; r < R; r++) {
+            double sum = 0;
+            for (int c = 0; c < C; c++) sum += g[r * C + c] * g[r * C + c] / 16;
+            CHECK_NEAR(ldexp((double)rows[r], -51), sum, 1e-13 * sum + C * ldexp(1, -51));
+            if (r == 4) CHECK_INT(rows[r], 0);
+            if (r == 6) CHECK_INT(rows[r], C); /* the least there is, each */
+        }
+        for (int c = 0; c < C; c++) {
+            double sum = 0;
+            for (int r = 0; r < R; r++) sum += g[r * C + c] * g[r * C + c] / 16;
+            CHECK_NEAR(ldexp((double)cols[c], -56), sum, 1e-13 * sum + R * ldexp(1, -56));
+        }
+        for (int64_t cut = 1; cut < R * C; cut += 1 + ops_below(4000)) { /* two parts */
+            memset(part_rows, 0, sizeof rows);
+            memset(part_cols, 0, sizeof cols);
+            factor_run(ways[w], 1, g, 0, cut, top, 0.25, part_rows, part_cols);
+            factor_run(ways[w], 1, g, cut, R * C, top, 0.25, part_rows, part_cols);
+            CHECK_BYTES(part_rows, rows, sizeof rows);
+            CHECK_BYTES(part_cols, cols, sizeof cols);
+        }
+        /* not finite: largest says so, the sums take nothing, the moments are NaN */
+        double bad[3] = { 1, (double)INFINITY, -2 }, moment[2] = { 0, 0 }, factor[2];
+        CHECK(isinf(largest_run(ways[w], 1, bad, 3, 5)));
+        bad[0] = -(double)NAN;
+        double nan = largest_run(ways[w], 1, bad, 3, 5), again = largest_run(ways[w], 1, bad + 1, 2, nan);
+        CHECK(isnan(nan) && isnan(again));
+        factor_run(ways[w], 1, g, 0, R * C, (double)INFINITY, 0.25, part_rows, part_cols);
+        CHECK_BYTES(part_rows, rows, sizeof rows);
+        llmpar_device *d = ops_device(ways[w].level, 1);
+        for (int k = 0; k < 3; k++) {
+            double largest = k == 0 ? nan : k == 1 ? (double)INFINITY : 3;
+            llmpar_factor_moment_args a;
+            memset(&a, 0, sizeof a);
+            a.count = 2; a.sums = rows; a.terms = C; a.bits = 51; a.by_mean = 1; a.largest = &largest; a.grad_scale = 0.25; a.beta = 0.5; a.eps = 1e-30; a.dtype = ways[w].dtype;
+            a.moment = ops_in(ways[w].dtype, moment, 2);
+            a.factor = ops_out(ways[w].dtype, 2);
+            CHECK_OK(d->factor_moment(d, NULL, &a));
+            ops_take(ways[w].dtype, moment, a.moment, 2);
+            ops_take(ways[w].dtype, factor, a.factor, 2);
+            ops_release();
+            if (k < 2) CHECK(isnan(moment[0]) && isnan(moment[1]) && isnan(factor[0]));
+            else {
+                double want = ldexp((double)rows[1], -51) / C / 2;
+                CHECK_NEAR(moment[1], want, want * 1e-7);
+                CHECK_NEAR(factor[1], sqrt((moment[0] + moment[1]) / 2 / moment[1]), 1e-7);
+            }
+            moment[0] = moment[1] = 0;
+        }
+    }
+    free(g);
+}
+
+static void adalomo_run(ops_way way, int threads, int64_t begin, int64_t end, double *p, const double *g, const double *rows, const double *cols, double *moment, llmpar_exact_sum *squares, const llmpar_exact_sum *size, int apply)
+{
+    llmpar_device *d = ops_device(way.level, threads);
+    llmpar_adalomo_args a;
+    int64_t n = end - begin;
+    memset(&a, 0, sizeof a);
+    a.begin = begin; a.count = n; a.cols = C; a.elements = R * C; a.dtype = way.dtype;
+    a.lr = 0.1; a.decay = 0.2; a.grad_scale = 0.5; a.beta = 0.75; a.eps = 1e-30;
+    a.p = ops_in(way.dtype, p + begin, n); a.g = ops_in(way.dtype, g + begin, n);
+    if (rows) a.row_factor = ops_in(way.dtype, rows, R), a.col_factor = ops_in(way.dtype, cols, C);
+    else a.moment = ops_in(way.dtype, moment + begin, n);
+    a.update_squares = squares ? squares->limb : NULL;
+    a.param_squares = size->limb;
+    CHECK_OK(apply ? d->adalomo(d, NULL, &a) : d->adalomo_square(d, NULL, &a));
+    ops_take(way.dtype, p + begin, a.p, n);
+    if (!rows) ops_take(way.dtype, moment + begin, a.moment, n);
+    ops_release();
+}
+
+TEST(adalomo)
+{
+    ops_way ways[4];
+    int count = ops_ways(ways);
+    enum { N = R * C };
+    double *p0 = ops_random(N, 2), *g = ops_random(N, 3), *m0 = ops_random(N, 1), *rows = ops_random(R, 1), *cols = ops_random(C, 1), *want = ops_zeros(N), *p = ops_zeros(N), *m = ops_zeros(N), *first = ops_zeros(2 * N);
+    llmpar_exact_sum size, squares, first_squares;
+    memset(&size, 0, sizeof size);
+    for (int i = 0; i < N; i++) llmpar_exact_sum_add(&size, p0[i] * p0[i]), m0[i] = fabs(m0[i]) + 0.01;
+    for (int i = 0; i < R; i++) rows[i] = fabs(rows[i]) + 0.1;
+    for (int i = 0; i < C; i++) cols[i] = fabs(cols[i]) + 0.1;
+    for (int factored = 0; factored < 2; factored++) {
+        double sum = 0, rate = 0.1 * sqrt(llmpar_exact_sum_value(&size) / N);
+        for (int i = 0; i < N; i++) {
+            double x = g[i] * 0.5, u = factored ? x * rows[i / C] * cols[i % C] : x / sqrt(0.75 * m0[i] + 0.25 * (x * x + 1e-30));
+            want[i] = u;
+            sum += u * u;
+        }
+        for (int i = 0; i < N; i++) want[i] = p0[i] * (1 - rate * 0.2) - rate / fmax(1, sqrt(sum / N)) * want[i];
+        for (int w = 0; w < count; w++) {
+            for (int threads = 1; threads <= 3; threads++)
+                for (int part = 0; part < 4; part++) { /* whole, then cut in two */
+                    int64_t cut = part ? 1 + ops_below(N - 1) : N;
+                    const double *r = factored ? rows : NULL;
+                    memset(&squares, 0, sizeof squares);
+                    memcpy(p, p0, N * 8); memcpy(m, m0, N * 8);
+                    adalomo_run(ways[w], threads, 0, cut, p, g, r, cols, m, &squares, &size, 0);
+                    adalomo_run(ways[w], threads, cut, N, p, g, r, cols, m, &squares, &size, 0);
+                    ops_same("adalomo_square leaves p", ways[w], p, p0, N);
+                    adalomo_run(ways[w], threads, 0, cut, p, g, r, cols, m, &squares, &size, 1);
+                    adalomo_run(ways[w], threads, cut, N, p, g, r, cols, m, &squares, &size, 1);
+                    ops_near("adalomo", ways[w], p, want, N, ops_bound(ways[w], 6e-7));
+                    CHECK_NEAR(llmpar_exact_sum_value(&squares), sum, sum * (ways[w].dtype == LLMPAR_F64 ? 1e-12 : 1e-6));
+                    if (threads == 1 && part == 0) memcpy(first, p, N * 8), memcpy(first + N, m, N * 8), first_squares = squares;
+                    ops_same("adalomo p", ways[w], p, first, N);
+                    ops_same("adalomo moment", ways[w], m, first + N, N);
+                    CHECK_BYTES(&squares, &first_squares, sizeof squares);
+                }
+            memcpy(m, m0, N * 8);
+            adalomo_run(ways[w], 1, 0, N, p, g, factored ? rows : NULL, cols, m, NULL, &size, 0); /* a copy that does not count */
+            ops_same("adalomo moment of a copy", ways[w], m, first + N, N);
+        }
+    }
+    free(p0); free(g); free(m0); free(rows); free(cols); free(want); free(p); free(m); free(first);
+}
+
 TEST(square_sum)
 {
     enum { N = 70001 };
@@ -183,4 +408,4 @@ TEST(square_sum)
 
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(tree_sum_and_max), T_(add_scale_cast_copy), T_(adamw), T_(square_sum), T_(devices_close))
+TEST_LIST(T_(tree_sum_and_max), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(devices_close))

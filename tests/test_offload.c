@@ -165,6 +165,37 @@ TEST(offload_tiers)
 }
 
 
+/* Every stream on a thread of its own. */
+TEST(overlap)
+{
+    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16 };
+    for (int d = 0; d < 2; d++) {
+        net_job job = job_of(0, dtypes[d]);
+        memset(&net_reference, 0, sizeof net_reference);
+        net_launch_ok(&job, "one rank");
+        job.fsdp.overlap = 1;
+        everywhere(&job, "overlap");
+        job.policy.prefetch = 2, job.policy.prefetch_backward = 1, job.policy.micro_batches = 2;
+        job.recompute = 2;
+        everywhere(&job, "overlap, prefetch");
+        for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = s % 2 ? LLMPAR_TIER_HOST : LLMPAR_TIER_FILE;
+        job.fsdp.offload_dir = "build";
+        everywhere(&job, "overlap, offload");
+        job.fsdp.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_DEVICE;
+        job.policy.micro_batches = 1;
+        job.policy.update = LLMPAR_UPDATE_INSIDE;
+        everywhere(&job, "overlap, inside");
+    }
+    llmpar_error error;
+    llmpar_launch_desc desc;
+    net_job job = job_of(1, LLMPAR_F32);
+    job.fsdp.overlap = 1;
+    memset(&desc, 0, sizeof desc);
+    desc.ranks = 2, desc.lockstep = 1, desc.check = net_no_leak;
+    CHECK_STATUS(llmpar_launch(&desc, net_rank, &job, &error), LLMPAR_ERR_UNSUPPORTED);
+    CHECK_TEXT(error.text, "overlap: lockstep");
+}
+
 /* ---- gradients in half the bytes ---- */
 
 static llmpar_status narrow(const net_job *job, llmpar_fsdp *fsdp)
@@ -479,6 +510,7 @@ TEST(files_in_trouble)
         limit_files(old.rlim_cur);
         CHECK_TEXT(error.text, " bytes: File too large");
         job.body = in_trouble;
+        job.fsdp.overlap = ranks - 1;
         for (trouble = 1; trouble <= 3; trouble++) {
             if (trouble == 3 && ranks == 1) continue;
             for (int s = 2; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = trouble == 2 ? LLMPAR_TIER_DEVICE : LLMPAR_TIER_FILE; /* what is written first would hide the cut */
@@ -551,7 +583,7 @@ TEST(memory_limit)
     net_job job = job_of(0, LLMPAR_BF16);
     memset(&net_reference, 0, sizeof net_reference);
     net_launch_ok(&job, "no limit");
-    job.fsdp.memory_limit = 24000; /* 256 + 640 + 640 + 256 elements in flat buffers: parameters, master and optimizer state are 14 * 1792 = 25088 bytes; offloaded, two units at a time are here */
+    job.fsdp.memory_limit = 26500; /* 256 + 640 + 640 + 256 elements in flat buffers: parameters, master and optimizer state are 14 * 1792 = 25088 bytes, loss and norm 1728; offloaded, two units at a time are here */
     CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_MEMORY);
     CHECK_TEXT(error.text, "over the limit");
     for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = LLMPAR_TIER_FILE;
@@ -561,4 +593,4 @@ TEST(memory_limit)
     net_launch_ok(&job, "limited, everything in a file");
 }
 
-TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(files_in_trouble), T_(no_memory), T_(memory_limit))
+TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(overlap), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(files_in_trouble), T_(no_memory), T_(memory_limit))

@@ -18,6 +18,7 @@ typedef struct job {
     llmpar_recompute recompute;
     int64_t logits_bytes;
     uint32_t frozen;              /* bit u: unit u */
+    int order;                    /* of the two streams */
     result *out;
     size_t peak_saved;            /* bytes, out: what all units keep together */
 } job;
@@ -110,22 +111,46 @@ static llmpar_status counted_gemm(llmpar_device *device, llmpar_stream *stream, 
     return gemm(device, stream, args);
 }
 
-static llmpar_status run_ops(const llmpar_unit *unit, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+/* Two streams promise no more than the waits say: an order of their own, then the compute stream as far ahead as it can be, then the tp stream. */
+enum { AS_LISTED = 0, COMPUTE_AHEAD = 1, TP_AHEAD = 2 };
+
+static llmpar_status run_ops(const llmpar_unit *unit, const llmpar_unit_op *ops, int32_t count, int order, llmpar_unit_call *call)
 {
-    for (int32_t i = 0; i < count; i++) {
-        for (int w = 0; w < 2; w++) CHECK(ops[i].wait[w] >= 0 && ops[i].wait[w] <= i);
-        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
-        call->index = ops[i].index;
-        llmpar_status status = ops[i].run(call);
+    enum { MOST = 160 };
+    char done[MOST] = { 0 };
+    int32_t next[2] = { 0, 0 }, first_tp = 0; /* of the compute and the tp stream */
+    CHECK(count <= MOST);
+    while (first_tp < count && ops[first_tp].kind == LLMPAR_COMPUTE) first_tp++;
+    for (;;) {
+        int32_t take_it = -1;
+        for (int k = 0; k < 2; k++) {
+            int stream = order == COMPUTE_AHEAD ? k : 1 - k, ready = 1;
+            int32_t *at = &next[stream];
+            while (*at < count && (done[*at] || (ops[*at].kind != LLMPAR_COMPUTE) != stream)) ++*at;
+            if (*at == count) continue;
+            for (int w = 0; w < 2; w++) {
+                CHECK(ops[*at].wait[w] >= 0 && ops[*at].wait[w] <= *at);
+                if (ops[*at].wait[w] && !done[ops[*at].wait[w] - 1]) ready = 0;
+            }
+            if (*at == first_tp) /* the executor: what was enqueued before the tp stream's first instruction is complete */
+                for (int32_t i = 0; i < first_tp; i++) ready &= done[i];
+            if (ready && (take_it < 0 || (order == AS_LISTED && *at < take_it))) take_it = *at;
+        }
+        if (take_it < 0) break;
+        done[take_it] = 1;
+        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[take_it].output_only) continue;
+        call->index = ops[take_it].index;
+        llmpar_status status = ops[take_it].run(call);
         if (status) {
-            fprintf(stderr, "%s: %s\n", unit->name, ops[i].name);
+            fprintf(stderr, "%s: %s\n", unit->name, ops[take_it].name);
             return status;
         }
     }
+    CHECK(next[0] == count && next[1] == count);
     return LLMPAR_OK;
 }
 
-static llmpar_status pass(llmpar_ctx *ctx, const llmpar_unit *unit, const llmpar_micro *micro, llmpar_pass which, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
+static llmpar_status pass(llmpar_ctx *ctx, const llmpar_unit *unit, const llmpar_micro *micro, llmpar_pass which, const llmpar_unit_sizes *sizes, int order, llmpar_unit_call *call)
 {
     llmpar_device *device = ctx->device;
     call->ctx = ctx;
@@ -137,7 +162,7 @@ static llmpar_status pass(llmpar_ctx *ctx, const llmpar_unit *unit, const llmpar
     call->scratch = raw(device, sizes->scratch);
     call->workspace = raw(device, sizes->workspace);
     call->workspace_bytes = sizes->workspace;
-    llmpar_status status = which == LLMPAR_PASS_BACKWARD ? run_ops(unit, unit->backward, unit->backward_count, call) : run_ops(unit, unit->forward, unit->forward_count, call);
+    llmpar_status status = which == LLMPAR_PASS_BACKWARD ? run_ops(unit, unit->backward, unit->backward_count, order, call) : run_ops(unit, unit->forward, unit->forward_count, order, call);
     device->free(device, call->scratch, sizes->scratch);
     device->free(device, call->workspace, sizes->workspace);
     return status;
@@ -205,7 +230,7 @@ static llmpar_status walk(llmpar_ctx *ctx, llmpar_llama *model, job *j)
         call.input = u ? output[u - 1] : NULL;
         call.output = output[u] = raw(device, sizes[u].output);
         call.saved = saved[u] = raw(device, sizes[u].saved);
-        status = pass(ctx, &units[u], &micro, LLMPAR_PASS_FORWARD, &sizes[u], &call);
+        status = pass(ctx, &units[u], &micro, LLMPAR_PASS_FORWARD, &sizes[u], j->order, &call);
     }
     for (int32_t u = n; u-- > 0 && !status;) {
         llmpar_unit_call call;
@@ -220,13 +245,13 @@ static llmpar_status walk(llmpar_ctx *ctx, llmpar_llama *model, job *j)
         if (units[u].recompute == LLMPAR_RECOMPUTE_FULL && (here || before)) {
             memset(saved[u], 0xff, sizes[u].saved);
             if (u + 1 < n) memset(output[u], 0xff, sizes[u].output);
-            status = pass(ctx, &units[u], &micro, LLMPAR_PASS_RECOMPUTE, &sizes[u], &call);
+            status = pass(ctx, &units[u], &micro, LLMPAR_PASS_RECOMPUTE, &sizes[u], j->order, &call);
         }
         call.grads = here ? grads[u] : NULL;
         call.borrowed_grads = there ? borrowed_grad : NULL;
         call.doutput = dinput[u + 1];
         if (before) call.dinput = dinput[u] = raw(device, sizes[u - 1].output);
-        if (!status && (here || before || there)) status = pass(ctx, &units[u], &micro, LLMPAR_PASS_BACKWARD, &sizes[u], &call);
+        if (!status && (here || before || there)) status = pass(ctx, &units[u], &micro, LLMPAR_PASS_BACKWARD, &sizes[u], j->order, &call);
         else if (u) dinput[u] = raw(device, sizes[u - 1].output);
     }
     size_t at = 0;
@@ -331,8 +356,8 @@ static void check_same(const job *j, const result *got, const result *want, cons
     size_t bytes = gradient_bytes(j), at = 0, size = llmpar_dtype_size(llmpar_dtype_sum(j->dtype));
     while (at < bytes && got->gradient[at] == want->gradient[at]) at++;
     if (at < bytes || memcmp(&got->loss, &want->loss, sizeof got->loss) || memcmp(got->token_loss, want->token_loss, sizeof got->token_loss))
-        TEST_FAIL("%s: %s tp %d sp %d wrap %d recompute %d logits %lld tied %d: %s differs (gradient element %lld), loss %.17g, want %.17g", what, llmpar_dtype_name(j->dtype), j->tp, j->sequence_parallel, j->wrap, (int)j->recompute, (long long)j->logits_bytes,
-                  j->config.tied, at < bytes ? "a gradient" : "the loss", at < bytes ? (long long)(at / size) : -1, llmpar_exact_sum_value(&got->loss), llmpar_exact_sum_value(&want->loss));
+        TEST_FAIL("%s: %s tp %d sp %d wrap %d recompute %d logits %lld order %d tied %d: %s differs (gradient element %lld), loss %.17g, want %.17g", what, llmpar_dtype_name(j->dtype), j->tp, j->sequence_parallel, j->wrap, (int)j->recompute, (long long)j->logits_bytes,
+                  j->order, j->config.tied, at < bytes ? "a gradient" : "the loss", at < bytes ? (long long)(at / size) : -1, llmpar_exact_sum_value(&got->loss), llmpar_exact_sum_value(&want->loss));
 }
 
 static void same_bits(llmpar_dtype dtype)
@@ -357,6 +382,7 @@ static void same_bits(llmpar_dtype dtype)
                             j.wrap = wraps[w];
                             j.recompute = (llmpar_recompute)r;
                             j.logits_bytes = cuts[c];
+                            j.order = (j.order + 1) % 3;
                             run(&j, &got);
                             check_same(&j, &got, &want, "same bits");
                             free(got.gradient);
@@ -386,6 +412,7 @@ TEST(frozen_units)
                         j.tp = tp;
                         j.sequence_parallel = sp;
                         j.recompute = (llmpar_recompute)r;
+                        j.order = (m + r) % 3;
                         if (m % 2) j.logits_bytes = 3000;
                         run(&j, &all);
                         j.frozen = masks[m];

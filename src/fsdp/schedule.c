@@ -390,7 +390,7 @@ static void llmpar__plan_scalar(llmpar__plan *plan)
     llmpar__plan_wait(reduce, compute); /* it wrote gradients (whole) and the loss */
 }
 
-static void llmpar__plan_step(llmpar__plan *plan, int32_t step)
+static void llmpar__plan_list_step(llmpar__plan *plan, int32_t step)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
     int backward;
@@ -557,7 +557,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
         llmpar__plan_residency(&plan);
         llmpar__plan_update_order(&plan);
         llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
-        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step);
+        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_list_step(&plan, step);
         llmpar__plan_free_pending(&plan);
         llmpar__plan_finish(&plan);
     }

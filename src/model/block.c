@@ -15,7 +15,7 @@
             act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
             backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
    Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
-typedef struct llmpar__half {
+typedef struct llmpar__block_half {
     llmpar__shape s;
     const llmpar__part *part_of;
     const llmpar_llama *model;
@@ -29,7 +29,7 @@ typedef struct llmpar__half {
     char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
     char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
     const char *in;                 /* what the products read: h, or the gathered rows */
-} llmpar__half;
+} llmpar__block_half;
 
 /* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
 typedef struct llmpar__half_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__half_layout;
@@ -78,7 +78,7 @@ static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, i
     l->scratch = at;
 }
 
-static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__half *b)
+static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
 {
     llmpar__half_layout l;
     memset(b, 0, sizeof *b);
@@ -118,15 +118,15 @@ static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__h
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
-static void *llmpar__half_param(const llmpar__half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__half_grad(const llmpar__half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__half_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__half_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
 
 /* Element offset of k and v in a row of qkv. */
 static size_t llmpar__half_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
 static size_t llmpar__half_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
 
 /* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__half_attention(const llmpar__half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
+static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
     memset(args, 0, sizeof *args);
@@ -149,7 +149,7 @@ static void llmpar__half_attention(const llmpar__half *b, const llmpar_unit_call
     args->workspace_bytes = call->workspace_bytes;
 }
 
-static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__half *b, char *qkv, int inverse)
+static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
@@ -168,7 +168,7 @@ static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpa
 }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__half_heads(const llmpar__half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
 {
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
@@ -190,7 +190,7 @@ static void llmpar__half_heads(const llmpar__half *b, const llmpar_unit_call *ca
     operand[2].b = llmpar__half_param(b, call, LLMPAR__WV);
 }
 
-static void llmpar__half_ffn(const llmpar__half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
 {
     memset(operand, 0, 2 * sizeof *operand);
     for (int i = 0; i < 2; i++) {
@@ -222,7 +222,7 @@ static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
 /* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__half_kv. */
-static void llmpar__half_dattention(const llmpar__half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+static void llmpar__half_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
 {
     const llmpar__shape *s = &b->s;
     int shared = b->tp->replicas > 1;
@@ -240,7 +240,7 @@ static void llmpar__half_dattention(const llmpar__half *b, const llmpar_unit_cal
 /* ---- sizes ---- */
 
 /* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__half_workspace(const llmpar__half *b, llmpar_device *device)
+static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device *device)
 {
     const llmpar__shape *s = &b->s;
     const llmpar_tp *tp = b->tp;
@@ -277,7 +277,7 @@ static size_t llmpar__half_workspace(const llmpar__half *b, llmpar_device *devic
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_layout l;
     memset(&b, 0, sizeof b);
     b.part_of = (const llmpar__part *)user;
@@ -296,7 +296,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
@@ -304,14 +304,14 @@ static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
 /* The half before ends here: its reduced sum and its input make this one's input. */
 static llmpar_status llmpar__half_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__half b, before;
+    llmpar__block_half b, before;
     llmpar__half_open(call, call->index, &b);
     llmpar__half_open(call, call->index - 1, &before);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
 /* Selective recomputation: norm's output once more, from the same bits by the same code. */
-static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__half *b)
+static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
     if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__half_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
@@ -320,7 +320,7 @@ static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__ha
 /* Forward, and again in backward for the weight gradients. */
 static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
     llmpar__half_open(call, call->index, &b);
     llmpar_status status = llmpar__half_again(call, &b);
@@ -329,7 +329,7 @@ static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
     llmpar__half_open(call, call->index, &b);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
@@ -337,7 +337,7 @@ static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_add_args args;
     llmpar__half_open(call, call->index, &b);
     memset(&args, 0, sizeof args);
@@ -351,41 +351,41 @@ static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_gather_dout(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
 static llmpar_status llmpar__half_dnorm(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
 static llmpar_status llmpar__half_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
 static llmpar_status llmpar__half_norm_weight(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
     llmpar__half_open(call, call->index, &b);
     return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__half_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
 /* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__half_columns(const llmpar__half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+static llmpar_status llmpar__half_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
 {
     return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__half_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
-static llmpar_status llmpar__half_rows(const llmpar__half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+static llmpar_status llmpar__half_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
 {
     llmpar_tp_operand row;
     llmpar__half_row(b->tp, a, llmpar__half_param(b, call, p), grains, grain, &row);
@@ -393,7 +393,7 @@ static llmpar_status llmpar__half_rows(const llmpar__half *b, const llmpar_unit_
 }
 
 /* dw[out_dim, in_dim] of parameter p */
-static llmpar_status llmpar__half_dw(const llmpar__half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+static llmpar_status llmpar__half_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
 {
     return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__half_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
 }
@@ -402,7 +402,7 @@ static llmpar_status llmpar__half_dw(const llmpar__half *b, const llmpar_unit_ca
 
 static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_attention_args attention;
     llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
@@ -416,16 +416,16 @@ static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_wo(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     return llmpar__half_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
-static const char *llmpar__half_dout(const llmpar__half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+static const char *llmpar__half_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
 
 static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_attention_backward_args attention;
     llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
@@ -438,7 +438,7 @@ static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
 /* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
 static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
     llmpar_collective c;
@@ -469,7 +469,7 @@ static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_tp_operand heads[3];
     llmpar__half_open(call, call->index, &b);
     llmpar_status status = llmpar__half_rope(call, &b, b.dqkv, 1);
@@ -479,7 +479,7 @@ static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
     llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
@@ -493,7 +493,7 @@ static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar__half_open(call, call->index, &b);
     llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
     return status ? status : llmpar__half_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
@@ -501,7 +501,7 @@ static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_down(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_swiglu_args swiglu;
     llmpar__half_open(call, call->index, &b);
     memset(&swiglu, 0, sizeof swiglu);
@@ -518,7 +518,7 @@ static llmpar_status llmpar__half_down(llmpar_unit_call *call)
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
 static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
     llmpar__half_open(call, call->index, &b);
@@ -541,7 +541,7 @@ static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
 
 static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
 {
-    llmpar__half b;
+    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
     llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;

@@ -36,6 +36,11 @@ static const struct { const char *name; operation run; double f32, f64; size_t s
     { "copy_rows", op_copy_rows, 0, 0, { OFFSET(copy_rows) } },
     { "adamw", op_adamw, 3e-7, 1e-14, { OFFSET(adamw) } },
     { "sgd", op_sgd, 3e-7, 1e-14, { OFFSET(sgd) } },
+    { "largest", op_largest, 0, 0, { OFFSET(largest) } },
+    { "factor_sum", op_factor_sum, 0, 0, { OFFSET(factor_sum) } },
+    { "factor_moment", op_factor_moment, 2e-7, 1e-14, { OFFSET(factor_moment) } },
+    { "adalomo_square", op_adalomo_square, 1e-6, 1e-13, { OFFSET(adalomo_square) } },
+    { "adalomo", op_adalomo, 1e-6, 1e-13, { OFFSET(adalomo) } },
     { "square_sum", op_square_sum, 0, 0, { OFFSET(square_sum) } },
 };
 enum { SLOTS = sizeof list / sizeof list[0] };

@@ -720,6 +720,119 @@ static llmpar_status op_sgd(trial *t, int k)
     return t->d->sgd(t->d, t->stream, &a);
 }
 
+static llmpar_status op_largest(trial *t, int k)
+{
+    if (k >= LENGTHS) return NO_MORE;
+    llmpar_largest_args a;
+    memset(&a, 0, sizeof a);
+    note(t, "count=%lld", (long long)lengths[k]);
+    a.count = (size_t)lengths[k];
+    a.dtype = t->dtype;
+    a.x = in1(t, "x", lengths[k], 1000);
+    a.largest = (double *)out_as(t, "largest", LLMPAR_F64, 1, 1, 1, 0);
+    *a.largest = k & 1 ? 900 : 0; /* of another part */
+    return t->d->largest(t->d, t->stream, &a);
+}
+
+/* Parts of a matrix of 7 rows and 30 columns. */
+static const int64_t parts[][2] = { { 0, 210 }, { 0, 1 }, { 29, 2 }, { 5, 22 }, { 17, 130 }, { 209, 1 }, { 60, 30 }, { 40, 0 } };
+enum { PARTS = sizeof parts / sizeof parts[0], PART_ROWS = 7, PART_COLS = 30 };
+
+static llmpar_status op_factor_sum(trial *t, int k)
+{
+    if (k >= PARTS) return NO_MORE;
+    llmpar_factor_sum_args a;
+    memset(&a, 0, sizeof a);
+    note(t, "elements %lld .. %lld of [7,30]", (long long)parts[k][0], (long long)(parts[k][0] + parts[k][1]));
+    a.begin = parts[k][0];
+    a.count = parts[k][1];
+    a.cols = PART_COLS;
+    a.dtype = t->dtype;
+    a.g = in1(t, "g", a.count, 3);
+    a.row_bits = 20; /* so that the sums are exact as doubles */
+    a.col_bits = 22;
+    a.grad_scale = 0.25;
+    double *largest = (double *)out_as(t, "largest", LLMPAR_F64, 1, 1, 1, 0);
+    *largest = 3;
+    a.largest = largest;
+    int64_t *sums = (int64_t *)grade_put("row_sums and col_sums", (PART_ROWS + PART_COLS) * 8, 8, t->placement);
+    for (int i = 0; i < PART_ROWS + PART_COLS; i++) sums[i] = i;
+    a.row_sums = sums;
+    a.col_sums = sums + PART_ROWS;
+    double *values = (double *)out_as(t, "row_sums and col_sums", LLMPAR_F64, 1, PART_ROWS + PART_COLS, PART_ROWS + PART_COLS, 0);
+    llmpar_status st = t->d->factor_sum(t->d, t->stream, &a);
+    if (!st) st = t->d->synchronize(t->d, t->stream);
+    for (int i = 0; i < PART_ROWS + PART_COLS; i++) values[i] = (double)sums[i];
+    return st;
+}
+
+static llmpar_status op_factor_moment(trial *t, int k)
+{
+    if (k >= 2 * LENGTHS) return NO_MORE;
+    llmpar_factor_moment_args a;
+    int64_t n = lengths[k / 2];
+    memset(&a, 0, sizeof a);
+    a.count = n;
+    a.dtype = t->dtype;
+    a.terms = 30;
+    a.bits = 57;
+    a.by_mean = k & 1;
+    a.grad_scale = 0.25;
+    a.beta = 0.9;
+    a.eps = 1e-30;
+    note(t, "count=%lld by_mean=%d", (long long)n, (int)a.by_mean);
+    double *largest = (double *)out_as(t, "largest", LLMPAR_F64, 1, 1, 1, 0);
+    *largest = 3;
+    a.largest = largest;
+    int64_t *sums = (int64_t *)grade_put("sums", (size_t)n * 8, 8, t->placement);
+    for (int64_t i = 0; i < n; i++) sums[i] = (i * 7919 % 4096 + 100) * ((int64_t)1 << 48);
+    a.sums = sums;
+    a.moment = out_as(t, "moment", t->dtype, 1, n, n, 0.5);
+    for (int64_t i = 0; i < n; i++) store(a.moment, i, t->dtype, 0.5 + fabs(load(a.moment, i, t->dtype)));
+    a.factor = out_as(t, "factor", t->dtype, 1, n, n, 0);
+    return t->d->factor_moment(t->d, t->stream, &a);
+}
+
+static llmpar_status adalomo_case(trial *t, int k, int apply)
+{
+    if (k >= 2 * PARTS) return NO_MORE;
+    llmpar_adalomo_args a;
+    memset(&a, 0, sizeof a);
+    a.begin = parts[k / 2][0];
+    a.count = parts[k / 2][1];
+    a.cols = PART_COLS;
+    a.elements = PART_ROWS * PART_COLS;
+    a.dtype = t->dtype;
+    a.lr = 0.1;
+    a.decay = 0.2;
+    a.grad_scale = 0.25;
+    a.beta = 0.9;
+    a.eps = 1e-30;
+    note(t, "elements %lld .. %lld of [7,30], %s", (long long)a.begin, (long long)(a.begin + a.count), k & 1 ? "factored" : "with moments");
+    a.g = in1(t, "g", a.count, 3);
+    a.p = out_as(t, "p", t->dtype, 1, a.count, a.count, 1);
+    if (k & 1) {
+        a.row_factor = in1(t, "row_factor", PART_ROWS, 1);
+        a.col_factor = in1(t, "col_factor", PART_COLS, 1);
+    } else {
+        a.moment = out_as(t, "moment", t->dtype, 1, a.count, a.count, 0.5);
+        for (int64_t i = 0; i < a.count; i++) store(a.moment, i, t->dtype, 0.5 + fabs(load(a.moment, i, t->dtype)));
+    }
+    int64_t *squares = (int64_t *)grade_put("squares", 2 * LLMPAR_EXACT_SUM_LIMBS * 8, 8, t->placement);
+    memset(squares, 0, 2 * LLMPAR_EXACT_SUM_LIMBS * 8);
+    llmpar_exact_sum_add((llmpar_exact_sum *)(void *)squares, 700.0);
+    llmpar_exact_sum_add((llmpar_exact_sum *)(void *)(squares + LLMPAR_EXACT_SUM_LIMBS), 30.0);
+    a.update_squares = squares;
+    a.param_squares = squares + LLMPAR_EXACT_SUM_LIMBS;
+    double *total = (double *)out_as(t, "value of update_squares", LLMPAR_F64, 1, 1, 1, 0);
+    llmpar_status st = apply ? t->d->adalomo(t->d, t->stream, &a) : t->d->adalomo_square(t->d, t->stream, &a);
+    if (!st) st = t->d->synchronize(t->d, t->stream);
+    *total = llmpar_exact_sum_value((const llmpar_exact_sum *)(const void *)squares);
+    return st;
+}
+static llmpar_status op_adalomo_square(trial *t, int k) { return adalomo_case(t, k, 0); }
+static llmpar_status op_adalomo(trial *t, int k) { return adalomo_case(t, k, 1); }
+
 static llmpar_status op_square_sum(trial *t, int k)
 {
     if (k >= LENGTHS) return NO_MORE;
