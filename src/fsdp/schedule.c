@@ -369,7 +369,7 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     backward->local = !whole;
     backward->again = again;
     if (u->recompute != LLMPAR_RECOMPUTE_FULL) llmpar__plan_wait_params(plan, backward);
-    llmpar__plan_wait(backward, plan->last_grad_free);
+    if (slot >= 0 || from >= 0) llmpar__plan_wait(backward, plan->last_grad_free);
     llmpar__plan_free_pending(plan); /* before this step's own reduction, which the next backward then need not wait for either */
     if (slot >= 0) llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
     if (from >= 0) llmpar__plan_gradient(plan, lender, 1, micro, from, index);

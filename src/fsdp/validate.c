@@ -438,7 +438,7 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
 static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *hazard)
 {
     switch (hazard->access.thing) {
-    case LLMPAR__THING_LOSS: return op == LLMPAR_OP_SCALAR_REDUCE ? "runs before the loss is complete" : "adds to the loss at the same time as another stream";
+    case LLMPAR__THING_LOSS: return "runs before the loss is complete";
     case LLMPAR__THING_NORMS: return op == LLMPAR_OP_NORM ? "adds to the norm at the same time as another stream" : "does not wait for a norm";
     case LLMPAR__THING_WHOLE: return op == LLMPAR_OP_FREE ? "frees parameters that another stream may still use" : "uses parameters without waiting for their gather";
     case LLMPAR__THING_SHARD:
@@ -459,7 +459,7 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     case LLMPAR__THING_STORED_GRADIENT:
     case LLMPAR__THING_STORED_ACTIVATIONS: break;
     }
-    return op == LLMPAR_OP_FETCH ? "fetches without waiting for the store" : "stores over what another stream still fetches";
+    return "fetches without waiting for the store";
 }
 
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
