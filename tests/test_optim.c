@@ -299,6 +299,7 @@ static llmpar_status updates_rank(llmpar_ctx *ctx, void *user)
         llmpar_arena_usage usage;
         llmpar_arena_get_usage(llmpar_fsdp_arena(fsdp), &usage);
         j->state = usage.live[LLMPAR_TAG_OPTIMIZER];
+        if (!desc.optimizer_states) CHECK_INT(llmpar_optim_bytes(optim), j->state);
     }
     double value[LARGEST];
     for (int k = 0; !status && k < TENSORS && j->before; k++) {

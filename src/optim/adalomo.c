@@ -20,6 +20,7 @@
 
 #include "base/exact_sum.h"
 #include "base/math.h"
+#include "base/size.h"
 
 /* A segment of this rank. */
 typedef struct llmpar__adalomo_part {
@@ -44,6 +45,7 @@ typedef struct llmpar__adalomo {
     int32_t units;
     void *workspace;
     size_t at_largest, at_factors;/* bytes in it; sums lie at 0: row and column sums, squares of p, squares of u */
+    int64_t bytes;                /* of the arena */
     llmpar_event *done;           /* behind the last update: the workspace is one for all */
 } llmpar__adalomo;
 
@@ -57,7 +59,7 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     const llmpar_unit *u = llmpar_fsdp_unit(fsdp, index);
     const llmpar_segment *segments;
     int32_t count;
-    llmpar_fsdp_shard(fsdp, index, NULL, &segments, &count);
+    llmpar_fsdp_layout(fsdp, index, NULL, &segments, &count);
     *moments = *factors = 0;
     if (u->frozen) return LLMPAR_OK;
     unit->params = u->param_count;
@@ -119,6 +121,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
         status = llmpar__adalomo_layout(optim, u, &moments, &factors);
         if (!status && moments) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, (size_t)moments * size, llmpar_fsdp_unit(optim->fsdp, u)->name, &unit->state);
         if (!status && moments) status = device->zero(device, stream, unit->state, (size_t)moments * size);
+        a->bytes += llmpar_round_up((int64_t)((size_t)moments * size), (int64_t)device->alignment);
         if (status) break;
         size_t wanted = (size_t)(unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)unit->params);
         if (wanted > sums) sums = wanted;
@@ -128,6 +131,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
     a->at_largest = sums * sizeof(int64_t);
     a->at_factors = a->at_largest + params * sizeof(double);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, a->at_factors + most * size, "adalomo's sums", &a->workspace);
+    a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
     if (!status) status = device->event_create(device, &a->done);
     if (stream) {
         llmpar_status waited = device->synchronize(device, stream);
@@ -176,6 +180,8 @@ LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
     llmpar_heap_free(optim->heap, a->unit);
     llmpar_heap_free(optim->heap, a);
 }
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
 
 /* ---- the update ---- */
 

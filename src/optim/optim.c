@@ -198,4 +198,5 @@ LLMPAR_DEF void llmpar_optim_destroy(llmpar_optim *optim)
 
 LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim) { return &optim->table; }
 LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
+LLMPAR_DEF int64_t llmpar_optim_bytes(const llmpar_optim *optim) { return optim->adalomo ? llmpar__adalomo_bytes(optim) : 0; }
 LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }

@@ -45,6 +45,8 @@ LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */
 LLMPAR_API void llmpar_optim_set_lr(llmpar_optim *optim, double lr);
 LLMPAR_API int64_t llmpar_optim_steps(const llmpar_optim *optim);
+/* Bytes of OPTIMIZER in fsdp's arena that are the optimizer's own, beside fsdp's arrays: ADALOMO's. Local. */
+LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
 LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
 

@@ -19,6 +19,7 @@ struct llmpar_optim {
 /* adalomo.c: creation (collective) and the table's update. */
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
 LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
+LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
 
 #endif
