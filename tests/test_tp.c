@@ -6,11 +6,19 @@ enum { BATCH = 4, T = 8, N = BATCH * T, MOST = 2048 };
 
 /* ---- numbers ---- */
 
-static double get(const void *p, int64_t i, llmpar_dtype dtype) { return dtype == LLMPAR_F64 ? ((const double *)p)[i] : (double)((const float *)p)[i]; }
-static void put(void *p, int64_t i, llmpar_dtype dtype, double x)
+static double get(const void *p, int64_t i, llmpar_dtype dtype)
 {
-    if (dtype == LLMPAR_F64) ((double *)p)[i] = x;
-    else ((float *)p)[i] = (float)x;
+    double x = 0;
+    CHECK(llmpar_convert(&x, LLMPAR_F64, (const char *)p + (size_t)i * llmpar_dtype_size(dtype), dtype, 1));
+    return x;
+}
+static void put(void *p, int64_t i, llmpar_dtype dtype, double x) { CHECK(llmpar_convert((char *)p + (size_t)i * llmpar_dtype_size(dtype), dtype, &x, LLMPAR_F64, 1)); }
+/* What is left of x in this type. */
+static double rounded(double x, llmpar_dtype dtype)
+{
+    char low[8];
+    put(low, 0, dtype, x);
+    return get(low, 0, dtype);
 }
 
 /* Element (row, column) of global matrix `which`: any rank can make its own part. Full significands, so that every order of a sum shows. */
@@ -18,7 +26,7 @@ static double value(int which, int64_t row, int64_t column, llmpar_dtype dtype)
 {
     llmpar_rng rng = llmpar_rng_key(5, LLMPAR_RNG_USER, NULL, (uint64_t)which, (uint64_t)row);
     double x = llmpar_rng_uniform(&rng, (uint64_t)column) * 2 - 1;
-    return dtype == LLMPAR_F64 ? x : (double)(float)x;
+    return rounded(x, dtype);
 }
 
 /* rows x columns of matrix `which` from (row, column) on; malloc'ed. */
@@ -39,7 +47,7 @@ static void *fresh(int64_t count, llmpar_dtype dtype)
     return out;
 }
 
-/* One step of a chain; whether it is fused depends on dtype and dispatch level, never on the mesh: see probe. */
+/* One step of a chain, in the sum type; whether it is fused depends on dtype and dispatch level, never on the mesh: see probe. */
 static int fused[LLMPAR_DTYPE_COUNT];
 static double step(double a, double b, double sum, llmpar_dtype dtype)
 {
@@ -48,7 +56,7 @@ static double step(double a, double b, double sum, llmpar_dtype dtype)
         return fused[dtype] ? fma(a, b, sum) : product + sum;
     }
     volatile float product = (float)a * (float)b;
-    return fused[dtype] ? (double)fmaf((float)a, (float)b, (float)sum) : (double)(product + (float)sum);
+    return fused[LLMPAR_F32] ? (double)fmaf((float)a, (float)b, (float)sum) : (double)(product + (float)sum);
 }
 static double add(double a, double b, llmpar_dtype dtype) { return dtype == LLMPAR_F64 ? a + b : (double)((float)a + (float)b); }
 
@@ -119,10 +127,11 @@ static void launch_ok(const job *j)
 /* 1, 2, 4, 8 ranks x dtypes x sequence parallel. */
 static void everywhere(llmpar_status (*body)(llmpar_tp *, const job *), int kv_heads)
 {
-    for (int dtype = LLMPAR_F32; dtype <= LLMPAR_F64; dtype++)
+    static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16 };
+    for (int dtype = 0; dtype < 4; dtype++)
         for (int ranks = 1; ranks <= 8; ranks *= 2)
             for (int sp = 0; sp < 2; sp++) {
-                job j = { ranks, kv_heads, sp, 0, (llmpar_dtype)dtype, body };
+                job j = { ranks, kv_heads, sp, 0, dtypes[dtype], body };
                 launch_ok(&j);
             }
 }
@@ -167,7 +176,7 @@ static void check_partial(llmpar_tp *tp, const job *j, llmpar_gemm_kind kind, in
         p->b = memory[2 * o + 1] = kind == LLMPAR_GEMM_NT ? part(10 * o + 1, 0, dim, begin, extent, dtype) : part(10 * o + 1, begin, extent, 0, dim, dtype);
     }
     size_t bytes = llmpar_tp_partial_workspace(tp, kind, N, dim, grains, operand, count, dtype);
-    void *workspace = workspace_of(bytes), *partial = fresh(N * dim, dtype), *out = fresh(N * dim, dtype);
+    void *workspace = workspace_of(bytes), *partial = workspace_of(llmpar_tp_partial_bytes(tp, BATCH, T, dim, dtype)), *out = fresh(N * dim, dtype);
     CHECK_OK(llmpar_tp_partial(tp, NULL, kind, N, dim, grains, operand, count, dtype, partial, workspace, bytes));
     CHECK_OK(llmpar_tp_reduce(tp, NULL, "test/reduce", BATCH, T, dim, partial, out, dtype));
     int64_t t = tp->sequence_parallel ? T / tp->ranks : T, bad = 0;
@@ -175,10 +184,10 @@ static void check_partial(llmpar_tp *tp, const job *j, llmpar_gemm_kind kind, in
         for (int64_t i = 0; i < t; i++)
             for (int64_t d = 0; d < dim; d++) {
                 int64_t row = b * T + (tp->sequence_parallel ? tp->rank * t : 0) + i;
-                double got = get(out, (b * t + i) * dim + d, dtype), want = exact_element(kind, row, d, grains, shape, count, tp->pieces, dtype);
+                double got = get(out, (b * t + i) * dim + d, dtype), want = rounded(exact_element(kind, row, d, grains, shape, count, tp->pieces, dtype), dtype); /* once, behind the whole tree */
                 if ((got != want || signbit(got) != signbit(want)) && bad++ == 0) TEST_FAIL("%s: rank %d, row %d, column %d: got %.17g, want %.17g", kind == LLMPAR_GEMM_NT ? "NT" : "NN", tp->rank, (int)row, (int)d, got, want);
             }
-    if (!tp->sequence_parallel) { /* in place */
+    if (!tp->sequence_parallel && llmpar_tp_partial_dtype(tp, dtype) == dtype) { /* in place */
         CHECK_OK(llmpar_tp_reduce(tp, NULL, "test/reduce", BATCH, T, dim, partial, partial, dtype));
         CHECK_BYTES(partial, out, (size_t)(N * dim) * llmpar_dtype_size(dtype));
     }
@@ -266,7 +275,7 @@ static llmpar_status column_parallel(llmpar_tp *tp, const job *j)
         for (int64_t i = 0; i < count; i++) {
             double want = 0;
             for (int64_t k = 0; k < IN; k++) want = step(value(0, n, k, dtype), value(1, begin + i, k, dtype), want, dtype);
-            if (get(y, n * ldo + i, dtype) != want) { TEST_FAIL("y[%d,%d]: got %.17g, want %.17g", (int)n, (int)(begin + i), get(y, n * ldo + i, dtype), want); break; }
+            if (get(y, n * ldo + i, dtype) != rounded(want, dtype)) { TEST_FAIL("y[%d,%d]: got %.17g, want %.17g", (int)n, (int)(begin + i), get(y, n * ldo + i, dtype), want); break; }
         }
         CHECK_BYTES((char *)y + (size_t)(n * ldo + count) * size, before, 3 * size); /* nothing beside the rows */
     }
@@ -280,7 +289,7 @@ static llmpar_status column_parallel(llmpar_tp *tp, const job *j)
         for (int64_t i = 0; i < count; i++) {
             double want = 0;
             for (int64_t k = 0; k < IN; k++) want = step(value(2, n, k, dtype), value(3, k, begin + i, dtype), want, dtype);
-            if (get(dh, n * count + i, dtype) != want) { TEST_FAIL("dh[%d,%d]: got %.17g, want %.17g", (int)n, (int)(begin + i), get(dh, n * count + i, dtype), want); break; }
+            if (get(dh, n * count + i, dtype) != rounded(want, dtype)) { TEST_FAIL("dh[%d,%d]: got %.17g, want %.17g", (int)n, (int)(begin + i), get(dh, n * count + i, dtype), want); break; }
         }
     free(workspace);
     free(dh), free(down), free(dy), free(before), free(y), free(w), free(x);
@@ -292,9 +301,9 @@ TEST(products) { everywhere(column_parallel, 8); }
 static llmpar_status weight_gradient(llmpar_tp *tp, const job *j)
 {
     enum { IN = 11, OUT = 19 };
-    llmpar_dtype dtype = j->dtype;
+    llmpar_dtype dtype = j->dtype, sum = llmpar_dtype_sum(dtype);
     int64_t begin = llmpar_tp_begin(tp, OUT), count = llmpar_tp_count(tp, OUT);
-    void *dy = part(0, 0, N, begin, count, dtype), *x = part(1, 0, N, 0, IN, dtype), *dw = fresh(count * IN, dtype);
+    void *dy = part(0, 0, N, begin, count, dtype), *x = part(1, 0, N, 0, IN, dtype), *dw = fresh(count * IN, sum);
     for (int64_t leaves = 1; leaves <= BATCH; leaves *= 2) {
         size_t bytes = llmpar_tp_weight_gradient_workspace(tp, N, leaves, count, IN, dtype);
         void *workspace = workspace_of(bytes);
@@ -304,7 +313,7 @@ static llmpar_status weight_gradient(llmpar_tp *tp, const job *j)
                 double leaf[BATCH] = { 0 };
                 for (int64_t n = 0; n < N; n++) leaf[n * leaves / N] = step(value(0, n, begin + o, dtype), value(1, n, i, dtype), leaf[n * leaves / N], dtype);
                 double want = tree(leaf, leaves, dtype);
-                if (get(dw, o * IN + i, dtype) != want) { TEST_FAIL("%d leaves: dw[%d,%d]: got %.17g, want %.17g", (int)leaves, (int)(begin + o), (int)i, get(dw, o * IN + i, dtype), want); break; }
+                if (get(dw, o * IN + i, sum) != want) { TEST_FAIL("%d leaves: dw[%d,%d]: got %.17g, want %.17g", (int)leaves, (int)(begin + o), (int)i, get(dw, o * IN + i, sum), want); break; }
             }
         free(workspace);
     }
@@ -318,7 +327,7 @@ TEST(weight_gradients) { everywhere(weight_gradient, 8); }
 
 static llmpar_status gather_and_select(llmpar_tp *tp, const job *j)
 {
-    enum { DIM = 6, VOCAB = 29 };
+    enum { DIM = 8, VOCAB = 29 };
     llmpar_dtype dtype = j->dtype;
     size_t size = llmpar_dtype_size(dtype);
     if (tp->sequence_parallel) {
@@ -334,6 +343,7 @@ static llmpar_status gather_and_select(llmpar_tp *tp, const job *j)
     int64_t begin = llmpar_tp_begin(tp, VOCAB), count = llmpar_tp_count(tp, VOCAB), t = tp->sequence_parallel ? T / tp->ranks : T;
     void *mine = malloc((size_t)(N * DIM) * size), *want = malloc((size_t)(N * DIM) * size), *out = fresh(N * DIM, dtype);
     static const uint32_t odd_f32[] = { 0x80000000u, 1u, 0x7f800000u, 0x7fc01234u, 0xffc00001u, 0x80000001u };
+    static const uint16_t odd_half[] = { 0x8000, 1, 0x7f80, 0x7fc1, 0xffc1, 0x8001 };
     static const uint64_t odd_f64[] = { 0x8000000000000000ull, 1ull, 0x7ff0000000000000ull, 0x7ff8000000001234ull, 0xfff8000000000001ull, 0x8000000000000001ull };
     memset(mine, 0, (size_t)(N * DIM) * size);
     for (int64_t n = 0; n < N; n++)
@@ -341,7 +351,8 @@ static llmpar_status gather_and_select(llmpar_tp *tp, const job *j)
             int64_t id = n * 5 % VOCAB, at = n * DIM + d;
             if (id % 3) put(want, at, dtype, value(8, id, d, dtype));
             else if (dtype == LLMPAR_F32) memcpy((char *)want + at * 4, &odd_f32[(id + d) % 6], 4);
-            else memcpy((char *)want + at * 8, &odd_f64[(id + d) % 6], 8);
+            else if (dtype == LLMPAR_F64) memcpy((char *)want + at * 8, &odd_f64[(id + d) % 6], 8);
+            else memcpy((char *)want + at * 2, &odd_half[(id + d) % 6], 2);
             if (id >= begin && id < begin + count) memcpy((char *)mine + (size_t)at * size, (char *)want + (size_t)at * size, size);
         }
     CHECK_OK(llmpar_tp_select(tp, NULL, "test/select", BATCH, T, DIM, mine, out, dtype));
