@@ -32,9 +32,9 @@ typedef struct llmpar__block_half {
 } llmpar__block_half;
 
 /* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
-typedef struct llmpar__half_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__half_layout;
+typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
 
-static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__half_layout *l)
+static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
 {
     const llmpar_tp *tp = &part->model->tp;
     size_t at = 0, spare_h;
@@ -43,7 +43,7 @@ static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, i
     memset(l, 0, sizeof *l);
     for (int32_t i = 0; i < part->halves; i++) {
         int is_mlp = (part->first + i) & 1;
-        llmpar__half_layout here = *l;
+        llmpar__block_layout here = *l;
         here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
         here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
         here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
@@ -78,9 +78,9 @@ static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, i
     l->scratch = at;
 }
 
-static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
+static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
 {
-    llmpar__half_layout l;
+    llmpar__block_layout l;
     memset(b, 0, sizeof *b);
     b->part_of = (const llmpar__part *)call->user;
     b->model = b->part_of->model;
@@ -91,7 +91,7 @@ static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__b
     b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
     llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
-    llmpar__half_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
+    llmpar__block_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
     char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
     b->h = (b->again ? scratch : saved) + l.h;
     b->rstd = saved + l.rstd;
@@ -118,15 +118,15 @@ static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__b
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
-static void *llmpar__half_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__half_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
 
 /* Element offset of k and v in a row of qkv. */
-static size_t llmpar__half_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__half_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
 
 /* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
+static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
     memset(args, 0, sizeof *args);
@@ -141,15 +141,15 @@ static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_uni
     args->dtype = s->dtype;
     if (!call) return;
     args->q = b->qkv;
-    args->k = b->qkv + llmpar__half_k(s);
-    args->v = b->qkv + llmpar__half_v(s);
+    args->k = b->qkv + llmpar__block_k(s);
+    args->v = b->qkv + llmpar__block_v(s);
     args->out = b->o;
     args->lse = b->lse;
     args->workspace = call->workspace;
     args->workspace_bytes = call->workspace_bytes;
 }
 
-static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
+static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
@@ -168,7 +168,7 @@ static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpa
 }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
 {
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
@@ -183,14 +183,14 @@ static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_ca
     }
     if (!call) return;
     operand[0].a = dqkv;
-    operand[1].a = dqkv + llmpar__half_k(s);
-    operand[2].a = dqkv + llmpar__half_v(s);
-    operand[0].b = llmpar__half_param(b, call, LLMPAR__WQ);
-    operand[1].b = llmpar__half_param(b, call, LLMPAR__WK);
-    operand[2].b = llmpar__half_param(b, call, LLMPAR__WV);
+    operand[1].a = dqkv + llmpar__block_k(s);
+    operand[2].a = dqkv + llmpar__block_v(s);
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__WQ);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__WK);
+    operand[2].b = llmpar__block_param(b, call, LLMPAR__WV);
 }
 
-static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
 {
     memset(operand, 0, 2 * sizeof *operand);
     for (int i = 0; i < 2; i++) {
@@ -203,12 +203,12 @@ static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call
     if (!call) return;
     operand[0].a = b->gate;
     operand[1].a = b->up;
-    operand[0].b = llmpar__half_param(b, call, LLMPAR__GATE);
-    operand[1].b = llmpar__half_param(b, call, LLMPAR__UP);
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__GATE);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
 }
 
 /* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -221,26 +221,26 @@ static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, 
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
-/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__half_kv. */
-static void llmpar__half_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
+static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
 {
     const llmpar__shape *s = &b->s;
     int shared = b->tp->replicas > 1;
     memset(args, 0, sizeof *args);
-    llmpar__half_attention(b, call, &args->forward);
+    llmpar__block_attention(b, call, &args->forward);
     args->dkv_dtype = shared ? s->sum : s->dtype;
     args->ld_dkv = shared ? 2 * s->e : s->ld;
     if (!call) return;
     args->dout = b->act;
     args->dq = b->dqkv;
-    args->dk = shared ? b->dkv : b->dqkv + llmpar__half_k(s);
-    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__half_v(s);
+    args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
+    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
 }
 
 /* ---- sizes ---- */
 
 /* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device *device)
+static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device *device)
 {
     const llmpar__shape *s = &b->s;
     const llmpar_tp *tp = b->tp;
@@ -249,14 +249,14 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
     llmpar_attention_backward_args attention;
     size_t w[18], most = 0;
     int n = 0;
-    llmpar__half_heads(b, NULL, NULL, heads);
-    llmpar__half_ffn(b, NULL, ffn);
+    llmpar__block_heads(b, NULL, NULL, heads);
+    llmpar__block_ffn(b, NULL, ffn);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
-    llmpar__half_row(tp, NULL, NULL, c->heads, s->e, &row);
+    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
-    llmpar__half_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
@@ -267,7 +267,7 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
-    llmpar__half_dattention(b, NULL, &attention);
+    llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
     while (n > 0)
@@ -278,68 +278,68 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
     llmpar__block_half b;
-    llmpar__half_layout l;
+    llmpar__block_layout l;
     memset(&b, 0, sizeof b);
     b.part_of = (const llmpar__part *)user;
     b.model = b.part_of->model;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
-    llmpar__half_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
+    llmpar__block_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
     out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
     out->saved = l.saved;
     out->scratch = l.scratch;
-    out->workspace = llmpar__half_workspace(&b, b.model->ctx->device);
+    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
     return LLMPAR_OK;
 }
 
 /* ---- what both halves do ---- */
 
-static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
-static llmpar_status llmpar__half_residual_norm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b, before;
-    llmpar__half_open(call, call->index, &b);
-    llmpar__half_open(call, call->index - 1, &before);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
+    llmpar__block_open(call, call->index, &b);
+    llmpar__block_open(call, call->index - 1, &before);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
 /* Selective recomputation: norm's output once more, from the same bits by the same code. */
-static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__block_half *b)
+static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
     if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__half_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
 /* Forward, and again in backward for the weight gradients. */
-static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_again(call, &b);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_again(call, &b);
     return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
+static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
+static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_add_args args;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     memset(&args, 0, sizeof args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
@@ -349,97 +349,97 @@ static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
     return call->device->add(call->device, call->stream, &args);
 }
 
-static llmpar_status llmpar__half_gather_dout(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_dnorm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
-static llmpar_status llmpar__half_norm_reduce(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
-static llmpar_status llmpar__half_norm_weight(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__half_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
 /* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__half_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
 {
-    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__half_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
-static llmpar_status llmpar__half_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
 {
     llmpar_tp_operand row;
-    llmpar__half_row(b->tp, a, llmpar__half_param(b, call, p), grains, grain, &row);
+    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
     return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
 }
 
 /* dw[out_dim, in_dim] of parameter p */
-static llmpar_status llmpar__half_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
 {
-    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__half_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* ---- attention ---- */
 
-static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
+static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_args attention;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
-    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__half_k(s), s->ld);
-    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__half_v(s), s->ld);
-    if (!status) status = llmpar__half_rope(call, &b, b.qkv, 0);
-    llmpar__half_attention(&b, call, &attention);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
+    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
+    llmpar__block_attention(&b, call, &attention);
     return status ? status : call->device->attention(call->device, call->stream, &attention);
 }
 
-static llmpar_status llmpar__half_wo(llmpar_unit_call *call)
+static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__half_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
-static const char *llmpar__half_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
 
-static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_backward_args attention;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = call->grads ? llmpar__half_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__half_dout(&b), s->d, b.o) : LLMPAR_OK;
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
-    llmpar__half_dattention(&b, call, &attention);
+    llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar__block_dattention(&b, call, &attention);
     return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
 }
 
 /* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
-static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
     llmpar_collective c;
     llmpar_cast_args cast;
@@ -463,47 +463,47 @@ static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
     copy.ld_out = s->ld;
     copy.size = s->size;
     copy.in = b.dkv_low;
-    copy.out = b.dqkv + llmpar__half_k(s);
+    copy.out = b.dqkv + llmpar__block_k(s);
     return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
 }
 
-static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_tp_operand heads[3];
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_rope(call, &b, b.dqkv, 1);
-    llmpar__half_heads(&b, call, b.dqkv, heads);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    llmpar__block_heads(&b, call, b.dqkv, heads);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__half_k(s), s->ld, b.in);
-    return status ? status : llmpar__half_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__half_v(s), s->ld, b.in);
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
 }
 
 /* ---- MLP ---- */
 
-static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
-    return status ? status : llmpar__half_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
+    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
 }
 
-static llmpar_status llmpar__half_down(llmpar_unit_call *call)
+static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_swiglu_args swiglu;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
@@ -512,18 +512,18 @@ static llmpar_status llmpar__half_down(llmpar_unit_call *call)
     swiglu.h = b.act;
     swiglu.dtype = b.s.dtype;
     llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
-    return status ? status : llmpar__half_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
+    return status ? status : llmpar__block_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
 }
 
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
-static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -535,20 +535,20 @@ static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
     swiglu.h = call->grads ? b.act : NULL;
     swiglu.dtype = s->dtype;
     if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
-    llmpar__half_ffn(&b, call, ffn);
+    llmpar__block_ffn(&b, call, ffn);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__half_dout(&b), s->d, b.act);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
-    return status ? status : llmpar__half_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
 }
 
 /* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
@@ -556,43 +556,43 @@ static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
 {
     static const llmpar__op_row attention_forward[] = {
-        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"q k v, rope, attention", llmpar__half_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"wo", llmpar__half_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"attention output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
-        /* 6 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"q k v, rope, attention", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"wo", llmpar__block_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"attention output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
+        /* 6 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
     };
     static const llmpar__op_row mlp_forward[] = {
-        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
-        /* 2 */ {{"residual, norm", llmpar__half_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
-        /* 3 */ {{"mlp input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 4 */ {{"gate, up", llmpar__half_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"swiglu, down", llmpar__half_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"mlp output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
+        /* 2 */ {{"residual, norm", llmpar__block_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
+        /* 3 */ {{"mlp input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"gate, up", llmpar__block_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"swiglu, down", llmpar__block_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"mlp output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
     };
     static const llmpar__op_row attention_backward[] = {
-        /* 1 */ {{"attention doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"wo dW, attention", llmpar__half_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"dk dv", llmpar__half_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
-        /* 5 */ {{"rope, attention dx", llmpar__half_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"attention dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"q k v dW", llmpar__half_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 9 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 10 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 1 */ {{"attention doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
+        /* 5 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"attention dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row mlp_backward[] = {
-        /* 1 */ {{"mlp doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"mlp input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__half_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"mlp dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"down, gate, up dW", llmpar__half_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 7 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"mlp input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"mlp dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
     return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
