@@ -327,6 +327,8 @@ typedef enum llmpar_dtype {
 
 /* Bytes of one element; 0 for DEFAULT or an unknown value. */
 LLMPAR_API size_t llmpar_dtype_size(llmpar_dtype dtype);
+/* The type that sums over elements of `dtype` are kept in (gradients, reductions, row statistics): F32 for BF16 and F16, else the type itself. */
+LLMPAR_API llmpar_dtype llmpar_dtype_sum(llmpar_dtype dtype);
 /* "f32", "bf16", ...; "?" for an unknown value. */
 LLMPAR_API const char *llmpar_dtype_name(llmpar_dtype dtype);
 
@@ -479,7 +481,7 @@ typedef struct llmpar_ctx {
     void *log_user;
 } llmpar_ctx;
 
-/* Sets ctx->error (the first error stays) with ctx->rank and returns status. Local. */
+/* Sets ctx->error (the first error stays; on the thread of a stream, the stream's) with ctx->rank and returns status. Local. */
 LLMPAR_API llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...) LLMPAR_PRINTF(3, 4);
 /* Text of this rank's first error, "" if none. Valid as long as ctx. Local. */
 LLMPAR_API const char *llmpar_last_error(const llmpar_ctx *ctx);
@@ -492,11 +494,13 @@ LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
 
    Lifecycle. Whoever runs the ranks (llmpar_launch) makes one device a rank. Every operation is an enqueue on a stream: it returns when accepted; argument structs
    and the arrays they point to (gemm segments, tree_sum inputs) are copied before it returns, tensor buffers belong to the stream until an event
-   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call.
+   recorded behind it completes. A failure sticks to the stream and returns from the next call or wait. The CPU device completes inside the call, until
+   the stream gets a thread of its own (stream_thread).
    Operations never allocate: where one needs scratch, a `_workspace` slot tells how many bytes the caller passes.
 
-   Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype (F32 or F64) is the type of all floating buffers of the call unless said
-   otherwise; F64 runs the portable code. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
+   Conventions. All tensors are row-major. `ld` = distance of rows in elements. dtype is the type of all floating buffers of the call unless said
+   otherwise: F32, F64 (runs the portable code), and for the operations of forward and backward (gemm .. xent, add, scale, copy_rows) BF16 and F16: these compute in F32 and round once at each store; what is summed stays in llmpar_dtype_sum(dtype),
+   called the sum type below: rstd, lse, softmax statistics, RoPE tables and the gradients of parameters. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
    Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
 #ifndef LLMPAR_DEVICE_H
 #define LLMPAR_DEVICE_H
@@ -529,7 +533,8 @@ typedef struct llmpar_gemm_args {
     const llmpar_gemm_segment *segments;
     int32_t segment_count, pieces;
     llmpar_gemm_kind kind;
-    llmpar_dtype dtype;
+    llmpar_dtype dtype;      /* of a and b */
+    llmpar_dtype out_dtype;  /* of c: dtype (default) or llmpar_dtype_sum(dtype); sums are kept in the latter, c is rounded once. accumulate needs the latter */
     int accumulate;
     void *workspace; size_t workspace_bytes;
 } llmpar_gemm_args;
@@ -542,7 +547,7 @@ typedef struct llmpar_tokens {
     int32_t canon;   /* pieces of t_total; t_begin and t_begin + t are piece boundaries when the guarantee holds */
 } llmpar_tokens;
 
-/* y[N,D] = x * rstd * w, rstd[N] = 1/sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). If `residual` is not NULL: sum[N,D] = x + residual is stored
+/* y[N,D] = x * rstd * w, rstd[N] (sum type) = 1/sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019). If `residual` is not NULL: sum[N,D] = x + residual is stored
    first (sum may equal x or residual) and normalised instead of x. */
 typedef struct llmpar_rmsnorm_args {
     int64_t rows, dim;
@@ -552,7 +557,7 @@ typedef struct llmpar_rmsnorm_args {
     llmpar_dtype dtype;
 } llmpar_rmsnorm_args;
 
-/* dx[N,D] = dresidual (NULL = 0) + gradient through the norm; dx may equal dresidual or dy. dw_leaves[leaves, D]: per leaf the balanced tree over this call's T-pieces
+/* dx[N,D] = dresidual (NULL = 0) + gradient through the norm; dx may equal dresidual or dy. dw_leaves[leaves, D] (sum type): per leaf the balanced tree over this call's T-pieces
    (boundaries llmpar_piece_begin(i, t_total, canon) inside [t_begin, t_begin+t); a part-piece counts as its own piece) of the token chain (sequences of the leaf in order, positions of the piece in order) of dy * x * rstd.
    NULL dw_leaves: not computed. With t = t_total there are canon pieces; with a part, its subtree. */
 typedef struct llmpar_rmsnorm_backward_args {
@@ -563,7 +568,7 @@ typedef struct llmpar_rmsnorm_backward_args {
     llmpar_dtype dtype;
 } llmpar_rmsnorm_backward_args;
 
-/* In place on x[N, heads, E] with row stride ld: half-split rotation (x[i], x[i+E/2]) by the angles of tables cos/sin[positions, E/2] (dtype as x), row r of a
+/* In place on x[N, heads, E] with row stride ld: half-split rotation (x[i], x[i+E/2]) by the angles of tables cos/sin[positions, E/2] (sum type), row r of a
    sequence at position position + (r mod t). Su et al. 2021 (RoFormer), eq. 34 in Hugging Face's half-split order. inverse != 0 rotates back (backward). */
 typedef struct llmpar_rope_args {
     int64_t batch, t, heads, head_dim, ld, position;
@@ -573,7 +578,7 @@ typedef struct llmpar_rope_args {
     int inverse;
 } llmpar_rope_args;
 
-/* out[b,i,h,:] = softmax_j(scale * q[b,i,h,:] . k[b,j,h*kv_heads/heads,:]) v over j <= i + (tk - tq), j >= doc_start[b*tk + i + (tk - tq)]. lse[b,h,i] = log sum exp (natural), F32/F64 as dtype.
+/* out[b,i,h,:] = softmax_j(scale * q[b,i,h,:] . k[b,j,h*kv_heads/heads,:]) v over j <= i + (tk - tq), j >= doc_start[b*tk + i + (tk - tq)]. lse[b,h,i] = log sum exp (natural), sum type.
    Row i of sequence b of q is q + (b*tq + i)*ldq, head h at + h*E; k, v: row (b*tk_stride + j)*ldk. tk_stride >= tk (a KV cache longer than its fill). doc_start NULL: 0.
    Key tiles are taken at absolute positions counted from the document's start, sequentially. lse may be NULL. Dao et al. 2022. */
 typedef struct llmpar_attention_args {
@@ -593,6 +598,8 @@ typedef struct llmpar_attention_backward_args {
     llmpar_attention_args forward; /* q, k, v, out, lse as forward left them */
     const void *dout;              /* row stride ldo */
     void *dq, *dk, *dv;
+    llmpar_dtype dkv_dtype;        /* of dk, dv: dtype (default), or the sum type where ranks that share a kv head still add theirs */
+    int64_t ld_dkv;                /* row stride of dk and dv; 0: ldk, ldv */
 } llmpar_attention_backward_args;
 
 /* h[N,F] = gate * sigmoid(gate) * up (Shazeer 2020), row strides ld_in (gate, up) and ld_out (h). h may equal gate or up when the strides are equal. */
@@ -602,7 +609,7 @@ typedef struct llmpar_swiglu_backward_args { int64_t rows, dim, ld_in, ld_out; c
 
 /* out[N,D]: row of table[V_local,D] where v_begin <= id < v_begin + v_local, else all-zero bits. ids outside the whole vocabulary were refused earlier. */
 typedef struct llmpar_embedding_args { int64_t rows, dim, v_begin, v_local; const int32_t *ids; const void *table; void *out; llmpar_dtype dtype; } llmpar_embedding_args;
-/* dtable[V_local,D], fully overwritten: balanced tree over leaves of the token chain of dout rows with that id. tokens.t == t_total here. */
+/* dtable[V_local,D] (sum type), fully overwritten: balanced tree over leaves of the token chain of dout rows with that id. tokens.t == t_total here. */
 typedef struct llmpar_embedding_backward_args {
     llmpar_tokens tokens;
     int64_t dim, v_begin, v_local;
@@ -612,7 +619,7 @@ typedef struct llmpar_embedding_backward_args {
 } llmpar_embedding_backward_args;
 
 /* Vocab-parallel softmax cross-entropy in steps, so that the caller combines over "tp" between them (Shoeybi et al. 2019, section 3).
-   logits[N, v_local] with row stride ld; columns are vocabulary ids [v_begin, v_begin + v_local) of v_total; target < 0 = not counted. Pieces: llmpar_piece_begin(i, v_total, canon). */
+   max, target_logit and sum are of the sum type. logits[N, v_local] with row stride ld; columns are vocabulary ids [v_begin, v_begin + v_local) of v_total; target < 0 = not counted. Pieces: llmpar_piece_begin(i, v_total, canon). */
 typedef struct llmpar_xent_args {
     int64_t rows, ld, v_begin, v_local, v_total;
     int32_t canon;
@@ -644,6 +651,33 @@ typedef struct llmpar_copy_rows_args { int64_t rows, width, ld_in, ld_out; size_
 /* AdamW with decoupled decay (Loshchilov & Hutter 2019), element-wise, fma order written out in the portable kernel:
    g' = g*grad_scale; m = b1*m + (1-b1)*g'; v = b2*v + (1-b2)*g'^2; p = p*(1 - lr*decay) - lr * (m/c1) / (sqrt(v/c2) + eps). c1 = 1-b1^step, c2 = 1-b2^step. */
 typedef struct llmpar_adamw_args { size_t count; void *p; const void *g; void *m, *v; double lr, beta1, beta2, eps, decay, correction1, correction2, grad_scale; llmpar_dtype dtype; } llmpar_adamw_args;
+/* SGD with momentum and decoupled decay: g' = g*grad_scale, cut to [-limit, limit] where limit > 0; m = momentum*m + g'; p = p*(1 - lr*decay) - lr*m. m NULL: none, p takes g' itself.
+   limit <= 0: off. A NaN in g stays one. */
+typedef struct llmpar_sgd_args { size_t count; void *p; const void *g; void *m; double lr, momentum, decay, limit, grad_scale; llmpar_dtype dtype; } llmpar_sgd_args;
+/* *largest = max(*largest, largest |x|); NaN wins. */
+typedef struct llmpar_largest_args { size_t count; const void *x; double *largest; llmpar_dtype dtype; } llmpar_largest_args;
+
+/* AdaLomo (Lv et al. 2023, arXiv 2310.10195), whose second moments are factored by row and column as Adafactor's (Shazeer & Stern 2018). g' = g*grad_scale. A call works on a part of a matrix: elements [begin, begin + count) of
+   a row-major rectangle of `cols` columns; p and g point at the first of these, rows and columns count from the rectangle's first.
+   Sums over ranks have no order, since they are integers: with 2^e the smallest power of two above *largest * grad_scale (*largest: of |g| of the whole tensor, e >= -1000), the square of an element counts floor((g'/2^e)^2 2^bits),
+   and one more unless it is 0, so that no small one is lost. bits = 62 - log2 of the terms of a sum, rounded up.
+   factor_sum: row_sums[r] += over the part's columns of row r, with row_bits; col_sums[c] += over its rows, with col_bits. Nothing if *largest * grad_scale is not below 2^1000. */
+typedef struct llmpar_factor_sum_args { int64_t begin, count, cols; const void *g; int64_t *row_sums, *col_sums; int32_t row_bits, col_bits; const double *largest; double grad_scale; llmpar_dtype dtype; } llmpar_factor_sum_args;
+/* moment[i] = beta*moment[i] + (1-beta) * (sums[i] as a number / terms + eps), in f64, rounded once; NaN if *largest * grad_scale is not below 2^1000. factor[i] = 1/sqrt(moment[i]), or, by_mean, sqrt(mean / moment[i]) with mean that of
+   all moments (chain in f64). */
+typedef struct llmpar_factor_moment_args { int64_t count; const int64_t *sums; int64_t terms; int32_t bits, by_mean; const double *largest; void *moment, *factor; double grad_scale, beta, eps; llmpar_dtype dtype; } llmpar_factor_moment_args;
+/* u = (g' * row_factor[r]) * col_factor[c], or with row_factor NULL: u = g' / sqrt(moment), moment[count].
+   adalomo_square: first moment = beta*moment + (1-beta) * (g'^2 + eps) where there are no factors; then update_squares[0..71] += exact squares of u, unless NULL. p is not looked at.
+   adalomo: p = p*(1 - rate*decay) - rate / max(1, rms of u) * u, rate = lr * max(1e-3, rms of p); the rms of u and p over the `elements` of the whole tensor, from the squares in update_squares and param_squares. */
+typedef struct llmpar_adalomo_args {
+    int64_t begin, count, cols, elements;
+    void *p; const void *g;
+    const void *row_factor, *col_factor;
+    void *moment;
+    int64_t *update_squares; const int64_t *param_squares;
+    double lr, decay, grad_scale, beta, eps;
+    llmpar_dtype dtype;
+} llmpar_adalomo_args;
 /* accumulator[0..71] += exact squares of x (F32; F64 squares are rounded once). Infinities and NaNs are counted in the accumulator. */
 typedef struct llmpar_square_sum_args { size_t count; const void *x; int64_t *accumulator; llmpar_dtype dtype; } llmpar_square_sum_args;
 
@@ -674,7 +708,7 @@ struct llmpar_device {
 
     /* operations */
     llmpar_status (*gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, pieces and the segments' k */
+    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k */
     llmpar_status (*rmsnorm)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
     llmpar_status (*rmsnorm_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
     llmpar_status (*rope)(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
@@ -699,7 +733,42 @@ struct llmpar_device {
     llmpar_status (*copy_rows)(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
     llmpar_status (*adamw)(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
     llmpar_status (*square_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+
+    /* optional: without them the optimizers that need them are refused */
+    llmpar_status (*sgd)(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
+    llmpar_status (*largest)(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
+    llmpar_status (*factor_sum)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
+    llmpar_status (*factor_moment)(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
+    llmpar_status (*adalomo_square)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+    llmpar_status (*adalomo)(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+
+    /* Threads. From now on the stream runs on a thread of its own, in order, beside the rank's thread and the other streams; with the same bits. Only the rank's own thread enqueues, waits, allocates and frees.
+       What runs on a stream's thread (host calls) may use operations with stream NULL, which means: now, on this thread; it must not use the rank's heap, nor write the rank's error but through thread_error.
+       Empty slot: the device has no such threads (llmpar_device_stream_thread says so). */
+    llmpar_status (*stream_thread)(llmpar_device *device, llmpar_stream *stream);
+    /* Where failures on the calling thread leave their text, to be taken over by who waits for the stream; NULL: this is the thread of no stream. Empty: no thread is one. */
+    llmpar_error *(*thread_error)(llmpar_device *device);
+    /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
+    int32_t (*threads_running)(llmpar_device *device);
 };
+
+/* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
+LLMPAR_API llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream);
+/* Where a failure of the calling thread leaves its text: own, the rank's error, unless this is a stream's thread. device may be NULL. Local. */
+LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own);
+/* threads_running with its fallback. Local. */
+LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
+
+/* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
+   rank's own thread. Where no stream can have a thread it is a plain host_call. */
+typedef struct llmpar_order {
+    llmpar_device *device; /* of the event */
+    llmpar_event *event;   /* behind the last call; owned */
+} llmpar_order;
+LLMPAR_API llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes);
+/* Waits on the host until the last call is done. */
+LLMPAR_API llmpar_status llmpar_order_wait(llmpar_order *order);
+LLMPAR_API void llmpar_order_destroy(llmpar_order *order);
 
 #endif
 /* ==== src/tables/comm.h ==== */
@@ -764,6 +833,8 @@ struct llmpar_comm {
     struct llmpar_record *record;    /* the rank's; set by llmpar_record_attach, NULL: none */
     int32_t group;                   /* this communicator's number there */
     int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
+    const char *one_thread;          /* not NULL: collectives run on the rank's own thread only, so not on a stream that has a thread of its own (device.h), and why. NULL: on any; those on one communicator
+                                        run in the order of the calls, whatever their streams */
 };
 
 /* Wrappers with checks common to all implementations (abi, sizes, dtype and op allowed, root and peer in range, NULL buffers with a count). With ranks == 1 they copy
@@ -891,6 +962,9 @@ LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out);
 /* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
 LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
+/* The same for a block that something enqueued may still use: a number > 0 that stays with the block and tells who allocates it next what to wait for. mark: of a live block when it was free before; 0: nothing. */
+LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark);
+LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory);
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
 /* Peaks start again from the live bytes. */
 LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
@@ -921,7 +995,7 @@ typedef struct llmpar_cpu_desc {
 /* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.
    Sets flush-to-zero state off on the workers. Local. */
 LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
-LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; joins workers */
+LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; waits for streams with threads, joins these and the workers */
 
 #endif
 
@@ -1011,6 +1085,24 @@ LLMPAR__MPI_API int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grac
 LLMPAR__MPI_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL is fine; after finish */
 
 #undef LLMPAR__MPI_API
+
+#endif
+
+/* Chapter: sim */
+/* ==== src/sim/sim.h ==== */
+/* sim: a device and communicators that only count. The same step runs on them, and the arena says what every buffer would take: there is no second model of memory (docs/architecture.md).
+
+   The device hands out addresses that are no memory and computes nothing; its workspace queries are those of the device it stands for. A copy to the host gives zeros. A communicator keeps the size, the rank and the
+   byte counters of the one it stands for and moves nothing; split alone is real, since only the ranks together know the result. */
+#ifndef LLMPAR_SIM_H
+#define LLMPAR_SIM_H
+
+
+/* A device that stands for `of` (borrowed, only asked for workspaces). heap and error are those of the rank's simulated ctx. Local. */
+LLMPAR_API llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out);
+LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* NULL is fine; local */
+/* A communicator that stands for `of`. own: 1: `of` is destroyed with it. Local. */
+LLMPAR_API llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out);
 
 #endif
 
@@ -1188,8 +1280,12 @@ LLMPAR_API int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains);
    owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
 typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; } llmpar_tp_operand;
 
-/* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN. */
+/* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN.
+   out is of llmpar_tp_partial_dtype: the sum type of dtype where other ranks' parts are still to be added, else dtype, rounded once. */
 LLMPAR_API llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes);
+LLMPAR_API llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype); /* local */
+/* Bytes of a partial sum of batch * t rows that llmpar_tp_reduce is to combine: the rows, and with sequence parallel below the sum type room behind them for this rank's part of the sum. Local. */
+LLMPAR_API size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype);
 /* Workspace of llmpar_tp_partial for these extents; pointers in the operands are ignored. Local. */
 LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype);
 
@@ -1197,14 +1293,15 @@ LLMPAR_API size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
 LLMPAR_API llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out, int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype);
 
-/* Weight gradient dw[out_dim, in_dim] = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
+/* Weight gradient dw[out_dim, in_dim] (of the sum type) = dy[N,out_dim]^T x[N,in_dim]: a chain per leaf over its tokens, tree over `leaves` leaves (leaves divides the sequences that make up rows). Needs no communication over tp. */
 LLMPAR_API llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw, llmpar_dtype dtype, void *workspace, size_t workspace_bytes);
 LLMPAR_API size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype);
 
 /* Sequence parallel: full[B,T,D] <- local[B,T/tp,D]. Not called without sequence parallel. */
 LLMPAR_API llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype);
-/* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial). One rank: copies unless equal. */
-LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype);
+/* Combines partials over tp: with sequence parallel out[B,T/tp,D] (reduce-scatter), else out[B,T,D] (all-reduce; out may equal partial where both are of one type). One rank: copies unless equal.
+   partial is of llmpar_tp_partial_dtype and llmpar_tp_partial_bytes, and overwritten where out, of `dtype`, is rounded from the sum type: once, behind the whole tree. */
+LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype);
 /* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
 
@@ -1245,13 +1342,19 @@ typedef struct llmpar_micro {
 
 /* Bytes a unit needs for one micro-batch; filled by llmpar_unit.sizes. */
 typedef struct llmpar_unit_sizes {
+    int32_t recompute; /* in: the unit's llmpar_recompute */
     size_t output;     /* activations handed to the next unit; 0 for the last */
     size_t saved;      /* kept from forward to backward */
     size_t scratch;    /* used inside one forward or backward */
     size_t workspace;  /* passed to operations */
 } llmpar_unit_sizes;
 
-typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2 } llmpar_pass;
+/* RECOMPUTE: forward again, for what backward needs of it; instructions marked output_only are left out. */
+typedef enum llmpar_pass { LLMPAR_PASS_FORWARD = 0, LLMPAR_PASS_BACKWARD = 1, LLMPAR_PASS_EVAL = 2, LLMPAR_PASS_RECOMPUTE = 3 } llmpar_pass;
+
+/* What a unit keeps from forward to backward. NONE (default): everything it saves. SELECTIVE: the unit itself saves less (what is expensive to compute) and its backward makes the rest again: llmpar_unit_sizes and the
+   callbacks look at `recompute`. FULL: only its input; forward runs again (RECOMPUTE) before backward. AUTO: for a recipe, not for a unit: the cheapest of these, unit by unit, that the memory limit allows. Korthikanti et al. 2022; Chen et al. 2016. */
+typedef enum llmpar_recompute { LLMPAR_RECOMPUTE_NONE = 0, LLMPAR_RECOMPUTE_SELECTIVE = 1, LLMPAR_RECOMPUTE_FULL = 2, LLMPAR_RECOMPUTE_AUTO = 3 } llmpar_recompute;
 
 /* Everything a callback sees. Pointers are device memory, valid until the last instruction of the pass has run. params[i] is the tp-local tensor i, row-major. */
 typedef struct llmpar_unit_call {
@@ -1261,15 +1364,17 @@ typedef struct llmpar_unit_call {
     void *user;                         /* llmpar_unit.user */
     const llmpar_micro *micro;
     llmpar_pass pass;
-    llmpar_dtype dtype;                 /* of parameters, activations and gradients */
+    llmpar_dtype dtype;                 /* of parameters and activations; gradients of parameters are of llmpar_dtype_sum(dtype) */
+    llmpar_recompute recompute;         /* of the unit */
+    int32_t index;                      /* llmpar_unit_op.index of the instruction that runs */
     void *const *params;                /* [param_count] */
-    void *const *grads;                 /* backward: [param_count], each to be fully overwritten */
+    void *const *grads;                 /* backward: [param_count], each to be fully overwritten; NULL for a frozen unit */
     void *const *borrowed;              /* parameters of the borrowed unit, or NULL */
-    void *const *borrowed_grads;        /* backward: its gradients from this use, each to be fully overwritten */
+    void *const *borrowed_grads;        /* backward: its gradients from this use, each to be fully overwritten; NULL where the borrowed unit is frozen */
     const void *input;                  /* previous unit's output; NULL for the first */
-    void *output;                       /* forward */
+    void *output;                       /* forward; NULL in a RECOMPUTE of a unit that has output_only instructions */
     const void *doutput;                /* backward: gradient of output; NULL for the last */
-    void *dinput;                       /* backward: gradient of input, to be fully overwritten; NULL for the first */
+    void *dinput;                       /* backward: gradient of input, to be fully overwritten; NULL for the first, and where all units before are frozen: not wanted */
     void *saved, *scratch, *workspace;
     size_t workspace_bytes;
 } llmpar_unit_call;
@@ -1283,6 +1388,8 @@ typedef struct llmpar_unit_op {
     llmpar_status (*run)(llmpar_unit_call *call);  /* enqueues on call->stream */
     llmpar_unit_op_kind kind;
     int32_t wait[2];
+    int32_t index;                                 /* handed to run as call->index: which block of a unit that has several, say */
+    int32_t output_only;                           /* forward: 1: backward needs nothing of it, so RECOMPUTE leaves it out */
 } llmpar_unit_op;
 
 typedef struct llmpar_unit {
@@ -1292,9 +1399,11 @@ typedef struct llmpar_unit {
     int32_t borrow;                   /* 1 + index of another unit whose parameters this one reads too (tied embeddings); 0: none */
     const llmpar_unit_op *forward, *backward; /* borrowed as long as the fsdp object */
     int32_t forward_count, backward_count;
-    /* Sizes for a micro-batch shape (micro's batch, t, leaves). Local. */
+    /* Sizes for a micro-batch shape (micro's batch, t, leaves) and out->recompute; out is zero otherwise. Local. */
     llmpar_status (*sizes)(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
     void *user;
+    llmpar_recompute recompute;       /* what is kept for backward; not FULL for the last unit: its backward follows its forward */
+    int32_t frozen;                   /* 1: gathered, never reduced and never updated; backward only hands dinput on */
 } llmpar_unit;
 
 #endif
@@ -1304,21 +1413,32 @@ typedef struct llmpar_unit {
 #define LLMPAR_SCHEDULE_H
 
 
-/* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard)
-   FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0
-   FORWARD u m         unit u on micro-batch m
-   BACKWARD u m        its gradients into buffer `slot`, and for a borrowed unit into buffer `from` of that unit's use 1 (local buffers; shard buffers where parameters are unsharded)
-   REDUCE u            local buffer `from` -> shard buffer `slot` (reduce-scatter over dp_shard); use: 0 own, 1 borrowed
-   REDUCE_REPLICA u    shard buffer `slot` summed over dp_replicate (all of dp in ZeRO-0)
+/* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard); where parameters are whole at rest (ZeRO-1, 2): in place, after the update and with its predicate
+   FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0; slot -1 and what PARAMS: the fetched shard, unchanged. A shard buffer (local 0) is freed only in the first of two passes, after its NORM
+   FORWARD u m         unit u on micro-batch m; pass FORWARD or EVAL; again: the second forward of a step in two passes, whose loss does not count. EVAL: nothing is kept, and the input is released: every unit of a forward-only list,
+                       and the units without a BACKWARD. A unit with recompute FULL keeps no saved activations, only its input
+   RECOMPUTE u m       forward of a unit that kept only its input, into saved activations; pass RECOMPUTE
+   BACKWARD u m        its gradients into buffer `slot` (-1: frozen), and for a borrowed unit into buffer `from` of that unit's use 1 (-1: that unit is frozen). `local`: local buffers, else the buffers that are reduced in place.
+                       Units in front of the first one whose backward makes a gradient (llmpar_schedule_first_backward) have none
+   REDUCE u            local buffer `from` -> shard buffer `slot` (reduce-scatter over dp_shard); use: 0 own, 1 borrowed. Where gradients are whole (ZeRO-1) in place: from == slot, local 0, buffer `slot`, of which only this rank's part
+                       counts from then on
+   REDUCE_REPLICA u    shard buffer `slot` summed over dp_replicate (all of dp in ZeRO-0), after REDUCE
    ACCUMULATE u        buffer slot <- slot + from; from is released. `local`: local buffers, else shards; from_use: the use `from` belongs to
    NORM u              exact square sum of shard buffer `slot`
    SCALAR_REDUCE       pass 0: counted tokens of the step; pass 1: loss and norm over the world, then the host decides found_inf
-   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 */
-typedef enum llmpar_op { LLMPAR_OP_GATHER = 1, LLMPAR_OP_FREE, LLMPAR_OP_FORWARD, LLMPAR_OP_BACKWARD, LLMPAR_OP_REDUCE, LLMPAR_OP_REDUCE_REPLICA, LLMPAR_OP_ACCUMULATE, LLMPAR_OP_NORM, LLMPAR_OP_SCALAR_REDUCE, LLMPAR_OP_OPTIM } llmpar_op;
-typedef enum llmpar_stream_id { LLMPAR_STREAM_COMPUTE = 0, LLMPAR_STREAM_GATHER = 1, LLMPAR_STREAM_REDUCE = 2, LLMPAR_STREAM_TP = 3, LLMPAR_STREAM_COUNT = 4 } llmpar_stream_id;
+   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 (predicate IF_FINITE), except in UPDATE_INSIDE, where nothing is known yet (ALWAYS). The buffer is released in any case
+   CAST u              the shard in the compute dtype from the f32 master parameters, after the update and with its predicate
+   FETCH u, STORE u    `what` from or to the store of its tier: OPTIMIZER, PARAMS (master parameters, or the f32 shard itself), GRADS (shard buffer `slot` of `use`), ACTIVATIONS (of micro-batch m: what the unit saved, and its input).
+                       STORE releases the device's copy, FETCH takes memory for it again; both always, whatever found_inf is. At the begin and at the end of a step everything that `offload` names is in its store alone; a gradient or
+                       activation that is fetched is no longer in its store */
+typedef enum llmpar_op { LLMPAR_OP_GATHER = 1, LLMPAR_OP_FREE, LLMPAR_OP_FORWARD, LLMPAR_OP_BACKWARD, LLMPAR_OP_REDUCE, LLMPAR_OP_REDUCE_REPLICA, LLMPAR_OP_ACCUMULATE, LLMPAR_OP_NORM, LLMPAR_OP_SCALAR_REDUCE, LLMPAR_OP_OPTIM, LLMPAR_OP_RECOMPUTE, LLMPAR_OP_CAST, LLMPAR_OP_FETCH, LLMPAR_OP_STORE } llmpar_op;
+typedef enum llmpar_stream_id { LLMPAR_STREAM_COMPUTE = 0, LLMPAR_STREAM_GATHER = 1, LLMPAR_STREAM_REDUCE = 2, LLMPAR_STREAM_TP = 3, LLMPAR_STREAM_OFFLOAD = 4, LLMPAR_STREAM_COUNT = 5 } llmpar_stream_id;
 typedef enum llmpar_predicate { LLMPAR_ALWAYS = 0, LLMPAR_IF_FINITE = 1 } llmpar_predicate; /* IF_FINITE: found_inf == 0 */
 
-#define LLMPAR_WAITS 4
+/* What can be kept outside device memory between its uses. */
+typedef enum llmpar_state { LLMPAR_STATE_OPTIMIZER = 0, LLMPAR_STATE_PARAMS = 1, LLMPAR_STATE_GRADS = 2, LLMPAR_STATE_ACTIVATIONS = 3, LLMPAR_STATE_COUNT = 4 } llmpar_state;
+
+#define LLMPAR_WAITS 6
 #define LLMPAR_GRAD_SLOTS 24 /* log2(micro-batches) + 2 at most */
 
 typedef struct llmpar_instruction {
@@ -1327,22 +1447,49 @@ typedef struct llmpar_instruction {
     int32_t pass;                    /* llmpar_pass for FORWARD; 0/1 for SCALAR_REDUCE */
     int32_t use;                     /* 0: the unit's own gradient; 1: gradient of the unit from the unit that borrows it */
     int32_t slot, from, from_use;    /* gradient buffers; -1 none */
-    int32_t local;                   /* FREE, ACCUMULATE: the slots are local (whole) gradients, else shards */
+    int32_t local;                   /* FREE, ACCUMULATE, BACKWARD: the slots are local (whole) gradients, else shards (or, in ZeRO-0 and 1, whole buffers that are reduced in place) */
+    llmpar_state what;               /* FETCH, STORE; FREE: PARAMS or 0 */
+    int32_t again;                   /* FORWARD, RECOMPUTE, BACKWARD: of the second pass of a step in two */
     llmpar_stream_id stream;
     llmpar_predicate predicate;
     int32_t wait_count, waits[LLMPAR_WAITS]; /* indices of earlier instructions on other streams that must be complete */
 } llmpar_instruction;
 
+/* ZeRO stages (Rajbhandari et al. 2020, section 5): what is sharded over dp_shard. 0 is a stage of its own, hence the codes. */
+#define LLMPAR_ZERO_DEFAULT 0 /* = LLMPAR_ZERO_3 */
+#define LLMPAR_ZERO_0 1 /* nothing (DDP) */
+#define LLMPAR_ZERO_1 2 /* optimizer state */
+#define LLMPAR_ZERO_2 3 /* and gradients */
+#define LLMPAR_ZERO_3 4 /* and parameters */
+
+/* ZeRO-3: which units' parameters are freed between their forward and their backward of a micro-batch. NOT_LAST: all whose backward does not follow at once and is not prefetched already; ALWAYS: all, which delays prefetching where it must. */
+typedef enum llmpar_reshard { LLMPAR_RESHARD_DEFAULT = 0, LLMPAR_RESHARD_NOT_LAST = 1, LLMPAR_RESHARD_ALWAYS = 2, LLMPAR_RESHARD_NEVER = 3, LLMPAR_RESHARD_EVERY = 4 } llmpar_reshard;
+
+typedef enum llmpar_update_when { LLMPAR_UPDATE_AFTER = 0, LLMPAR_UPDATE_INSIDE = 1, LLMPAR_UPDATE_TWO_PASSES = 2 } llmpar_update_when;
+
 /* What a schedule is made from. Zero is the default everywhere. */
 typedef struct llmpar_policy {
     int32_t micro_batches;        /* default 1; a power of two for equal bits */
     int32_t no_sync;              /* 0: reduce every micro-batch; 1: keep local gradients, reduce after the last */
-    int32_t prefetch;             /* units gathered ahead of their use; default 0 */
-    int32_t unsharded;            /* 1: parameters are whole on every rank (ZeRO-0, or dp_shard = 1): no GATHER, no FREE */
-    int32_t replicas;             /* ranks that hold the same shard; default 1: no REDUCE_REPLICA */
-    int32_t keep_after_forward;   /* 1: parameters stay gathered from first to last use of the step */
+    int32_t chain;                /* 1: one gradient buffer, to which the micro-batches are added in sequence, instead of a binary counter of them; refused with no_sync */
+    int32_t zero;                 /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
+    int32_t shards;               /* ranks that share the parameters; default 1: everything is whole, as in ZeRO-0 */
+    int32_t replicas;             /* ranks that hold the same shard (all of dp in ZeRO-0); default 1: no REDUCE_REPLICA */
+    llmpar_reshard reshard;       /* default NOT_LAST */
+    int32_t reshard_every;        /* EVERY: units n-1, 2n-1, .. are freed as in NOT_LAST, the others kept as in NEVER; default 2 */
+    int32_t prefetch, prefetch_backward; /* units gathered ahead of their use, 0 .. 4; default 0 */
     int32_t forward_only;         /* 1: evaluation */
+    int32_t master;               /* 1: the optimizer works on f32 master parameters (compute dtype below f32): CAST */
+    unsigned offload;             /* bits 1 << llmpar_state: kept in a store between uses */
+    llmpar_update_when update;    /* INSIDE (LOMO): each unit right after its reduction, so that no gradient outlives its unit; TWO_PASSES: the same after a first forward and backward for the norm alone. Both with one micro-batch */
 } llmpar_policy;
+
+/* Derived. Local. */
+LLMPAR_API int llmpar_policy_whole_params(const llmpar_policy *policy); /* parameters are whole at rest: one shard, or ZeRO-0, 1, 2 */
+LLMPAR_API int llmpar_policy_whole_grads(const llmpar_policy *policy);  /* gradients are reduced in place: one shard, or ZeRO-0, 1 */
+LLMPAR_API int llmpar_policy_whole_state(const llmpar_policy *policy);  /* every rank updates everything: one shard, or ZeRO-0 */
+/* The first unit that has a BACKWARD: the first that is not frozen or that borrows from one that is not; unit_count: none (all frozen). Local. */
+LLMPAR_API int32_t llmpar_schedule_first_backward(const llmpar_unit *units, int32_t unit_count);
 
 typedef struct llmpar_schedule {
     llmpar_instruction *list;     /* owned */
@@ -1351,11 +1498,12 @@ typedef struct llmpar_schedule {
     llmpar_heap *heap;            /* borrowed */
 } llmpar_schedule;
 
-/* Pure: depends on units' borrow fields, their number and the policy alone. LLMPAR_ERR_ARGUMENT for a policy out of range. Owned by the caller. Local. */
+/* Pure: depends on the units' number, borrow, recompute and frozen fields and the policy alone. LLMPAR_ERR_ARGUMENT for a policy out of range. Owned by the caller. Local. */
 LLMPAR_API llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error);
 LLMPAR_API void llmpar_schedule_destroy(llmpar_schedule *schedule); /* NULL is fine */
-/* One instruction a line: index, stream, op, operands, waits; a unit's own instructions once, where it first runs. Returns bytes needed without the NUL. Local. */
-LLMPAR_API size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, char *text, size_t capacity);
+/* One instruction a line: index, stream, op, operands, bytes, waits; a unit's own instructions once, where it first runs. bytes[count]: what each instruction moves or takes (llmpar_fsdp_bytes), NULL: not printed.
+   Returns bytes of text needed without the NUL. Local. */
+LLMPAR_API size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity);
 LLMPAR_API const char *llmpar_op_name(llmpar_op op);
 
 /* Proves a list, whoever wrote it: operands in range; waits point back; nothing is used before it is gathered or after it is freed; every buffer that is read was written and every one written is consumed; every
@@ -1380,15 +1528,24 @@ LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
 
 typedef struct llmpar_fsdp llmpar_fsdp;
 
+/* Where a state stays between its uses: in device memory (the arena), in host memory (pinned on a GPU), in a file. */
+typedef enum llmpar_tier { LLMPAR_TIER_DEVICE = 0, LLMPAR_TIER_HOST = 1, LLMPAR_TIER_FILE = 2 } llmpar_tier;
+
+#define LLMPAR_OPTIMIZER_STATES 2
+
+/* Zero is a default everywhere. */
 typedef struct llmpar_fsdp_desc {
-    int32_t zero;              /* 0 is a meaning of its own, so: LLMPAR_ZERO_DEFAULT = ZeRO-3 */
-    llmpar_dtype dtype;        /* parameters, activations, gradients: F32 (default) or F64 */
+    int32_t zero;              /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
+    llmpar_dtype dtype;        /* compute dtype of parameters and activations: F32 (default), F64, BF16, F16. Below F32 the optimizer works on f32 master parameters; gradients are of the sum type */
+    llmpar_dtype reduce_dtype; /* gradients are rounded to it on their way between ranks; default: the sum type. BF16, F16: half the bytes, and no longer the same bits on every mesh (docs/exact.md) */
     uint64_t memory_limit;     /* arena limit in bytes, 0 = none */
     uint64_t seed;             /* initialisation */
+    int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
+    llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
+    const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
+    int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
+    int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
 } llmpar_fsdp_desc;
-#define LLMPAR_ZERO_DEFAULT 0
-#define LLMPAR_ZERO_0 1 /* DDP: whole parameters, gradients summed over dp */
-#define LLMPAR_ZERO_3 2 /* parameters, gradients and optimizer state sharded over dp_shard */
 
 /* The part of one parameter inside this rank's shard. */
 typedef struct llmpar_segment {
@@ -1401,10 +1558,11 @@ typedef struct llmpar_segment {
 /* What an OPTIM instruction hands to the optimizer. Buffers are shards of `elements` elements. */
 typedef struct llmpar_update {
     int32_t unit;
-    llmpar_dtype dtype;
+    llmpar_dtype dtype;    /* the sum type */
     int64_t elements;
-    void *param;
+    void *param;           /* master parameters where there are any */
     const void *grad;
+    void *state[LLMPAR_OPTIMIZER_STATES]; /* [optimizer_states], else NULL */
     const llmpar_segment *segments;
     int32_t segment_count;
     double grad_scale;     /* from begin_step */
@@ -1414,9 +1572,10 @@ typedef struct llmpar_update {
 /* The executor calls the optimizer through this table. */
 typedef struct llmpar_optimizer {
     void *state;
-    /* After SCALAR_REDUCE 1, finite values only: norm is the global gradient norm. Sets the factor for gradients (clipping; 1 at the call). NULL: 1. Local. */
+    /* Before the first update of a step: after SCALAR_REDUCE 1, finite values only, norm is the global gradient norm; updates inside backward (LLMPAR_UPDATE_INSIDE): at the step's begin, norm -1. Sets the factor for gradients
+       (clipping; 1 at the call). NULL: 1. Local. */
     llmpar_status (*begin_step)(void *state, double grad_norm, double *grad_scale);
-    /* Enqueues the update of one unit's shard on update->stream. Local. */
+    /* Enqueues the update of one unit's shard on update->stream. Every rank updates the same units in the same order; collective if the optimizer communicates. */
     llmpar_status (*update)(void *state, const llmpar_update *update);
 } llmpar_optimizer;
 
@@ -1424,7 +1583,8 @@ typedef struct llmpar_optimizer {
 typedef struct llmpar_run {
     const llmpar_micro *micro;        /* [policy.micro_batches]; grad_scale and loss are filled in by the executor */
     int64_t tokens;                   /* in: counted tokens of this rank (all its micro-batches) */
-    double loss_scale;                /* default 1 */
+    double loss_scale;                /* default 1; a power of two keeps the bits */
+    int32_t skip_nonfinite;           /* 1: a gradient that is not finite makes the step a skipped one (found_inf) instead of an error: dynamic loss scaling */
     const llmpar_optimizer *optimizer;/* NULL: OPTIM only releases the gradient after on_gradient */
     /* Called before OPTIM of each unit with its gradient shard (saving gradients in tests, looking); may be NULL. Collective. */
     llmpar_status (*on_gradient)(void *user, llmpar_fsdp *fsdp, int32_t unit, const void *shard);
@@ -1434,6 +1594,8 @@ typedef struct llmpar_run {
     double loss;                      /* mean over counted tokens of the step */
     double grad_norm;                 /* 0 for forward-only */
     int32_t skipped;                  /* 1: no token of the step counts (N = 0), so nothing was updated */
+    int32_t found_inf;                /* 1: with skip_nonfinite: loss or norm was not finite on some rank, so nothing was updated */
+    llmpar_arena_usage before_optimizer; /* usage when the first update of the step begins */
 } llmpar_run;
 
 /* Allocates the shards (initialised by seed and name; no rank ever holds a whole tensor) and streams. Borrows mesh; copies units' names and params; borrows their callbacks. Collective. */
@@ -1443,16 +1605,40 @@ LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local *
    and parameters are unchanged. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
 
-/* policy.unsharded and replicas as this object needs them. Local. */
+/* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
+/* The same of an object that llmpar_fsdp_create would make, so that a schedule can be made and proved before memory is taken. Local. */
+LLMPAR_API void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmpar_mesh *mesh, llmpar_policy *policy);
 /* The units as copied by create; what the object borrows or owns. Local. */
 LLMPAR_API int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp);
 LLMPAR_API const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit);
 LLMPAR_API llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp);
 LLMPAR_API llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp);
-/* This rank's shard and the segments in it. Local. */
+/* This rank's part of a unit: elements of its shard, and the segments in it. Local. */
+LLMPAR_API void llmpar_fsdp_layout(const llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
+/* This rank's shard of the (master) parameters in the sum type, and the segments in it; where it is offloaded, fetched; of a frozen unit below f32, which has no master, a copy. After a change, and where it was fetched or copied,
+   llmpar_fsdp_shard_done is due before the next step. NULL: it failed, and the rank's error says why. Local. */
 LLMPAR_API void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count);
+/* changed: the shard was written, so the store, the compute dtype's copy and (ZeRO-1, 2) the whole parameters are made from it again: then collective, else local. */
+LLMPAR_API llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* llmpar_fsdp_desc.optimizer_states, and one of these arrays of a unit, shard-sized (0 <= index < that), for checkpoints; NULL for a frozen unit. Where they are offloaded, fetched (NULL: that failed, and the rank's error says
+   why), and then llmpar_fsdp_optimizer_done is due before the next step; changed: the store gets them. Local. */
+LLMPAR_API int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp);
+LLMPAR_API void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, int32_t index);
+LLMPAR_API llmpar_status llmpar_fsdp_optimizer_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
+LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
+/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak, if peaks were reset before the step). */
+typedef enum llmpar_mark { LLMPAR_MARK_REST = 0, LLMPAR_MARK_BEFORE_OPTIMIZER = 1, LLMPAR_MARK_PEAK = 2 } llmpar_mark;
+typedef struct llmpar_account_line {
+    llmpar_tag tag;
+    const char *name;   /* "parameters", "padding", ..; static text */
+    uint64_t bytes;
+} llmpar_account_line;
+/* Lines of the tags PARAMETERS, GATHERED, GRADIENTS and OPTIMIZER: what this rank's part of the numbers themselves takes (parameters p, gradients g, optimizer and master K bytes each), and apart from it the buffers of micro-batch
+   counters, the second slot of a tied weight, local gradients on their way into shards, and padding. schedule may be NULL for REST. Lines of 0 bytes are left out. Returns their number; writes at most capacity. Local. */
+LLMPAR_API int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity);
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
 LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
 LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);
@@ -1465,40 +1651,112 @@ LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
 #endif
 
 /* Chapter: optim */
-/* ==== src/optim/adamw.h ==== */
-/* adamw: AdamW (Loshchilov & Hutter 2019) on this rank's shards, behind fsdp's optimizer table; with the learning rate schedule and gradient clipping that go with it. */
-#ifndef LLMPAR_ADAMW_H
-#define LLMPAR_ADAMW_H
+/* ==== src/optim/lr.h ==== */
+/* lr: learning-rate schedules, and the dynamic loss scale of f16. Pure functions of the step and plain data: every rank computes the same.
+
+     lr ^                 cosine, linear            wsd                           one-cycle
+        |                  /''--..                  /''''''''''\                      /\
+        |                 /       ''--..           /            \                    /    \
+        |  lr_min -      /              ''----    /              \----              /        \----
+        +---------->    | warmup  total         warmup  | decay_steps | total        total/2  total          step */
+#ifndef LLMPAR_LR_H
+#define LLMPAR_LR_H
 
 
-/* Linear warm-up from 0 over `warmup` steps, then half a cosine from lr to lr_min at step `total` (Loshchilov & Hutter 2017), then lr_min. total 0: constant after warm-up.
-   step counts from 1. Pure. */
+/* After the warm-up, with x from 0 at its end (wsd: where the decay begins) to 1 at step total:
+     COSINE     lr_min + (lr - lr_min) (1 + cos(pi x)) / 2                    (Loshchilov & Hutter 2017)
+     CONSTANT   lr
+     LINEAR     lr + (lr_min - lr) x
+     WSD        lr, and the last decay_steps lr + (lr_min - lr) x             (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395)
+     WSD_SQRT   lr, and the last decay_steps lr + (lr_min - lr) sqrt(x)       (Haegele et al. 2024, arXiv 2405.18392: "1-sqrt")
+     ONE_CYCLE  linear from 0 to lr at total / 2, then linear to lr_min at total (Geiping & Goldstein 2022, arXiv 2212.14034, get_one_cycle of their code); the rise is its warm-up */
+typedef enum llmpar_lr_kind { LLMPAR_LR_COSINE = 0, LLMPAR_LR_CONSTANT = 1, LLMPAR_LR_LINEAR = 2, LLMPAR_LR_WSD = 3, LLMPAR_LR_WSD_SQRT = 4, LLMPAR_LR_ONE_CYCLE = 5, LLMPAR_LR_COUNT = 6 } llmpar_lr_kind;
+
+/* Zero is the default where one is named. */
+typedef struct llmpar_lr_desc {
+    double lr;             /* the peak; required */
+    double lr_min;         /* where the decay ends, and stays; 0 .. lr */
+    int64_t warmup;        /* steps of a linear rise from 0: lr * step / warmup; not with ONE_CYCLE */
+    int64_t total;         /* step at which lr_min is reached; 0: never (constant after the warm-up; not with ONE_CYCLE) */
+    int64_t decay_steps;   /* WSD, WSD_SQRT: default a tenth of total, at least 1 */
+    llmpar_lr_kind kind;   /* default COSINE */
+} llmpar_lr_desc;
+
+LLMPAR_API const char *llmpar_lr_name(llmpar_lr_kind kind);                 /* "cosine", "constant", "linear", "wsd", "wsd-sqrt", "one-cycle" */
+LLMPAR_API int llmpar_lr_parse(const char *name, llmpar_lr_kind *out);      /* 0: no such name */
+LLMPAR_API void llmpar_lr_desc_resolve(llmpar_lr_desc *desc);               /* fills in the defaults */
+/* LLMPAR_ERR_ARGUMENT for a resolved value out of range, or set where the schedule has none. */
+LLMPAR_API llmpar_status llmpar_lr_desc_check(const llmpar_lr_desc *desc, llmpar_error *error);
+/* Learning rate of a step, which counts from 1, of a resolved and checked desc. */
+LLMPAR_API double llmpar_lr(const llmpar_lr_desc *desc, int64_t step);
+/* COSINE by its numbers. */
 LLMPAR_API double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step);
+
+/* Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): gradients of f16 are computed times `scale`, a power of two, so that the bits of what does not over- or underflow stay the same. Halved
+   after a step whose gradient was not finite (which updates nothing), doubled after `interval` finite steps in a row. Every rank has the same one: found_inf is agreed over the world. Zero is the default. */
+typedef struct llmpar_loss_scale {
+    double scale;          /* of the coming step; default 2^16 */
+    double least, most;    /* powers of two; default 2^-14, 2^24 */
+    int64_t interval;      /* default 2000 */
+    int64_t finite_steps;  /* in a row, so far */
+} llmpar_loss_scale;
+
+LLMPAR_API void llmpar_loss_scale_resolve(llmpar_loss_scale *state); /* fills in the defaults */
+/* LLMPAR_ERR_ARGUMENT: not powers of two in order, interval below 1. */
+LLMPAR_API llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state, llmpar_error *error);
+/* After a step. LLMPAR_ERR_NONFINITE: the gradient is not finite at the least scale, so that it is not the scale's fault; the state is unchanged. */
+LLMPAR_API llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int32_t found_inf, llmpar_error *error);
+
+#endif
+/* ==== src/optim/optim.h ==== */
+/* optim: the optimizers behind fsdp's table: AdamW, SGD with momentum, LOMO and AdaLomo. Each updates this rank's shards of the (master) parameters and nothing else.
+
+   g' = g * grad_scale (clipping and loss scale), lr from llmpar_optim_set_lr; decay is decoupled (Loshchilov & Hutter 2019): p loses lr * decay of itself, not on parameters with no_decay.
+     ADAMW    m = b1 m + (1-b1) g';  v = b2 v + (1-b2) g'^2;  p -= lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)                                 two numbers of state an element
+     SGD      m = momentum m + g';  p -= lr m  (PyTorch's, without dampening; m is g' in the first step)                                        one; none without momentum
+     LOMO     p -= lr g', inside backward, so that no gradient outlives its unit (Lv et al. 2023, arXiv 2306.09782)                              none
+     ADALOMO  adalomo.c: factored second moments and an update normalised tensor by tensor, inside backward (Lv et al. 2023, arXiv 2310.10195)   a row and a column of each matrix
+   All are element-wise but AdaLomo, whose sums are order-free: the same bits on every mesh. */
+#ifndef LLMPAR_OPTIM_H
+#define LLMPAR_OPTIM_H
+
+
+typedef enum llmpar_optim_kind { LLMPAR_OPTIM_ADAMW = 0, LLMPAR_OPTIM_SGD = 1, LLMPAR_OPTIM_LOMO = 2, LLMPAR_OPTIM_ADALOMO = 3, LLMPAR_OPTIM_COUNT = 4 } llmpar_optim_kind;
+
+/* Zero is the default everywhere. What an optimizer does not have must stay zero. */
+typedef struct llmpar_optim_desc {
+    double beta1;          /* ADAMW: default 0.9 */
+    double beta2;          /* ADAMW: default 0.95. ADALOMO: default (0) 1 - t^-0.8 in step t, as its authors' code has it (Shazeer & Stern 2018) */
+    double eps;            /* ADAMW: default 1e-8. ADALOMO: what every squared gradient counts at least, default 1e-30 */
+    double decay;          /* default 0.1 for ADAMW, else none; negative: none */
+    double clip;           /* global gradient norm; default 1.0 for ADAMW and SGD, else off; negative: off. LOMO and ADALOMO then run forward and backward twice */
+    double clip_value;     /* SGD, LOMO: largest absolute value of an element of g'; default off */
+    double momentum;       /* SGD: default 0.9; negative: none */
+    llmpar_optim_kind kind;/* default ADAMW */
+} llmpar_optim_desc;
+
+typedef struct llmpar_optim llmpar_optim;
+
+LLMPAR_API const char *llmpar_optim_name(llmpar_optim_kind kind);                       /* "adamw", "sgd", "lomo", "adalomo" */
+LLMPAR_API int llmpar_optim_parse(const char *name, llmpar_optim_kind *out);            /* 0: no such name */
+LLMPAR_API void llmpar_optim_desc_resolve(llmpar_optim_desc *desc);                     /* fills in the defaults; local */
+/* LLMPAR_ERR_ARGUMENT for a resolved value out of range, or set where the optimizer has none. Local. */
+LLMPAR_API llmpar_status llmpar_optim_desc_check(const llmpar_optim_desc *desc, llmpar_error *error);
+/* llmpar_fsdp_desc.optimizer_states that this (resolved) optimizer wants. Pure. */
+LLMPAR_API int32_t llmpar_optim_states(const llmpar_optim_desc *desc);
+/* llmpar_policy.update: AFTER; for LOMO and ADALOMO INSIDE, or TWO_PASSES where the norm has to be known before: with clip, or where a loss scale may turn out too large. Pure. */
+LLMPAR_API llmpar_update_when llmpar_optim_update_when(const llmpar_optim_desc *desc, int32_t loss_scaling);
+/* Borrows fsdp, whose desc asked for llmpar_optim_states. ADALOMO takes its state from fsdp's arena (OPTIMIZER) and, where parameters are cut, a communicator of the ranks that share them.
+   LLMPAR_ERR_ARGUMENT for values out of range or missing states. Collective. */
+LLMPAR_API llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_optim_desc *desc, llmpar_optim **out);
+LLMPAR_API void llmpar_optim_destroy(llmpar_optim *optim); /* NULL is fine; before the fsdp object; local */
+/* The table for llmpar_run; valid as long as optim. Local. */
+LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim);
+/* Learning rate of the coming update; its number is one more than updates so far. Local. */
+LLMPAR_API void llmpar_optim_set_lr(llmpar_optim *optim, double lr);
+LLMPAR_API int64_t llmpar_optim_steps(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
 LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
-
-typedef struct llmpar_adamw_desc {
-    double beta1, beta2;   /* default 0.9, 0.95 */
-    double eps;            /* default 1e-8 */
-    double decay;          /* weight decay, not on parameters with no_decay; default 0.1; negative: none */
-    double clip;           /* global gradient norm; default 1.0; negative: off */
-} llmpar_adamw_desc;
-
-typedef struct llmpar_adamw llmpar_adamw;
-
-LLMPAR_API void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc); /* fills in the defaults; local */
-/* LLMPAR_ERR_ARGUMENT for a resolved value out of range. Local. */
-LLMPAR_API llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error);
-/* Zeroed moments for every shard, in the arena of fsdp (OPTIMIZER). Borrows fsdp. LLMPAR_ERR_ARGUMENT for values out of range. Local. */
-LLMPAR_API llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out);
-LLMPAR_API void llmpar_adamw_destroy(llmpar_adamw *adamw); /* NULL is fine; before the fsdp object; local */
-/* The table for llmpar_run; valid as long as adamw. Local. */
-LLMPAR_API const llmpar_optimizer *llmpar_adamw_optimizer(const llmpar_adamw *adamw);
-/* Learning rate of the coming update; its number is one more than updates so far. Local. */
-LLMPAR_API void llmpar_adamw_set_lr(llmpar_adamw *adamw, double lr);
-LLMPAR_API int64_t llmpar_adamw_steps(const llmpar_adamw *adamw);
-/* Shard-sized first and second moments of a unit, for checkpoints. Local. */
-LLMPAR_API void llmpar_adamw_moments(llmpar_adamw *adamw, int32_t unit, void **first, void **second);
 
 #endif
 
@@ -1585,15 +1843,21 @@ LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 typedef struct llmpar_llama llmpar_llama;
 
+#define LLMPAR_WRAP_HALF (-1)
+
 /* Exactly one of preset and config. */
 typedef struct llmpar_llama_desc {
     const char *preset;                 /* "tiny", "15m", "110m", "1b" */
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
+    int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 64 MiB. More are computed in parts, and again in backward: same bits */
 } llmpar_llama_desc;
 
-/* The units exist from here on: embed, layers.0 .., head. Collective only in that all ranks give the same desc. */
+/* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
 LLMPAR_API llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out);
+/* A model of the same desc in another ctx, before any llmpar_llama_apply. Local. */
+LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out);
 LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
@@ -1775,7 +2039,8 @@ LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 /* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
    LLMPAR_ERR_ARGUMENT. LLMPAR_ERR_IO from world rank 0, which writes; nothing stands under the final name before commit. Owned by the caller until commit or abandon. */
 typedef struct llmpar_tensor_file llmpar_tensor_file;
-LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out);       /* collective */
+/* units[count]: which units come, in which order; NULL: all of fsdp's in theirs. Collective. */
+LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out);
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
 LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
@@ -1842,18 +2107,32 @@ typedef struct llmpar_trainer_desc {
     int64_t batch;                /* global sequences a step, over all ranks and micro-batches; default: one a data rank and micro-batch */
     int32_t grad_accum;           /* micro-batches a step; default 1 */
     int32_t no_sync;              /* 1: gradients stay local until the last micro-batch; same bits, more memory, fewer bytes */
-    int32_t zero;                 /* LLMPAR_ZERO_0 or LLMPAR_ZERO_3 (default) */
-    int32_t prefetch;             /* units gathered ahead; default 0 */
+    int32_t chain;                /* 1: micro-batches are added in sequence into one gradient buffer; same bits on every mesh at the same grad_accum */
+    int32_t zero;                 /* LLMPAR_ZERO_3 (default) .. LLMPAR_ZERO_0 */
+    llmpar_reshard reshard;       /* default: parameters are freed between forward and backward, but for the last unit's */
+    int32_t reshard_every;        /* with EVERY; default 2 */
+    int32_t prefetch, prefetch_backward; /* units gathered ahead, 0 .. 4; default 0; in backward default as in forward, negative: none */
+    llmpar_recompute recompute;   /* what blocks keep for backward; AUTO needs memory_limit */
+    int32_t recompute_every;      /* only every n-th block recomputes; default 1 */
+    int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
+    llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
+    const char *offload_dir;      /* of the FILE tier; default "." */
+    int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
     int32_t sequence_parallel;    /* 1: on (where tp > 1) */
     llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
     int32_t canon;                /* pieces of sums that tp may split; power of two, default 8; OFF uses 1 */
-    llmpar_dtype dtype;           /* F32 (default) or F64 */
+    llmpar_dtype dtype;           /* of compute: F32 (default), F64, BF16, F16 (with dynamic loss scaling); below F32 the optimizer works on f32 master parameters */
+    llmpar_dtype reduce_dtype;    /* of gradients between ranks; default: that of sums. BF16, F16: outside the guarantee */
     double lr;                    /* peak learning rate; default 1e-3 */
-    double lr_min;                /* after the cosine; default lr / 10 */
+    double lr_min;                /* at the end of the schedule; default lr / 10 */
     int64_t warmup;               /* steps; default 0 */
-    int64_t total_steps;          /* of the cosine; default 0: constant */
-    llmpar_adamw_desc adamw;
-    uint64_t memory_limit;        /* arena bytes a rank; default none */
+    int64_t total_steps;          /* of the schedule; default 0: constant */
+    llmpar_lr_kind lr_schedule;   /* default COSINE, from lr to lr_min */
+    int64_t decay_steps;          /* of the WSD schedules; default a tenth of total_steps */
+    llmpar_optim_desc optim;      /* default AdamW */
+    llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
+    uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
+    const char *trace;            /* path of a Chrome trace (Perfetto loads it) of all steps, written when the trainer is destroyed; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
@@ -1872,8 +2151,13 @@ typedef struct llmpar_step {
     double tflops;                /* all ranks, by llmpar_llama_flops_per_token */
     double mfu;                   /* share of what the ranks' own matrix product reached at start, all running at once */
     uint64_t memory;              /* peak arena bytes of this rank so far */
-    int32_t skipped;              /* 1: no token counted, nothing was updated */
+    int32_t skipped;              /* 1: no token counted, or found_inf: nothing was updated */
+    int32_t found_inf;            /* 1: the loss scale was too large for this step; it is halved for the next */
+    double loss_scale;            /* of this step; 1 without loss scaling */
 } llmpar_step;
+
+/* Arena bytes of one rank at three marks: when everything is set up; when the first update of a step begins (the largest of all steps); the peak of all steps. */
+typedef struct llmpar_memory { llmpar_arena_usage init, before_optimizer, step; } llmpar_memory;
 
 typedef struct llmpar_trainer llmpar_trainer;
 
@@ -1888,12 +2172,28 @@ LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_ste
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
 /* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
+/* This rank's memory at the three marks. Local. */
+LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
+/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
+LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
+LLMPAR_API llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *trainer, uint64_t *bytes); /* [its count], see llmpar_fsdp_bytes; local */
 LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer);          /* NULL with own data; local */
 /* Whole directory in, whole directory out. Collective. */
 LLMPAR_API llmpar_status llmpar_load_hf(llmpar_trainer *trainer, const char *directory);
 LLMPAR_API llmpar_status llmpar_save_hf(llmpar_trainer *trainer, const char *directory);
+
+#endif
+/* ==== src/run/plan.h ==== */
+/* plan: what a step would hold, before a byte of it is allocated: the recipe runs on a device that only counts (sim/sim.h), so the plan cannot differ from the program. */
+#ifndef LLMPAR_PLAN_H
+#define LLMPAR_PLAN_H
+
+
+/* Memory of this rank for one step of the recipe that llmpar_parallelize would make from the same arguments; desc.memory_limit counts: a step that does not fit is LLMPAR_ERR_MEMORY, whose text goes to *error (it may be NULL) and not
+   to the ctx. Nothing is read, written or allocated beyond descriptions. Collective. */
+LLMPAR_API llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error);
 
 #endif
 
@@ -2004,6 +2304,8 @@ LLMPAR_DEF size_t llmpar_dtype_size(llmpar_dtype dtype)
     default: return 0;
     }
 }
+
+LLMPAR_DEF llmpar_dtype llmpar_dtype_sum(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 || dtype == LLMPAR_F16 ? LLMPAR_F32 : dtype; }
 
 LLMPAR_DEF const char *llmpar_dtype_name(llmpar_dtype dtype)
 {
@@ -2737,20 +3039,18 @@ LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first
     }
 }
 
-/* ==== src/cpu/gemm.c ==== */
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+/* ==== src/cpu/half.c ==== */
+/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. Conversions wait for memory, so AVX-512 has no code of its own. */
+/* ==== src/cpu/half_internal.h ==== */
+/* half: BF16 and F16 in memory. They are types of storage alone: a kernel computes in f32 on parts that are widened into scratch on its stack, and each store rounds once.
+   So a kernel is written once, with the bits of its f32 self, and takes one part, the whole row where it lies, when nothing is to be widened:
 
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+     for (i0 = 0; i0 < d; i0 += part)  { x = read(x0 + i0, n, scratch);  out = target(y0 + i0, scratch2);  out[..] = f(x[..]);  write(y0 + i0, n, scratch2); }
 
-      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
-      parts         |        part 0         |        part 1        |part 2 |
-      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+   A part is whole groups of vectors, so that the lanes of a sum that goes on from part to part fall where they fall without parts. */
+#ifndef LLMPAR_HALF_INTERNAL_H
+#define LLMPAR_HALF_INTERNAL_H
 
-   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
-   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
-   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows. */
 /* ==== src/cpu/cpu_internal.h ==== */
 /* cpu_internal: what the operation files of the CPU device share: the device's state, the worker pool, and one function a slot. */
 #ifndef LLMPAR_CPU_INTERNAL_H
@@ -2762,10 +3062,38 @@ struct llmpar__pool;
 typedef struct llmpar__cpu {
     llmpar_heap *heap;
     llmpar_cpu_level level;
+    int f16c;                  /* the processor converts F16 (half.c) */
     struct llmpar__pool *pool; /* NULL: one thread */
+    struct llmpar__queues *queues; /* of the streams with threads; NULL: there was none yet */
 } llmpar__cpu;
 
-/* Runs fn(arg, task, worker) for every task in [0, tasks), 0 <= worker < threads, and returns when all are done. Which worker takes which task is
+/* Threads (pool.c). The caller's name; "r3" and "gather" give "r3 gather"; what a new thread does first: its name, and the floating-point control of every other. */
+LLMPAR__PRIVATE void llmpar__thread_get_name(char name[16]);
+LLMPAR__PRIVATE void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix);
+LLMPAR__PRIVATE void llmpar__thread_begin(const char *name);
+
+/* Streams with threads (stream.c). All but view, thread_error and threads_running are for the rank's own thread. */
+struct llmpar__queue;
+typedef llmpar_status (*llmpar__stream_fn)(llmpar_device *view, void *args); /* args: the copy; an array follows at LLMPAR__STREAM_ARRAY_AT */
+#define LLMPAR__STREAM_ARRAY_AT(args_bytes) (((args_bytes) + 15u) / 16u * 16u)
+LLMPAR__PRIVATE llmpar_status llmpar__stream_begin(llmpar_device *device, const char *name, struct llmpar__queue **out);
+/* Waits for what is enqueued, and joins. NULL is fine. */
+LLMPAR__PRIVATE void llmpar__stream_end(struct llmpar__queue *q);
+LLMPAR__PRIVATE void llmpar__stream_end_all(llmpar__cpu *cpu);
+/* Returns the failure that sticks, if there is one. */
+LLMPAR__PRIVATE llmpar_status llmpar__stream_push(struct llmpar__queue *q, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes);
+LLMPAR__PRIVATE llmpar_status llmpar__stream_push_wait(struct llmpar__queue *q, struct llmpar__queue *other, uint64_t position);
+/* Where an event recorded now stands. */
+LLMPAR__PRIVATE uint64_t llmpar__stream_tail(struct llmpar__queue *q, llmpar_status *status);
+/* Returns a failure at or before `position`, with its text in the device's error. */
+LLMPAR__PRIVATE llmpar_status llmpar__stream_wait(struct llmpar__queue *q, uint64_t position);
+LLMPAR__PRIVATE void llmpar__stream_wait_all(const llmpar__cpu *cpu);
+/* The device as the calling thread is to use it. */
+LLMPAR__PRIVATE llmpar_device *llmpar__stream_view(llmpar_device *device);
+LLMPAR__PRIVATE llmpar_error *llmpar__stream_thread_error(llmpar_device *device);
+LLMPAR__PRIVATE int32_t llmpar__stream_threads_running(llmpar_device *device);
+
+/* Runs fn(arg, task, worker) for every task in [0, tasks), 0 <= worker < threads, and returns when all are done; on the caller's thread alone while another thread has the pool. Which worker takes which task is
    not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
 LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
 LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
@@ -2805,601 +3133,54 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stre
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
-/* optim.c: adamw, square_sum */
+/* optim.c: adamw, sgd, square_sum */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
+/* adalomo.c */
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
 
 #endif
-/* ---- src/cpu/gemm.c goes on ---- */
+/* ---- src/cpu/half_internal.h goes on ---- */
 
+enum { LLMPAR__HALF_PART = 512 };
 
-#include <string.h>
-#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
-#include <immintrin.h>
-#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
-#include <arm_neon.h>
-#endif
+/* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
+typedef struct llmpar__half {
+    int64_t size;                                               /* bytes of an element in memory */
+    void (*widen)(float *out, const void *in, int64_t count);   /* NULL, as is narrow: F32 or F64, which kernels use where they lie */
+    void (*narrow)(void *out, const float *in, int64_t count);
+} llmpar__half;
 
-/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
-#if defined(__aarch64__)
-#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
-#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
-#else
-#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
-#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
-#endif
+LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype);
+/* Whether this processor has F16C; asked once, by the device's creation. */
+LLMPAR__PRIVATE int llmpar__half_has_f16c(void);
 
-#define LLMPAR__GEMM_REAL double
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
-#define LLMPAR__TEMPLATE 1 /* cpu/gemm_portable.inc */
-#include LLMPAR_HEADER
-
-#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
-#define LLMPAR__GEMM_REAL float
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
-#define LLMPAR__TEMPLATE 1 /* cpu/gemm_portable.inc */
-#include LLMPAR_HEADER
-#endif
-
-/* ---- kernels ---- */
-
-#if !defined(LLMPAR_NO_SIMD)
-
-typedef struct llmpar__gemm_step {
-    int64_t k;
-    int32_t depth;        /* partial tiles on the stack before the step */
-    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
-    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
-    int32_t save;         /* what is pushed is needed in a later part */
-} llmpar__gemm_step;
-
-/* One tile of c during one part of the summed dim. */
-typedef struct llmpar__gemm_tile {
-    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
-    float *c;
-    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
-    int64_t ldc;
-    const llmpar__gemm_step *steps;
-    int64_t step_count;
-    int rows, columns;                 /* that exist */
-    int load, store;                   /* the first step starts from c; the last step's result goes to c */
-} llmpar__gemm_tile;
-
-/* What the packing functions of gemm_kernel.inc do, and their words. */
-typedef struct llmpar__gemm_packing {
-    const float *in;
-    float *out;
-    int64_t ld, k, valid, panels, distance;
-    int transposed;
-} llmpar__gemm_packing;
-
-typedef struct llmpar__gemm_kernel {
-    int64_t rows, columns;             /* of a full tile */
-    void (*pack_a)(const llmpar__gemm_packing *packing);
-    void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*tile)(const llmpar__gemm_tile *tile);
-} llmpar__gemm_kernel;
-
-#if defined(__x86_64__)
-
-/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
-#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
-    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
-    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
-} while (0)
-#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
-/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
-#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
-#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
-#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
-    __m512 v_ = (v); \
-    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
-    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
-    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
-    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
-} while (0)
-
-/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed.
-   First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m512
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
-#define LLMPAR__GEMM_LANES 16
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-#undef LLMPAR__GEMM_TRANSPOSE_X86
-#undef LLMPAR__GEMM_512_loadu_ps
-#undef LLMPAR__GEMM_512_unpacklo_ps
-#undef LLMPAR__GEMM_512_unpackhi_ps
-#undef LLMPAR__GEMM_512_shuffle_ps
-#undef LLMPAR__GEMM_STORE_2
-#undef LLMPAR__GEMM_STORE_4
-
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+static inline int64_t llmpar__half_part(const llmpar__half *half, int64_t count) { return half->widen ? (int64_t)LLMPAR__HALF_PART : count > 0 ? count : 1; }
+/* Elements [index, index + count) of base, widened into scratch if need be. */
+static inline const void *llmpar__half_read(const llmpar__half *half, const void *base, int64_t index, int64_t count, float *scratch)
 {
-    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
-    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
-    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
-    if (level == LLMPAR_CPU_AVX512) return avx512;
-    if (level == LLMPAR_CPU_AVX2) return avx2;
-    return avx;
+    const char *at = (const char *)base + index * half->size;
+    if (!half->widen) return at;
+    half->widen(scratch, at, count);
+    return scratch;
 }
-
-#else /* aarch64: its vector unit and fma are always there */
-
-typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
-#define LLMPAR__GEMM_TARGET
-#define LLMPAR__GEMM_VECTOR float32x4_t
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
-#define LLMPAR__GEMM_LANES 4
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+/* Where a kernel puts what goes to element `index` of base and on; write takes it there. */
+static inline void *llmpar__half_target(const llmpar__half *half, void *base, int64_t index, float *scratch)
 {
-    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
-    (void)level;
-    return neon;
+    return half->widen ? (void *)scratch : (void *)((char *)base + index * half->size);
+}
+static inline void llmpar__half_write(const llmpar__half *half, void *base, int64_t index, int64_t count, const float *scratch)
+{
+    if (half->narrow) half->narrow((char *)base + index * half->size, scratch, count);
 }
 
 #endif
-
-/* ---- blocks ---- */
-
-/* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
-typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
-
-typedef struct llmpar__gemm_run {
-    const llmpar_gemm_args *args;
-    llmpar__gemm_kernel kernel;
-    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
-    int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
-    int64_t group_panels;                 /* of B that are packed at a time */
-    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
-    size_t a_bytes, b_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
-    /* workspace, in this order; 64-byte aligned */
-    float *a, *b, *stack, *saved;
-    llmpar__gemm_step *steps;             /* of the current part */
-    llmpar__gemm_chunk *chunks;
-    /* the current block and part */
-    int64_t i0, j0, m, n, a_panels, b_panels;
-    int64_t k, step_count, chunk_count;
-    int load, store;
-    int64_t group, group_end;             /* the current group of B's panels */
-    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
-    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
-    /* where the next part begins */
-    int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
-    int64_t segment_done;                 /* k of `segment` already taken */
-    int inside;                           /* a part ended inside `piece` */
-} llmpar__gemm_run;
-
-/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
-   outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
-/* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
-enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
-/* Fewer multiplications than this are done before a worker has woken up. */
-#define LLMPAR__GEMM_SERIAL (1 << 20)
-
-static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
-
-/* Size of blocks of at most `limit` (a multiple of unit) that cut an extent into equal parts, the last one a little smaller. */
-static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t unit)
-{
-    int64_t blocks = (extent + limit - 1) / limit;
-    return blocks ? llmpar_round_up((extent + blocks - 1) / blocks, unit) : 0;
-}
-
-/* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
-static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
-{
-    int64_t k = 0, boundary = part;
-    int32_t s, deepest = 0;
-    for (s = 0; s < args->segment_count; s++) {
-        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
-            int32_t depth = 0, p;
-            for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
-            if (depth > deepest) deepest = depth;
-        }
-    }
-    return deepest;
-}
-
-/* Length of a part: even parts of at most PART_K; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
-static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
-{
-    int64_t piece = total / pieces, part = piece;
-    if (pieces == 1 || total <= LLMPAR__GEMM_PART_K || total % pieces) return llmpar__gemm_even_blocks(total, LLMPAR__GEMM_PART_K, 1);
-    if (piece > LLMPAR__GEMM_PIECE_K) return llmpar__gemm_even_blocks(piece, LLMPAR__GEMM_PIECE_K, 1);
-    while (part * 2 <= LLMPAR__GEMM_PIECE_K && part < total) part *= 2;
-    return part;
-}
-
-static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
-{
-    int64_t total = 0, parts, tile, limit_n;
-    int32_t s, n;
-    memset(run, 0, sizeof *run);
-    run->args = args;
-    run->kernel = llmpar__gemm_choose(cpu->level);
-    run->threads = llmpar__pool_threads(cpu);
-    for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
-    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
-    run->thin = args->m <= 2 * run->kernel.rows;
-    run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
-    parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
-    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
-    limit_n = run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar__gemm_even_blocks(args->m, run->levels_saved && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
-    run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
-    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
-
-    tile = run->kernel.rows * run->kernel.columns;
-    run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
-    run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
-    run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
-    run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
-    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
-}
-
-/* With room to align. */
-static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
-{
-    return run->a_bytes + run->b_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
-}
-
-static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
-{
-    char *at = (char *)workspace;
-    at += (64 - (uintptr_t)at % 64) % 64;
-    run->a = (float *)(void *)at;
-    at += run->a_bytes;
-    run->b = (float *)(void *)at;
-    at += run->b_bytes;
-    run->stack = (float *)(void *)at;
-    at += run->stack_bytes;
-    run->saved = (float *)(void *)at;
-    at += run->saved_bytes;
-    run->steps = (llmpar__gemm_step *)(void *)at;
-    at += run->step_bytes;
-    run->chunks = (llmpar__gemm_chunk *)(void *)at;
-}
-
-static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
-{
-    llmpar__gemm_step *step = &run->steps[run->step_count++];
-    int32_t kept = run->depth - merges;
-    step->k = k;
-    step->depth = run->depth;
-    step->merges = merges;
-    step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
-    step->save = 0;
-    if (kept < run->lowest) run->lowest = kept;
-}
-
-/* Chunks of the next part, and its steps up to where it ends. A piece without terms is a step without terms: its +0 is added like any other. */
-static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
-{
-    const llmpar_gemm_args *args = run->args;
-    int64_t step_k = 0;
-    run->k = run->step_count = run->chunk_count = 0;
-    run->load = run->inside || args->accumulate;
-    run->store = run->inside = 0;
-    run->lowest = run->depth;
-    while (run->piece < args->pieces) {
-        const llmpar_gemm_segment *segment = run->segment < args->segment_count ? &args->segments[run->segment] : NULL;
-        if (!segment || segment->piece != run->piece) { /* the piece is complete */
-            int32_t done = ++run->piece, merges = 0;
-            if (done == args->pieces) merges = run->depth;
-            else for (; done % 2 == 0; done /= 2) merges++;
-            llmpar__gemm_add_step(run, step_k, merges);
-            run->depth += 1 - merges;
-            step_k = 0;
-        } else if (run->segment_done == segment->k) {
-            run->segment++;
-            run->segment_done = 0;
-        } else if (run->k < run->block_k) {
-            llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
-            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
-            chunk->segment = run->segment;
-            chunk->begin = run->segment_done;
-            chunk->k = left < room ? left : room;
-            run->segment_done += chunk->k;
-            run->k += chunk->k;
-            step_k += chunk->k;
-        } else { /* the part is full */
-            run->inside = step_k > 0;
-            break;
-        }
-    }
-    if (run->inside) llmpar__gemm_add_step(run, step_k, 0);
-    run->store = run->inside || run->piece == args->pieces;
-}
-
-/* 0 when there is no part left. */
-static int llmpar__gemm_next_part(llmpar__gemm_run *run)
-{
-    int64_t s;
-    int32_t lowest;
-    if (run->piece == run->args->pieces) return 0;
-    llmpar__gemm_collect_part(run);
-    /* What is pushed and not taken off before the part ends is saved. */
-    lowest = run->levels + 1;
-    for (s = run->step_count - 1; s >= 0; s--) {
-        int32_t kept = run->steps[s].depth - run->steps[s].merges;
-        run->steps[s].save = kept < lowest && !(s == run->step_count - 1 && run->store);
-        if (kept < lowest) lowest = kept;
-    }
-    return 1;
-}
-
-/* Panels [first, first + panels) of A, or of B, for the current part. */
-static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
-{
-    const llmpar_gemm_args *args = run->args;
-    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
-    llmpar__gemm_packing packing;
-    packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
-    packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
-    packing.panels = panels;
-    packing.distance = width * run->k;
-    packing.out = out;
-    for (c = 0; c < run->chunk_count; c++) {
-        const llmpar__gemm_chunk *chunk = &run->chunks[c];
-        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        packing.k = chunk->k;
-        packing.ld = is_b ? segment->ldb : segment->lda;
-        packing.in = (const float *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at);
-        if (is_b) run->kernel.pack_b(&packing);
-        else run->kernel.pack_a(&packing);
-        packing.out += chunk->k * width;
-    }
-}
-
-static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
-
-/* Shares of the current group of B, then, when it is their turn, the panels of A. */
-static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    (void)worker;
-    if (task < run->pack_shares) {
-        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
-        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
-    } else {
-        int64_t i = task - run->pack_shares;
-        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
-    }
-}
-
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
-{
-    llmpar__gemm_tile tile;
-    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
-    tile.a = llmpar__gemm_a_panel(run, i);
-    tile.b = b;
-    tile.c = (float *)run->args->c + (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
-    tile.stack = run->stack + worker * run->levels * size;
-    tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
-    tile.ldc = run->args->ldc;
-    tile.steps = run->steps;
-    tile.step_count = run->step_count;
-    tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
-    tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
-    tile.load = run->load;
-    tile.store = run->store;
-    run->kernel.tile(&tile);
-}
-
-/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
-static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
-    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
-    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
-    for (; i < i_end; i++)
-        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
-}
-
-/* One panel of B, packed here, with the one or two panels of A. */
-static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->kernel.columns * run->block_k;
-    int64_t i;
-    llmpar__gemm_pack(run, 1, task, 1, b);
-    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
-}
-
-static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
-{
-    run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
-    run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
-    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
-    run->bundle = 1;
-    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
-    run->segment = run->piece = run->depth = 0;
-    run->segment_done = 0;
-    run->inside = 0;
-    while (llmpar__gemm_next_part(run)) {
-        if (run->thin) {
-            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
-            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
-            continue;
-        }
-        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
-            int64_t panels = run->b_panels - run->group;
-            if (panels > run->group_panels) panels = run->group_panels;
-            run->group_end = run->group + panels;
-            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
-            if (run->splits > panels) run->splits = panels;
-            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
-            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
-            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
-        }
-    }
-}
-
-static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
-{
-    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
-    llmpar__gemm_run run;
-    size_t bytes;
-    llmpar__gemm_prepare(&run, &cpu, args);
-    bytes = args->workspace ? args->workspace_bytes : 0;
-    if (bytes < llmpar__gemm_bytes(&run))
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
-    llmpar__gemm_lay_out(&run, args->workspace);
-    if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
-    for (run.j0 = 0; run.j0 < args->n; run.j0 += run.block_n) {
-        run.n = args->n - run.j0 < run.block_n ? args->n - run.j0 : run.block_n;
-        for (run.i0 = 0; run.i0 < args->m; run.i0 += run.block_m) {
-            run.m = args->m - run.i0 < run.block_m ? args->m - run.i0 : run.block_m;
-            llmpar__gemm_block(&run, &cpu);
-        }
-    }
-    return LLMPAR_OK;
-}
-
-#undef LLMPAR__GEMM_SERIAL
-
-#endif /* LLMPAR_NO_SIMD */
-
-/* ---- the slot ---- */
-
-static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm_args *args)
-{
-    int32_t s, previous = 0;
-    if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
-        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
-    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64)
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32 or f64, got %s", llmpar_dtype_name(args->dtype));
-    if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
-    if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
-    if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
-    if (args->accumulate && args->pieces != 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs exactly 1 piece, got %d", (int)args->pieces);
-    for (s = 0; s < args->segment_count; s++) {
-        const llmpar_gemm_segment *segment = &args->segments[s];
-        int64_t a_width = args->kind == LLMPAR_GEMM_TN ? args->m : segment->k, b_width = args->kind == LLMPAR_GEMM_NT ? segment->k : args->n;
-        int64_t a_rows = args->kind == LLMPAR_GEMM_TN ? segment->k : args->m, b_rows = args->kind == LLMPAR_GEMM_NT ? args->n : segment->k;
-        if (segment->k < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld", (int)s, (long long)segment->k);
-        if (segment->piece < previous || segment->piece >= args->pieces)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
-        previous = segment->piece;
-        if (a_rows > 1 && segment->lda < a_width)
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
-        if (b_rows > 1 && segment->ldb < b_width)
-            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
-    }
-    return LLMPAR_OK;
-}
-
-LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
-{
-#if !defined(LLMPAR_NO_SIMD)
-    if (args->dtype == LLMPAR_F32 && args->m > 0 && args->n > 0) {
-        llmpar__gemm_run run;
-        llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
-        return llmpar__gemm_bytes(&run);
-    }
-#endif
-    (void)device;
-    (void)args;
-    return 0;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_gemm_args copy = *args; /* pool tasks take a pointer to what is not const */
-    llmpar_status status = llmpar__gemm_check(device, args);
-    (void)stream;
-    if (status || args->m == 0 || args->n == 0) return status;
-    if (args->dtype == LLMPAR_F64) {
-        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &copy, args->m);
-        return LLMPAR_OK;
-    }
-#if !defined(LLMPAR_NO_SIMD)
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx"))
-#endif
-        return llmpar__gemm_run_f32(device, args);
-#endif
-#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
-    llmpar__pool_run(cpu, llmpar__gemm_row_f32, &copy, args->m);
-    return LLMPAR_OK;
-#endif
-}
-
-#undef LLMPAR__GEMM_CHAIN_F32
-#undef LLMPAR__GEMM_CHAIN_F64
-/* ==== src/cpu/attention.c ==== */
-/* attention: causal softmax attention with grouped queries and packed documents, forward and backward (Dao et al. 2022, "FlashAttention";
-   lse recomputation in backward). Scores exist only as tiles:
-
-        keys of one document, tiles of 64 counted from its start
-        | tile 0 | tile 1 | tile 2 |
-     q  |XXXXXXXX|XXXXX   |        |   a block of query rows walks the key tiles from left to right with a running maximum;
-     q  |XXXXXXXX|XXXXXX  |        |   only the columns its last row may see are computed
-     q  |XXXXXXXX|XXXXXXX |        |
-
-   A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
-   chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
-   that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
-   A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
-/* ==== src/cpu/kernels_internal.h ==== */
-/* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
-#ifndef LLMPAR_KERNELS_INTERNAL_H
-#define LLMPAR_KERNELS_INTERNAL_H
+/* ---- src/cpu/half.c goes on ---- */
 
 /* ==== src/cpu/vector.h ==== */
 /* vector: short vectors of one level, and the names a kernel template is made from.
@@ -3471,7 +3252,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VKERNELS_NARROW(name) LLMPAR__VKERNELS(name)
 #endif
 
-/* Which of the four a call runs. */
+/* Which of the four a call runs; BF16 and F16 are computed in F32. */
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F64) return 0;
@@ -3480,8 +3261,13 @@ static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t llmpar__v_blocks(int64_t count, int64_t block) { return (count + block - 1) / block; }
-/* Most operations take F32 and F64; anything else is told so. */
+/* The operations of forward and backward take every floating type, those of the optimizer F32 and F64; anything else is told so. */
 static inline llmpar_status llmpar__v_check(llmpar_device *device, const char *name, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_BF16 || dtype == LLMPAR_F16) return LLMPAR_OK;
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32, f64, bf16 or f16", name, llmpar_dtype_name(dtype));
+}
+static inline llmpar_status llmpar__v_check_wide(llmpar_device *device, const char *name, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64) return LLMPAR_OK;
     return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "%s: dtype %s, expected f32 or f64", name, llmpar_dtype_name(dtype));
@@ -3500,7 +3286,7 @@ typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VSPREAD(x) { x, x }
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_portable.inc */
+#define LLMPAR__TEMPLATE 1 /* cpu/vector_portable.inc */
 #include LLMPAR_HEADER
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
@@ -3509,7 +3295,7 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 }
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_portable.inc */
+#define LLMPAR__TEMPLATE 1 /* cpu/vector_portable.inc */
 #include LLMPAR_HEADER
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
@@ -3598,17 +3384,804 @@ LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqr
 #endif
 
 #endif
-/* ---- src/cpu/kernels_internal.h goes on ---- */
+/* ---- src/cpu/half.c goes on ---- */
+
+#if LLMPAR__VX86
+#include <cpuid.h>
+#endif
+
+static void llmpar__half_widen_bf16(float *out, const void *in, int64_t count) { llmpar_convert(out, LLMPAR_F32, in, LLMPAR_BF16, (size_t)count); }
+static void llmpar__half_widen_f16(float *out, const void *in, int64_t count) { llmpar_convert(out, LLMPAR_F32, in, LLMPAR_F16, (size_t)count); }
+static void llmpar__half_narrow_bf16(void *out, const float *in, int64_t count) { llmpar_convert(out, LLMPAR_BF16, in, LLMPAR_F32, (size_t)count); }
+static void llmpar__half_narrow_f16(void *out, const float *in, int64_t count) { llmpar_convert(out, LLMPAR_F16, in, LLMPAR_F32, (size_t)count); }
+
+#if LLMPAR__VX86
+
+#define LLMPAR__HALF_AVX2 __attribute__((target("avx2,f16c")))
+
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_bf16(__m128i half)
+{
+    __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+    __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f800000));
+    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi32(0x00400000))));
+}
+
+/* To nearest: half a unit less one, and one more where the unit is odd. A NaN keeps its leading bits and becomes quiet. */
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_bf16(__m256 value)
+{
+    __m256i bits = _mm256_castps_si256(value), high = _mm256_srli_epi32(bits, 16);
+    __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f800000));
+    __m256i half = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(high, _mm256_set1_epi32(1)))), 16);
+    half = _mm256_blendv_epi8(half, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_f16(__m128i half) { return _mm256_cvtph_ps(half); }
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_f16(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+/* Eights; what is left over goes through a copy of eight. */
+#define LLMPAR__HALF_LOOPS(type) \
+    LLMPAR__HALF_AVX2 static void llmpar__half_widen_##type##_avx2(float *out, const void *in, int64_t count) \
+    { \
+        const uint16_t *from = (const uint16_t *)in; \
+        uint16_t last[8] = { 0 }; \
+        float wide[8]; \
+        int64_t i = 0; \
+        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)(from + i)))); \
+        if (i == count) return; \
+        memcpy(last, from + i, (size_t)(count - i) * sizeof *last); \
+        _mm256_storeu_ps(wide, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)last))); \
+        memcpy(out + i, wide, (size_t)(count - i) * sizeof *wide); \
+    } \
+    LLMPAR__HALF_AVX2 static void llmpar__half_narrow_##type##_avx2(void *out, const float *in, int64_t count) \
+    { \
+        uint16_t *to = (uint16_t *)out, last[8]; \
+        float wide[8] = { 0 }; \
+        int64_t i = 0; \
+        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(void *)(to + i), llmpar__half_8_to_##type(_mm256_loadu_ps(in + i))); \
+        if (i == count) return; \
+        memcpy(wide, in + i, (size_t)(count - i) * sizeof *wide); \
+        _mm_storeu_si128((__m128i *)(void *)last, llmpar__half_8_to_##type(_mm256_loadu_ps(wide))); \
+        memcpy(to + i, last, (size_t)(count - i) * sizeof *last); \
+    }
+LLMPAR__HALF_LOOPS(bf16)
+LLMPAR__HALF_LOOPS(f16)
+
+#undef LLMPAR__HALF_LOOPS
+#undef LLMPAR__HALF_AVX2
+#endif
+
+LLMPAR__PRIVATE_DEF int llmpar__half_has_f16c(void)
+{
+#if LLMPAR__VX86
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1u);
+#else
+    return 0;
+#endif
+}
+
+LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    llmpar__half half;
+    half.size = (int64_t)llmpar_dtype_size(dtype);
+    half.widen = NULL;
+    half.narrow = NULL;
+    if (dtype == LLMPAR_BF16) {
+        half.widen = llmpar__half_widen_bf16;
+        half.narrow = llmpar__half_narrow_bf16;
+    } else if (dtype == LLMPAR_F16) {
+        half.widen = llmpar__half_widen_f16;
+        half.narrow = llmpar__half_narrow_f16;
+    }
+#if LLMPAR__VX86
+    if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
+        if (dtype == LLMPAR_BF16) {
+            half.widen = llmpar__half_widen_bf16_avx2;
+            half.narrow = llmpar__half_narrow_bf16_avx2;
+        } else if (dtype == LLMPAR_F16) {
+            half.widen = llmpar__half_widen_f16_avx2;
+            half.narrow = llmpar__half_narrow_f16_avx2;
+        }
+    }
+#endif
+    (void)cpu;
+    return half;
+}
+/* ==== src/cpu/gemm.c ==== */
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
+   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
+   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+
+      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
+      parts         |        part 0         |        part 1        |part 2 |
+      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+
+   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
+   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows.
+
+   BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
+   workspace, and each is rounded into c once, when its last part is done. */
+
+
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
+/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
+#if defined(__aarch64__)
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
+#else
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
+#endif
+
+typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
+
+#define LLMPAR__GEMM_REAL double
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
+#define LLMPAR__GEMM_LOAD(base, i) ((const double *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((double *)(base))[i] = (value)
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#include LLMPAR_HEADER
+
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) ((const float *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((float *)(base))[i] = (value)
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#include LLMPAR_HEADER
+
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_half
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) (job->args->dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(((const uint16_t *)(base))[i]) : llmpar_f16_to_f32(((const uint16_t *)(base))[i]))
+#define LLMPAR__GEMM_STORE(base, i, value) do { float value_ = (value); if (job->half_out.narrow) llmpar__half_write(&job->half_out, base, i, 1, &value_); else ((float *)(base))[i] = value_; } while (0)
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#include LLMPAR_HEADER
+#endif
+
+/* ---- kernels ---- */
+
+#if !defined(LLMPAR_NO_SIMD)
+
+typedef struct llmpar__gemm_step {
+    int64_t k;
+    int32_t depth;        /* partial tiles on the stack before the step */
+    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
+    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
+    int32_t save;         /* what is pushed is needed in a later part */
+} llmpar__gemm_step;
+
+/* One tile of c during one part of the summed dim. */
+typedef struct llmpar__gemm_tile {
+    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
+    float *c;
+    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
+    int64_t ldc;
+    const llmpar__gemm_step *steps;
+    int64_t step_count;
+    int rows, columns;                 /* that exist */
+    int load, store;                   /* the first step starts from c; the last step's result goes to c */
+} llmpar__gemm_tile;
+
+/* What the packing functions of gemm_kernel.inc do, and their words. */
+typedef struct llmpar__gemm_packing {
+    const void *in;
+    float *out;
+    int64_t ld, k, valid, panels, distance;
+    int transposed;
+} llmpar__gemm_packing;
+
+typedef struct llmpar__gemm_kernel {
+    int64_t rows, columns;             /* of a full tile */
+    void (*pack_a)(const llmpar__gemm_packing *packing);
+    void (*pack_b)(const llmpar__gemm_packing *packing);
+    void (*tile)(const llmpar__gemm_tile *tile);
+} llmpar__gemm_kernel;
+
+#if defined(__x86_64__)
+
+/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
+#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
+    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
+    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
+    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
+    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
+} while (0)
+#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
+/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
+#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
+#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
+#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
+#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
+    __m512 v_ = (v); \
+    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
+    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
+    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
+    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
+} while (0)
+
+/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed.
+   First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
+typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
+
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m256
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
+#define LLMPAR__GEMM_LANES 8
+#define LLMPAR__GEMM_ROWS 6
+#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
+#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
+
+typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
+#define LLMPAR__GEMM_VECTOR __m512
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
+#define LLMPAR__GEMM_LANES 16
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
+#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
+
+#undef LLMPAR__GEMM_TRANSPOSE_X86
+#undef LLMPAR__GEMM_512_loadu_ps
+#undef LLMPAR__GEMM_512_unpacklo_ps
+#undef LLMPAR__GEMM_512_unpackhi_ps
+#undef LLMPAR__GEMM_512_shuffle_ps
+#undef LLMPAR__GEMM_STORE_2
+#undef LLMPAR__GEMM_STORE_4
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
+    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
+    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
+    if (level == LLMPAR_CPU_AVX512) return avx512;
+    if (level == LLMPAR_CPU_AVX2) return avx2;
+    return avx;
+}
+
+#else /* aarch64: its vector unit and fma are always there */
+
+typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
+#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
+#define LLMPAR__GEMM_TARGET
+#define LLMPAR__GEMM_VECTOR float32x4_t
+#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
+#define LLMPAR__GEMM_LANES 4
+#define LLMPAR__GEMM_ROWS 12
+#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
+#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
+#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
+#include LLMPAR_HEADER
+
+static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
+    (void)level;
+    return neon;
+}
+
+#endif
+
+/* ---- blocks ---- */
+
+/* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
+typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
+
+typedef struct llmpar__gemm_run {
+    const llmpar_gemm_args *args;
+    llmpar__gemm_kernel kernel;
+    int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
+    int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
+    int64_t group_panels;                 /* of B that are packed at a time */
+    llmpar__half half, half_out;          /* of a and b; of c */
+    int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
+    int own_by_worker;
+    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
+    size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
+    /* workspace, in this order; 64-byte aligned */
+    float *a, *b, *c, *stack, *saved;
+    llmpar__gemm_step *steps;             /* of the current part */
+    llmpar__gemm_chunk *chunks;
+    /* the current block and part */
+    int64_t i0, j0, m, n, a_panels, b_panels;
+    int64_t k, step_count, chunk_count;
+    int load, store, last;                /* last: the block's last part */
+    int64_t group, group_end;             /* the current group of B's panels */
+    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
+    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
+    /* where the next part begins */
+    int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
+    int64_t segment_done;                 /* k of `segment` already taken */
+    int inside;                           /* a part ended inside `piece` */
+} llmpar__gemm_run;
+
+/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+   outlive a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
+/* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
+enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
+/* Fewer multiplications than this are done before a worker has woken up. */
+#define LLMPAR__GEMM_SERIAL (1 << 20)
+
+static size_t llmpar__gemm_round(int64_t bytes) { return (size_t)llmpar_round_up(bytes, 64); }
+
+/* Size of blocks of at most `limit` (a multiple of unit) that cut an extent into equal parts, the last one a little smaller. */
+static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t unit)
+{
+    int64_t blocks = (extent + limit - 1) / limit;
+    return blocks ? llmpar_round_up((extent + blocks - 1) / blocks, unit) : 0;
+}
+
+/* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
+static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
+{
+    int64_t k = 0, boundary = part;
+    int32_t s, deepest = 0;
+    for (s = 0; s < args->segment_count; s++) {
+        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
+            int32_t depth = 0, p;
+            for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
+            if (depth > deepest) deepest = depth;
+        }
+    }
+    return deepest;
+}
+
+/* Length of a part: even parts of at most PART_K; where equal pieces allow it, whole subtrees of up to PIECE_K, so that a part that ends leaves one partial tile. */
+static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
+{
+    int64_t piece = total / pieces, part = piece;
+    if (pieces == 1 || total <= LLMPAR__GEMM_PART_K || total % pieces) return llmpar__gemm_even_blocks(total, LLMPAR__GEMM_PART_K, 1);
+    if (piece > LLMPAR__GEMM_PIECE_K) return llmpar__gemm_even_blocks(piece, LLMPAR__GEMM_PIECE_K, 1);
+    while (part * 2 <= LLMPAR__GEMM_PIECE_K && part < total) part *= 2;
+    return part;
+}
+
+static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int64_t total = 0, parts, tile, limit_n;
+    int32_t s, n;
+    int outlives; /* tiles that are no part of c outlive a part */
+    memset(run, 0, sizeof *run);
+    run->args = args;
+    run->kernel = llmpar__gemm_choose(cpu->level);
+    run->threads = llmpar__pool_threads(cpu);
+    for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
+    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
+    run->thin = args->m <= 2 * run->kernel.rows;
+    run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
+    parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
+    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    outlives = run->levels_saved || (parts > 1 && run->half_out.narrow);
+    limit_n = outlives && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
+    run->block_m = llmpar__gemm_even_blocks(args->m, outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
+    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+
+    tile = run->kernel.rows * run->kernel.columns;
+    run->own_by_worker = parts <= 1;
+    if (run->half_out.narrow) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
+    run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
+    run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
+    run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
+    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
+}
+
+/* With room to align. */
+static size_t llmpar__gemm_bytes(const llmpar__gemm_run *run)
+{
+    return run->a_bytes + run->b_bytes + run->c_bytes + run->stack_bytes + run->saved_bytes + run->step_bytes + run->chunk_bytes + 63;
+}
+
+static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
+{
+    char *at = (char *)workspace;
+    at += (64 - (uintptr_t)at % 64) % 64;
+    run->a = (float *)(void *)at;
+    at += run->a_bytes;
+    run->b = (float *)(void *)at;
+    at += run->b_bytes;
+    run->c = (float *)(void *)at;
+    at += run->c_bytes;
+    run->stack = (float *)(void *)at;
+    at += run->stack_bytes;
+    run->saved = (float *)(void *)at;
+    at += run->saved_bytes;
+    run->steps = (llmpar__gemm_step *)(void *)at;
+    at += run->step_bytes;
+    run->chunks = (llmpar__gemm_chunk *)(void *)at;
+}
+
+static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
+{
+    llmpar__gemm_step *step = &run->steps[run->step_count++];
+    int32_t kept = run->depth - merges;
+    step->k = k;
+    step->depth = run->depth;
+    step->merges = merges;
+    step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
+    step->save = 0;
+    if (kept < run->lowest) run->lowest = kept;
+}
+
+/* Chunks of the next part, and its steps up to where it ends. A piece without terms is a step without terms: its +0 is added like any other. */
+static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t step_k = 0;
+    run->k = run->step_count = run->chunk_count = 0;
+    run->load = run->inside || args->accumulate;
+    run->store = run->inside = 0;
+    run->lowest = run->depth;
+    while (run->piece < args->pieces) {
+        const llmpar_gemm_segment *segment = run->segment < args->segment_count ? &args->segments[run->segment] : NULL;
+        if (!segment || segment->piece != run->piece) { /* the piece is complete */
+            int32_t done = ++run->piece, merges = 0;
+            if (done == args->pieces) merges = run->depth;
+            else for (; done % 2 == 0; done /= 2) merges++;
+            llmpar__gemm_add_step(run, step_k, merges);
+            run->depth += 1 - merges;
+            step_k = 0;
+        } else if (run->segment_done == segment->k) {
+            run->segment++;
+            run->segment_done = 0;
+        } else if (run->k < run->block_k) {
+            llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
+            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
+            chunk->segment = run->segment;
+            chunk->begin = run->segment_done;
+            chunk->k = left < room ? left : room;
+            run->segment_done += chunk->k;
+            run->k += chunk->k;
+            step_k += chunk->k;
+        } else { /* the part is full */
+            run->inside = step_k > 0;
+            break;
+        }
+    }
+    if (run->inside) llmpar__gemm_add_step(run, step_k, 0);
+    run->last = run->piece == args->pieces;
+    run->store = run->inside || run->last;
+}
+
+/* 0 when there is no part left. */
+static int llmpar__gemm_next_part(llmpar__gemm_run *run)
+{
+    int64_t s;
+    int32_t lowest;
+    if (run->piece == run->args->pieces) return 0;
+    llmpar__gemm_collect_part(run);
+    /* What is pushed and not taken off before the part ends is saved. */
+    lowest = run->levels + 1;
+    for (s = run->step_count - 1; s >= 0; s--) {
+        int32_t kept = run->steps[s].depth - run->steps[s].merges;
+        run->steps[s].save = kept < lowest && !(s == run->step_count - 1 && run->store);
+        if (kept < lowest) lowest = kept;
+    }
+    return 1;
+}
+
+/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there. */
+static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
+{
+    enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
+    float scratch[STRIP * STRIP_LD]; /* the same as ROWS * LD */
+    llmpar__gemm_packing part = *packing;
+    int64_t panel, panels = packing->transposed ? ROWS / width : STRIP_LD / width, k, i;
+    part.in = scratch;
+    part.ld = packing->transposed ? (int64_t)LD : (int64_t)STRIP_LD;
+    for (panel = 0; panel < packing->panels; panel += panels) {
+        int64_t at = panel * width, columns;
+        part.panels = packing->panels - panel < panels ? packing->panels - panel : panels;
+        part.valid = packing->valid - at;
+        columns = part.valid < part.panels * width ? part.valid : part.panels * width;
+        for (k = 0; k < packing->k; k += part.k) {
+            const char *in = (const char *)packing->in + (packing->transposed ? at * packing->ld + k : k * packing->ld + at) * half->size;
+            part.k = packing->transposed ? (int64_t)ROW : (int64_t)STRIP;
+            if (part.k > packing->k - k) part.k = packing->k - k;
+            part.out = packing->out + panel * packing->distance + k * width;
+            if (packing->transposed) {
+                for (i = 0; i < columns; i++, in += packing->ld * half->size) {
+                    int64_t ahead;
+                    for (ahead = 0; ahead < ROW * 2; ahead += 64) __builtin_prefetch(in + ROW * 2 + ahead);
+                    half->widen(scratch + i * LD, in, part.k);
+                }
+            } else {
+                for (i = 0; i < part.k; i++, in += packing->ld * half->size) half->widen(scratch + i * STRIP_LD, in, columns);
+            }
+            pack(&part);
+        }
+    }
+}
+
+/* Panels [first, first + panels) of A, or of B, for the current part. */
+static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
+    void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
+    llmpar__gemm_packing packing;
+    packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
+    packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
+    packing.panels = panels;
+    packing.distance = width * run->k;
+    packing.out = out;
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[c];
+        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
+        packing.k = chunk->k;
+        packing.ld = is_b ? segment->ldb : segment->lda;
+        packing.in = (const char *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at) * run->half.size;
+        if (run->half.widen) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
+        else pack(&packing);
+        packing.out += chunk->k * width;
+    }
+}
+
+static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
+
+/* Shares of the current group of B, then, when it is their turn, the panels of A. */
+static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    (void)worker;
+    if (task < run->pack_shares) {
+        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
+        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
+    } else {
+        int64_t i = task - run->pack_shares;
+        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
+    }
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+{
+    llmpar__gemm_tile tile;
+    int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
+    int64_t c = (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    int r;
+    tile.a = llmpar__gemm_a_panel(run, i);
+    tile.b = b;
+    tile.c = (float *)run->args->c + c;
+    tile.stack = run->stack + worker * run->levels * size;
+    tile.saved = run->saved + (i * run->b_panels + j) * run->levels_saved * size;
+    tile.ldc = run->args->ldc;
+    if (run->own_tiles) {
+        tile.c = run->c + (run->own_by_worker ? worker : i * run->b_panels + j) * size;
+        tile.ldc = run->kernel.columns;
+    }
+    tile.steps = run->steps;
+    tile.step_count = run->step_count;
+    tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
+    tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
+    tile.load = run->load;
+    tile.store = run->store;
+    run->kernel.tile(&tile);
+    if (run->own_tiles && run->last)
+        for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+}
+
+/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
+static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
+    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
+    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+    for (; i < i_end; i++)
+        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
+}
+
+/* One panel of B, packed here, with the one or two panels of A. */
+static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    float *b = run->b + worker * run->kernel.columns * run->block_k;
+    int64_t i;
+    llmpar__gemm_pack(run, 1, task, 1, b);
+    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+}
+
+static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
+{
+    run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
+    run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
+    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
+    run->bundle = 1;
+    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
+    run->segment = run->piece = run->depth = 0;
+    run->segment_done = 0;
+    run->inside = 0;
+    while (llmpar__gemm_next_part(run)) {
+        if (run->thin) {
+            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
+            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+            continue;
+        }
+        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
+            int64_t panels = run->b_panels - run->group;
+            if (panels > run->group_panels) panels = run->group_panels;
+            run->group_end = run->group + panels;
+            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
+            if (run->splits > panels) run->splits = panels;
+            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
+            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
+            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
+        }
+    }
+}
+
+static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_gemm_args *args)
+{
+    llmpar__cpu cpu = *(llmpar__cpu *)device->state;
+    llmpar__gemm_run run;
+    size_t bytes;
+    llmpar__gemm_prepare(&run, &cpu, args);
+    bytes = args->workspace ? args->workspace_bytes : 0;
+    if (bytes < llmpar__gemm_bytes(&run))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
+    llmpar__gemm_lay_out(&run, args->workspace);
+    if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
+    for (run.j0 = 0; run.j0 < args->n; run.j0 += run.block_n) {
+        run.n = args->n - run.j0 < run.block_n ? args->n - run.j0 : run.block_n;
+        for (run.i0 = 0; run.i0 < args->m; run.i0 += run.block_m) {
+            run.m = args->m - run.i0 < run.block_m ? args->m - run.i0 : run.block_m;
+            llmpar__gemm_block(&run, &cpu);
+        }
+    }
+    return LLMPAR_OK;
+}
+
+#undef LLMPAR__GEMM_SERIAL
+
+#endif /* LLMPAR_NO_SIMD */
+
+/* ---- the slot ---- */
+
+static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm_args *args)
+{
+    llmpar_dtype sum = llmpar_dtype_sum(args->dtype), out = args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype;
+    int32_t s, previous = 0;
+    if (args->kind != LLMPAR_GEMM_NT && args->kind != LLMPAR_GEMM_NN && args->kind != LLMPAR_GEMM_TN)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: kind %d is none of NT, NN, TN", (int)args->kind);
+    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64 && args->dtype != LLMPAR_BF16 && args->dtype != LLMPAR_F16)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected dtype f32, f64, bf16 or f16, got %s", llmpar_dtype_name(args->dtype));
+    if (out != args->dtype && out != sum)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: expected out_dtype %s%s%s for dtype %s, got %s", llmpar_dtype_name(args->dtype), sum != args->dtype ? " or " : "", sum != args->dtype ? llmpar_dtype_name(sum) : "", llmpar_dtype_name(args->dtype), llmpar_dtype_name(out));
+    if (args->accumulate && out != sum)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs out_dtype %s, got %s", llmpar_dtype_name(sum), llmpar_dtype_name(out));
+    if (args->m < 0 || args->n < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: negative shape m = %lld, n = %lld", (long long)args->m, (long long)args->n);
+    if (args->m > 1 && args->ldc < args->n) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: ldc = %lld is less than n = %lld", (long long)args->ldc, (long long)args->n);
+    if (args->pieces < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected at least 1 piece, got %d", (int)args->pieces);
+    if (args->accumulate && args->pieces != 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: accumulate needs exactly 1 piece, got %d", (int)args->pieces);
+    for (s = 0; s < args->segment_count; s++) {
+        const llmpar_gemm_segment *segment = &args->segments[s];
+        int64_t a_width = args->kind == LLMPAR_GEMM_TN ? args->m : segment->k, b_width = args->kind == LLMPAR_GEMM_NT ? segment->k : args->n;
+        int64_t a_rows = args->kind == LLMPAR_GEMM_TN ? segment->k : args->m, b_rows = args->kind == LLMPAR_GEMM_NT ? args->n : segment->k;
+        if (segment->k < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld", (int)s, (long long)segment->k);
+        if (segment->piece < previous || segment->piece >= args->pieces)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
+        previous = segment->piece;
+        if (a_rows > 1 && segment->lda < a_width)
+            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
+        if (b_rows > 1 && segment->ldb < b_width)
+            return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
+{
+#if !defined(LLMPAR_NO_SIMD)
+    if (args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0) {
+        llmpar__gemm_run run;
+        llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
+        return llmpar__gemm_bytes(&run);
+    }
+#endif
+    (void)device;
+    (void)args;
+    return 0;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__gemm_rows rows;
+    llmpar_status status = llmpar__gemm_check(device, args);
+    (void)stream;
+    if (status || args->m == 0 || args->n == 0) return status;
+    rows.args = args;
+    rows.half = llmpar__half_of(cpu, args->dtype);
+    rows.half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    if (args->dtype == LLMPAR_F64) {
+        llmpar__pool_run(cpu, llmpar__gemm_row_f64, &rows, args->m);
+        return LLMPAR_OK;
+    }
+#if !defined(LLMPAR_NO_SIMD)
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx"))
+#endif
+        return llmpar__gemm_run_f32(device, args);
+#endif
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
+    llmpar__pool_run(cpu, rows.half.widen ? llmpar__gemm_row_half : llmpar__gemm_row_f32, &rows, args->m);
+    return LLMPAR_OK;
+#endif
+}
+
+#undef LLMPAR__GEMM_CHAIN_F32
+#undef LLMPAR__GEMM_CHAIN_F64
+/* ==== src/cpu/attention.c ==== */
+/* attention: causal softmax attention with grouped queries and packed documents, forward and backward (Dao et al. 2022, "FlashAttention";
+   lse recomputation in backward). Scores exist only as tiles:
+
+        keys of one document, tiles of 64 counted from its start
+        | tile 0 | tile 1 | tile 2 |
+     q  |XXXXXXXX|XXXXX   |        |   a block of query rows walks the key tiles from left to right with a running maximum;
+     q  |XXXXXXXX|XXXXXX  |        |   only the columns its last row may see are computed
+     q  |XXXXXXXX|XXXXXXX |        |
+
+   A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
+   chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
+   that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
+   A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
+/* ==== src/cpu/kernels_internal.h ==== */
+/* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
+#ifndef LLMPAR_KERNELS_INTERNAL_H
+#define LLMPAR_KERNELS_INTERNAL_H
+
 
 /* norm */
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; } llmpar__norm_backward_job;
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; llmpar__half half; } llmpar__norm_job;
+typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; llmpar__half half; } llmpar__norm_backward_job;
 LLMPAR__VDECLARE_NARROW(norm_forward)
 LLMPAR__VDECLARE_NARROW(norm_dx)
 LLMPAR__VDECLARE_NARROW(norm_dw)
 
 /* rope */
-typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; llmpar__half half; } llmpar__rope_job;
 LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
@@ -3619,6 +4192,8 @@ typedef struct llmpar__attention_job {
     char *workspace;       /* aligned to 64 */
     size_t worker_bytes;   /* of it for each worker */
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
+    llmpar__half half, half_dkv; /* of dk and dv */
+    int64_t ld_dk, ld_dv;
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
 LLMPAR__VDECLARE(attention_backward)
@@ -3630,7 +4205,7 @@ LLMPAR__PRIVATE int64_t llmpar__attention_split(int64_t n);
 LLMPAR__PRIVATE int64_t llmpar__attention_slots(int64_t n);
 
 /* swiglu */
-typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; llmpar__half half; } llmpar__swiglu_job;
 LLMPAR__VDECLARE(swiglu_forward)
 LLMPAR__VDECLARE(swiglu_backward)
 
@@ -3640,22 +4215,25 @@ typedef struct llmpar__embedding_backward_job {
     const llmpar_embedding_backward_args *args;
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
+    llmpar__half half;
 } llmpar__embedding_backward_job;
 LLMPAR__VDECLARE_NARROW(embedding_gradient)
 
 /* xent */
-typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; llmpar__half half; } llmpar__xent_job;
 LLMPAR__VDECLARE(xent_rows_max)
 LLMPAR__VDECLARE(xent_rows_sum)
 LLMPAR__VDECLARE(xent_rows_backward)
 
 /* elementwise, optim: elements a task */
 enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
+typedef struct llmpar__elementwise_job { const llmpar_add_args *add; const llmpar_scale_args *scale; llmpar__half half; } llmpar__elementwise_job; /* one of the two */
 LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
 LLMPAR__VDECLARE_NARROW(optim_adamw)
+LLMPAR__VDECLARE_NARROW(optim_sgd)
 
 #endif
 /* ---- src/cpu/attention.c goes on ---- */
@@ -3687,7 +4265,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
     int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
     else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
-    return (size_t)count * llmpar_dtype_size(a->dtype);
+    return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
 static size_t llmpar__attention_bytes(llmpar_device *device, const llmpar_attention_args *a, int backward)
@@ -3729,6 +4307,13 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.backward = backward;
     job.workspace = (char *)(((uintptr_t)a->workspace + 63u) & ~(uintptr_t)63u);
     job.worker_bytes = llmpar__attention_worker_bytes(a, backward != NULL);
+    job.half = job.half_dkv = llmpar__half_of(cpu, a->dtype);
+    job.ld_dk = job.ld_dv = 0;
+    if (backward) {
+        if (backward->dkv_dtype != LLMPAR_DTYPE_DEFAULT) job.half_dkv = llmpar__half_of(cpu, backward->dkv_dtype);
+        job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
+        job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
+    }
     job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
 }
@@ -3749,6 +4334,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
     (void)stream;
     if (args->forward.batch <= 0 || args->forward.tq <= 0 || args->forward.heads <= 0) return LLMPAR_OK;
     status = llmpar__attention_check(device, "attention_backward", &args->forward, 1);
+    if (!status && args->dkv_dtype != LLMPAR_DTYPE_DEFAULT && args->dkv_dtype != args->forward.dtype && args->dkv_dtype != llmpar_dtype_sum(args->forward.dtype))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(args->forward.dtype), llmpar_dtype_name(llmpar_dtype_sum(args->forward.dtype)));
+    if (!status && args->ld_dkv < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "attention_backward: ld_dkv %lld, expected 0 or the distance of two rows", (long long)args->ld_dkv);
     if (!status) llmpar__attention_run(device, llmpar__attention_backward_kernels, &args->forward, args);
     return status;
 }
@@ -3769,6 +4357,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llm
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -3785,6 +4374,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
     job.blocks = llmpar__v_blocks(args->dim, 64);
+    job.half = llmpar__half_of(cpu, args->dtype);
     /* dw first: dx may take the place of dy. */
     if (args->dw_leaves && tokens->leaves > 0) {
         if (tokens->canon < 1 || tokens->batch % tokens->leaves)
@@ -3808,6 +4398,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar
     if (status || args->batch <= 0 || args->t <= 0 || args->heads <= 0 || args->head_dim <= 0) return status;
     if (args->head_dim % 2) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "rope: head_dim %lld, expected an even number", (long long)args->head_dim);
     job.args = args;
+    job.half = llmpar__half_of(cpu, args->dtype);
     job.step = llmpar__v_max(1, 8192 / (args->heads * args->head_dim));
     llmpar__pool_run(cpu, llmpar__rope_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->batch * args->t, job.step));
     return LLMPAR_OK;
@@ -3828,6 +4419,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmp
     job.forward = args;
     job.backward = NULL;
     job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__swiglu_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -3842,6 +4434,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
     job.forward = NULL;
     job.backward = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__swiglu_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -3922,6 +4515,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding_backward(llmpar_device *
     job.args = args;
     job.begin = begin;
     job.order = order;
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__embedding_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(v_local, LLMPAR__EMBEDDING_IDS));
     return LLMPAR_OK;
 }
@@ -3943,6 +4537,7 @@ static llmpar_status llmpar__xent_run(llmpar_device *device, const char *name, c
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / llmpar__v_max(1, args->v_local));
     job.scale = scale;
+    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -4056,36 +4651,65 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args)
 {
+    llmpar__elementwise_job job;
     llmpar_status status = llmpar__v_check(device, "add", args->dtype);
     (void)stream;
-    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
-    return status;
+    if (status) return status;
+    job.add = args;
+    job.scale = NULL;
+    job.half = llmpar__half_of((llmpar__cpu *)device->state, args->dtype);
+    llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, &job, args->count);
+    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args)
 {
+    llmpar__elementwise_job job;
     llmpar_status status = llmpar__v_check(device, "scale", args->dtype);
     (void)stream;
-    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
-    return status;
+    if (status) return status;
+    job.add = NULL;
+    job.scale = args;
+    job.half = llmpar__half_of((llmpar__cpu *)device->state, args->dtype);
+    llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, &job, args->count);
+    return LLMPAR_OK;
 }
 
+typedef struct llmpar__elementwise_cast_job { const llmpar_cast_args *args; llmpar__half in, out; } llmpar__elementwise_cast_job;
+
+/* The bits of llmpar_convert. Between BF16 and F16 by way of f32, which holds both; pairs with F64 are llmpar_convert's own. */
 static void llmpar__elementwise_cast(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar_cast_args *a = (const llmpar_cast_args *)arg;
-    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, count = a->count - begin;
+    const llmpar__elementwise_cast_job *job = (const llmpar__elementwise_cast_job *)arg;
+    const llmpar_cast_args *a = job->args;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    const char *in = (const char *)a->in + begin * job->in.size;
+    char *out = (char *)a->out + begin * job->out.size;
     (void)worker;
-    if (count > LLMPAR__ELEMENTWISE_CHUNK) count = LLMPAR__ELEMENTWISE_CHUNK;
-    llmpar_convert((char *)a->out + begin * llmpar_dtype_size(a->out_dtype), a->out_dtype, (const char *)a->in + begin * llmpar_dtype_size(a->in_dtype), a->in_dtype, count);
+    if (job->in.widen && a->out_dtype == LLMPAR_F32) job->in.widen((float *)(void *)out, in, end - begin);
+    else if (job->out.narrow && a->in_dtype == LLMPAR_F32) job->out.narrow(out, (const float *)(const void *)in, end - begin);
+    else if (job->in.widen && job->out.narrow && a->in_dtype != a->out_dtype) {
+        float scratch[LLMPAR__HALF_PART];
+        for (; begin < end; begin += LLMPAR__HALF_PART) {
+            int64_t n = llmpar__v_min(LLMPAR__HALF_PART, end - begin);
+            llmpar__half_read(&job->in, a->in, begin, n, scratch);
+            llmpar__half_write(&job->out, a->out, begin, n, scratch);
+        }
+    } else llmpar_convert(out, a->out_dtype, in, a->in_dtype, (size_t)(end - begin));
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args)
 {
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__elementwise_cast_job job;
     (void)stream;
     /* A conversion of nothing says whether the pair is known. */
     if (!llmpar_convert(args->out, args->out_dtype, args->in, args->in_dtype, 0))
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "cast: from %s to %s, expected floating types", llmpar_dtype_name(args->in_dtype), llmpar_dtype_name(args->out_dtype));
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_cast, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
+    job.args = args;
+    job.in = llmpar__half_of(cpu, args->in_dtype);
+    job.out = llmpar__half_of(cpu, args->out_dtype);
+    llmpar__pool_run(cpu, llmpar__elementwise_cast, &job, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
     return LLMPAR_OK;
 }
 
@@ -4113,16 +4737,27 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
     return LLMPAR_OK;
 }
 /* ==== src/cpu/optim.c ==== */
-/* optim: AdamW (Loshchilov & Hutter 2019) element by element, and the order-free sum of squares that the gradient norm needs. */
+/* optim: AdamW (Loshchilov & Hutter 2019) and SGD element by element, and the order-free sum of squares that the gradient norm needs. */
 
 static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_adamw);
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_status status = llmpar__v_check(device, "adamw", args->dtype);
+    llmpar_status status = llmpar__v_check_wide(device, "adamw", args->dtype);
     (void)stream;
     if (!status) llmpar__pool_run(cpu, llmpar__optim_adamw_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
+    return status;
+}
+
+static const llmpar__kernel llmpar__optim_sgd_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_sgd);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_status status = llmpar__v_check(device, "sgd", args->dtype);
+    (void)stream;
+    if (!status) llmpar__pool_run(cpu, llmpar__optim_sgd_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
     return status;
 }
 
@@ -4151,7 +4786,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 {
     llmpar__optim_square_job job;
     llmpar_exact_sum *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
-    llmpar_status status = llmpar__v_check(device, "square_sum", args->dtype);
+    llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
     int64_t tasks;
     (void)stream;
     if (status || !args->count) return status;
@@ -4164,6 +4799,201 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum_carry(accumulator);
     return LLMPAR_OK;
 }
+/* ==== src/cpu/adalomo.c ==== */
+/* adalomo: the operations of AdaLomo (device.h). Plain loops, the same at every level: they wait for memory. */
+
+enum { LLMPAR__ADALOMO_BLOCK = 256, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
+
+/* 2^e, -1022 <= e <= 1023. */
+static double llmpar__adalomo_power(int32_t e)
+{
+    uint64_t bits = (uint64_t)(e + 1023) << 52;
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The exponent e of factor_sum; 0: the number is too large, or none. */
+static int llmpar__adalomo_exponent(double largest, double grad_scale, llmpar_dtype dtype, int32_t *e)
+{
+    double x = dtype == LLMPAR_F64 ? largest * grad_scale : (double)((float)largest * (float)grad_scale);
+    uint64_t bits;
+    if (x < 0) x = -x;
+    if (!(x < llmpar__adalomo_power(1000))) return 0;
+    memcpy(&bits, &x, sizeof bits);
+    *e = (int32_t)(bits >> 52) - 1022;
+    if (*e < -1000) *e = -1000;
+    return 1;
+}
+
+#define LLMPAR__ADALOMO_REAL float
+#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f32
+#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f32
+#define LLMPAR__TEMPLATE 4 /* cpu/adalomo.inc */
+#include LLMPAR_HEADER
+#define LLMPAR__ADALOMO_REAL double
+#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f64
+#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f64
+#define LLMPAR__TEMPLATE 4 /* cpu/adalomo.inc */
+#include LLMPAR_HEADER
+
+/* ---- largest ---- */
+
+/* As integers the absolute values are in order, infinity above all numbers and NaN above infinity. */
+typedef struct llmpar__adalomo_largest_job { const llmpar_largest_args *args; int64_t step; double part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_largest_job;
+
+static void llmpar__adalomo_largest(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__adalomo_largest_job *job = (llmpar__adalomo_largest_job *)arg;
+    int64_t begin = task * job->step, end = llmpar__v_min((int64_t)job->args->count, begin + job->step);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) {
+        uint32_t most = 0, bits;
+        float x;
+        for (int64_t i = begin; i < end; i++) {
+            memcpy(&bits, (const float *)job->args->x + i, sizeof bits);
+            bits &= 0x7fffffffu;
+            most = bits > most ? bits : most;
+        }
+        memcpy(&x, &most, sizeof x);
+        job->part[task] = (double)x;
+    } else {
+        uint64_t most = 0, bits;
+        for (int64_t i = begin; i < end; i++) {
+            memcpy(&bits, (const double *)job->args->x + i, sizeof bits);
+            bits &= UINT64_C(0x7fffffffffffffff);
+            most = bits > most ? bits : most;
+        }
+        memcpy(&job->part[task], &most, sizeof most);
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args)
+{
+    llmpar__adalomo_largest_job job;
+    llmpar_status status = llmpar__v_check(device, "largest", args->dtype);
+    (void)stream;
+    if (status || !args->count) return status;
+    job.args = args;
+    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks((int64_t)args->count, LLMPAR__ADALOMO_PARTS));
+    int64_t tasks = llmpar__v_blocks((int64_t)args->count, job.step);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_largest, &job, tasks);
+    for (int64_t i = 0; i < tasks; i++)
+        if (!(*args->largest >= job.part[i]) && *args->largest == *args->largest) *args->largest = job.part[i];
+    return LLMPAR_OK;
+}
+
+/* ---- rows and columns ---- */
+
+/* Every task writes sums of its own: first the blocks of rows, then the blocks of columns. */
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t first, last, step, row_tasks; double down; } llmpar__adalomo_sum_job;
+
+static void llmpar__adalomo_sum(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
+    int by_columns = task >= job->row_tasks;
+    int64_t begin = by_columns ? (task - job->row_tasks) * LLMPAR__ADALOMO_COLUMNS : job->first + task * job->step;
+    int64_t end = by_columns ? llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS) : llmpar__v_min(job->last, begin + job->step);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, by_columns, job->down);
+    else llmpar__adalomo_sums_f64(job->args, begin, end, by_columns, job->down);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
+{
+    llmpar__adalomo_sum_job job;
+    int32_t e;
+    llmpar_status status = llmpar__v_check(device, "factor_sum", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
+    job.args = args;
+    job.first = args->begin / args->cols;
+    job.last = llmpar__v_blocks(args->begin + args->count, args->cols);
+    job.step = llmpar__v_max(1, LLMPAR__ADALOMO_CHUNK / args->cols);
+    job.row_tasks = llmpar__v_blocks(job.last - job.first, job.step);
+    job.down = llmpar__adalomo_power(-e);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, job.row_tasks + llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args)
+{
+    int32_t e = 0;
+    llmpar_status status = llmpar__v_check(device, "factor_moment", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    double power = 0, unit;
+    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__adalomo_power(e);
+    else { /* NaN */
+        uint64_t bits = UINT64_C(0x7ff8000000000000);
+        memcpy(&power, &bits, sizeof power);
+    }
+    unit = llmpar__adalomo_power(-args->bits) * power * power / (double)args->terms;
+    if (args->dtype == LLMPAR_F32) llmpar__adalomo_moments_f32(args, unit);
+    else llmpar__adalomo_moments_f64(args, unit);
+    return LLMPAR_OK;
+}
+
+/* ---- the update ---- */
+
+typedef struct llmpar__adalomo_square_job { const llmpar_adalomo_args *args; int64_t step; llmpar_exact_sum part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_square_job;
+
+static void llmpar__adalomo_square(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__adalomo_square_job *job = (llmpar__adalomo_square_job *)arg;
+    int64_t begin = task * job->step, end = llmpar__v_min(job->args->count, begin + job->step);
+    (void)worker;
+    memset(&job->part[task], 0, sizeof job->part[task]);
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_squares_f32(job->args, begin, end, &job->part[task]);
+    else llmpar__adalomo_squares_f64(job->args, begin, end, &job->part[task]);
+    llmpar_exact_sum_carry(&job->part[task]);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
+{
+    llmpar__adalomo_square_job job;
+    llmpar_exact_sum *sum = (llmpar_exact_sum *)(void *)args->update_squares;
+    llmpar_status status = llmpar__v_check(device, "adalomo_square", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    job.args = args;
+    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_PARTS));
+    int64_t tasks = llmpar__v_blocks(args->count, job.step);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_square, &job, tasks);
+    for (int64_t i = 0; i < tasks && sum; i++) llmpar_exact_sum_merge(sum, &job.part[i]);
+    if (sum) llmpar_exact_sum_carry(sum);
+    return LLMPAR_OK;
+}
+
+typedef struct llmpar__adalomo_apply_job { const llmpar_adalomo_args *args; double keep, minus; } llmpar__adalomo_apply_job;
+
+static void llmpar__adalomo_apply(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__adalomo_apply_job *job = (const llmpar__adalomo_apply_job *)arg;
+    int64_t begin = task * LLMPAR__ADALOMO_CHUNK, end = llmpar__v_min(job->args->count, begin + LLMPAR__ADALOMO_CHUNK);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_apply_f32(job->args, begin, end, job->keep, job->minus);
+    else llmpar__adalomo_apply_f64(job->args, begin, end, job->keep, job->minus);
+}
+
+static double llmpar__adalomo_rms(const int64_t *squares, int64_t elements)
+{
+    return llmpar_sqrt_f64(llmpar_exact_sum_value((const llmpar_exact_sum *)(const void *)squares) / (double)elements);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
+{
+    llmpar__adalomo_apply_job job;
+    llmpar_status status = llmpar__v_check(device, "adalomo", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    double update = llmpar__adalomo_rms(args->update_squares, args->elements), param = llmpar__adalomo_rms(args->param_squares, args->elements), rate = args->lr * (param < 1e-3 ? 1e-3 : param);
+    job.args = args;
+    job.keep = 1 - rate * args->decay;
+    job.minus = -rate / (update < 1 ? 1 : update);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_apply, &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_CHUNK));
+    return LLMPAR_OK;
+}
 /* ==== src/cpu/kernels_portable.c ==== */
 /* kernels_portable: every kernel on any processor. */
 
@@ -4171,7 +5001,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #define LLMPAR__VDOUBLE 0
 #define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -4184,7 +5014,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #define LLMPAR__VDOUBLE 0
 #define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -4197,7 +5027,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 #define LLMPAR__VDOUBLE 0
 #define LLMPAR__ATTENTION_COLUMNS 4 /* vectors of a register tile */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -4945,23 +5775,72 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
 
 #undef LLMPAR__JSON_BIG_LIMBS
 
+/* ==== src/tables/device.c ==== */
+/* device: the optional slots with their fallbacks. */
+
+#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
+
+LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
+}
+
+LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
+{
+    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
+    return error ? error : own;
+}
+
+LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
+{
+    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    llmpar_status status = LLMPAR_OK;
+    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
+    if (order->device != device) {
+        status = llmpar_order_wait(order);
+        llmpar_order_destroy(order);
+        if (!status) status = device->event_create(device, &order->event);
+        if (status) return status;
+        order->device = device;
+    }
+    status = device->event_wait(device, stream, order->event);
+    if (!status) status = device->host_call(device, stream, fn, arg, arg_bytes);
+    return status ? status : device->event_record(device, stream, order->event);
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->event ? order->device->event_synchronize(order->device, order->event) : LLMPAR_OK; }
+
+LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
+{
+    if (order->event) order->device->event_destroy(order->device, order->event);
+    order->device = NULL;
+    order->event = NULL;
+}
+
+#undef LLMPAR__DEVICE_HAS
 /* ==== src/tables/ctx.c ==== */
 /* ctx: failing with a text, and logging. */
+
 
 #include <stdarg.h>
 #include <stdio.h>
 
 LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
 {
-    if (ctx->error.status != LLMPAR_OK) return status;
+    llmpar_error *error = llmpar_device_thread_error(ctx->device, &ctx->error);
+    if (error->status != LLMPAR_OK) return status;
     char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    ctx->error.rank = ctx->rank;
-    llmpar_error_set(&ctx->error, status, "%s", text);
-    ctx->error.rank = ctx->rank;
+    llmpar_error_set(error, status, "%s", text);
+    error->rank = ctx->rank;
     return status;
 }
 
@@ -5635,6 +6514,7 @@ typedef struct llmpar__arena_block {
     size_t bytes;                     /* rounded */
     llmpar_tag tag;
     const char *label;                /* borrowed */
+    uint64_t mark;                    /* of its last release */
 } llmpar__arena_block;
 
 struct llmpar_arena {
@@ -5761,7 +6641,16 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
+LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory)
+{
+    const llmpar__arena_block *block = arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)];
+    while (block && block->memory != memory) block = block->next;
+    return block ? block->mark : 0;
+}
+
+LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0); }
+
+LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark)
 {
     if (!memory) return;
     llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
@@ -5772,6 +6661,7 @@ LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory)
         return;
     }
     *link = block->next;
+    block->mark = mark;
     arena->usage.live[block->tag] -= block->bytes;
     arena->usage.live_total -= block->bytes;
     unsigned bucket = llmpar__arena_hash(block->bytes);
@@ -5794,15 +6684,26 @@ LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
 
 /* ==== src/cpu/cpu.c ==== */
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
-   only the failure that sticks to it, and an event only the failure of what was recorded. */
+   only the failure that sticks to it, and an event only the failure of what was recorded; until the stream gets a thread of its own, which
+   runs what is enqueued later (stream.c). */
 
 #include <stdio.h>
 #include <string.h>
 
 #define LLMPAR__CPU_MAX_THREADS 1024
 
-typedef struct llmpar__cpu_stream { llmpar_status status; } llmpar__cpu_stream;
-typedef struct llmpar__cpu_event { llmpar_status status; } llmpar__cpu_event; /* of the stream when last recorded */
+typedef struct llmpar__cpu_stream {
+    llmpar_status status;        /* sticks; with a thread it is the queue that keeps it */
+    struct llmpar__queue *queue; /* NULL: operations finish inside the call */
+    char name[16];
+} llmpar__cpu_stream;
+
+/* As last recorded: on a stream with a thread the place in its queue, else its failure. */
+typedef struct llmpar__cpu_event {
+    llmpar_status status;
+    struct llmpar__queue *queue;
+    uint64_t position;
+} llmpar__cpu_event;
 
 /* The device, its state and its name in one allocation of the rank's heap. */
 typedef struct llmpar__cpu_device {
@@ -5860,6 +6761,8 @@ static void llmpar__cpu_free(llmpar_device *device, void *memory, size_t bytes)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     (void)bytes;
+    if (!memory) return;
+    llmpar__stream_wait_all(cpu);
     llmpar_heap_free(cpu->heap, memory);
 }
 
@@ -5876,21 +6779,37 @@ static llmpar_status llmpar__cpu_stick(llmpar_stream *stream, llmpar_status stat
     return status;
 }
 
-static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
+/* Where the stream's operations wait for its thread; NULL: they run now, on this thread. */
+static struct llmpar__queue *llmpar__cpu_queue(llmpar_stream *stream)
 {
-    (void)device;
-    if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memmove(out, in, bytes);
+    return stream ? ((llmpar__cpu_stream *)(void *)stream)->queue : NULL;
+}
+
+typedef struct llmpar__cpu_move { void *out; const void *in; size_t bytes; } llmpar__cpu_move; /* in NULL: zeros */
+
+static llmpar_status llmpar__cpu_do_move(llmpar_device *view, void *args)
+{
+    const llmpar__cpu_move *move = (const llmpar__cpu_move *)args;
+    (void)view;
+    if (move->in) memmove(move->out, move->in, move->bytes);
+    else memset(move->out, 0, move->bytes);
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes)
+static llmpar_status llmpar__cpu_move_run(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
 {
-    (void)device;
+    llmpar__cpu_move move;
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
+    move.out = out;
+    move.in = in;
+    move.bytes = bytes;
+    if (queue && bytes) return llmpar__stream_push(queue, llmpar__cpu_do_move, &move, sizeof move, NULL, 0);
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    if (bytes) memset(out, 0, bytes);
-    return LLMPAR_OK;
+    return bytes ? llmpar__cpu_do_move(device, &move) : LLMPAR_OK;
 }
+
+static llmpar_status llmpar__cpu_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes) { return llmpar__cpu_move_run(device, stream, out, in, in ? bytes : 0); }
+static llmpar_status llmpar__cpu_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes) { return llmpar__cpu_move_run(device, stream, out, NULL, bytes); }
 
 static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char *name, llmpar_stream **out)
 {
@@ -5898,19 +6817,31 @@ static llmpar_status llmpar__cpu_stream_create(llmpar_device *device, const char
     llmpar__cpu_stream *stream = (llmpar__cpu_stream *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *stream);
     *out = (llmpar_stream *)(void *)stream;
     if (!stream) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for stream %s", name ? name : "?");
+    snprintf(stream->name, sizeof stream->name, "%.15s", name ? name : "stream");
     return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__cpu_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar__cpu_stream *own = (llmpar__cpu_stream *)(void *)stream;
+    if (!own) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu: a thread for no stream");
+    if (own->queue || own->status) return own->status;
+    return llmpar__stream_begin(device, own->name, &own->queue);
 }
 
 static void llmpar__cpu_stream_destroy(llmpar_device *device, llmpar_stream *stream)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar__stream_end(llmpar__cpu_queue(stream));
     llmpar_heap_free(cpu->heap, stream);
 }
 
 static llmpar_status llmpar__cpu_synchronize(llmpar_device *device, llmpar_stream *stream)
 {
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
+    llmpar_status status;
     (void)device;
-    return llmpar__cpu_stuck(stream);
+    return queue ? llmpar__stream_wait(queue, llmpar__stream_tail(queue, &status)) : llmpar__cpu_stuck(stream);
 }
 
 static llmpar_status llmpar__cpu_event_create(llmpar_device *device, llmpar_event **out)
@@ -5930,23 +6861,46 @@ static void llmpar__cpu_event_destroy(llmpar_device *device, llmpar_event *event
 
 static llmpar_status llmpar__cpu_event_record(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
 {
+    llmpar__cpu_event *own = (llmpar__cpu_event *)(void *)event;
     (void)device;
-    ((llmpar__cpu_event *)(void *)event)->status = llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stuck(stream);
+    own->queue = llmpar__cpu_queue(stream);
+    if (own->queue) own->position = llmpar__stream_tail(own->queue, &own->status);
+    else own->status = llmpar__cpu_stuck(stream);
+    return own->status;
+}
+
+/* A wait for an event of a stream without a thread that had failed: the text is in the rank's error. */
+static llmpar_status llmpar__cpu_do_fail(llmpar_device *view, void *args)
+{
+    (void)view;
+    return *(const llmpar_status *)args;
 }
 
 /* What waits for the work of a failed stream has failed too. */
 static llmpar_status llmpar__cpu_event_wait(llmpar_device *device, llmpar_stream *stream, llmpar_event *event)
 {
+    const llmpar__cpu_event *own = (const llmpar__cpu_event *)(const void *)event;
+    struct llmpar__queue *queue = llmpar__cpu_queue(stream);
     (void)device;
+    if (queue && own->queue) return llmpar__stream_push_wait(queue, own->queue, own->position);
+    if (queue) return own->status ? llmpar__stream_push(queue, llmpar__cpu_do_fail, &own->status, sizeof own->status, NULL, 0) : LLMPAR_OK;
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
-    return llmpar__cpu_stick(stream, ((llmpar__cpu_event *)(void *)event)->status);
+    return llmpar__cpu_stick(stream, own->queue ? llmpar__stream_wait(own->queue, own->position) : own->status);
 }
 
 static llmpar_status llmpar__cpu_event_synchronize(llmpar_device *device, llmpar_event *event)
 {
+    const llmpar__cpu_event *own = (const llmpar__cpu_event *)(const void *)event;
     (void)device;
-    return ((llmpar__cpu_event *)(void *)event)->status;
+    return own->queue ? llmpar__stream_wait(own->queue, own->position) : own->status;
+}
+
+typedef struct llmpar__cpu_call { llmpar_status (*fn)(void *arg); } llmpar__cpu_call;
+
+static llmpar_status llmpar__cpu_do_host_call(llmpar_device *view, void *args)
+{
+    (void)view;
+    return ((const llmpar__cpu_call *)args)->fn((unsigned char *)args + LLMPAR__STREAM_ARRAY_AT(sizeof(llmpar__cpu_call)));
 }
 
 static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
@@ -5955,24 +6909,44 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     if (arg_bytes > sizeof copy.bytes)
         return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
+    if (llmpar__cpu_queue(stream)) {
+        llmpar__cpu_call call;
+        call.fn = fn;
+        return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
+    }
     if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
     return llmpar__cpu_stick(stream, fn(copy.bytes));
 }
 
-/* ---- operations: each runs unless its stream has failed, and a failure sticks ---- */
+/* ---- operations: each runs unless its stream has failed, and a failure sticks. NULL streams run where the call is made, which may be the thread of another stream ---- */
 
 #define LLMPAR__CPU_OPERATIONS(X) \
-    X(gemm) X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(tree_sum) X(max) X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum)
+    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo)
 
-#define LLMPAR__CPU_RUN(slot, args_type) \
+/* set_array makes the queued copy of the arguments point at the queued copy of their array. */
+#define LLMPAR__CPU_RUN_ARRAY(slot, args_type, set_array, array, array_bytes) \
+    static llmpar_status llmpar__cpu_do_##slot(llmpar_device *view, void *args) \
+    { \
+        set_array; \
+        return llmpar__cpu_##slot(view, NULL, (const args_type *)args); \
+    } \
     static llmpar_status llmpar__cpu_run_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) \
     { \
+        if (llmpar__cpu_queue(stream)) return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_##slot, args, sizeof *args, array, array_bytes); \
         if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream); \
-        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(device, stream, args)); \
+        return llmpar__cpu_stick(stream, llmpar__cpu_##slot(llmpar__stream_view(device), stream, args)); \
     }
+#define LLMPAR__CPU_RUN(slot, args_type) LLMPAR__CPU_RUN_ARRAY(slot, args_type, (void)0, NULL, 0)
+#define LLMPAR__CPU_OWN_ARRAY(args_type) ((void *)((unsigned char *)args + LLMPAR__STREAM_ARRAY_AT(sizeof(args_type))))
+#define LLMPAR__CPU_INPUTS(args_type) ((args_type *)args)->in = (const void *const *)LLMPAR__CPU_OWN_ARRAY(args_type)
+LLMPAR__CPU_RUN_ARRAY(gemm, llmpar_gemm_args, ((llmpar_gemm_args *)args)->segments = (const llmpar_gemm_segment *)LLMPAR__CPU_OWN_ARRAY(llmpar_gemm_args), args->segments,
+                      args->segment_count > 0 ? (size_t)args->segment_count * sizeof *args->segments : 0)
+LLMPAR__CPU_RUN_ARRAY(tree_sum, llmpar_tree_sum_args, LLMPAR__CPU_INPUTS(llmpar_tree_sum_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
+LLMPAR__CPU_RUN_ARRAY(max, llmpar_max_args, LLMPAR__CPU_INPUTS(llmpar_max_args), args->in, args->n > 0 ? (size_t)args->n * sizeof *args->in : 0)
 #define LLMPAR__CPU_RUN_OWN(slot) LLMPAR__CPU_RUN(slot, llmpar_##slot##_args)
 LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_RUN_OWN)
+LLMPAR__CPU_RUN(adalomo_square, llmpar_adalomo_args)
 LLMPAR__CPU_RUN(xent_max, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
@@ -5995,6 +6969,10 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->host_call = llmpar__cpu_host_call;
 #define LLMPAR__CPU_FILL(slot) table->slot = llmpar__cpu_run_##slot;
     LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_FILL)
+    LLMPAR__CPU_FILL(adalomo_square)
+    LLMPAR__CPU_FILL(gemm)
+    LLMPAR__CPU_FILL(tree_sum)
+    LLMPAR__CPU_FILL(max)
     LLMPAR__CPU_FILL(xent_max)
     LLMPAR__CPU_FILL(xent_sum)
     LLMPAR__CPU_FILL(xent_loss)
@@ -6004,11 +6982,17 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->attention_workspace = llmpar__cpu_attention_workspace;
     table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
     table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+    table->stream_thread = llmpar__cpu_stream_thread;
+    table->thread_error = llmpar__stream_thread_error;
+    table->threads_running = llmpar__stream_threads_running;
 }
 
 #undef LLMPAR__CPU_OPERATIONS
 #undef LLMPAR__CPU_RUN
 #undef LLMPAR__CPU_RUN_OWN
+#undef LLMPAR__CPU_RUN_ARRAY
+#undef LLMPAR__CPU_OWN_ARRAY
+#undef LLMPAR__CPU_INPUTS
 
 /* ---- creation ---- */
 
@@ -6030,6 +7014,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     if (!cpu) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for the device");
     cpu->state.heap = heap;
     cpu->state.level = level;
+    cpu->state.f16c = llmpar__half_has_f16c();
     if (threads > 1) {
         llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
         if (status) {
@@ -6054,6 +7039,7 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
     llmpar__cpu *cpu;
     if (!device) return;
     cpu = (llmpar__cpu *)device->state;
+    llmpar__stream_end_all(cpu);
     llmpar__pool_destroy(cpu->pool);
     llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
 }
@@ -6094,6 +7080,7 @@ struct llmpar__pool {
     int64_t next;       /* first task nobody has taken */
     uint32_t generation;
     int32_t active;     /* workers that have not finished the current run */
+    int32_t busy;       /* a run is on: the rank's thread and the stream with the pool may come at the same time */
     int stop;
 };
 
@@ -6106,18 +7093,7 @@ static void llmpar__pool_pause(void)
 #endif
 }
 
-/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
-static void llmpar__pool_reset_float_control(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
-#else
-    uint64_t zero = 0;
-    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
-#endif
-}
-
-static void llmpar__pool_get_name(char name[16])
+LLMPAR__PRIVATE_DEF void llmpar__thread_get_name(char name[16])
 {
     name[0] = 0;
 #if defined(__linux__)
@@ -6128,24 +7104,31 @@ static void llmpar__pool_get_name(char name[16])
     name[15] = 0;
 }
 
-/* "r3 tp1" and 2 give "r3 tp1 w2"; the system keeps 15 characters, so a long base is cut. */
-static void llmpar__pool_name_worker(char name[16], const char base[16], int32_t index)
+/* The system keeps 15 characters, so a long base is cut. */
+LLMPAR__PRIVATE_DEF void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix)
 {
-    char suffix[16];
-    size_t length = strlen(base), suffix_length;
-    snprintf(suffix, sizeof suffix, " w%d", (int)index);
-    suffix_length = strlen(suffix);
-    if (length > 15 - suffix_length) length = 15 - suffix_length;
+    size_t length = strlen(base), suffix_length = strlen(suffix);
+    if (suffix_length > 14) suffix_length = 14;
+    if (length > 14 - suffix_length) length = 14 - suffix_length;
     memcpy(name, base, length);
-    memcpy(name + length, suffix, suffix_length + 1);
+    name[length] = ' ';
+    memcpy(name + length + 1, suffix, suffix_length);
+    name[length + 1 + suffix_length] = 0;
 }
 
-static void llmpar__pool_set_name(const char *name)
+/* A new thread inherits the floating-point control of its creator, so a caller with flush-to-zero would change our bits. */
+LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 {
 #if defined(__linux__)
     prctl(PR_SET_NAME, name, 0, 0, 0);
 #else
     pthread_setname_np(name);
+#endif
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1f80u); /* nearest even, denormals kept, exceptions masked */
+#else
+    uint64_t zero = 0;
+    __asm__ __volatile__("msr fpcr, %0" : : "r"(zero));
 #endif
 }
 
@@ -6163,8 +7146,7 @@ static void *llmpar__pool_main(void *arg)
     llmpar__pool_worker *self = (llmpar__pool_worker *)arg;
     struct llmpar__pool *pool = self->pool;
     uint32_t seen = 0;
-    llmpar__pool_set_name(self->name);
-    llmpar__pool_reset_float_control();
+    llmpar__thread_begin(self->name);
     for (;;) {
         int spins = 0;
         while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
@@ -6214,7 +7196,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
 {
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
     pthread_attr_t attributes;
-    char base[16];
+    char base[16], suffix[16];
     int32_t i;
     int failed = 0;
     *out = NULL;
@@ -6229,14 +7211,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->start, NULL);
     pthread_cond_init(&pool->done, NULL);
-    llmpar__pool_get_name(base);
+    llmpar__thread_get_name(base);
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__POOL_STACK);
     for (i = 0; i < threads - 1 && !failed; i++) {
         llmpar__pool_worker *worker = &pool->workers[i];
         worker->pool = pool;
         worker->index = i + 1;
-        llmpar__pool_name_worker(worker->name, base, i + 1);
+        snprintf(suffix, sizeof suffix, "w%d", (int)(i + 1));
+        llmpar__thread_make_name(worker->name, base, suffix);
         failed = pthread_create(&worker->thread, &attributes, llmpar__pool_main, worker);
         if (!failed) pool->started++;
     }
@@ -6254,7 +7237,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
 {
     struct llmpar__pool *pool = cpu->pool;
     int spins = 0;
-    if (!pool || tasks <= 1) {
+    if (!pool || tasks <= 1 || __atomic_exchange_n(&pool->busy, 1, __ATOMIC_ACQUIRE)) {
         int64_t task;
         for (task = 0; task < tasks; task++) fn(arg, task, 0);
         return;
@@ -6275,6 +7258,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
         while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE)) pthread_cond_wait(&pool->done, &pool->mutex);
         pthread_mutex_unlock(&pool->mutex);
     }
+    __atomic_store_n(&pool->busy, 0, __ATOMIC_RELEASE);
 }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
@@ -6284,6 +7268,413 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 
 #undef LLMPAR__POOL_SPINS
 #undef LLMPAR__POOL_STACK
+/* ==== src/cpu/stream.c ==== */
+/* stream: streams with threads of their own. What is enqueued on such a stream waits in a ring, and the stream's thread runs it in order:
+
+     ring   | .. done .. | item | item | wait for (stream, position) | item | .. free .. |
+                          ^ head: what the thread is at                       ^ tail: where the rank's thread adds
+
+   Positions count bytes since the ring began and never go back, so an event is a stream and its tail when it was recorded; it has completed when the head is there. An item is a function with a copy of its
+   arguments. One lock of the device, and two conditions a stream (there is work; the head has moved to where somebody wants it): nothing polls. Only the rank's thread adds, and it waits where the ring is
+   full. An item larger than half of the ring, a product of very many segments, waits for the ring to be empty and then gets a larger one.
+
+   Failure. It sticks to the stream: what comes behind is dropped, so that the head goes on and nobody who waits for it hangs. The text stays in the stream's own error until the rank's thread
+   sees the failure, in a call or a wait, and takes it over into the rank's error; whoever waits on another stream takes it over there.
+
+   A thread sees the device through a view: a copy of the table whose error is the stream's and whose worker pool is there for one stream only, the first that got a thread (operations of the others run on their
+   thread alone, with the same bits). A stream's struct stays with the device when the stream is destroyed and serves the next one, so what still names it finds a position that has been reached. */
+
+#include <pthread.h>
+#include <string.h>
+
+#define LLMPAR__STREAM_RING 65536u           /* bytes, a power of two */
+#define LLMPAR__STREAM_GRAIN 32u             /* items begin at its multiples: at least a header fits before the ring's end */
+#define LLMPAR__STREAM_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
+#define LLMPAR__STREAM_NOBODY UINT64_MAX
+
+typedef enum llmpar__stream_kind { LLMPAR__STREAM_RUN, LLMPAR__STREAM_WAIT, LLMPAR__STREAM_REST } llmpar__stream_kind; /* REST: of the ring, nothing to do */
+
+typedef struct llmpar__stream_item {
+    llmpar__stream_fn run;
+    uint32_t bytes, kind; /* bytes: with this header */
+} llmpar__stream_item;    /* the arguments follow */
+
+/* What a WAIT waits for. */
+typedef struct llmpar__stream_target {
+    struct llmpar__queue *queue;
+    uint64_t position;
+} llmpar__stream_target;
+
+struct llmpar__queue {
+    struct llmpar__queue *next;     /* of the device's list */
+    struct llmpar__queues *all;
+    llmpar_device *device, view;
+    llmpar__cpu cpu;                /* the view's state */
+    llmpar_error error;             /* the view's; its thread's while an item runs, under the lock once `status` is set */
+    pthread_t thread, self;         /* self: written by the thread */
+    char name[16];
+    int32_t alive, known;           /* known: self is written */
+    /* under the lock */
+    pthread_cond_t work, moved;
+    unsigned char *ring;
+    uint64_t capacity, head, tail;
+    uint64_t wanted;                /* the lowest position that somebody waits for */
+    uint64_t failed_at;             /* end of the item that failed */
+    llmpar_status status;           /* sticks */
+    int32_t stop;
+};
+
+/* The streams with threads of one device. */
+struct llmpar__queues {
+    pthread_mutex_t lock;
+    struct llmpar__queue *first;
+    struct llmpar__queue *pool_owner; /* has the worker pool */
+    llmpar__stream_target host;       /* what the rank's own thread waits for; queue NULL: it runs */
+};
+
+static uint64_t llmpar__stream_round(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
+
+static llmpar__stream_item *llmpar__stream_at(const struct llmpar__queue *q, uint64_t position)
+{
+    return (llmpar__stream_item *)(void *)(q->ring + (position & (q->capacity - 1)));
+}
+
+/* ---- waiting: under the lock ---- */
+
+static void llmpar__stream_until(struct llmpar__queue *q, uint64_t position)
+{
+    while (q->head < position) {
+        if (position < q->wanted) q->wanted = position;
+        pthread_cond_wait(&q->moved, &q->all->lock);
+    }
+}
+
+/* The same for the rank's own thread. */
+static void llmpar__stream_host_until(struct llmpar__queue *q, uint64_t position)
+{
+    q->all->host.queue = q;
+    q->all->host.position = position;
+    llmpar__stream_until(q, position);
+    q->all->host.queue = NULL;
+}
+
+static void llmpar__stream_advance(struct llmpar__queue *q, uint64_t to)
+{
+    q->head = to;
+    if (to < q->wanted) return;
+    q->wanted = LLMPAR__STREAM_NOBODY; /* who wants more says so again */
+    pthread_cond_broadcast(&q->moved);
+}
+
+static llmpar_status llmpar__stream_failed(const struct llmpar__queue *q, uint64_t position) { return q->status && q->failed_at <= position ? q->status : LLMPAR_OK; }
+
+/* The failure of a stream becomes text of `error`, unless one is there; the place of the rank stays. */
+static void llmpar__stream_take(const struct llmpar__queue *q, llmpar_error *error)
+{
+    llmpar_error taken = q->error;
+    if (!error || error->status != LLMPAR_OK || taken.status == LLMPAR_OK) return;
+    if (error->where[0]) memcpy(taken.where, error->where, sizeof taken.where);
+    if (error->rank >= 0) taken.rank = error->rank;
+    *error = taken;
+}
+
+/* ---- the thread ---- */
+
+static void *llmpar__stream_main(void *arg)
+{
+    struct llmpar__queue *q = (struct llmpar__queue *)arg;
+    llmpar__thread_begin(q->name);
+    pthread_mutex_lock(&q->all->lock);
+    q->self = pthread_self();
+    q->known = 1;
+    for (;;) {
+        while (q->head == q->tail && !q->stop) pthread_cond_wait(&q->work, &q->all->lock);
+        if (q->head == q->tail) break;
+        if (q->status) {
+            llmpar__stream_advance(q, q->tail);
+            continue;
+        }
+        llmpar__stream_item *item = llmpar__stream_at(q, q->head);
+        uint64_t end = q->head + item->bytes;
+        llmpar_status status = LLMPAR_OK;
+        if (item->kind == LLMPAR__STREAM_WAIT) {
+            const llmpar__stream_target *target = (const llmpar__stream_target *)(const void *)(item + 1);
+            llmpar__stream_until(target->queue, target->position);
+            status = llmpar__stream_failed(target->queue, target->position);
+            if (status) llmpar__stream_take(target->queue, &q->error);
+        } else if (item->kind == LLMPAR__STREAM_RUN) {
+            pthread_mutex_unlock(&q->all->lock);
+            status = item->run(&q->view, item + 1);
+            pthread_mutex_lock(&q->all->lock);
+        }
+        if (status) {
+            q->status = status;
+            q->failed_at = end;
+        }
+        llmpar__stream_advance(q, end);
+    }
+    pthread_mutex_unlock(&q->all->lock);
+    return NULL;
+}
+
+/* ---- what the rank's thread does ---- */
+
+/* Under the lock: room for `bytes` in a row at the tail. */
+static llmpar_status llmpar__stream_room(struct llmpar__queue *q, uint64_t bytes)
+{
+    if (bytes > q->capacity / 2) {
+        uint64_t capacity = q->capacity;
+        unsigned char *ring;
+        while (bytes > capacity / 2) capacity *= 2;
+        ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
+        if (!ring) return llmpar_error_set(q->device->error, LLMPAR_ERR_MEMORY, "cpu stream %s: no memory for %llu bytes of arguments", q->name, (unsigned long long)bytes);
+        llmpar__stream_host_until(q, q->tail);
+        llmpar_heap_free(q->cpu.heap, q->ring);
+        q->ring = ring;
+        q->capacity = capacity;
+    }
+    uint64_t rest = q->capacity - (q->tail & (q->capacity - 1)), total = rest < bytes ? rest + bytes : bytes;
+    if (q->tail + total > q->capacity) llmpar__stream_host_until(q, q->tail + total - q->capacity);
+    if (rest < bytes) {
+        llmpar__stream_item *item = llmpar__stream_at(q, q->tail);
+        item->run = NULL;
+        item->bytes = (uint32_t)rest;
+        item->kind = LLMPAR__STREAM_REST;
+        q->tail += rest;
+    }
+    return LLMPAR_OK;
+}
+
+/* Under the lock. */
+static llmpar_status llmpar__stream_add(struct llmpar__queue *q, llmpar__stream_kind kind, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes)
+{
+    size_t array_at = LLMPAR__STREAM_ARRAY_AT(bytes);
+    llmpar_status status = q->status;
+    if (status) {
+        llmpar__stream_take(q, q->device->error);
+        return status;
+    }
+    uint64_t total = llmpar__stream_round(sizeof(llmpar__stream_item) + array_at + array_bytes, LLMPAR__STREAM_GRAIN);
+    status = total > UINT32_MAX / 4 ? llmpar_error_set(q->device->error, LLMPAR_ERR_OVERFLOW, "cpu stream %s: %llu bytes of arguments", q->name, (unsigned long long)total) : llmpar__stream_room(q, total);
+    if (status) return status;
+    llmpar__stream_item *item = llmpar__stream_at(q, q->tail);
+    item->run = run;
+    item->bytes = (uint32_t)total;
+    item->kind = (uint32_t)kind;
+    if (bytes) memcpy(item + 1, args, bytes);
+    if (array_bytes) memcpy((unsigned char *)(item + 1) + array_at, array, array_bytes);
+    q->tail += total;
+    pthread_cond_signal(&q->work);
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_push(struct llmpar__queue *q, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes)
+{
+    llmpar_status status;
+    pthread_mutex_lock(&q->all->lock);
+    status = llmpar__stream_add(q, LLMPAR__STREAM_RUN, run, args, bytes, array, array_bytes);
+    pthread_mutex_unlock(&q->all->lock);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_push_wait(struct llmpar__queue *q, struct llmpar__queue *other, uint64_t position)
+{
+    llmpar__stream_target target;
+    llmpar_status status = LLMPAR_OK;
+    target.queue = other;
+    target.position = position;
+    pthread_mutex_lock(&q->all->lock);
+    if (q->status || (q != other && (other->head < position || llmpar__stream_failed(other, position)))) status = llmpar__stream_add(q, LLMPAR__STREAM_WAIT, NULL, &target, sizeof target, NULL, 0);
+    pthread_mutex_unlock(&q->all->lock);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF uint64_t llmpar__stream_tail(struct llmpar__queue *q, llmpar_status *status)
+{
+    uint64_t tail;
+    pthread_mutex_lock(&q->all->lock);
+    tail = q->tail;
+    *status = q->status;
+    if (q->status) llmpar__stream_take(q, q->device->error);
+    pthread_mutex_unlock(&q->all->lock);
+    return tail;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_wait(struct llmpar__queue *q, uint64_t position)
+{
+    llmpar_status status;
+    pthread_mutex_lock(&q->all->lock);
+    llmpar__stream_host_until(q, position);
+    status = llmpar__stream_failed(q, position);
+    if (status) llmpar__stream_take(q, q->device->error);
+    pthread_mutex_unlock(&q->all->lock);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__stream_wait_all(const llmpar__cpu *cpu)
+{
+    struct llmpar__queue *q;
+    if (!cpu->queues) return;
+    pthread_mutex_lock(&cpu->queues->lock);
+    for (q = cpu->queues->first; q; q = q->next) llmpar__stream_host_until(q, q->tail);
+    pthread_mutex_unlock(&cpu->queues->lock);
+}
+
+/* ---- who is calling, and who runs ---- */
+
+/* The rank's thread makes them while other ranks may ask who runs. */
+static struct llmpar__queues *llmpar__stream_queues(const llmpar__cpu *cpu) { return __atomic_load_n(&cpu->queues, __ATOMIC_ACQUIRE); }
+
+/* The stream whose thread this is; NULL: another one. */
+static struct llmpar__queue *llmpar__stream_mine(const llmpar__cpu *cpu)
+{
+    struct llmpar__queues *all = llmpar__stream_queues(cpu);
+    struct llmpar__queue *q;
+    if (!all) return NULL;
+    pthread_mutex_lock(&all->lock);
+    for (q = all->first; q; q = q->next)
+        if (q->known && pthread_equal(q->self, pthread_self())) break;
+    pthread_mutex_unlock(&all->lock);
+    return q;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_device *llmpar__stream_view(llmpar_device *device)
+{
+    struct llmpar__queue *q = llmpar__stream_mine((const llmpar__cpu *)device->state);
+    return q ? &q->view : device;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_error *llmpar__stream_thread_error(llmpar_device *device)
+{
+    struct llmpar__queue *q = llmpar__stream_mine((const llmpar__cpu *)device->state);
+    return q ? &q->error : NULL;
+}
+
+/* By what they wait for, not by whether they sleep: a thread that has been woken may not have come to run yet. */
+LLMPAR__PRIVATE_DEF int32_t llmpar__stream_threads_running(llmpar_device *device)
+{
+    struct llmpar__queues *all = llmpar__stream_queues((const llmpar__cpu *)device->state);
+    struct llmpar__queue *q;
+    int32_t running;
+    if (!all) return 1;
+    pthread_mutex_lock(&all->lock);
+    running = !all->host.queue || all->host.queue->head >= all->host.position;
+    for (q = all->first; q; q = q->next) {
+        if (q->head == q->tail) continue;
+        const llmpar__stream_item *item = llmpar__stream_at(q, q->head);
+        const llmpar__stream_target *target = (const llmpar__stream_target *)(const void *)(item + 1);
+        if (item->kind != LLMPAR__STREAM_WAIT || target->queue->head >= target->position) running++;
+    }
+    pthread_mutex_unlock(&all->lock);
+    return running;
+}
+
+/* ---- life ---- */
+
+/* A struct that nothing uses, or a new one. */
+static struct llmpar__queue *llmpar__stream_get(llmpar_heap *heap, struct llmpar__queues *all)
+{
+    struct llmpar__queue *q;
+    for (q = all->first; q; q = q->next)
+        if (!q->alive && !q->status) return q;
+    q = (struct llmpar__queue *)llmpar_heap_zalloc(heap, 1, sizeof *q);
+    if (!q) return NULL;
+    q->ring = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__STREAM_RING, 1);
+    if (!q->ring) {
+        llmpar_heap_free(heap, q);
+        return NULL;
+    }
+    q->all = all;
+    q->capacity = LLMPAR__STREAM_RING;
+    q->wanted = LLMPAR__STREAM_NOBODY;
+    pthread_cond_init(&q->work, NULL);
+    pthread_cond_init(&q->moved, NULL);
+    pthread_mutex_lock(&all->lock);
+    q->next = all->first;
+    all->first = q;
+    pthread_mutex_unlock(&all->lock);
+    return q;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, const char *name, struct llmpar__queue **out)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    struct llmpar__queue *q;
+    pthread_attr_t attributes;
+    char base[16];
+    int failed;
+    *out = NULL;
+    if (!cpu->queues) {
+        struct llmpar__queues *all = (struct llmpar__queues *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *all);
+        if (all) pthread_mutex_init(&all->lock, NULL);
+        __atomic_store_n(&cpu->queues, all, __ATOMIC_RELEASE);
+    }
+    q = cpu->queues ? llmpar__stream_get(cpu->heap, cpu->queues) : NULL;
+    if (!q) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: no memory for the thread of stream %s", name);
+    if (!cpu->queues->pool_owner) cpu->queues->pool_owner = q;
+    q->device = device;
+    q->view = *device;
+    q->view.error = &q->error;
+    q->view.state = &q->cpu;
+    q->cpu = *cpu;
+    if (cpu->queues->pool_owner != q) q->cpu.pool = NULL;
+    llmpar_error_clear(&q->error);
+    if (device->error) {
+        q->error.rank = device->error->rank;
+        memcpy(q->error.where, device->error->where, sizeof q->error.where);
+    }
+    llmpar__thread_get_name(base);
+    llmpar__thread_make_name(q->name, base, name);
+    q->stop = q->known = 0;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, LLMPAR__STREAM_STACK);
+    failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
+    pthread_attr_destroy(&attributes);
+    if (failed) {
+        if (cpu->queues->pool_owner == q) cpu->queues->pool_owner = NULL;
+        return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "cpu: the system refused a thread for stream %s (error %d)", name, failed);
+    }
+    q->alive = 1;
+    *out = q;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__stream_end(struct llmpar__queue *q)
+{
+    if (!q || !q->alive) return;
+    pthread_mutex_lock(&q->all->lock);
+    llmpar__stream_host_until(q, q->tail);
+    q->stop = 1;
+    pthread_cond_signal(&q->work);
+    pthread_mutex_unlock(&q->all->lock);
+    pthread_join(q->thread, NULL);
+    pthread_mutex_lock(&q->all->lock);
+    q->alive = q->known = 0;
+    if (q->all->pool_owner == q) q->all->pool_owner = NULL;
+    pthread_mutex_unlock(&q->all->lock);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
+{
+    struct llmpar__queue *q, *next;
+    if (!cpu->queues) return;
+    for (q = cpu->queues->first; q; q = q->next) llmpar__stream_end(q);
+    for (q = cpu->queues->first; q; q = next) {
+        next = q->next;
+        pthread_cond_destroy(&q->work);
+        pthread_cond_destroy(&q->moved);
+        llmpar_heap_free(cpu->heap, q->ring);
+        llmpar_heap_free(cpu->heap, q);
+    }
+    pthread_mutex_destroy(&cpu->queues->lock);
+    llmpar_heap_free(cpu->heap, cpu->queues);
+    cpu->queues = NULL;
+}
+
+#undef LLMPAR__STREAM_RING
+#undef LLMPAR__STREAM_GRAIN
+#undef LLMPAR__STREAM_STACK
+#undef LLMPAR__STREAM_NOBODY
 /* ==== src/cpu/kernels_f64.c ==== */
 /* kernels_f64: every kernel at f64, the level of finite differences. */
 
@@ -6291,7 +7682,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 #define LLMPAR__VDOUBLE 1
 #define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#define LLMPAR__TEMPLATE 4 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -6310,7 +7701,8 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
    the report of who is where, splits) is under one lock of the world; a barrier that completes without a sleeper takes no lock at all.
 
    Nobody can go on: when every rank that has not finished is asleep and none of their words has moved, nothing ever will (only ranks move them). So calls on crossed communicators are
-   reported at once by all, with what each waits for, and need no deadline.
+   reported at once by all, with what each waits for, and need no deadline. A rank whose streams have threads is asleep when each of its threads is, here or in its device. Nobody tells when the last one
+   falls asleep in a device, so there the sleepers look once a second.
 
    Lockstep: the ranks hand on a turn, 0, 1, .., n-1, 0, ..; a waiting rank looks once, and if it cannot go on it passes the turn. When the turn has gone round twice and nobody got
    further, nobody ever will. */
@@ -6363,8 +7755,9 @@ typedef struct llmpar__threads_group {
     uint64_t barrier;                           /* atomic: upper half completed barriers, lower half ranks that have arrived */
 } llmpar__threads_group;
 
-/* A wait for *word to change its upper half; on its rank's stack. */
+/* A wait for *word to change its upper half; on the stack of the thread that waits. */
 typedef struct llmpar__threads_wait {
+    struct llmpar__threads_wait *next; /* of this rank: its streams may have threads, and each may wait on another communicator */
     uint64_t *word;                    /* atomic: a group's barrier or a channel's phase */
     uint32_t high;
     uint32_t number;                   /* of the collective on its group; 0 for send and recv */
@@ -6376,7 +7769,8 @@ typedef struct llmpar__threads_wait {
 
 /* What a rank shows of itself to the others; under the world's lock except `finished`. */
 typedef struct llmpar__threads_rank {
-    const llmpar__threads_wait *wait; /* asleep in it; NULL: it runs */
+    llmpar__threads_wait *wait;       /* the list of those its threads are asleep in; NULL: none */
+    llmpar_device *device;            /* NULL: no communicator, it runs */
     llmpar_record *record;            /* NULL: no communicator yet, or no more; then `position` is its last one */
     llmpar_position position;
     double seen;                      /* when it last came back from a collective with an error */
@@ -6392,6 +7786,7 @@ struct llmpar_threads_world {
     int32_t spins;                /* how often a wait looks before it sleeps */
     int32_t turn, idle_turns;     /* lockstep: the rank that runs; turns passed on since somebody got further */
     int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
+    int32_t threaded;             /* some rank has waited while another thread of it ran */
     int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
     double failed_at;
     llmpar_error failure;         /* the root error */
@@ -6411,6 +7806,7 @@ typedef struct llmpar__threads_comm {
     uint32_t number;       /* meetings begun: the parity picks the slot */
     llmpar_record *record; /* owned by the world communicator, NULL in others */
     const void **inputs;   /* [ranks] scratch for the reductions */
+    llmpar_order order;    /* calls on different streams run in the order in which they were issued, as on every other rank */
 } llmpar__threads_comm;
 
 /* Waiting (threads_wait.c). */
@@ -6427,10 +7823,12 @@ LLMPAR__PRIVATE llmpar_status llmpar__threads_await(llmpar__threads_comm *tc, co
 LLMPAR__PRIVATE int llmpar__threads_step(llmpar__threads_comm *tc, llmpar__threads_channel *channel, uint32_t from, uint32_t to);
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_check(llmpar__threads_comm *tc, const llmpar_call *call);
-/* Shows the rank's record to the others; NULL: no more, its memory goes. */
-LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record);
+/* Shows the rank's record and device to the others; NULL: no more, their memory goes. */
+LLMPAR__PRIVATE void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record, llmpar_device *device);
 /* Makes the error of this rank (already in comm->error) the job's, if it is the first, and wakes everybody. Returns status. */
 LLMPAR__PRIVATE llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status);
+/* Where this call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
+LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
 
@@ -6461,6 +7859,8 @@ static void llmpar__threads_pause(void)
     __asm__ __volatile__("yield");
 #endif
 }
+
+LLMPAR__PRIVATE_DEF llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
 
 /* World. */
 
@@ -6614,9 +8014,9 @@ static llmpar_status llmpar__threads_peer(llmpar__threads_comm *tc, const llmpar
     const llmpar_error *f = &world->failure;
     char mine[256];
     llmpar_call_print(call, mine, sizeof mine);
-    llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
+    llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.*s%s%s", mine, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "",
                             llmpar_status_string(f->status), world->report[0] ? 500 : (int)sizeof f->text, f->text, world->report[0] ? "; " : "", world->report);
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     return LLMPAR_ERR_PEER;
 }
 
@@ -6630,10 +8030,10 @@ LLMPAR_DEF void llmpar_threads_world_fail(llmpar_threads_world *world, const llm
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *tc, llmpar_status status)
 {
     llmpar_threads_world *world = tc->world;
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     pthread_mutex_lock(&world->lock);
     if (status != LLMPAR_ERR_PEER) {
-        llmpar_error error = *tc->comm.error;
+        llmpar_error error = *llmpar__threads_error(tc);
         error.status = status;
         error.rank = tc->world_rank;
         llmpar__threads_fail(world, &error, 0);
@@ -6674,15 +8074,22 @@ static int32_t llmpar__threads_gone(const llmpar__threads_comm *tc, const llmpar
     return -1;
 }
 
-/* Under the lock: nobody runs who could move the word of anybody. Then all say so. */
+/* Under the lock, so that nobody falls asleep here meanwhile: nobody runs who could move the word of anybody. Then all say so. The words are looked at behind the threads: one that has just moved a word may
+   have fallen asleep in its device since. */
 static int llmpar__threads_is_stuck(llmpar_threads_world *world)
 {
     if (world->stuck) return 1;
     if (world->asleep + world->finished < world->desc.ranks) return 0;
     for (int32_t i = 0; i < world->desc.ranks; i++) {
-        const llmpar__threads_wait *wait = world->rank[i].wait;
-        if (wait && (!wait->abortable || llmpar__threads_ready(wait))) return 0;
+        const llmpar__threads_rank *r = &world->rank[i];
+        int32_t waits = 0;
+        if (__atomic_load_n(&r->finished, __ATOMIC_SEQ_CST)) continue;
+        for (const llmpar__threads_wait *wait = r->wait; wait; wait = wait->next) waits++;
+        if (waits < (r->device ? llmpar_device_threads_running(r->device) : 1)) return 0;
     }
+    for (int32_t i = 0; i < world->desc.ranks; i++)
+        for (const llmpar__threads_wait *wait = world->rank[i].wait; wait; wait = wait->next)
+            if (!wait->abortable || llmpar__threads_ready(wait)) return 0;
     return 1;
 }
 
@@ -6770,7 +8177,8 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
             if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
             if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
         }
-        llmpar__threads_sleep(world, &group->wake, limit);
+        double look = world->threaded ? llmpar__threads_now() + 1 : limit;
+        llmpar__threads_sleep(world, &group->wake, limit > 0 && limit < look ? limit : look);
     }
 }
 
@@ -6787,10 +8195,10 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
     else if (outcome == LLMPAR__THREADS_STUCK) snprintf(why, sizeof why, "nobody can go on");
     else snprintf(why, sizeof why, "waited %g s for the other ranks", world->desc.deadline);
     if (world->failure.status == LLMPAR_OK) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, who, sizeof world->report);
-    llmpar_error_set(tc->comm.error, status, "%s: %s (%s)", what, why, who);
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world_rank;
+    llmpar_error_set(llmpar__threads_error(tc), status, "%s: %s (%s)", what, why, who);
+    if (llmpar__threads_error(tc)->rank < 0) llmpar__threads_error(tc)->rank = tc->world_rank;
     if (world->failure.status != LLMPAR_OK) return status;
-    llmpar_error error = *tc->comm.error;
+    llmpar_error error = *llmpar__threads_error(tc);
     error.status = status;
     error.rank = tc->world_rank;
     if (outcome == LLMPAR__THREADS_STUCK) world->stuck = 1; /* the report stays for the others */
@@ -6800,7 +8208,7 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
 }
 
 /* Waits. After an error the rank's arrival or message has been taken back. */
-static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const llmpar__threads_wait *wait)
+static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, llmpar__threads_wait *wait)
 {
     llmpar_threads_world *world = tc->world;
     llmpar__threads_group *group = wait->group;
@@ -6812,15 +8220,19 @@ static llmpar_status llmpar__threads_wait_for(llmpar__threads_comm *tc, const ll
         }
     pthread_mutex_lock(&world->lock);
     llmpar__threads_rank *self = &world->rank[tc->world_rank];
+    if (!self->wait) world->asleep++;
+    wait->next = self->wait;
     self->wait = wait;
-    world->asleep++;
+    if (llmpar_device_threads_running(tc->comm.device) > 1) world->threaded = 1;
     __atomic_add_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_outcome outcome = world->desc.lockstep ? llmpar__threads_wait_lockstep(tc, wait) : llmpar__threads_wait_asleep(tc, wait);
     __atomic_sub_fetch(&group->sleepers, 1, __ATOMIC_SEQ_CST);
     int32_t gone = outcome == LLMPAR__THREADS_GONE ? llmpar__threads_gone(tc, wait) : -1;
     llmpar_status status = outcome != LLMPAR__THREADS_READY && llmpar__threads_withdraw(wait) ? llmpar__threads_report(tc, wait, outcome, gone) : LLMPAR_OK;
-    world->asleep--;
-    self->wait = NULL;
+    llmpar__threads_wait **link = &self->wait;
+    while (*link != wait) link = &(*link)->next;
+    *link = wait->next;
+    if (!self->wait) world->asleep--;
     pthread_mutex_unlock(&world->lock);
     return status;
 }
@@ -6901,12 +8313,13 @@ LLMPAR_DEF void llmpar_threads_rank_finished(llmpar_threads_world *world, int32_
     pthread_mutex_unlock(&world->lock);
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record)
+LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32_t rank, llmpar_record *record, llmpar_device *device)
 {
     llmpar__threads_rank *r = &world->rank[rank];
     pthread_mutex_lock(&world->lock);
     if (r->record && !record) llmpar_record_position(r->record, &r->position);
     r->record = record;
+    r->device = device;
     pthread_mutex_unlock(&world->lock);
 }
 
@@ -6972,8 +8385,8 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
 
    Device and streams: the whole collective is one host call on the stream (device->host_call), so it takes its place among the stream's operations on a device
    that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the large copies are the device's tree_sum, max and copy with stream NULL,
-   which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. A device that runs late must run its host
-   calls in the order in which they were issued. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
+   which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
+   streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 
 #include <stdio.h>
 #include <string.h>
@@ -6993,7 +8406,7 @@ static llmpar_status llmpar__threads_mismatch(llmpar__threads_comm *tc, const ll
     char text[700];
     int swapped = a->rank > b->rank;
     llmpar_call_mismatch(swapped ? b : a, swapped ? a : b, text, sizeof text);
-    return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text));
+    return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MISMATCH, "%s", text));
 }
 
 /* Publishes this rank's call and payload, waits for all others, and compares. *slots is then the array of all ranks' slots, valid until the next-but-one call.
@@ -7127,7 +8540,7 @@ static llmpar_status llmpar__threads_point(llmpar__threads_comm *tc, const llmpa
         if (!channels) channels = (llmpar__threads_channel *)llmpar_heap_zalloc(tc->world->heap, n * n, sizeof *channels);
         __atomic_store_n(&group->channels, channels, __ATOMIC_SEQ_CST);
         pthread_mutex_unlock(&tc->world->lock);
-        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
+        if (!channels) return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\": out of memory for the channels of %d ranks", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, (int)n));
     }
     int sends = call->what.op == LLMPAR_CALL_SEND;
     llmpar__threads_channel *channel = &channels[sends ? me * n + peer : peer * n + me];
@@ -7165,6 +8578,8 @@ static llmpar_status llmpar__threads_run(void *arg)
     llmpar__threads_job *job = (llmpar__threads_job *)arg;
     llmpar__threads_comm *tc = job->tc;
     llmpar__threads_call *call = &job->call;
+    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
+        return llmpar__threads_failed(tc, llmpar_error_set(llmpar__threads_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->what.op), call->what.tag, tc->comm.axis, tc->comm.one_thread));
     if (call->what.op == LLMPAR_CALL_SEND || call->what.op == LLMPAR_CALL_RECV) return llmpar__threads_point(tc, call);
     /* A barrier has count 0. */
     size_t bytes = call->what.count * call->what.blocks * llmpar_dtype_size((llmpar_dtype)call->what.dtype);
@@ -7188,7 +8603,7 @@ static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *s
     if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
     job.call.send = given->send;
     job.call.recv = given->recv;
-    return comm->device->host_call(comm->device, stream, llmpar__threads_run, &job, sizeof job);
+    return llmpar_order_call(&job.tc->order, comm->device, stream, llmpar__threads_run, &job, sizeof job);
 }
 
 static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
@@ -7218,7 +8633,8 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     llmpar_heap *heap = tc->heap;
-    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL);
+    if (tc->record) llmpar__threads_show(tc->world, tc->world_rank, NULL, NULL);
+    llmpar_order_destroy(&tc->order);
     llmpar__threads_group_release(tc->group);
     llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
@@ -7253,6 +8669,7 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->size = (uint32_t)sizeof *comm;
     comm->rank = rank;
     comm->unchecked = tc->world->desc.unchecked;
+    comm->one_thread = tc->world->desc.lockstep ? "lockstep runs one thread at a time" : NULL;
     comm->device = device;
     comm->error = error;
     comm->state = tc;
@@ -7284,10 +8701,12 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
     int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
+    llmpar_status st = llmpar_order_wait(&tc->order);
+    if (st) return st;
     mine[0] = color;
     mine[1] = key;
     llmpar__threads_slot *slots = NULL;
-    llmpar_status st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
+    st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
     if (st) return st;
     for (int32_t i = 0; i < n && color >= 0; i++) {
         memcpy(theirs, slots[i].payload, sizeof theirs);
@@ -7340,7 +8759,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
         return st;
     }
     ((llmpar__threads_comm *)(*out)->state)->record = record;
-    if (record) llmpar__threads_show(world, rank, record);
+    if (record) llmpar__threads_show(world, rank, record, device);
     return LLMPAR_OK;
 }
 
@@ -7437,14 +8856,16 @@ struct llmpar_mpi_world {
     MPI_Request dropped;             /* the message that is being dropped */
     unsigned char *bucket;           /* .. into this, of malloc: the helper's thread may not use the rank's heap */
     size_t bucket_bytes;
-    /* the rank's thread only */
+    llmpar_order order;              /* of all calls on all communicators: one at a time, in the order in which they were made */
+    int32_t comms;                   /* that there are; the last one takes `order` with it */
+    /* of the call that runs */
     llmpar__mpi_header outbox, *inbox;  /* [inboxes] */
     int32_t inboxes, met;               /* met: headers of the present call that are, or come, in inbox[0, met) */
     MPI_Request *meeting;               /* [2 * inboxes] receives, then sends */
     MPI_Request request[LLMPAR__MPI_BATCH];
     int32_t from[LLMPAR__MPI_BATCH];    /* a receive's source, a world rank; -1: a send */
     int32_t posted;
-    char *scratch;
+    char *scratch;                   /* large enough for every call that is enqueued */
     size_t scratch_bytes;
 };
 
@@ -7473,10 +8894,12 @@ LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, in
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
 /* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
 LLMPAR__PRIVATE void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity);
+/* Where a call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
+LLMPAR__PRIVATE llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc);
 /* An MPI function's complaint as LLMPAR_ERR_INTERNAL. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_error(llmpar_error *error, const char *function, int code);
 
-/* Waiting (mpi_wait.c). All run on the rank's thread and leave their text in tc->comm.error. */
+/* Waiting (mpi_wait.c). All run inside a call, on the rank's thread or that of a stream, and leave their text in llmpar__mpi_own_error. */
 
 /* Sends or receives `bytes` to or from the member with index `peer`, in messages of at most comm_slice; waits for room among the messages under way. */
 LLMPAR__PRIVATE llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const llmpar_call *call, int receives, int32_t peer, void *memory, size_t bytes);
@@ -8114,6 +9537,8 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
 #define LLMPAR__MPI_SETTLE 1.0 /* seconds that a failing rank waits for its own messages */
 #define LLMPAR__MPI_GONE 1.0   /* seconds after which the message of a rank that has finished would have come */
 
+LLMPAR__PRIVATE_DEF llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc) { return llmpar_device_thread_error(tc->comm.device, tc->comm.error); }
+
 typedef struct llmpar__mpi_wait {
     double begin, limit; /* limit 0: none */
     int looks;
@@ -8142,9 +9567,9 @@ static void llmpar__mpi_pause(const llmpar_mpi_world *world, llmpar__mpi_wait *w
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_status status)
 {
-    if (tc->comm.error->rank < 0) tc->comm.error->rank = tc->world->rank;
+    if (llmpar__mpi_own_error(tc)->rank < 0) llmpar__mpi_own_error(tc)->rank = tc->world->rank;
     if (status != LLMPAR_ERR_PEER) {
-        llmpar_error error = *tc->comm.error;
+        llmpar_error error = *llmpar__mpi_own_error(tc);
         error.status = status;
         error.rank = tc->world->rank;
         llmpar_mpi_world_fail(tc->world, &error);
@@ -8164,7 +9589,7 @@ static llmpar_status llmpar__mpi_peer_error(llmpar__mpi_comm *tc, const llmpar_c
     llmpar__mpi_who(world, who, sizeof who); /* first: it gives the lock away, and a failure may become another */
     llmpar_call_print(call, what, sizeof what);
     const llmpar_error *f = &world->failure;
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
+    return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_PEER, "%s: rank %d%s%s%s failed: %s: %.500s; %s", what, (int)f->rank, f->where[0] ? " (" : "", f->where, f->where[0] ? ")" : "", llmpar_status_string(f->status), f->text, who);
 }
 
 /* LLMPAR_ERR_PEER in the rank's error if some rank has failed, else LLMPAR_OK. Where ranks disagree, one that comes late meets them all the same: perhaps it is the other side of it. */
@@ -8191,8 +9616,8 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
-    if (gone) llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
-    else llmpar_error_set(tc->comm.error, LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
+    if (gone) llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
+    else llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
     return gone ? LLMPAR_ERR_MISMATCH : LLMPAR_ERR_TIMEOUT;
 }
 
@@ -8244,7 +9669,7 @@ static llmpar_status llmpar__mpi_until(llmpar__mpi_comm *tc, const llmpar_call *
     while (world->posted > most && !st) {
         pthread_mutex_lock(&world->lock);
         int code = MPI_Testsome((int)world->posted, world->request, &count, finished, status);
-        if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Testsome", code);
+        if (code) st = llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Testsome", code);
         int32_t left = 0, missing = -1;
         for (int32_t i = 0; i < world->posted && !st; i++) {
             if (world->request[i] == MPI_REQUEST_NULL) continue;
@@ -8293,7 +9718,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_post(llmpar__mpi_comm *tc, const l
         pthread_mutex_unlock(&world->lock);
         if (code) {
             *request = MPI_REQUEST_NULL;
-            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
+            llmpar_status st = llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), receives ? "MPI_Irecv" : "MPI_Isend", code), world->request, world->from, world->posted);
             world->posted = 0;
             return st;
         }
@@ -8310,7 +9735,7 @@ static llmpar_status llmpar__mpi_mismatch(llmpar__mpi_comm *tc, const llmpar_cal
 {
     char text[1000];
     llmpar_call_mismatch(a->rank <= b->rank ? a : b, a->rank <= b->rank ? b : a, text, sizeof text);
-    return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MISMATCH, "%s", text);
+    return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s", text);
 }
 
 /* Waits for world->meeting[0, count) receives into inbox[i] from the members `from[i]`, and count sends behind them. Whoever comes with another communicator's call ends it at once; other differences are
@@ -8330,7 +9755,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < 2 * count && !st; i++) {
             if (world->meeting[i] == MPI_REQUEST_NULL) continue;
             int done = 0, code = MPI_Test(&world->meeting[i], &done, MPI_STATUS_IGNORE);
-            if (code) st = llmpar__mpi_error(tc->comm.error, "MPI_Test", code);
+            if (code) st = llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Test", code);
             if (done) continue;
             left = 1;
             if (i < count) missing = i;
@@ -8369,7 +9794,7 @@ static llmpar_status llmpar__mpi_post_header(llmpar__mpi_comm *tc, const llmpar_
     if (!code) code = MPI_Isend(&world->outbox, LLMPAR__MPI_HEADER_BYTES(world->outbox.bytes), MPI_BYTE, (int)tc->member[to], LLMPAR__MPI_HEADER_TAG, world->data, &world->meeting[count + i]);
     pthread_mutex_unlock(&world->lock);
     if (!code) return LLMPAR_OK;
-    return llmpar__mpi_settle(tc, call, llmpar__mpi_error(tc->comm.error, "MPI_Isend", code), world->meeting, NULL, 2 * count);
+    return llmpar__mpi_settle(tc, call, llmpar__mpi_error(llmpar__mpi_own_error(tc), "MPI_Isend", code), world->meeting, NULL, 2 * count);
 }
 
 static void llmpar__mpi_pack(llmpar__mpi_comm *tc, const llmpar_call *call, const void *payload, size_t bytes)
@@ -8466,7 +9891,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
 /* mpi: collectives between processes.
 
    Every collective: meet (mpi_wait.c: everybody is there and agrees), then move data; what is small has already moved with the meeting. The arithmetic is the device's tree_sum and max, on the rank's own
-   thread with stream NULL, as in threads.c; the whole collective is one host call on the stream.
+   thread or that of the call's stream, with stream NULL, as in threads.c; the whole collective is one host call on the stream. The headers of all communicators travel in one order, so calls on
+   different streams run one after the other even where these have threads (llmpar_order): compute overlaps with them, they do not with each other.
 
    Reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
    The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
@@ -8537,15 +9963,32 @@ static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call
     return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
 }
 
-/* At least `bytes` of scratch. */
-static llmpar_status llmpar__mpi_scratch(llmpar__mpi_comm *tc, const llmpar_call *call, size_t bytes)
+static int llmpar__mpi_is_small(const llmpar__mpi_comm *tc, size_t bytes) { return bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct; }
+
+/* Elements of one part of a slice, at most. */
+static size_t llmpar__mpi_step(const llmpar__mpi_comm *tc, size_t item, int scatter)
+{
+    size_t n = (size_t)tc->comm.ranks, step = tc->world->desc.comm_slice / item;
+    if (scatter) return step / n ? step / n : 1;
+    return step < n ? n : step;
+}
+
+/* Scratch for a call that is going to be enqueued, on the rank's own thread. What is under way uses the old one. */
+static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call *call)
 {
     llmpar_mpi_world *world = tc->world;
+    int scatter = call->op == LLMPAR_CALL_REDUCE_SCATTER;
+    if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
+    size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
+    if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
+    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->most_kept + (size_t)tc->most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
+    llmpar_status st = llmpar_order_wait(&world->order);
+    if (st) return st;
     llmpar_heap_free(world->heap, world->scratch);
     world->scratch_bytes = 0;
     world->scratch = (char *)llmpar_heap_alloc(world->heap, bytes, 1);
-    if (!world->scratch) return llmpar_error_set(tc->comm.error, LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
+    if (!world->scratch) return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MEMORY, "%s \"%s\" on %s: out of memory for %llu bytes of scratch", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, (unsigned long long)bytes);
     world->scratch_bytes = bytes;
     return LLMPAR_OK;
 }
@@ -8582,8 +10025,10 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
 {
     size_t n = s->parts, room = (s->stride ? s->count : (s->count + n - 1) / n) * s->item, count;
     size_t keep = (size_t)tc->most_kept * room, give = (size_t)tc->most_given * room;
-    llmpar_status st = llmpar__mpi_scratch(tc, call, 2 * keep + give);
-    if (st) return st;
+    llmpar_status st = LLMPAR_OK;
+    if (tc->world->scratch_bytes < 2 * keep + give)
+        return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_INTERNAL, "%s \"%s\" on %s: %llu bytes of scratch, expected %llu", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis,
+                                (unsigned long long)tc->world->scratch_bytes, (unsigned long long)(2 * keep + give));
     char *partial = tc->world->scratch, *incoming = partial + keep, *pack;
     int32_t held = (int32_t)n, *kept = tc->kept;
     for (int32_t i = 0; i < held; i++) kept[i] = i;
@@ -8644,14 +10089,13 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
 
 static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
-    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = tc->world->desc.comm_slice / n / item;
+    size_t n = (size_t)tc->comm.ranks, part = (size_t)call->count * item, step = llmpar__mpi_step(tc, item, 1);
     llmpar__mpi_slice s;
     llmpar_status st = LLMPAR_OK;
     memset(&s, 0, sizeof s);
     s.item = item;
     s.parts = n;
     s.stride = part;
-    if (!step) step = 1;
     for (size_t b = 0; b < call->blocks; b++)
         for (size_t at = 0; at < call->count && !st; at += step) {
             s.base = send + b * n * part + at * item;
@@ -8664,13 +10108,12 @@ static llmpar_status llmpar__mpi_reduce_scatter_large(llmpar__mpi_comm *tc, cons
 
 static llmpar_status llmpar__mpi_all_reduce_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t item)
 {
-    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = tc->world->desc.comm_slice / item;
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, 0);
     llmpar__mpi_slice s;
     llmpar_status st = LLMPAR_OK;
     memset(&s, 0, sizeof s);
     s.item = item;
     s.parts = n;
-    if (step < n) step = n;
     for (size_t at = 0; at < total && !st; at += step) {
         size_t mine, theirs;
         s.base = send + at * item;
@@ -8761,6 +10204,8 @@ static llmpar_status llmpar__mpi_run(void *arg)
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), part = (size_t)call->count * item, bytes = part * (size_t)call->blocks; /* a barrier has none */
     int sends = call->op == LLMPAR_CALL_SEND;
     llmpar_status st;
+    if (tc->comm.one_thread && llmpar_device_thread_error(tc->comm.device, NULL))
+        return llmpar__mpi_failed(tc, llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: on the thread of a stream: %s", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis, tc->comm.one_thread));
     if (sends || call->op == LLMPAR_CALL_RECV) {
         int small = bytes <= LLMPAR__MPI_INLINE;
         st = llmpar__mpi_meet_one(tc, call, job->send, sends && small ? bytes : 0);
@@ -8769,7 +10214,7 @@ static llmpar_status llmpar__mpi_run(void *arg)
         if (!st) st = llmpar__mpi_complete(tc, call);
     } else {
         if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_TO_ALL) bytes *= n;
-        int small = bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct, silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
+        int small = llmpar__mpi_is_small(tc, bytes), silent = call->op == LLMPAR_CALL_BROADCAST && call->root != tc->comm.rank;
         st = llmpar__mpi_meet(tc, call, job->send, small && !silent ? bytes : 0);
         if (!st && bytes) st = small ? llmpar__mpi_small(tc, call, (char *)job->recv, part) : llmpar__mpi_large(tc, call, (const char *)job->send, (char *)job->recv, part, item);
     }
@@ -8791,7 +10236,8 @@ static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *strea
     job.recv = given->recv;
     llmpar_call_describe(comm, op, given, &job.call);
     if (job.call.rank < 0) job.call.rank = job.tc->world->rank;
-    return comm->device->host_call(comm->device, stream, llmpar__mpi_run, &job, sizeof job);
+    llmpar_status st = llmpar__mpi_reserve(job.tc, &job.call);
+    return st ? llmpar__mpi_failed(job.tc, st) : llmpar_order_call(&job.tc->world->order, comm->device, stream, llmpar__mpi_run, &job, sizeof job);
 }
 
 static llmpar_status llmpar__mpi_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
@@ -8823,6 +10269,7 @@ static void llmpar__mpi_destroy(llmpar_comm *comm)
 {
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)comm->state;
     llmpar_heap *heap = tc->world->heap;
+    if (--tc->world->comms == 0) llmpar_order_destroy(&tc->world->order);
     llmpar_heap_free(heap, tc->member);
     llmpar_heap_free(heap, tc->level);
     llmpar_heap_free(heap, tc->label);
@@ -8880,6 +10327,7 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
         else lo += p, m -= p;
     }
     tc->world = world;
+    world->comms++;
     tc->context = context;
     tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
     tc->level = (struct llmpar__mpi_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
@@ -8911,6 +10359,7 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
     comm->recv = llmpar__mpi_recv;
     comm->abort = llmpar__mpi_abort;
     comm->unchecked = world->desc.unchecked;
+    comm->one_thread = world->serialized ? NULL : "MPI was initialised with less than MPI_THREAD_SERIALIZED";
     llmpar__mpi_plan(tc);
     if (llmpar_record_attach(world->record, comm, member)) {
         llmpar__mpi_destroy(comm);
@@ -8957,7 +10406,7 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
         ranks++;
     }
     if (color < 0) return LLMPAR_OK;
-    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, tc->comm.error, out);
+    return llmpar__mpi_make(world, member, ranks, rank, context, name, tc->comm.device, llmpar__mpi_own_error(tc), out);
 }
 
 static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
@@ -8967,8 +10416,9 @@ static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t
     llmpar__mpi_place *place = (llmpar__mpi_place *)llmpar_heap_zalloc(heap, (size_t)comm->ranks, sizeof *place);
     int32_t *member = (int32_t *)llmpar_heap_alloc(heap, (size_t)comm->ranks, sizeof *member);
     *out = NULL;
-    llmpar_status st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
-                                       : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
+    llmpar_status st = llmpar_order_wait(&tc->world->order);
+    if (!st) st = place && member ? llmpar__mpi_split_places(tc, color, key, name, place, member, out)
+                                  : llmpar_error_set(comm->error, LLMPAR_ERR_MEMORY, "split \"%s\" of %s: out of memory for %d ranks", name, comm->axis, (int)comm->ranks);
     llmpar_heap_free(heap, place);
     llmpar_heap_free(heap, member);
     return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
@@ -9817,6 +11267,183 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #undef LLMPAR__ST_DTYPES
 
 #endif /* LLMPAR_NO_IO */
+
+/* ==== src/sim/sim.c ==== */
+
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_SIM)
+
+/* ---- device ---- */
+
+#define LLMPAR__SIM_BASE ((uint64_t)1 << 44) /* no process has memory of its own in this range of 64-bit addresses */
+#define LLMPAR__SIM_END ((uint64_t)1 << 46)
+
+typedef struct llmpar__sim { llmpar_device table; llmpar_device *of; llmpar_heap *heap; uint64_t next; } llmpar__sim;
+
+static int llmpar__sim_owns(const void *memory)
+{
+    uint64_t at = (uint64_t)(uintptr_t)memory;
+    return at >= LLMPAR__SIM_BASE && at < LLMPAR__SIM_END;
+}
+
+static llmpar_status llmpar__sim_alloc(llmpar_device *device, size_t bytes, void **out)
+{
+    llmpar__sim *sim = (llmpar__sim *)device->state;
+    uint64_t step = ((uint64_t)bytes | 1) + device->alignment;
+    *out = NULL;
+    if ((uint64_t)bytes > LLMPAR__SIM_END || step > LLMPAR__SIM_END - sim->next) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "sim: %llu bytes are beyond the addresses of a simulated device", (unsigned long long)bytes);
+    *out = (void *)(uintptr_t)sim->next;
+    sim->next += step & ~(uint64_t)(device->alignment - 1);
+    return LLMPAR_OK;
+}
+static void llmpar__sim_free(llmpar_device *device, void *memory, size_t bytes) { (void)device; (void)memory; (void)bytes; }
+
+static llmpar_status llmpar__sim_copy(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
+{
+    (void)device; (void)stream; (void)in;
+    if (bytes && !llmpar__sim_owns(out)) memset(out, 0, bytes);
+    return LLMPAR_OK;
+}
+static llmpar_status llmpar__sim_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes) { return llmpar__sim_copy(device, stream, out, NULL, bytes); }
+
+/* Streams and events are nothing but different from NULL. */
+static llmpar_status llmpar__sim_stream_create(llmpar_device *device, const char *name, llmpar_stream **out) { (void)name; *out = (llmpar_stream *)device->state; return LLMPAR_OK; }
+static void llmpar__sim_stream_destroy(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; }
+static llmpar_status llmpar__sim_synchronize(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_event_create(llmpar_device *device, llmpar_event **out) { *out = (llmpar_event *)device->state; return LLMPAR_OK; }
+static void llmpar__sim_event_destroy(llmpar_device *device, llmpar_event *event) { (void)device; (void)event; }
+static llmpar_status llmpar__sim_event(llmpar_device *device, llmpar_stream *stream, llmpar_event *event) { (void)device; (void)stream; (void)event; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_event_synchronize(llmpar_device *device, llmpar_event *event) { (void)device; (void)event; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_host_call(llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    (void)device; (void)stream; (void)fn; (void)arg; (void)arg_bytes;
+    return LLMPAR_OK;
+}
+
+#define LLMPAR__SIM_OPERATIONS(X) \
+    X(gemm, llmpar_gemm_args) X(rmsnorm, llmpar_rmsnorm_args) X(rmsnorm_backward, llmpar_rmsnorm_backward_args) X(rope, llmpar_rope_args) X(attention, llmpar_attention_args) \
+    X(attention_backward, llmpar_attention_backward_args) X(swiglu, llmpar_swiglu_args) X(swiglu_backward, llmpar_swiglu_backward_args) X(embedding, llmpar_embedding_args) \
+    X(embedding_backward, llmpar_embedding_backward_args) X(xent_max, llmpar_xent_args) X(xent_sum, llmpar_xent_args) X(xent_loss, llmpar_xent_loss_args) X(xent_backward, llmpar_xent_backward_args) \
+    X(tree_sum, llmpar_tree_sum_args) X(max, llmpar_max_args) X(add, llmpar_add_args) X(scale, llmpar_scale_args) X(cast, llmpar_cast_args) X(copy_rows, llmpar_copy_rows_args) X(adamw, llmpar_adamw_args) \
+    X(square_sum, llmpar_square_sum_args)
+#define LLMPAR__SIM_RUN(slot, args_type) static llmpar_status llmpar__sim_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) { (void)device; (void)stream; (void)args; return LLMPAR_OK; }
+LLMPAR__SIM_OPERATIONS(LLMPAR__SIM_RUN)
+
+static llmpar_device *llmpar__sim_of(llmpar_device *device) { return ((llmpar__sim *)device->state)->of; }
+static size_t llmpar__sim_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args) { return llmpar__sim_of(device)->gemm_workspace(llmpar__sim_of(device), args); }
+static size_t llmpar__sim_attention_workspace(llmpar_device *device, const llmpar_attention_args *args) { return llmpar__sim_of(device)->attention_workspace(llmpar__sim_of(device), args); }
+static size_t llmpar__sim_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args) { return llmpar__sim_of(device)->attention_backward_workspace(llmpar__sim_of(device), args); }
+static size_t llmpar__sim_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args) { return llmpar__sim_of(device)->embedding_backward_workspace(llmpar__sim_of(device), args); }
+
+LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out)
+{
+    llmpar__sim *sim = (llmpar__sim *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    *out = NULL;
+    if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for the device");
+    llmpar_device *table = &sim->table;
+    sim->of = of;
+    sim->heap = heap;
+    sim->next = LLMPAR__SIM_BASE;
+    table->abi = LLMPAR_DEVICE_ABI;
+    table->size = (uint32_t)sizeof *table;
+    table->name = of->name;
+    table->error = error;
+    table->state = sim;
+    table->alignment = of->alignment;
+    table->alloc = llmpar__sim_alloc;
+    table->free = llmpar__sim_free;
+    table->copy = llmpar__sim_copy;
+    table->zero = llmpar__sim_zero;
+    table->stream_create = llmpar__sim_stream_create;
+    table->stream_destroy = llmpar__sim_stream_destroy;
+    table->synchronize = llmpar__sim_synchronize;
+    table->event_create = llmpar__sim_event_create;
+    table->event_destroy = llmpar__sim_event_destroy;
+    table->event_record = llmpar__sim_event;
+    table->event_wait = llmpar__sim_event;
+    table->event_synchronize = llmpar__sim_event_synchronize;
+    table->host_call = llmpar__sim_host_call;
+#define LLMPAR__SIM_FILL(slot, args_type) table->slot = llmpar__sim_##slot;
+    LLMPAR__SIM_OPERATIONS(LLMPAR__SIM_FILL)
+#undef LLMPAR__SIM_FILL
+    table->gemm_workspace = llmpar__sim_gemm_workspace;
+    table->attention_workspace = llmpar__sim_attention_workspace;
+    table->attention_backward_workspace = llmpar__sim_attention_backward_workspace;
+    table->embedding_backward_workspace = llmpar__sim_embedding_backward_workspace;
+    *out = table;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_sim_device_destroy(llmpar_device *device)
+{
+    if (device) llmpar_heap_free(((llmpar__sim *)device->state)->heap, device->state);
+}
+
+#undef LLMPAR__SIM_BASE
+#undef LLMPAR__SIM_END
+#undef LLMPAR__SIM_OPERATIONS
+#undef LLMPAR__SIM_RUN
+
+/* ---- communicator ---- */
+
+typedef struct llmpar__sim_comm { llmpar_comm comm; llmpar_comm *of; llmpar_heap *heap; int own; } llmpar__sim_comm;
+
+static llmpar_status llmpar__sim_collective(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { (void)comm; (void)stream; (void)call; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag) { (void)comm; (void)stream; (void)tag; return LLMPAR_OK; }
+static void llmpar__sim_abort(llmpar_comm *comm, const llmpar_error *error)
+{
+    llmpar_comm *of = ((llmpar__sim_comm *)comm->state)->of;
+    of->abort(of, error);
+}
+
+static void llmpar__sim_comm_destroy(llmpar_comm *comm)
+{
+    llmpar__sim_comm *sim = (llmpar__sim_comm *)comm->state;
+    if (sim->own) llmpar_comm_destroy(sim->of);
+    llmpar_heap_free(sim->heap, sim);
+}
+
+static llmpar_status llmpar__sim_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    llmpar__sim_comm *sim = (llmpar__sim_comm *)comm->state;
+    llmpar_comm *part = NULL;
+    *out = NULL;
+    llmpar_status status = llmpar_comm_split(sim->of, color, key, name, &part);
+    if (status || !part) return status;
+    status = llmpar_sim_comm_create(sim->heap, comm->error, comm->device, part, 1, out);
+    if (status) llmpar_comm_destroy(part);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out)
+{
+    llmpar__sim_comm *sim = (llmpar__sim_comm *)llmpar_heap_zalloc(heap, 1, sizeof *sim);
+    *out = NULL;
+    if (!sim) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "sim: out of memory for communicator %s", of->axis);
+    llmpar_comm *comm = &sim->comm;
+    sim->of = of;
+    sim->heap = heap;
+    sim->own = own;
+    comm->abi = LLMPAR_COMM_ABI;
+    comm->size = (uint32_t)sizeof *comm;
+    comm->rank = of->rank;
+    comm->ranks = of->ranks;
+    comm->axis = of->axis;
+    comm->device = device;
+    comm->error = error;
+    comm->state = sim;
+    comm->split = llmpar__sim_split;
+    comm->destroy = llmpar__sim_comm_destroy;
+    comm->barrier = llmpar__sim_barrier;
+    comm->all_gather = comm->reduce_scatter = comm->all_reduce = comm->broadcast = comm->all_to_all = comm->send = comm->recv = llmpar__sim_collective;
+    comm->abort = llmpar__sim_abort;
+    *out = comm;
+    return LLMPAR_OK;
+}
+
+#endif /* LLMPAR_NO_SIM */
 
 /* ==== src/mesh/mesh.c ==== */
 /* mesh: world ranks on five named axes, and the communicators along them. */
@@ -11604,6 +13231,15 @@ static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, i
     return count;
 }
 
+LLMPAR_DEF llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype) { return tp->ranks > 1 ? llmpar_dtype_sum(dtype) : dtype; }
+
+LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype)
+{
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    int64_t rows = batch * t + (tp->sequence_parallel && wide != dtype ? batch * (t / tp->ranks) : 0);
+    return (size_t)(rows * dim) * llmpar_dtype_size(wide);
+}
+
 LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
                                            llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
 {
@@ -11620,6 +13256,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *s
     args.pieces = tp->pieces / tp->ranks;
     args.kind = kind;
     args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -11639,6 +13276,7 @@ LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
     args.pieces = tp->pieces / tp->ranks;
     args.kind = kind;
     args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
 }
 
@@ -11702,6 +13340,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
     args->pieces = (int32_t)leaves;
     args->kind = LLMPAR_GEMM_TN;
     args->dtype = dtype;
+    args->out_dtype = llmpar_dtype_sum(dtype);
     return LLMPAR_OK;
 }
 
@@ -11753,6 +13392,7 @@ LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *st
 static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
 {
     llmpar_collective call;
+    if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
     memset(&call, 0, sizeof call);
     call.send = in;
     call.recv = out;
@@ -11767,15 +13407,26 @@ static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stre
     return llmpar_all_reduce(tp->comm, stream, &call);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *partial, void *out, llmpar_dtype dtype)
+LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
 {
-    return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    llmpar_cast_args cast;
+    if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+    void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
+    llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
+    memset(&cast, 0, sizeof cast);
+    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
+    cast.in = sum;
+    cast.in_dtype = wide;
+    cast.out = out;
+    cast.out_dtype = dtype;
+    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
 {
     size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
-    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype); /* a copy, of any width */
+    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype);
     if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
     return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
 }
@@ -11784,42 +13435,110 @@ LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
 
 /* ==== src/fsdp/flat.c ==== */
 /* ==== src/fsdp/fsdp_internal.h ==== */
-/* fsdp_internal: the state that flat.c lays out and executor.c runs over. */
+/* fsdp_internal: the state that flat.c lays out, shard.c looks at and the executor's files run over. */
 #ifndef LLMPAR_FSDP_INTERNAL_H
 #define LLMPAR_FSDP_INTERNAL_H
 
+/* ==== src/fsdp/store_internal.h ==== */
+/* store: where states stay between their uses: host memory beside the arena, or ranges of one file a rank.
 
-#define LLMPAR__UNIT_EVENTS 64 /* instructions in a unit's forward or backward */
+     file:  | optimizer u0 | optimizer u1 | master u0 | .. | gradients, activations: laid out when a list first needs them |
 
+   The file has no name from the moment it is open, so that nothing stays after an end of any kind; its whole size is reserved before it is used, so that a full disk is an error then and not in the middle of a step. */
+#ifndef LLMPAR_STORE_INTERNAL_H
+#define LLMPAR_STORE_INTERNAL_H
+
+
+typedef struct llmpar__store llmpar__store;
+
+/* Room for one buffer. Zero-initialised: none. */
+typedef struct llmpar__place {
+    uint64_t bytes;    /* room */
+    uint64_t used;     /* bytes of the buffer that is kept there now */
+    uint64_t offset;   /* in the file */
+    void *host;        /* HOST tier: owned */
+    llmpar_tier tier;
+} llmpar__place;
+
+/* file: a place may be of the FILE tier: the file is made in `directory`. count_only: neither file nor memory, and nothing moves. Errors name the path. Owned by the caller. Local, as all of these. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out);
+LLMPAR__PRIVATE void llmpar__store_destroy(llmpar__store *store); /* NULL is fine; places of the HOST tier are given back by store_drop */
+/* Room for `bytes` behind what the file holds, or zeroed host memory. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place);
+LLMPAR__PRIVATE void llmpar__store_drop(llmpar__store *store, llmpar__place *place); /* host memory is freed; the file's range only with a rewind */
+LLMPAR__PRIVATE uint64_t llmpar__store_end(const llmpar__store *store);
+LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store, uint64_t end); /* ranges behind `end` are no longer used */
+/* The disk's blocks for everything placed so far: zeros where nothing was written. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_reserve(llmpar__store *store);
+/* Enqueue place->used bytes from or to device memory, always on the same stream. label is borrowed until they ran. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label);
+LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label);
+/* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
+
+#endif
+/* ---- src/fsdp/fsdp_internal.h goes on ---- */
+
+#define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
+#define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
+
+/* Where a unit's numbers are (Psi elements, N = dp_shard ranks):
+
+              shard (compute dtype)   gradients (sum type)             master, optimizer state (sum type)
+     ZeRO-3   Psi/N, gathered         whole, then reduced into Psi/N   Psi/N
+     ZeRO-2   whole                   whole, then reduced into Psi/N   Psi/N
+     ZeRO-1   whole                   whole, reduced in place          Psi/N
+     ZeRO-0   whole                   whole                            whole
+
+   `begin` is where this rank's part lies in a whole buffer; 0 in ZeRO-0. */
 typedef struct llmpar__flat {
     llmpar_unit unit;                 /* name and params are copies owned here */
     int64_t elements;                 /* of the whole flat buffer, padding included */
-    int64_t shard_elements;
+    int64_t shard_elements;           /* of this rank's part of the optimizer state */
+    int64_t begin;
     int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
     int64_t *count;                   /* [param_count] tp-local elements */
     llmpar_segment *segments;
     int32_t segment_count;
     int32_t gathers;                  /* unshard() calls and GATHER not yet undone */
-    void *shard;                      /* parameters; PARAMETERS */
-    void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where unsharded */
+    int32_t held, held_state;         /* fetched or copied by hand */
+    void *shard;                      /* parameters; PARAMETERS. NULL while offloaded */
+    void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where parameters are whole */
+    void *master;                     /* OPTIMIZER; NULL where there is none or while offloaded */
+    void *state[LLMPAR_OPTIMIZER_STATES]; /* OPTIMIZER */
     void **params;                    /* [param_count] into gathered */
     void **grads;                     /* [2][param_count] scratch for unit calls */
     void *grad[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot]; GRADIENTS */
+    uint32_t reduced[2];              /* [use] bit slot: reduced in place, only this rank's part counts */
+    uint32_t grad_stored;             /* bit slot of use 0: in the store */
     void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
-    char *label[6];                   /* names of its buffers and collectives for messages */
+    llmpar__place params_place, state_place[LLMPAR_OPTIMIZER_STATES], grad_place[2][LLMPAR_GRAD_SLOTS];
+    llmpar__place *activation_place;  /* [activation_count][2]: saved, input */
+    int32_t activation_count;
+    char *label[7];                   /* names of its buffers and collectives for messages */
 } llmpar__flat;
-enum { LLMPAR__LABEL_SHARD, LLMPAR__LABEL_GATHER, LLMPAR__LABEL_GRADIENT, LLMPAR__LABEL_REDUCE, LLMPAR__LABEL_REPLICA, LLMPAR__LABEL_ACTIVATIONS };
+enum { LLMPAR__LABEL_SHARD, LLMPAR__LABEL_GATHER, LLMPAR__LABEL_GRADIENT, LLMPAR__LABEL_REDUCE, LLMPAR__LABEL_REPLICA, LLMPAR__LABEL_ACTIVATIONS, LLMPAR__LABEL_OPTIMIZER, LLMPAR__LABEL_COUNT };
 
 struct llmpar_fsdp {
     llmpar_ctx *ctx;
     llmpar_mesh *mesh;
     llmpar_device *device;
     llmpar_arena *arena;
-    llmpar_dtype dtype;
-    int32_t unsharded, replicas;
-    llmpar_comm *shard_comm;          /* dp_shard; one rank where unsharded */
-    llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where unsharded */
+    llmpar_dtype dtype, sum, reduce;  /* compute dtype; its sum type; what gradients travel in */
+    llmpar_policy policy;             /* zero, shards, replicas, master, offload */
+    int32_t whole_params, whole_grads, whole_state;
+    int32_t replicas;
+    llmpar_comm *shard_comm;          /* dp_shard; NULL where everything is whole */
+    llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where everything is whole */
+    llmpar_comm *reduce_comm;         /* the same ranks as shard_comm: two threads never call one communicator */
+    int32_t own_comms;                /* 1: with overlap: split off here, of this object alone */
+    int32_t first_backward;           /* llmpar_schedule_first_backward */
+    int32_t count_only;
     int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
+    int32_t optimizer_states;
+    llmpar_tier tier[LLMPAR_STATE_COUNT];
+    llmpar__store *store;             /* NULL: nothing is offloaded */
+    uint64_t store_fixed;             /* end of what has its place for good */
     uint64_t seed;
     llmpar__flat *units;
     int32_t unit_count;
@@ -11827,17 +13546,61 @@ struct llmpar_fsdp {
     llmpar_event **event;             /* by instruction index, NULL until needed */
     int32_t event_count;
     llmpar_event *unit_event[LLMPAR__UNIT_EVENTS + 1];
-    llmpar_event *free_event[LLMPAR_STREAM_COUNT]; /* behind the last release on each stream */
+    llmpar_event *free_event[LLMPAR_STREAM_COUNT][LLMPAR__FREE_EVENTS]; /* release number n of a stream is behind event n modulo this or a later one */
     uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
-    int64_t *scalars;                 /* device: loss limbs, then square limbs */
+    const void **parts;               /* [ranks] of a sum in another dtype */
+    int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
 };
 #define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
 
-/* Allocates and enqueues the all-gather of a unit on `stream`. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
-LLMPAR__PRIVATE void llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat);
+/* One buffer that an instruction moves between arena and store. */
+typedef struct llmpar__moved {
+    void **memory;
+    llmpar_tag tag;
+    const char *label;
+    llmpar__place *place;
+} llmpar__moved;
+
+/* One run of a list. */
+typedef struct llmpar__exec {
+    llmpar_fsdp *fsdp;
+    llmpar_run *run;
+    llmpar_micro *micro;       /* [2][micro_batches] with grad_scale and loss filled in; the second half for a second forward */
+    int32_t micro_batches;
+    int32_t inside;            /* updates come before the norm is known */
+    int32_t updating;          /* the first OPTIM has been reached */
+    int32_t found_inf;
+    double grad_scale;         /* from the optimizer */
+    int64_t nonfinite;         /* index of the first non-finite tensor */
+} llmpar__exec;
+
+/* shard.c: memory in stream order. A block that another stream released is waited for. Freeing NULL is fine. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory);
+/* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+/* The compute dtype's copy from the master. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
+/* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
+LLMPAR__PRIVATE void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
+LLMPAR__PRIVATE size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, const llmpar__flat *flat); /* of flat->shard */
+LLMPAR__PRIVATE int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
+/* The buffers of a state: at most 2 (LLMPAR_OPTIMIZER_STATES); their number. */
+LLMPAR__PRIVATE int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2]);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved);
+/* write: the store gets it before the memory goes. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write);
 /* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
+
+/* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
+LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
+/* executor_shard.c: what happens to gradients, states and parameters. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);
+/* Rooms in the store for what this list keeps there and has no room yet. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count);
 
 #endif
 /* ---- src/fsdp/flat.c goes on ---- */
@@ -11854,14 +13617,14 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     const llmpar_param *p = &flat->unit.params[param];
     memset(out, 0, sizeof *out);
     out->name = p->name;
-    out->dtype = fsdp->dtype;
+    out->dtype = fsdp->sum;
     out->dims = p->dims;
     for (int i = 0; i < p->dims; i++) out->shape[i] = p->shape[i];
     if (p->tp.kind == LLMPAR_SHARD) {
         out->placement[out->placements] = p->tp;
         out->placement[out->placements++].axis = LLMPAR_AXIS_TP;
     }
-    if (fsdp->unsharded) return;
+    if (fsdp->whole_state) return;
     llmpar_placement *cut = &out->placement[out->placements++];
     cut->kind = LLMPAR_FLAT;
     cut->axis = LLMPAR_AXIS_DP_SHARD;
@@ -11871,8 +13634,8 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
 
 LLMPAR_DEF void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard)
 {
-    if (!fsdp->unsharded) return shard;
-    return (char *)shard + (size_t)fsdp->units[unit].offset[param] * llmpar_dtype_size(fsdp->dtype);
+    if (!fsdp->whole_state) return shard;
+    return (char *)shard + (size_t)fsdp->units[unit].offset[param] * llmpar_dtype_size(fsdp->sum);
 }
 
 /* Offsets of the tp-local tensors, the flat buffer's size, and this rank's segments. */
@@ -11899,6 +13662,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
     flat->elements = llmpar_round_up(at, LLMPAR_FLAT_ALIGN * ranks);
     if (flat->elements == 0) flat->elements = LLMPAR_FLAT_ALIGN * ranks;
     flat->shard_elements = flat->elements / ranks;
+    flat->begin = fsdp->shard_comm ? fsdp->shard_comm->rank * flat->shard_elements : 0;
     for (int32_t i = 0; i < n; i++) {
         llmpar_dtensor tensor;
         llmpar_local local;
@@ -11911,7 +13675,7 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
         segment->param = i;
         segment->no_decay = flat->unit.params[i].no_decay;
         segment->owner = fsdp->counts && local.is_owner;
-        segment->begin = fsdp->unsharded ? flat->offset[i] : local.shard_begin;
+        segment->begin = fsdp->whole_state ? flat->offset[i] : local.shard_begin;
         segment->count = local.flat_count;
     }
     return LLMPAR_OK;
@@ -11929,7 +13693,7 @@ static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char 
 
 static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const llmpar_unit *unit)
 {
-    static const char *const what[] = {"shard", "all_gather", "gradient", "reduce_scatter", "all_reduce", "activations"};
+    static const char *const what[] = {"shard", "all_gather", "gradient", "reduce_scatter", "all_reduce", "activations", "optimizer"};
     llmpar_heap *heap = &fsdp->ctx->heap;
     llmpar__flat *flat = &fsdp->units[index];
     size_t n = (size_t)unit->param_count;
@@ -11950,7 +13714,7 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     flat->params = (void **)llmpar_heap_zalloc(heap, n + 1, sizeof(void *));
     flat->grads = (void **)llmpar_heap_zalloc(heap, 2 * n + 1, sizeof(void *));
     int missing = !flat->unit.name || !params || !flat->offset || !flat->count || !flat->segments || !flat->params || !flat->grads;
-    for (int i = 0; i < 6 && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
+    for (int i = 0; i < LLMPAR__LABEL_COUNT && !missing; i++) missing = !(flat->label[i] = llmpar__flat_label(heap, flat->unit.name, what[i]));
     for (size_t i = 0; i < n && !missing; i++) {
         params[i] = unit->params[i];
         params[i].name = llmpar_heap_strdup(heap, unit->params[i].name);
@@ -11978,11 +13742,13 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
 {
     enum { CHUNK = 2048 };
     llmpar__flat *flat = &fsdp->units[index];
-    size_t size = llmpar_dtype_size(fsdp->dtype);
+    size_t size = llmpar_dtype_size(fsdp->sum);
     float values[CHUNK];
     double wide[CHUNK];
-    llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], flat->shard, (size_t)flat->shard_elements * size);
-    for (int32_t s = 0; s < flat->segment_count && !status; s++) {
+    char *shard = (char *)llmpar_fsdp_shard(fsdp, index, NULL, NULL, NULL);
+    if (!shard) return fsdp->ctx->error.status;
+    llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], shard, (size_t)flat->shard_elements * size);
+    for (int32_t s = 0; s < flat->segment_count && !status && !fsdp->count_only; s++) {
         const llmpar_segment *segment = &flat->segments[s];
         const llmpar_param *param = &flat->unit.params[segment->param];
         llmpar_rng rng = llmpar_rng_key(fsdp->seed, LLMPAR_RNG_INIT, param->name, 0, 0);
@@ -12000,27 +13766,83 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
             else
                 llmpar_rng_fill_normal_f32(&rng, (uint64_t)first, (size_t)count, 0.0f, (float)param->init_std, values);
             const void *source = values;
-            if (fsdp->dtype == LLMPAR_F64) {
+            if (fsdp->sum == LLMPAR_F64) {
                 for (int64_t i = 0; i < count; i++) wide[i] = values[i];
                 source = wide;
             }
-            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], (char *)flat->shard + (size_t)(segment->begin + done) * size, source, (size_t)count * size);
+            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], shard + (size_t)(segment->begin + done) * size, source, (size_t)count * size);
             if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
             done += count;
         }
     }
-    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
+    if (!status) status = waited;
+    return status ? status : llmpar_fsdp_shard_done(fsdp, index, 1);
 }
 
-static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units)
+/* What stays in the arena, and places in the store for what does not. */
+static llmpar_status llmpar__flat_memory(llmpar_fsdp *fsdp, int32_t index)
 {
-    static const char *const names[] = {"compute", "gather", "reduce", "tp"};
-    llmpar_ctx *ctx = fsdp->ctx;
+    llmpar__flat *flat = &fsdp->units[index];
+    llmpar_device *device = fsdp->device;
+    size_t bytes = (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum);
+    int away = fsdp->tier[LLMPAR_STATE_PARAMS] != LLMPAR_TIER_DEVICE, master = llmpar__fsdp_has_master(fsdp, flat);
+    llmpar_status status = LLMPAR_OK;
+    if (away && (master || !fsdp->policy.master)) status = llmpar__store_place(fsdp->store, fsdp->tier[LLMPAR_STATE_PARAMS], bytes, &flat->params_place);
+    if (!status && (fsdp->policy.master || !away)) {
+        status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_PARAMETERS, llmpar__fsdp_shard_bytes(fsdp, flat), flat->label[LLMPAR__LABEL_SHARD], &flat->shard);
+        if (!status) status = device->zero(device, fsdp->stream[0], flat->shard, llmpar__fsdp_shard_bytes(fsdp, flat));
+    }
+    if (!status && master && !away) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_OPTIMIZER, bytes, flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
+    for (int32_t i = 0; i < fsdp->optimizer_states && !flat->unit.frozen && !status; i++) {
+        if (fsdp->tier[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE) { /* places begin as zeros */
+            status = llmpar__store_place(fsdp->store, fsdp->tier[LLMPAR_STATE_OPTIMIZER], bytes, &flat->state_place[i]);
+        } else {
+            status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_OPTIMIZER, bytes, flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->state[i]);
+            if (!status) status = device->zero(device, fsdp->stream[0], flat->state[i], bytes);
+        }
+    }
+    if (fsdp->whole_params) flat->gathered = flat->shard;
+    for (int32_t i = 0; i < flat->unit.param_count && fsdp->whole_params && !status; i++) flat->params[i] = (char *)flat->shard + (size_t)flat->offset[i] * llmpar_dtype_size(fsdp->dtype);
+    return status;
+}
+
+/* Streams, each with a thread of its own where that was asked for; then no communicator serves two of them. */
+static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
+{
+    static const char *const names[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar_device *device = fsdp->device;
     llmpar_status status = LLMPAR_OK;
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->stream_create(device, names[s], &fsdp->stream[s]);
-    for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++) status = device->event_create(device, &fsdp->free_event[s]);
+    const llmpar_comm *world = fsdp->mesh->world;
+    const char *alone = world->size >= offsetof(llmpar_comm, one_thread) + sizeof world->one_thread ? world->one_thread : NULL;
+    if (!status && overlap && alone) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: overlap: %s, expected collectives that run on any thread", alone);
+    /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
+    int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
+    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
+    if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
+        for (unsigned e = 0; e < LLMPAR__FREE_EVENTS && !status; e++) status = device->event_create(device, &fsdp->free_event[s][e]);
     for (int e = 0; e <= LLMPAR__UNIT_EVENTS && !status; e++) status = device->event_create(device, &fsdp->unit_event[e]);
+    if (status || !overlap) return status;
+    llmpar_comm *shard = fsdp->shard_comm, *replica = fsdp->replica_comm;
+    fsdp->shard_comm = fsdp->reduce_comm = fsdp->replica_comm = NULL;
+    fsdp->own_comms = 1;
+    if (shard) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard gather", &fsdp->shard_comm);
+    if (shard && !status) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard reduce", &fsdp->reduce_comm);
+    if (!status) status = llmpar_comm_split(replica, 0, replica->rank, "dp_replicate reduce", &fsdp->replica_comm);
+    return status;
+}
+
+static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units, const llmpar_fsdp_desc *desc)
+{
+    llmpar_ctx *ctx = fsdp->ctx;
+    int file = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
+    if (fsdp->policy.offload) status = llmpar__store_create(ctx, desc->offload_dir, file, desc->count_only, &fsdp->store);
+    if (!status) status = llmpar__fsdp_streams(fsdp, desc->overlap);
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_copy(fsdp, u, &units[u]);
     /* Names are keys of files and of the random numbers: twice the same would be a silent copy. */
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
@@ -12029,20 +13851,54 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
                 for (int32_t j = 0; j < (v == u ? i : fsdp->units[v].unit.param_count) && !status; j++)
                     if (!strcmp(fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.params[j].name))
                         status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "parameter name %s stands in units %s and %s, expected once", fsdp->units[u].unit.params[i].name, fsdp->units[v].unit.name, fsdp->units[u].unit.name);
+    int32_t ranks = fsdp->shard_comm ? fsdp->shard_comm->ranks : 1;
+    fsdp->parts = (const void **)llmpar_heap_zalloc(&ctx->heap, (size_t)(ranks > fsdp->replicas ? ranks : fsdp->replicas), sizeof *fsdp->parts);
+    if (!status && !fsdp->parts) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d ranks", (int)ranks);
     void *scalars = NULL;
-    if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, LLMPAR__SCALARS * sizeof(int64_t), "loss and norm", &scalars);
+    if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
     fsdp->scalars = (int64_t *)scalars;
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
-        llmpar__flat *flat = &fsdp->units[u];
-        size_t size = llmpar_dtype_size(fsdp->dtype);
-        status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_PARAMETERS, (size_t)flat->shard_elements * size, flat->label[LLMPAR__LABEL_SHARD], &flat->shard);
-        if (!status) status = llmpar__flat_initialise(fsdp, u);
-        if (!status && fsdp->unsharded) {
-            flat->gathered = flat->shard;
-            for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->shard + (size_t)flat->offset[i] * size;
-        }
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_memory(fsdp, u);
+    if (!status && fsdp->store) {
+        fsdp->store_fixed = llmpar__store_end(fsdp->store);
+        status = llmpar__store_reserve(fsdp->store);
     }
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_initialise(fsdp, u);
     return status;
+}
+
+static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_desc *desc)
+{
+    llmpar_ctx *ctx = fsdp->ctx;
+    const llmpar_mesh *mesh = fsdp->mesh;
+    llmpar_policy *policy = &fsdp->policy;
+    if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 .. LLMPAR_ZERO_3", (int)desc->zero);
+    fsdp->dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
+    if (fsdp->dtype != LLMPAR_F32 && fsdp->dtype != LLMPAR_F64 && fsdp->dtype != LLMPAR_BF16 && fsdp->dtype != LLMPAR_F16)
+        return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32, f64, bf16 or f16", llmpar_dtype_name(fsdp->dtype));
+    fsdp->sum = llmpar_dtype_sum(fsdp->dtype);
+    fsdp->reduce = desc->reduce_dtype == LLMPAR_DTYPE_DEFAULT ? fsdp->sum : desc->reduce_dtype;
+    if (fsdp->reduce != fsdp->sum && (fsdp->sum != LLMPAR_F32 || (fsdp->reduce != LLMPAR_BF16 && fsdp->reduce != LLMPAR_F16)))
+        return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: reduce_dtype %s with dtype %s, expected %s%s", llmpar_dtype_name(fsdp->reduce), llmpar_dtype_name(fsdp->dtype), llmpar_dtype_name(fsdp->sum), fsdp->sum == LLMPAR_F32 ? ", bf16 or f16" : "");
+    if (desc->optimizer_states < 0 || desc->optimizer_states > LLMPAR_OPTIMIZER_STATES)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: optimizer_states = %d, expected 0 .. %d", (int)desc->optimizer_states, LLMPAR_OPTIMIZER_STATES);
+    fsdp->optimizer_states = desc->optimizer_states;
+    llmpar_fsdp_desc_policy(desc, mesh, policy);
+    for (int i = 0; i < LLMPAR_STATE_COUNT; i++) {
+        static const char *const names[] = {"optimizer", "params", "grads", "activations"};
+        if ((int)desc->offload[i] < LLMPAR_TIER_DEVICE || (int)desc->offload[i] > LLMPAR_TIER_FILE) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload of %s to tier %d, expected LLMPAR_TIER_DEVICE, _HOST or _FILE", names[i], (int)desc->offload[i]);
+        fsdp->tier[i] = desc->offload[i];
+    }
+    fsdp->whole_params = llmpar_policy_whole_params(policy);
+    fsdp->whole_grads = llmpar_policy_whole_grads(policy);
+    fsdp->whole_state = llmpar_policy_whole_state(policy);
+    if (fsdp->tier[LLMPAR_STATE_PARAMS] != LLMPAR_TIER_DEVICE && fsdp->whole_params && !policy->master)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload of params, dtype %s, ZeRO-%d on %d ranks: the whole parameters are in use all the time; expected ZeRO-3 on several ranks, or a dtype below f32, which has f32 master parameters to offload",
+                           llmpar_dtype_name(fsdp->dtype), (int)policy->zero - LLMPAR_ZERO_0, (int)mesh->degree[LLMPAR_AXIS_DP_SHARD]);
+    fsdp->shard_comm = fsdp->reduce_comm = fsdp->whole_state ? NULL : mesh->comm[LLMPAR_AXIS_DP_SHARD];
+    fsdp->replica_comm = fsdp->whole_state ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
+    fsdp->replicas = fsdp->replica_comm->ranks;
+    fsdp->counts = fsdp->replica_comm->rank == 0;
+    return LLMPAR_OK;
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out)
@@ -12050,25 +13906,21 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
     if (unit_count < 1) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units, expected at least 1", (int)unit_count);
-    if (desc->zero < LLMPAR_ZERO_DEFAULT || desc->zero > LLMPAR_ZERO_3) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: zero = %d, expected LLMPAR_ZERO_0 or LLMPAR_ZERO_3", (int)desc->zero);
-    llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
-    if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: dtype %s, expected f32 or f64", llmpar_dtype_name(dtype));
     llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;
     fsdp->mesh = mesh;
     fsdp->device = ctx->device;
-    fsdp->dtype = dtype;
     fsdp->seed = desc->seed;
-    fsdp->unsharded = desc->zero == LLMPAR_ZERO_0 || mesh->degree[LLMPAR_AXIS_DP_SHARD] == 1;
-    fsdp->shard_comm = fsdp->unsharded ? NULL : mesh->comm[LLMPAR_AXIS_DP_SHARD];
-    fsdp->replica_comm = fsdp->unsharded ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
-    fsdp->replicas = fsdp->replica_comm->ranks;
-    fsdp->counts = fsdp->replica_comm->rank == 0;
-    fsdp->unit_count = unit_count;
-    fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
-    llmpar_status status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
-    if (!status) status = llmpar__fsdp_setup(fsdp, units);
+    fsdp->count_only = desc->count_only;
+    fsdp->first_backward = llmpar_schedule_first_backward(units, unit_count);
+    llmpar_status status = llmpar__fsdp_resolve(fsdp, desc);
+    if (!status) {
+        fsdp->unit_count = unit_count;
+        fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
+        status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
+    }
+    if (!status) status = llmpar__fsdp_setup(fsdp, units, desc);
     if (status) {
         llmpar_fsdp_destroy(fsdp);
         return status;
@@ -12086,7 +13938,7 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
     for (int32_t u = 0; u < fsdp->unit_count && fsdp->units; u++) {
         llmpar__flat *flat = &fsdp->units[u];
         for (int32_t i = 0; i < flat->unit.param_count && flat->unit.params; i++) llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params[i].name);
-        for (int i = 0; i < 6; i++) llmpar_heap_free(heap, flat->label[i]);
+        for (int i = 0; i < LLMPAR__LABEL_COUNT; i++) llmpar_heap_free(heap, flat->label[i]);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.params);
         llmpar_heap_free(heap, (void *)(uintptr_t)flat->unit.name);
         llmpar_heap_free(heap, flat->offset);
@@ -12097,72 +13949,439 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
         llmpar_heap_free(heap, flat->output);
         llmpar_heap_free(heap, flat->saved);
         llmpar_heap_free(heap, flat->dinput);
+        if (fsdp->store) { /* without one there is no place */
+            llmpar__store_drop(fsdp->store, &flat->params_place);
+            for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) llmpar__store_drop(fsdp->store, &flat->state_place[i]);
+            for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS; i++) llmpar__store_drop(fsdp->store, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS]);
+            for (int32_t i = 0; i < 2 * flat->activation_count; i++) llmpar__store_drop(fsdp->store, &flat->activation_place[i]);
+        }
+        llmpar_heap_free(heap, flat->activation_place);
     }
     llmpar_arena_destroy(fsdp->arena);
+    llmpar__store_destroy(fsdp->store);
+    if (fsdp->own_comms) {
+        llmpar_comm_destroy(fsdp->shard_comm);
+        llmpar_comm_destroy(fsdp->reduce_comm);
+        llmpar_comm_destroy(fsdp->replica_comm);
+    }
     for (int32_t e = 0; e < fsdp->event_count; e++)
         if (fsdp->event[e]) fsdp->device->event_destroy(fsdp->device, fsdp->event[e]);
     for (int e = 0; e <= LLMPAR__UNIT_EVENTS; e++)
         if (fsdp->unit_event[e]) fsdp->device->event_destroy(fsdp->device, fsdp->unit_event[e]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
-        if (fsdp->free_event[s]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s]);
+        for (unsigned e = 0; e < LLMPAR__FREE_EVENTS; e++)
+            if (fsdp->free_event[s][e]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s][e]);
         if (fsdp->stream[s]) fsdp->device->stream_destroy(fsdp->device, fsdp->stream[s]);
     }
+    llmpar_heap_free(heap, (void *)fsdp->parts);
     llmpar_heap_free(heap, fsdp->event);
     llmpar_heap_free(heap, fsdp->units);
     llmpar_heap_free(heap, fsdp);
 }
+/* ==== src/fsdp/store.c ==== */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#define LLMPAR__STORE_CHUNK ((size_t)1 << 20) /* staging between device memory and the file */
+
+struct llmpar__store {
+    llmpar_ctx *ctx;
+    char *path;            /* the name it had */
+    int count_only;
+    int fd;                /* -1: no file */
+    uint64_t end;          /* of the ranges given out */
+    uint64_t reserved;     /* bytes that the disk has */
+    void *staging;         /* [LLMPAR__STORE_CHUNK] */
+    llmpar_error error;    /* of a transfer */
+};
+
+static llmpar_status llmpar__store_open(llmpar__store *store, const char *directory)
+{
+    llmpar_ctx *ctx = store->ctx;
+    size_t bytes = strlen(directory) + 80;
+    store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    store->staging = llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__STORE_CHUNK);
+    if (!store->path || !store->staging) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
+    /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
+    for (int attempt = 0; attempt < 100; attempt++) {
+        snprintf(store->path, bytes, "%s/llmpar-offload-%ld-%d-%d", directory, (long)getpid(), (int)ctx->rank, attempt);
+        store->fd = open(store->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+        if (store->fd >= 0 || errno != EEXIST) break;
+    }
+    if (store->fd < 0) return llmpar_fail(ctx, LLMPAR_ERR_IO, "offload: %s: %s, expected a directory that files can be made in", store->path, strerror(errno));
+    if (unlink(store->path)) return llmpar_fail(ctx, LLMPAR_ERR_IO, "offload: %s: cannot remove its name: %s", store->path, strerror(errno));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out)
+{
+    *out = NULL;
+    llmpar__store *store = (llmpar__store *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *store);
+    if (!store) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: out of memory");
+    store->ctx = ctx;
+    store->fd = -1;
+    store->count_only = count_only;
+    llmpar_error_clear(&store->error);
+    llmpar_status status = file && !count_only ? llmpar__store_open(store, directory && directory[0] ? directory : ".") : LLMPAR_OK;
+    if (status) {
+        llmpar__store_destroy(store);
+        return status;
+    }
+    *out = store;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__store_destroy(llmpar__store *store)
+{
+    if (!store) return;
+    llmpar_heap *heap = &store->ctx->heap;
+    if (store->fd >= 0) close(store->fd);
+    llmpar_heap_free(heap, store->path);
+    llmpar_heap_free(heap, store->staging);
+    llmpar_heap_free(heap, store);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place)
+{
+    memset(place, 0, sizeof *place);
+    if (tier == LLMPAR_TIER_HOST && !store->count_only) {
+        place->host = llmpar_heap_zalloc(&store->ctx->heap, 1, (size_t)bytes);
+        if (!place->host) return llmpar_fail(store->ctx, LLMPAR_ERR_MEMORY, "offload: no host memory for %llu bytes", (unsigned long long)bytes);
+    } else if (tier == LLMPAR_TIER_FILE) {
+        if (bytes > (uint64_t)INT64_MAX / 2 - store->end) return llmpar_fail(store->ctx, LLMPAR_ERR_OVERFLOW, "offload: %llu bytes after %llu are more than a file holds", (unsigned long long)bytes, (unsigned long long)store->end);
+        place->offset = store->end;
+        store->end += (bytes + 4095) / 4096 * 4096; /* whole pages: transfers of different buffers never share one */
+    }
+    place->tier = tier;
+    place->bytes = place->used = bytes;
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place *place)
+{
+    llmpar_heap_free(&store->ctx->heap, place->host);
+    memset(place, 0, sizeof *place);
+}
+
+LLMPAR__PRIVATE_DEF uint64_t llmpar__store_end(const llmpar__store *store) { return store->end; }
+LLMPAR__PRIVATE_DEF void llmpar__store_rewind(llmpar__store *store, uint64_t end) { store->end = end; }
+
+/* Whole transfers in spite of short ones and signals; errno of the one that failed, -1: the file ended. */
+static int llmpar__store_move(int fd, char *memory, size_t bytes, uint64_t offset, int write)
+{
+    while (bytes) {
+        ssize_t moved = write ? pwrite(fd, memory, bytes, (off_t)offset) : pread(fd, memory, bytes, (off_t)offset);
+        if (moved < 0 && errno == EINTR) continue;
+        if (moved < 0) return errno;
+        if (moved == 0) return write ? ENOSPC : -1;
+        memory += moved;
+        bytes -= (size_t)moved;
+        offset += (uint64_t)moved;
+    }
+    return 0;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_reserve(llmpar__store *store)
+{
+    if (store->fd < 0 || store->end <= store->reserved) return LLMPAR_OK;
+    int number = EOPNOTSUPP;
+#if defined(__linux__)
+    do number = posix_fallocate(store->fd, (off_t)store->reserved, (off_t)(store->end - store->reserved));
+    while (number == EINTR);
+#endif
+    if (number == EOPNOTSUPP || number == EINVAL) { /* a file system that cannot promise blocks is given zeros */
+        memset(store->staging, 0, LLMPAR__STORE_CHUNK);
+        number = 0;
+        for (uint64_t at = store->reserved; at < store->end && !number; at += LLMPAR__STORE_CHUNK) {
+            uint64_t rest = store->end - at;
+            number = llmpar__store_move(store->fd, (char *)store->staging, rest < LLMPAR__STORE_CHUNK ? (size_t)rest : LLMPAR__STORE_CHUNK, at, 1);
+        }
+    }
+    if (number) return llmpar_fail(store->ctx, LLMPAR_ERR_IO, "offload: %s: %llu bytes: %s", store->path, (unsigned long long)store->end, strerror(number));
+    store->reserved = store->end;
+    return LLMPAR_OK;
+}
+
+/* One chunk between the staging buffer and the file; runs in stream order. */
+typedef struct llmpar__store_job {
+    llmpar__store *store;
+    const char *label;
+    uint64_t offset;
+    size_t bytes;
+    int write;
+} llmpar__store_job;
+
+static llmpar_status llmpar__store_chunk(void *arg)
+{
+    const llmpar__store_job *job = (const llmpar__store_job *)arg;
+    llmpar__store *store = job->store;
+    int number = llmpar__store_move(store->fd, (char *)store->staging, job->bytes, job->offset, job->write);
+    if (!number) return LLMPAR_OK;
+    return llmpar_error_set(&store->error, LLMPAR_ERR_IO, "offload: %s: %s of %s: %lu bytes at %llu: %s", store->path, job->write ? "write" : "read", job->label, (unsigned long)job->bytes, (unsigned long long)job->offset,
+                            number < 0 ? "the file ends before them" : strerror(number));
+}
+
+static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, char *memory, const char *label, int write)
+{
+    llmpar_device *device = store->ctx->device;
+    if (store->count_only) return LLMPAR_OK;
+    if (place->tier == LLMPAR_TIER_HOST) return write ? device->copy(device, stream, place->host, memory, (size_t)place->used) : device->copy(device, stream, memory, place->host, (size_t)place->used);
+    llmpar_status status = LLMPAR_OK;
+    for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
+        llmpar__store_job job;
+        memset(&job, 0, sizeof job);
+        job.store = store;
+        job.label = label;
+        job.offset = place->offset + at;
+        job.bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
+        job.write = write;
+        if (write) status = device->copy(device, stream, store->staging, memory + at, job.bytes);
+        if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
+        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, job.bytes);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label)
+{
+    return llmpar__store_transfer(store, stream, place, (char *)(uintptr_t)memory, label, 1);
+}
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label)
+{
+    return llmpar__store_transfer(store, stream, place, (char *)memory, label, 0);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status)
+{
+    if (!store || !status || !store->error.status) return status;
+    return llmpar_fail(store->ctx, store->error.status, "%s", store->error.text);
+}
+
+#undef LLMPAR__STORE_CHUNK
+/* ==== src/fsdp/shard.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+/* ---- memory in stream order ----
+   One host thread allocates and frees in list order, ahead of what the streams have done. A released block carries the number of its release; whoever gets it next on another stream waits for that one. */
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out)
+{
+    llmpar_status status = llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);
+    if (status) return status;
+    uint64_t mark = llmpar_arena_mark(fsdp->arena, *out), serial = mark / LLMPAR_STREAM_COUNT;
+    int other = (int)(mark % LLMPAR_STREAM_COUNT);
+    if (!mark || other == (int)stream || fsdp->free_seen[stream][other] >= serial) return LLMPAR_OK;
+    status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other][serial % LLMPAR__FREE_EVENTS]);
+    fsdp->free_seen[stream][other] = serial + (fsdp->free_serial[other] - serial) / LLMPAR__FREE_EVENTS * LLMPAR__FREE_EVENTS; /* the event was recorded again by each of these */
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory)
+{
+    if (!*memory) return LLMPAR_OK;
+    uint64_t serial = ++fsdp->free_serial[stream];
+    llmpar_arena_free_marked(fsdp->arena, *memory, serial * LLMPAR_STREAM_COUNT + (uint64_t)stream);
+    *memory = NULL;
+    return fsdp->device->event_record(fsdp->device, fsdp->stream[stream], fsdp->free_event[stream][serial % LLMPAR__FREE_EVENTS]);
+}
+
+/* ---- a unit's own memory ---- */
+
+LLMPAR__PRIVATE_DEF size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
+{
+    return (size_t)(fsdp->whole_params ? flat->elements : flat->shard_elements) * llmpar_dtype_size(fsdp->dtype);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master && !flat->unit.frozen; }
+
+/* This rank's part of the shard. */
+static void *llmpar__shard_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
+{
+    if (!flat->shard || !fsdp->whole_params) return flat->shard;
+    return (char *)flat->shard + (size_t)flat->begin * llmpar_dtype_size(fsdp->dtype);
+}
+
+LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__shard_part(fsdp, flat); }
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2])
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    int32_t count = 1;
+    memset(out, 0, 2 * sizeof *out);
+    switch (what) {
+    case LLMPAR_STATE_OPTIMIZER:
+        count = flat->unit.frozen ? 0 : fsdp->optimizer_states;
+        for (int32_t i = 0; i < count; i++) {
+            out[i].memory = &flat->state[i];
+            out[i].tag = LLMPAR_TAG_OPTIMIZER;
+            out[i].label = flat->label[LLMPAR__LABEL_OPTIMIZER];
+            out[i].place = &flat->state_place[i];
+        }
+        break;
+    case LLMPAR_STATE_PARAMS:
+        count = !fsdp->policy.master || llmpar__fsdp_has_master(fsdp, flat);
+        out->memory = fsdp->policy.master ? &flat->master : &flat->shard;
+        out->tag = fsdp->policy.master ? LLMPAR_TAG_OPTIMIZER : LLMPAR_TAG_PARAMETERS;
+        out->label = flat->label[fsdp->policy.master ? LLMPAR__LABEL_OPTIMIZER : LLMPAR__LABEL_SHARD];
+        out->place = &flat->params_place;
+        break;
+    case LLMPAR_STATE_GRADS:
+        out->memory = &flat->grad[use][0][slot];
+        out->tag = LLMPAR_TAG_GRADIENTS;
+        out->label = flat->label[LLMPAR__LABEL_GRADIENT];
+        out->place = &flat->grad_place[use][slot];
+        break;
+    default:
+        count = unit > 0 ? 2 : 1;
+        out[0].memory = &flat->saved[micro_batch];
+        out[1].memory = unit > 0 ? &fsdp->units[unit - 1].output[micro_batch] : NULL;
+        for (int32_t i = 0; i < 2; i++) {
+            out[i].tag = LLMPAR_TAG_ACTIVATIONS;
+            out[i].label = flat->label[LLMPAR__LABEL_ACTIVATIONS];
+            out[i].place = &flat->activation_place[2 * micro_batch + i];
+        }
+        break;
+    }
+    return count;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved)
+{
+    if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
+    if (!status) status = llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write)
+{
+    if (!*moved->memory) return LLMPAR_OK;
+    llmpar_status status = write ? llmpar__store_write(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label) : LLMPAR_OK;
+    llmpar_status freed = llmpar__fsdp_free(fsdp, stream, moved->memory);
+    return status ? status : freed;
+}
 
 /* ---- gathering ---- */
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream)
 {
     size_t size = llmpar_dtype_size(fsdp->dtype);
-    if (fsdp->unsharded || flat->gathers++ > 0) return LLMPAR_OK;
-    llmpar_status status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_GATHERED, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GATHER], &flat->gathered);
-    if (status) return status;
-    for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
     llmpar_collective call;
+    if (fsdp->whole_state || (!fsdp->whole_params && flat->gathers++ > 0)) return LLMPAR_OK;
+    if (!fsdp->whole_params) {
+        llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, LLMPAR_TAG_GATHERED, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GATHER], &flat->gathered);
+        if (status) return status;
+        for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
+    }
     memset(&call, 0, sizeof call);
-    call.send = flat->shard;
+    call.send = llmpar__shard_part(fsdp, flat);
     call.recv = flat->gathered;
     call.count = (size_t)flat->shard_elements;
     call.dtype = fsdp->dtype;
     call.tag = flat->label[LLMPAR__LABEL_GATHER];
-    return llmpar_all_gather(fsdp->shard_comm, stream, &call);
+    return llmpar_all_gather(fsdp->shard_comm, fsdp->stream[stream], &call);
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream)
 {
-    if (fsdp->unsharded || flat->gathers == 0 || --flat->gathers > 0) return;
-    llmpar_arena_free(fsdp->arena, flat->gathered);
-    flat->gathered = NULL;
+    if (fsdp->whole_params || flat->gathers == 0 || --flat->gathers > 0) return LLMPAR_OK;
+    return llmpar__fsdp_free(fsdp, stream, &flat->gathered);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+{
+    llmpar_cast_args args;
+    memset(&args, 0, sizeof args);
+    args.count = (size_t)flat->shard_elements;
+    args.in = flat->master;
+    args.in_dtype = fsdp->sum;
+    args.out = llmpar__shard_part(fsdp, flat);
+    args.out_dtype = fsdp->dtype;
+    return fsdp->device->cast(fsdp->device, stream, &args);
+}
+
+/* Fetched by hand: on the stream that moves states, which is then waited for. */
+static llmpar_status llmpar__shard_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what)
+{
+    llmpar__moved moved[2];
+    llmpar_status status = LLMPAR_OK;
+    int32_t count = llmpar__fsdp_moved(fsdp, unit, what, 0, 0, 0, moved);
+    for (int32_t i = 0; i < count && !status; i++)
+        if (!*moved[i].memory) status = llmpar__fsdp_fetch(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i]);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
+    return llmpar__store_failed(fsdp->store, status ? status : waited);
+}
+
+static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int write)
+{
+    llmpar__moved moved[2];
+    llmpar_status status = LLMPAR_OK;
+    int32_t count = llmpar__fsdp_moved(fsdp, unit, what, 0, 0, 0, moved);
+    for (int32_t i = 0; i < count; i++) {
+        llmpar_status put = llmpar__fsdp_put(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i], write);
+        if (!status) status = put;
+    }
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
+    return llmpar__store_failed(fsdp->store, status ? status : waited);
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params)
 {
     llmpar__flat *flat = &fsdp->units[unit];
-    llmpar_status status = llmpar__fsdp_gather(fsdp, flat, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
-    if (!status) status = waited;
-    if (status) llmpar__fsdp_release(fsdp, flat);
-    else if (params) *params = flat->params;
+    llmpar_status status = LLMPAR_OK;
+    int fetch = !flat->shard;
+    if (fetch) status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
+    if (!status && fsdp->whole_params) flat->gathers++;
+    else if (!status) {
+        status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_GATHER);
+        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
+        if (!status) status = waited;
+        if (status) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
+    }
+    if (fetch) {
+        llmpar_status put = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, 0);
+        if (!status) status = put;
+    }
+    if (!status && params) *params = flat->params;
     return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit)
 {
     llmpar__flat *flat = &fsdp->units[unit];
-    if (!fsdp->unsharded && flat->gathers == 0) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
-    llmpar__fsdp_release(fsdp, flat);
+    if (flat->gathers == 0) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: reshard without unshard", flat->unit.name);
+    if (!fsdp->whole_params) return llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
+    flat->gathers--;
     return LLMPAR_OK;
 }
 
 /* ---- looking in ---- */
 
+LLMPAR_DEF void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmpar_mesh *mesh, llmpar_policy *policy)
+{
+    policy->zero = desc->zero == LLMPAR_ZERO_DEFAULT ? LLMPAR_ZERO_3 : desc->zero;
+    policy->shards = policy->zero == LLMPAR_ZERO_0 ? 1 : mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    policy->replicas = policy->shards == 1 ? mesh->dp_ranks : mesh->degree[LLMPAR_AXIS_DP_REPLICATE];
+    policy->master = desc->dtype != LLMPAR_DTYPE_DEFAULT && llmpar_dtype_sum(desc->dtype) != desc->dtype;
+    policy->offload = 0;
+    for (int i = 0; i < LLMPAR_STATE_COUNT; i++)
+        if (desc->offload[i] != LLMPAR_TIER_DEVICE) policy->offload |= 1u << i;
+}
+
 LLMPAR_DEF void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy)
 {
-    policy->unsharded = fsdp->unsharded;
-    policy->replicas = fsdp->replicas;
+    policy->zero = fsdp->policy.zero;
+    policy->shards = fsdp->policy.shards;
+    policy->replicas = fsdp->policy.replicas;
+    policy->master = fsdp->policy.master;
+    policy->offload = fsdp->policy.offload;
 }
 LLMPAR_DEF int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp) { return fsdp->unit_count; }
 LLMPAR_DEF const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit) { return &fsdp->units[unit].unit; }
@@ -12170,19 +14389,85 @@ LLMPAR_DEF llmpar_mesh *llmpar_fsdp_mesh(llmpar_fsdp *fsdp) { return fsdp->mesh;
 LLMPAR_DEF llmpar_arena *llmpar_fsdp_arena(llmpar_fsdp *fsdp) { return fsdp->arena; }
 LLMPAR_DEF llmpar_dtype llmpar_fsdp_dtype(const llmpar_fsdp *fsdp) { return fsdp->dtype; }
 
-LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count)
+LLMPAR_DEF void llmpar_fsdp_layout(const llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count)
 {
-    llmpar__flat *flat = &fsdp->units[unit];
+    const llmpar__flat *flat = &fsdp->units[unit];
     if (elements) *elements = flat->shard_elements;
     if (segments) *segments = flat->segments;
     if (segment_count) *segment_count = flat->segment_count;
-    return flat->shard;
 }
 
-static llmpar_status llmpar__flat_scan(llmpar_fsdp *fsdp, const llmpar__flat *flat, const void *shard, int64_t base, int64_t *best)
+LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *elements, const llmpar_segment **segments, int32_t *segment_count)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    void *now = llmpar__fsdp_updated(fsdp, flat);
+    llmpar_status status = LLMPAR_OK;
+    llmpar_fsdp_layout(fsdp, unit, elements, segments, segment_count);
+    if (now) return now;
+    if (!fsdp->policy.master || llmpar__fsdp_has_master(fsdp, flat)) {
+        status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
+    } else { /* frozen below f32: a copy in the sum type */
+        llmpar_cast_args args;
+        memset(&args, 0, sizeof args);
+        status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
+        args.count = (size_t)flat->shard_elements;
+        args.in = llmpar__shard_part(fsdp, flat);
+        args.in_dtype = fsdp->dtype;
+        args.out = flat->master;
+        args.out_dtype = fsdp->sum;
+        if (!status) status = fsdp->device->cast(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], &args);
+        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
+        if (!status) status = waited;
+    }
+    if (status) {
+        llmpar_fail(fsdp->ctx, status, "unit %s: its parameters cannot be fetched", flat->unit.name);
+        llmpar_fsdp_shard_done(fsdp, unit, 0);
+        return NULL;
+    }
+    flat->held = 1;
+    return llmpar__fsdp_updated(fsdp, flat);
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    llmpar_status status = LLMPAR_OK;
+    if (changed && flat->master) status = llmpar__fsdp_cast(fsdp, flat, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
+    if (changed && !status && fsdp->whole_params) status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_COMPUTE);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
+    if (!status) status = waited;
+    flat->held = 0;
+    if (flat->params_place.bytes) waited = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
+    else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) waited = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
+    return status ? status : waited;
+}
+
+LLMPAR_DEF int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp) { return fsdp->optimizer_states; }
+
+LLMPAR_DEF void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, int32_t index)
+{
+    llmpar__flat *flat = &fsdp->units[unit];
+    if (flat->unit.frozen) return NULL;
+    if (flat->state[index]) return flat->state[index];
+    llmpar_status status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_OPTIMIZER);
+    flat->held_state = 1;
+    if (!status) return flat->state[index];
+    llmpar_fail(fsdp->ctx, status, "unit %s: its optimizer state cannot be fetched", flat->unit.name);
+    llmpar_fsdp_optimizer_done(fsdp, unit, 0);
+    return NULL;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_optimizer_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed)
+{
+    if (!fsdp->units[unit].held_state) return LLMPAR_OK;
+    fsdp->units[unit].held_state = 0;
+    return llmpar__shard_put(fsdp, unit, LLMPAR_STATE_OPTIMIZER, changed);
+}
+
+static llmpar_status llmpar__shard_scan(llmpar_fsdp *fsdp, const llmpar__flat *flat, const void *shard, int64_t base, int64_t *best)
 {
     int64_t limbs[LLMPAR_EXACT_SUM_LIMBS];
-    size_t size = llmpar_dtype_size(fsdp->dtype);
+    size_t size = llmpar_dtype_size(fsdp->sum);
     for (int32_t s = 0; s < flat->segment_count; s++) {
         const llmpar_segment *segment = &flat->segments[s];
         llmpar_square_sum_args args;
@@ -12190,7 +14475,7 @@ static llmpar_status llmpar__flat_scan(llmpar_fsdp *fsdp, const llmpar__flat *fl
         args.count = (size_t)segment->count;
         args.x = (const char *)shard + (size_t)segment->begin * size;
         args.accumulator = fsdp->scalars;
-        args.dtype = fsdp->dtype;
+        args.dtype = fsdp->sum;
         llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], fsdp->scalars, sizeof limbs);
         if (!status) status = fsdp->device->square_sum(fsdp->device, fsdp->stream[0], &args);
         if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], limbs, fsdp->scalars, sizeof limbs);
@@ -12206,9 +14491,22 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp
 {
     llmpar_status status = LLMPAR_OK;
     int64_t best = -1, agreed;
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_scan(fsdp, &fsdp->units[u], fsdp->units[u].shard, (int64_t)u << 16, &best);
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++)
-        if (fsdp->units[u].grad[0][0][0]) status = llmpar__flat_scan(fsdp, &fsdp->units[u], fsdp->units[u].grad[0][0][0], ((int64_t)1 << 40) + ((int64_t)u << 16), &best);
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        int here = llmpar__fsdp_updated(fsdp, &fsdp->units[u]) != NULL;
+        const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
+        status = shard ? llmpar__shard_scan(fsdp, &fsdp->units[u], shard, (int64_t)u << 16, &best) : fsdp->ctx->error.status;
+        llmpar_status done = here || !shard ? LLMPAR_OK : llmpar_fsdp_shard_done(fsdp, u, 0);
+        if (!status) status = done;
+    }
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        size_t begin = fsdp->whole_grads ? (size_t)flat->begin * llmpar_dtype_size(fsdp->sum) : 0;
+        int stored = !flat->grad[0][0][0] && flat->grad_stored & 1u;
+        if (stored) status = llmpar__shard_fetch(fsdp, u, LLMPAR_STATE_GRADS);
+        if (!status && flat->grad[0][0][0]) status = llmpar__shard_scan(fsdp, flat, (const char *)flat->grad[0][0][0] + begin, ((int64_t)1 << 40) + ((int64_t)u << 16), &best);
+        llmpar_status put = stored ? llmpar__shard_put(fsdp, u, LLMPAR_STATE_GRADS, 0) : LLMPAR_OK;
+        if (!status) status = put;
+    }
     if (status) return status;
     /* The smallest index wins: the largest of its negative. */
     agreed = best < 0 ? INT64_MIN / 2 : -best;
@@ -12236,43 +14534,320 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
     if (!status && index >= 0) snprintf(text, capacity, "%s", fsdp->units[(index >> 16) & 0xffffff].unit.params[index & 0xffff].name);
     return status;
 }
-/* ==== src/fsdp/schedule.c ==== */
+/* ==== src/fsdp/schedule_order.c ==== */
+/* ==== src/fsdp/schedule_internal.h ==== */
+/* schedule_internal: what every instruction reads and writes, and which instructions are complete before it starts. The generator places waits with it, the validator proves them with it. */
+#ifndef LLMPAR_SCHEDULE_INTERNAL_H
+#define LLMPAR_SCHEDULE_INTERNAL_H
 
-#include <stdarg.h>
-#include <stdio.h>
+
+/* Things that instructions share. SHARD: the shard in the compute dtype, or the whole parameters where they are whole at rest; WHOLE: gathered parameters; MASTER, STATE: on the device; STORED_*: the copy in a store. */
+typedef enum llmpar__thing {
+    LLMPAR__THING_LOSS, LLMPAR__THING_NORMS, LLMPAR__THING_SHARD, LLMPAR__THING_WHOLE, LLMPAR__THING_MASTER, LLMPAR__THING_STATE, LLMPAR__THING_STORED_PARAMS, LLMPAR__THING_STORED_STATE,
+    LLMPAR__THING_GRADIENT, LLMPAR__THING_STORED_GRADIENT, LLMPAR__THING_SAVED, LLMPAR__THING_INPUT, LLMPAR__THING_STORED_ACTIVATIONS
+} llmpar__thing;
+/* FRESH: writes memory of its own. That memory may be another's freed one is the executor's concern, so nothing before matters. A release is a write. */
+typedef enum llmpar__access_kind { LLMPAR__ACCESS_READ, LLMPAR__ACCESS_WRITE, LLMPAR__ACCESS_FRESH } llmpar__access_kind;
+typedef struct llmpar__access { llmpar__thing thing; llmpar__access_kind kind; size_t track; } llmpar__access;
+#define LLMPAR__ACCESSES 8
+
+typedef struct llmpar__track { int32_t writer, reader[LLMPAR_STREAM_COUNT]; } llmpar__track; /* last instructions, -1; readers since the writer */
+
+typedef struct llmpar__order {
+    const llmpar_instruction *list;      /* borrowed, as units */
+    const llmpar_unit *units;
+    int32_t unit_count, micro_batches;
+    int whole_params, whole_grads, master;
+    int32_t (*clock)[LLMPAR_STREAM_COUNT]; /* owned: [count] last instruction of each stream that is complete before this one starts */
+    int32_t last[LLMPAR_STREAM_COUNT], host[LLMPAR_STREAM_COUNT];
+    llmpar__track *track;                /* owned */
+    llmpar_heap *heap;
+} llmpar__order;
+
+/* An access without an order: `earlier` must be complete before and is not. */
+typedef struct llmpar__hazard { int32_t earlier; llmpar__access access; int earlier_wrote; } llmpar__hazard;
+
+/* The policy's zeroes are resolved. LLMPAR_ERR_MEMORY without a text. */
+LLMPAR__PRIVATE llmpar_status llmpar__order_create(llmpar__order *order, llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy);
+LLMPAR__PRIVATE void llmpar__order_destroy(llmpar__order *order);
+/* Instruction by instruction in list order: begin, any number of hazard (the latest instruction that is not waited for; 0: none) and wait, end. Operands must be in range. */
+LLMPAR__PRIVATE void llmpar__order_begin(llmpar__order *order, int32_t at);
+LLMPAR__PRIVATE int llmpar__order_hazard(const llmpar__order *order, int32_t at, llmpar__hazard *out);
+LLMPAR__PRIVATE void llmpar__order_wait(llmpar__order *order, int32_t at, int32_t earlier);
+LLMPAR__PRIVATE void llmpar__order_end(llmpar__order *order, int32_t at);
+/* Zeroes of a policy become their defaults. */
+LLMPAR__PRIVATE void llmpar__policy_resolve(llmpar_policy *policy);
+
+#endif
+/* ---- src/fsdp/schedule_order.c goes on ---- */
+
 #include <string.h>
 
-LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
+/* Order between streams by vector clocks: an instruction starts after the one in front of it on its stream, after what it waits for, and after every SCALAR_REDUCE before it in the list (the host waits for those). */
+
+enum { LLMPAR__TRACK_UNIT = 2, LLMPAR__TRACK_GRADIENTS = 6, LLMPAR__TRACK_STORED_GRADIENTS = LLMPAR__TRACK_GRADIENTS + 4 * LLMPAR_GRAD_SLOTS, LLMPAR__TRACKS_UNIT = LLMPAR__TRACK_STORED_GRADIENTS + 2 * LLMPAR_GRAD_SLOTS };
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__order_create(llmpar__order *order, llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy)
 {
-    switch (op) {
-    case LLMPAR_OP_GATHER: return "GATHER";
-    case LLMPAR_OP_FREE: return "FREE";
-    case LLMPAR_OP_FORWARD: return "FORWARD";
-    case LLMPAR_OP_BACKWARD: return "BACKWARD";
-    case LLMPAR_OP_REDUCE: return "REDUCE";
-    case LLMPAR_OP_REDUCE_REPLICA: return "REDUCE_REPLICA";
-    case LLMPAR_OP_ACCUMULATE: return "ACCUMULATE";
-    case LLMPAR_OP_NORM: return "NORM";
-    case LLMPAR_OP_SCALAR_REDUCE: return "SCALAR_REDUCE";
-    case LLMPAR_OP_OPTIM: return "OPTIM";
+    size_t tracks = LLMPAR__TRACK_UNIT + (size_t)unit_count * (LLMPAR__TRACKS_UNIT + 3 * (size_t)policy->micro_batches);
+    memset(order, 0, sizeof *order);
+    order->list = list;
+    order->units = units;
+    order->unit_count = unit_count;
+    order->micro_batches = policy->micro_batches;
+    order->whole_params = llmpar_policy_whole_params(policy);
+    order->whole_grads = llmpar_policy_whole_grads(policy);
+    order->master = policy->master;
+    order->heap = heap;
+    order->clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count + 1, sizeof *order->clock);
+    order->track = (llmpar__track *)llmpar_heap_alloc(heap, tracks, sizeof *order->track);
+    if (!order->clock || !order->track) {
+        llmpar__order_destroy(order);
+        return LLMPAR_ERR_MEMORY;
     }
-    return "?";
+    memset(order->track, -1, tracks * sizeof *order->track);
+    memset(order->last, -1, sizeof order->last);
+    memset(order->host, -1, sizeof order->host);
+    return LLMPAR_OK;
 }
 
-/* The compute steps of a step in order: for every micro-batch all forwards, then all backwards.
+LLMPAR__PRIVATE_DEF void llmpar__order_destroy(llmpar__order *order)
+{
+    llmpar_heap_free(order->heap, order->clock);
+    llmpar_heap_free(order->heap, order->track);
+    order->clock = NULL;
+    order->track = NULL;
+}
+
+/* ---- what an instruction touches ---- */
+
+typedef struct llmpar__access_list { llmpar__access access[LLMPAR__ACCESSES]; int count; } llmpar__access_list;
+
+static void llmpar__order_touch(llmpar__access_list *list, llmpar__thing thing, llmpar__access_kind kind, size_t track)
+{
+    llmpar__access *access = &list->access[list->count++];
+    access->thing = thing;
+    access->kind = kind;
+    access->track = track;
+}
+
+static void llmpar__order_touch_unit(llmpar__access_list *list, llmpar__thing thing, llmpar__access_kind kind, int32_t unit)
+{
+    llmpar__order_touch(list, thing, kind, LLMPAR__TRACK_UNIT + (size_t)unit * LLMPAR__TRACKS_UNIT + (size_t)thing - LLMPAR__THING_SHARD);
+}
+
+static void llmpar__order_touch_gradient(llmpar__access_list *list, llmpar__access_kind kind, int32_t unit, int32_t use, int32_t local, int32_t slot)
+{
+    llmpar__order_touch(list, LLMPAR__THING_GRADIENT, kind, LLMPAR__TRACK_UNIT + (size_t)unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_GRADIENTS + (size_t)((use * 2 + local) * LLMPAR_GRAD_SLOTS + slot));
+}
+
+static void llmpar__order_touch_micro(const llmpar__order *order, llmpar__access_list *list, llmpar__thing thing, llmpar__access_kind kind, int32_t unit, int32_t micro)
+{
+    size_t first = LLMPAR__TRACK_UNIT + (size_t)order->unit_count * LLMPAR__TRACKS_UNIT;
+    llmpar__order_touch(list, thing, kind, first + ((size_t)unit * (size_t)order->micro_batches + (size_t)micro) * 3 + (size_t)thing - LLMPAR__THING_SAVED);
+}
+
+static void llmpar__order_move(const llmpar__order *order, const llmpar_instruction *in, llmpar__access_list *list)
+{
+    int fetch = in->op == LLMPAR_OP_FETCH;
+    llmpar__access_kind device = fetch ? LLMPAR__ACCESS_FRESH : LLMPAR__ACCESS_WRITE, store = fetch ? LLMPAR__ACCESS_READ : LLMPAR__ACCESS_WRITE;
+    switch (in->what) {
+    case LLMPAR_STATE_OPTIMIZER:
+        llmpar__order_touch_unit(list, LLMPAR__THING_STATE, device, in->unit);
+        llmpar__order_touch_unit(list, LLMPAR__THING_STORED_STATE, store, in->unit);
+        break;
+    case LLMPAR_STATE_PARAMS:
+        llmpar__order_touch_unit(list, order->master ? LLMPAR__THING_MASTER : LLMPAR__THING_SHARD, device, in->unit);
+        llmpar__order_touch_unit(list, LLMPAR__THING_STORED_PARAMS, store, in->unit);
+        break;
+    case LLMPAR_STATE_GRADS:
+        llmpar__order_touch_gradient(list, device, in->unit, in->use, 0, in->slot);
+        llmpar__order_touch(list, LLMPAR__THING_STORED_GRADIENT, store, LLMPAR__TRACK_UNIT + (size_t)in->unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_STORED_GRADIENTS + (size_t)(in->use * LLMPAR_GRAD_SLOTS + in->slot));
+        break;
+    case LLMPAR_STATE_ACTIVATIONS:
+        llmpar__order_touch_micro(order, list, LLMPAR__THING_SAVED, device, in->unit, in->micro_batch);
+        llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, device, in->unit, in->micro_batch);
+        llmpar__order_touch_micro(order, list, LLMPAR__THING_STORED_ACTIVATIONS, store, in->unit, in->micro_batch);
+        break;
+    case LLMPAR_STATE_COUNT: break;
+    }
+}
+
+static void llmpar__order_compute(const llmpar__order *order, const llmpar_instruction *in, llmpar__access_list *list)
+{
+    int32_t unit = in->unit, m = in->micro_batch, borrow = order->units[unit].borrow - 1;
+    llmpar__thing params = order->whole_params ? LLMPAR__THING_SHARD : LLMPAR__THING_WHOLE;
+    llmpar__order_touch_unit(list, params, LLMPAR__ACCESS_READ, unit);
+    if (borrow >= 0) llmpar__order_touch_unit(list, params, LLMPAR__ACCESS_READ, borrow);
+    if (in->op == LLMPAR_OP_BACKWARD) { /* releases what the forward left for it */
+        llmpar__order_touch_micro(order, list, LLMPAR__THING_SAVED, LLMPAR__ACCESS_WRITE, unit, m);
+        llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_WRITE, unit, m);
+        if (in->slot >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, unit, 0, in->local, in->slot);
+        if (in->from >= 0 && borrow >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_FRESH, borrow, 1, in->local, in->from);
+        return;
+    }
+    llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_READ, unit, m);
+    llmpar__order_touch_micro(order, list, LLMPAR__THING_SAVED, LLMPAR__ACCESS_FRESH, unit, m);
+    if (in->op == LLMPAR_OP_RECOMPUTE) return;
+    if (unit + 1 < order->unit_count) llmpar__order_touch_micro(order, list, LLMPAR__THING_INPUT, LLMPAR__ACCESS_FRESH, unit + 1, m);
+    else if (!in->again) llmpar__order_touch(list, LLMPAR__THING_LOSS, LLMPAR__ACCESS_WRITE, 0);
+}
+
+static void llmpar__order_accesses(const llmpar__order *order, const llmpar_instruction *in, llmpar__access_list *list)
+{
+    int32_t unit = in->unit;
+    list->count = 0;
+    switch (in->op) {
+    case LLMPAR_OP_GATHER:
+        llmpar__order_touch_unit(list, LLMPAR__THING_SHARD, order->whole_params ? LLMPAR__ACCESS_WRITE : LLMPAR__ACCESS_READ, unit);
+        if (!order->whole_params) llmpar__order_touch_unit(list, LLMPAR__THING_WHOLE, LLMPAR__ACCESS_FRESH, unit);
+        break;
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, in->local, in->slot);
+        else llmpar__order_touch_unit(list, in->what == LLMPAR_STATE_PARAMS ? LLMPAR__THING_SHARD : LLMPAR__THING_WHOLE, LLMPAR__ACCESS_WRITE, unit);
+        break;
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: llmpar__order_compute(order, in, list); break;
+    case LLMPAR_OP_REDUCE: {
+        int in_place = order->whole_grads;
+        llmpar__order_touch_gradient(list, in_place ? LLMPAR__ACCESS_WRITE : LLMPAR__ACCESS_FRESH, unit, in->use, 0, in->slot);
+        if (!in_place) llmpar__order_touch_gradient(list, LLMPAR__ACCESS_READ, unit, in->use, 1, in->from);
+        break;
+    }
+    case LLMPAR_OP_REDUCE_REPLICA: llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, 0, in->slot); break;
+    case LLMPAR_OP_ACCUMULATE:
+        llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, in->local, in->slot);
+        llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->from_use, in->local, in->from);
+        break;
+    case LLMPAR_OP_NORM:
+        llmpar__order_touch_gradient(list, LLMPAR__ACCESS_READ, unit, in->use, 0, in->slot);
+        llmpar__order_touch(list, LLMPAR__THING_NORMS, LLMPAR__ACCESS_WRITE, 1);
+        break;
+    case LLMPAR_OP_SCALAR_REDUCE:
+        llmpar__order_touch(list, LLMPAR__THING_LOSS, LLMPAR__ACCESS_WRITE, 0);
+        llmpar__order_touch(list, LLMPAR__THING_NORMS, LLMPAR__ACCESS_WRITE, 1);
+        break;
+    case LLMPAR_OP_OPTIM:
+        llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, 0, in->slot);
+        llmpar__order_touch_unit(list, LLMPAR__THING_STATE, LLMPAR__ACCESS_WRITE, unit);
+        llmpar__order_touch_unit(list, order->master ? LLMPAR__THING_MASTER : LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
+        break;
+    case LLMPAR_OP_CAST:
+        llmpar__order_touch_unit(list, LLMPAR__THING_MASTER, LLMPAR__ACCESS_READ, unit);
+        llmpar__order_touch_unit(list, LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
+        break;
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: llmpar__order_move(order, in, list); break;
+    }
+}
+
+/* ---- clocks ---- */
+
+LLMPAR__PRIVATE_DEF void llmpar__order_wait(llmpar__order *order, int32_t at, int32_t earlier)
+{
+    int32_t *clock = order->clock[at];
+    if (earlier < 0) return;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+        if (order->clock[earlier][s] > clock[s]) clock[s] = order->clock[earlier][s];
+    if (earlier > clock[order->list[earlier].stream]) clock[order->list[earlier].stream] = earlier;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__order_begin(llmpar__order *order, int32_t at)
+{
+    const llmpar_instruction *in = &order->list[at];
+    memcpy(order->clock[at], order->host, sizeof order->host);
+    llmpar__order_wait(order, at, order->last[in->stream]);
+    for (int32_t w = 0; w < in->wait_count; w++) llmpar__order_wait(order, at, in->waits[w]);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__order_hazard(const llmpar__order *order, int32_t at, llmpar__hazard *out)
+{
+    llmpar__access_list list;
+    const int32_t *clock = order->clock[at];
+    llmpar__order_accesses(order, &order->list[at], &list);
+    out->earlier = -1;
+    for (int i = 0; i < list.count; i++) {
+        const llmpar__access *access = &list.access[i];
+        const llmpar__track *track = &order->track[access->track];
+        if (access->kind == LLMPAR__ACCESS_FRESH) continue;
+        for (int s = access->kind == LLMPAR__ACCESS_READ ? LLMPAR_STREAM_COUNT : 0; s <= LLMPAR_STREAM_COUNT; s++) {
+            int32_t earlier = s < LLMPAR_STREAM_COUNT ? track->reader[s] : track->writer;
+            if (earlier <= out->earlier || clock[order->list[earlier].stream] >= earlier) continue;
+            out->earlier = earlier;
+            out->access = *access;
+            out->earlier_wrote = s == LLMPAR_STREAM_COUNT;
+        }
+    }
+    return out->earlier >= 0;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__order_end(llmpar__order *order, int32_t at)
+{
+    const llmpar_instruction *in = &order->list[at];
+    llmpar__access_list list;
+    llmpar__order_accesses(order, in, &list);
+    for (int i = 0; i < list.count; i++) {
+        llmpar__track *track = &order->track[list.access[i].track];
+        if (list.access[i].kind == LLMPAR__ACCESS_READ) {
+            track->reader[in->stream] = at;
+        } else {
+            memset(track, -1, sizeof *track);
+            track->writer = at;
+        }
+    }
+    order->last[in->stream] = at;
+    if (in->op != LLMPAR_OP_SCALAR_REDUCE) return;
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
+        if (order->clock[at][s] > order->host[s]) order->host[s] = order->clock[at][s];
+    if (at > order->host[in->stream]) order->host[in->stream] = at;
+}
+/* ==== src/fsdp/schedule.c ==== */
+
+#include <string.h>
+
+LLMPAR_DEF int llmpar_policy_whole_params(const llmpar_policy *policy) { return policy->shards < 2 || (policy->zero != LLMPAR_ZERO_DEFAULT && policy->zero < LLMPAR_ZERO_3); }
+LLMPAR_DEF int llmpar_policy_whole_grads(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0 || policy->zero == LLMPAR_ZERO_1; }
+LLMPAR_DEF int llmpar_policy_whole_state(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0; }
+
+LLMPAR_DEF int32_t llmpar_schedule_first_backward(const llmpar_unit *units, int32_t unit_count)
+{
+    int32_t first = 0;
+    while (first < unit_count && units[first].frozen && (!units[first].borrow || units[units[first].borrow - 1].frozen)) first++;
+    return first;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__policy_resolve(llmpar_policy *policy)
+{
+    if (policy->micro_batches == 0) policy->micro_batches = 1;
+    if (policy->shards == 0) policy->shards = 1;
+    if (policy->replicas == 0) policy->replicas = 1;
+    if (policy->zero == LLMPAR_ZERO_DEFAULT) policy->zero = LLMPAR_ZERO_3;
+    if (policy->reshard == LLMPAR_RESHARD_DEFAULT) policy->reshard = LLMPAR_RESHARD_NOT_LAST;
+    if (policy->reshard_every == 0) policy->reshard_every = 2;
+}
+
+/* The compute steps of a step in order: for every micro-batch all forwards, then all backwards; in two passes the whole again.
 
      step:   F0 F1 F2 B2 B1 B0 | F0 F1 ...
      resident (prefetch 0): unit 2 stays from F2 to B2, unit 0 from B0 to the next F0; all others are freed after a use and gathered again.
-     prefetch d: the gather stands d steps before its use; a gather that would stand before the preceding free cancels both. */
+     prefetch d: the gather stands d steps before its use; a gather that would stand before the preceding free cancels both.
+
+   Waits that bound memory are placed here; those that data needs, where they are not implied, by llmpar__plan_order at the end. */
 typedef struct llmpar__plan {
     llmpar_schedule *schedule;
     const llmpar_unit *units;
+    int32_t first;            /* the first unit with a backward */
     int32_t steps_per_micro, steps;
     unsigned char *flag;      /* [steps][units]: 1 gather before, 2 free after */
     int32_t *last_gather;     /* [units] instruction index, -1 */
     int32_t *depth;           /* [units][2] occupied buffers of the binary counter */
+    int32_t *uses_left;       /* [units] gradients (own, borrowed) that this pass still adds to */
+    int32_t *update;          /* [updates] units in the order of their updates */
+    int32_t updates, updated, fetched;
     int32_t last_param_free;  /* instruction index, -1 */
     int32_t last_grad_free;
+    int32_t pending[2];       /* units whose own, borrowed local buffer 0 is reduced and not yet freed, -1 */
     int32_t status;           /* 1: out of memory */
 } llmpar__plan;
 
@@ -12290,19 +14865,31 @@ static int llmpar__plan_uses(const llmpar__plan *plan, int32_t step, int32_t uni
     return own == unit || plan->units[own].borrow - 1 == unit;
 }
 
+/* The unit that borrows this one, -1. */
+static int32_t llmpar__plan_borrower(const llmpar__plan *plan, int32_t unit)
+{
+    for (int32_t other = 0; other < plan->schedule->units; other++)
+        if (plan->units[other].borrow - 1 == unit) return other;
+    return -1;
+}
+
+static int llmpar__plan_offloads(const llmpar__plan *plan, llmpar_state what) { return (int)(plan->schedule->policy.offload >> (unsigned)what & 1u); }
+
+/* A unit's reduced gradient goes on as soon as it is complete, instead of at the end of the step. */
+static int llmpar__plan_eager(const llmpar__plan *plan) { return plan->schedule->policy.update != LLMPAR_UPDATE_AFTER || llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS); }
+
 static llmpar_instruction *llmpar__plan_emit(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t micro, llmpar_stream_id stream)
 {
     llmpar_schedule *schedule = plan->schedule;
-    static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1}};
+    static const llmpar_instruction empty = {LLMPAR_OP_GATHER, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, 0, {-1, -1, -1, -1, -1, -1}};
     if (schedule->count == schedule->capacity) {
-        int32_t capacity = schedule->capacity ? schedule->capacity * 2 : 64;
+        int32_t capacity = schedule->capacity * 2;
         llmpar_instruction *list = (llmpar_instruction *)llmpar_heap_alloc(schedule->heap, (size_t)capacity, sizeof *list);
         if (!list) {
             plan->status = 1;
             schedule->count = 0; /* keep writing into the old list; the caller reports */
-            if (!schedule->list) return NULL;
         } else {
-            if (schedule->count) memcpy(list, schedule->list, (size_t)schedule->count * sizeof *list);
+            memcpy(list, schedule->list, (size_t)schedule->count * sizeof *list);
             llmpar_heap_free(schedule->heap, schedule->list);
             schedule->list = list;
             schedule->capacity = capacity;
@@ -12325,6 +14912,22 @@ static void llmpar__plan_wait(llmpar_instruction *instruction, int32_t index)
     if (instruction->wait_count < LLMPAR_WAITS) instruction->waits[instruction->wait_count++] = index;
 }
 
+static llmpar_instruction *llmpar__plan_move(llmpar__plan *plan, llmpar_op op, llmpar_state what, int32_t unit)
+{
+    llmpar_instruction *move = llmpar__plan_emit(plan, op, unit, -1, LLMPAR_STREAM_OFFLOAD);
+    move->what = what;
+    return move;
+}
+
+static void llmpar__plan_move_gradient(llmpar__plan *plan, llmpar_op op, int32_t unit, int32_t use, int32_t slot)
+{
+    llmpar_instruction *move = llmpar__plan_move(plan, op, LLMPAR_STATE_GRADS, unit);
+    move->use = use;
+    move->slot = slot;
+}
+
+/* ---- parameters ---- */
+
 /* Where the gathers and frees stand. */
 static void llmpar__plan_residency(llmpar__plan *plan)
 {
@@ -12332,10 +14935,15 @@ static void llmpar__plan_residency(llmpar__plan *plan)
     int32_t n = plan->schedule->units;
     for (int32_t unit = 0; unit < n; unit++) {
         int32_t previous = -1;
+        int backward, was_backward = 0, stays = policy->reshard == LLMPAR_RESHARD_NEVER || (policy->reshard == LLMPAR_RESHARD_EVERY && (unit + 1) % policy->reshard_every);
         for (int32_t step = 0; step < plan->steps; step++) {
             if (!llmpar__plan_uses(plan, step, unit)) continue;
-            int32_t gather = step - policy->prefetch < 0 ? 0 : step - policy->prefetch;
-            if (previous >= 0 && (step == previous + 1 || policy->keep_after_forward || gather <= previous)) {
+            llmpar__plan_unit(plan, step, &backward);
+            int32_t ahead = backward ? policy->prefetch_backward : policy->prefetch, gather = step - ahead < 0 ? 0 : step - ahead;
+            int turn = policy->reshard == LLMPAR_RESHARD_ALWAYS && backward && !was_backward;
+            if (turn && gather <= previous) gather = previous + 1;
+            was_backward = backward;
+            if (previous >= 0 && !turn && (step == previous + 1 || stays || gather <= previous)) {
                 previous = step;
                 continue;
             }
@@ -12347,30 +14955,40 @@ static void llmpar__plan_residency(llmpar__plan *plan)
     }
 }
 
+/* A shard that is in a store is fetched for the gather alone. */
+static void llmpar__plan_gather(llmpar__plan *plan, int32_t unit)
+{
+    int fetched = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && !plan->schedule->policy.master;
+    if (fetched) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
+    llmpar__plan_wait(llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER), plan->last_param_free);
+    plan->last_gather[unit] = plan->schedule->count - 1;
+    if (fetched) llmpar__plan_emit(plan, LLMPAR_OP_FREE, unit, -1, LLMPAR_STREAM_GATHER)->what = LLMPAR_STATE_PARAMS;
+}
+
 static void llmpar__plan_gathers(llmpar__plan *plan, int32_t step)
 {
-    int32_t n = plan->schedule->units, last = step + plan->schedule->policy.prefetch;
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t n = plan->schedule->units, last = step + (policy->prefetch > policy->prefetch_backward ? policy->prefetch : policy->prefetch_backward);
     /* In order of need, which for a step may be its own unit and the one it borrows. */
     for (int32_t ahead = step; ahead <= last && ahead < plan->steps; ahead++)
         for (int32_t unit = 0; unit < n; unit++) {
             unsigned char *flag = &plan->flag[(size_t)step * (size_t)n + (size_t)unit];
             if (!(*flag & 1u) || !llmpar__plan_uses(plan, ahead, unit)) continue;
             *flag &= (unsigned char)~1u;
-            llmpar_instruction *gather = llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER);
-            if (!gather) return;
-            llmpar__plan_wait(gather, plan->last_param_free);
-            plan->last_gather[unit] = plan->schedule->count - 1;
+            llmpar__plan_gather(plan, unit);
         }
 }
 
+/* ---- gradients ---- */
+
 /* One more gradient of (unit, use) is in buffer depth-1 of the counter: merge while the number of micro-batches says so.
-   Micro-batch m completes as many subtrees as m + 1 has trailing zero bits. `last` folds what is left when M is no power of two. */
-static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int last, int local, llmpar_stream_id stream)
+   Micro-batch m completes as many subtrees as m + 1 has trailing zero bits. `last` folds what is left when M is no power of two; a chain folds at once. */
+static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int last, int local, int stored, llmpar_stream_id stream)
 {
     int32_t *depth = &plan->depth[unit * 2 + use];
-    for (int32_t bits = micro + 1; *depth > 1 && ((bits & 1) == 0 || last); bits >>= 1) {
+    for (int32_t bits = micro + 1; *depth > 1 && ((bits & 1) == 0 || last || plan->schedule->policy.chain); bits >>= 1) {
+        if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, unit, use, *depth - 2);
         llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, unit, micro, stream);
-        if (!add) return;
         add->use = add->from_use = use;
         add->slot = *depth - 2;
         add->from = *depth - 1;
@@ -12379,13 +14997,12 @@ static void llmpar__plan_count(llmpar__plan *plan, int32_t unit, int32_t use, in
     }
 }
 
-/* Local buffer `from` to the shard counter's next buffer, summed over replicas. */
+/* Buffer `from` (local, or the one that is reduced in place) to shard buffer `slot`, summed over replicas. */
 static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t from, int32_t slot, int32_t after)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    if (!policy->unsharded) {
+    if (!llmpar_policy_whole_state(policy)) {
         llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE, unit, micro, LLMPAR_STREAM_REDUCE);
-        if (!reduce) return;
         reduce->use = use;
         reduce->from = from;
         reduce->slot = slot;
@@ -12393,173 +15010,328 @@ static void llmpar__plan_reduce(llmpar__plan *plan, int32_t unit, int32_t use, i
     }
     if (policy->replicas > 1) {
         llmpar_instruction *replica = llmpar__plan_emit(plan, LLMPAR_OP_REDUCE_REPLICA, unit, micro, LLMPAR_STREAM_REDUCE);
-        if (!replica) return;
         replica->use = use;
         replica->slot = slot;
         llmpar__plan_wait(replica, after);
     }
 }
 
-static void llmpar__plan_free_local(llmpar__plan *plan, int32_t unit, int32_t use, int32_t slot)
+static void llmpar__plan_free_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t local)
 {
     llmpar_instruction *release = llmpar__plan_emit(plan, LLMPAR_OP_FREE, unit, -1, LLMPAR_STREAM_REDUCE);
-    if (!release) return;
     release->use = use;
-    release->slot = slot;
-    release->local = 1;
+    release->slot = 0;
+    release->local = local;
     plan->last_grad_free = plan->schedule->count - 1;
 }
 
-/* Everything one (unit, use) gradient goes through after its backward; returns 1 if local buffer `from` is to be freed later. */
-static int llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t slot, int32_t backward)
+/* The buffer that was reduced one step ago is freed after the next backward, which so did not have to wait for that reduction. */
+static void llmpar__plan_free_pending(llmpar__plan *plan)
 {
-    const llmpar_policy *policy = &plan->schedule->policy;
-    int last = micro + 1 == policy->micro_batches;
-    int32_t *depth = &plan->depth[unit * 2 + use];
-    if (policy->no_sync) {
-        int local = !policy->unsharded;
-        int32_t before = plan->schedule->count;
-        llmpar__plan_count(plan, unit, use, micro, last, local, LLMPAR_STREAM_COMPUTE);
-        if (!last) return 0;
-        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
-        return local;
+    for (int use = 0; use < 2; use++) {
+        if (plan->pending[use] >= 0) llmpar__plan_free_gradient(plan, plan->pending[use], use, 1);
+        plan->pending[use] = -1;
     }
-    if (!policy->unsharded) { /* the shard counter grows by what REDUCE writes; an unsharded backward wrote it there itself */
-        llmpar__plan_reduce(plan, unit, use, micro, slot, *depth, backward);
-        ++*depth;
-    } else {
-        llmpar__plan_reduce(plan, unit, use, micro, -1, slot, backward);
-    }
-    int32_t before = plan->schedule->count;
-    llmpar__plan_count(plan, unit, use, micro, last, 0, LLMPAR_STREAM_REDUCE);
-    if (plan->schedule->list && plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before], backward);
-    return !policy->unsharded;
 }
 
-static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t pending[2])
+/* Everything one (unit, use) gradient goes through after its backward. */
+static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use, int32_t micro, int32_t slot, int32_t backward)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    int32_t borrow = plan->units[unit].borrow - 1;
-    /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
-    int counted = policy->no_sync || policy->unsharded;
-    if (pending[0] == unit) { /* a single unit: its own gradient of the micro-batch before is still in the buffer */
-        llmpar__plan_free_local(plan, unit, 0, 0);
-        pending[0] = -1;
+    int last = micro + 1 == policy->micro_batches, whole = llmpar_policy_whole_grads(policy), stored = llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS);
+    int32_t *depth = &plan->depth[unit * 2 + use], before = plan->schedule->count;
+    if (policy->no_sync) {
+        llmpar__plan_count(plan, unit, use, micro, last, !whole, 0, LLMPAR_STREAM_COMPUTE);
+        if (!last) return;
+        llmpar__plan_reduce(plan, unit, use, micro, 0, 0, plan->schedule->count > before ? plan->schedule->count - 1 : backward);
+    } else {
+        llmpar__plan_reduce(plan, unit, use, micro, slot, whole ? slot : *depth, backward);
+        if (!whole) ++*depth; /* the shard counter grows by what REDUCE writes; a backward that is reduced in place wrote it there itself */
+        before = plan->schedule->count;
+        llmpar__plan_count(plan, unit, use, micro, last, 0, stored, LLMPAR_STREAM_REDUCE);
+        if (plan->schedule->count > before) llmpar__plan_wait(&plan->schedule->list[before + stored], backward); /* the first ACCUMULATE */
     }
-    int32_t slot = counted ? plan->depth[unit * 2]++ : 0;
-    int32_t from = borrow < 0 ? -1 : counted ? plan->depth[borrow * 2 + 1]++ : 0;
+    if (last) plan->uses_left[unit]--;
+    if (stored && !(last && plan->uses_left[unit] == 0)) llmpar__plan_move_gradient(plan, LLMPAR_OP_STORE, unit, use, *depth - 1);
+    if (whole) return;
+    plan->pending[use] = unit;
+    if (policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_free_pending(plan);
+}
+
+/* ---- updates ---- */
+
+/* The states of the k-th update that are kept in stores. */
+static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    if (k < plan->fetched || k >= plan->updates) return;
+    plan->fetched = k + 1;
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
+}
+
+/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
+static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t unit = plan->update[plan->updated];
+    int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
+    llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
+    llmpar__plan_fetch(plan, plan->updated);
+    llmpar__plan_fetch(plan, plan->updated + 1);
+    plan->updated++;
+    if (params && !policy->master && policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
+    optim->slot = 0;
+    optim->predicate = predicate;
+    llmpar__plan_wait(optim, after);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_COMPUTE)->predicate = predicate;
+    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
+    if (params) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_PARAMS, unit);
+    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = predicate;
+}
+
+/* Tied weights: g = g_head + g_embed, once, on the shard. */
+static llmpar_instruction *llmpar__plan_tie(llmpar__plan *plan, int32_t lender)
+{
+    llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, lender, -1, LLMPAR_STREAM_REDUCE);
+    add->slot = add->from = 0;
+    add->from_use = 1;
+    return add;
+}
+
+/* Where gradients do not wait for the end of the step: the last use of `unit` may be reduced now. */
+static void llmpar__plan_complete(llmpar__plan *plan, int32_t unit, int32_t now, int32_t micro, int32_t again)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    if (unit < 0 || plan->units[unit].frozen || plan->uses_left[unit] || micro + 1 != policy->micro_batches) return;
+    int stored = llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS);
+    if (llmpar__plan_borrower(plan, unit) >= 0) {
+        if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, unit, unit == now, 0); /* the other use */
+        llmpar__plan_tie(plan, unit);
+    }
+    int norm_only = policy->update == LLMPAR_UPDATE_TWO_PASSES && !again;
+    if (policy->update != LLMPAR_UPDATE_TWO_PASSES || norm_only) llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE)->slot = 0;
+    if (stored) llmpar__plan_move_gradient(plan, LLMPAR_OP_STORE, unit, 0, 0);
+    if (norm_only) {
+        llmpar__plan_free_gradient(plan, unit, 0, 0);
+        plan->depth[unit * 2] = plan->depth[unit * 2 + 1] = 0;
+        plan->uses_left[unit] = llmpar__plan_borrower(plan, unit) >= 0 ? 2 : 1;
+    } else if (policy->update != LLMPAR_UPDATE_AFTER) {
+        llmpar__plan_update(plan, -1);
+    }
+}
+
+/* ---- steps ---- */
+
+static int llmpar__plan_stores_activations(const llmpar__plan *plan, int32_t unit)
+{
+    if (plan->schedule->policy.forward_only || !llmpar__plan_offloads(plan, LLMPAR_STATE_ACTIVATIONS)) return 0;
+    return unit >= plan->first && unit + 1 < plan->schedule->units && (unit > 0 || plan->units[unit].recompute != LLMPAR_RECOMPUTE_FULL); /* the first unit's input are the token ids */
+}
+
+static void llmpar__plan_wait_params(llmpar__plan *plan, llmpar_instruction *in)
+{
+    int32_t borrow = plan->units[in->unit].borrow - 1;
+    if (llmpar_policy_whole_params(&plan->schedule->policy)) return;
+    llmpar__plan_wait(in, plan->last_gather[in->unit]);
+    if (borrow >= 0) llmpar__plan_wait(in, plan->last_gather[borrow]);
+}
+
+static void llmpar__plan_forward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t again)
+{
+    llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
+    forward->pass = plan->schedule->policy.forward_only || unit < plan->first ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
+    forward->again = again;
+    llmpar__plan_wait_params(plan, forward);
+    if (llmpar__plan_stores_activations(plan, unit)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_ACTIVATIONS, unit)->micro_batch = micro;
+}
+
+static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micro, int32_t again)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    const llmpar_unit *u = &plan->units[unit];
+    int32_t borrow = u->borrow - 1, lender = borrow >= 0 && !plan->units[borrow].frozen ? borrow : -1;
+    int whole = llmpar_policy_whole_grads(policy);
+    /* Which buffer backward writes: the counter's next one, except where only shards are counted: then local buffer 0. */
+    int counted = policy->no_sync || whole;
+    if (plan->pending[0] == unit) llmpar__plan_free_pending(plan); /* the only unit with a gradient: that of the micro-batch before is still in the buffer */
+    if (unit > 0 && llmpar__plan_stores_activations(plan, unit - 1)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_ACTIVATIONS, unit - 1)->micro_batch = micro;
+    if (u->recompute == LLMPAR_RECOMPUTE_FULL) {
+        llmpar_instruction *recompute = llmpar__plan_emit(plan, LLMPAR_OP_RECOMPUTE, unit, micro, LLMPAR_STREAM_COMPUTE);
+        recompute->pass = LLMPAR_PASS_RECOMPUTE;
+        recompute->again = again;
+        llmpar__plan_wait_params(plan, recompute);
+    }
     llmpar_instruction *backward = llmpar__plan_emit(plan, LLMPAR_OP_BACKWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
-    if (!backward) return;
+    int32_t slot = u->frozen ? -1 : counted ? plan->depth[unit * 2]++ : 0, from = lender < 0 ? -1 : counted ? plan->depth[lender * 2 + 1]++ : 0, index = plan->schedule->count - 1;
     backward->pass = LLMPAR_PASS_BACKWARD;
     backward->slot = slot;
     backward->from = from;
-    backward->local = !policy->unsharded;
-    int32_t index = plan->schedule->count - 1;
-    if (!policy->unsharded) {
-        llmpar__plan_wait(backward, plan->last_gather[unit]);
-        if (borrow >= 0) llmpar__plan_wait(backward, plan->last_gather[borrow]);
-    }
+    backward->local = !whole;
+    backward->again = again;
+    if (u->recompute != LLMPAR_RECOMPUTE_FULL) llmpar__plan_wait_params(plan, backward);
     llmpar__plan_wait(backward, plan->last_grad_free);
-    /* The buffer that was reduced one step ago is freed now: this backward did not have to wait for that reduction. Before this step's own reduction, which the next backward then need not wait for either. */
-    if (pending[0] >= 0) llmpar__plan_free_local(plan, pending[0], 0, 0);
-    if (pending[1] >= 0) llmpar__plan_free_local(plan, pending[1], 1, 0);
-    int release = llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
-    int release_borrowed = borrow >= 0 ? llmpar__plan_gradient(plan, borrow, 1, micro, from, index) : 0;
-    pending[0] = release ? unit : -1;
-    pending[1] = release_borrowed ? borrow : -1;
+    llmpar__plan_free_pending(plan); /* before this step's own reduction, which the next backward then need not wait for either */
+    if (slot >= 0) llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
+    if (from >= 0) llmpar__plan_gradient(plan, lender, 1, micro, from, index);
 }
 
-static void llmpar__plan_step(llmpar__plan *plan, int32_t step, int32_t pending[2])
+static int32_t llmpar__plan_last_compute(const llmpar__plan *plan)
 {
-    int backward;
-    int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), micro = step / plan->steps_per_micro;
-    int32_t borrow = plan->units[unit].borrow - 1;
-    if (!plan->schedule->policy.unsharded) llmpar__plan_gathers(plan, step);
-    if (backward) {
-        llmpar__plan_backward(plan, unit, micro, pending);
-    } else {
-        llmpar_instruction *forward = llmpar__plan_emit(plan, LLMPAR_OP_FORWARD, unit, micro, LLMPAR_STREAM_COMPUTE);
-        if (!forward) return;
-        forward->pass = plan->schedule->policy.forward_only ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD;
-        if (!plan->schedule->policy.unsharded) {
-            llmpar__plan_wait(forward, plan->last_gather[unit]);
-            if (borrow >= 0) llmpar__plan_wait(forward, plan->last_gather[borrow]);
-        }
-    }
-    if (plan->schedule->policy.unsharded) return;
-    for (int32_t other = 0; other < n; other++)
-        if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
-            llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
-            plan->last_param_free = plan->schedule->count - 1;
-        }
+    int32_t compute = plan->schedule->count - 1;
+    while (compute >= 0 && plan->schedule->list[compute].stream != LLMPAR_STREAM_COMPUTE) compute--;
+    return compute;
 }
 
-/* Tied weights: g = g_head + g_embed, once, on the shard. Then norms, the one scalar reduction, the updates. */
+static void llmpar__plan_scalar(llmpar__plan *plan)
+{
+    int32_t compute = llmpar__plan_last_compute(plan);
+    llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
+    reduce->pass = 1;
+    llmpar__plan_wait(reduce, compute); /* it wrote gradients (whole) and the loss */
+}
+
+static void llmpar__plan_list_step(llmpar__plan *plan, int32_t step)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int backward;
+    int32_t n = plan->schedule->units, unit = llmpar__plan_unit(plan, step, &backward), pass = step / plan->steps_per_micro, micro = pass % policy->micro_batches, again = pass / policy->micro_batches;
+    if (again && step % plan->steps_per_micro == 0) llmpar__plan_scalar(plan);
+    if (!llmpar_policy_whole_params(policy)) llmpar__plan_gathers(plan, step);
+    if (backward) llmpar__plan_backward(plan, unit, micro, again);
+    else llmpar__plan_forward(plan, unit, micro, again);
+    if (!llmpar_policy_whole_params(policy))
+        for (int32_t other = 0; other < n; other++)
+            if (plan->flag[(size_t)step * (size_t)n + (size_t)other] & 2u) {
+                llmpar__plan_emit(plan, LLMPAR_OP_FREE, other, -1, LLMPAR_STREAM_COMPUTE);
+                plan->last_param_free = plan->schedule->count - 1;
+            }
+    if (!backward || !llmpar__plan_eager(plan)) return;
+    llmpar__plan_complete(plan, unit, unit, micro, again);
+    llmpar__plan_complete(plan, plan->units[unit].borrow - 1, unit, micro, again);
+}
+
+/* Norms, the one scalar reduction, the updates. */
 static void llmpar__plan_finish(llmpar__plan *plan)
 {
-    int32_t n = plan->schedule->units;
-    if (!plan->schedule->policy.forward_only) {
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t n = plan->schedule->units, compute = llmpar__plan_last_compute(plan);
+    if (policy->update == LLMPAR_UPDATE_TWO_PASSES && !policy->forward_only) return;
+    if (!policy->forward_only && !llmpar__plan_eager(plan)) {
         for (int32_t unit = 0; unit < n; unit++) {
-            int32_t borrow = plan->units[unit].borrow - 1;
-            if (borrow < 0) continue;
-            llmpar_instruction *add = llmpar__plan_emit(plan, LLMPAR_OP_ACCUMULATE, borrow, -1, LLMPAR_STREAM_REDUCE);
-            if (!add) return;
-            add->slot = add->from = 0;
-            add->from_use = 1;
-            if (plan->schedule->policy.unsharded) llmpar__plan_wait(add, plan->schedule->count - 2);
+            int32_t lender = plan->units[unit].borrow - 1;
+            if (lender < 0 || plan->units[lender].frozen) continue;
+            llmpar_instruction *add = llmpar__plan_tie(plan, lender);
+            if (llmpar_policy_whole_state(policy)) llmpar__plan_wait(add, plan->schedule->count - 2);
         }
         for (int32_t unit = 0; unit < n; unit++) {
+            if (plan->units[unit].frozen) continue;
             llmpar_instruction *norm = llmpar__plan_emit(plan, LLMPAR_OP_NORM, unit, -1, LLMPAR_STREAM_REDUCE);
-            if (!norm) return;
             norm->slot = 0;
+            if (llmpar_policy_whole_state(policy)) llmpar__plan_wait(norm, compute);
         }
     }
-    /* Behind the last compute instruction: it wrote gradients (unsharded) and the loss. */
-    int32_t compute = -1;
-    for (int32_t i = 0; i < plan->schedule->count; i++)
-        if (plan->schedule->list[i].stream == LLMPAR_STREAM_COMPUTE) compute = i;
-    if (!plan->schedule->policy.forward_only && plan->schedule->policy.unsharded)
-        for (int32_t i = 0; i < plan->schedule->count; i++)
-            if (plan->schedule->list[i].op == LLMPAR_OP_NORM) llmpar__plan_wait(&plan->schedule->list[i], compute);
-    llmpar_instruction *reduce = llmpar__plan_emit(plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_REDUCE);
-    if (!reduce) return;
-    reduce->pass = 1;
-    llmpar__plan_wait(reduce, compute);
-    if (plan->schedule->policy.forward_only) return;
+    llmpar__plan_scalar(plan);
     int32_t after = plan->schedule->count - 1;
-    for (int32_t unit = 0; unit < n; unit++) {
-        llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
-        if (!optim) return;
-        optim->slot = 0;
-        optim->predicate = LLMPAR_IF_FINITE;
-        llmpar__plan_wait(optim, after);
+    while (!policy->forward_only && plan->updated < plan->updates) llmpar__plan_update(plan, after);
+}
+
+/* The order of updates: as gradients become complete in backward, or by unit at the end. */
+static void llmpar__plan_update_order(llmpar__plan *plan)
+{
+    int32_t n = plan->schedule->units;
+    if (plan->schedule->policy.forward_only) return;
+    for (int32_t unit = 0; unit < n; unit++) plan->uses_left[unit] = plan->units[unit].frozen ? 0 : llmpar__plan_borrower(plan, unit) >= 0 ? 2 : 1;
+    if (plan->schedule->policy.update == LLMPAR_UPDATE_AFTER) {
+        for (int32_t unit = 0; unit < n; unit++)
+            if (!plan->units[unit].frozen) plan->update[plan->updates++] = unit;
+        return;
+    }
+    for (int32_t unit = n - 1; unit >= plan->first; unit--) {
+        int32_t lender = plan->units[unit].borrow - 1;
+        if (!plan->units[unit].frozen && llmpar__plan_borrower(plan, unit) < 0) plan->update[plan->updates++] = unit;
+        if (!plan->units[unit].frozen && llmpar__plan_borrower(plan, unit) > unit) plan->update[plan->updates++] = unit;
+        if (lender > unit && !plan->units[lender].frozen) plan->update[plan->updates++] = lender;
     }
 }
 
-static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+/* Adds the waits that data needs: what another stream wrote, or still reads, is complete first. */
+static void llmpar__plan_order(llmpar__plan *plan)
 {
-    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
-    if (policy->micro_batches < 1 || policy->micro_batches > (1 << 20)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: micro_batches = %d, expected 1 .. %d", (int)policy->micro_batches, 1 << 20);
-    if (policy->prefetch < 0 || policy->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: prefetch = %d, expected 0 .. 64", (int)policy->prefetch);
-    if (policy->replicas < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: replicas = %d, expected at least 1", (int)policy->replicas);
-    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+    llmpar_schedule *schedule = plan->schedule;
+    llmpar__order order;
+    llmpar__hazard hazard;
+    if (llmpar__order_create(&order, schedule->heap, schedule->list, schedule->count, plan->units, schedule->units, &schedule->policy)) {
+        plan->status = 1;
+        return;
+    }
+    for (int32_t at = 0; at < schedule->count; at++) {
+        llmpar__order_begin(&order, at);
+        while (llmpar__order_hazard(&order, at, &hazard)) {
+            llmpar__plan_wait(&schedule->list[at], hazard.earlier);
+            llmpar__order_wait(&order, at, hazard.earlier);
+        }
+        llmpar__order_end(&order, at);
+    }
+    llmpar__order_destroy(&order);
+}
+
+/* ---- policies ---- */
+
+static llmpar_status llmpar__plan_check_units(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
     for (int32_t unit = 0; unit < unit_count; unit++) {
         int32_t borrow = units[unit].borrow - 1;
         if (borrow >= unit_count || borrow < -1 || borrow == unit || (borrow >= 0 && units[borrow].borrow))
             return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s borrows unit %d, expected another unit that borrows none", units[unit].name, (int)borrow);
         for (int32_t other = 0; other < unit && borrow >= 0; other++)
             if (units[other].borrow - 1 == borrow) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: units %s and %s both borrow unit %s, expected one borrower", units[other].name, units[unit].name, units[borrow].name);
+        if ((int)units[unit].recompute < 0 || units[unit].recompute > LLMPAR_RECOMPUTE_FULL)
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: recompute = %d, expected 0 .. %d", units[unit].name, (int)units[unit].recompute, (int)LLMPAR_RECOMPUTE_FULL);
     }
+    if (units[unit_count - 1].recompute == LLMPAR_RECOMPUTE_FULL)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: unit %s: full recomputation of the last unit, expected none or selective: its backward follows its forward at once", units[unit_count - 1].name);
+    if (!policy->forward_only && llmpar_schedule_first_backward(units, unit_count) == unit_count)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: all %d units are frozen, expected one to train (or a forward-only schedule)", (int)unit_count);
     return LLMPAR_OK;
+}
+
+/* Pairs that exclude each other. */
+static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpar_error *error)
+{
+    int inside = policy->update != LLMPAR_UPDATE_AFTER && !policy->forward_only;
+    if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
+    if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
+    if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+{
+    const struct { const char *name; int32_t value, low, high; } range[] = {
+        {"micro_batches", policy->micro_batches, 1, 1 << 20}, {"prefetch", policy->prefetch, 0, 4}, {"prefetch_backward", policy->prefetch_backward, 0, 4}, {"replicas", policy->replicas, 1, INT32_MAX}, {"shards", policy->shards, 1, INT32_MAX},
+        {"zero", policy->zero, LLMPAR_ZERO_0, LLMPAR_ZERO_3}, {"reshard", (int32_t)policy->reshard, LLMPAR_RESHARD_NOT_LAST, LLMPAR_RESHARD_EVERY}, {"reshard_every", policy->reshard_every, 1, INT32_MAX},
+        {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
+    };
+    if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
+    for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
+        if (range[i].value < range[i].low || range[i].value > range[i].high)
+            return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %s = %d, expected %d .. %d", range[i].name, (int)range[i].value, (int)range[i].low, (int)range[i].high);
+    if ((int64_t)unit_count * policy->micro_batches > ((int64_t)1 << 24)) /* a few instructions each, counted in 32 bits */
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units x %d micro-batches, expected at most %d together", (int)unit_count, (int)policy->micro_batches, 1 << 24);
+    llmpar_status status = llmpar__plan_check_units(units, unit_count, policy, error);
+    return status ? status : llmpar__plan_check_pairs(policy, error);
 }
 
 LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
 {
     llmpar_policy resolved = *policy;
     *out = NULL;
-    if (resolved.micro_batches == 0) resolved.micro_batches = 1;
-    if (resolved.replicas == 0) resolved.replicas = 1;
+    llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__plan_check(units, unit_count, &resolved, error);
     if (status) return status;
     llmpar__plan plan;
@@ -12569,26 +15341,31 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     schedule->heap = heap;
     schedule->units = unit_count;
     schedule->policy = resolved;
+    schedule->capacity = 64;
+    schedule->list = (llmpar_instruction *)llmpar_heap_alloc(heap, (size_t)schedule->capacity, sizeof *schedule->list);
     plan.schedule = schedule;
     plan.units = units;
-    plan.steps_per_micro = resolved.forward_only ? unit_count : 2 * unit_count;
-    plan.steps = plan.steps_per_micro * resolved.micro_batches;
-    plan.last_param_free = plan.last_grad_free = -1;
+    plan.first = resolved.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
+    plan.steps_per_micro = 2 * unit_count - plan.first;
+    plan.steps = plan.steps_per_micro * resolved.micro_batches * (resolved.update == LLMPAR_UPDATE_TWO_PASSES && !resolved.forward_only ? 2 : 1);
+    plan.last_param_free = plan.last_grad_free = plan.pending[0] = plan.pending[1] = -1;
     plan.flag = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)plan.steps, (size_t)unit_count);
-    plan.last_gather = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof(int32_t));
-    plan.depth = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 2, sizeof(int32_t));
-    if (!plan.flag || !plan.last_gather || !plan.depth) plan.status = 1;
+    int32_t *per_unit = (int32_t *)llmpar_heap_zalloc(heap, (size_t)unit_count * 5, sizeof(int32_t));
+    plan.last_gather = per_unit;
+    plan.uses_left = per_unit + unit_count;
+    plan.update = per_unit + 2 * unit_count;
+    plan.depth = per_unit + 3 * unit_count;
+    if (!schedule->list || !plan.flag || !per_unit) plan.status = 1;
     if (!plan.status) {
-        int32_t pending[2] = {-1, -1};
         llmpar__plan_residency(&plan);
+        llmpar__plan_update_order(&plan);
         llmpar__plan_emit(&plan, LLMPAR_OP_SCALAR_REDUCE, -1, -1, LLMPAR_STREAM_COMPUTE);
-        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_step(&plan, step, pending);
-        if (pending[0] >= 0) llmpar__plan_free_local(&plan, pending[0], 0, 0);
-        if (pending[1] >= 0) llmpar__plan_free_local(&plan, pending[1], 1, 0);
+        for (int32_t step = 0; step < plan.steps && !plan.status; step++) llmpar__plan_list_step(&plan, step);
+        llmpar__plan_free_pending(&plan);
         llmpar__plan_finish(&plan);
     }
-    llmpar_heap_free(heap, plan.depth);
-    llmpar_heap_free(heap, plan.last_gather);
+    if (!plan.status) llmpar__plan_order(&plan);
+    llmpar_heap_free(heap, per_unit);
     llmpar_heap_free(heap, plan.flag);
     if (plan.status) {
         llmpar_schedule_destroy(schedule);
@@ -12604,6 +15381,32 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
     llmpar_heap *heap = schedule->heap;
     llmpar_heap_free(heap, schedule->list);
     llmpar_heap_free(heap, schedule);
+}
+/* ==== src/fsdp/schedule_print.c ==== */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
+{
+    switch (op) {
+    case LLMPAR_OP_GATHER: return "GATHER";
+    case LLMPAR_OP_FREE: return "FREE";
+    case LLMPAR_OP_FORWARD: return "FORWARD";
+    case LLMPAR_OP_BACKWARD: return "BACKWARD";
+    case LLMPAR_OP_REDUCE: return "REDUCE";
+    case LLMPAR_OP_REDUCE_REPLICA: return "REDUCE_REPLICA";
+    case LLMPAR_OP_ACCUMULATE: return "ACCUMULATE";
+    case LLMPAR_OP_NORM: return "NORM";
+    case LLMPAR_OP_SCALAR_REDUCE: return "SCALAR_REDUCE";
+    case LLMPAR_OP_OPTIM: return "OPTIM";
+    case LLMPAR_OP_RECOMPUTE: return "RECOMPUTE";
+    case LLMPAR_OP_CAST: return "CAST";
+    case LLMPAR_OP_FETCH: return "FETCH";
+    case LLMPAR_OP_STORE: return "STORE";
+    }
+    return "?";
 }
 
 /* Text that may be longer than its buffer: counts what it would take. */
@@ -12630,9 +15433,60 @@ static void llmpar__schedule_put_ops(llmpar__schedule_text *out, const llmpar_un
     }
 }
 
-LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, char *text, size_t capacity)
+/* 1,048,576 B */
+static void llmpar__schedule_put_bytes(llmpar__schedule_text *out, uint64_t bytes)
 {
-    static const char *const stream[] = {"compute", "gather", "reduce", "tp"};
+    uint64_t unit = 1;
+    while (bytes / unit >= 1000) unit *= 1000;
+    llmpar__schedule_put(out, "  %u", (unsigned)(bytes / unit));
+    while (unit >= 1000) {
+        unit /= 1000;
+        llmpar__schedule_put(out, ",%03u", (unsigned)(bytes / unit % 1000));
+    }
+    llmpar__schedule_put(out, " B");
+}
+
+static void llmpar__schedule_put_operands(llmpar__schedule_text *out, const llmpar_unit *units, const llmpar_instruction *in, int in_place)
+{
+    static const char *const state[] = {"optimizer", "params", "grads", "activations"};
+    const char *kind = in->local ? "local" : "shard", *use = in->use ? ".borrowed" : "";
+    if (in->unit >= 0) llmpar__schedule_put(out, " %s", units[in->unit].name);
+    switch (in->op) {
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE: llmpar__schedule_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : ""); break;
+    case LLMPAR_OP_BACKWARD:
+        llmpar__schedule_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : "");
+        if (in->slot >= 0) llmpar__schedule_put(out, " -> %s%d", kind, (int)in->slot);
+        if (in->from >= 0) llmpar__schedule_put(out, "%s %s.borrowed %s%d", in->slot >= 0 ? "," : " ->", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
+        break;
+    case LLMPAR_OP_SCALAR_REDUCE: llmpar__schedule_put(out, "%s", in->pass ? " loss, norm" : " tokens"); break;
+    case LLMPAR_OP_REDUCE:
+        if (in_place) llmpar__schedule_put(out, "%s shard%d in place", use, (int)in->slot);
+        else llmpar__schedule_put(out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
+        break;
+    case LLMPAR_OP_ACCUMULATE: llmpar__schedule_put(out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from); break;
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) llmpar__schedule_put(out, "%s %s%d", use, kind, (int)in->slot);
+        else if (in->what == LLMPAR_STATE_PARAMS) llmpar__schedule_put(out, " fetched shard");
+        break;
+    case LLMPAR_OP_REDUCE_REPLICA:
+    case LLMPAR_OP_NORM:
+    case LLMPAR_OP_OPTIM: llmpar__schedule_put(out, "%s %s%d", use, kind, (int)in->slot); break;
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE:
+        llmpar__schedule_put(out, "%s %s", use, state[in->what]);
+        if (in->what == LLMPAR_STATE_GRADS) llmpar__schedule_put(out, " shard%d", (int)in->slot);
+        if (in->what == LLMPAR_STATE_ACTIVATIONS) llmpar__schedule_put(out, " mb%d", (int)in->micro_batch);
+        break;
+    case LLMPAR_OP_GATHER:
+    case LLMPAR_OP_CAST: break;
+    }
+    if (in->predicate == LLMPAR_IF_FINITE) llmpar__schedule_put(out, " if finite");
+}
+
+LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity)
+{
+    static const char *const stream[] = {"compute", "gather", "reduce", "tp", "offload"};
     llmpar__schedule_text out;
     out.text = text;
     out.capacity = capacity;
@@ -12641,22 +15495,13 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
     for (int32_t i = 0; i < schedule->count; i++) {
         const llmpar_instruction *in = &schedule->list[i];
         llmpar__schedule_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
-        if (in->unit >= 0) llmpar__schedule_put(&out, " %s", units[in->unit].name);
-        if (in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " mb%d", (int)in->micro_batch);
-        if (in->op == LLMPAR_OP_SCALAR_REDUCE) llmpar__schedule_put(&out, "%s", in->pass ? " loss, norm" : " tokens");
-        const char *kind = in->local ? "local" : "shard";
-        const char *use = in->use ? ".borrowed" : "";
-        if (in->op == LLMPAR_OP_BACKWARD) llmpar__schedule_put(&out, " -> %s%d", kind, (int)in->slot);
-        if (in->op == LLMPAR_OP_BACKWARD && in->from >= 0) llmpar__schedule_put(&out, ", %s.borrowed %s%d", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
-        if (in->op == LLMPAR_OP_REDUCE) llmpar__schedule_put(&out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
-        if (in->op == LLMPAR_OP_ACCUMULATE) llmpar__schedule_put(&out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from);
-        if ((in->op == LLMPAR_OP_FREE && in->slot >= 0) || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM) llmpar__schedule_put(&out, "%s %s%d", use, kind, (int)in->slot);
-        if (in->predicate == LLMPAR_IF_FINITE) llmpar__schedule_put(&out, " if finite");
+        llmpar__schedule_put_operands(&out, units, in, llmpar_policy_whole_grads(&schedule->policy));
+        if (bytes && bytes[i]) llmpar__schedule_put_bytes(&out, bytes[i]);
         for (int32_t w = 0; w < in->wait_count; w++) llmpar__schedule_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
         llmpar__schedule_put(&out, "\n");
         /* A unit's own list: the first time a unit with this list runs. */
         if (in->op != LLMPAR_OP_FORWARD && in->op != LLMPAR_OP_BACKWARD) continue;
-        int seen = in->micro_batch > 0;
+        int seen = in->micro_batch > 0 || in->again;
         const llmpar_unit_op *ops = in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward : units[in->unit].backward;
         for (int32_t j = 0; j < i && !seen; j++)
             if (schedule->list[j].op == in->op && (in->op == LLMPAR_OP_FORWARD ? units[schedule->list[j].unit].forward : units[schedule->list[j].unit].backward) == ops) seen = 1;
@@ -12668,31 +15513,32 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
 
 #include <string.h>
 
-/* A list is walked once. Order between streams is proved with vector clocks: clock[i][s] is the last instruction of stream s that is complete before
-   instruction i starts. Gradient buffers carry what is in them: how many (use, micro-batch) gradients, and the sum of one random number for each, so that a lost, doubled or foreign one shows. */
+/* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
+   Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
 typedef struct llmpar__buffer {
-    int32_t live, writer, consumed, reduced, replica, normed;
-    int32_t reader[LLMPAR_STREAM_COUNT]; /* last reading instruction of each stream, -1 */
+    int32_t live, stored, writer, consumed, reduced, replica, normed;
     int64_t gradients;
-    uint64_t content;
+    uint64_t content, order;
 } llmpar__buffer;
 
 typedef struct llmpar__unit_state {
     int32_t gathered;                    /* instruction, -1 */
-    int32_t reader[LLMPAR_STREAM_COUNT];
-    int32_t last_gather;                 /* also after its FREE: it read the shard */
-    int32_t forwards, backwards, last_forward, last_backward, updated;
+    int32_t has_params, has_state;       /* what is offloaded and on the device now */
+    int32_t dirty;                       /* the fetched parameters were changed */
+    int32_t forwards, backwards;         /* over all passes */
+    int32_t normed, updated, cast, regathered;
     llmpar__buffer buffer[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot] */
 } llmpar__unit_state;
+
+enum { LLMPAR__HAS_SAVED = 1, LLMPAR__HAS_INPUT = 2, LLMPAR__HAS_RUN = 4, LLMPAR__IN_STORE = 8 };
 
 typedef struct llmpar__proof {
     const llmpar_instruction *list;
     const llmpar_unit *units;
-    int32_t count, unit_count, at, scalar[2];
-    int32_t norm[LLMPAR_STREAM_COUNT]; /* last NORM of each stream, -1: they add into one accumulator */
+    int32_t count, unit_count, first, passes, at, scalar[2];
     llmpar_policy policy;
     llmpar__unit_state *state;
-    int32_t (*clock)[LLMPAR_STREAM_COUNT];
+    unsigned char *saved;                /* [units][micro_batches] LLMPAR__HAS_SAVED .. */
     llmpar_error *error;
 } llmpar__proof;
 
@@ -12703,183 +15549,238 @@ static llmpar_status llmpar__proof_fail(llmpar__proof *proof, const char *reason
     return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: instruction %d, %s %s: %s", (int)proof->at, llmpar_op_name(in->op), unit, reason);
 }
 
-/* Is instruction `earlier` complete before the one at hand starts? */
-static int llmpar__proof_after(const llmpar__proof *proof, int32_t earlier)
-{
-    return earlier < 0 || proof->clock[proof->at][proof->list[earlier].stream] >= earlier;
-}
+static int llmpar__proof_offloads(const llmpar__proof *proof, llmpar_state what) { return (int)(proof->policy.offload >> (unsigned)what & 1u); }
+static int llmpar__proof_borrows(const llmpar__proof *proof, int32_t unit) { return proof->units[unit].borrow && !proof->units[proof->units[unit].borrow - 1].frozen; } /* and hands a gradient back */
 
-static int llmpar__proof_after_readers(const llmpar__proof *proof, const int32_t reader[LLMPAR_STREAM_COUNT])
-{
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
-        if (!llmpar__proof_after(proof, reader[s])) return 0;
-    return 1;
-}
+/* ---- what a gradient is ---- */
 
-static void llmpar__proof_no_readers(int32_t reader[LLMPAR_STREAM_COUNT])
+static uint64_t llmpar__proof_mix(uint64_t x) /* splitmix64 */
 {
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) reader[s] = -1;
-}
-
-/* A number that stands for one gradient (splitmix64). */
-static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t micro)
-{
-    uint64_t x = ((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)micro << 1) + (uint64_t)use + 0x9e3779b97f4a7c15ull;
+    x += 0x9e3779b97f4a7c15ull;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
 
-static int llmpar__proof_borrowed(const llmpar__proof *proof, int32_t unit)
+/* A number that stands for one gradient. */
+static uint64_t llmpar__proof_token(int32_t unit, int32_t use, int32_t run) { return llmpar__proof_mix(((uint64_t)(uint32_t)unit << 33) + ((uint64_t)(uint32_t)run << 1) + (uint64_t)use); }
+static uint64_t llmpar__proof_sum(uint64_t left, uint64_t right) { return llmpar__proof_mix(left * 3 + right); }
+
+static int llmpar__proof_lent(const llmpar__proof *proof, int32_t unit)
 {
     for (int32_t i = 0; i < proof->unit_count; i++)
         if (proof->units[i].borrow - 1 == unit) return 1;
     return 0;
 }
 
-static int llmpar__proof_complete(const llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer)
+/* The whole gradient of one use in the order of the policy: a binary counter of micro-batches, or a chain; and its content. `again`: of the second pass. */
+static uint64_t llmpar__proof_expected(const llmpar__proof *proof, int32_t unit, int32_t use, int32_t again, uint64_t *content)
 {
-    int uses = 1 + llmpar__proof_borrowed(proof, unit);
-    uint64_t content = 0;
-    for (int use = 0; use < uses; use++)
-        for (int32_t m = 0; m < proof->policy.micro_batches; m++) content += llmpar__proof_token(unit, use, m);
-    return buffer->gradients == (int64_t)uses * proof->policy.micro_batches && buffer->content == content;
+    uint64_t stack[34];
+    int32_t depth = 0, n = proof->policy.micro_batches;
+    for (int32_t m = 0; m < n; m++) {
+        stack[depth++] = llmpar__proof_token(unit, use, again * n + m);
+        *content += stack[depth - 1];
+        for (int32_t bits = m + 1; depth > 1 && ((bits & 1) == 0 || m + 1 == n || proof->policy.chain); bits >>= 1, depth--) stack[depth - 2] = llmpar__proof_sum(stack[depth - 2], stack[depth - 1]);
+    }
+    return stack[0];
 }
 
-static llmpar__buffer *llmpar__proof_buffer(llmpar__proof *proof, int32_t unit, int32_t use, int32_t local, int32_t slot)
+static llmpar_status llmpar__proof_complete(llmpar__proof *proof, int32_t unit, const llmpar__buffer *buffer, int32_t again)
 {
-    return &proof->state[unit].buffer[use][local][slot];
+    int uses = 1 + llmpar__proof_lent(proof, unit);
+    uint64_t content = 0, order = llmpar__proof_expected(proof, unit, 0, again, &content);
+    if (uses == 2) order = llmpar__proof_sum(order, llmpar__proof_expected(proof, unit, 1, again, &content));
+    if (buffer->gradients != (int64_t)uses * proof->policy.micro_batches || buffer->content != content) return llmpar__proof_fail(proof, "the gradient does not hold every micro-batch and use exactly once");
+    if (buffer->order != order) return llmpar__proof_fail(proof, "micro-batches were added in another order than the policy's");
+    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
+    return LLMPAR_OK;
 }
+
+static llmpar__buffer *llmpar__proof_buffer(llmpar__proof *proof, int32_t unit, int32_t use, int32_t local, int32_t slot) { return &proof->state[unit].buffer[use][local][slot]; }
 
 static void llmpar__proof_write(llmpar__proof *proof, llmpar__buffer *buffer)
 {
     memset(buffer, 0, sizeof *buffer);
     buffer->live = 1;
     buffer->writer = proof->at;
-    llmpar__proof_no_readers(buffer->reader);
 }
 
-static llmpar_status llmpar__proof_read(llmpar__proof *proof, llmpar__buffer *buffer)
+static llmpar_status llmpar__proof_read(llmpar__proof *proof, const llmpar__buffer *buffer)
 {
     if (!buffer->live) return llmpar__proof_fail(proof, "reads a gradient buffer that nothing has written");
-    if (!llmpar__proof_after(proof, buffer->writer)) return llmpar__proof_fail(proof, "reads a gradient buffer without waiting for its writer");
-    buffer->reader[proof->list[proof->at].stream] = proof->at;
+    if (buffer->stored) return llmpar__proof_fail(proof, "reads a gradient that is in its store");
     return LLMPAR_OK;
+}
+
+/* ---- operands ---- */
+
+static llmpar_status llmpar__proof_slots(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    int grads = (in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE) && in->what == LLMPAR_STATE_GRADS, backward = in->op == LLMPAR_OP_BACKWARD;
+    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
+    if (in->op == LLMPAR_OP_SCALAR_REDUCE) return LLMPAR_OK;
+    if (backward && proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
+    if (backward && in->slot >= 0 && proof->units[in->unit].frozen) return llmpar__proof_fail(proof, "writes the gradient of a frozen unit");
+    if (backward && in->from >= 0 && !llmpar__proof_borrows(proof, in->unit)) return llmpar__proof_fail(proof, "writes the gradient of a unit that it does not borrow, or that is frozen");
+    int needs_slot = grads || in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_ACCUMULATE || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM || (backward && !proof->units[in->unit].frozen);
+    int needs_from = in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_ACCUMULATE || (backward && llmpar__proof_borrows(proof, in->unit));
+    return (needs_slot && in->slot < 0) || (needs_from && in->from < 0) ? llmpar__proof_fail(proof, "a gradient buffer is missing") : LLMPAR_OK;
 }
 
 static llmpar_status llmpar__proof_operands(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_OPTIM) return llmpar__proof_fail(proof, "no such op");
+    if ((int)in->op < LLMPAR_OP_GATHER || (int)in->op > LLMPAR_OP_STORE) return llmpar__proof_fail(proof, "no such op");
+    int runs = in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_RECOMPUTE || in->op == LLMPAR_OP_BACKWARD, moves = in->op == LLMPAR_OP_FETCH || in->op == LLMPAR_OP_STORE;
     if ((int)in->stream < 0 || (int)in->stream >= LLMPAR_STREAM_COUNT) return llmpar__proof_fail(proof, "no such stream");
     if (in->op != LLMPAR_OP_SCALAR_REDUCE && (in->unit < 0 || in->unit >= proof->unit_count)) return llmpar__proof_fail(proof, "no such unit");
     if (in->use < 0 || in->use > 1 || in->from_use < 0 || in->from_use > 1 || in->local < 0 || in->local > 1) return llmpar__proof_fail(proof, "use or local is neither 0 nor 1");
-    if (in->slot < -1 || in->slot >= LLMPAR_GRAD_SLOTS || in->from < -1 || in->from >= LLMPAR_GRAD_SLOTS) return llmpar__proof_fail(proof, "no such gradient buffer");
-    if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
-    if ((in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_BACKWARD) && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
-    if (in->predicate != LLMPAR_ALWAYS && in->op != LLMPAR_OP_OPTIM) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM asks");
+    if (moves && ((int)in->what < 0 || (int)in->what >= LLMPAR_STATE_COUNT)) return llmpar__proof_fail(proof, "no such state");
+    if ((runs || (moves && in->what == LLMPAR_STATE_ACTIVATIONS)) && (in->micro_batch < 0 || in->micro_batch >= proof->policy.micro_batches)) return llmpar__proof_fail(proof, "no such micro-batch");
+    if (runs && (in->again < 0 || in->again >= proof->passes)) return llmpar__proof_fail(proof, "no such pass over the step");
+    if (runs && in->stream != LLMPAR_STREAM_COMPUTE) return llmpar__proof_fail(proof, "is not on the compute stream, where units run");
+    int asks = in->op == LLMPAR_OP_OPTIM || in->op == LLMPAR_OP_CAST || (in->op == LLMPAR_OP_GATHER && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy));
+    if (in->predicate != LLMPAR_ALWAYS && !(asks && in->predicate == LLMPAR_IF_FINITE)) return llmpar__proof_fail(proof, "has a predicate, which only OPTIM and what follows from it ask");
+    if (asks && in->predicate == LLMPAR_ALWAYS && proof->policy.update != LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
+    if (asks && in->predicate == LLMPAR_IF_FINITE && proof->policy.update == LLMPAR_UPDATE_INSIDE) return llmpar__proof_fail(proof, "asks whether gradients are finite before that is known");
     if (in->wait_count < 0 || in->wait_count > LLMPAR_WAITS) return llmpar__proof_fail(proof, "more waits than an instruction holds");
     for (int32_t w = 0; w < in->wait_count; w++)
         if (in->waits[w] < 0 || in->waits[w] >= proof->at) return llmpar__proof_fail(proof, "waits for an instruction that does not come before it (streams would deadlock)");
-    int needs_slot = in->op == LLMPAR_OP_BACKWARD || in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_REDUCE_REPLICA || in->op == LLMPAR_OP_ACCUMULATE || in->op == LLMPAR_OP_NORM || in->op == LLMPAR_OP_OPTIM;
-    int needs_from = in->op == LLMPAR_OP_REDUCE || in->op == LLMPAR_OP_ACCUMULATE || (in->op == LLMPAR_OP_BACKWARD && proof->units[in->unit].borrow);
-    if ((needs_slot && in->slot < 0) || (needs_from && in->from < 0)) return llmpar__proof_fail(proof, "a gradient buffer is missing");
-    return LLMPAR_OK;
+    return llmpar__proof_slots(proof, in);
 }
 
-static void llmpar__proof_clock(llmpar__proof *proof, const llmpar_instruction *in, int32_t last[LLMPAR_STREAM_COUNT], int32_t host[LLMPAR_STREAM_COUNT])
-{
-    int32_t *clock = proof->clock[proof->at];
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) clock[s] = host[s];
-    for (int32_t w = -1; w < in->wait_count; w++) {
-        int32_t earlier = w < 0 ? last[in->stream] : in->waits[w];
-        if (earlier < 0) continue;
-        for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
-            if (proof->clock[earlier][s] > clock[s]) clock[s] = proof->clock[earlier][s];
-        if (earlier > clock[proof->list[earlier].stream]) clock[proof->list[earlier].stream] = earlier;
-    }
-    last[in->stream] = proof->at;
-    if (in->op == LLMPAR_OP_SCALAR_REDUCE) { /* the host waits for it: whatever comes later comes after it */
-        for (int s = 0; s < LLMPAR_STREAM_COUNT; s++)
-            if (clock[s] > host[s]) host[s] = clock[s];
-        if (proof->at > host[in->stream]) host[in->stream] = proof->at;
-    }
-}
+/* ---- units ---- */
 
 static llmpar_status llmpar__proof_params(llmpar__proof *proof, int32_t unit)
 {
-    llmpar__unit_state *state = &proof->state[unit];
-    if (proof->policy.unsharded) return LLMPAR_OK;
-    if (state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
-    if (!llmpar__proof_after(proof, state->gathered)) return llmpar__proof_fail(proof, "uses parameters without waiting for their gather");
-    state->reader[proof->list[proof->at].stream] = proof->at;
+    const llmpar__unit_state *state = &proof->state[unit];
+    if (!llmpar_policy_whole_params(&proof->policy) && state->gathered < 0) return llmpar__proof_fail(proof, "uses parameters that are not gathered");
+    return state->updated ? llmpar__proof_fail(proof, "uses parameters after their update") : LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_forward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    int eval = proof->policy.forward_only || in->unit < proof->first;
+    if (in->pass != (eval ? LLMPAR_PASS_EVAL : LLMPAR_PASS_FORWARD)) return llmpar__proof_fail(proof, "its pass does not fit the policy");
+    if (state->forwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
+    if (in->unit > 0 && proof->state[in->unit - 1].forwards <= run) return llmpar__proof_fail(proof, "runs before the unit in front of it");
+    if (in->again && proof->scalar[1] < 0) return llmpar__proof_fail(proof, "begins the second pass before the norm of the first is known");
+    state->forwards++;
+    if (eval) *saved = 0;
+    else *saved |= proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? LLMPAR__HAS_RUN : LLMPAR__HAS_RUN | LLMPAR__HAS_SAVED;
+    if (in->unit + 1 < proof->unit_count) saved[proof->policy.micro_batches] = LLMPAR__HAS_INPUT; /* of the next unit */
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_recompute(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+{
+    const llmpar__unit_state *state = &proof->state[in->unit];
+    if (in->pass != LLMPAR_PASS_RECOMPUTE) return llmpar__proof_fail(proof, "its pass does not fit the policy");
+    if (proof->units[in->unit].recompute != LLMPAR_RECOMPUTE_FULL || in->unit < proof->first) return llmpar__proof_fail(proof, "recomputes a unit that keeps what its backward needs");
+    if (state->forwards <= run || state->backwards > run) return llmpar__proof_fail(proof, "recomputes before the forward or after the backward");
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "recomputes from an input that is in its store");
+    if (*saved & LLMPAR__HAS_SAVED) return llmpar__proof_fail(proof, "recomputes activations that are there already");
+    *saved |= LLMPAR__HAS_SAVED;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_backward(llmpar__proof *proof, const llmpar_instruction *in, int32_t run, unsigned char *saved)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    int32_t borrow = proof->units[in->unit].borrow - 1, last = in->unit + 1 == proof->unit_count;
+    int whole = llmpar_policy_whole_grads(&proof->policy);
+    if (in->unit < proof->first) return llmpar__proof_fail(proof, "backward of a unit in front of everything that is trained");
+    if (state->backwards != run) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
+    if ((last ? state->forwards : proof->state[in->unit + 1].backwards) <= run) return llmpar__proof_fail(proof, "runs before the unit behind it");
+    if (in->unit > 0 && !(*saved & LLMPAR__HAS_INPUT)) return llmpar__proof_fail(proof, "uses activations that are in their store");
+    if (!(*saved & LLMPAR__HAS_SAVED)) return llmpar__proof_fail(proof, *saved & LLMPAR__IN_STORE ? "uses activations that are in their store" : "uses activations that were not recomputed");
+    for (int use = 0; use < 2; use++) {
+        int32_t unit = use ? borrow : in->unit, slot = use ? in->from : in->slot;
+        if (slot < 0) continue;
+        llmpar__buffer *buffer = llmpar__proof_buffer(proof, unit, use, in->local, slot);
+        if (buffer->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
+        if (!in->local && !whole) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
+        if (in->local && whole) return llmpar__proof_fail(proof, "writes local gradients where they are reduced in place");
+        llmpar__proof_write(proof, buffer);
+        buffer->gradients = 1;
+        buffer->content = buffer->order = llmpar__proof_token(unit, use, run);
+        buffer->reduced = llmpar_policy_whole_state(&proof->policy);
+    }
+    *saved = 0;
+    state->backwards++;
     return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__proof_compute(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    llmpar__unit_state *state = &proof->state[in->unit];
-    int32_t borrow = proof->units[in->unit].borrow - 1, n = proof->unit_count;
+    int32_t borrow = proof->units[in->unit].borrow - 1, run = in->again * proof->policy.micro_batches + in->micro_batch;
+    unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
     if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
     llmpar_status status = llmpar__proof_params(proof, in->unit);
     if (!status && borrow >= 0) status = llmpar__proof_params(proof, borrow);
     if (status) return status;
-    if (in->op == LLMPAR_OP_FORWARD) {
-        if ((in->pass == LLMPAR_PASS_EVAL) != (proof->policy.forward_only != 0) || in->pass == LLMPAR_PASS_BACKWARD) return llmpar__proof_fail(proof, "its pass does not fit the policy");
-        if (state->forwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-        if (in->unit > 0 && (proof->state[in->unit - 1].forwards <= in->micro_batch || !llmpar__proof_after(proof, proof->state[in->unit - 1].last_forward))) return llmpar__proof_fail(proof, "runs before the unit in front of it");
-        state->forwards++;
-        state->last_forward = proof->at;
-        return LLMPAR_OK;
-    }
-    if (proof->policy.forward_only) return llmpar__proof_fail(proof, "backward in a forward-only schedule");
-    if (state->backwards != in->micro_batch) return llmpar__proof_fail(proof, "micro-batches are not run once each, in order");
-    const llmpar__unit_state *behind = &proof->state[in->unit + 1 < n ? in->unit + 1 : in->unit];
-    int32_t needed = in->unit + 1 < n ? behind->last_backward : state->last_forward;
-    if ((in->unit + 1 < n ? behind->backwards : state->forwards) <= in->micro_batch || !llmpar__proof_after(proof, needed)) return llmpar__proof_fail(proof, "runs before the unit behind it");
-    for (int use = 0; use < (borrow >= 0 ? 2 : 1); use++) {
-        int32_t unit = use ? borrow : in->unit;
-        llmpar__buffer *buffer = llmpar__proof_buffer(proof, unit, use, in->local, use ? in->from : in->slot);
-        if (buffer->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-        llmpar__proof_write(proof, buffer);
-        buffer->gradients = 1;
-        buffer->content = llmpar__proof_token(unit, use, in->micro_batch);
-        if (!in->local && !proof->policy.unsharded) return llmpar__proof_fail(proof, "writes whole gradients into a shard buffer");
-        buffer->reduced = !in->local;
-    }
-    state->backwards++;
-    state->last_backward = proof->at;
-    return LLMPAR_OK;
+    if (in->op == LLMPAR_OP_FORWARD) return llmpar__proof_forward(proof, in, run, saved);
+    return in->op == LLMPAR_OP_RECOMPUTE ? llmpar__proof_recompute(proof, in, run, saved) : llmpar__proof_backward(proof, in, run, saved);
 }
+
+/* ---- gradients ---- */
+
+/* The sum over ranks is taken of single micro-batches, or (no_sync) of their whole local sum: anything else is another sum. */
+static int llmpar__proof_reducible(const llmpar__proof *proof, const llmpar__buffer *buffer) { return buffer->gradients == (proof->policy.no_sync ? proof->policy.micro_batches : 1); }
 
 static llmpar_status llmpar__proof_reduce(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    llmpar__buffer *from = llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from), *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    if (proof->policy.unsharded) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
+    int in_place = llmpar_policy_whole_grads(&proof->policy);
+    llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot), *from = in_place ? to : llmpar__proof_buffer(proof, in->unit, in->use, 1, in->from);
+    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "reduces into shards where gradients are whole");
+    if (in_place && in->from != in->slot) return llmpar__proof_fail(proof, "reduces from another buffer where gradients are reduced in place");
     llmpar_status status = llmpar__proof_read(proof, from);
     if (status) return status;
-    if (from->consumed) return llmpar__proof_fail(proof, "reduces a gradient twice");
-    if (to->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
-    from->consumed = 1;
-    llmpar__proof_write(proof, to);
+    if (from->consumed || from->reduced) return llmpar__proof_fail(proof, "reduces a gradient twice");
+    if (!in_place && to->live) return llmpar__proof_fail(proof, "overwrites a gradient buffer that is still needed");
+    if (!llmpar__proof_reducible(proof, from)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    from->consumed = !in_place;
+    if (!in_place) llmpar__proof_write(proof, to);
     to->gradients = from->gradients;
     to->content = from->content;
+    to->order = from->order;
     to->reduced = 1;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_replica(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    if (proof->policy.replicas < 2) return llmpar__proof_fail(proof, "sums over replicas where there are none");
+    llmpar_status status = llmpar__proof_read(proof, buffer);
+    if (status) return status;
+    if (buffer->replica) return llmpar__proof_fail(proof, "sums a gradient over replicas twice");
+    if (!buffer->reduced) return llmpar__proof_fail(proof, "sums over replicas before the gradient is reduced");
+    if (!llmpar__proof_reducible(proof, buffer)) return llmpar__proof_fail(proof, "reduces another number of micro-batches at once than the policy says");
+    buffer->replica = 1;
+    buffer->writer = proof->at;
     return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__proof_accumulate(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__buffer *to = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot), *from = llmpar__proof_buffer(proof, in->unit, in->from_use, in->local, in->from);
+    uint64_t content = 0;
     if (to == from) return llmpar__proof_fail(proof, "adds a gradient buffer to itself");
-    int ordered = llmpar__proof_after_readers(proof, to->reader);
     llmpar_status status = llmpar__proof_read(proof, to);
     if (!status) status = llmpar__proof_read(proof, from);
     if (status) return status;
-    if (!ordered) return llmpar__proof_fail(proof, "changes a gradient buffer that another stream still reads");
     if (to->consumed || from->consumed || to->normed || from->normed) return llmpar__proof_fail(proof, "adds to a gradient that was already reduced or measured");
     if (to->reduced != from->reduced || to->replica != from->replica) return llmpar__proof_fail(proof, "adds gradients that are not at the same stage of reduction");
+    if (in->use != in->from_use) { /* g = own + borrowed, once, of what is complete */
+        int32_t again = proof->state[in->unit].backwards > proof->policy.micro_batches;
+        int complete = to->order == llmpar__proof_expected(proof, in->unit, 0, again, &content) && from->order == llmpar__proof_expected(proof, in->unit, 1, again, &content);
+        if (in->use || !complete || !to->reduced || (proof->policy.replicas > 1 && !to->replica)) return llmpar__proof_fail(proof, "adds the uses of a tied unit otherwise than own + borrowed, once, complete and reduced");
+    }
     to->gradients += from->gradients;
     to->content += from->content;
+    to->order = llmpar__proof_sum(to->order, from->order);
     to->writer = proof->at;
     from->live = 0;
     return LLMPAR_OK;
@@ -12888,194 +15789,268 @@ static llmpar_status llmpar__proof_accumulate(llmpar__proof *proof, const llmpar
 static llmpar_status llmpar__proof_free(llmpar__proof *proof, const llmpar_instruction *in)
 {
     llmpar__unit_state *state = &proof->state[in->unit];
+    if (in->slot < 0 && in->what == LLMPAR_STATE_PARAMS) {
+        if (!llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) || proof->policy.master || !state->has_params) return llmpar__proof_fail(proof, "frees a shard that was not fetched");
+        if (state->dirty) return llmpar__proof_fail(proof, "frees a changed shard that is not stored");
+        state->has_params = 0;
+        return LLMPAR_OK;
+    }
+    if (in->what != LLMPAR_STATE_OPTIMIZER) return llmpar__proof_fail(proof, "frees what is neither parameters nor a gradient");
     if (in->slot < 0) {
         if (state->gathered < 0) return llmpar__proof_fail(proof, "frees parameters that are not gathered");
-        if (!llmpar__proof_after(proof, state->gathered) || !llmpar__proof_after_readers(proof, state->reader)) return llmpar__proof_fail(proof, "frees parameters that another stream may still use");
         state->gathered = -1;
         return LLMPAR_OK;
     }
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, in->local, in->slot);
     if (!buffer->live) return llmpar__proof_fail(proof, "frees a gradient buffer that nothing has written");
-    if (!buffer->consumed) return llmpar__proof_fail(proof, "frees a gradient that was not reduced");
-    if (!llmpar__proof_after(proof, buffer->writer) || !llmpar__proof_after_readers(proof, buffer->reader)) return llmpar__proof_fail(proof, "frees a gradient buffer that another stream may still use");
+    if (buffer->stored) return llmpar__proof_fail(proof, "frees a gradient that is in its store");
+    if (in->local && !buffer->consumed) return llmpar__proof_fail(proof, "frees a gradient that was not reduced");
+    if (!in->local && (proof->policy.update != LLMPAR_UPDATE_TWO_PASSES || !buffer->normed)) return llmpar__proof_fail(proof, "frees a gradient that nothing was updated from (only a first pass may, after the norm)");
     buffer->live = 0;
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__proof_final(llmpar__proof *proof, const llmpar_instruction *in)
+/* ---- updates ---- */
+
+static llmpar_status llmpar__proof_scalar(llmpar__proof *proof, const llmpar_instruction *in)
 {
-    if (in->op == LLMPAR_OP_SCALAR_REDUCE) {
-        int pass = in->pass != 0;
-        if (proof->scalar[pass] >= 0) return llmpar__proof_fail(proof, "runs twice");
-        proof->scalar[pass] = proof->at;
-        for (int32_t unit = 0; unit < proof->unit_count && pass; unit++) {
-            const llmpar__unit_state *state = &proof->state[unit];
-            if (state->forwards != proof->policy.micro_batches || !llmpar__proof_after(proof, state->last_forward)) return llmpar__proof_fail(proof, "runs before the loss is complete");
-            if (!proof->policy.forward_only && state->updated != 1) return llmpar__proof_fail(proof, "runs before every norm is known");
-        }
-        return pass && !llmpar__proof_after_readers(proof, proof->norm) ? llmpar__proof_fail(proof, "does not wait for a norm") : LLMPAR_OK;
+    int pass = in->pass != 0;
+    if (in->pass < 0 || in->pass > 1) return llmpar__proof_fail(proof, "its pass does not fit the policy");
+    if (proof->scalar[pass] >= 0) return llmpar__proof_fail(proof, "runs twice");
+    if (pass && proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    proof->scalar[pass] = proof->at;
+    for (int32_t unit = 0; unit < proof->unit_count && pass; unit++) {
+        if (proof->state[unit].forwards < proof->policy.micro_batches) return llmpar__proof_fail(proof, "runs before the loss is complete");
+        if (!proof->policy.forward_only && !proof->units[unit].frozen && !proof->state[unit].normed) return llmpar__proof_fail(proof, "runs before every norm is known");
     }
-    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    llmpar_status status = llmpar__proof_read(proof, buffer);
-    if (status) return status;
-    if (!llmpar__proof_complete(proof, in->unit, buffer)) return llmpar__proof_fail(proof, "the gradient does not hold every micro-batch and use exactly once");
-    if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "the gradient is not reduced over all data ranks");
-    if (in->op == LLMPAR_OP_NORM) {
-        if (buffer->normed) return llmpar__proof_fail(proof, "measures a gradient twice");
-        if (!llmpar__proof_after_readers(proof, proof->norm)) return llmpar__proof_fail(proof, "adds to the norm at the same time as another stream");
-        proof->norm[in->stream] = proof->at;
-        buffer->normed = 1;
-        proof->state[in->unit].updated = 1;
-        return LLMPAR_OK;
-    }
-    if (!buffer->normed || proof->scalar[1] < 0) return llmpar__proof_fail(proof, "updates before the norm is known");
-    if (in->predicate != LLMPAR_IF_FINITE) return llmpar__proof_fail(proof, "updates without asking whether the gradient is finite");
-    if (!llmpar__proof_after(proof, proof->state[in->unit].last_gather)) return llmpar__proof_fail(proof, "updates parameters while they are gathered");
-    buffer->live = 0;
-    proof->state[in->unit].updated = 2;
     return LLMPAR_OK;
 }
+
+static llmpar_status llmpar__proof_norm(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    llmpar_status status = llmpar__proof_read(proof, buffer);
+    if (!status && (buffer->normed || proof->state[in->unit].normed)) status = llmpar__proof_fail(proof, "measures a gradient twice");
+    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, 0);
+    if (status) return status;
+    if (proof->scalar[0] < 0) return llmpar__proof_fail(proof, "runs before the token count is known");
+    buffer->normed = proof->state[in->unit].normed = 1;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_optim(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+    int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES;
+    llmpar_status status = llmpar__proof_read(proof, buffer);
+    if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, two);
+    if (status) return status;
+    if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return llmpar__proof_fail(proof, "updates before the norm is known");
+    if (state->gathered >= 0) return llmpar__proof_fail(proof, "updates parameters that are still gathered");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return llmpar__proof_fail(proof, "updates with optimizer state that is in its store");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "updates parameters that are in their store");
+    buffer->live = 0;
+    state->updated = state->dirty = 1;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_cast(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    if (!proof->policy.master) return llmpar__proof_fail(proof, "casts parameters that have no master copy");
+    if (!state->updated) return llmpar__proof_fail(proof, "casts parameters before their update");
+    if (state->cast) return llmpar__proof_fail(proof, "casts parameters twice");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
+    state->cast = 1;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_gather(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    if (llmpar_policy_whole_state(&proof->policy)) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
+    if (llmpar_policy_whole_params(&proof->policy)) {
+        if (!state->updated || (proof->policy.master && !state->cast)) return llmpar__proof_fail(proof, "gathers whole parameters before their update is complete");
+        if (state->regathered) return llmpar__proof_fail(proof, "gathers updated parameters twice");
+        state->regathered = 1;
+        return LLMPAR_OK;
+    }
+    if (state->gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
+    if (state->updated) return llmpar__proof_fail(proof, "gathers parameters after their update");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.master && !state->has_params) return llmpar__proof_fail(proof, "gathers a shard that is in its store");
+    state->gathered = proof->at;
+    return LLMPAR_OK;
+}
+
+/* ---- stores ---- */
+
+static llmpar_status llmpar__proof_move_activations(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    unsigned char *saved = &proof->saved[(size_t)in->unit * (size_t)proof->policy.micro_batches + (size_t)in->micro_batch];
+    int kept = (proof->units[in->unit].recompute == LLMPAR_RECOMPUTE_FULL ? 0 : LLMPAR__HAS_SAVED) | (in->unit > 0 ? LLMPAR__HAS_INPUT : 0);
+    if (in->op == LLMPAR_OP_FETCH) {
+        if (!(*saved & LLMPAR__IN_STORE)) return llmpar__proof_fail(proof, "fetches what is not in its store");
+        *saved = (unsigned char)(kept | LLMPAR__HAS_RUN);
+        return LLMPAR_OK;
+    }
+    if (in->unit + 1 == proof->unit_count) return llmpar__proof_fail(proof, "stores activations of the last unit, whose backward follows");
+    if (!kept || *saved != (kept | LLMPAR__HAS_RUN)) return llmpar__proof_fail(proof, "stores what is not on the device");
+    *saved = LLMPAR__IN_STORE;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_move(llmpar__proof *proof, const llmpar_instruction *in)
+{
+    llmpar__unit_state *state = &proof->state[in->unit];
+    int fetch = in->op == LLMPAR_OP_FETCH, frozen = proof->units[in->unit].frozen;
+    if (!llmpar__proof_offloads(proof, in->what)) return llmpar__proof_fail(proof, "moves what the policy keeps on the device");
+    if (in->what == LLMPAR_STATE_ACTIVATIONS) return llmpar__proof_move_activations(proof, in);
+    if (in->what == LLMPAR_STATE_GRADS) {
+        llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
+        if (!buffer->live || buffer->stored != fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is not in its store" : "stores what is not on the device");
+        if (!buffer->reduced || (proof->policy.replicas > 1 && !buffer->replica)) return llmpar__proof_fail(proof, "stores a gradient that is not reduced");
+        buffer->stored = !fetch;
+        return LLMPAR_OK;
+    }
+    if (frozen && (in->what == LLMPAR_STATE_OPTIMIZER || proof->policy.master)) return llmpar__proof_fail(proof, "moves what a frozen unit does not have");
+    int32_t *has = in->what == LLMPAR_STATE_OPTIMIZER ? &state->has_state : &state->has_params;
+    if (*has == fetch) return llmpar__proof_fail(proof, fetch ? "fetches what is on the device already" : "stores what is not on the device");
+    *has = fetch;
+    if (in->what == LLMPAR_STATE_PARAMS) state->dirty = 0;
+    return LLMPAR_OK;
+}
+
+/* ---- the walk ---- */
 
 static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpar_instruction *in)
 {
     switch (in->op) {
-    case LLMPAR_OP_GATHER:
-        if (proof->policy.unsharded) return llmpar__proof_fail(proof, "gathers parameters that are not sharded");
-        if (proof->state[in->unit].gathered >= 0) return llmpar__proof_fail(proof, "gathers parameters that are gathered already");
-        if (proof->state[in->unit].updated == 2) return llmpar__proof_fail(proof, "gathers parameters after their update");
-        proof->state[in->unit].gathered = proof->state[in->unit].last_gather = proof->at;
-        llmpar__proof_no_readers(proof->state[in->unit].reader);
-        return LLMPAR_OK;
+    case LLMPAR_OP_GATHER: return llmpar__proof_gather(proof, in);
     case LLMPAR_OP_FREE: return llmpar__proof_free(proof, in);
     case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
     case LLMPAR_OP_BACKWARD: return llmpar__proof_compute(proof, in);
     case LLMPAR_OP_REDUCE: return llmpar__proof_reduce(proof, in);
-    case LLMPAR_OP_REDUCE_REPLICA: {
-        llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-        int ordered = llmpar__proof_after_readers(proof, buffer->reader);
-        llmpar_status status = llmpar__proof_read(proof, buffer);
-        if (status) return status;
-        if (!ordered) return llmpar__proof_fail(proof, "changes a gradient buffer that another stream still reads");
-        if (buffer->replica) return llmpar__proof_fail(proof, "sums a gradient over replicas twice");
-        buffer->replica = 1;
-        buffer->writer = proof->at;
-        return LLMPAR_OK;
-    }
+    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__proof_replica(proof, in);
     case LLMPAR_OP_ACCUMULATE: return llmpar__proof_accumulate(proof, in);
-    case LLMPAR_OP_NORM:
-    case LLMPAR_OP_SCALAR_REDUCE:
-    case LLMPAR_OP_OPTIM: return llmpar__proof_final(proof, in);
+    case LLMPAR_OP_NORM: return llmpar__proof_norm(proof, in);
+    case LLMPAR_OP_SCALAR_REDUCE: return llmpar__proof_scalar(proof, in);
+    case LLMPAR_OP_OPTIM: return llmpar__proof_optim(proof, in);
+    case LLMPAR_OP_CAST: return llmpar__proof_cast(proof, in);
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return llmpar__proof_move(proof, in);
     }
     return llmpar__proof_fail(proof, "no such op");
 }
 
+/* Why an instruction that another stream's instruction is not ordered before is wrong. */
+static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *hazard)
+{
+    switch (hazard->access.thing) {
+    case LLMPAR__THING_LOSS: return op == LLMPAR_OP_SCALAR_REDUCE ? "runs before the loss is complete" : "adds to the loss at the same time as another stream";
+    case LLMPAR__THING_NORMS: return op == LLMPAR_OP_NORM ? "adds to the norm at the same time as another stream" : "does not wait for a norm";
+    case LLMPAR__THING_WHOLE: return op == LLMPAR_OP_FREE ? "frees parameters that another stream may still use" : "uses parameters without waiting for their gather";
+    case LLMPAR__THING_SHARD:
+    case LLMPAR__THING_MASTER:
+        if (op == LLMPAR_OP_FREE) return "frees a shard that another stream may still use";
+        if (op == LLMPAR_OP_STORE) return "stores parameters that another stream may still use";
+        if (op == LLMPAR_OP_GATHER) return "gathers a shard without waiting for its fetch or update";
+        if (op == LLMPAR_OP_CAST) return hazard->earlier_wrote ? "casts parameters without waiting for their update" : "updates parameters that another stream may still use";
+        return hazard->earlier_wrote ? "updates parameters without waiting for their fetch" : "updates parameters that another stream may still use";
+    case LLMPAR__THING_STATE: return op == LLMPAR_OP_STORE ? "stores optimizer state that another stream may still use" : "updates without waiting for the optimizer state";
+    case LLMPAR__THING_GRADIENT:
+        if (op == LLMPAR_OP_FREE) return "frees a gradient buffer that another stream may still use";
+        return hazard->earlier_wrote ? "reads a gradient buffer without waiting for its writer" : "changes a gradient buffer that another stream still reads";
+    case LLMPAR__THING_SAVED:
+    case LLMPAR__THING_INPUT: return op == LLMPAR_OP_STORE ? "stores activations that another stream may still use" : "uses activations without waiting for them";
+    case LLMPAR__THING_STORED_PARAMS:
+    case LLMPAR__THING_STORED_STATE:
+    case LLMPAR__THING_STORED_GRADIENT:
+    case LLMPAR__THING_STORED_ACTIVATIONS: break;
+    }
+    return op == LLMPAR_OP_FETCH ? "fetches without waiting for the store" : "stores over what another stream still fetches";
+}
+
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
 {
+    llmpar_error *error = proof->error;
+    int32_t runs = proof->policy.micro_batches * proof->passes;
     for (int32_t unit = 0; unit < proof->unit_count; unit++) {
         const llmpar__unit_state *state = &proof->state[unit];
         const char *name = proof->units[unit].name;
-        if (state->forwards != proof->policy.micro_batches) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)proof->policy.micro_batches);
-        if (state->gathered >= 0) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
+        int trained = !proof->policy.forward_only && !proof->units[unit].frozen;
+        if (state->forwards != runs) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran forward on %d of %d micro-batches", name, (int)state->forwards, (int)runs);
+        if (state->gathered >= 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: parameters of unit %s, gathered by instruction %d, are never freed", name, (int)state->gathered);
         for (int use = 0; use < 2; use++)
             for (int local = 0; local < 2; local++)
                 for (int slot = 0; slot < LLMPAR_GRAD_SLOTS; slot++)
                     if (state->buffer[use][local][slot].live)
-                        return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
-        if (!proof->policy.forward_only && (state->backwards != proof->policy.micro_batches || state->updated != 2))
-            return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)proof->policy.micro_batches, state->updated == 2 ? "" : "not ");
+                        return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: gradient of unit %s, written by instruction %d, is never consumed", name, (int)state->buffer[use][local][slot].writer);
+        if (!proof->policy.forward_only && unit >= proof->first && (state->backwards != runs || (trained && !state->updated)))
+            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s ran backward on %d of %d micro-batches and was %supdated", name, (int)state->backwards, (int)runs, state->updated ? "" : "not ");
+        if (trained && proof->policy.master && !state->cast) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its master parameters never cast", name);
+        if (trained && llmpar_policy_whole_params(&proof->policy) && !llmpar_policy_whole_state(&proof->policy) && !state->regathered)
+            return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: unit %s was updated and its whole parameters never gathered again", name);
+        if (state->has_state || state->has_params) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: %s of unit %s are not in their store", state->has_state ? "optimizer states" : "parameters", name);
     }
-    if (proof->scalar[1] < 0) return llmpar_error_set(proof->error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
+    if (proof->scalar[1] < 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: end: the loss is never reduced");
     return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__proof_walk(llmpar__proof *proof, llmpar__order *order)
+{
+    llmpar_status status = LLMPAR_OK;
+    llmpar__hazard hazard;
+    for (proof->at = 0; proof->at < proof->count && !status; proof->at++) {
+        const llmpar_instruction *in = &proof->list[proof->at];
+        status = llmpar__proof_operands(proof, in);
+        if (status) break;
+        llmpar__order_begin(order, proof->at);
+        status = llmpar__proof_instruction(proof, in);
+        if (!status && llmpar__order_hazard(order, proof->at, &hazard)) status = llmpar__proof_fail(proof, llmpar__proof_hazard(in->op, &hazard));
+        llmpar__order_end(order, proof->at);
+    }
+    return status ? status : llmpar__proof_end(proof);
 }
 
 LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
     llmpar__proof proof;
-    llmpar_status status = LLMPAR_OK;
-    int32_t last[LLMPAR_STREAM_COUNT], host[LLMPAR_STREAM_COUNT];
+    llmpar__order order;
     memset(&proof, 0, sizeof proof);
+    memset(&order, 0, sizeof order);
     proof.list = list;
     proof.count = count;
     proof.units = units;
     proof.unit_count = unit_count;
     proof.policy = *policy;
-    if (!proof.policy.micro_batches) proof.policy.micro_batches = 1;
+    llmpar__policy_resolve(&proof.policy);
     proof.scalar[0] = proof.scalar[1] = -1;
     proof.error = error;
-    if (count < 0 || unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: %d instructions for %d units", (int)count, (int)unit_count);
+    if (count < 0 || unit_count < 1 || proof.policy.micro_batches < 1) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: %d instructions for %d units, %d micro-batches", (int)count, (int)unit_count, (int)proof.policy.micro_batches);
+    proof.first = proof.policy.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
+    proof.passes = proof.policy.update == LLMPAR_UPDATE_TWO_PASSES && !proof.policy.forward_only ? 2 : 1;
     proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
-    proof.clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count, sizeof *proof.clock);
-    if (!proof.state || !proof.clock) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
-    for (int32_t unit = 0; unit < unit_count && !status; unit++) {
-        proof.state[unit].gathered = proof.state[unit].last_gather = proof.state[unit].last_forward = proof.state[unit].last_backward = -1;
-        llmpar__proof_no_readers(proof.state[unit].reader);
+    proof.saved = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)unit_count, (size_t)proof.policy.micro_batches);
+    llmpar_status status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
+    if (status) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
+    for (int32_t unit = 0; unit < unit_count && !status; unit++) proof.state[unit].gathered = -1;
+    if (!status) {
+        status = llmpar__proof_walk(&proof, &order);
+        llmpar__order_destroy(&order);
     }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) last[s] = host[s] = proof.norm[s] = -1;
-    for (proof.at = 0; proof.at < count && !status; proof.at++) {
-        const llmpar_instruction *in = &list[proof.at];
-        status = llmpar__proof_operands(&proof, in);
-        if (status) break;
-        llmpar__proof_clock(&proof, in, last, host);
-        status = llmpar__proof_instruction(&proof, in);
-    }
-    if (!status) status = llmpar__proof_end(&proof);
-    llmpar_heap_free(heap, proof.clock);
+    llmpar_heap_free(heap, proof.saved);
     llmpar_heap_free(heap, proof.state);
     return status;
 }
-/* ==== src/fsdp/executor.c ==== */
+/* ==== src/fsdp/executor_unit.c ==== */
 
 #include <string.h>
-#include <stdio.h>
-
-
-/* One host thread walks the list. Data order between streams is in the list's waits; that freed memory may be handed to another stream
-   is the executor's own concern: who allocates waits for the last release on every other stream. */
-typedef struct llmpar__exec {
-    llmpar_fsdp *fsdp;
-    llmpar_run *run;
-    llmpar_micro *micro;       /* [micro_batches] with grad_scale and loss filled in */
-    int32_t micro_batches;
-    int32_t found_inf;
-    double grad_scale;         /* from the optimizer */
-    int64_t nonfinite;         /* index of the first non-finite tensor */
-} llmpar__exec;
-
-/* ---- memory in stream order ---- */
-
-static llmpar_status llmpar__exec_reuse(llmpar_fsdp *fsdp, llmpar_stream_id stream)
-{
-    for (int other = 0; other < LLMPAR_STREAM_COUNT; other++) {
-        if (other == (int)stream || fsdp->free_seen[stream][other] == fsdp->free_serial[other]) continue;
-        llmpar_status status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other]);
-        if (status) return status;
-        fsdp->free_seen[stream][other] = fsdp->free_serial[other];
-    }
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__exec_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out)
-{
-    llmpar_status status = llmpar__exec_reuse(fsdp, stream);
-    return status ? status : llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);
-}
-
-static llmpar_status llmpar__exec_freed(llmpar_fsdp *fsdp, llmpar_stream_id stream)
-{
-    fsdp->free_serial[stream]++;
-    return fsdp->device->event_record(fsdp->device, fsdp->stream[stream], fsdp->free_event[stream]);
-}
-
-static llmpar_status llmpar__exec_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory)
-{
-    if (!*memory) return LLMPAR_OK;
-    llmpar_arena_free(fsdp->arena, *memory);
-    *memory = NULL;
-    return llmpar__exec_freed(fsdp, stream);
-}
 
 /* ---- a unit's own instructions ---- */
 
+/* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
 static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
@@ -13085,6 +16060,7 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     int used_tp = 0;
     for (int32_t i = 0; i < count && !status; i++) {
         int on_tp = ops[i].kind != LLMPAR_COMPUTE;
+        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
         call->stream = on_tp ? tp : compute;
         if (on_tp && !used_tp) { /* whatever the unit reads was written on the compute stream before */
             status = device->event_record(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
@@ -13097,6 +16073,7 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
             if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
             if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
         }
+        call->index = ops[i].index;
         if (!status) status = ops[i].run(call);
         if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
@@ -13106,10 +16083,11 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     return status;
 }
 
-static llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
 {
     const llmpar_unit *u = &exec->fsdp->units[unit].unit;
     memset(out, 0, sizeof *out);
+    out->recompute = (int32_t)u->recompute;
     return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
 }
 
@@ -13122,9 +16100,10 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->ctx = fsdp->ctx;
     call->device = fsdp->device;
     call->user = flat->unit.user;
-    call->micro = &exec->micro[in->micro_batch];
-    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : (llmpar_pass)in->pass;
+    call->micro = &exec->micro[in->micro_batch + (in->again ? exec->micro_batches : 0)];
+    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : in->op == LLMPAR_OP_RECOMPUTE ? LLMPAR_PASS_RECOMPUTE : (llmpar_pass)in->pass;
     call->dtype = fsdp->dtype;
+    call->recompute = flat->unit.recompute;
     call->params = flat->params;
     if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
     call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
@@ -13132,38 +16111,49 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
 
 static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
 {
-    llmpar_status status = llmpar__exec_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
-    if (!status) status = llmpar__exec_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
+    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
     call->workspace_bytes = sizes->workspace;
     return status;
 }
 
 static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_unit_call *call, llmpar_status status)
 {
-    llmpar_status a = llmpar__exec_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
-    llmpar_status b = llmpar__exec_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
+    llmpar_status a = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
+    llmpar_status b = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
     return status ? status : a ? a : b;
 }
 
+static int llmpar__exec_output_only(const llmpar_unit *unit)
+{
+    for (int32_t i = 0; i < unit->forward_count; i++)
+        if (unit->forward[i].output_only) return 1;
+    return 0;
+}
+
+/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
 static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit];
     int32_t m = in->micro_batch;
+    int again = in->op == LLMPAR_OP_RECOMPUTE, eval = !again && in->pass == LLMPAR_PASS_EVAL;
     llmpar_unit_sizes sizes;
     llmpar_unit_call call;
+    void *unused = NULL, **output = again ? &unused : &flat->output[m];
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->output[m]);
-    if (!status) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
-    call.output = flat->output[m];
+    call.output = *output;
     call.saved = flat->saved[m];
     if (!status) status = llmpar__exec_ops(exec, flat->unit.forward, flat->unit.forward_count, &call);
     status = llmpar__exec_release_scratch(exec, &call, status);
-    if (status || in->pass != LLMPAR_PASS_EVAL) return status;
-    status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
-    if (!status && in->unit > 0) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
+    llmpar_status freed = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &unused);
+    if (!status) status = freed;
+    if (!status && !again && (eval || flat->unit.recompute == LLMPAR_RECOMPUTE_FULL)) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && eval && in->unit > 0) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
     return status;
 }
 
@@ -13172,10 +16162,11 @@ static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[unit];
-    size_t size = llmpar_dtype_size(fsdp->dtype);
+    size_t size = llmpar_dtype_size(fsdp->sum);
     void **buffer = &flat->grad[use][local][slot];
     int32_t n = flat->unit.param_count;
-    llmpar_status status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
+    if (!local) flat->reduced[use] &= ~(1u << slot);
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
     for (int32_t i = 0; i < n && !status; i++) {
         int64_t end = flat->offset[i] + flat->count[i], next = i + 1 < n ? flat->offset[i + 1] : flat->elements;
         flat->grads[use * n + i] = (char *)*buffer + (size_t)flat->offset[i] * size;
@@ -13194,48 +16185,143 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
     llmpar_unit_call call;
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
-    if (!status && borrow >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
-    if (!status && before) {
+    if (!status && in->slot >= 0) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
+    if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
+    if (!status && in->unit > fsdp->first_backward) {
         status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
-        if (!status) status = llmpar__exec_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
     }
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
-    call.grads = flat->grads;
-    if (borrow >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
+    if (in->slot >= 0) call.grads = flat->grads;
+    if (borrow >= 0 && in->from >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
     call.saved = flat->saved[m];
     call.doutput = behind ? behind->dinput[m] : NULL;
     call.dinput = flat->dinput[m];
     if (!status) status = llmpar__exec_ops(exec, flat->unit.backward, flat->unit.backward_count, &call);
     status = llmpar__exec_release_scratch(exec, &call, status);
-    if (!status) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
-    if (!status && before) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
-    if (!status && behind) status = llmpar__exec_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
+    if (!status) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && before) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
+    if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
+/* ==== src/fsdp/executor_shard.c ==== */
+
+#include <string.h>
+
+/* ---- gradients in a narrower type on their way ----
+   reduce-scatter:  round | all-to-all | widen the n parts | tree sum
+   all-reduce:      the same on n slices (the last ones may be filled up), then round | all-gather | widen */
+
+#define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
+
+static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
+{
+    llmpar_cast_args args;
+    memset(&args, 0, sizeof args);
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
+    return fsdp->device->cast(fsdp->device, stream, &args);
+}
+
+/* out[count] (f32) = tree over ranks of the narrow parts[ranks][count]. wide[ranks][LLMPAR__REDUCE_PIECE]: scratch. */
+static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stream, int32_t ranks, const char *parts, size_t count, float *wide, float *out)
+{
+    llmpar_status status = LLMPAR_OK;
+    size_t size = llmpar_dtype_size(fsdp->reduce);
+    for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
+        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
+        llmpar_tree_sum_args args;
+        memset(&args, 0, sizeof args);
+        for (int32_t r = 0; r < ranks && !status; r++) {
+            fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
+            status = llmpar__reduce_cast(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+        }
+        args.in = fsdp->parts;
+        args.n = ranks;
+        args.count = piece;
+        args.out = out + at;
+        args.dtype = LLMPAR_F32;
+        if (!status) status = fsdp->device->tree_sum(fsdp->device, stream, &args);
+    }
+    return status;
+}
+
+/* count: of the result. in: [ranks * count], or with `all` [count], summed to the same on every rank. */
+static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id id, llmpar_comm *comm, const void *in, void *out, size_t count, int all, const char *tag)
+{
+    llmpar_stream *stream = fsdp->stream[id];
+    llmpar_device *device = fsdp->device;
+    size_t ranks = (size_t)comm->ranks, size = llmpar_dtype_size(fsdp->reduce), slice = all ? (count + ranks - 1) / ranks : count, total = slice * ranks, given = all ? count : total;
+    void *send = NULL, *recv = NULL, *wide = NULL, *sum = NULL;
+    llmpar_collective call;
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &send);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
+    if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
+    if (!status) status = llmpar__reduce_cast(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
+    memset(&call, 0, sizeof call);
+    call.send = send;
+    call.recv = recv;
+    call.count = slice;
+    call.dtype = fsdp->reduce;
+    call.tag = tag;
+    if (!status) status = llmpar_all_to_all(comm, stream, &call);
+    if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
+    if (all) {
+        if (!status) status = llmpar__reduce_cast(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar_all_gather(comm, stream, &call);
+        if (!status) status = llmpar__reduce_cast(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+    }
+    void **scratch[4] = {&sum, &wide, &recv, &send};
+    for (int i = 0; i < 4; i++) {
+        llmpar_status freed = llmpar__fsdp_free(fsdp, id, scratch[i]);
+        if (!status) status = freed;
+    }
     return status;
 }
 
 /* ---- gradients ---- */
 
+/* This rank's part of a gradient buffer that is not local. */
+static char *llmpar__exec_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat, void *buffer)
+{
+    return buffer && fsdp->whole_grads ? (char *)buffer + (size_t)flat->begin * llmpar_dtype_size(fsdp->sum) : (char *)buffer;
+}
+
 static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_stream *stream = fsdp->stream[in->stream];
     void **shard = &flat->grad[in->use][0][in->slot];
     llmpar_collective call;
     memset(&call, 0, sizeof call);
-    call.dtype = fsdp->dtype;
+    call.dtype = fsdp->sum;
     call.count = (size_t)flat->shard_elements;
     if (in->op == LLMPAR_OP_REDUCE) {
-        llmpar_status status = llmpar__exec_alloc(fsdp, in->stream, LLMPAR_TAG_GRADIENTS, call.count * llmpar_dtype_size(fsdp->dtype), flat->label[LLMPAR__LABEL_GRADIENT], shard);
-        if (status) return status;
-        call.send = flat->grad[in->use][1][in->from];
-        call.recv = *shard;
         call.tag = flat->label[LLMPAR__LABEL_REDUCE];
-        return llmpar_reduce_scatter(fsdp->shard_comm, fsdp->stream[in->stream], &call);
+        if (fsdp->whole_grads) {
+            flat->reduced[in->use] |= 1u << in->slot;
+            call.send = *shard;
+        } else {
+            llmpar_status status = llmpar__fsdp_alloc(fsdp, in->stream, LLMPAR_TAG_GRADIENTS, call.count * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_GRADIENT], shard);
+            if (status) return status;
+            call.send = flat->grad[in->use][1][in->from];
+        }
+        call.recv = llmpar__exec_part(fsdp, flat, *shard);
+        if (fsdp->reduce != fsdp->sum) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->reduce_comm, call.send, call.recv, call.count, 0, call.tag);
+        return llmpar_reduce_scatter(fsdp->reduce_comm, stream, &call);
     }
-    call.send = call.recv = *shard;
     call.tag = flat->label[LLMPAR__LABEL_REPLICA];
-    return llmpar_all_reduce(fsdp->replica_comm, fsdp->stream[in->stream], &call);
+    call.send = call.recv = llmpar__exec_part(fsdp, flat, *shard);
+    if (fsdp->reduce != fsdp->sum && fsdp->replicas > 1) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->replica_comm, call.send, call.recv, call.count, 1, call.tag);
+    return llmpar_all_reduce(fsdp->replica_comm, stream, &call);
 }
 
 static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_instruction *in)
@@ -13243,15 +16329,16 @@ static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_in
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar__flat *flat = &fsdp->units[in->unit];
     void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
+    int part = !in->local && (!fsdp->whole_grads || flat->reduced[in->use] >> in->slot & 1u);
     llmpar_add_args args;
     memset(&args, 0, sizeof args);
-    args.count = (size_t)(in->local ? flat->elements : flat->shard_elements);
-    args.a = *to; /* the lower micro-batch, on the left */
-    args.b = *from;
-    args.out = *to;
-    args.dtype = fsdp->dtype;
+    args.count = (size_t)(part ? flat->shard_elements : flat->elements);
+    args.a = part ? llmpar__exec_part(fsdp, flat, *to) : *to; /* the lower micro-batch, on the left */
+    args.b = part ? llmpar__exec_part(fsdp, flat, *from) : *from;
+    args.out = (void *)(uintptr_t)args.a;
+    args.dtype = fsdp->sum;
     llmpar_status status = fsdp->device->add(fsdp->device, fsdp->stream[in->stream], &args);
-    return status ? status : llmpar__exec_free(fsdp, in->stream, from);
+    return status ? status : llmpar__fsdp_free(fsdp, in->stream, from);
 }
 
 static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruction *in)
@@ -13265,13 +16352,169 @@ static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruct
         llmpar_square_sum_args args;
         memset(&args, 0, sizeof args);
         args.count = (size_t)segment->count;
-        args.x = (const char *)flat->grad[in->use][0][in->slot] + (size_t)segment->begin * llmpar_dtype_size(fsdp->dtype);
+        args.x = llmpar__exec_part(fsdp, flat, flat->grad[in->use][0][in->slot]) + (size_t)segment->begin * llmpar_dtype_size(fsdp->sum);
         args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;
-        args.dtype = fsdp->dtype;
+        args.dtype = fsdp->sum;
         status = fsdp->device->square_sum(fsdp->device, fsdp->stream[in->stream], &args);
     }
     return status;
 }
+
+/* ---- updates ---- */
+
+/* Neither was the step found to be one to skip, nor did no token of it count. */
+static int llmpar__exec_counts(const llmpar__exec *exec) { return !exec->found_inf && exec->run->global_tokens; }
+
+static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **grad = &flat->grad[in->use][0][in->slot];
+    const char *part = llmpar__exec_part(fsdp, flat, *grad);
+    llmpar_status status = LLMPAR_OK;
+    if (!exec->updating) llmpar_arena_get_usage(fsdp->arena, &run->before_optimizer);
+    exec->updating = 1;
+    if (run->on_gradient) {
+        status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, part);
+    }
+    if (!status && run->optimizer && llmpar__exec_counts(exec)) {
+        llmpar_update update;
+        memset(&update, 0, sizeof update);
+        update.unit = in->unit;
+        update.dtype = fsdp->sum;
+        update.elements = flat->shard_elements;
+        update.param = llmpar__fsdp_updated(fsdp, flat);
+        update.grad = part;
+        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
+        update.segments = flat->segments;
+        update.segment_count = flat->segment_count;
+        update.grad_scale = exec->grad_scale;
+        update.stream = fsdp->stream[in->stream];
+        status = run->optimizer->update(run->optimizer->state, &update);
+    }
+    return status ? status : llmpar__fsdp_free(fsdp, in->stream, grad);
+}
+
+/* ---- states outside the arena ---- */
+
+static llmpar_status llmpar__exec_move(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar__moved moved[2];
+    llmpar_status status = LLMPAR_OK;
+    int store = in->op == LLMPAR_OP_STORE;
+    if (fsdp->tier[in->what] == LLMPAR_TIER_DEVICE) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored what this object keeps on the device", flat->unit.name);
+    if (in->stream != LLMPAR_STREAM_OFFLOAD) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored on another stream than offload", flat->unit.name);
+    int32_t count = llmpar__fsdp_moved(fsdp, in->unit, in->what, in->use, in->slot, in->micro_batch, moved);
+    for (int32_t i = 0; i < count && !status; i++) {
+        if (!moved[i].place->bytes) continue; /* nothing of this kind: no saved activations where all are recomputed */
+        status = store ? llmpar__fsdp_put(fsdp, in->stream, &moved[i], 1) : llmpar__fsdp_fetch(fsdp, in->stream, &moved[i]);
+    }
+    if (in->what == LLMPAR_STATE_GRADS && in->use == 0) flat->grad_stored = store ? flat->grad_stored | 1u << in->slot : flat->grad_stored & ~(1u << in->slot);
+    return status;
+}
+
+/* Bytes that a STORE of gradients or activations moves. */
+static llmpar_status llmpar__exec_used(llmpar__exec *exec, const llmpar_instruction *in, uint64_t used[2])
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_unit_sizes sizes;
+    used[0] = (uint64_t)(fsdp->whole_grads ? flat->elements : flat->shard_elements) * llmpar_dtype_size(fsdp->sum);
+    used[1] = 0;
+    if (in->what == LLMPAR_STATE_GRADS) return LLMPAR_OK;
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, in->micro_batch, &sizes);
+    used[0] = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved ? sizes.saved : 1;
+    if (!status && in->unit > 0) status = llmpar__exec_sizes(exec, in->unit - 1, in->micro_batch, &sizes);
+    if (in->unit > 0) used[1] = sizes.output ? sizes.output : 1;
+    return status;
+}
+
+/* Everything that has its place only while a step runs, again: each as large as it was or is now. */
+static llmpar_status llmpar__exec_relay(llmpar_fsdp *fsdp, llmpar__place *place, llmpar_state what)
+{
+    uint64_t bytes = place->bytes > place->used ? place->bytes : place->used, used = place->used;
+    if (!bytes) return LLMPAR_OK;
+    llmpar__store_drop(fsdp->store, place);
+    llmpar_status status = llmpar__store_place(fsdp->store, fsdp->tier[what], bytes, place);
+    place->used = used;
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    llmpar_status status = LLMPAR_OK;
+    int grow = 0;
+    if (!(fsdp->policy.offload & (1u << LLMPAR_STATE_GRADS | 1u << LLMPAR_STATE_ACTIVATIONS))) return LLMPAR_OK;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        flat->grad_stored = 0;
+        if (flat->activation_count >= exec->micro_batches) continue;
+        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
+        if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
+        if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
+        llmpar_heap_free(heap, flat->activation_place);
+        flat->activation_place = place;
+        flat->activation_count = exec->micro_batches;
+    }
+    for (int32_t i = 0; i < count && !status; i++) {
+        llmpar__moved moved[2];
+        uint64_t used[2];
+        if (list[i].op != LLMPAR_OP_STORE || (list[i].what != LLMPAR_STATE_GRADS && list[i].what != LLMPAR_STATE_ACTIVATIONS)) continue;
+        status = llmpar__exec_used(exec, &list[i], used);
+        int32_t n = llmpar__fsdp_moved(fsdp, list[i].unit, list[i].what, list[i].use, list[i].slot, list[i].micro_batch, moved);
+        for (int32_t k = 0; k < n && !status; k++) {
+            moved[k].place->used = used[k];
+            grow |= used[k] > moved[k].place->bytes;
+        }
+    }
+    if (status || !grow) return status;
+    llmpar__store_rewind(fsdp->store, fsdp->store_fixed);
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS && !status; i++) status = llmpar__exec_relay(fsdp, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS], LLMPAR_STATE_GRADS);
+        for (int32_t i = 0; i < 2 * flat->activation_count && !status; i++) status = llmpar__exec_relay(fsdp, &flat->activation_place[i], LLMPAR_STATE_ACTIVATIONS);
+    }
+    return status ? status : llmpar__store_reserve(fsdp->store);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int skip = in->predicate == LLMPAR_IF_FINITE && !llmpar__exec_counts(exec);
+    llmpar__moved moved[2];
+    switch (in->op) {
+    case LLMPAR_OP_GATHER: return skip ? LLMPAR_OK : llmpar__fsdp_gather(fsdp, flat, in->stream);
+    case LLMPAR_OP_CAST: return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
+        if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);
+        return llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_PARAMS, 0, 0, 0, moved) ? llmpar__fsdp_put(fsdp, in->stream, moved, 0) : LLMPAR_OK;
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
+    case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);
+    case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
+    case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return llmpar__exec_move(exec, in);
+    default: return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
+    }
+}
+
+#undef LLMPAR__REDUCE_PIECE
+/* ==== src/fsdp/executor.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+
+/* One host thread walks the list: it allocates, enqueues and frees in list order; data order between streams is in the list's waits. */
 
 /* ---- scalars ---- */
 
@@ -13292,6 +16535,16 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
     return status ? status : waited;
 }
 
+static llmpar_status llmpar__exec_begin(llmpar__exec *exec, double norm)
+{
+    llmpar_run *run = exec->run;
+    llmpar_status status = LLMPAR_OK;
+    exec->grad_scale = 1;
+    if (run->optimizer && run->optimizer->begin_step) status = run->optimizer->begin_step(run->optimizer->state, norm, &exec->grad_scale);
+    exec->grad_scale /= run->loss_scale;
+    return status;
+}
+
 static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
@@ -13300,10 +16553,13 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
     llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
     if (status) return status;
     exec->run->global_tokens = tokens;
-    for (int32_t m = 0; m < exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
+    for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
     /* Loss and norm start from zero before any stream adds to them. */
-    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, LLMPAR__SCALARS * sizeof(int64_t));
-    return status ? status : fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t));
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (!status) status = waited;
+    if (!status && exec->inside && tokens) status = llmpar__exec_begin(exec, -1);
+    return status;
 }
 
 static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
@@ -13323,64 +16579,22 @@ static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruct
     run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
     run->skipped = run->global_tokens == 0;
     exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
+    if (exec->found_inf && run->skip_nonfinite) return LLMPAR_OK;
     if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
-    if (run->optimizer && run->optimizer->begin_step && !run->skipped) status = run->optimizer->begin_step(run->optimizer->state, run->grad_norm, &exec->grad_scale);
-    exec->grad_scale /= run->loss_scale;
-    return status;
-}
-
-static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_run *run = exec->run;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    void **grad = &flat->grad[in->use][0][in->slot];
-    llmpar_status status = LLMPAR_OK;
-    if (run->on_gradient) {
-        status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, *grad);
-    }
-    if (!status && run->optimizer && !exec->found_inf && !run->skipped) {
-        llmpar_update update;
-        memset(&update, 0, sizeof update);
-        update.unit = in->unit;
-        update.dtype = fsdp->dtype;
-        update.elements = flat->shard_elements;
-        update.param = flat->shard;
-        update.grad = *grad;
-        update.segments = flat->segments;
-        update.segment_count = flat->segment_count;
-        update.grad_scale = exec->grad_scale;
-        update.stream = fsdp->stream[in->stream];
-        status = run->optimizer->update(run->optimizer->state, &update);
-    }
-    return status ? status : llmpar__exec_free(fsdp, in->stream, grad);
+    return exec->inside || run->skipped ? LLMPAR_OK : llmpar__exec_begin(exec, run->grad_norm);
 }
 
 /* ---- the walk ---- */
 
 static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_instruction *in)
 {
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_status status;
     switch (in->op) {
-    case LLMPAR_OP_GATHER:
-        status = llmpar__exec_reuse(fsdp, in->stream);
-        return status ? status : llmpar__fsdp_gather(fsdp, &fsdp->units[in->unit], fsdp->stream[in->stream]);
-    case LLMPAR_OP_FREE:
-        if (in->slot >= 0) return llmpar__exec_free(fsdp, in->stream, &fsdp->units[in->unit].grad[in->use][in->local][in->slot]);
-        llmpar__fsdp_release(fsdp, &fsdp->units[in->unit]);
-        return llmpar__exec_freed(fsdp, in->stream);
-    case LLMPAR_OP_FORWARD: return llmpar__exec_forward(exec, in);
-    case LLMPAR_OP_BACKWARD: return llmpar__exec_backward(exec, in);
-    case LLMPAR_OP_REDUCE:
-    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
-    case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);
-    case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
     case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
-    case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
+    default: return llmpar__exec_shard(exec, in);
     }
-    return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
 }
 
 static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
@@ -13398,7 +16612,7 @@ static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruct
         llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
         if (!status) status = sync;
     }
-    return status;
+    return llmpar__store_failed(fsdp->store, status);
 }
 
 /* Events for the instructions that somebody waits for; they stay for the next step. */
@@ -13441,7 +16655,12 @@ static void llmpar__exec_clean(llmpar__exec *exec)
             llmpar_heap_free(&fsdp->ctx->heap, *lists[k]);
             *lists[k] = NULL;
         }
-        while (!fsdp->unsharded && flat->gathers > 0) llmpar__fsdp_release(fsdp, flat);
+        while (!fsdp->whole_params && flat->gathers > 0) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_COMPUTE);
+        for (int what = LLMPAR_STATE_OPTIMIZER; what <= LLMPAR_STATE_PARAMS; what++) {
+            llmpar__moved moved[2];
+            int32_t count = fsdp->tier[what] == LLMPAR_TIER_DEVICE ? 0 : llmpar__fsdp_moved(fsdp, u, (llmpar_state)what, 0, 0, 0, moved);
+            for (int32_t i = 0; i < count; i++) llmpar__fsdp_put(fsdp, LLMPAR_STREAM_COMPUTE, &moved[i], 0);
+        }
     }
 }
 
@@ -13467,18 +16686,31 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
     run->loss = run->grad_norm = 0;
     run->global_tokens = 0;
     run->skipped = 0;
-    for (int32_t i = 0; i < count; i++)
+    run->found_inf = 0;
+    memset(&run->before_optimizer, 0, sizeof run->before_optimizer);
+    int known = 0; /* the norm, at the first update */
+    for (int32_t i = 0; i < count; i++) {
         if (list[i].micro_batch >= exec.micro_batches) exec.micro_batches = list[i].micro_batch + 1;
-    for (int32_t u = 0; u < fsdp->unit_count; u++)
-        if (fsdp->units[u].gathers) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
+        known |= list[i].op == LLMPAR_OP_SCALAR_REDUCE && list[i].pass;
+        exec.inside |= list[i].op == LLMPAR_OP_OPTIM && !known;
+    }
+    if (exec.inside && run->skip_nonfinite) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates inside backward cannot be taken back where a gradient is not finite; expected a list of two passes");
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
+        if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
+    }
     unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
-    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
     llmpar_status status = LLMPAR_OK;
     if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
     for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
         exec.micro[m] = run->micro[m];
         exec.micro[m].index = m;
         exec.micro[m].loss = fsdp->scalars;
+        llmpar_micro *second = &exec.micro[exec.micro_batches + m];
+        *second = exec.micro[m];
+        second->loss = fsdp->scalars + LLMPAR__SCALARS; /* the second pass of a step: its loss was counted in the first */
+        second->token_loss = NULL;
     }
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         llmpar__flat *flat = &fsdp->units[u];
@@ -13488,28 +16720,270 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
         if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
     }
     if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);
+    if (!status) status = llmpar__exec_places(&exec, list, count);
     if (!status) status = llmpar__exec_walk(&exec, list, count, awaited);
     llmpar__exec_clean(&exec);
     llmpar_heap_free(heap, exec.micro);
     llmpar_heap_free(heap, awaited);
-    if (!status && exec.found_inf) status = llmpar__exec_report(&exec);
+    run->found_inf = exec.found_inf && run->skip_nonfinite;
+    if (!status && exec.found_inf && !run->found_inf) status = llmpar__exec_report(&exec);
+    return status;
+}
+/* ==== src/fsdp/account.c ==== */
+
+#include <string.h>
+
+/* ---- what each instruction moves or takes ---- */
+
+static uint64_t llmpar__account_sent(const llmpar_comm *comm, uint64_t part) { return comm ? (uint64_t)(comm->ranks - 1) * part : 0; }
+
+static uint64_t llmpar__account_all_reduce(const llmpar_comm *comm, uint64_t bytes) { return (uint64_t)(2 * ((double)(comm->ranks - 1) / (double)comm->ranks) * (double)bytes + 0.5); }
+
+static llmpar_status llmpar__account_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out)
+{
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    memset(out, 0, sizeof *out);
+    out->recompute = (int32_t)u->recompute;
+    return u->sizes(u->user, micro, fsdp->dtype, out);
+}
+
+/* Memory of a unit's pass, beside what it was handed. */
+static llmpar_status llmpar__account_unit(const llmpar_fsdp *fsdp, const llmpar_instruction *in, const llmpar_micro *micro, uint64_t *bytes)
+{
+    const llmpar__flat *flat = &fsdp->units[in->unit];
+    uint64_t sum = llmpar_dtype_size(fsdp->sum);
+    llmpar_unit_sizes sizes, input;
+    llmpar_status status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+    if (status) return status;
+    *bytes = sizes.scratch + sizes.workspace;
+    if (in->op != LLMPAR_OP_BACKWARD) {
+        int unused = in->op == LLMPAR_OP_RECOMPUTE;
+        for (int32_t i = 0; i < flat->unit.forward_count && unused; i++) unused = !flat->unit.forward[i].output_only;
+        *bytes += sizes.saved + (in->op == LLMPAR_OP_FORWARD || unused ? sizes.output : 0);
+        return LLMPAR_OK;
+    }
+    if (in->slot >= 0) *bytes += (uint64_t)flat->elements * sum;
+    if (in->from >= 0) *bytes += (uint64_t)fsdp->units[flat->unit.borrow - 1].elements * sum;
+    if (in->unit <= fsdp->first_backward) return LLMPAR_OK;
+    status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &input);
+    *bytes += input.output;
     return status;
 }
 
-/* ==== src/optim/adamw.c ==== */
+static llmpar_status llmpar__account_moved(const llmpar_fsdp *fsdp, const llmpar_instruction *in, const llmpar_micro *micro, uint64_t *bytes)
+{
+    const llmpar__flat *flat = &fsdp->units[in->unit];
+    uint64_t shard = (uint64_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum);
+    llmpar_unit_sizes sizes;
+    llmpar_status status = LLMPAR_OK;
+    switch (in->what) {
+    case LLMPAR_STATE_OPTIMIZER: *bytes = flat->unit.frozen ? 0 : shard * (uint64_t)fsdp->optimizer_states; break;
+    case LLMPAR_STATE_PARAMS: *bytes = fsdp->policy.master && flat->unit.frozen ? 0 : shard; break;
+    case LLMPAR_STATE_GRADS: *bytes = fsdp->whole_grads ? (uint64_t)flat->elements * llmpar_dtype_size(fsdp->sum) : shard; break;
+    default:
+        status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+        *bytes = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved;
+        if (!status && in->unit > 0) {
+            status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &sizes);
+            *bytes += sizes.output;
+        }
+        break;
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes)
+{
+    uint64_t dtype = llmpar_dtype_size(fsdp->dtype), sum = llmpar_dtype_size(fsdp->sum), reduce = llmpar_dtype_size(fsdp->reduce);
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < schedule->count && !status; i++) {
+        const llmpar_instruction *in = &schedule->list[i];
+        const llmpar__flat *flat = &fsdp->units[in->unit < 0 ? 0 : in->unit];
+        uint64_t shard = (uint64_t)flat->shard_elements;
+        bytes[i] = 0;
+        switch (in->op) {
+        case LLMPAR_OP_GATHER: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * dtype); break;
+        case LLMPAR_OP_REDUCE: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * reduce); break;
+        case LLMPAR_OP_REDUCE_REPLICA: bytes[i] = llmpar__account_all_reduce(fsdp->replica_comm, shard * reduce); break;
+        case LLMPAR_OP_SCALAR_REDUCE: bytes[i] = llmpar__account_all_reduce(fsdp->mesh->world, (in->pass ? LLMPAR__SCALARS : 1) * sizeof(int64_t)); break;
+        case LLMPAR_OP_ACCUMULATE: bytes[i] = 3 * sum * (uint64_t)(in->local || fsdp->whole_grads ? flat->elements : flat->shard_elements); break;
+        case LLMPAR_OP_NORM: bytes[i] = shard * sum; break;
+        case LLMPAR_OP_OPTIM: bytes[i] = shard * sum * (uint64_t)(3 + 2 * fsdp->optimizer_states); break; /* parameters and states there and back, the gradient once */
+        case LLMPAR_OP_CAST: bytes[i] = shard * (sum + dtype); break;
+        case LLMPAR_OP_FORWARD:
+        case LLMPAR_OP_RECOMPUTE:
+        case LLMPAR_OP_BACKWARD: status = llmpar__account_unit(fsdp, in, micro, &bytes[i]); break;
+        case LLMPAR_OP_FETCH:
+        case LLMPAR_OP_STORE: status = llmpar__account_moved(fsdp, in, micro, &bytes[i]); break;
+        case LLMPAR_OP_FREE: break;
+        }
+    }
+    return status;
+}
+
+/* ---- where the bytes are ---- */
+
+enum { LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, LLMPAR__ACCOUNT_GRADIENTS, LLMPAR__ACCOUNT_LOCAL, LLMPAR__ACCOUNT_COUNTERS, LLMPAR__ACCOUNT_TIED, LLMPAR__ACCOUNT_GRADIENTS_PAD,
+       LLMPAR__ACCOUNT_OPTIMIZER, LLMPAR__ACCOUNT_MASTER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, LLMPAR__ACCOUNT_LINES };
+
+/* The lines as a list is walked, and for PEAK those of each tag where it was highest. */
+typedef struct llmpar__account {
+    const llmpar_fsdp *fsdp;
+    uint64_t now[LLMPAR__ACCOUNT_LINES], peak[LLMPAR__ACCOUNT_LINES];
+} llmpar__account;
+
+static const struct { llmpar_tag tag; const char *name; } llmpar__account_names[LLMPAR__ACCOUNT_LINES] = {
+    {LLMPAR_TAG_PARAMETERS, "parameters"}, {LLMPAR_TAG_PARAMETERS, "padding"}, {LLMPAR_TAG_GATHERED, "gathered parameters"}, {LLMPAR_TAG_GATHERED, "padding"}, {LLMPAR_TAG_GRADIENTS, "gradients"}, {LLMPAR_TAG_GRADIENTS, "local gradients"},
+    {LLMPAR_TAG_GRADIENTS, "micro-batch counters"}, {LLMPAR_TAG_GRADIENTS, "second slot of a tied weight"}, {LLMPAR_TAG_GRADIENTS, "padding"}, {LLMPAR_TAG_OPTIMIZER, "optimizer"}, {LLMPAR_TAG_OPTIMIZER, "master parameters"}, {LLMPAR_TAG_OPTIMIZER, "padding"},
+};
+
+static void llmpar__account_add(llmpar__account *account, const llmpar__flat *flat, int whole, llmpar_dtype dtype, int line, int padding, int sign)
+{
+    uint64_t size = llmpar_dtype_size(dtype), alignment = account->fsdp->device->alignment, numbers = 0;
+    uint64_t bytes = ((uint64_t)(whole ? flat->elements : flat->shard_elements) * size + alignment - 1) / alignment * alignment;
+    for (int32_t i = 0; i < (whole ? flat->unit.param_count : flat->segment_count); i++) numbers += (uint64_t)(whole ? flat->count[i] : flat->segments[i].count) * size;
+    account->now[line] += sign > 0 ? numbers : 0 - numbers;
+    account->now[padding] += sign > 0 ? bytes - numbers : numbers - bytes;
+}
+
+static void llmpar__account_gradient(llmpar__account *account, int32_t unit, int32_t use, int32_t local, int32_t slot, int sign)
+{
+    const llmpar_fsdp *fsdp = account->fsdp;
+    int line = local ? LLMPAR__ACCOUNT_LOCAL : use ? LLMPAR__ACCOUNT_TIED : slot ? LLMPAR__ACCOUNT_COUNTERS : LLMPAR__ACCOUNT_GRADIENTS;
+    llmpar__account_add(account, &fsdp->units[unit], local || fsdp->whole_grads, fsdp->sum, line, LLMPAR__ACCOUNT_GRADIENTS_PAD, sign);
+}
+
+static void llmpar__account_optimizer(llmpar__account *account, const llmpar__flat *flat, int sign)
+{
+    for (int32_t i = 0; i < account->fsdp->optimizer_states && !flat->unit.frozen; i++) llmpar__account_add(account, flat, account->fsdp->whole_state, account->fsdp->sum, LLMPAR__ACCOUNT_OPTIMIZER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+}
+
+static void llmpar__account_params(llmpar__account *account, const llmpar__flat *flat, int sign)
+{
+    const llmpar_fsdp *fsdp = account->fsdp;
+    if (!fsdp->policy.master) llmpar__account_add(account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, sign);
+    else if (!flat->unit.frozen) llmpar__account_add(account, flat, fsdp->whole_state, fsdp->sum, LLMPAR__ACCOUNT_MASTER, LLMPAR__ACCOUNT_OPTIMIZER_PAD, sign);
+}
+
+static void llmpar__account_step(llmpar__account *account, const llmpar_instruction *in)
+{
+    const llmpar_fsdp *fsdp = account->fsdp;
+    const llmpar__flat *flat = &fsdp->units[in->unit < 0 ? 0 : in->unit];
+    int sign = in->op == LLMPAR_OP_FETCH ? 1 : -1;
+    switch (in->op) {
+    case LLMPAR_OP_GATHER:
+        if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, 1);
+        break;
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) llmpar__account_gradient(account, in->unit, in->use, in->local, in->slot, -1);
+        else if (in->what == LLMPAR_STATE_PARAMS) llmpar__account_params(account, flat, -1);
+        else if (!fsdp->whole_params) llmpar__account_add(account, flat, 1, fsdp->dtype, LLMPAR__ACCOUNT_GATHERED, LLMPAR__ACCOUNT_GATHERED_PAD, -1);
+        break;
+    case LLMPAR_OP_BACKWARD:
+        if (in->slot >= 0) llmpar__account_gradient(account, in->unit, 0, in->local, in->slot, 1);
+        if (in->from >= 0) llmpar__account_gradient(account, flat->unit.borrow - 1, 1, in->local, in->from, 1);
+        break;
+    case LLMPAR_OP_REDUCE:
+        if (!fsdp->whole_grads) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, 1);
+        break;
+    case LLMPAR_OP_ACCUMULATE: llmpar__account_gradient(account, in->unit, in->from_use, in->local, in->from, -1); break;
+    case LLMPAR_OP_OPTIM: llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, -1); break;
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE:
+        if (in->what == LLMPAR_STATE_OPTIMIZER) llmpar__account_optimizer(account, flat, sign);
+        if (in->what == LLMPAR_STATE_PARAMS) llmpar__account_params(account, flat, sign);
+        if (in->what == LLMPAR_STATE_GRADS) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, sign);
+        break;
+    default: break;
+    }
+}
+
+/* Every tag on its own: at its peak so far its lines are kept. */
+static void llmpar__account_peaks(llmpar__account *account)
+{
+    for (int first = 0, end; first < LLMPAR__ACCOUNT_LINES; first = end) {
+        uint64_t now = 0, peak = 0;
+        for (end = first; end < LLMPAR__ACCOUNT_LINES && llmpar__account_names[end].tag == llmpar__account_names[first].tag; end++) {
+            now += account->now[end];
+            peak += account->peak[end];
+        }
+        if (now > peak) memcpy(account->peak + first, account->now + first, (size_t)(end - first) * sizeof *account->now);
+    }
+}
+
+LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity)
+{
+    llmpar__account account;
+    int32_t count = 0;
+    memset(&account, 0, sizeof account);
+    account.fsdp = fsdp;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        const llmpar__flat *flat = &fsdp->units[u];
+        if (fsdp->tier[LLMPAR_STATE_OPTIMIZER] == LLMPAR_TIER_DEVICE) llmpar__account_optimizer(&account, flat, 1);
+        if (fsdp->tier[LLMPAR_STATE_PARAMS] == LLMPAR_TIER_DEVICE) llmpar__account_params(&account, flat, 1);
+        if (fsdp->policy.master) llmpar__account_add(&account, flat, fsdp->whole_params, fsdp->dtype, LLMPAR__ACCOUNT_PARAMETERS, LLMPAR__ACCOUNT_PARAMETERS_PAD, 1);
+    }
+    memcpy(account.peak, account.now, sizeof account.peak);
+    for (int32_t i = 0; i < (mark == LLMPAR_MARK_REST ? 0 : schedule->count); i++) {
+        if (mark == LLMPAR_MARK_BEFORE_OPTIMIZER && schedule->list[i].op == LLMPAR_OP_OPTIM) break;
+        llmpar__account_step(&account, &schedule->list[i]);
+        llmpar__account_peaks(&account);
+    }
+    const uint64_t *from = mark == LLMPAR_MARK_PEAK ? account.peak : account.now;
+    for (int line = 0; line < LLMPAR__ACCOUNT_LINES; line++) {
+        if (!from[line]) continue;
+        if (count < capacity) {
+            lines[count].tag = llmpar__account_names[line].tag;
+            lines[count].name = llmpar__account_names[line].name;
+            lines[count].bytes = from[line];
+        }
+        count++;
+    }
+    return count;
+}
+
+/* ==== src/optim/lr.c ==== */
 
 #include <string.h>
 
 
-struct llmpar_adamw {
-    llmpar_fsdp *fsdp;
-    llmpar_heap *heap;
-    llmpar_adamw_desc desc;
-    llmpar_optimizer table;
-    void **first, **second;   /* [units] */
-    double lr, power1, power2; /* beta^step */
-    int64_t steps;
-};
+static const char *const llmpar__lr_names[LLMPAR_LR_COUNT] = {"cosine", "constant", "linear", "wsd", "wsd-sqrt", "one-cycle"};
+
+LLMPAR_DEF const char *llmpar_lr_name(llmpar_lr_kind kind) { return (unsigned)kind < LLMPAR_LR_COUNT ? llmpar__lr_names[kind] : "?"; }
+
+LLMPAR_DEF int llmpar_lr_parse(const char *name, llmpar_lr_kind *out)
+{
+    for (int k = 0; k < LLMPAR_LR_COUNT; k++)
+        if (!strcmp(name, llmpar__lr_names[k])) {
+            *out = (llmpar_lr_kind)k;
+            return 1;
+        }
+    return 0;
+}
+
+static int llmpar__lr_is_wsd(llmpar_lr_kind kind) { return kind == LLMPAR_LR_WSD || kind == LLMPAR_LR_WSD_SQRT; }
+
+LLMPAR_DEF void llmpar_lr_desc_resolve(llmpar_lr_desc *desc)
+{
+    if (llmpar__lr_is_wsd(desc->kind) && desc->decay_steps == 0 && desc->total > 0) desc->decay_steps = desc->total >= 10 ? desc->total / 10 : 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_lr_desc_check(const llmpar_lr_desc *desc, llmpar_error *error)
+{
+    const char *name = llmpar_lr_name(desc->kind);
+    if ((unsigned)desc->kind >= LLMPAR_LR_COUNT) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: kind = %d, expected one of llmpar_lr_kind", (int)desc->kind);
+    if (!(desc->lr > 0) || !llmpar_isfinite_f64(desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr = %g, expected a positive number", desc->lr);
+    if (!(desc->lr_min >= 0 && desc->lr_min <= desc->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: lr_min = %g, expected 0 .. lr = %g", desc->lr_min, desc->lr);
+    if (desc->warmup < 0 || desc->total < 0 || desc->decay_steps < 0)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, total = %lld, decay_steps = %lld, expected 0 or more", (long long)desc->warmup, (long long)desc->total, (long long)desc->decay_steps);
+    if (desc->total && desc->warmup > desc->total) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected at most total = %lld", (long long)desc->warmup, (long long)desc->total);
+    if (!llmpar__lr_is_wsd(desc->kind) && desc->decay_steps) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected 0: %s has none", (long long)desc->decay_steps, name);
+    if (desc->decay_steps > desc->total - desc->warmup && desc->decay_steps)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: decay_steps = %lld, expected at most total - warmup = %lld - %lld", (long long)desc->decay_steps, (long long)desc->total, (long long)desc->warmup);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->total < 2) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: total = %lld, expected at least 2: one-cycle turns half way", (long long)desc->total);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE && desc->warmup) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: warmup = %lld, expected 0: one-cycle rises until half way", (long long)desc->warmup);
+    return LLMPAR_OK;
+}
 
 LLMPAR_DEF double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int64_t total, int64_t step)
 {
@@ -13522,34 +16996,185 @@ LLMPAR_DEF double llmpar_lr_cosine(double lr, double lr_min, int64_t warmup, int
     return lr_min + 0.5 * (lr - lr_min) * (1.0 + cosine);
 }
 
+LLMPAR_DEF double llmpar_lr(const llmpar_lr_desc *desc, int64_t step)
+{
+    double fall = desc->lr_min - desc->lr;
+    int64_t begin = llmpar__lr_is_wsd(desc->kind) ? desc->total - desc->decay_steps : desc->warmup;
+    if (desc->kind == LLMPAR_LR_COSINE) return llmpar_lr_cosine(desc->lr, desc->lr_min, desc->warmup, desc->total, step);
+    if (desc->kind == LLMPAR_LR_ONE_CYCLE) {
+        double x = 2 * (double)step / (double)desc->total; /* the peak is at 1 */
+        return x < 1 ? desc->lr * x : step >= desc->total ? desc->lr_min : desc->lr + fall * (x - 1);
+    }
+    if (step <= desc->warmup) return desc->warmup > 0 ? desc->lr * (double)step / (double)desc->warmup : desc->lr;
+    if (desc->kind == LLMPAR_LR_CONSTANT || desc->total <= desc->warmup || step <= begin) return desc->lr;
+    if (step >= desc->total) return desc->lr_min;
+    double x = (double)(step - begin) / (double)(desc->total - begin);
+    return desc->lr + fall * (desc->kind == LLMPAR_LR_WSD_SQRT ? llmpar_sqrt_f64(x) : x);
+}
+
+/* ---- loss scale ---- */
+
+LLMPAR_DEF void llmpar_loss_scale_resolve(llmpar_loss_scale *state)
+{
+    if (state->scale == 0) state->scale = 65536;
+    if (state->least == 0) state->least = 1.0 / 16384;
+    if (state->most == 0) state->most = 16777216;
+    if (state->interval == 0) state->interval = 2000;
+}
+
+/* A normal power of two: no bit of the mantissa. */
+static int llmpar__loss_scale_is_power(double x)
+{
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x > 0 && llmpar_isfinite_f64(x) && (bits & 0xfffffffffffffu) == 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state, llmpar_error *error)
+{
+    if (!llmpar__loss_scale_is_power(state->scale) || !llmpar__loss_scale_is_power(state->least) || !llmpar__loss_scale_is_power(state->most))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "loss scale: scale = %g, least = %g, most = %g, expected powers of two", state->scale, state->least, state->most);
+    if (!(state->least <= state->scale && state->scale <= state->most)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "loss scale: scale = %g, expected %g .. %g", state->scale, state->least, state->most);
+    if (state->interval < 1 || state->finite_steps < 0)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "loss scale: interval = %lld, finite_steps = %lld, expected at least 1 and 0", (long long)state->interval, (long long)state->finite_steps);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int32_t found_inf, llmpar_error *error)
+{
+    if (found_inf) {
+        if (state->scale <= state->least)
+            return llmpar_error_set(error, LLMPAR_ERR_NONFINITE, "loss scale: the gradient is not finite at the least scale, %g, either: expected it to be finite after halving; the model itself diverges", state->least);
+        state->scale *= 0.5;
+        state->finite_steps = 0;
+    } else if (++state->finite_steps >= state->interval) {
+        if (state->scale < state->most) state->scale *= 2;
+        state->finite_steps = 0;
+    }
+    return LLMPAR_OK;
+}
+/* ==== src/optim/optim.c ==== */
+/* ==== src/optim/optim_internal.h ==== */
+/* optim_internal: what optim.c and adalomo.c share. */
+#ifndef LLMPAR_OPTIM_INTERNAL_H
+#define LLMPAR_OPTIM_INTERNAL_H
+
+
+struct llmpar__adalomo;
+
+struct llmpar_optim {
+    llmpar_fsdp *fsdp;
+    llmpar_heap *heap;
+    llmpar_optim_desc desc;
+    llmpar_optimizer table;
+    double lr, power1, power2; /* beta^step */
+    int64_t steps;
+    struct llmpar__adalomo *adalomo;
+};
+
+/* adalomo.c: creation (collective) and the table's update. */
+LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
+LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
+LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
+
+#endif
+/* ---- src/optim/optim.c goes on ---- */
+
+#include <string.h>
+
+
+static const char *const llmpar__optim_names[LLMPAR_OPTIM_COUNT] = {"adamw", "sgd", "lomo", "adalomo"};
+
+LLMPAR_DEF const char *llmpar_optim_name(llmpar_optim_kind kind) { return (unsigned)kind < LLMPAR_OPTIM_COUNT ? llmpar__optim_names[kind] : "?"; }
+
+LLMPAR_DEF int llmpar_optim_parse(const char *name, llmpar_optim_kind *out)
+{
+    for (int k = 0; k < LLMPAR_OPTIM_COUNT; k++)
+        if (!strcmp(name, llmpar__optim_names[k])) {
+            *out = (llmpar_optim_kind)k;
+            return 1;
+        }
+    return 0;
+}
+
 LLMPAR_DEF double llmpar_clip_scale(double norm, double max_norm)
 {
     return max_norm > 0 && norm > max_norm ? max_norm / norm : 1.0;
 }
 
-LLMPAR_DEF void llmpar_adamw_desc_resolve(llmpar_adamw_desc *desc)
+/* ---- description ---- */
+
+LLMPAR_DEF void llmpar_optim_desc_resolve(llmpar_optim_desc *desc)
 {
-    if (desc->beta1 == 0) desc->beta1 = 0.9;
-    if (desc->beta2 == 0) desc->beta2 = 0.95;
-    if (desc->eps == 0) desc->eps = 1e-8;
-    if (desc->decay == 0) desc->decay = 0.1;
-    if (desc->clip == 0) desc->clip = 1.0;
+    int adamw = desc->kind == LLMPAR_OPTIM_ADAMW, sgd = desc->kind == LLMPAR_OPTIM_SGD;
+    if (adamw && desc->beta1 == 0) desc->beta1 = 0.9;
+    if (adamw && desc->beta2 == 0) desc->beta2 = 0.95;
+    if (adamw && desc->eps == 0) desc->eps = 1e-8;
+    if (desc->kind == LLMPAR_OPTIM_ADALOMO && desc->eps == 0) desc->eps = 1e-30;
+    if (desc->decay == 0) desc->decay = adamw ? 0.1 : -1;
+    if (desc->clip == 0) desc->clip = adamw || sgd ? 1.0 : -1;
+    if (sgd && desc->momentum == 0) desc->momentum = 0.9;
 }
 
-static llmpar_status llmpar__adamw_begin(void *state, double grad_norm, double *grad_scale)
+/* A field that this optimizer does not have. */
+static llmpar_status llmpar__optim_foreign(const llmpar_optim_desc *desc, const char *field, double value, llmpar_error *error)
 {
-    llmpar_adamw *adamw = (llmpar_adamw *)state;
-    *grad_scale = llmpar_clip_scale(grad_norm, adamw->desc.clip);
-    adamw->steps++;
-    adamw->power1 *= adamw->desc.beta1;
-    adamw->power2 *= adamw->desc.beta2;
+    return value == 0 ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s = %g, expected 0: it has none", llmpar_optim_name(desc->kind), field, value);
+}
+
+LLMPAR_DEF llmpar_status llmpar_optim_desc_check(const llmpar_optim_desc *desc, llmpar_error *error)
+{
+    const char *name = llmpar_optim_name(desc->kind);
+    int adamw = desc->kind == LLMPAR_OPTIM_ADAMW, sgd = desc->kind == LLMPAR_OPTIM_SGD, adalomo = desc->kind == LLMPAR_OPTIM_ADALOMO;
+    llmpar_status status = LLMPAR_OK;
+    if ((unsigned)desc->kind >= LLMPAR_OPTIM_COUNT) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "optimizer: kind = %d, expected one of llmpar_optim_kind", (int)desc->kind);
+    if (!adamw) status = llmpar__optim_foreign(desc, "beta1", desc->beta1, error);
+    if (!status && !adamw && !adalomo) status = llmpar__optim_foreign(desc, "beta2", desc->beta2, error);
+    if (!status && !adamw && !adalomo) status = llmpar__optim_foreign(desc, "eps", desc->eps, error);
+    if (!status && !sgd) status = llmpar__optim_foreign(desc, "momentum", desc->momentum, error);
+    if (!status && (adamw || adalomo)) status = llmpar__optim_foreign(desc, "clip_value", desc->clip_value, error);
+    if (status) return status;
+    if (adamw && (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: beta1 = %g, beta2 = %g, expected between 0 and 1", name, desc->beta1, desc->beta2);
+    if (adalomo && !(desc->beta2 >= 0 && desc->beta2 < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: beta2 = %g, expected between 0 and 1", name, desc->beta2);
+    if ((adamw || adalomo) && !(desc->eps > 0 && desc->eps < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: eps = %g, expected between 0 and 1", name, desc->eps);
+    if (!(desc->decay <= 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: decay = %g, expected at most 1", name, desc->decay);
+    if (desc->clip != desc->clip) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: clip = %g, expected a number", name, desc->clip);
+    if (!(desc->clip_value >= 0)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: clip_value = %g, expected 0 (off) or more", name, desc->clip_value);
+    if (!(desc->momentum < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: momentum = %g, expected below 1", name, desc->momentum);
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *update)
+LLMPAR_DEF int32_t llmpar_optim_states(const llmpar_optim_desc *desc)
 {
-    llmpar_adamw *adamw = (llmpar_adamw *)state;
-    llmpar_device *device = llmpar_fsdp_mesh(adamw->fsdp)->ctx->device;
+    return desc->kind == LLMPAR_OPTIM_ADAMW ? 2 : desc->kind == LLMPAR_OPTIM_SGD && desc->momentum > 0 ? 1 : 0;
+}
+
+LLMPAR_DEF llmpar_update_when llmpar_optim_update_when(const llmpar_optim_desc *desc, int32_t loss_scaling)
+{
+    if (desc->kind != LLMPAR_OPTIM_LOMO && desc->kind != LLMPAR_OPTIM_ADALOMO) return LLMPAR_UPDATE_AFTER;
+    return desc->clip > 0 || loss_scaling ? LLMPAR_UPDATE_TWO_PASSES : LLMPAR_UPDATE_INSIDE;
+}
+
+/* ---- the table ---- */
+
+static llmpar_status llmpar__optim_begin(void *state, double grad_norm, double *grad_scale)
+{
+    llmpar_optim *optim = (llmpar_optim *)state;
+    const llmpar_optim_desc *desc = &optim->desc;
+    if (grad_norm < 0 && desc->clip > 0)
+        return llmpar_fail(llmpar_fsdp_mesh(optim->fsdp)->ctx, LLMPAR_ERR_ARGUMENT, "%s: clip = %g needs the norm, which updates inside backward do not know: expected a schedule in two passes, or clip off", llmpar_optim_name(desc->kind), desc->clip);
+    *grad_scale = llmpar_clip_scale(grad_norm, desc->clip);
+    optim->steps++;
+    optim->power1 *= desc->beta1;
+    optim->power2 *= desc->beta2;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__optim_adamw_update(void *state, const llmpar_update *update)
+{
+    llmpar_optim *optim = (llmpar_optim *)state;
+    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
     size_t size = llmpar_dtype_size(update->dtype);
     llmpar_status status = LLMPAR_OK;
     /* Segment by segment: decay differs, and padding between them must stay zero. */
@@ -13561,15 +17186,15 @@ static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *upda
         args.count = (size_t)segment->count;
         args.p = (char *)update->param + begin;
         args.g = (const char *)update->grad + begin;
-        args.m = (char *)adamw->first[update->unit] + begin;
-        args.v = (char *)adamw->second[update->unit] + begin;
-        args.lr = adamw->lr;
-        args.beta1 = adamw->desc.beta1;
-        args.beta2 = adamw->desc.beta2;
-        args.eps = adamw->desc.eps;
-        args.decay = segment->no_decay || adamw->desc.decay < 0 ? 0 : adamw->desc.decay;
-        args.correction1 = 1 - adamw->power1;
-        args.correction2 = 1 - adamw->power2;
+        args.m = (char *)update->state[0] + begin;
+        args.v = (char *)update->state[1] + begin;
+        args.lr = optim->lr;
+        args.beta1 = optim->desc.beta1;
+        args.beta2 = optim->desc.beta2;
+        args.eps = optim->desc.eps;
+        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
+        args.correction1 = 1 - optim->power1;
+        args.correction2 = 1 - optim->power2;
         args.grad_scale = update->grad_scale;
         args.dtype = update->dtype;
         status = device->adamw(device, update->stream, &args);
@@ -13577,82 +17202,437 @@ static llmpar_status llmpar__adamw_update(void *state, const llmpar_update *upda
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_adamw_desc_check(const llmpar_adamw_desc *desc, llmpar_error *error)
+/* SGD and LOMO. */
+static llmpar_status llmpar__optim_sgd_update(void *state, const llmpar_update *update)
 {
-    if (!(desc->beta1 > 0 && desc->beta1 < 1) || !(desc->beta2 > 0 && desc->beta2 < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: beta1 = %g, beta2 = %g, expected between 0 and 1", desc->beta1, desc->beta2);
-    if (!(desc->eps > 0 && desc->eps < 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: eps = %g, expected between 0 and 1", desc->eps);
-    if (!(desc->decay <= 1)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: decay = %g, expected at most 1", desc->decay);
-    if (desc->clip != desc->clip) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "adamw: clip = %g, expected a number", desc->clip);
-    return LLMPAR_OK;
+    llmpar_optim *optim = (llmpar_optim *)state;
+    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    size_t size = llmpar_dtype_size(update->dtype);
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < update->segment_count && !status; s++) {
+        const llmpar_segment *segment = &update->segments[s];
+        size_t begin = (size_t)segment->begin * size;
+        llmpar_sgd_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)segment->count;
+        args.p = (char *)update->param + begin;
+        args.g = (const char *)update->grad + begin;
+        if (optim->desc.momentum > 0) args.m = (char *)update->state[0] + begin;
+        args.lr = optim->lr;
+        args.momentum = optim->desc.momentum;
+        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
+        args.limit = optim->desc.clip_value;
+        args.grad_scale = update->grad_scale;
+        args.dtype = update->dtype;
+        status = device->sgd(device, update->stream, &args);
+    }
+    return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_adamw_create(llmpar_fsdp *fsdp, const llmpar_adamw_desc *desc, llmpar_adamw **out)
+/* ---- life ---- */
+
+LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_optim_desc *desc, llmpar_optim **out)
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_arena *arena = llmpar_fsdp_arena(fsdp);
-    int32_t units = llmpar_fsdp_unit_count(fsdp);
-    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp));
-    llmpar_adamw_desc resolved = *desc;
+    llmpar_optim_desc resolved = *desc;
     *out = NULL;
-    llmpar_adamw_desc_resolve(&resolved);
+    llmpar_optim_desc_resolve(&resolved);
     llmpar_error error;
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_adamw_desc_check(&resolved, &error);
+    llmpar_status status = llmpar_optim_desc_check(&resolved, &error);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
-    llmpar_adamw *adamw = (llmpar_adamw *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *adamw);
-    if (!adamw) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory");
-    adamw->fsdp = fsdp;
-    adamw->heap = &ctx->heap;
-    adamw->desc = resolved;
-    adamw->power1 = adamw->power2 = 1;
-    adamw->table.state = adamw;
-    adamw->table.begin_step = llmpar__adamw_begin;
-    adamw->table.update = llmpar__adamw_update;
-    adamw->first = (void **)llmpar_heap_zalloc(&ctx->heap, (size_t)units, sizeof(void *));
-    adamw->second = (void **)llmpar_heap_zalloc(&ctx->heap, (size_t)units, sizeof(void *));
-    if (!adamw->first || !adamw->second) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adamw: out of memory for %d units", (int)units);
-    llmpar_stream *stream = NULL;
-    if (!status) status = ctx->device->stream_create(ctx->device, "set-up", &stream);
-    for (int32_t u = 0; u < units && !status; u++) {
-        int64_t elements;
-        const char *name = llmpar_fsdp_unit(fsdp, u)->name;
-        llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
-        void **moment[2] = {&adamw->first[u], &adamw->second[u]};
-        for (int i = 0; i < 2 && !status; i++) {
-            status = llmpar_arena_alloc(arena, LLMPAR_TAG_OPTIMIZER, (size_t)elements * size, name, moment[i]);
-            if (!status) status = ctx->device->zero(ctx->device, stream, *moment[i], (size_t)elements * size);
-        }
+    int32_t states = llmpar_optim_states(&resolved), given = llmpar_fsdp_optimizer_states(fsdp);
+    if (given < states)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: works on %d numbers of state an element, llmpar_fsdp_desc.optimizer_states = %d", llmpar_optim_name(resolved.kind), (int)states, (int)given);
+    if (resolved.kind == LLMPAR_OPTIM_SGD || resolved.kind == LLMPAR_OPTIM_LOMO) {
+        llmpar_device *device = ctx->device;
+        if (device->size < offsetof(llmpar_device, sgd) + sizeof device->sgd || !device->sgd)
+            return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: device %s has no sgd", llmpar_optim_name(resolved.kind), device->name);
     }
-    if (!status) status = ctx->device->synchronize(ctx->device, stream);
-    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    llmpar_optim *optim = (llmpar_optim *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *optim);
+    if (!optim) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", llmpar_optim_name(resolved.kind));
+    optim->fsdp = fsdp;
+    optim->heap = &ctx->heap;
+    optim->desc = resolved;
+    optim->power1 = optim->power2 = 1;
+    optim->table.state = optim;
+    optim->table.begin_step = llmpar__optim_begin;
+    optim->table.update = resolved.kind == LLMPAR_OPTIM_ADAMW ? llmpar__optim_adamw_update : resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_sgd_update;
+    if (resolved.kind == LLMPAR_OPTIM_ADALOMO) status = llmpar__adalomo_create(optim);
     if (status) {
-        llmpar_adamw_destroy(adamw);
+        llmpar_optim_destroy(optim);
         return status;
     }
-    *out = adamw;
+    *out = optim;
     return LLMPAR_OK;
 }
 
-LLMPAR_DEF void llmpar_adamw_destroy(llmpar_adamw *adamw)
+LLMPAR_DEF void llmpar_optim_destroy(llmpar_optim *optim)
 {
-    if (!adamw) return;
-    llmpar_arena *arena = llmpar_fsdp_arena(adamw->fsdp);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(adamw->fsdp); u++) {
-        if (adamw->first) llmpar_arena_free(arena, adamw->first[u]);
-        if (adamw->second) llmpar_arena_free(arena, adamw->second[u]);
-    }
-    llmpar_heap_free(adamw->heap, adamw->first);
-    llmpar_heap_free(adamw->heap, adamw->second);
-    llmpar_heap_free(adamw->heap, adamw);
+    if (!optim) return;
+    llmpar__adalomo_destroy(optim);
+    llmpar_heap_free(optim->heap, optim);
 }
 
-LLMPAR_DEF const llmpar_optimizer *llmpar_adamw_optimizer(const llmpar_adamw *adamw) { return &adamw->table; }
-LLMPAR_DEF void llmpar_adamw_set_lr(llmpar_adamw *adamw, double lr) { adamw->lr = lr; }
-LLMPAR_DEF int64_t llmpar_adamw_steps(const llmpar_adamw *adamw) { return adamw->steps; }
-LLMPAR_DEF void llmpar_adamw_moments(llmpar_adamw *adamw, int32_t unit, void **first, void **second)
+LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim) { return &optim->table; }
+LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
+LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }
+/* ==== src/optim/adalomo.c ==== */
+/* AdaLomo (Lv et al. 2023, arXiv 2310.10195, and adalomo.py of its authors): for a matrix of R rows and C columns, with g' and eps as in optim.h and b = beta2,
+
+     r[R] = b r + (1-b) (mean over columns of g'^2 + eps)        c[C] = b c + (1-b) (mean over rows of g'^2 + eps)
+     u = g' / sqrt(r c / mean(r));   p -= lr * max(1e-3, rms p) * (decay p + u / max(1, rms u))
+
+   Parameters of other than two dims keep the whole second moment. Nothing here has an order: the sums of a unit are integers, so the ranks that share it (dp_shard, tp) add theirs up in any.
+
+     largest |g| of each matrix     -> all-reduce max      where the fixed point stands
+     squares of g by row and column,
+       squares of p (exact sums)    -> all-reduce          one for the whole unit
+     r, c, their inverse roots         (every rank that holds a part of the matrix has all of r and c: equal copies)
+     squares of u (exact sums)      -> all-reduce
+     p
+
+   Bytes, beside nothing an element for matrices (s = 4, or 8 in f64): s (R + C) for each matrix this rank holds a part of, s for each of its elements of other parameters; and once, for the largest unit, 8 (R + C) of
+   each of its matrices, s (R + C) of those it holds a part of, and 1160 a parameter. All OPTIMIZER. */
+
+#include <string.h>
+
+
+/* A segment of this rank. */
+typedef struct llmpar__adalomo_part {
+    int64_t begin, cols;          /* first element in the tp-local rectangle, and its columns */
+    int64_t row, col;             /* where the rectangle lies in the matrix */
+    int64_t moment, factor;       /* reals before its moments (R, then C; or one an element) in the unit's state, and before its factors in the workspace */
+    int32_t factored, counts;     /* counts: this rank's part stands for it in sums */
+} llmpar__adalomo_part;
+
+typedef struct llmpar__adalomo_unit {
+    llmpar__adalomo_part *part;   /* [segment_count] */
+    int64_t *rows, *cols;         /* [param_count]; rows 0: not factored */
+    int64_t *sum;                 /* [param_count] integers before its row sums, column sums behind them */
+    int64_t sums;                 /* integers in all */
+    int32_t params, matrices;
+    void *state;
+} llmpar__adalomo_unit;
+
+typedef struct llmpar__adalomo {
+    llmpar_comm *comm;            /* the ranks that share a unit's parameters; NULL: alone */
+    llmpar__adalomo_unit *unit;
+    int32_t units;
+    void *workspace;
+    size_t at_largest, at_factors;/* bytes in it; sums lie at 0: row and column sums, squares of p, squares of u */
+    llmpar_event *done;           /* behind the last update: the workspace is one for all */
+} llmpar__adalomo;
+
+/* ---- creation ---- */
+
+static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, int64_t *moments, int64_t *factors)
 {
-    *first = adamw->first[unit];
-    *second = adamw->second[unit];
+    llmpar_fsdp *fsdp = optim->fsdp;
+    const llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar__adalomo_unit *unit = &optim->adalomo->unit[index];
+    const llmpar_unit *u = llmpar_fsdp_unit(fsdp, index);
+    const llmpar_segment *segments;
+    int32_t count;
+    llmpar_fsdp_shard(fsdp, index, NULL, &segments, &count);
+    *moments = *factors = 0;
+    if (u->frozen) return LLMPAR_OK;
+    unit->params = u->param_count;
+    unit->part = (llmpar__adalomo_part *)llmpar_heap_zalloc(optim->heap, (size_t)count + 1, sizeof *unit->part);
+    unit->rows = (int64_t *)llmpar_heap_zalloc(optim->heap, 3 * (size_t)u->param_count + 1, sizeof(int64_t));
+    if (!unit->part || !unit->rows) return llmpar_fail(mesh->ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for unit %s", u->name);
+    unit->cols = unit->rows + u->param_count;
+    unit->sum = unit->cols + u->param_count;
+    for (int32_t p = 0; p < u->param_count; p++) {
+        const llmpar_param *param = &u->params[p];
+        if (param->dims != 2 || param->shape[0] == 0 || param->shape[1] == 0) continue;
+        unit->rows[p] = param->shape[0];
+        unit->cols[p] = param->shape[1];
+        unit->sum[p] = unit->sums;
+        unit->sums += param->shape[0] + param->shape[1];
+        unit->matrices++;
+    }
+    for (int32_t s = 0; s < count; s++) {
+        llmpar__adalomo_part *part = &unit->part[s];
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        int32_t p = segments[s].param, coordinate[LLMPAR_MESH_AXES];
+        llmpar_fsdp_dtensor(fsdp, index, p, &tensor);
+        llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+        if (local.flat_count != segments[s].count)
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "adalomo: %s: the update's part has %lld elements, its descriptor %lld", u->params[p].name, (long long)segments[s].count, (long long)local.flat_count);
+        part->begin = local.flat_begin;
+        part->moment = *moments;
+        if (unit->rows[p]) {
+            part->factored = 1;
+            part->cols = local.shape[1];
+            part->row = local.offset[0];
+            part->col = local.offset[1];
+            part->factor = *factors;
+            *moments += unit->rows[p] + unit->cols[p];
+            *factors += unit->rows[p] + unit->cols[p];
+        } else *moments += segments[s].count;
+        /* Data ranks that are not in the communicator have sums of their own, so only copies within it count once: those over tp. */
+        memcpy(coordinate, mesh->coordinate, sizeof coordinate);
+        coordinate[LLMPAR_AXIS_DP_REPLICATE] = 0;
+        if (!tensor.placements || tensor.placement[tensor.placements - 1].kind != LLMPAR_FLAT) coordinate[LLMPAR_AXIS_DP_SHARD] = 0;
+        llmpar_dtensor_local(&tensor, mesh->degree, coordinate, &local);
+        part->counts = local.is_owner;
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
+{
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(optim->fsdp)->ctx;
+    llmpar_device *device = ctx->device;
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(optim->fsdp))), sums = 0, params = 0, most = 0;
+    llmpar_stream *stream = NULL;
+    llmpar_status status = device->stream_create(device, "set-up", &stream);
+    for (int32_t u = 0; u < a->units && !status; u++) {
+        llmpar__adalomo_unit *unit = &a->unit[u];
+        int64_t moments, factors;
+        status = llmpar__adalomo_layout(optim, u, &moments, &factors);
+        if (!status && moments) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, (size_t)moments * size, llmpar_fsdp_unit(optim->fsdp, u)->name, &unit->state);
+        if (!status && moments) status = device->zero(device, stream, unit->state, (size_t)moments * size);
+        if (status) break;
+        size_t wanted = (size_t)(unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)unit->params);
+        if (wanted > sums) sums = wanted;
+        if ((size_t)unit->params > params) params = (size_t)unit->params;
+        if ((size_t)factors > most) most = (size_t)factors;
+    }
+    a->at_largest = sums * sizeof(int64_t);
+    a->at_factors = a->at_largest + params * sizeof(double);
+    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, a->at_factors + most * size, "adalomo's sums", &a->workspace);
+    if (!status) status = device->event_create(device, &a->done);
+    if (stream) {
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
+{
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
+    llmpar_ctx *ctx = mesh->ctx;
+    llmpar_device *device = ctx->device;
+    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
+        return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
+    llmpar__adalomo *a = (llmpar__adalomo *)llmpar_heap_zalloc(optim->heap, 1, sizeof *a);
+    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");
+    optim->adalomo = a;
+    a->units = llmpar_fsdp_unit_count(optim->fsdp);
+    a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
+    if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
+    llmpar_policy policy;
+    memset(&policy, 0, sizeof policy);
+    llmpar_fsdp_policy(optim->fsdp, &policy);
+    int whole = llmpar_policy_whole_state(&policy);
+    llmpar_status status = LLMPAR_OK;
+    if (!whole || mesh->degree[LLMPAR_AXIS_TP] > 1)
+        status = llmpar_comm_split(mesh->world, whole ? mesh->dp_rank : mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE], ctx->rank, "optimizer", &a->comm);
+    return status ? status : llmpar__adalomo_memory(optim);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
+{
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    if (!a) return;
+    for (int32_t u = 0; u < a->units && a->unit; u++) {
+        llmpar_heap_free(optim->heap, a->unit[u].part);
+        llmpar_heap_free(optim->heap, a->unit[u].rows);
+        llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->unit[u].state);
+    }
+    llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->workspace);
+    if (a->done) device->event_destroy(device, a->done);
+    llmpar_comm_destroy(a->comm);
+    llmpar_heap_free(optim->heap, a->unit);
+    llmpar_heap_free(optim->heap, a);
+}
+
+/* ---- the update ---- */
+
+/* One update while it is made. */
+typedef struct llmpar__adalomo_call {
+    llmpar_optim *optim;
+    const llmpar_update *update;
+    llmpar__adalomo_unit *unit;
+    llmpar_device *device;
+    const char *name;             /* of the unit */
+    int64_t *sums, *param_squares, *update_squares;
+    double *largest;
+    char *factors;
+    double beta;
+    size_t size;
+} llmpar__adalomo_call;
+
+static llmpar_status llmpar__adalomo_reduce(const llmpar__adalomo_call *c, void *buffer, int64_t count, llmpar_dtype dtype, llmpar_reduce_op op)
+{
+    llmpar_collective call;
+    if (!c->optim->adalomo->comm || count == 0) return LLMPAR_OK;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = buffer;
+    call.count = (size_t)count;
+    call.dtype = dtype;
+    call.op = op;
+    call.tag = c->name;
+    return llmpar_all_reduce(c->optim->adalomo->comm, c->update->stream, &call);
+}
+
+/* Terms of a sum that the fixed point has room for. */
+static int32_t llmpar__adalomo_bits(int64_t terms)
+{
+    int32_t bits = 62;
+    while (terms > (int64_t)1 << (62 - bits)) bits--;
+    return bits;
+}
+
+static const void *llmpar__adalomo_grad(const llmpar__adalomo_call *c, int32_t s) { return (const char *)c->update->grad + (size_t)c->update->segments[s].begin * c->size; }
+static void *llmpar__adalomo_param(const llmpar__adalomo_call *c, int32_t s) { return (char *)c->update->param + (size_t)c->update->segments[s].begin * c->size; }
+
+static llmpar_status llmpar__adalomo_find_largest(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        llmpar_largest_args args;
+        if (!c->unit->part[s].factored) continue;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)c->update->segments[s].count;
+        args.x = llmpar__adalomo_grad(c, s);
+        args.largest = c->largest + c->update->segments[s].param;
+        args.dtype = c->update->dtype;
+        status = c->device->largest(c->device, c->update->stream, &args);
+    }
+    return status ? status : llmpar__adalomo_reduce(c, c->largest, c->unit->matrices ? c->unit->params : 0, LLMPAR_F64, LLMPAR_MAX);
+}
+
+static llmpar_status llmpar__adalomo_sum_squares(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        int32_t p = c->update->segments[s].param;
+        llmpar_square_sum_args square;
+        if (!part->counts) continue;
+        memset(&square, 0, sizeof square);
+        square.count = (size_t)c->update->segments[s].count;
+        square.x = llmpar__adalomo_param(c, s);
+        square.accumulator = c->param_squares + (int64_t)p * LLMPAR_EXACT_SUM_LIMBS;
+        square.dtype = c->update->dtype;
+        status = c->device->square_sum(c->device, c->update->stream, &square);
+        if (status || !part->factored) continue;
+        llmpar_factor_sum_args args;
+        memset(&args, 0, sizeof args);
+        args.begin = part->begin;
+        args.count = c->update->segments[s].count;
+        args.cols = part->cols;
+        args.g = llmpar__adalomo_grad(c, s);
+        args.row_sums = c->sums + c->unit->sum[p] + part->row;
+        args.col_sums = c->sums + c->unit->sum[p] + c->unit->rows[p] + part->col;
+        args.row_bits = llmpar__adalomo_bits(c->unit->cols[p]);
+        args.col_bits = llmpar__adalomo_bits(c->unit->rows[p]);
+        args.largest = c->largest + p;
+        args.grad_scale = c->update->grad_scale;
+        args.dtype = c->update->dtype;
+        status = c->device->factor_sum(c->device, c->update->stream, &args);
+    }
+    return status ? status : llmpar__adalomo_reduce(c, c->sums, c->unit->sums + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c->unit->params, LLMPAR_I64, LLMPAR_SUM);
+}
+
+static llmpar_status llmpar__adalomo_moments(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        int32_t p = c->update->segments[s].param;
+        if (!part->factored) continue;
+        for (int by_columns = 0; by_columns < 2 && !status; by_columns++) {
+            int64_t rows = c->unit->rows[p], cols = c->unit->cols[p], at = by_columns ? rows : 0;
+            llmpar_factor_moment_args args;
+            memset(&args, 0, sizeof args);
+            args.count = by_columns ? cols : rows;
+            args.terms = by_columns ? rows : cols;
+            args.bits = llmpar__adalomo_bits(args.terms);
+            args.by_mean = !by_columns;
+            args.sums = c->sums + c->unit->sum[p] + at;
+            args.largest = c->largest + p;
+            args.moment = (char *)c->unit->state + (size_t)(part->moment + at) * c->size;
+            args.factor = c->factors + (size_t)(part->factor + at) * c->size;
+            args.grad_scale = c->update->grad_scale;
+            args.beta = c->beta;
+            args.eps = c->optim->desc.eps;
+            args.dtype = c->update->dtype;
+            status = c->device->factor_moment(c->device, c->update->stream, &args);
+        }
+    }
+    return status;
+}
+
+/* apply 0: the squares of u; 1: p. */
+static llmpar_status llmpar__adalomo_pass(const llmpar__adalomo_call *c, int apply)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        const llmpar_segment *segment = &c->update->segments[s];
+        const llmpar_param *param = &llmpar_fsdp_unit(c->optim->fsdp, c->update->unit)->params[segment->param];
+        llmpar_adalomo_args args;
+        memset(&args, 0, sizeof args);
+        args.begin = part->begin;
+        args.count = segment->count;
+        args.cols = part->cols;
+        args.elements = 1;
+        for (int32_t d = 0; d < param->dims; d++) args.elements *= param->shape[d];
+        args.p = llmpar__adalomo_param(c, s);
+        args.g = llmpar__adalomo_grad(c, s);
+        if (part->factored) {
+            args.row_factor = c->factors + (size_t)(part->factor + part->row) * c->size;
+            args.col_factor = c->factors + (size_t)(part->factor + c->unit->rows[segment->param] + part->col) * c->size;
+        } else args.moment = (char *)c->unit->state + (size_t)part->moment * c->size;
+        if (apply || part->counts) args.update_squares = c->update_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
+        args.param_squares = c->param_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
+        args.lr = c->optim->lr;
+        args.decay = segment->no_decay || c->optim->desc.decay < 0 ? 0 : c->optim->desc.decay;
+        args.grad_scale = c->update->grad_scale;
+        args.beta = c->beta;
+        args.eps = c->optim->desc.eps;
+        args.dtype = c->update->dtype;
+        status = apply ? c->device->adalomo(c->device, c->update->stream, &args) : c->device->adalomo_square(c->device, c->update->stream, &args);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update)
+{
+    llmpar_optim *optim = (llmpar_optim *)state;
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar__adalomo_call c;
+    c.optim = optim;
+    c.update = update;
+    c.unit = &a->unit[update->unit];
+    c.device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    c.name = llmpar_fsdp_unit(optim->fsdp, update->unit)->name;
+    c.sums = (int64_t *)a->workspace;
+    c.param_squares = c.sums + c.unit->sums;
+    c.update_squares = c.param_squares + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params;
+    c.largest = (double *)(void *)((char *)a->workspace + a->at_largest);
+    c.factors = (char *)a->workspace + a->at_factors;
+    c.beta = optim->desc.beta2 > 0 ? optim->desc.beta2 : 1 - llmpar_pow_f64((double)optim->steps, -0.8);
+    c.size = llmpar_dtype_size(update->dtype);
+    llmpar_status status = c.device->event_wait(c.device, update->stream, a->done);
+    if (!status) status = c.device->zero(c.device, update->stream, c.sums, (size_t)(c.unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params) * sizeof *c.sums);
+    if (!status) status = c.device->zero(c.device, update->stream, c.largest, (size_t)c.unit->params * sizeof *c.largest);
+    if (!status) status = llmpar__adalomo_find_largest(&c);
+    if (!status) status = llmpar__adalomo_sum_squares(&c);
+    if (!status) status = llmpar__adalomo_moments(&c);
+    if (!status) status = llmpar__adalomo_pass(&c, 0);
+    if (!status) status = llmpar__adalomo_reduce(&c, c.update_squares, LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params, LLMPAR_I64, LLMPAR_SUM);
+    if (!status) status = llmpar__adalomo_pass(&c, 1);
+    return status ? status : c.device->event_record(c.device, update->stream, a->done);
 }
 
 /* ==== src/text/data.c ==== */
@@ -14367,24 +18347,39 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-/* A list of unit instructions with the condition under which each exists. */
+/* A list of unit instructions with the condition under which each exists. The middle of the model is a row of halves, attention and MLP by turns, and a unit holds some neighbours of them: a row that is for halves in a certain
+   place of their unit says so. Waits count within the half; LLMPAR__HALF_BEFORE is the joint row of the half whose rows come before. output_only is said of the unit's last half. */
 enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
-typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when; } llmpar__op_row;
+enum { LLMPAR__ANYWHERE = 0, LLMPAR__FIRST = 1, LLMPAR__NOT_FIRST = 2, LLMPAR__LAST = 3, LLMPAR__JOINT = 16 };
+enum { LLMPAR__HALF_BEFORE = -1 };
+typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when, place; } llmpar__op_row;
 typedef struct llmpar__op_list { llmpar_unit_op *ops; int32_t count; } llmpar__op_list;
-enum { LLMPAR__EMBED = 0, LLMPAR__BLOCK = 1, LLMPAR__HEAD = 2, LLMPAR__UNIT_KINDS = 3 };
+
+/* A unit's user. Half h of the model is the attention of block h/2 (h even) or its MLP. */
+typedef struct llmpar__part {
+    const llmpar_llama *model;
+    int32_t first, halves;         /* 0 halves: embedding or head */
+    int32_t list;                  /* of model->lists */
+} llmpar__part;
+enum { LLMPAR__EMBED = 0, LLMPAR__HEAD = 1, LLMPAR__BODY = 2, LLMPAR__BODY_LAST = 3, LLMPAR__LISTS = 4 }; /* BODY_LAST: the MLP of half blocks, or the blocks that are left for the last unit */
+enum { LLMPAR__WRAP_MOST = 8 };    /* blocks a unit */
 
 struct llmpar_llama {
     llmpar_ctx *ctx;
     llmpar_llama_config config;
     uint64_t seed;
-    llmpar_unit *units;            /* [layers + 2]; their user is the model */
+    int32_t wrap;                  /* halves a unit */
+    int32_t unit_count;
+    int64_t logits_bytes;
+    llmpar_unit *units;            /* [unit_count]: embedding, halves, head */
+    llmpar__part *parts;           /* [unit_count]: their users */
     llmpar_param *params;          /* all units' parameters */
     char *names;                   /* text of all names */
-    llmpar__op_list lists[LLMPAR__UNIT_KINDS][2]; /* forward, backward */
+    llmpar__op_list lists[LLMPAR__LISTS][2]; /* forward, backward */
     llmpar_tp tp;
     llmpar_dtype dtype;
     int64_t positions;
-    void *cosine, *sine;           /* device [positions, E/2] */
+    void *cosine, *sine;           /* device [positions, E/2], sum type */
     int applied;                   /* 0 no, 1 begun, 2 done */
 };
 
@@ -14396,20 +18391,21 @@ typedef struct llmpar__shape {
     int64_t ld;               /* (h + 2k)*e: row of the joint q,k,v buffer */
     int64_t v, v_begin;       /* local vocabulary */
     int64_t leaves;
-    size_t size;              /* bytes of an element */
-    llmpar_dtype dtype;
+    size_t size, sum_size;    /* bytes of an element, and of one of the sum type */
+    llmpar_dtype dtype, sum;
 } llmpar__shape;
 
 LLMPAR__PRIVATE void llmpar__llama_shape(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, llmpar__shape *out);
 /* Next `elements` elements of a buffer of which *at bytes are taken; returns their byte offset, a multiple of 64. */
 LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size);
 
-/* block.c */
+/* block.c: the rows of one half */
 LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
-LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_forward_ops(int32_t *count);
-LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_backward_ops(int32_t *count);
-/* parameters of a block, in flat order */
+LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count);
+/* parameters of a block, in flat order: those of the attention, from NORM2 on those of the MLP */
 enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
+/* The unit that holds half `half` of the model, and the place of the half's first parameter in it. */
+LLMPAR__PRIVATE int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param);
 /* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
 LLMPAR__PRIVATE llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
@@ -14418,7 +18414,7 @@ LLMPAR__PRIVATE const llmpar__op_row *llmpar__head_ops(int backward, int32_t *co
 
 LLMPAR__PRIVATE double llmpar__llama_scale(const llmpar_llama *model); /* of attention scores: 1/sqrt(E) */
 
-/* dx = dresidual + norm backward of dy; per-leaf weight gradients into dw_leaves, to be combined by llmpar__llama_norm_weight. */
+/* dx = dresidual + norm backward of dy; per-leaf weight gradients into dw_leaves (not for a frozen unit), to be combined by llmpar__llama_norm_weight. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves);
 /* Sequence parallel: sums dw_leaves[leaves, D] over tp, leaf by leaf. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves);
@@ -14437,7 +18433,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-enum { LLMPAR__NAME_BYTES = 80 };
+enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 10 /* of a half */ };
 
 static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
 {
@@ -14458,6 +18454,15 @@ static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_
     param->no_decay = columns == 0;
 }
 
+static const char *llmpar__llama_body_name(llmpar_llama *model, int32_t *used, const llmpar__part *part)
+{
+    char *text = (char *)(uintptr_t)llmpar__llama_name(model, used, "layers.%d", part->first / 2);
+    size_t length = strlen(text);
+    if (part->halves == 1) snprintf(text + length, LLMPAR__NAME_BYTES - length, "%s", part->first & 1 ? ".mlp" : ".attention");
+    else if (part->halves > 2) snprintf(text + length, LLMPAR__NAME_BYTES - length, "-%d", (int)((part->first + part->halves) / 2 - 1));
+    return text;
+}
+
 /* Names, shapes and units; placements come with apply. Projections back into the residual stream start smaller by sqrt(2L) (Radford et al. 2019, section 2.3). */
 static void llmpar__llama_describe(llmpar_llama *model)
 {
@@ -14469,31 +18474,47 @@ static void llmpar__llama_describe(llmpar_llama *model)
     int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
     const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
     double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
-    int32_t used = 0;
+    int32_t used = 0, half = 0;
     llmpar_param *param = model->params;
-    for (int32_t i = 0; i < c->layers + 2; i++) {
-        model->units[i].user = model;
-        model->units[i].params = param;
+    for (int32_t i = 0; i < model->unit_count; i++) {
+        llmpar_unit *unit = &model->units[i];
+        llmpar__part *part = &model->parts[i];
+        part->model = model;
+        unit->user = part;
+        unit->params = param;
         if (i == 0) {
-            model->units[i].name = "embed";
-            model->units[i].sizes = llmpar__embed_sizes;
+            unit->name = "embed";
+            unit->sizes = llmpar__embed_sizes;
+            part->list = LLMPAR__EMBED;
             llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
-        } else if (i <= c->layers) {
-            model->units[i].name = llmpar__llama_name(model, &used, "layers.%d", i - 1);
-            model->units[i].sizes = llmpar__block_sizes;
-            for (int p = 0; p < LLMPAR__BLOCK_PARAMS; p++) {
-                int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
-                llmpar__llama_param(model, param++, &used, names[p], i - 1, rows[p], columns[p], norm ? 0 : back ? deep : std);
-            }
+        } else if (i + 1 < model->unit_count) {
+            part->first = half;
+            part->halves = 2 * c->layers - half < model->wrap ? 2 * c->layers - half : model->wrap;
+            part->list = part->halves < model->wrap || (half & 1) ? LLMPAR__BODY_LAST : LLMPAR__BODY;
+            unit->name = llmpar__llama_body_name(model, &used, part);
+            unit->sizes = llmpar__block_sizes;
+            for (int32_t end = half + part->halves; half < end; half++)
+                for (int p = half & 1 ? LLMPAR__NORM2 : LLMPAR__NORM1; p < (half & 1 ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++) {
+                    int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                    llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], norm ? 0 : back ? deep : std);
+                }
         } else {
-            model->units[i].name = "head";
-            model->units[i].sizes = llmpar__head_sizes;
+            unit->name = "head";
+            unit->sizes = llmpar__head_sizes;
+            part->list = LLMPAR__HEAD;
             llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
-            if (c->tied) model->units[i].borrow = 1;
+            if (c->tied) unit->borrow = 1;
             else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
         }
-        model->units[i].param_count = (int32_t)(param - model->units[i].params);
+        unit->param_count = (int32_t)(param - unit->params);
     }
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param)
+{
+    int32_t unit = half / model->wrap, inside = half - unit * model->wrap; /* units begin with an attention, or are one half */
+    *param = inside / 2 * LLMPAR__BLOCK_PARAMS + (inside & 1 ? LLMPAR__NORM2 : 0);
+    return unit + 1;
 }
 
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
@@ -14507,6 +18528,9 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     if (desc->preset) status = llmpar_llama_preset(desc->preset, &config, &error);
     else config = *desc->config;
     if (!status) status = llmpar_llama_config_check(&config, &error);
+    if (!status && desc->wrap != LLMPAR_WRAP_HALF && (desc->wrap < 0 || desc->wrap > LLMPAR__WRAP_MOST))
+        status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: wrap = %d, expected 1 .. %d blocks a unit or %d (half a block)", (int)desc->wrap, (int)LLMPAR__WRAP_MOST, LLMPAR_WRAP_HALF);
+    if (!status && desc->logits_bytes < 0) status = llmpar_error_set(&error, LLMPAR_ERR_ARGUMENT, "llama: logits_bytes = %lld, expected 0 or more", (long long)desc->logits_bytes);
     if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_heap *heap = &ctx->heap;
     llmpar_llama *model = (llmpar_llama *)llmpar_heap_zalloc(heap, 1, sizeof *model);
@@ -14514,11 +18538,15 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->ctx = ctx;
     model->config = config;
     model->seed = desc->seed;
-    size_t units = (size_t)config.layers + 2, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
+    model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
+    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
+    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
+    model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
     model->names = (char *)llmpar_heap_zalloc(heap, units + params, LLMPAR__NAME_BYTES);
-    if (!model->units || !model->params || !model->names) {
+    if (!model->units || !model->parts || !model->params || !model->names) {
         llmpar_llama_destroy(model);
         return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for %d layers", (int)config.layers);
     }
@@ -14527,17 +18555,27 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     return LLMPAR_OK;
 }
 
+LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama *model, llmpar_llama **out)
+{
+    llmpar_llama_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.config = &model->config;
+    desc.seed = model->seed;
+    return llmpar_llama_create(ctx, &desc, out);
+}
+
 LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
 {
     if (!model) return;
     llmpar_heap *heap = &model->ctx->heap;
-    for (int kind = 0; kind < LLMPAR__UNIT_KINDS; kind++)
-        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[kind][way].ops);
-    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(model->dtype);
+    for (int list = 0; list < LLMPAR__LISTS; list++)
+        for (int way = 0; way < 2; way++) llmpar_heap_free(heap, model->lists[list][way].ops);
+    size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(llmpar_dtype_sum(model->dtype));
     model->ctx->device->free(model->ctx->device, model->cosine, table);
     model->ctx->device->free(model->ctx->device, model->sine, table);
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
+    llmpar_heap_free(heap, model->parts);
     llmpar_heap_free(heap, model->params);
     llmpar_heap_free(heap, model->names);
     llmpar_heap_free(heap, model);
@@ -14549,28 +18587,32 @@ LLMPAR_DEF const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model) { return 
 
 LLMPAR_DEF llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count)
 {
-    if (count) *count = model->config.layers + 2;
+    if (count) *count = model->unit_count;
     return model->units;
 }
 
 /* ---- meeting a mesh ---- */
 
-/* The rows that exist for this mesh, waits renumbered. A wait for a row that does not exist needs none: its own predecessors are earlier on the waiting stream. */
-static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__op_row *rows, int32_t count, llmpar__op_list *out)
+/* Appends the rows of one half (the whole list of the two ends) that exist for this mesh and place, waits renumbered; *joint: 1 + index of the joint row, in: of the half before. A wait for a row that does not exist needs none:
+   its own predecessors are earlier on the waiting stream. */
+static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *rows, int32_t count, int32_t half, int last, int32_t *joint, llmpar__op_list *out)
 {
     const llmpar_tp *tp = &model->tp;
-    int32_t place[64];
-    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)count, sizeof *out->ops);
-    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    int32_t place[16], before = *joint;
+    *joint = 0;
     for (int32_t i = 0; i < count; i++) {
+        int where = rows[i].place & ~LLMPAR__JOINT;
         int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        if ((where == LLMPAR__FIRST && half > 0) || (where == LLMPAR__NOT_FIRST && half == 0) || (where == LLMPAR__LAST && !last)) here = 0;
         place[i] = here ? out->count + 1 : 0;
         if (!here) continue;
         llmpar_unit_op *op = &out->ops[out->count++];
         *op = rows[i].op;
-        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] ? place[op->wait[w] - 1] : 0;
+        op->index = half;
+        op->output_only = op->output_only && last;
+        for (int w = 0; w < 2; w++) op->wait[w] = op->wait[w] == LLMPAR__HALF_BEFORE ? before : op->wait[w] ? place[op->wait[w] - 1] : 0;
+        if (rows[i].place & LLMPAR__JOINT) *joint = out->count;
     }
-    return LLMPAR_OK;
 }
 
 static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain, int32_t replicas)
@@ -14582,21 +18624,32 @@ static void llmpar__llama_shard(llmpar_param *param, int32_t dim, int64_t grain,
     param->tp.replicas = replicas;
 }
 
+/* One list for all units of a shape: halves in forward order, and backwards. */
+static llmpar_status llmpar__llama_list(llmpar_llama *model, const llmpar__part *part, int backward)
+{
+    llmpar__op_list *out = &model->lists[part->list][backward];
+    int32_t halves = part->halves ? part->halves : 1, joint = 0, count;
+    if (out->ops) return LLMPAR_OK;
+    out->ops = (llmpar_unit_op *)llmpar_heap_zalloc(&model->ctx->heap, (size_t)halves * LLMPAR__ROWS_MOST, sizeof *out->ops);
+    if (!out->ops) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for instruction lists");
+    for (int32_t i = 0; i < halves; i++) {
+        int32_t half = backward ? halves - 1 - i : i;
+        const llmpar__op_row *rows = part->list == LLMPAR__EMBED ? llmpar__embed_ops(backward, &count) : part->list == LLMPAR__HEAD ? llmpar__head_ops(backward, &count) : llmpar__block_ops((part->first + half) & 1, backward, &count);
+        llmpar__llama_rows(model, rows, count, half, half == halves - 1, &joint, out);
+    }
+    return LLMPAR_OK;
+}
+
 static llmpar_status llmpar__llama_lists(llmpar_llama *model)
 {
     llmpar_status status = LLMPAR_OK;
-    for (int kind = 0; kind < LLMPAR__UNIT_KINDS && !status; kind++)
-        for (int way = 0; way < 2 && !status; way++) {
-            int32_t count = 0;
-            const llmpar__op_row *rows = kind == LLMPAR__EMBED ? llmpar__embed_ops(way, &count) : kind == LLMPAR__HEAD ? llmpar__head_ops(way, &count) : way ? llmpar__block_backward_ops(&count) : llmpar__block_forward_ops(&count);
-            status = llmpar__llama_list(model, rows, count, &model->lists[kind][way]);
-        }
-    for (int32_t i = 0; i < model->config.layers + 2 && !status; i++) {
-        int kind = i == 0 ? LLMPAR__EMBED : i <= model->config.layers ? LLMPAR__BLOCK : LLMPAR__HEAD;
-        model->units[i].forward = model->lists[kind][0].ops;
-        model->units[i].forward_count = model->lists[kind][0].count;
-        model->units[i].backward = model->lists[kind][1].ops;
-        model->units[i].backward_count = model->lists[kind][1].count;
+    for (int32_t i = 0; i < model->unit_count && !status; i++) {
+        const llmpar__op_list *list = model->lists[model->parts[i].list];
+        for (int way = 0; way < 2 && !status; way++) status = llmpar__llama_list(model, &model->parts[i], way);
+        model->units[i].forward = list[0].ops;
+        model->units[i].forward_count = list[0].count;
+        model->units[i].backward = list[1].ops;
+        model->units[i].backward_count = list[1].count;
     }
     return status;
 }
@@ -14605,13 +18658,14 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
 {
     llmpar_ctx *ctx = model->ctx;
     llmpar_device *device = ctx->device;
-    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(model->dtype);
+    llmpar_dtype dtype = llmpar_dtype_sum(model->dtype);
+    size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
     llmpar_error error;
     llmpar_error_clear(&error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "llama: out of memory for RoPE tables of %lld positions", (long long)model->positions);
     llmpar_stream *stream = NULL;
-    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, model->dtype, host, (char *)host + bytes, &error);
+    llmpar_status status = llmpar_rope_tables(&ctx->heap, &model->config, model->positions, dtype, host, (char *)host + bytes, &error);
     if (status) llmpar_fail(ctx, status, "%s", error.text);
     if (!status) status = device->alloc(device, bytes, &model->cosine);
     if (!status) status = device->alloc(device, bytes, &model->sine);
@@ -14653,12 +18707,10 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     model->positions = desc->positions;
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;
-    int32_t units = c->layers + 2;
-    for (int32_t i = 0; i < units; i++) {
-        llmpar_param *p = model->params + (model->units[i].params - model->params);
-        if (i == 0) llmpar__llama_shard(&p[0], 0, 1, 1);
-        else if (i == units - 1 && !c->tied) llmpar__llama_shard(&p[1], 0, 1, 1);
-        if (i == 0 || i == units - 1) continue;
+    llmpar__llama_shard(&model->params[0], 0, 1, 1);
+    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * LLMPAR__BLOCK_PARAMS], 0, 1, 1);
+    for (int32_t i = 0; i < c->layers; i++) { /* however they are wrapped, they lie one after the other */
+        llmpar_param *p = &model->params[1 + i * LLMPAR__BLOCK_PARAMS];
         llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
         llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
         llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
@@ -14696,6 +18748,8 @@ LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const ll
     s->leaves = micro->leaves;
     s->size = llmpar_dtype_size(dtype);
     s->dtype = dtype;
+    s->sum = llmpar_dtype_sum(dtype);
+    s->sum_size = llmpar_dtype_size(s->sum);
 }
 
 LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size_t size)
@@ -14724,7 +18778,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
 {
-    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
+    const llmpar_tp *tp = &((const llmpar__part *)call->user)->model->tp;
     llmpar_rmsnorm_backward_args args;
     memset(&args, 0, sizeof args);
     args.tokens.batch = s->b;
@@ -14740,7 +18794,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
     args.rstd = rstd;
     args.dresidual = dresidual;
     args.dx = dx;
-    args.dw_leaves = dw_leaves;
+    args.dw_leaves = call->grads ? dw_leaves : NULL;
     args.dtype = s->dtype;
     return call->device->rmsnorm_backward(call->device, call->stream, &args);
 }
@@ -14748,26 +18802,27 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
 {
     llmpar_collective c;
+    if (!call->grads) return LLMPAR_OK;
     memset(&c, 0, sizeof c);
     c.send = c.recv = dw_leaves;
     c.count = (size_t)(s->leaves * s->d);
-    c.dtype = s->dtype;
+    c.dtype = s->sum;
     c.tag = "norm weight/all_reduce";
-    return llmpar_all_reduce(((const llmpar_llama *)call->user)->tp.comm, call->stream, &c);
+    return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
 {
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
-    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->size;
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->sum_size;
     llmpar_tree_sum_args args;
     memset(&args, 0, sizeof args);
     args.in = in;
     args.n = (int32_t)s->leaves;
     args.count = (size_t)s->d;
     args.out = dw;
-    args.dtype = s->dtype;
+    args.dtype = s->sum;
     llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
@@ -14781,93 +18836,126 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-/* One transformer block as a unit. Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
+/* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
+   Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
-   saved    h1[Ns,D] rstd1[Ns]  qkv[N,(h+2k)E]  o[N,hE] lse[B,h,T]  x2[Ns,D]  h2[Ns,D] rstd2[Ns]  gate[N,f] up[N,f]
-   scratch  full[N,D] (gathered rows, sequence parallel)  part[N,D]  sum[Ns,D] (what the reduce gives; = part without sequence parallel)
-            backward also: dfull[N,D]  dh[N,max(f, hE)]  dqkv[N,(h+2k)E]  dx2[Ns,D]  dkv[N,2E] (ranks that share a kv head)  leaves1, leaves2 [leaves,D] */
-typedef struct llmpar__block {
+   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
+   scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
+            act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
+            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
+   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
+typedef struct llmpar__block_half {
     llmpar__shape s;
+    const llmpar__part *part_of;
     const llmpar_llama *model;
     const llmpar_tp *tp;
-    char *h1, *rstd1, *qkv, *o, *lse, *x2, *h2, *rstd2, *gate, *up;         /* saved */
-    char *full, *part, *sum, *dfull, *dh, *dqkv, *dx2, *dkv, *leaves1, *leaves2; /* scratch */
-    const char *in1, *in2;  /* what qkv and gate/up read: h1, h2, or the gathered rows */
-} llmpar__block;
+    int mlp, first, last, again;    /* again: h is made again in backward */
+    int32_t param;                  /* of the half's norm */
+    const char *input;
+    char *output;
+    const char *dout;
+    char *din;
+    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
+    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
+    const char *in;                 /* what the products read: h, or the gathered rows */
+} llmpar__block_half;
 
-typedef struct llmpar__block_layout { size_t h1, rstd1, qkv, o, lse, x2, h2, rstd2, gate, up, saved, full, part, sum, dfull, dh, dqkv, dx2, dkv, leaves1, leaves2, scratch; } llmpar__block_layout;
+/* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
+typedef struct llmpar__half_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__half_layout;
 
-static void llmpar__block_lay(const llmpar_tp *tp, const llmpar__shape *s, int backward, llmpar__block_layout *l)
+static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__half_layout *l)
 {
-    size_t at = 0, size = s->size;
-    l->h1 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->rstd1 = llmpar__llama_take(&at, s->ns, size);
-    l->qkv = llmpar__llama_take(&at, s->n * s->ld, size);
-    l->o = llmpar__llama_take(&at, s->n * s->h * s->e, size);
-    l->lse = llmpar__llama_take(&at, s->n * s->h, size);
-    l->x2 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->h2 = llmpar__llama_take(&at, s->ns * s->d, size);
-    l->rstd2 = llmpar__llama_take(&at, s->ns, size);
-    l->gate = llmpar__llama_take(&at, s->n * s->f, size);
-    l->up = llmpar__llama_take(&at, s->n * s->f, size);
+    const llmpar_tp *tp = &part->model->tp;
+    size_t at = 0, spare_h;
+    int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
+    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
+    memset(l, 0, sizeof *l);
+    for (int32_t i = 0; i < part->halves; i++) {
+        int is_mlp = (part->first + i) & 1;
+        llmpar__half_layout here = *l;
+        here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
+        here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
+        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
+        here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
+        here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
+        here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.up = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.stream = llmpar__llama_take(&at, i + 1 < part->halves ? s->ns * s->d : 0, s->size);
+        if (i < j) here.before = here.stream;
+        if (i <= j) *l = here;
+    }
     l->saved = at;
     at = 0;
-    l->full = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
-    l->part = llmpar__llama_take(&at, s->n * s->d, size);
-    l->sum = tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : l->part;
-    l->dh = llmpar__llama_take(&at, s->n * (s->f > s->h * s->e ? s->f : s->h * s->e), size); /* forward: swiglu's output */
+    if (mlp) act = s->n * s->f;
+    if (attention && backward && s->n * s->h * s->e > act) act = s->n * s->h * s->e;
+    l->full = llmpar__llama_take(&at, gathered, s->size);
+    l->part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(tp, s->b, s->t, s->d, s->dtype), 1);
+    l->sum = tp->sequence_parallel || llmpar_tp_partial_dtype(tp, s->dtype) != s->dtype ? llmpar__llama_take(&at, s->ns * s->d, s->size) : l->part;
+    l->act = llmpar__llama_take(&at, act, s->size);
+    spare_h = llmpar__llama_take(&at, again ? s->ns * s->d : 0, s->size);
+    if (again) l->h = spare_h;
+    l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
     if (backward) {
-        l->dfull = llmpar__llama_take(&at, tp->sequence_parallel ? s->n * s->d : 0, size);
-        l->dqkv = llmpar__llama_take(&at, s->n * s->ld, size);
-        l->dx2 = llmpar__llama_take(&at, s->ns * s->d, size);
-        l->dkv = llmpar__llama_take(&at, tp->replicas > 1 ? s->n * 2 * s->e : 0, size);
-        l->leaves1 = llmpar__llama_take(&at, s->leaves * s->d, size);
-        l->leaves2 = llmpar__llama_take(&at, s->leaves * s->d, size);
-    } else {
-        l->dfull = l->dqkv = l->dx2 = l->dkv = l->leaves1 = l->leaves2 = 0;
+        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
+        l->dfull = llmpar__llama_take(&at, gathered, s->size);
+        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
+        l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
+        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
+        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
+        l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
     }
     l->scratch = at;
 }
 
-static void llmpar__block_open(const llmpar_unit_call *call, llmpar__block *b)
+static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
 {
-    llmpar__block_layout l;
+    llmpar__half_layout l;
     memset(b, 0, sizeof *b);
-    b->model = (const llmpar_llama *)call->user;
+    b->part_of = (const llmpar__part *)call->user;
+    b->model = b->part_of->model;
     b->tp = &b->model->tp;
+    b->mlp = (b->part_of->first + j) & 1;
+    b->first = j == 0;
+    b->last = j + 1 == b->part_of->halves;
+    b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
+    llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
-    llmpar__block_lay(b->tp, &b->s, call->pass == LLMPAR_PASS_BACKWARD, &l);
+    llmpar__half_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
     char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
-    b->h1 = saved + l.h1;
-    b->rstd1 = saved + l.rstd1;
+    b->h = (b->again ? scratch : saved) + l.h;
+    b->rstd = saved + l.rstd;
     b->qkv = saved + l.qkv;
     b->o = saved + l.o;
     b->lse = saved + l.lse;
-    b->x2 = saved + l.x2;
-    b->h2 = saved + l.h2;
-    b->rstd2 = saved + l.rstd2;
     b->gate = saved + l.gate;
     b->up = saved + l.up;
     b->full = scratch + l.full;
     b->part = scratch + l.part;
     b->sum = scratch + l.sum;
+    b->act = scratch + l.act;
+    b->spare = scratch + l.spare;
     b->dfull = scratch + l.dfull;
-    b->dh = scratch + l.dh;
     b->dqkv = scratch + l.dqkv;
-    b->dx2 = scratch + l.dx2;
+    b->dx = scratch + l.dx;
     b->dkv = scratch + l.dkv;
-    b->leaves1 = scratch + l.leaves1;
-    b->leaves2 = scratch + l.leaves2;
-    b->in1 = b->tp->sequence_parallel ? b->full : b->h1;
-    b->in2 = b->tp->sequence_parallel ? b->full : b->h2;
+    b->dkv_low = scratch + l.dkv_low;
+    b->leaves = scratch + l.leaves;
+    b->in = b->tp->sequence_parallel ? b->full : b->h;
+    b->input = b->first ? (const char *)call->input : saved + l.before;
+    b->output = b->last ? (char *)call->output : saved + l.stream;
+    b->dout = b->last ? (const char *)call->doutput : b->dx;
+    b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
+static void *llmpar__half_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__half_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+
 /* Element offset of k and v in a row of qkv. */
-static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+static size_t llmpar__half_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__half_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
 
 /* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__block_attention(const llmpar__block *b, llmpar_attention_args *args)
+static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
     memset(args, 0, sizeof *args);
@@ -14876,18 +18964,21 @@ static void llmpar__block_attention(const llmpar__block *b, llmpar_attention_arg
     args->heads = s->h;
     args->kv_heads = s->k;
     args->head_dim = s->e;
-    args->q = b->qkv;
-    args->k = b->qkv + llmpar__block_k(s);
-    args->v = b->qkv + llmpar__block_v(s);
     args->ldq = args->ldk = args->ldv = s->ld;
     args->ldo = s->h * s->e;
-    args->out = b->o;
-    args->lse = b->lse;
     args->scale = llmpar__llama_scale(b->model);
     args->dtype = s->dtype;
+    if (!call) return;
+    args->q = b->qkv;
+    args->k = b->qkv + llmpar__half_k(s);
+    args->v = b->qkv + llmpar__half_v(s);
+    args->out = b->o;
+    args->lse = b->lse;
+    args->workspace = call->workspace;
+    args->workspace_bytes = call->workspace_bytes;
 }
 
-static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block *b, char *qkv, int inverse)
+static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
@@ -14906,7 +18997,7 @@ static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmp
 }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__block_heads(const llmpar__block *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
 {
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
@@ -14921,14 +19012,14 @@ static void llmpar__block_heads(const llmpar__block *b, const llmpar_unit_call *
     }
     if (!call) return;
     operand[0].a = dqkv;
-    operand[1].a = dqkv + llmpar__block_k(s);
-    operand[2].a = dqkv + llmpar__block_v(s);
-    operand[0].b = call->params[LLMPAR__WQ];
-    operand[1].b = call->params[LLMPAR__WK];
-    operand[2].b = call->params[LLMPAR__WV];
+    operand[1].a = dqkv + llmpar__half_k(s);
+    operand[2].a = dqkv + llmpar__half_v(s);
+    operand[0].b = llmpar__half_param(b, call, LLMPAR__WQ);
+    operand[1].b = llmpar__half_param(b, call, LLMPAR__WK);
+    operand[2].b = llmpar__half_param(b, call, LLMPAR__WV);
 }
 
-static void llmpar__block_ffn(const llmpar__block *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
 {
     memset(operand, 0, 2 * sizeof *operand);
     for (int i = 0; i < 2; i++) {
@@ -14941,12 +19032,12 @@ static void llmpar__block_ffn(const llmpar__block *b, const llmpar_unit_call *ca
     if (!call) return;
     operand[0].a = b->gate;
     operand[1].a = b->up;
-    operand[0].b = call->params[LLMPAR__GATE];
-    operand[1].b = call->params[LLMPAR__UP];
+    operand[0].b = llmpar__half_param(b, call, LLMPAR__GATE);
+    operand[1].b = llmpar__half_param(b, call, LLMPAR__UP);
 }
 
 /* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -14959,365 +19050,381 @@ static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w,
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
+/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__half_kv. */
+static void llmpar__half_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+{
+    const llmpar__shape *s = &b->s;
+    int shared = b->tp->replicas > 1;
+    memset(args, 0, sizeof *args);
+    llmpar__half_attention(b, call, &args->forward);
+    args->dkv_dtype = shared ? s->sum : s->dtype;
+    args->ld_dkv = shared ? 2 * s->e : s->ld;
+    if (!call) return;
+    args->dout = b->act;
+    args->dq = b->dqkv;
+    args->dk = shared ? b->dkv : b->dqkv + llmpar__half_k(s);
+    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__half_v(s);
+}
+
 /* ---- sizes ---- */
 
-static size_t llmpar__block_max(size_t a, size_t b) { return a > b ? a : b; }
-
 /* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__block_workspace(const llmpar__block *b, llmpar_device *device)
+static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device *device)
 {
     const llmpar__shape *s = &b->s;
     const llmpar_tp *tp = b->tp;
     const llmpar_llama_config *c = &b->model->config;
     llmpar_tp_operand heads[3], ffn[2], row;
     llmpar_attention_backward_args attention;
-    size_t w = 0;
-    llmpar__block_heads(b, NULL, NULL, heads);
-    llmpar__block_ffn(b, NULL, ffn);
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype));
-    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype));
-    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype));
-    w = llmpar__block_max(w, llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype));
-    memset(&attention, 0, sizeof attention);
-    attention.forward.batch = s->b;
-    attention.forward.tq = attention.forward.tk = attention.forward.tk_stride = s->t;
-    attention.forward.heads = s->h;
-    attention.forward.kv_heads = s->k;
-    attention.forward.head_dim = s->e;
-    attention.forward.ldq = attention.forward.ldk = attention.forward.ldv = s->ld;
-    attention.forward.ldo = s->h * s->e;
-    attention.forward.dtype = s->dtype;
-    w = llmpar__block_max(w, device->attention_workspace(device, &attention.forward));
-    return llmpar__block_max(w, device->attention_backward_workspace(device, &attention));
+    size_t w[18], most = 0;
+    int n = 0;
+    llmpar__half_heads(b, NULL, NULL, heads);
+    llmpar__half_ffn(b, NULL, ffn);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
+    llmpar__half_row(tp, NULL, NULL, c->heads, s->e, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
+    llmpar__half_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
+    llmpar__half_dattention(b, NULL, &attention);
+    w[n++] = device->attention_workspace(device, &attention.forward);
+    w[n++] = device->attention_backward_workspace(device, &attention);
+    while (n > 0)
+        if (w[--n] > most) most = w[n];
+    return most;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
-    llmpar__block b;
-    llmpar__block_layout l;
+    llmpar__block_half b;
+    llmpar__half_layout l;
     memset(&b, 0, sizeof b);
-    b.model = (const llmpar_llama *)user;
+    b.part_of = (const llmpar__part *)user;
+    b.model = b.part_of->model;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
-    llmpar__block_lay(b.tp, &b.s, 1, &l);
+    llmpar__half_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
     out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
     out->saved = l.saved;
     out->scratch = l.scratch;
-    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
+    out->workspace = llmpar__half_workspace(&b, b.model->ctx->device);
     return LLMPAR_OK;
 }
 
-/* ---- forward ---- */
+/* ---- what both halves do ---- */
 
-static llmpar_status llmpar__block_norm1(llmpar_unit_call *call)
+static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, call->input, NULL, call->params[LLMPAR__NORM1], NULL, b.h1, b.rstd1);
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
-static llmpar_status llmpar__block_gather1(llmpar_unit_call *call)
+/* The half before ends here: its reduced sum and its input make this one's input. */
+static llmpar_status llmpar__half_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h1, b.full, b.s.dtype);
+    llmpar__block_half b, before;
+    llmpar__half_open(call, call->index, &b);
+    llmpar__half_open(call, call->index - 1, &before);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
-static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
+/* Selective recomputation: norm's output once more, from the same bits by the same code. */
+static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
-    llmpar__block b;
-    llmpar_attention_args attention;
-    llmpar_tp_operand row;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WQ], s->d, b.qkv, s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WK], s->d, b.qkv + llmpar__block_k(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, b.in1, s->d, call->params[LLMPAR__WV], s->d, b.qkv + llmpar__block_v(s), s->ld, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
-    llmpar__block_attention(&b, &attention);
-    attention.workspace = call->workspace;
-    attention.workspace_bytes = call->workspace_bytes;
-    if (!status) status = call->device->attention(call->device, call->stream, &attention);
-    llmpar__block_row(b.tp, b.o, call->params[LLMPAR__WO], b.model->config.heads, s->e, &row);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.heads, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
+    if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__half_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
-static llmpar_status llmpar__block_reduce(llmpar_unit_call *call, const char *tag)
+/* Forward, and again in backward for the weight gradients. */
+static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_reduce(b.tp, call->stream, tag, b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
-}
-static llmpar_status llmpar__block_reduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention output/reduce"); }
-static llmpar_status llmpar__block_reduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp output/reduce"); }
-static llmpar_status llmpar__block_dreduce1(llmpar_unit_call *call) { return llmpar__block_reduce(call, "attention dx/reduce"); }
-static llmpar_status llmpar__block_dreduce2(llmpar_unit_call *call) { return llmpar__block_reduce(call, "mlp dx/reduce"); }
-
-static llmpar_status llmpar__block_norm2(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, call->input, call->params[LLMPAR__NORM2], b.x2, b.h2, b.rstd2);
+    llmpar__block_half b;
+    if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_again(call, &b);
+    return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
 
-static llmpar_status llmpar__block_gather2(llmpar_unit_call *call)
+static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "mlp input/all_gather", b.s.b, b.s.t, b.s.d, b.h2, b.full, b.s.dtype);
+    llmpar__block_half b;
+    int backward = call->pass == LLMPAR_PASS_BACKWARD;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
-static llmpar_status llmpar__block_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar_tp_operand row;
-    llmpar_swiglu_args swiglu;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__GATE], s->d, b.gate, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->f, s->d, b.in2, s->d, call->params[LLMPAR__UP], s->d, b.up, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
-    swiglu.rows = s->n;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
-    swiglu.gate = b.gate;
-    swiglu.up = b.up;
-    swiglu.h = b.dh;
-    swiglu.dtype = s->dtype;
-    if (!status) status = call->device->swiglu(call->device, call->stream, &swiglu);
-    llmpar__block_row(b.tp, b.dh, call->params[LLMPAR__DOWN], b.model->config.intermediate, 1, &row);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NT, s->n, s->d, b.model->config.intermediate, &row, 1, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
-}
-
-static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
-{
-    llmpar__block b;
+    llmpar__block_half b;
     llmpar_add_args args;
-    llmpar__block_open(call, &b);
+    llmpar__half_open(call, call->index, &b);
     memset(&args, 0, sizeof args);
     args.count = (size_t)(b.s.ns * b.s.d);
-    args.a = b.x2;
+    args.a = b.input;
     args.b = b.sum;
-    args.out = call->output;
+    args.out = b.output;
     args.dtype = b.s.dtype;
     return call->device->add(call->device, call->stream, &args);
 }
 
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_forward_ops(int32_t *count)
+static llmpar_status llmpar__half_gather_dout(llmpar_unit_call *call)
 {
-    static const llmpar__op_row rows[] = {
-        /* 1 */ {{"norm", llmpar__block_norm1, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"attention input", llmpar__block_gather1, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"q k v, rope, attention, wo", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"attention output", llmpar__block_reduce1, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"residual, norm", llmpar__block_norm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"mlp input", llmpar__block_gather2, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
-        /* 7 */ {{"gate, up, swiglu, down", llmpar__block_mlp, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
-        /* 8 */ {{"mlp output", llmpar__block_reduce2, LLMPAR_TP_REDUCE, {7, 0}}, LLMPAR__IF_TP},
-        /* 9 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {8, 0}}, LLMPAR__ALWAYS},
-    };
-    *count = (int32_t)(sizeof rows / sizeof rows[0]);
-    return rows;
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
-/* ---- backward ---- */
-
-static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dnorm(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "mlp doutput/all_gather", b.s.b, b.s.t, b.s.d, call->doutput, b.dfull, b.s.dtype);
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
-static llmpar_status llmpar__block_gather_dx2(llmpar_unit_call *call)
+static llmpar_status llmpar__half_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar_tp_gather(b.tp, call->stream, "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dx2, b.dfull, b.s.dtype);
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
-static const void *llmpar__block_dout(const llmpar_unit_call *call, const llmpar__block *b) { return b->tp->sequence_parallel ? b->dfull : call->doutput; }
+static llmpar_status llmpar__half_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__half_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
+}
+
+/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
+static llmpar_status llmpar__half_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+{
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__half_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
+static llmpar_status llmpar__half_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+{
+    llmpar_tp_operand row;
+    llmpar__half_row(b->tp, a, llmpar__half_param(b, call, p), grains, grain, &row);
+    return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
+}
+
+/* dw[out_dim, in_dim] of parameter p */
+static llmpar_status llmpar__half_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+{
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__half_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* ---- attention ---- */
+
+static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_attention_args attention;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
+    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__half_k(s), s->ld);
+    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__half_v(s), s->ld);
+    if (!status) status = llmpar__half_rope(call, &b, b.qkv, 0);
+    llmpar__half_attention(&b, call, &attention);
+    return status ? status : call->device->attention(call->device, call->stream, &attention);
+}
+
+static llmpar_status llmpar__half_wo(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    return llmpar__half_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
+}
+
+static const char *llmpar__half_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+
+static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_attention_backward_args attention;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = call->grads ? llmpar__half_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__half_dout(&b), s->d, b.o) : LLMPAR_OK;
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar__half_dattention(&b, call, &attention);
+    return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
+}
+
+/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
+static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_collective c;
+    llmpar_cast_args cast;
+    llmpar_copy_rows_args copy;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = b.dkv;
+    c.count = (size_t)(s->n * 2 * s->e);
+    c.dtype = s->sum;
+    c.tag = "dk dv/all_reduce";
+    llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
+    memset(&cast, 0, sizeof cast);
+    cast.count = c.count;
+    cast.in = b.dkv;
+    cast.in_dtype = s->sum;
+    cast.out = b.dkv_low;
+    cast.out_dtype = s->dtype;
+    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
+    memset(&copy, 0, sizeof copy);
+    copy.rows = s->n;
+    copy.width = copy.ld_in = 2 * s->e;
+    copy.ld_out = s->ld;
+    copy.size = s->size;
+    copy.in = b.dkv_low;
+    copy.out = b.dqkv + llmpar__half_k(s);
+    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+}
+
+static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_tp_operand heads[3];
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_rope(call, &b, b.dqkv, 1);
+    llmpar__half_heads(&b, call, b.dqkv, heads);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__half_k(s), s->ld, b.in);
+    return status ? status : llmpar__half_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__half_v(s), s->ld, b.in);
+}
+
+/* ---- MLP ---- */
+
+static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__half_open(call, call->index, &b);
+    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
+    return status ? status : llmpar__half_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+}
+
+static llmpar_status llmpar__half_down(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_swiglu_args swiglu;
+    llmpar__half_open(call, call->index, &b);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = b.s.n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.h = b.act;
+    swiglu.dtype = b.s.dtype;
+    llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
+    return status ? status : llmpar__half_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
+}
 
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
-static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
 {
-    llmpar__block b;
+    llmpar__block_half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
-    llmpar__block_open(call, &b);
+    llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(call, &b), s->d, call->params[LLMPAR__DOWN], s->f, b.dh, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = b.gate;
     swiglu.up = b.up;
-    swiglu.dh = b.dh;
+    swiglu.dh = b.act;
     swiglu.dgate = b.gate;
     swiglu.dup = b.up;
-    swiglu.h = b.dh;
+    swiglu.h = call->grads ? b.act : NULL;
     swiglu.dtype = s->dtype;
     if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
-    llmpar__block_ffn(&b, call, ffn);
-    if (!status) status = llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
-    return status;
+    llmpar__half_ffn(&b, call, ffn);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__half_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->f, llmpar__block_dout(call, &b), s->d, b.dh, s->f, call->grads[LLMPAR__DOWN], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.gate, s->f, b.in2, s->d, call->grads[LLMPAR__GATE], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->f, s->d, b.up, s->f, b.in2, s->d, call->grads[LLMPAR__UP], s->dtype, call->workspace, call->workspace_bytes);
-    return status;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__half_dout(&b), s->d, b.act);
+    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
+    return status ? status : llmpar__half_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
 }
 
-static llmpar_status llmpar__block_dnorm2(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.x2, call->params[LLMPAR__NORM2], b.rstd2, call->doutput, b.dx2, b.leaves2);
-}
+/* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
 
-static llmpar_status llmpar__block_norm2_reduce(llmpar_unit_call *call)
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
 {
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_reduce(call, &b.s, b.leaves2);
-}
-
-static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar_attention_backward_args attention;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    const void *dx2 = b.tp->sequence_parallel ? b.dfull : b.dx2;
-    llmpar_status status = llmpar__llama_norm_weight(call, s, b.leaves2, call->grads[LLMPAR__NORM2]);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->d, s->h * s->e, dx2, s->d, b.o, s->h * s->e, call->grads[LLMPAR__WO], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, dx2, s->d, call->params[LLMPAR__WO], s->h * s->e, b.dh, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&attention, 0, sizeof attention);
-    llmpar__block_attention(&b, &attention.forward);
-    attention.forward.workspace = call->workspace;
-    attention.forward.workspace_bytes = call->workspace_bytes;
-    attention.dout = b.dh;
-    attention.dq = b.dqkv;
-    attention.dk = b.dqkv + llmpar__block_k(s);
-    attention.dv = b.dqkv + llmpar__block_v(s);
-    if (!status) status = call->device->attention_backward(call->device, call->stream, &attention);
-    return status;
-}
-
-/* Ranks that share a kv head: dk and dv are summed over its query heads, row by row since they lie inside the joint buffer's rows. */
-static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_copy_rows_args copy;
-    llmpar_collective c;
-    memset(&copy, 0, sizeof copy);
-    copy.rows = s->n;
-    copy.width = copy.ld_out = 2 * s->e;
-    copy.ld_in = s->ld;
-    copy.size = s->size;
-    copy.in = b.dqkv + llmpar__block_k(s);
-    copy.out = b.dkv;
-    llmpar_status status = call->device->copy_rows(call->device, call->stream, &copy);
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = b.dkv;
-    c.count = (size_t)(s->n * 2 * s->e);
-    c.dtype = s->dtype;
-    c.tag = "dk dv/all_reduce";
-    if (!status) status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
-    copy.ld_in = 2 * s->e;
-    copy.ld_out = s->ld;
-    copy.in = b.dkv;
-    copy.out = b.dqkv + llmpar__block_k(s);
-    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
-}
-
-static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar_tp_operand heads[3];
-    llmpar__block_open(call, &b);
-    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
-    llmpar__block_heads(&b, call, b.dqkv, heads);
-    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
-}
-
-static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->h * s->e, s->d, b.dqkv, s->ld, b.in1, s->d, call->grads[LLMPAR__WQ], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WK], s->dtype, call->workspace, call->workspace_bytes);
-    if (!status) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in1, s->d, call->grads[LLMPAR__WV], s->dtype, call->workspace, call->workspace_bytes);
-    return status;
-}
-
-static llmpar_status llmpar__block_dnorm1(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, call->input, call->params[LLMPAR__NORM1], b.rstd1, b.dx2, call->dinput, b.leaves1);
-}
-
-static llmpar_status llmpar__block_norm1_reduce(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_reduce(call, &b.s, b.leaves1);
-}
-
-static llmpar_status llmpar__block_norm1_weight(llmpar_unit_call *call)
-{
-    llmpar__block b;
-    llmpar__block_open(call, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves1, call->grads[LLMPAR__NORM1]);
-}
-
-/* The reductions of dx run beside the weight gradients of the same layers. */
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_backward_ops(int32_t *count)
-{
-    static const llmpar__op_row rows[] = {
-        /* 1 */ {{"doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"mlp input again", llmpar__block_gather2, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"mlp dx", llmpar__block_dreduce2, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm", llmpar__block_dnorm2, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 7 */ {{"norm dW", llmpar__block_norm2_reduce, LLMPAR_TP_REDUCE, {6, 0}}, LLMPAR__IF_SP},
-        /* 8 */ {{"dx", llmpar__block_gather_dx2, LLMPAR_TP_GATHER, {6, 0}}, LLMPAR__IF_SP},
-        /* 9 */ {{"attention input again", llmpar__block_gather1, LLMPAR_TP_GATHER, {5, 0}}, LLMPAR__IF_SP},
-        /* 10 */ {{"norm dW, wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {7, 8}}, LLMPAR__ALWAYS},
-        /* 11 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {10, 0}}, LLMPAR__IF_KV},
-        /* 12 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {11, 0}}, LLMPAR__ALWAYS},
-        /* 13 */ {{"attention dx", llmpar__block_dreduce1, LLMPAR_TP_REDUCE, {12, 0}}, LLMPAR__IF_TP},
-        /* 14 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {9, 0}}, LLMPAR__ALWAYS},
-        /* 15 */ {{"norm", llmpar__block_dnorm1, LLMPAR_COMPUTE, {13, 0}}, LLMPAR__ALWAYS},
-        /* 16 */ {{"norm dW", llmpar__block_norm1_reduce, LLMPAR_TP_REDUCE, {15, 0}}, LLMPAR__IF_SP},
-        /* 17 */ {{"norm dW", llmpar__block_norm1_weight, LLMPAR_COMPUTE, {16, 0}}, LLMPAR__ALWAYS},
+    static const llmpar__op_row attention_forward[] = {
+        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"q k v, rope, attention", llmpar__half_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"wo", llmpar__half_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"attention output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
+        /* 6 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
     };
-    *count = (int32_t)(sizeof rows / sizeof rows[0]);
-    return rows;
+    static const llmpar__op_row mlp_forward[] = {
+        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
+        /* 2 */ {{"residual, norm", llmpar__half_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
+        /* 3 */ {{"mlp input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"gate, up", llmpar__half_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"swiglu, down", llmpar__half_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"mlp output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+    };
+    static const llmpar__op_row attention_backward[] = {
+        /* 1 */ {{"attention doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"wo dW, attention", llmpar__half_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dk dv", llmpar__half_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
+        /* 5 */ {{"rope, attention dx", llmpar__half_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"attention dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"q k v dW", llmpar__half_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 9 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 10 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    static const llmpar__op_row mlp_backward[] = {
+        /* 1 */ {{"mlp doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"mlp input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__half_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"mlp dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"down, gate, up dW", llmpar__half_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 7 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
+    return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
 }
 
 #endif /* LLMPAR_NO_LLAMA */
@@ -15348,7 +19455,7 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
 
 static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
 {
-    llmpar__embed_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -15369,7 +19476,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
-    const llmpar_llama *model = (const llmpar_llama *)user;
+    const llmpar_llama *model = ((const llmpar__part *)user)->model;
     /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
     if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
         return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
@@ -15409,6 +19516,7 @@ static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
 static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
 {
     llmpar__embed e;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__embed_open(call, &e);
     return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
 }
@@ -15417,6 +19525,7 @@ static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 {
     llmpar__embed e;
     llmpar_embedding_backward_args args;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__embed_open(call, &e);
     llmpar__embed_backward_args(&e, call->micro, &args);
     args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
@@ -15429,53 +19538,73 @@ static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}}, LLMPAR__IF_TP},
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = 2;
     return backward ? backward_rows : forward_rows;
 }
 
 /* ---- head
-   saved    h[Ns,D] rstd[Ns]  logits[N,V/tp]  max[N] target[N] (together: one reduction)  sum[N]
-   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part without sequence parallel)  leaves[leaves,D] ---- */
+   saved    h[Ns,D] rstd[Ns]  max[N] target[N] (together: one reduction)  sum[N]  logits[N,V/tp] where they fit
+   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
+   rstd, max, target, sum, part and leaves are of the sum type.
+
+   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
+   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
+   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
+   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
 
 typedef struct llmpar__head {
     llmpar__shape s;
     const llmpar_llama *model;
     const llmpar_tp *tp;
+    int whole;                     /* logits are saved */
+    int64_t rows, columns;         /* else: of a part of them */
     char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
     const char *in;
     size_t saved, scratch;
 } llmpar__head;
 
+static int64_t llmpar__head_fit(int64_t bytes, int64_t line, int64_t most)
+{
+    int64_t n = line > 0 ? bytes / line : most;
+    return n < 1 ? 1 : n > most ? most : n;
+}
+
 static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
 {
-    size_t at = 0, size;
+    size_t at = 0, size, logits;
     memset(out, 0, sizeof *out);
     out->model = model;
     out->tp = &model->tp;
     llmpar__llama_shape(model, micro, dtype, &out->s);
     const llmpar__shape *s = &out->s;
     size = s->size;
-    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, size), logits = llmpar__llama_take(&at, s->n * s->v, size);
-    size_t max = llmpar__llama_take(&at, 2 * s->n, size), sum = llmpar__llama_take(&at, s->n, size);
+    /* By the widest rank's share, so that all ranks cut alike. */
+    int64_t widest = (model->config.vocab + out->tp->ranks - 1) / out->tp->ranks;
+    out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
+    out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
+    out->whole = out->rows == s->n;
+    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
+    logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
     out->saved = at;
     at = 0;
-    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, s->n * s->d, size);
-    size_t dh = out->tp->sequence_parallel ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, size);
+    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
+    size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
     out->scratch = at;
     if (!saved || !scratch) return;
     out->h = (char *)saved + h;
     out->rstd = (char *)saved + rstd;
-    out->logits = (char *)saved + logits;
     out->max = (char *)saved + max;
-    out->target = out->max + (size_t)s->n * size;
+    out->target = out->max + (size_t)s->n * s->sum_size;
     out->sum = (char *)saved + sum;
+    out->logits = (char *)(out->whole ? saved : scratch) + logits;
     out->full = (char *)scratch + full;
     out->part = (char *)scratch + part;
     out->dh = (char *)scratch + dh;
@@ -15485,7 +19614,7 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
 
 static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
 {
-    llmpar__head_lay((const llmpar_llama *)call->user, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -15500,40 +19629,60 @@ static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp
     operand->count = h->s.v;
 }
 
+static void llmpar__head_most(size_t *most, size_t bytes) { *most = bytes > *most ? bytes : *most; }
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
     llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_lay((const llmpar_llama *)user, micro, dtype, NULL, NULL, &h);
+    llmpar__head_lay(((const llmpar__part *)user)->model, micro, dtype, NULL, NULL, &h);
+    const llmpar__shape *s = &h.s;
     llmpar__head_operand(&h, NULL, &operand);
     out->saved = h.saved;
     out->scratch = h.scratch;
-    out->workspace = llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, dtype);
-    size_t dx = llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, dtype);
-    size_t dw = llmpar_tp_weight_gradient_workspace(h.tp, h.s.n, h.s.leaves, h.s.v, h.s.d, dtype);
-    if (dx > out->workspace) out->workspace = dx;
-    if (dw > out->workspace) out->workspace = dw;
+    for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
+        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
+    }
     return LLMPAR_OK;
 }
 
 /* The output projection [V/tp, D]: its own parameter, or the embedding table. */
-static void *llmpar__head_weight(const llmpar_unit_call *call) { return call->borrowed ? call->borrowed[0] : call->params[1]; }
-static void *llmpar__head_grad(const llmpar_unit_call *call) { return call->borrowed_grads ? call->borrowed_grads[0] : call->grads[1]; }
-
-static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, llmpar_xent_args *args)
+static const char *llmpar__head_weight(const llmpar_unit_call *call) { return (const char *)(call->borrowed ? call->borrowed[0] : call->params[1]); }
+static char *llmpar__head_grad(const llmpar_unit_call *call) /* NULL: frozen */
 {
+    void *const *grads = call->borrowed ? call->borrowed_grads : call->grads;
+    return grads ? (char *)grads[call->borrowed ? 0 : 1] : NULL;
+}
+/* The norm's weight gradient comes with dx. */
+static int llmpar__head_wants_dx(const llmpar_unit_call *call) { return call->dinput || call->grads; }
+
+/* Rows [row, row + rows) and columns [column, column + columns) of logits, which begin at h->logits. */
+static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns, llmpar_xent_args *args)
+{
+    size_t at = (size_t)row * h->s.sum_size;
     memset(args, 0, sizeof *args);
-    args->rows = h->s.n;
-    args->ld = args->v_local = h->s.v;
-    args->v_begin = h->s.v_begin;
+    args->rows = rows;
+    args->ld = args->v_local = columns;
+    args->v_begin = h->s.v_begin + column;
     args->v_total = h->model->config.vocab;
     args->canon = h->tp->pieces;
     args->logits = h->logits;
-    args->targets = call->micro->targets;
-    args->max = h->max;
-    args->target_logit = h->target;
-    args->sum = h->sum;
+    args->targets = call->micro->targets + row;
+    args->max = h->max + at;
+    args->target_logit = h->target + at;
+    args->sum = h->sum + at;
     args->dtype = h->s.dtype;
+}
+
+static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    int64_t d = h->s.d;
+    return llmpar_tp_product(h->tp, call->stream, LLMPAR_GEMM_NT, rows, columns, d, h->in + (size_t)(row * d) * h->s.size, d, llmpar__head_weight(call) + (size_t)(column * d) * h->s.size, d, h->logits, columns, h->s.dtype,
+                             call->workspace, call->workspace_bytes);
 }
 
 static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
@@ -15547,7 +19696,20 @@ static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
+    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
+{
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = values;
+    c.count = (size_t)count;
+    c.dtype = h->s.sum;
+    c.op = op;
+    c.tag = tag;
+    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
 static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
@@ -15555,29 +19717,24 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
     llmpar__head h;
     llmpar_xent_args xent;
     llmpar__head_open(call, &h);
-    llmpar_status status = llmpar_tp_product(h.tp, call->stream, LLMPAR_GEMM_NT, h.s.n, h.s.v, h.s.d, h.in, h.s.d, llmpar__head_weight(call), h.s.d, h.logits, h.s.v, h.s.dtype, call->workspace, call->workspace_bytes);
-    llmpar__head_xent(call, &h, &xent);
-    return status ? status : call->device->xent_max(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_combine(llmpar_unit_call *call, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
-{
-    const llmpar_tp *tp = &((const llmpar_llama *)call->user)->tp;
-    llmpar_collective c;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = values;
-    c.count = (size_t)count;
-    c.dtype = call->dtype;
-    c.op = op;
-    c.tag = tag;
-    return llmpar_all_reduce(tp->comm, call->stream, &c);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
+        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
+        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
+        if (h.whole) continue;
+        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
+        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_max(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__head_combine(call, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX);
+    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
 }
 
 static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
@@ -15585,7 +19742,8 @@ static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
     llmpar__head h;
     llmpar_xent_args xent;
     llmpar__head_open(call, &h);
-    llmpar__head_xent(call, &h, &xent);
+    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
+    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
     return call->device->xent_sum(call->device, call->stream, &xent);
 }
 
@@ -15593,7 +19751,7 @@ static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__head_combine(call, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
+    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
 }
 
 static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
@@ -15613,22 +19771,38 @@ static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
     return call->device->xent_loss(call->device, call->stream, &args);
 }
 
-static llmpar_status llmpar__head_dlogits(llmpar_unit_call *call)
+/* dlogits in place of the logits of these rows and columns. */
+static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    llmpar_xent_backward_args xent;
+    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
+    llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
+    xent.scale = call->micro->grad_scale;
+    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 {
     llmpar__head h;
-    llmpar_xent_backward_args xent;
     llmpar_tp_operand operand;
     llmpar__head_open(call, &h);
-    llmpar__head_xent(call, &h, &xent.forward);
-    xent.scale = call->micro->grad_scale;
-    llmpar_status status = call->device->xent_backward(call->device, call->stream, &xent);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
-    return status ? status : llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, h.s.n, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part, call->workspace, call->workspace_bytes);
+    size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
+    llmpar_status status = LLMPAR_OK;
+    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
+        if (!status && llmpar__head_wants_dx(call))
+            status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
     llmpar__head_open(call, &h);
     return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
 }
@@ -15636,15 +19810,26 @@ static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
     llmpar__head h;
+    char *grad = llmpar__head_grad(call);
+    if (!grad) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar_tp_weight_gradient(h.tp, call->stream, h.s.n, h.s.leaves, h.s.v, h.s.d, h.logits, h.s.v, h.in, h.s.d, llmpar__head_grad(call), h.s.dtype, call->workspace, call->workspace_bytes);
+    const llmpar__shape *s = &h.s;
+    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t column = 0; column < s->v && !status; column += h.columns) {
+        int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
+        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
+        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
+    }
+    return status;
 }
 
 static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput, h.leaves);
+    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
@@ -15657,6 +19842,7 @@ static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
 static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 {
     llmpar__head h;
+    if (!call->grads) return LLMPAR_OK;
     llmpar__head_open(call, &h);
     return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
 }
@@ -15664,22 +19850,22 @@ static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
 {
     static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}}, LLMPAR__IF_SP},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}}, LLMPAR__ALWAYS},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}}, LLMPAR__IF_TP},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_TP},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}}, LLMPAR__IF_SP},
-        /* 2 */ {{"dlogits, dx", llmpar__head_dlogits, LLMPAR_COMPUTE, {0, 0}}, LLMPAR__ALWAYS},
-        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}}, LLMPAR__IF_TP},
-        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}}, LLMPAR__ALWAYS},
-        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}}, LLMPAR__ALWAYS},
-        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}}, LLMPAR__IF_SP},
-        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}}, LLMPAR__ALWAYS},
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dx, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = 7;
     return backward ? backward_rows : forward_rows;
@@ -15706,7 +19892,7 @@ typedef struct llmpar__session {
     int64_t rows, capacity;
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *gate, *up, *logits;
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [rows, V] logits as f32 */
     void *gathered;                /* device [tp, widest vocabulary part] */
@@ -15720,7 +19906,8 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
     size_t at = 0;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, g->rows * s->d, s->size);
+    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
+    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
     size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
     size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
@@ -15733,6 +19920,8 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->x = base + x;
     g->h = base + h;
     g->part = base + part;
+    g->sum = base + sum;
+    g->rstd = base + rstd;
     g->q = base + q;
     g->o = base + o;
     g->gate = base + gate;
@@ -15875,22 +20064,33 @@ static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int
     return g->device->rope(g->device, g->stream, &args);
 }
 
+/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
+static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
+{
+    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
+    void *const *params = NULL;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
+    if (!status) *out = params + first;
+    return status;
+}
+
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    void *const *p = NULL;
+    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
     llmpar_attention_args attention;
     llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
     int64_t ld = 2 * s->k * s->e;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, layer + 1, &p); /* counted: already gathered */
+    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
+    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
     if (status) return status;
-    status = llmpar_fsdp_reshard(g->fsdp, layer + 1);
     llmpar__session_attention(g, layer, position, count, &attention);
     char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->part);
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
@@ -15899,11 +20099,11 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
-    /* x += part, h = norm(x); rstd is not needed and goes where gate will be */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->part, g->x, p[LLMPAR__NORM2], g->x, g->h, g->gate);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    /* x += sum, h = norm(x) */
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -15912,13 +20112,13 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->part, g->dtype);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
     add.count = (size_t)(count * s->d);
     add.a = g->x;
-    add.b = g->part;
+    add.b = g->sum;
     add.out = g->x;
     add.dtype = g->dtype;
     return status ? status : g->device->add(g->device, g->stream, &add);
@@ -15930,7 +20130,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
     llmpar_heap *heap = &g->model->ctx->heap;
-    int32_t head = c->layers + 1;
+    int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *const *p = NULL, *const *table = NULL;
     llmpar_collective call;
@@ -15940,7 +20140,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->part);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;
@@ -16206,9 +20406,10 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-    llmpar_dtype dtype = llmpar_fsdp_dtype(fsdp);
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
     int64_t elements;
     void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
+    if (!shard) return ctx->error.status;
     size_t bytes = (size_t)elements * llmpar_dtype_size(dtype);
     void *host = llmpar_heap_alloc(&ctx->heap, 1, bytes);
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to load unit %s (%lld elements)", file->path, unit->name, (long long)elements);
@@ -16233,7 +20434,8 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
     if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
     if (!status) status = ctx->device->synchronize(ctx->device, stream);
     llmpar_heap_free(&ctx->heap, host);
-    return status;
+    llmpar_status done = llmpar_fsdp_shard_done(fsdp, u, !status);
+    return status ? status : done;
 }
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
@@ -16266,7 +20468,7 @@ struct llmpar_tensor_file {
     llmpar_safetensors_writer *writer; /* world rank 0 */
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
     void *host;                        /* world rank 0: one tensor */
-    int32_t next;                      /* unit */
+    int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
 
 /* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
@@ -16281,14 +20483,14 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     llmpar_ctx *ctx = file->ctx;
     llmpar_error error;
     int32_t count = 0, at = 0;
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) count += llmpar_fsdp_unit(file->fsdp, u)->param_count;
+    for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(file->fsdp); u++) {
-        const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, u);
+    for (int32_t u = 0; u < file->count; u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, file->units[u]);
         for (int32_t i = 0; i < unit->param_count; i++, at++) {
             tensors[at].name = unit->params[i].name;
-            tensors[at].dtype = llmpar_fsdp_dtype(file->fsdp);
+            tensors[at].dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
             tensors[at].dims = unit->params[i].dims;
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
@@ -16299,17 +20501,24 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
     return llmpar__hf_fail(ctx, status, &error);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, llmpar_tensor_file **out)
+LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
 {
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
-    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(fsdp));
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
     int64_t most = 1, scratch = 1;
     *out = NULL;
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
+    file->count = units ? count : llmpar_fsdp_unit_count(fsdp);
+    file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
+    if (!file->units) {
+        llmpar_heap_free(&ctx->heap, file);
+        return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    }
+    for (int32_t u = 0; u < file->count; u++) file->units[u] = units ? units[u] : u;
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++)
         for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count; i++) {
             llmpar_dtensor tensor;
@@ -16340,10 +20549,11 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
-    size_t size = llmpar_dtype_size(llmpar_fsdp_dtype(file->fsdp));
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
     llmpar_error error;
     llmpar_error_clear(&error);
-    if (unit != file->next) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected unit %d", (int)unit, (int)file->next);
+    if (file->next >= file->count || unit != file->units[file->next])
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
@@ -16380,6 +20590,7 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);
     llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
     llmpar_heap_free(&file->ctx->heap, file);
 }
@@ -16420,8 +20631,13 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_tensor_file_open(fsdp, path, &file);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar_tensor_file_write(file, u, llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL));
+    if (!status) status = llmpar_tensor_file_open(fsdp, path, NULL, 0, &file);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
+        const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
+        status = shard ? llmpar_tensor_file_write(file, u, shard) : ctx->error.status;
+        llmpar_status done = shard ? llmpar_fsdp_shard_done(fsdp, u, 0) : LLMPAR_OK;
+        if (!status) status = done;
+    }
     /* When there is no room for the weights, a config.json of another model that stood here still stands. */
     if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
     if (!status) {
@@ -17035,13 +21251,18 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
+/* Which block units recompute: of those with index i % every == every - 1, the first `full` fully, then up to number `selective` selectively. */
+typedef struct llmpar__recipe_blocks { int32_t every, full, selective; } llmpar__recipe_blocks;
+
 struct llmpar_trainer {
     llmpar_ctx *ctx;
     llmpar_mesh *mesh;
     llmpar_llama *model;
     llmpar_trainer_desc desc;       /* resolved; strings are copies */
     llmpar_fsdp *fsdp;
-    llmpar_adamw *adamw;
+    llmpar_optim *optim;
+    llmpar_lr_desc lr;              /* resolved */
+    llmpar_loss_scale scale;        /* of the coming step; with F16 */
     llmpar_schedule *train, *eval;
     llmpar_mapped file;
     llmpar_data data;
@@ -17056,6 +21277,8 @@ struct llmpar_trainer {
     void *log;                      /* FILE of the JSON lines, world rank 0 */
     double peak_flops;              /* all ranks' own matrix products at once, FLOP/s */
     int progress;                   /* a progress line is on the terminal */
+    int count_only;                 /* made by plan.c: no data, no files, no metrics */
+    llmpar_memory memory;
 };
 
 LLMPAR__PRIVATE double llmpar__run_seconds(void); /* monotonic */
@@ -17065,6 +21288,15 @@ LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
+/* *value becomes the largest of all ranks'. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
+
+/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
+LLMPAR__PRIVATE void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out); /* all but AUTO */
+LLMPAR__PRIVATE int32_t llmpar__recipe_block_units(llmpar_llama *model);
+/* plan.c: finds the blocks of AUTO; LLMPAR_ERR_MEMORY on every rank where a step would not fit desc->memory_limit, with what other policies would take. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 
@@ -17103,13 +21335,28 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (d->seq_len < 1 || d->seq_len > ((int64_t)1 << 24)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: seq_len = %lld, expected 1 .. %d", (long long)d->seq_len, 1 << 24);
     if (d->grad_accum < 1 || d->grad_accum > (1 << 16)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: grad_accum = %d, expected 1 .. %d", (int)d->grad_accum, 1 << 16);
     if (d->batch < 1 || d->batch > ((int64_t)1 << 30)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: batch = %lld, expected 1 .. %d", (long long)d->batch, 1 << 30);
-    if (d->prefetch < 0 || d->prefetch > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: prefetch = %d, expected 0 .. 64", (int)d->prefetch);
+    if (d->recompute_every < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute_every = %d, expected at least 1", (int)d->recompute_every);
+    if ((int)d->recompute < 0 || (int)d->recompute > LLMPAR_RECOMPUTE_AUTO) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = %d, expected one of llmpar_recompute", (int)d->recompute);
+    if (d->recompute == LLMPAR_RECOMPUTE_AUTO && !d->memory_limit) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: recompute = AUTO needs memory_limit: it takes the cheapest recomputation that fits");
+    if (d->freeze < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: freeze = %d, expected 0 or more units", (int)d->freeze);
     if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
     if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
     if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
     if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
     if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
     return LLMPAR_OK;
+}
+
+static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
+{
+    memset(out, 0, sizeof *out);
+    out->kind = d->lr_schedule;
+    out->lr = d->lr;
+    out->lr_min = d->lr_min;
+    out->warmup = d->warmup;
+    out->total = d->total_steps;
+    out->decay_steps = d->decay_steps;
+    llmpar_lr_desc_resolve(out);
 }
 
 LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error)
@@ -17119,15 +21366,21 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->exact == LLMPAR_EXACT_DEFAULT) d->exact = LLMPAR_EXACT_ON;
     if (d->exact == LLMPAR_EXACT_OFF) d->canon = 1;
     if (d->canon == 0) d->canon = 8;
+    if (d->recompute_every == 0) d->recompute_every = 1;
     if (d->zero == LLMPAR_ZERO_DEFAULT) d->zero = LLMPAR_ZERO_3;
     if (d->dtype == LLMPAR_DTYPE_DEFAULT) d->dtype = LLMPAR_F32;
     if (d->lr == 0) d->lr = 1e-3;
     if (d->lr_min == 0) d->lr_min = d->lr / 10;
     if (d->held_out == 0) d->held_out = 0.05;
     if (d->log_every == 0) d->log_every = 10;
-    llmpar_adamw_desc_resolve(&d->adamw);
+    llmpar_optim_desc_resolve(&d->optim);
+    llmpar_loss_scale_resolve(&d->loss_scale);
+    llmpar_lr_desc lr;
+    llmpar__recipe_lr(d, &lr);
     llmpar_status status = llmpar__recipe_numbers(d, error);
-    if (!status) status = llmpar_adamw_desc_check(&d->adamw, error);
+    if (!status) status = llmpar_optim_desc_check(&d->optim, error);
+    if (!status) status = llmpar_lr_desc_check(&lr, error);
+    if (!status) status = llmpar_loss_scale_check(&d->loss_scale, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -17162,16 +21415,21 @@ static llmpar_status llmpar__recipe_data(llmpar_trainer *t)
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, int32_t forward_only, llmpar_schedule **out)
+static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsdp_desc *fsdp, int32_t forward_only, llmpar_schedule **out)
 {
     int32_t count;
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
     llmpar_policy policy;
     memset(&policy, 0, sizeof policy);
-    llmpar_fsdp_policy(t->fsdp, &policy);
+    llmpar_fsdp_desc_policy(fsdp, t->mesh, &policy);
     policy.micro_batches = t->desc.grad_accum;
     policy.no_sync = t->desc.no_sync;
+    policy.chain = t->desc.chain;
+    policy.reshard = t->desc.reshard;
+    policy.reshard_every = t->desc.reshard_every;
     policy.prefetch = t->desc.prefetch;
+    policy.prefetch_backward = t->desc.prefetch_backward ? t->desc.prefetch_backward < 0 ? 0 : t->desc.prefetch_backward : t->desc.prefetch;
+    if (!forward_only) policy.update = llmpar_optim_update_when(&t->desc.optim, t->desc.dtype == LLMPAR_F16);
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
     if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
@@ -17211,8 +21469,8 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     memset(&apply, 0, sizeof apply);
     memset(&fsdp, 0, sizeof fsdp);
     /* Files first: data missing or short, or a log that cannot be written, is found before memory is taken. */
-    llmpar_status status = llmpar__recipe_data(t);
-    if (!status) status = llmpar__metrics_open(t);
+    llmpar_status status = t->count_only ? LLMPAR_OK : llmpar__recipe_data(t);
+    if (!status && !t->count_only) status = llmpar__metrics_open(t);
     if (status) return status;
     /* Tensor parallelism: the model gets its axis. */
     apply.canon = t->desc.canon;
@@ -17223,40 +21481,82 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (status) return status;
     /* FSDP: the model's units become flat shards. */
     llmpar_unit *units = llmpar_llama_units(t->model, &count);
+    for (int32_t i = 0; i < count; i++) units[i].frozen = i < t->desc.freeze;
     fsdp.zero = t->desc.zero;
     fsdp.dtype = t->desc.dtype;
+    fsdp.reduce_dtype = t->desc.reduce_dtype;
     fsdp.memory_limit = t->desc.memory_limit;
     fsdp.seed = llmpar_llama_seed(t->model);
-    status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
-    if (status || !t->desc.sequence) return status; /* without data: load, save, generate */
-    /* What a step does, as a list, proved before it ever runs. */
-    status = llmpar__recipe_schedule(t, 0, &t->train);
-    if (!status) status = llmpar__recipe_schedule(t, 1, &t->eval);
+    memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
+    fsdp.offload_dir = t->desc.offload_dir;
+    fsdp.overlap = t->desc.overlap;
+    fsdp.count_only = t->count_only;
+    if (t->desc.sequence || t->desc.data) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);
+    /* What a step does, as a list, proved before memory is taken: policies that contradict each other end here. Without data: load, save, generate. */
+    int trains = t->desc.sequence || t->desc.data;
+    if (trains) status = llmpar__recipe_schedule(t, &fsdp, 0, &t->train);
+    if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
+    if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
+    if (status || !trains) return status;
     /* The optimizer on the shards, the step's tokens, the metrics. */
-    if (!status) status = llmpar_adamw_create(t->fsdp, &t->desc.adamw, &t->adamw);
+    if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
-    return status ? status : llmpar__metrics_peak(t);
+    if (!status && !t->count_only) status = llmpar__metrics_peak(t);
+    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
+    return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
+LLMPAR__PRIVATE_DEF int32_t llmpar__recipe_block_units(llmpar_llama *model)
+{
+    int32_t count;
+    llmpar_llama_units(model, &count);
+    return count - 2; /* without embedding and head */
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    out->every = desc->recompute_every;
+    out->full = desc->recompute == LLMPAR_RECOMPUTE_FULL ? all : 0;
+    out->selective = desc->recompute == LLMPAR_RECOMPUTE_SELECTIVE ? all : 0;
+}
+
+static void llmpar__recipe_recompute(llmpar_llama *model, const llmpar__recipe_blocks *blocks)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    llmpar_unit *units = llmpar_llama_units(model, NULL);
+    for (int32_t i = 0; i < all; i++) {
+        int mine = blocks->every < 2 || i % blocks->every == blocks->every - 1;
+        units[i + 1].recompute = mine && i < blocks->full ? LLMPAR_RECOMPUTE_FULL : mine && i < blocks->selective ? LLMPAR_RECOMPUTE_SELECTIVE : LLMPAR_RECOMPUTE_NONE;
+    }
+}
+
+static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char **out)
+{
+    *out = text ? llmpar_heap_strdup(heap, text) : NULL;
+    return !text || *out;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
-    llmpar_trainer_desc resolved = *desc;
-    llmpar_error error;
     *out = NULL;
-    llmpar_error_clear(&error);
-    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
-    if (status) return llmpar_fail(ctx, status, "%s", error.text);
     llmpar_trainer *t = (llmpar_trainer *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *t);
     if (!t) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     t->ctx = ctx;
     t->mesh = mesh;
     t->model = model;
-    t->desc = resolved;
-    t->desc.data = desc->data ? llmpar_heap_strdup(&ctx->heap, desc->data) : NULL;
-    t->desc.log = desc->log ? llmpar_heap_strdup(&ctx->heap, desc->log) : NULL;
+    t->desc = *desc;
+    t->count_only = count_only;
+    t->scale = desc->loss_scale;
+    llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
-    if ((desc->data && !t->desc.data) || (desc->log && !t->desc.log)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    int copied = llmpar__recipe_copy(&ctx->heap, desc->data, &t->desc.data);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
+    llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
     if (status) {
         llmpar_trainer_destroy(t);
@@ -17264,6 +21564,20 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     }
     *out = t;
     return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
+{
+    llmpar_trainer_desc resolved = *desc;
+    llmpar__recipe_blocks blocks;
+    llmpar_error error;
+    *out = NULL;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
+    llmpar__recipe_blocks_of(&resolved, model, &blocks);
+    if (resolved.memory_limit && (resolved.data || resolved.sequence)) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
@@ -17277,7 +21591,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->ids);
         llmpar_arena_free(llmpar_fsdp_arena(t->fsdp), t->targets);
     }
-    llmpar_adamw_destroy(t->adamw);
+    llmpar_optim_destroy(t->optim);
     llmpar_schedule_destroy(t->train);
     llmpar_schedule_destroy(t->eval);
     if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);
@@ -17288,12 +21602,16 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, t->gradients);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
     llmpar_heap_free(heap, t);
 }
 
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
+LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
+LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
 LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
 
@@ -17341,6 +21659,10 @@ static llmpar_status llmpar__trainer_tokens(llmpar_trainer *t, int64_t first, in
     int32_t *ids = t->staging + length + 1, *targets = ids + rows;
     llmpar_status status = LLMPAR_OK;
     *counted = 0;
+    if (t->count_only) { /* as if every token counted */
+        *counted = rows * t->desc.grad_accum;
+        return LLMPAR_OK;
+    }
     for (int32_t m = 0; m < t->desc.grad_accum && !status; m++) {
         for (int64_t j = 0; j < t->local && !status; j++) {
             int64_t index = first + llmpar__trainer_index(t, m, j);
@@ -17357,6 +21679,19 @@ static llmpar_status llmpar__trainer_gradient(void *user, llmpar_fsdp *fsdp, int
 {
     (void)fsdp;
     return llmpar_tensor_file_write(((llmpar_trainer *)user)->gradient_file, unit, shard);
+}
+
+/* Gradients come as the schedule updates: in backward's order where that is inside it, and not from frozen units. */
+static llmpar_status llmpar__trainer_gradient_file(llmpar_trainer *t)
+{
+    llmpar_heap *heap = &t->ctx->heap;
+    int32_t count = 0, *units = (int32_t *)llmpar_heap_alloc(heap, (size_t)t->train->units + 1, sizeof *units);
+    if (!units) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
+    for (int32_t i = 0; i < t->train->count && count < t->train->units; i++)
+        if (t->train->list[i].op == LLMPAR_OP_OPTIM) units[count++] = t->train->list[i].unit;
+    llmpar_status status = llmpar_tensor_file_open(t->fsdp, t->gradients, units, count, &t->gradient_file);
+    llmpar_heap_free(heap, units);
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const char *path)
@@ -17396,21 +21731,24 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     double begin = llmpar__run_seconds();
     step.step = t->steps + 1;
-    step.lr = llmpar_lr_cosine(t->desc.lr, t->desc.lr_min, t->desc.warmup, t->desc.total_steps, step.step);
+    step.lr = llmpar_lr(&t->lr, step.step);
+    step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
     llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
     if (!status && t->gradients) {
-        status = llmpar_tensor_file_open(t->fsdp, t->gradients, &t->gradient_file);
+        status = llmpar__trainer_gradient_file(t);
         llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
         t->gradients = NULL;
     }
     if (status) return status;
     run.micro = t->micro;
-    run.optimizer = llmpar_adamw_optimizer(t->adamw);
+    run.loss_scale = step.loss_scale;
+    run.skip_nonfinite = t->desc.dtype == LLMPAR_F16;
+    run.optimizer = llmpar_optim_table(t->optim);
     if (t->gradient_file) {
         run.on_gradient = llmpar__trainer_gradient;
         run.on_gradient_user = t;
     }
-    llmpar_adamw_set_lr(t->adamw, step.lr);
+    llmpar_optim_set_lr(t->optim, step.lr);
     /* The first error of a rank stays; one that the caller has lived with must not stand for this step's. */
     llmpar_error earlier = t->ctx->error, *error = &t->ctx->error;
     llmpar__trainer_forget(error);
@@ -17421,20 +21759,31 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
         llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, first.text);
     }
     if (!status) *error = earlier;
+    if (run.before_optimizer.live_total > t->memory.before_optimizer.live_total) t->memory.before_optimizer = run.before_optimizer;
+    llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.step);
     if (t->gradient_file) {
         if (!status) status = llmpar_tensor_file_commit(t->gradient_file);
         else llmpar_tensor_file_abandon(t->gradient_file);
         t->gradient_file = NULL;
+    }
+    if (!status && t->desc.dtype == LLMPAR_F16 && !t->count_only) {
+        llmpar_error why;
+        llmpar_error_clear(&why);
+        status = llmpar_loss_scale_update(&t->scale, run.found_inf, &why);
+        if (status) llmpar_fail(t->ctx, status, "step %lld: %s", (long long)step.step, why.text);
     }
     if (status) return status;
     t->steps++;
     step.tokens = run.global_tokens;
     step.loss = run.loss;
     step.grad_norm = run.grad_norm;
-    step.skipped = run.skipped;
+    step.skipped = run.skipped || run.found_inf;
+    step.found_inf = run.found_inf;
     step.seconds = llmpar__run_seconds() - begin;
     llmpar__trainer_rates(t, &step);
-    if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
+    if (t->count_only) return LLMPAR_OK;
+    if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);
+    else if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
     if (out) *out = step;
     return llmpar__metrics_step(t, &step);
 }
@@ -17609,6 +21958,309 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
+/* ==== src/run/memory.c ==== */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
+/* values[count] become the largest of all ranks', element by element. */
+static llmpar_status llmpar__memory_largest(llmpar_ctx *ctx, const char *tag, int64_t *values, size_t count)
+{
+    llmpar_device *device = ctx->device;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    void *buffer = NULL;
+    size_t bytes = count * sizeof *values;
+    memset(&call, 0, sizeof call);
+    llmpar_status status = device->alloc(device, bytes, &buffer);
+    if (!status) status = device->stream_create(device, tag, &stream);
+    call.send = call.recv = buffer;
+    call.count = count;
+    call.dtype = LLMPAR_I64;
+    call.op = LLMPAR_MAX;
+    call.tag = tag;
+    if (!status) status = device->copy(device, stream, buffer, values, bytes);
+    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
+    if (!status) status = device->copy(device, stream, values, buffer, bytes);
+    if (stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    device->free(device, buffer, bytes);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value) { return llmpar__memory_largest(ctx, tag, value, 1); }
+
+typedef struct llmpar__memory_text { char *text; size_t capacity, used; } llmpar__memory_text;
+static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...)
+{
+    va_list list;
+    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
+    va_start(list, format);
+    int n = vsnprintf(room ? out->text + out->used : NULL, room, format, list);
+    va_end(list);
+    if (n > 0) out->used += (size_t)n;
+}
+
+/* memory in bytes, the smallest .. the largest of 4 ranks
+                          after init   before the optimizer                   peak
+     parameters              1048576                1048576                1048576
+     activations      65536 .. 66560    ...                                                   */
+LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity)
+{
+    enum { ROWS = LLMPAR_TAG_COUNT + 1, COLUMNS = 3, CELLS = ROWS * COLUMNS };
+    const llmpar_arena_usage *marks[COLUMNS];
+    int64_t values[2 * CELLS]; /* largest, and largest of the negative: the smallest */
+    marks[0] = &memory->init;
+    marks[1] = &memory->before_optimizer;
+    marks[2] = &memory->step;
+    for (int row = 0; row < ROWS; row++)
+        for (int column = 0; column < COLUMNS; column++) {
+            const llmpar_arena_usage *u = marks[column];
+            uint64_t bytes = row < LLMPAR_TAG_COUNT ? (column == 2 ? u->peak[row] : u->live[row]) : column == 2 ? u->peak_total : u->live_total;
+            values[row * COLUMNS + column] = (int64_t)bytes;
+            values[CELLS + row * COLUMNS + column] = -(int64_t)bytes;
+        }
+    llmpar_status status = llmpar__memory_largest(ctx, "memory", values, 2 * CELLS);
+    llmpar__memory_text out;
+    out.text = text;
+    out.capacity = capacity;
+    out.used = 0;
+    if (capacity) text[0] = 0;
+    if (status || ctx->rank) return status;
+    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", ctx->world > 1 ? ", the smallest .. the largest of " : ", ", (int)ctx->world, ctx->world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    for (int row = 0; row < ROWS; row++) {
+        llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
+        for (int column = 0; column < COLUMNS; column++) {
+            long long high = values[row * COLUMNS + column], low = -values[CELLS + row * COLUMNS + column];
+            char cell[48];
+            if (low == high) snprintf(cell, sizeof cell, "%lld", high);
+            else snprintf(cell, sizeof cell, "%lld .. %lld", low, high);
+            llmpar__memory_put(&out, "%25s", cell);
+        }
+        llmpar__memory_put(&out, "\n");
+    }
+    return LLMPAR_OK;
+}
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
+/* ==== src/run/plan.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
+#if !defined(LLMPAR_NO_SIM)
+
+/* One step of the recipe in a world of its own: the rank's ctx again, with a device and a world that only count. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
+{
+    llmpar_ctx *ctx = mesh->ctx, sim = *ctx;
+    llmpar_mesh_desc degrees;
+    llmpar_mesh *sim_mesh = NULL;
+    llmpar_llama *sim_model = NULL;
+    llmpar_trainer *trainer = NULL;
+    memset(&degrees, 0, sizeof degrees);
+    memset(out, 0, sizeof *out);
+    llmpar_heap_init(&sim.heap, &ctx->heap.allocator);
+    llmpar_error_clear(&sim.error);
+    sim.log = NULL;
+    sim.device = NULL;
+    sim.comm = NULL;
+    degrees.dp_replicate = mesh->degree[LLMPAR_AXIS_DP_REPLICATE];
+    degrees.dp_shard = mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    degrees.cp = mesh->degree[LLMPAR_AXIS_CP];
+    degrees.pp = mesh->degree[LLMPAR_AXIS_PP];
+    degrees.tp = mesh->degree[LLMPAR_AXIS_TP];
+    llmpar_status status = llmpar_sim_device_create(&sim.heap, &sim.error, ctx->device, &sim.device);
+    if (!status) status = llmpar_sim_comm_create(&sim.heap, &sim.error, sim.device, ctx->comm, 0, &sim.comm);
+    if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
+    if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
+    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);
+    if (!status) status = llmpar_trainer_step(trainer, NULL);
+    if (!status) llmpar_trainer_memory(trainer, out);
+    if (status) *error = sim.error;
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(sim_model);
+    llmpar_mesh_destroy(sim_mesh);
+    llmpar_comm_destroy(sim.comm);
+    llmpar_sim_device_destroy(sim.device);
+    return status;
+}
+
+#else
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, llmpar_memory *out, llmpar_error *error)
+{
+    (void)mesh; (void)model; (void)desc; (void)blocks;
+    memset(out, 0, sizeof *out);
+    return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "plan: this build leaves out the device that only counts (LLMPAR_NO_SIM)");
+}
+
+#endif
+
+/* ---- fitting a limit ---- */
+
+/* The largest rank's peak without a limit, the same number on every rank; 0 where the recipe is not allowed (by its desc, so on all ranks). */
+static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, uint64_t *peak)
+{
+    llmpar_trainer_desc free_desc = *desc;
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    free_desc.memory_limit = 0;
+    *peak = 0;
+    llmpar_status status = llmpar__plan_step(mesh, model, &free_desc, blocks, &memory, &error);
+    if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
+    int64_t mine = (int64_t)memory.step.peak_total;
+    status = llmpar__run_largest(mesh->ctx, "plan", &mine);
+    *peak = (uint64_t)mine;
+    return status;
+}
+
+typedef struct llmpar__plan_text { char *text; size_t capacity, used; int count; } llmpar__plan_text;
+
+/* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
+static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *given, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__plan_text *out)
+{
+    llmpar_trainer_desc desc = *other;
+    llmpar__recipe_blocks blocks;
+    llmpar_error error;
+    uint64_t peak;
+    llmpar_error_clear(&error);
+    /* The user's own numbers are resolved already; what changed has to be allowed. */
+    if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
+    llmpar__recipe_blocks_of(&desc, model, &blocks);
+    llmpar_status status = llmpar__plan_peak(mesh, model, &desc, &blocks, &peak);
+    (void)given;
+    if (status || peak == 0 || peak >= now) return status;
+    int n = snprintf(out->text + out->used, out->capacity - out->used, "%s%s: %llu (%llu less%s)", out->count ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= given->memory_limit ? ", fits" : "");
+    if (n > 0 && (size_t)n < out->capacity - out->used) out->used += (size_t)n, out->count++;
+    else out->text[out->used] = 0;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__plan_text *out)
+{
+    llmpar_status status = LLMPAR_OK;
+    llmpar_trainer_desc other = *desc;
+    if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
+        other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute selective", out);
+    }
+    if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
+        other = *desc;
+        other.recompute = LLMPAR_RECOMPUTE_FULL;
+        other.recompute_every = 1;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute full", out);
+    }
+    if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
+        other = *desc;
+        other.zero = LLMPAR_ZERO_3;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "zero 3", out);
+    }
+    if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
+        other = *desc;
+        other.sequence_parallel = 1;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, "sp on", out);
+    }
+    for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
+        static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
+        if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
+        other = *desc;
+        other.offload[state] = LLMPAR_TIER_FILE;
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, name[state], out);
+    }
+    if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
+        char name[48];
+        other = *desc;
+        other.grad_accum = 2 * desc->grad_accum;
+        snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
+        status = llmpar__plan_offer(mesh, model, desc, &other, now, name, out);
+    }
+    return status;
+}
+
+/* As many blocks as have to, in the cheapest way: first selectively, then fully (and then all others selectively). More blocks never take more memory, so the number is found by halving. */
+static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
+{
+    int32_t all = llmpar__recipe_block_units(model);
+    for (int full = 0; full < 2; full++) {
+        int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
+        uint64_t peak;
+        llmpar_status status;
+        memset(blocks, 0, sizeof *blocks);
+        if (full) blocks->selective = all;
+        while (low < high) {
+            int32_t middle = low + (high - low) / 2;
+            if (full) blocks->full = middle;
+            else blocks->selective = middle;
+            status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+            if (status) return status;
+            if (peak && peak <= desc->memory_limit) high = middle;
+            else low = middle + 1;
+        }
+        if (full) blocks->full = low;
+        else blocks->selective = low;
+        status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+        if (status || (peak && peak <= desc->memory_limit)) return status;
+    }
+    return LLMPAR_OK; /* nothing fits: the caller says so */
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
+{
+    llmpar_ctx *ctx = mesh->ctx;
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = desc->recompute == LLMPAR_RECOMPUTE_AUTO ? llmpar__plan_auto(mesh, model, desc, blocks) : LLMPAR_OK;
+    if (status) return status;
+    llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
+    int64_t refused = mine != LLMPAR_OK;
+    if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
+    status = llmpar__run_largest(ctx, "plan", &refused); /* all ranks refuse together */
+    if (status || !refused) return status;
+    char offers[900] = "";
+    llmpar__plan_text out;
+    uint64_t now;
+    out.text = offers;
+    out.capacity = sizeof offers;
+    out.used = 0;
+    out.count = 0;
+    status = llmpar__plan_peak(mesh, model, desc, blocks, &now);
+    if (!status) status = llmpar__plan_offers(mesh, model, desc, now, &out);
+    if (status) return status;
+    return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "memory limit %llu bytes a rank: a step takes %llu%s%s%s; %s", (unsigned long long)desc->memory_limit, (unsigned long long)now,
+                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.count ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
+}
+
+LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
+{
+    llmpar_trainer_desc resolved = *desc;
+    llmpar__recipe_blocks blocks;
+    llmpar_error wrong;
+    llmpar_error_clear(&wrong);
+    memset(out, 0, sizeof *out);
+    llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);
+    if (status) return llmpar_fail(mesh->ctx, status, "%s", wrong.text);
+    llmpar__recipe_blocks_of(&resolved, model, &blocks);
+    if (resolved.recompute == LLMPAR_RECOMPUTE_AUTO) status = llmpar__plan_auto(mesh, model, &resolved, &blocks);
+    if (!status) status = llmpar__plan_step(mesh, model, &resolved, &blocks, out, &wrong);
+    if (status == LLMPAR_ERR_MEMORY && error) *error = wrong;
+    return status == LLMPAR_ERR_MEMORY || !status ? status : llmpar_fail(mesh->ctx, status, "%s", wrong.text);
+}
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 
 #pragma GCC diagnostic pop
 
@@ -17642,18 +22294,67 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 */
 #elif LLMPAR__TEMPLATE == 1
 #undef LLMPAR__TEMPLATE
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    if (n >= LLMPAR__VLANES) return x;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
+}
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
+#elif LLMPAR__TEMPLATE == 2
+#undef LLMPAR__TEMPLATE
 /* ==== src/cpu/gemm_portable.inc ==== */
 /* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
    Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain. */
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
 
 /* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
 static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 {
     enum { COLUMNS = 8 };
-    const llmpar_gemm_args *args = (const llmpar_gemm_args *)arg;
-    LLMPAR__GEMM_REAL *c = (LLMPAR__GEMM_REAL *)args->c + i * args->ldc;
-    int64_t j0;
+    const llmpar__gemm_rows *job = (const llmpar__gemm_rows *)arg;
+    const llmpar_gemm_args *args = job->args;
+    int64_t c = i * args->ldc, j0;
     (void)worker;
     for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
         LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
@@ -17662,16 +22363,15 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
         for (piece = 0; piece < args->pieces; piece++) {
             LLMPAR__GEMM_REAL *sum = stack[depth++];
             int32_t done;
-            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? c[j0 + j] : 0;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? ((const LLMPAR__GEMM_REAL *)args->c)[c + j0 + j] : 0; /* a c that is summed on is of this type */
             for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
                 const llmpar_gemm_segment *segment = &args->segments[s];
-                const LLMPAR__GEMM_REAL *a = (const LLMPAR__GEMM_REAL *)segment->a, *b = (const LLMPAR__GEMM_REAL *)segment->b;
                 int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
                 int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
                 int64_t k;
                 for (k = 0; k < segment->k; k++) {
-                    LLMPAR__GEMM_REAL x = a[i * a_row + k * a_k];
-                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, b[(j0 + j) * b_column + k * b_k], sum[j]);
+                    LLMPAR__GEMM_REAL x = LLMPAR__GEMM_LOAD(segment->a, i * a_row + k * a_k);
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
                 }
             }
             /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
@@ -17682,14 +22382,16 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
         }
         for (; depth > 1; depth--)
             for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
-        for (j = 0; j < columns; j++) c[j0 + j] = stack[0][j];
+        for (j = 0; j < columns; j++) LLMPAR__GEMM_STORE(args->c, c + j0 + j, stack[0][j]);
     }
 }
 
 #undef LLMPAR__GEMM_REAL
 #undef LLMPAR__GEMM_ROW
 #undef LLMPAR__GEMM_MULTIPLY_ADD
-#elif LLMPAR__TEMPLATE == 2
+#undef LLMPAR__GEMM_LOAD
+#undef LLMPAR__GEMM_STORE
+#elif LLMPAR__TEMPLATE == 3
 #undef LLMPAR__TEMPLATE
 /* ==== src/cpu/gemm_kernel.inc ==== */
 /* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
@@ -17709,7 +22411,7 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
    in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
 static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
 {
-    const float *in = packing->in;
+    const float *in = (const float *)packing->in;
     int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
     int r;
     if (full > packing->panels) full = packing->panels;
@@ -17870,56 +22572,100 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile 
 #undef LLMPAR__GEMM_SPREAD
 #undef LLMPAR__GEMM_MULTIPLY_ADD
 #undef LLMPAR__GEMM_TRANSPOSE
-#elif LLMPAR__TEMPLATE == 3
-#undef LLMPAR__TEMPLATE
-/* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
-   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
-{
-    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
-    return y;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
-LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
-{
-    LLMPAR__VEC y = { 0 };
-    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
-{
-    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
-{
-    if (n >= LLMPAR__VLANES) return x;
-    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
-    return other;
-}
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL y = x[0];
-    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
-{
-    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
-}
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VSPREAD
 #elif LLMPAR__TEMPLATE == 4
+#undef LLMPAR__TEMPLATE
+/* ==== src/cpu/adalomo.inc ==== */
+/* Loops of adalomo.c. Parameters: LLMPAR__ADALOMO_REAL, LLMPAR__ADALOMO_FN(name), LLMPAR__ADALOMO_SQRT. */
+
+/* u of elements [from, from + n) of the call's part, which lie in one row, from column `col` on. */
+static inline void LLMPAR__ADALOMO_FN(direction)(const llmpar_adalomo_args *a, int64_t from, int64_t n, LLMPAR__ADALOMO_REAL *u)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g + from, scale = (real)a->grad_scale;
+    if (a->row_factor) {
+        int64_t row = (a->begin + from) / a->cols;
+        const real r = ((const real *)a->row_factor)[row], *c = (const real *)a->col_factor + (a->begin + from - row * a->cols);
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale * r * c[i];
+    } else {
+        const real *m = (const real *)a->moment + from;
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale / LLMPAR__ADALOMO_SQRT(m[i]);
+    }
+}
+
+/* Elements from `from` on that lie in one row, before `end`. */
+static inline int64_t LLMPAR__ADALOMO_FN(run)(const llmpar_adalomo_args *a, int64_t from, int64_t end)
+{
+    int64_t n = llmpar__v_min(end - from, LLMPAR__ADALOMO_BLOCK);
+    return a->row_factor ? llmpar__v_min(n, a->cols - (a->begin + from) % a->cols) : n;
+}
+
+static void LLMPAR__ADALOMO_FN(squares)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, llmpar_exact_sum *sum)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *m = (real *)a->moment, scale = (real)a->grad_scale, beta = (real)a->beta, rest = (real)(1 - a->beta), eps = (real)a->eps;
+    const real *g = (const real *)a->g;
+    if (!a->row_factor)
+        for (int64_t i = begin; i < end; i++) m[i] = beta * m[i] + rest * (g[i] * scale * (g[i] * scale) + eps);
+    for (int64_t i = begin, n; i < end && a->update_squares; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        if (sizeof(real) == 4) llmpar_exact_sum_add_squares_f32(sum, (const float *)(const void *)u, (size_t)n);
+        else {
+            for (int64_t k = 0; k < n; k++) llmpar_exact_sum_add(sum, (double)u[k] * (double)u[k]);
+            llmpar_exact_sum_carry(sum);
+        }
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(apply)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, double keep, double minus)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *p = (real *)a->p, k = (real)keep, step = (real)minus;
+    for (int64_t i = begin, n; i < end; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        for (int64_t j = 0; j < n; j++) p[i + j] = p[i + j] * k + step * u[j];
+    }
+}
+
+/* Row sums of rows [first, last) of the rectangle, or (by columns) the sums of columns [first, last) over all rows of the part. */
+static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, int by_columns, double down)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g, scale = (real)a->grad_scale;
+    int64_t end = a->begin + a->count, row = by_columns ? a->begin / a->cols : first, row_end = by_columns ? (end + a->cols - 1) / a->cols : last;
+    double up = llmpar__adalomo_power(by_columns ? a->col_bits : a->row_bits);
+    for (; row < row_end; row++) {
+        int64_t from = row * a->cols + (by_columns ? first : 0), to = row * a->cols + (by_columns ? last : a->cols), sum = 0;
+        if (from < a->begin) from = a->begin;
+        if (to > end) to = end;
+        for (int64_t i = from; i < to; i++) {
+            double y = (double)(g[i - a->begin] * scale) * down;
+            int64_t q = (int64_t)(y * y * up) + (y != 0);
+            if (by_columns) a->col_sums[i - row * a->cols] += q;
+            else sum += q;
+        }
+        if (!by_columns) a->row_sums[row] += sum;
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(moments)(const llmpar_factor_moment_args *a, double unit)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real *m = (real *)a->moment, *f = (real *)a->factor;
+    double mean = 0;
+    for (int64_t i = 0; i < a->count; i++) {
+        m[i] = (real)(a->beta * (double)m[i] + (1 - a->beta) * ((double)a->sums[i] * unit + a->eps));
+        mean += (double)m[i];
+    }
+    mean = a->by_mean ? mean / (double)a->count : 1;
+    for (int64_t i = 0; i < a->count; i++) f[i] = (real)llmpar_sqrt_f64(mean / (double)m[i]);
+}
+
+#undef LLMPAR__ADALOMO_REAL
+#undef LLMPAR__ADALOMO_FN
+#undef LLMPAR__ADALOMO_SQRT
+#elif LLMPAR__TEMPLATE == 5
 #undef LLMPAR__TEMPLATE
 /* ==== src/cpu/vector_math.inc ==== */
 /* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
@@ -18026,27 +22772,32 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
 {
     const llmpar__norm_job *job = (const llmpar__norm_job *)arg;
     const llmpar_rmsnorm_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, d);
+    float scratch[2][LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d;
-        LLMPAR__VREAL *y = (LLMPAR__VREAL *)a->y + row * d, rstd;
+        LLMPAR__VREAL rstd;
         LLMPAR__VEC s[4], scale;
         for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        if (a->residual) {
-            const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)a->residual + row * d;
-            LLMPAR__VREAL *sum = (LLMPAR__VREAL *)a->sum + row * d;
-            for (int64_t i = 0; i < d; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, d - i, LLMPAR__V(load_n)(x + i, d - i) + LLMPAR__V(load_n)(residual + i, d - i));
-            x = sum;
-        }
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES;
-                if (j < d) {
-                    LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, d - j);
-                    s[k] = LLMPAR__V(fma)(v, v, s[k]);
+        for (int64_t i0 = row * d; i0 < (row + 1) * d; i0 += part) {
+            int64_t n = llmpar__v_min(part, (row + 1) * d - i0);
+            const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->x, i0, n, scratch[0]);
+            if (a->residual) { /* what is normalised is the sum as it is stored */
+                const LLMPAR__VREAL *residual = (const LLMPAR__VREAL *)llmpar__half_read(half, a->residual, i0, n, scratch[1]);
+                LLMPAR__VREAL *sum = (LLMPAR__VREAL *)llmpar__half_target(half, a->sum, i0, scratch[0]);
+                for (int64_t i = 0; i < n; i += LLMPAR__VLANES) LLMPAR__V(store_n)(sum + i, n - i, LLMPAR__V(load_n)(x + i, n - i) + LLMPAR__V(load_n)(residual + i, n - i));
+                llmpar__half_write(half, a->sum, i0, n, scratch[0]);
+                x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->sum, i0, n, scratch[0]);
+            }
+            for (int64_t i = 0; i < n; i += 4 * LLMPAR__VLANES) {
+                LLMPAR__VUNROLL
+                for (int k = 0; k < 4; k++) {
+                    int64_t j = i + k * LLMPAR__VLANES;
+                    if (j < n) {
+                        LLMPAR__VEC v = LLMPAR__V(load_n)(x + j, n - j);
+                        s[k] = LLMPAR__V(fma)(v, v, s[k]);
+                    }
                 }
             }
         }
@@ -18055,8 +22806,14 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
         scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
         rstd = scale[0];
         if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(y + i, d - i, LLMPAR__V(load_n)(x + i, d - i) * scale * LLMPAR__V(load_n)(w + i, d - i));
+        for (int64_t i0 = 0; i0 < d; i0 += part) {
+            int64_t n = llmpar__v_min(part, d - i0);
+            const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->residual ? a->sum : a->x, row * d + i0, n, scratch[0]), *w = (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, n, scratch[1]);
+            LLMPAR__VREAL *y = (LLMPAR__VREAL *)llmpar__half_target(half, a->y, row * d + i0, scratch[0]);
+            for (int64_t i = 0; i < n; i += LLMPAR__VLANES)
+                LLMPAR__V(store_n)(y + i, n - i, LLMPAR__V(load_n)(x + i, n - i) * scale * LLMPAR__V(load_n)(w + i, n - i));
+            llmpar__half_write(half, a->y, row * d + i0, n, scratch[0]);
+        }
     }
 }
 
@@ -18065,29 +22822,40 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worke
 {
     const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
     const llmpar_rmsnorm_backward_args *a = job->args;
-    const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)a->w;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step), part = llmpar__half_part(half, d);
+    float scratch[4][LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d, *dy = (const LLMPAR__VREAL *)a->dy + row * d;
-        const LLMPAR__VREAL *dresidual = a->dresidual ? (const LLMPAR__VREAL *)a->dresidual + row * d : NULL;
-        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)a->dx + row * d, rstd = ((const LLMPAR__VREAL *)a->rstd)[row];
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(rstd), mean;
+        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->rstd)[row]), mean = LLMPAR__V(splat)(0);
         for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int64_t i = 0; i < d; i += 4 * LLMPAR__VLANES) {
-            LLMPAR__VUNROLL
-            for (int k = 0; k < 4; k++) {
-                int64_t j = i + k * LLMPAR__VLANES, n = d - j;
-                if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+        for (int pass = 0; pass < 2; pass++) {
+            for (int64_t i0 = 0; i0 < d; i0 += part) {
+                int64_t width = llmpar__v_min(part, d - i0), at = row * d + i0;
+                const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->x, at, width, scratch[0]), *dy = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dy, at, width, scratch[1]);
+                const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, width, scratch[2]), *dresidual = NULL;
+                LLMPAR__VREAL *dx = (LLMPAR__VREAL *)llmpar__half_target(half, a->dx, at, scratch[0]);
+                if (pass == 0) {
+                    for (int64_t i = 0; i < width; i += 4 * LLMPAR__VLANES) {
+                        LLMPAR__VUNROLL
+                        for (int k = 0; k < 4; k++) {
+                            int64_t j = i + k * LLMPAR__VLANES, n = width - j;
+                            if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
+                        }
+                    }
+                    continue;
+                }
+                if (a->dresidual) dresidual = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dresidual, at, width, scratch[3]);
+                for (int64_t i = 0; i < width; i += LLMPAR__VLANES) {
+                    int64_t n = width - i;
+                    LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+                    g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+                    if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+                    LLMPAR__V(store_n)(dx + i, n, r + g);
+                }
+                llmpar__half_write(half, a->dx, at, width, scratch[0]);
             }
-        }
-        mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
-        for (int64_t i = 0; i < d; i += LLMPAR__VLANES) {
-            int64_t n = d - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-            LLMPAR__V(store_n)(dx + i, n, r + g);
+            mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
         }
     }
 }
@@ -18098,7 +22866,10 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worke
     const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
     const llmpar_rmsnorm_backward_args *a = job->args;
     const llmpar_tokens *tokens = &a->tokens;
-    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x, *dy = (const LLMPAR__VREAL *)a->dy, *rstd = (const LLMPAR__VREAL *)a->rstd;
+    const llmpar__half *half = &job->half;
+    const LLMPAR__VREAL *rstd = (const LLMPAR__VREAL *)a->rstd;
+    enum { ROWS = 16, WIDTH = 4 * LLMPAR__VLANES }; /* that are widened at a time */
+    float scratch[2][ROWS * WIDTH];
     int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
     LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
     LLMPAR__V(tree) tree;
@@ -18112,12 +22883,27 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worke
             if (t0 >= t1) continue;
             for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
             for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) {
-                    LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row]);
-                    LLMPAR__VUNROLL
-                    for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES, n = d - j;
-                        if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + row * d + j, n), LLMPAR__V(load_n)(x + row * d + j, n) * scale, s[k]);
+                for (int64_t row = b * tokens->t + t0, last = b * tokens->t + t1, count; row < last; row += count) {
+                    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d + column, *dy = (const LLMPAR__VREAL *)a->dy + row * d + column;
+                    int64_t ld = d;
+                    count = last - row;
+                    if (half->widen) {
+                        count = llmpar__v_min(ROWS, count);
+                        for (int64_t r = 0; r < count; r++) {
+                            llmpar__half_read(half, a->x, (row + r) * d + column, llmpar__v_min(WIDTH, d - column), scratch[0] + r * WIDTH);
+                            llmpar__half_read(half, a->dy, (row + r) * d + column, llmpar__v_min(WIDTH, d - column), scratch[1] + r * WIDTH);
+                        }
+                        x = (const LLMPAR__VREAL *)(const void *)scratch[0];
+                        dy = (const LLMPAR__VREAL *)(const void *)scratch[1];
+                        ld = WIDTH;
+                    }
+                    for (int64_t r = 0; r < count; r++, x += ld, dy += ld) {
+                        LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row + r]);
+                        LLMPAR__VUNROLL
+                        for (int k = 0; k < 4; k++) {
+                            int64_t n = d - column - k * LLMPAR__VLANES;
+                            if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + k * LLMPAR__VLANES, n), LLMPAR__V(load_n)(x + k * LLMPAR__VLANES, n) * scale, s[k]);
+                        }
                     }
                 }
             /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
@@ -18138,26 +22924,46 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worke
    (a, b) = (x[i], x[i + E/2]) becomes (a cos - b sin, b cos + a sin); the inverse has -sin. */
 #if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
+/* The same n angles for `heads` heads, the second half of each at distance `half`. */
+LLMPAR__VSHARED void LLMPAR__VFN(rope_heads)(LLMPAR__VREAL *x0, int64_t heads, int64_t head_dim, int64_t half, const LLMPAR__VREAL *cosine, const LLMPAR__VREAL *sine, int64_t count, LLMPAR__VREAL direction)
+{
+    LLMPAR__VEC sign = LLMPAR__V(splat)(direction);
+    for (int64_t i = 0; i < count; i += LLMPAR__VLANES) {
+        int64_t n = count - i;
+        LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
+        for (int64_t h = 0; h < heads; h++) {
+            LLMPAR__VREAL *x = x0 + h * head_dim + i;
+            LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
+            LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
+            LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
+        }
+    }
+}
+
 LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__rope_job *job = (const llmpar__rope_job *)arg;
     const llmpar_rope_args *p = job->args;
     int64_t half = p->head_dim / 2, end = llmpar__v_min(p->batch * p->t, (task + 1) * job->step);
-    LLMPAR__VEC sign = LLMPAR__V(splat)((LLMPAR__VREAL)(p->inverse ? -1 : 1));
+    LLMPAR__VREAL sign = (LLMPAR__VREAL)(p->inverse ? -1 : 1);
+    float scratch[2 * LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         int64_t position = p->position + row % p->t;
         const LLMPAR__VREAL *cosine = (const LLMPAR__VREAL *)p->cosine + position * half, *sine = (const LLMPAR__VREAL *)p->sine + position * half;
-        for (int64_t i = 0; i < half; i += LLMPAR__VLANES) {
-            int64_t n = half - i;
-            LLMPAR__VEC c = LLMPAR__V(load_n)(cosine + i, n), s = LLMPAR__V(load_n)(sine + i, n) * sign;
-            for (int64_t h = 0; h < p->heads; h++) {
-                LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x + row * p->ld + h * p->head_dim + i;
-                LLMPAR__VEC a = LLMPAR__V(load_n)(x, n), b = LLMPAR__V(load_n)(x + half, n);
-                LLMPAR__V(store_n)(x, n, LLMPAR__V(fma)(a, c, -(b * s)));
-                LLMPAR__V(store_n)(x + half, n, LLMPAR__V(fma)(b, c, a * s));
-            }
+        if (!job->half.widen) {
+            LLMPAR__VFN(rope_heads)((LLMPAR__VREAL *)p->x + row * p->ld, p->heads, p->head_dim, half, cosine, sine, half, sign);
+            continue;
         }
+        for (int64_t h = 0; h < p->heads; h++)
+            for (int64_t i = 0; i < half; i += LLMPAR__HALF_PART) {
+                int64_t n = llmpar__v_min(LLMPAR__HALF_PART, half - i), at = row * p->ld + h * p->head_dim + i;
+                llmpar__half_read(&job->half, p->x, at, n, scratch);
+                llmpar__half_read(&job->half, p->x, at + half, n, scratch + LLMPAR__HALF_PART);
+                LLMPAR__VFN(rope_heads)((LLMPAR__VREAL *)(void *)scratch, 1, 0, LLMPAR__HALF_PART, cosine + i, sine + i, n, sign);
+                llmpar__half_write(&job->half, p->x, at, n, scratch);
+                llmpar__half_write(&job->half, p->x, at + half, n, scratch + LLMPAR__HALF_PART);
+            }
     }
 }
 
@@ -18207,40 +23013,48 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_
     }
 }
 
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(LLMPAR__VREAL *out, int64_t ld, const LLMPAR__VREAL *in, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows; row r of in begins at element `at + r * ld_in` of base. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(const llmpar__half *half, LLMPAR__VREAL *out, int64_t ld, const void *base, int64_t at, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + r * ld_in + j, e - j) * factor);
+    for (int64_t r = 0; r < rows; r++) {
+        const LLMPAR__VREAL *in = (const LLMPAR__VREAL *)llmpar__half_read(half, base, at + r * ld_in, e, (float *)(void *)(out + r * ld));
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + j, e - j) * factor);
+    }
     for (int64_t r = rows; r % 4; r++)
         for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
 }
 
-/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(LLMPAR__VREAL *out, const LLMPAR__VREAL *in, int64_t ld_in, int64_t keys, int64_t e)
+/* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros; in as above. What is to be widened goes by 64 columns at a time. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *half, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
 {
-    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE, out += e * LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *from = in + key * ld_in;
-        int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), k8 = count / 8 * 8, e8 = e / 8 * 8;
-        for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld_in + j, ld_in);
-        for (int64_t j = 0; j < e; j++) {
-            LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
-            for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld_in + j];
-            for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+    enum { WIDTH = 64 };
+    float scratch[LLMPAR__ATTENTION_TILE * WIDTH];
+    int64_t part = half->widen ? (int64_t)WIDTH : e;
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE)
+        for (int64_t e0 = 0; e0 < e; e0 += part, out += llmpar__v_min(part, e - (e0 - part)) * LLMPAR__ATTENTION_TILE) {
+            const LLMPAR__VREAL *from = (const LLMPAR__VREAL *)llmpar__half_read(half, base, at + key * ld_in + e0, 0, scratch);
+            int64_t width = llmpar__v_min(part, e - e0), count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), ld = half->widen ? (int64_t)WIDTH : ld_in, k8 = count / 8 * 8, e8 = width / 8 * 8;
+            for (int64_t k = 0; half->widen && k < count; k++) llmpar__half_read(half, base, at + (key + k) * ld_in + e0, width, scratch + k * WIDTH);
+            for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld + j, ld);
+            for (int64_t j = 0; j < width; j++) {
+                LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
+                for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld + j];
+                for (int64_t k = count; k < LLMPAR__ATTENTION_TILE; k++) row[k] = 0;
+            }
         }
-    }
 }
 
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; q, out, lse point at the first of them. */
-LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, const LLMPAR__VREAL *q, LLMPAR__VREAL *out, LLMPAR__VREAL *lse)
+/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; the first of them is element q_at of q and out_at of out, and lse points at its own. */
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar__attention_job *job, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, int64_t q_at, int64_t out_at, LLMPAR__VREAL *lse)
 {
+    const llmpar_attention_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
     int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
     LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
     LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
     LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(block, ld, q, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(&job->half, block, ld, a->q, q_at, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
     memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
     for (int64_t r = 0; r < rows; r++) {
         top[r] = least[0];
@@ -18287,7 +23101,10 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar_attention_args *a
     for (int64_t r = 0; r < rows; r++) {
         LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
         LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + r * a->ldo + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        float *wide = (float *)(void *)(sums + r * ld); /* what is to be rounded is finished in place */
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)llmpar__half_target(&job->half, a->out, out_at + r * a->ldo, wide);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
+        llmpar__half_write(&job->half, a->out, out_at + r * a->ldo, e, wide);
         if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
     }
 }
@@ -18300,12 +23117,12 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
     LLMPAR__VREAL *keys = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *values = keys + t * ld, *scratch = values + t * ld;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
-        LLMPAR__VFN(attention_pack_columns)(keys, (const LLMPAR__VREAL *)a->k + (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(values, ld, (const LLMPAR__VREAL *)a->v + (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(&job->half, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
+        LLMPAR__VFN(attention_pack_rows)(&job->half, values, ld, a->v, (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
             for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
                 int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(a, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (const LLMPAR__VREAL *)a->q + (b * a->tq + row) * a->ldq + h * e, (LLMPAR__VREAL *)a->out + (b * a->tq + row) * a->ldo + h * e,
+                LLMPAR__VFN(attention_block)(job, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (b * a->tq + row) * a->ldq + h * e, (b * a->tq + row) * a->ldo + h * e,
                     a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
             }
     }
@@ -18328,27 +23145,37 @@ typedef struct LLMPAR__VFN(attention_state) {
     int64_t slot_size;
 } LLMPAR__VFN(attention_state);
 
+/* rows of base, from element `at` on, = packed[rows, ld] * factor, rounded once if that is how they are stored, for which packed is changed in place. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_unpack)(const llmpar__half *half, LLMPAR__VREAL *packed, int64_t ld, void *base, int64_t at, int64_t ld_out, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL *row = packed + r * ld, *out = (LLMPAR__VREAL *)llmpar__half_target(half, base, at + r * ld_out, (float *)(void *)row);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + j, e - j, LLMPAR__V(load)(row + j) * factor + LLMPAR__V(splat)(0));
+        llmpar__half_write(half, base, at + r * ld_out, e, (const float *)(const void *)row);
+    }
+}
+
 /* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
 LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
     const llmpar_attention_args *a = s->job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
     int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
-    const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)a->out + row0 * a->ldo + h * e;
-    LLMPAR__VREAL *dq = (LLMPAR__VREAL *)s->job->backward->dq + row0 * a->ldq + h * e;
+    const llmpar__half *half = &s->job->half;
     LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->q, ld, (const LLMPAR__VREAL *)a->q + row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(s->dout, ld, (const LLMPAR__VREAL *)s->job->backward->dout + row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
+    LLMPAR__VFN(attention_pack_rows)(half, s->q, ld, a->q, row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_rows)(half, s->dout, ld, s->job->backward->dout, row0 * a->ldo + h * e, a->ldo, n, e, 1);
     memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
     memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
     memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
     for (int64_t r = 0; r < n; r++) {
+        const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)llmpar__half_read(half, a->out, (row0 + r) * a->ldo + h * e, e, (float *)(void *)s->dq);
         LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + r * a->ldo + j, e - j), sum);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + j, e - j), sum);
         s->d[r] = LLMPAR__V(sum)(sum);
     }
+    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
     for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
         const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
         for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
@@ -18382,8 +23209,7 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_sta
             }
         }
     }
-    for (int64_t r = 0; r < n; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(dq + r * a->ldq + j, e - j, LLMPAR__V(load)(s->dq + r * ld + j) * scale + zero);
+    LLMPAR__VFN(attention_unpack)(half, s->dq, ld, s->job->backward->dq, row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
@@ -18422,24 +23248,17 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
     s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
     s.d = s.lse + size / s.ld;
     for (int64_t i = 0; i < a->tk; i = end) {
-        const LLMPAR__VREAL *k, *v;
-        LLMPAR__VREAL *dk, *dv;
+        int64_t row;
         end = llmpar__attention_document(a, s.b, i, &s.begin);
         s.n = end - s.begin;
         s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
-        k = (const LLMPAR__VREAL *)a->k + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        v = (const LLMPAR__VREAL *)a->v + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        dk = (LLMPAR__VREAL *)job->backward->dk + (s.b * a->tk + s.begin) * a->ldk + s.kv * e;
-        dv = (LLMPAR__VREAL *)job->backward->dv + (s.b * a->tk + s.begin) * a->ldv + s.kv * e;
-        LLMPAR__VFN(attention_pack_rows)(s.rows, s.ld, k, a->ldk, s.n, e, 1);
-        LLMPAR__VFN(attention_pack_columns)(s.keys, k, a->ldk, s.n, e);
-        LLMPAR__VFN(attention_pack_columns)(s.values, v, a->ldv, s.n, e);
+        row = s.b * a->tk + s.begin;
+        LLMPAR__VFN(attention_pack_rows)(&job->half, s.rows, s.ld, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_columns)(&job->half, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
+        LLMPAR__VFN(attention_pack_columns)(&job->half, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
         LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
-        for (int64_t r = 0; r < s.n; r++)
-            for (int64_t j = 0; j < e; j += LLMPAR__VLANES) {
-                LLMPAR__V(store_n)(dk + r * a->ldk + j, e - j, LLMPAR__V(load)(s.slots + r * s.ld + j) + LLMPAR__V(splat)(0));
-                LLMPAR__V(store_n)(dv + r * a->ldv + j, e - j, LLMPAR__V(load)(s.slots + s.slot_size + r * s.ld + j) + LLMPAR__V(splat)(0));
-            }
+        LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots, s.ld, job->backward->dk, row * job->ld_dk + s.kv * e, job->ld_dk, s.n, e, 1);
+        LLMPAR__VFN(attention_unpack)(&job->half_dkv, s.slots + s.slot_size, s.ld, job->backward->dv, row * job->ld_dv + s.kv * e, job->ld_dv, s.n, e, 1);
     }
 }
 
@@ -18459,17 +23278,22 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_
 {
     const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
     const llmpar_swiglu_args *a = job->forward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->dim);
+    float scratch[2][LLMPAR__HALF_PART];
     (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in;
-        LLMPAR__VREAL *h = (LLMPAR__VREAL *)a->h + row * a->ld_out;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
-            LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+    for (int64_t row = task * job->step; row < end; row++)
+        for (int64_t i0 = 0; i0 < a->dim; i0 += part) {
+            int64_t width = llmpar__v_min(part, a->dim - i0), in = row * a->ld_in + i0, out = row * a->ld_out + i0;
+            const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)llmpar__half_read(half, a->gate, in, width, scratch[0]), *up = (const LLMPAR__VREAL *)llmpar__half_read(half, a->up, in, width, scratch[1]);
+            LLMPAR__VREAL *h = (LLMPAR__VREAL *)llmpar__half_target(half, a->h, out, scratch[0]);
+            for (int64_t i = 0; i < width; i += LLMPAR__VLANES) {
+                int64_t n = width - i;
+                LLMPAR__VEC g = LLMPAR__V(load_n)(gate + i, n);
+                LLMPAR__V(store_n)(h + i, n, g * LLMPAR__VFN(swiglu_sigmoid)(g) * LLMPAR__V(load_n)(up + i, n));
+            }
+            llmpar__half_write(half, a->h, out, width, scratch[0]);
         }
-    }
 }
 
 /* With s = sigmoid(g), silu = g s: dup = dh silu, dgate = dh up s (1 + g (1 - s)). */
@@ -18477,20 +23301,29 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
 {
     const llmpar__swiglu_job *job = (const llmpar__swiglu_job *)arg;
     const llmpar_swiglu_backward_args *a = job->backward;
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->dim);
+    float scratch[3][LLMPAR__HALF_PART];
     (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)a->gate + row * a->ld_in, *up = (const LLMPAR__VREAL *)a->up + row * a->ld_in, *dh = (const LLMPAR__VREAL *)a->dh + row * a->ld_out;
-        LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)a->dgate + row * a->ld_in, *dup = (LLMPAR__VREAL *)a->dup + row * a->ld_in, *h = a->h ? (LLMPAR__VREAL *)a->h + row * a->ld_out : NULL;
-        for (int64_t i = 0; i < a->dim; i += LLMPAR__VLANES) {
-            int64_t n = a->dim - i;
-            LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
-            LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
-            LLMPAR__V(store_n)(dup + i, n, d * silu);
-            LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
-            if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+    for (int64_t row = task * job->step; row < end; row++)
+        for (int64_t i0 = 0; i0 < a->dim; i0 += part) {
+            int64_t width = llmpar__v_min(part, a->dim - i0), in = row * a->ld_in + i0, out = row * a->ld_out + i0;
+            const LLMPAR__VREAL *gate = (const LLMPAR__VREAL *)llmpar__half_read(half, a->gate, in, width, scratch[0]), *up = (const LLMPAR__VREAL *)llmpar__half_read(half, a->up, in, width, scratch[1]);
+            const LLMPAR__VREAL *dh = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dh, out, width, scratch[2]);
+            LLMPAR__VREAL *dgate = (LLMPAR__VREAL *)llmpar__half_target(half, a->dgate, in, scratch[0]), *dup = (LLMPAR__VREAL *)llmpar__half_target(half, a->dup, in, scratch[1]);
+            LLMPAR__VREAL *h = a->h ? (LLMPAR__VREAL *)llmpar__half_target(half, a->h, out, scratch[2]) : NULL;
+            for (int64_t i = 0; i < width; i += LLMPAR__VLANES) {
+                int64_t n = width - i;
+                LLMPAR__VEC one = LLMPAR__V(splat)(1), g = LLMPAR__V(load_n)(gate + i, n), u = LLMPAR__V(load_n)(up + i, n), d = LLMPAR__V(load_n)(dh + i, n);
+                LLMPAR__VEC s = LLMPAR__VFN(swiglu_sigmoid)(g), silu = g * s;
+                LLMPAR__V(store_n)(dup + i, n, d * silu);
+                LLMPAR__V(store_n)(dgate + i, n, d * u * (s * LLMPAR__V(fma)(g, one - s, one)));
+                if (h) LLMPAR__V(store_n)(h + i, n, silu * u);
+            }
+            llmpar__half_write(half, a->dgate, in, width, scratch[0]);
+            llmpar__half_write(half, a->dup, in, width, scratch[1]);
+            if (h) llmpar__half_write(half, a->h, out, width, scratch[2]);
         }
-    }
 }
 
 #endif
@@ -18503,9 +23336,9 @@ LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, in
 {
     const llmpar__embedding_backward_job *job = (const llmpar__embedding_backward_job *)arg;
     const llmpar_embedding_backward_args *a = job->args;
-    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)a->dout;
     int64_t d = a->dim, end = llmpar__v_min(a->v_local, (task + 1) * LLMPAR__EMBEDDING_IDS), leaf_rows = a->tokens.leaves > 0 ? a->tokens.batch / a->tokens.leaves * a->tokens.t : 0;
     LLMPAR__V(tree) tree;
+    float scratch[4 * LLMPAR__VLANES];
     (void)worker;
     for (int64_t v = task * LLMPAR__EMBEDDING_IDS; v < end; v++) {
         const int64_t *order = job->order + job->begin[v];
@@ -18518,10 +23351,11 @@ LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, in
                 LLMPAR__VEC s[4];
                 for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
                 for (; i < count && order[i] < leaf_end; i++) {
+                    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)llmpar__half_read(&job->half, a->dout, order[i] * d + column, llmpar__v_min(4 * LLMPAR__VLANES, d - column), scratch);
                     LLMPAR__VUNROLL
                     for (int k = 0; k < 4; k++) {
-                        int64_t j = column + k * LLMPAR__VLANES;
-                        if (j < d) s[k] = s[k] + LLMPAR__V(load_n)(dout + order[i] * d + j, d - j);
+                        int64_t n = d - column - k * LLMPAR__VLANES;
+                        if (n > 0) s[k] = s[k] + LLMPAR__V(load_n)(dout + k * LLMPAR__VLANES, n);
                     }
                 }
                 LLMPAR__V(tree_push)(&tree, leaf, s);
@@ -18545,15 +23379,20 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t
     const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
     const llmpar_xent_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
+    float scratch[LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
         LLMPAR__VEC most = least;
         int64_t target = (int64_t)a->targets[row] - a->v_begin;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, a->v_local - i), a->v_local - i, least));
+        for (int64_t i0 = 0; i0 < a->v_local; i0 += part) {
+            int64_t n = llmpar__v_min(part, a->v_local - i0);
+            const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->logits, row * a->ld + i0, n, scratch);
+            for (int64_t i = 0; i < n; i += LLMPAR__VLANES) most = LLMPAR__V(max)(most, LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, n - i), n - i, least));
+        }
         ((LLMPAR__VREAL *)a->max)[row] = LLMPAR__V(max_lane)(most);
-        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? x[target] : least[0];
+        ((LLMPAR__VREAL *)a->target_logit)[row] = a->targets[row] >= 0 && target >= 0 && target < a->v_local ? *(const LLMPAR__VREAL *)llmpar__half_read(half, a->logits, row * a->ld + target, 1, scratch) : least[0];
     }
 }
 
@@ -18563,10 +23402,11 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t
     const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
     const llmpar_xent_args *a = job->args;
     const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
+    float scratch[LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->logits + row * a->ld;
         LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
         LLMPAR__VREAL sum[64];
         int heights[64], depth = 0;
@@ -18577,7 +23417,11 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t
             LLMPAR__VEC s = zero;
             int height;
             if (begin >= stop) continue;
-            for (int64_t i = begin; i < stop; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, stop - i) - most, stop - i, least));
+            for (int64_t i0 = begin; i0 < stop; i0 += part) {
+                int64_t n = llmpar__v_min(part, stop - i0);
+                const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->logits, row * a->ld + i0, n, scratch);
+                for (int64_t i = 0; i < n; i += LLMPAR__VLANES) s = s + LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load_n)(x + i, n - i) - most, n - i, least));
+            }
             height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
             for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
             sum[depth] = LLMPAR__V(sum)(s);
@@ -18594,22 +23438,28 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
     const llmpar__xent_job *job = (const llmpar__xent_job *)arg;
     const llmpar_xent_args *a = job->args;
     LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
-    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
+    const llmpar__half *half = &job->half;
+    int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
+    float scratch[LLMPAR__HALF_PART];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL *x = (LLMPAR__VREAL *)a->logits + row * a->ld;
         int64_t target = (int64_t)a->targets[row] - a->v_begin;
         LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]), sum = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->sum)[row]), hit = one;
         if (a->targets[row] < 0) {
-            for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(splat)(0));
+            if (a->v_local > 0) memset((char *)a->logits + row * a->ld * half->size, 0, (size_t)(a->v_local * half->size));
             continue;
         }
         sum = one / sum;
-        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(x[target]) - most) * sum - one) * scale;
+        if (target >= 0 && target < a->v_local) hit = (LLMPAR__V(exp)(LLMPAR__V(splat)(*(const LLMPAR__VREAL *)llmpar__half_read(half, a->logits, row * a->ld + target, 1, scratch)) - most) * sum - one) * scale;
         else target = -1;
-        for (int64_t i = 0; i < a->v_local; i += LLMPAR__VLANES)
-            LLMPAR__V(store_n)(x + i, a->v_local - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, a->v_local - i) - most) * sum * scale);
-        if (target >= 0) x[target] = hit[0];
+        for (int64_t i0 = 0; i0 < a->v_local; i0 += part) {
+            int64_t n = llmpar__v_min(part, a->v_local - i0), at = row * a->ld + i0;
+            LLMPAR__VREAL *x = (LLMPAR__VREAL *)llmpar__half_target(half, a->logits, at, scratch);
+            llmpar__half_read(half, a->logits, at, n, scratch);
+            for (int64_t i = 0; i < n; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, n - i, LLMPAR__V(exp)(LLMPAR__V(load_n)(x + i, n - i) - most) * sum * scale);
+            if (target >= i0 && target < i0 + n) x[target - i0] = hit[0];
+            llmpar__half_write(half, a->logits, at, n, scratch);
+        }
     }
 }
 
@@ -18661,32 +23511,49 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32
 
 LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar_add_args *p = (const llmpar_add_args *)arg;
-    const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)p->a, *b = (const LLMPAR__VREAL *)p->b;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    const llmpar__elementwise_job *job = (const llmpar__elementwise_job *)arg;
+    const llmpar_add_args *p = job->add;
+    const llmpar__half *half = &job->half;
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK), part = llmpar__half_part(half, LLMPAR__ELEMENTWISE_CHUNK);
+    float scratch[2][LLMPAR__HALF_PART];
     (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES)
-        LLMPAR__V(store_n)((LLMPAR__VREAL *)p->out + i, end - i, LLMPAR__V(load_n)(a + i, end - i) + LLMPAR__V(load_n)(b + i, end - i));
+    for (; begin < end; begin += part) {
+        int64_t n = llmpar__v_min(part, end - begin);
+        const LLMPAR__VREAL *a = (const LLMPAR__VREAL *)llmpar__half_read(half, p->a, begin, n, scratch[0]), *b = (const LLMPAR__VREAL *)llmpar__half_read(half, p->b, begin, n, scratch[1]);
+        LLMPAR__VREAL *out = (LLMPAR__VREAL *)llmpar__half_target(half, p->out, begin, scratch[0]);
+        for (int64_t i = 0; i < n; i += LLMPAR__VLANES) LLMPAR__V(store_n)(out + i, n - i, LLMPAR__V(load_n)(a + i, n - i) + LLMPAR__V(load_n)(b + i, n - i));
+        llmpar__half_write(half, p->out, begin, n, scratch[0]);
+    }
 }
 
 LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar_scale_args *p = (const llmpar_scale_args *)arg;
-    LLMPAR__VREAL *x = (LLMPAR__VREAL *)p->x;
+    const llmpar__elementwise_job *job = (const llmpar__elementwise_job *)arg;
+    const llmpar_scale_args *p = job->scale;
+    const llmpar__half *half = &job->half;
     LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
+    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK), part = llmpar__half_part(half, LLMPAR__ELEMENTWISE_CHUNK);
+    float scratch[LLMPAR__HALF_PART];
     (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, end - i, LLMPAR__V(load_n)(x + i, end - i) * factor);
+    for (; begin < end; begin += part) {
+        int64_t n = llmpar__v_min(part, end - begin);
+        LLMPAR__VREAL *x = (LLMPAR__VREAL *)llmpar__half_target(half, p->x, begin, scratch);
+        llmpar__half_read(half, p->x, begin, n, scratch);
+        for (int64_t i = 0; i < n; i += LLMPAR__VLANES) LLMPAR__V(store_n)(x + i, n - i, LLMPAR__V(load_n)(x + i, n - i) * factor);
+        llmpar__half_write(half, p->x, begin, n, scratch);
+    }
 }
 
 #endif
 /* ==== src/cpu/optim.inc ==== */
-/* Kernel of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
+/* Kernels of optim.c; a task is one chunk. Parameter: LLMPAR__VLEVEL.
    The order of operations is the contract (every rounding counts):
      g' = g * grad_scale
      m  = fma(beta1, m, (1 - beta1) * g')
      v  = fma(beta2, v, ((1 - beta2) * g') * g')
      p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
+   and for SGD
+     g' = g * grad_scale, no larger than limit;  m = fma(momentum, m, g');  p = fma(-lr, m, p * (1 - lr * decay))
    The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
 #if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
@@ -18710,6 +23577,31 @@ LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t w
         LLMPAR__V(store_n)(m + i, n, m1);
         LLMPAR__V(store_n)(v + i, n, v1);
         LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(optim_sgd)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar_sgd_args *a = (const llmpar_sgd_args *)arg;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)a->p, *m = (LLMPAR__VREAL *)a->m;
+    const LLMPAR__VREAL *grad = (const LLMPAR__VREAL *)a->g;
+    LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)a->grad_scale), momentum = LLMPAR__V(splat)((LLMPAR__VREAL)a->momentum);
+    LLMPAR__VEC most = LLMPAR__V(splat)((LLMPAR__VREAL)a->limit), least = LLMPAR__V(splat)((LLMPAR__VREAL)-a->limit);
+    LLMPAR__VEC keep = LLMPAR__V(splat)((LLMPAR__VREAL)(1 - a->lr * a->decay)), minus_lr = LLMPAR__V(splat)((LLMPAR__VREAL)-a->lr);
+    int64_t begin = task * LLMPAR__OPTIM_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__OPTIM_CHUNK);
+    (void)worker;
+    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
+        int64_t n = end - i;
+        LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
+        if (a->limit > 0) {
+            g = LLMPAR__V(less)(most, g, most, g);
+            g = LLMPAR__V(less)(g, least, least, g);
+        }
+        if (m) {
+            g = LLMPAR__V(fma)(momentum, LLMPAR__V(load_n)(m + i, n), g);
+            LLMPAR__V(store_n)(m + i, n, g);
+        }
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, g, LLMPAR__V(load_n)(p + i, n) * keep));
     }
 }
 

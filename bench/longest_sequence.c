@@ -166,7 +166,7 @@ int main(int argc, char **argv)
     }
     llmpar_llama_config config = bench_model();
     longest = (int64_t)config.max_positions;
-    printf("longest trainable sequence, 4 ranks, %.4g MiB each; %d layers, hidden %d, %.2f million parameters, f32, AdamW\n", mib, (int)config.layers, (int)config.hidden, (double)llmpar_llama_parameters(&config) * 1e-6);
+    printf("longest trainable sequence, 4 ranks, %.4g MiB each; %d layers, hidden %d, %.2f million parameters, f32, AdamW\n", mib, (int)config.layers, (int)config.hidden, (double)llmpar_llama_param_count(&config) * 1e-6);
     printf("%-44s %10s %12s %12s\n", "policy", "tokens", "peak bytes", "one longer");
     for (int i = 0; i < POLICIES; i++) {
         llmpar_launch_desc launch;
