@@ -73,7 +73,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar
         switch (in->op) {
         case LLMPAR_OP_GATHER: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * dtype); break;
         case LLMPAR_OP_REDUCE: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * reduce); break;
-        case LLMPAR_OP_REDUCE_REPLICA: bytes[i] = llmpar__account_all_reduce(fsdp->replica_comm, shard * reduce); break;
+        case LLMPAR_OP_REDUCE_REPLICA: /* in a narrower type by slices that all ranks have alike */
+            bytes[i] = reduce == sum ? llmpar__account_all_reduce(fsdp->replica_comm, shard * sum) : 2 * llmpar__account_sent(fsdp->replica_comm, (shard + (uint64_t)fsdp->replicas - 1) / (uint64_t)fsdp->replicas * reduce);
+            break;
         case LLMPAR_OP_SCALAR_REDUCE: bytes[i] = llmpar__account_all_reduce(fsdp->mesh->world, (in->pass ? LLMPAR__SCALARS : 1) * sizeof(int64_t)); break;
         case LLMPAR_OP_ACCUMULATE: bytes[i] = 3 * sum * (uint64_t)(in->local || fsdp->whole_grads ? flat->elements : flat->shard_elements); break;
         case LLMPAR_OP_NORM: bytes[i] = shard * sum; break;
