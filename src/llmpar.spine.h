@@ -241,6 +241,7 @@ LLMPAR_EXTERN_C_END
 #include "tables/comm.c"
 #include "tables/record.c"
 #include "tables/arena.c"
+#include "tables/trace.c"
 
 #include "cpu/cpu.c"
 #include "cpu/pool.c"

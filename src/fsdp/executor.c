@@ -89,15 +89,71 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
     }
 }
 
+LLMPAR_DEF void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace)
+{
+    static const char *const name[LLMPAR_STREAM_COUNT] = {"compute", "gather", "reduce", "tp", "offload"};
+    fsdp->trace = trace;
+    for (int32_t s = 0; s < (int32_t)LLMPAR_STREAM_COUNT; s++) llmpar_trace_lane(trace, s, name[s]);
+}
+
+static const char *llmpar__exec_category(llmpar_op op)
+{
+    switch (op) {
+    case LLMPAR_OP_GATHER:
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA:
+    case LLMPAR_OP_SCALAR_REDUCE: return "communication";
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return "offload";
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: return "compute";
+    default: return "update";
+    }
+}
+
+/* A FREE takes no time: it shows in the bytes. */
+static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_schedule one;
+    llmpar_trace_span span;
+    *id = 0;
+    if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
+    memset(&one, 0, sizeof one);
+    memset(&span, 0, sizeof span);
+    one.list = (llmpar_instruction *)(uintptr_t)in;
+    one.count = 1;
+    span.lane = (int32_t)in->stream;
+    span.micro_batch = in->micro_batch;
+    span.name = llmpar_op_name(in->op);
+    span.unit = in->unit >= 0 ? fsdp->units[in->unit].unit.name : NULL;
+    span.category = llmpar__exec_category(in->op);
+    llmpar_status status = llmpar_fsdp_bytes(fsdp, &one, &exec->micro[in->micro_batch >= 0 ? in->micro_batch : 0], &span.bytes);
+    return status ? status : llmpar_trace_begin(fsdp->trace, fsdp->stream[in->stream], &span, id);
+}
+
+static void llmpar__exec_trace_memory(llmpar_fsdp *fsdp)
+{
+    llmpar_arena_usage usage;
+    if (!fsdp->trace) return;
+    llmpar_arena_get_usage(fsdp->arena, &usage);
+    llmpar_trace_memory(fsdp->trace, &usage);
+}
+
 static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < count && !status; i++) {
-        const llmpar_instruction *in = &list[i];
+        const llmpar_instruction *in = exec->now = &list[i];
+        uint64_t span = 0;
         for (int32_t w = 0; w < in->wait_count && !status; w++)
             if (list[in->waits[w]].stream != in->stream) status = fsdp->device->event_wait(fsdp->device, fsdp->stream[in->stream], fsdp->event[in->waits[w]]);
+        if (!status) status = llmpar__exec_trace(exec, in, &span);
         if (!status) status = llmpar__exec_instruction(exec, in);
+        if (!status) status = llmpar_trace_end(fsdp->trace, fsdp->stream[in->stream], span);
+        llmpar__exec_trace_memory(fsdp);
         if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
     }
     for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {

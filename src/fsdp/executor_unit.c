@@ -4,6 +4,18 @@
 
 /* ---- a unit's own instructions ---- */
 
+static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
+{
+    llmpar_trace_span span;
+    memset(&span, 0, sizeof span);
+    span.lane = (int32_t)LLMPAR_STREAM_TP;
+    span.micro_batch = exec->now->micro_batch;
+    span.name = op->name;
+    span.unit = exec->fsdp->units[exec->now->unit].unit.name;
+    span.category = "communication";
+    return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
+}
+
 /* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
 static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
 {
@@ -27,8 +39,11 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
             if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
             if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
         }
+        uint64_t span = 0;
         call->index = ops[i].index;
+        if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
         if (!status) status = ops[i].run(call);
+        if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
         if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
     /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */

@@ -10,6 +10,7 @@
 
 #include "fsdp/schedule.h"
 #include "fsdp/unit.h"
+#include "tables/trace.h"
 
 #define LLMPAR_FLAT_ALIGN 128
 
@@ -91,6 +92,8 @@ LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local *
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
    and parameters are unchanged. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
+/* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
+LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);
 
 /* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);

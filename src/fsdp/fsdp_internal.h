@@ -51,6 +51,7 @@ struct llmpar_fsdp {
     llmpar_mesh *mesh;
     llmpar_device *device;
     llmpar_arena *arena;
+    llmpar_trace *trace;              /* borrowed; NULL: none */
     llmpar_dtype dtype, sum, reduce;  /* compute dtype; its sum type; what gradients travel in */
     llmpar_policy policy;             /* zero, shards, replicas, master, offload */
     int32_t whole_params, whole_grads, whole_state;
@@ -97,6 +98,7 @@ typedef struct llmpar__exec {
     int32_t inside;            /* updates come before the norm is known */
     int32_t updating;          /* the first OPTIM has been reached */
     int32_t found_inf;
+    const llmpar_instruction *now;
     double grad_scale;         /* from the optimizer */
     int64_t nonfinite;         /* index of the first non-finite tensor */
 } llmpar__exec;
