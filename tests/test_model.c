@@ -25,7 +25,7 @@ typedef struct job {
     llmpar_status (*body)(session *s, void *user);
     void *user;
     int32_t wrap;                        /* of the model's desc */
-    llmpar_recompute recompute;          /* of all units between the ends */
+    int64_t logits_bytes;
 } job;
 
 static void no_leak(const llmpar_ctx *ctx, void *user)
@@ -39,17 +39,10 @@ static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
     const job *j = (const job *)user;
     session s = { ctx, NULL, NULL, NULL, NULL };
     llmpar_llama_config config;
-    llmpar_llama_desc desc = { .config = j->config ? j->config : &config, .seed = 7, .wrap = j->wrap };
+    llmpar_llama_desc desc = { .config = j->config ? j->config : &config, .seed = 7, .wrap = j->wrap, .logits_bytes = j->logits_bytes };
     llmpar_status status = j->config ? LLMPAR_OK : llmpar_hf_config(ctx, j->directory, &config);
     if (!status) status = llmpar_mesh_create(ctx, &j->mesh, &s.mesh);
     if (!status) status = llmpar_llama_create(ctx, &desc, &s.model);
-    if (!status && j->recompute) {
-        llmpar_llama_apply_desc apply = { .sequence_parallel = j->trainer.sequence_parallel, .dtype = j->trainer.dtype, .positions = j->trainer.seq_len };
-        int32_t units;
-        status = llmpar_llama_apply(s.model, s.mesh->comm[LLMPAR_AXIS_TP], &apply);
-        llmpar_unit *unit = llmpar_llama_units(s.model, &units);
-        for (int32_t u = 1; u + 1 < units; u++) unit[u].recompute = j->recompute;
-    }
     if (!status) status = llmpar_parallelize(s.mesh, s.model, &j->trainer, &s.trainer);
     if (!status) s.fsdp = llmpar_trainer_fsdp(s.trainer);
     if (!status && j->directory) status = llmpar_load_hf(s.trainer, j->directory);
@@ -861,7 +854,8 @@ TEST(wrapping)
     snprintf(next, sizeof next, "%s/next", root);
     for (int k = 0; k < 6; k++)
         for (int sp = 0; sp < 2; sp++) {
-            job j = { .config = &c, .mesh = { .dp_shard = 2, .tp = k ? 2 : 1 }, .trainer = { .seq_len = 16, .batch = 4, .sequence = wrapped_sequence, .sequence_parallel = sp, .log_every = -1 }, .body = wrapped_body, .user = &w, .wrap = wraps[k], .recompute = (llmpar_recompute)((k + sp) % 3) };
+            job j = { .config = &c, .mesh = { .dp_shard = 2, .tp = k ? 2 : 1 }, .trainer = { .seq_len = 16, .batch = 4, .sequence = wrapped_sequence, .sequence_parallel = sp, .recompute = (llmpar_recompute)((k + sp) % 3), .overlap = (k + sp) & 1, .log_every = -1 }, .body = wrapped_body, .user = &w,
+                      .wrap = wraps[k], .logits_bytes = k % 3 ? 2000 : 0 };
             w.to = want ? next : first;
             if (launch(&j, &error)) { TEST_FAIL("wrap %d: rank %d (%s): %s", wraps[k], error.rank, error.where, error.text); continue; }
             snprintf(file, sizeof file, "%s/model.safetensors", w.to);
