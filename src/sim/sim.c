@@ -58,7 +58,8 @@ static llmpar_status llmpar__sim_host_call(llmpar_device *device, llmpar_stream 
     X(attention_backward, llmpar_attention_backward_args) X(swiglu, llmpar_swiglu_args) X(swiglu_backward, llmpar_swiglu_backward_args) X(embedding, llmpar_embedding_args) \
     X(embedding_backward, llmpar_embedding_backward_args) X(xent_max, llmpar_xent_args) X(xent_sum, llmpar_xent_args) X(xent_loss, llmpar_xent_loss_args) X(xent_backward, llmpar_xent_backward_args) \
     X(tree_sum, llmpar_tree_sum_args) X(max, llmpar_max_args) X(add, llmpar_add_args) X(scale, llmpar_scale_args) X(cast, llmpar_cast_args) X(copy_rows, llmpar_copy_rows_args) X(adamw, llmpar_adamw_args) \
-    X(square_sum, llmpar_square_sum_args)
+    X(square_sum, llmpar_square_sum_args) X(sgd, llmpar_sgd_args) X(largest, llmpar_largest_args) X(factor_sum, llmpar_factor_sum_args) X(factor_moment, llmpar_factor_moment_args) \
+    X(adalomo_square, llmpar_adalomo_args) X(adalomo, llmpar_adalomo_args)
 #define LLMPAR__SIM_RUN(slot, args_type) static llmpar_status llmpar__sim_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) { (void)device; (void)stream; (void)args; return LLMPAR_OK; }
 LLMPAR__SIM_OPERATIONS(LLMPAR__SIM_RUN)
 
