@@ -4,7 +4,7 @@
 #include "cpu/cpu_internal.h"
 #include "cpu/vector.h"
 
-enum { LLMPAR__ADALOMO_BLOCK = 256, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
+enum { LLMPAR__ADALOMO_BLOCK = 1024, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 256 };
 
 /* 2^e, -1022 <= e <= 1023. */
 static double llmpar__adalomo_power(int32_t e)
@@ -85,18 +85,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llm
 
 /* ---- rows and columns ---- */
 
-/* Every task writes sums of its own: first the blocks of rows, then the blocks of columns. */
-typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t first, last, step, row_tasks; double down; } llmpar__adalomo_sum_job;
+/* A task takes a block of columns: their sums are its own, those of the rows it adds to. Which task is first does not show in integers. */
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; double down; } llmpar__adalomo_sum_job;
 
 static void llmpar__adalomo_sum(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
-    int by_columns = task >= job->row_tasks;
-    int64_t begin = by_columns ? (task - job->row_tasks) * LLMPAR__ADALOMO_COLUMNS : job->first + task * job->step;
-    int64_t end = by_columns ? llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS) : llmpar__v_min(job->last, begin + job->step);
+    int64_t begin = task * LLMPAR__ADALOMO_COLUMNS, end = llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS);
     (void)worker;
-    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, by_columns, job->down);
-    else llmpar__adalomo_sums_f64(job->args, begin, end, by_columns, job->down);
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, job->down);
+    else llmpar__adalomo_sums_f64(job->args, begin, end, job->down);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
@@ -107,12 +105,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.first = args->begin / args->cols;
-    job.last = llmpar__v_blocks(args->begin + args->count, args->cols);
-    job.step = llmpar__v_max(1, LLMPAR__ADALOMO_CHUNK / args->cols);
-    job.row_tasks = llmpar__v_blocks(job.last - job.first, job.step);
     job.down = llmpar__adalomo_power(-e);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, job.row_tasks + llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
     return LLMPAR_OK;
 }
 
