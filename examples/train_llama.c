@@ -149,6 +149,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
             if (!status) status = llmpar_trainer_step(trainer, NULL);
         }
         if (!status && s->save) status = llmpar_save_hf(trainer, s->save);
+        if (!status && desc.trace) status = llmpar_trainer_save_trace(trainer);
         llmpar_trainer_memory(trainer, &memory);
         if (!status && s->log_every > 0) status = print_memory(ctx, &memory);
     }

@@ -32,17 +32,23 @@ static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *
     }
 }
 
+/* Only tries, before any work, whether rank 0 can write there: a start that fails leaves no file, and an older one as it was. */
+static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path)
+{
+    if (t->ctx->rank || !path) return LLMPAR_OK;
+    int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
+    if (file < 0 && errno == EEXIST) file = open(path, O_WRONLY | O_CLOEXEC);
+    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", path, strerror(errno));
+    close(file);
+    if (created) unlink(path);
+    return LLMPAR_OK;
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
-    if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
-    /* Only tried here, before any work. It begins with the first line: a start that fails leaves no file, and an older log as it was. */
-    int file = open(t->desc.log, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
-    if (file < 0 && errno == EEXIST) file = open(t->desc.log, O_WRONLY | O_CLOEXEC);
-    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
-    close(file);
-    if (created) unlink(t->desc.log);
-    return LLMPAR_OK;
+    llmpar_status status = llmpar__metrics_try(t, t->desc.log);
+    return status ? status : llmpar__metrics_try(t, t->desc.trace);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)

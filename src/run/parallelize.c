@@ -198,6 +198,11 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
     if (status || !trains) return status;
+    if (t->desc.trace && !t->count_only) {
+        status = llmpar_trace_create(t->ctx, 0, &t->trace);
+        if (status) return status;
+        llmpar_fsdp_set_trace(t->fsdp, t->trace);
+    }
     /* The optimizer on the shards, the step's tokens, the metrics. */
     if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
@@ -296,6 +301,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_schedule_destroy(t->eval);
     if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);
     llmpar_fsdp_destroy(t->fsdp);
+    llmpar_trace_destroy(t->trace);
     llmpar_file_unmap(&t->file);
     llmpar_heap_free(heap, t->staging);
     llmpar_heap_free(heap, t->micro);

@@ -171,6 +171,32 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     return llmpar__metrics_step(t, &step);
 }
 
+static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
+{
+    llmpar_trainer *t = (llmpar_trainer *)user;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_writer_write(t->trace_file, text, bytes, &error);
+    return status ? llmpar_fail(t->ctx, status, "%s", error.text) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
+{
+    llmpar_error error;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error_clear(&error);
+    if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
+    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->desc.trace, &t->trace_file, &error);
+    if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
+    if (!status && t->trace_file) {
+        status = llmpar_writer_commit(t->trace_file, &error);
+        t->trace_file = NULL;
+    }
+    llmpar_writer_abandon(t->trace_file);
+    t->trace_file = NULL;
+    return status && error.status ? llmpar_fail(t->ctx, status, "%s", error.text) : status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;

@@ -50,7 +50,7 @@ typedef struct llmpar_trainer_desc {
     llmpar_optim_desc optim;      /* default AdamW */
     llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
     uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
-    const char *trace;            /* path of a Chrome trace (Perfetto loads it) of all steps, written when the trainer is destroyed; default none */
+    const char *trace;            /* path of a Chrome trace (Perfetto loads it): recorded from the first step on, written by llmpar_trainer_save_trace; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
@@ -94,6 +94,8 @@ LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, 
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
 /* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
 LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
+/* Writes the trace of all ranks so far to desc.trace. LLMPAR_ERR_ARGUMENT where none was asked for. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_save_trace(llmpar_trainer *trainer);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
 LLMPAR_API llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *trainer, uint64_t *bytes); /* [its count], see llmpar_fsdp_bytes; local */

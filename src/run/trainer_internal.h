@@ -33,6 +33,8 @@ struct llmpar_trainer {
     void *log;                      /* FILE of the JSON lines, world rank 0 */
     double peak_flops;              /* all ranks' own matrix products at once, FLOP/s */
     int progress;                   /* a progress line is on the terminal */
+    llmpar_trace *trace;            /* NULL: none */
+    llmpar_writer *trace_file;      /* world rank 0, while it is written */
     int count_only;                 /* made by plan.c: no data, no files, no metrics */
     llmpar_memory memory;
 };
