@@ -222,6 +222,98 @@ TEST(printed)
         "   13  reduce   SCALAR_REDUCE  loss, norm  after 12\n");
 }
 
+/* ---- what a list keeps on the device ---- */
+
+/* Is whoever runs at instruction i a user of the unit's parameters? */
+static int uses(const llmpar_instruction *in, int32_t unit)
+{
+    int runs = in->op == LLMPAR_OP_FORWARD || in->op == LLMPAR_OP_RECOMPUTE || in->op == LLMPAR_OP_BACKWARD;
+    return runs && (in->unit == unit || units[in->unit].borrow - 1 == unit);
+}
+
+/* Gathers stand as far ahead of their use as the policy says: `forward` or `backward` steps, fewer only at the begin of the list and, in ALWAYS, where the unit has to be freed first. */
+static void check_prefetch(const llmpar_schedule *s, int32_t gather, const char *what)
+{
+    int32_t ahead = 0, before = 0, use = gather;
+    while (use < s->count && !uses(&s->list[use], s->list[gather].unit)) use++;
+    for (int32_t i = 0; i < use; i++) {
+        int step = s->list[i].op == LLMPAR_OP_FORWARD || s->list[i].op == LLMPAR_OP_BACKWARD;
+        before += step;
+        ahead += step && i > gather;
+    }
+    int32_t depth = s->list[use].op == LLMPAR_OP_FORWARD ? s->policy.prefetch : s->policy.prefetch_backward;
+    if (depth > before) depth = before;
+    if (ahead > depth || (ahead < depth && s->policy.reshard != LLMPAR_RESHARD_ALWAYS)) TEST_FAIL("%s: instruction %d gathers %d steps ahead, want %d", what, gather, ahead, depth);
+}
+
+/* Units whose parameters go between forward and backward of a micro-batch: NEVER: none, ALWAYS: all, EVERY: by number. */
+static void check_reshard(const llmpar_schedule *s, const char *what)
+{
+    for (int32_t u = 0; u < s->units; u++) {
+        int32_t gathers = 0, freed = 0, turns = 0, was_backward = 1;
+        for (int32_t i = 0, gone = 0; i < s->count; i++) {
+            const llmpar_instruction *in = &s->list[i];
+            gathers += in->op == LLMPAR_OP_GATHER && in->unit == u;
+            if (in->op == LLMPAR_OP_FREE && in->unit == u && in->slot < 0 && in->what != LLMPAR_STATE_PARAMS) gone = 1;
+            if (!uses(in, u)) continue;
+            int backward = in->op != LLMPAR_OP_FORWARD;
+            turns += backward && !was_backward;
+            freed += backward && !was_backward && gone;
+            was_backward = backward;
+            gone = 0;
+        }
+        int stays = s->policy.reshard == LLMPAR_RESHARD_NEVER || (s->policy.reshard == LLMPAR_RESHARD_EVERY && (u + 1) % s->policy.reshard_every);
+        if (stays && (gathers != 1 || freed)) TEST_FAIL("%s: unit %d is gathered %d times, want once", what, u, gathers);
+        if (s->policy.reshard == LLMPAR_RESHARD_ALWAYS && freed != turns) TEST_FAIL("%s: unit %d is freed after %d of %d forwards", what, u, freed, turns);
+        int last = u + 1 == s->units && s->policy.reshard != LLMPAR_RESHARD_ALWAYS;
+        if (last && freed) TEST_FAIL("%s: the last unit is freed before its backward", what);
+        if (!stays && !last && s->policy.prefetch_backward == 0 && !units[s->units - 1].borrow && freed != turns) TEST_FAIL("%s: unit %d is freed after %d of %d forwards without prefetching", what, u, freed, turns);
+    }
+}
+
+/* What is offloaded or updated inside backward is on the device for as long as it must be. */
+static void check_kept(const llmpar_schedule *s, const char *what)
+{
+    int32_t states = 0, params = 0, saved = 0, gradients = 0, tied = 0;
+    int kept[LLMPAR_STATE_COUNT], inside = s->policy.update != LLMPAR_UPDATE_AFTER && !s->policy.forward_only, whole = llmpar_policy_whole_grads(&s->policy);
+    for (int k = 0; k < LLMPAR_STATE_COUNT; k++) kept[k] = (int)(s->policy.offload >> (unsigned)k & 1u);
+    for (int32_t u = 0; u < s->units; u++) tied |= units[u].borrow && !units[units[u].borrow - 1].frozen;
+    for (int32_t i = 0; i < s->count; i++) {
+        const llmpar_instruction *in = &s->list[i];
+        int32_t change = in->op == LLMPAR_OP_FETCH ? 1 : in->op == LLMPAR_OP_STORE ? -1 : 0;
+        if (change && in->what == LLMPAR_STATE_OPTIMIZER) states += change;
+        if (change && in->what == LLMPAR_STATE_PARAMS) params += change;
+        if (change && in->what == LLMPAR_STATE_ACTIVATIONS) saved += change;
+        if (change && in->what == LLMPAR_STATE_GRADS) gradients += change;
+        if (in->op == LLMPAR_OP_FREE && in->slot < 0 && in->what == LLMPAR_STATE_PARAMS) params--;
+        if (in->op == LLMPAR_OP_FORWARD && in->pass == LLMPAR_PASS_FORWARD && in->unit + 1 < s->units && (in->unit > 0 || units[0].recompute != LLMPAR_RECOMPUTE_FULL)) saved++;
+        if (in->op == LLMPAR_OP_BACKWARD && in->unit + 1 < s->units && (in->unit > 0 || units[0].recompute != LLMPAR_RECOMPUTE_FULL)) saved--;
+        if (in->op == LLMPAR_OP_BACKWARD && (inside || (kept[LLMPAR_STATE_GRADS] && !s->policy.no_sync)) && gradients > (inside && tied)) TEST_FAIL("%s: %d gradients are kept at instruction %d", what, gradients, i);
+        if (in->op == LLMPAR_OP_BACKWARD && whole) gradients += (in->slot >= 0) + (in->from >= 0);
+        if (in->op == LLMPAR_OP_REDUCE && !whole) gradients++;
+        if (in->op == LLMPAR_OP_OPTIM || (in->op == LLMPAR_OP_ACCUMULATE && !in->local) || (in->op == LLMPAR_OP_FREE && in->slot >= 0 && !in->local)) gradients--;
+        if (kept[LLMPAR_STATE_OPTIMIZER] && states > 2) TEST_FAIL("%s: instruction %d fetches a third optimizer state", what, i);
+        if (kept[LLMPAR_STATE_PARAMS] && params > 2 + s->policy.prefetch + s->policy.prefetch_backward) TEST_FAIL("%s: instruction %d fetches parameters too early", what, i);
+        if (kept[LLMPAR_STATE_ACTIVATIONS] && saved > 2) TEST_FAIL("%s: instruction %d: the activations of %d units are on the device", what, i, saved);
+        if (in->op == LLMPAR_OP_RECOMPUTE && !(s->list[i + 1].op == LLMPAR_OP_BACKWARD && s->list[i + 1].unit == in->unit)) TEST_FAIL("%s: instruction %d recomputes before it must", what, i);
+    }
+}
+
+TEST(what_is_kept)
+{
+    char what[320];
+    for (int i = 0, rounds = test_rounds(4000); i < rounds; i++) {
+        llmpar_schedule *s = random_schedule(6, MAX_MICRO, what);
+        if (!s) continue;
+        int sharded = !llmpar_policy_whole_params(&s->policy);
+        for (int32_t k = 0; k < s->count && sharded; k++)
+            if (s->list[k].op == LLMPAR_OP_GATHER) check_prefetch(s, k, what);
+        if (sharded) check_reshard(s, what);
+        check_kept(s, what);
+        llmpar_schedule_destroy(s);
+    }
+}
+
 /* ---- one broken list for every reason ---- */
 
 /* ---- one broken list for every reason ---- */
@@ -584,4 +676,4 @@ TEST(out_of_memory)
     CHECK_INT(heap.live, 0);
 }
 
-TEST_LIST(T_(printed), T_(broken_lists), T_(refused_policies), T_(out_of_memory))
+TEST_LIST(T_(printed), T_(what_is_kept), T_(broken_lists), T_(refused_policies), T_(out_of_memory))

@@ -27,7 +27,6 @@ static void order(const llmpar_instruction *list, int32_t count)
     }
 }
 
-#define MAX_MICRO 8
 enum {
     TOKENS, LOSS, NORMS, VERDICT,
     FORWARDS, BACKWARDS = FORWARDS + MAX_UNITS, SHARD = BACKWARDS + MAX_UNITS, PARAMS = SHARD + MAX_UNITS, MASTER = PARAMS + MAX_UNITS, STATE = MASTER + MAX_UNITS, KEPT_PARAMS = STATE + MAX_UNITS, KEPT_STATE = KEPT_PARAMS + MAX_UNITS,
@@ -172,15 +171,6 @@ static int conflict(const llmpar_instruction *x, const llmpar_instruction *y, co
             return 1;
         }
     return 0;
-}
-
-/* ---- random numbers ---- */
-
-static uint64_t random_state = 1;
-static int32_t random_below(int32_t n)
-{
-    random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
-    return (int32_t)((random_state >> 33) % (uint64_t)n);
 }
 
 /* ---- the second model: memory that holds what was put there ---- */
@@ -460,44 +450,6 @@ static void without_wait(const llmpar_instruction *list, int32_t count, int32_t 
 }
 
 /* ---- random policies ---- */
-
-/* A policy of every kind, over units of every kind; pairs that exclude each other are drawn again. */
-static llmpar_schedule *random_schedule(int32_t most_units, int32_t most_micro_batches, char what[320])
-{
-    for (;;) {
-        int32_t count = 1 + random_below(most_units), borrower = -1, lender = 0;
-        if (count > 1 && random_below(2)) {
-            borrower = random_below(count);
-            lender = (borrower + 1 + random_below(count - 1)) % count;
-        }
-        make_units(count, borrower, lender);
-        llmpar_policy policy = make_policy(random_below(3) ? 1 + random_below(most_micro_batches) : 1, random_below(3) == 0, random_below(5), random_below(4) == 0, 1 + random_below(2), random_below(8) == 0);
-        policy.prefetch_backward = random_below(5);
-        policy.zero = random_below(2) ? LLMPAR_ZERO_DEFAULT : random_below(5);
-        policy.reshard = (llmpar_reshard)random_below(5);
-        policy.reshard_every = random_below(4);
-        policy.chain = random_below(3) == 0;
-        policy.master = random_below(2);
-        policy.offload = random_below(2) ? 0 : (unsigned)random_below(1 << LLMPAR_STATE_COUNT);
-        policy.update = random_below(2) ? LLMPAR_UPDATE_AFTER : (llmpar_update_when)random_below(3);
-        int frozen = random_below(3) == 0;
-        int length = snprintf(what, 320, "micro_batches %d no_sync %d chain %d prefetch %d %d zero %d shards %d replicas %d reshard %d/%d forward_only %d master %d offload %u update %d units", policy.micro_batches, policy.no_sync, policy.chain,
-                              policy.prefetch, policy.prefetch_backward, policy.zero, policy.shards, policy.replicas, (int)policy.reshard, policy.reshard_every, policy.forward_only, policy.master, policy.offload, (int)policy.update);
-        for (int32_t i = 0; i < count; i++) {
-            units[i].frozen = frozen && random_below(2);
-            units[i].recompute = (llmpar_recompute)random_below(i + 1 < count ? 3 : 2);
-            length += snprintf(what + length, (size_t)(320 - length), " %s%s%s", units[i].frozen ? "frozen" : "trained", units[i].recompute == LLMPAR_RECOMPUTE_FULL ? "+full" : "", i == borrower ? "+borrows" : i == lender && borrower >= 0 ? "+lends" : "");
-        }
-        llmpar_schedule *schedule = NULL;
-        llmpar_error_clear(&err);
-        llmpar_status status = llmpar_schedule_create(&heap, units, count, &policy, &schedule, &err);
-        if (!status) return schedule;
-        if (status != LLMPAR_ERR_ARGUMENT) {
-            TEST_FAIL("%s: %s", what, err.text);
-            return NULL;
-        }
-    }
-}
 
 TEST(every_policy_validates)
 {
