@@ -23,6 +23,7 @@ typedef struct settings {
     double lr, deadline;
     int print_schedule, print_memory, check;
     llmpar_trainer_desc policy;
+    llmpar_llama_desc shape;
 } settings;
 
 static void usage(void)
@@ -115,6 +116,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     mesh_desc.dp_replicate = (int32_t)s->dp_replicate;
     mesh_desc.dp_shard = (int32_t)s->dp_shard;
     mesh_desc.tp = (int32_t)s->tp;
+    model_desc = s->shape;
     model_desc.seed = s->seed;
     if (from_directory) model_desc.config = &config;
     else model_desc.preset = s->model;
@@ -193,7 +195,7 @@ int main(int argc, char **argv)
         case 'l': bad = option_double("--lr", optarg, 1e-12, 1000, &s.lr); break;
         case 'u': bad = option_long("--warmup", optarg, 0, 1000000000, &s.warmup); break;
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
-        case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy); break;
+        case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy, &s.shape); break;
         case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
         case 'G': s.gradients = optarg; break;

@@ -1,4 +1,4 @@
-/* policy: the options of a training step's policy, the same in every program that trains: each is written straight into the descriptor that llmpar_parallelize takes. */
+/* policy: the options of a training step's policy, the same in every program that trains: each is written straight into the descriptors that llmpar_parallelize and llmpar_llama_create take. */
 #ifndef EXAMPLES_POLICY_H
 #define EXAMPLES_POLICY_H
 
@@ -10,7 +10,8 @@ enum { POLICY_OPTION = 256 };
     {"sp", 1, 0, POLICY_OPTION}, {"zero", 1, 0, POLICY_OPTION}, {"reshard", 1, 0, POLICY_OPTION}, {"prefetch", 1, 0, POLICY_OPTION}, {"no-sync", 1, 0, POLICY_OPTION}, {"accumulate", 1, 0, POLICY_OPTION}, \
     {"exact", 1, 0, POLICY_OPTION}, {"dtype", 1, 0, POLICY_OPTION}, {"reduce-dtype", 1, 0, POLICY_OPTION}, {"recompute", 1, 0, POLICY_OPTION}, {"freeze", 1, 0, POLICY_OPTION}, {"offload", 1, 0, POLICY_OPTION}, \
     {"offload-dir", 1, 0, POLICY_OPTION}, {"overlap", 1, 0, POLICY_OPTION}, {"memory-limit", 1, 0, POLICY_OPTION}, {"trace", 1, 0, POLICY_OPTION}, {"optimizer", 1, 0, POLICY_OPTION}, {"momentum", 1, 0, POLICY_OPTION}, \
-    {"weight-decay", 1, 0, POLICY_OPTION}, {"clip", 1, 0, POLICY_OPTION}, {"schedule", 1, 0, POLICY_OPTION}, {"lr-min", 1, 0, POLICY_OPTION}, {"decay-steps", 1, 0, POLICY_OPTION}, {"loss-scale", 1, 0, POLICY_OPTION}
+    {"weight-decay", 1, 0, POLICY_OPTION}, {"clip", 1, 0, POLICY_OPTION}, {"schedule", 1, 0, POLICY_OPTION}, {"lr-min", 1, 0, POLICY_OPTION}, {"decay-steps", 1, 0, POLICY_OPTION}, {"loss-scale", 1, 0, POLICY_OPTION}, \
+    {"wrap", 1, 0, POLICY_OPTION}, {"logits-bytes", 1, 0, POLICY_OPTION}
 
 #define POLICY_USAGE \
     "optimizer\n" \
@@ -26,12 +27,14 @@ enum { POLICY_OPTION = 256 };
     "  --zero 0|1|2|3      sharded over dp-shard: 0 nothing (DDP), 1 optimizer state, 2 and gradients, 3 and parameters (default)\n" \
     "  --reshard last|always|never|N   parameters are freed between forward and backward: all units' but the last (default),\n" \
     "                      all, none, or every Nth unit's\n" \
+    "  --wrap half|N       what is gathered at once: half a block, or N blocks, 1 .. 8 (default 1)\n" \
     "  --prefetch N[,M]    units gathered ahead, 0 .. 4; M: in backward (default 0)\n" \
     "  --sp on|off         sequence parallel (default off)\n" \
     "  --no-sync on|off    keep gradients local until the last micro-batch (default off)\n" \
     "  --accumulate tree|chain   micro-batches are added as a balanced tree (default), or in sequence into one buffer\n" \
     "  --recompute none|selective|full|auto[,N]   what blocks compute again in backward instead of keeping it: nothing\n" \
     "                      (default), what is cheap, everything, or what --memory-limit asks for; N: every Nth block only\n" \
+    "  --logits-bytes N[K|M|G]   logits held at once; more are computed in parts, and again in backward (default 64M)\n" \
     "  --offload LIST      optimizer, params, grads, activations, each =host or =file: kept outside the arena between uses\n" \
     "  --offload-dir DIR   of the files (default .), which are gone when the program is\n" \
     "  --freeze N          the first N units (embedding, blocks ..) are not trained\n" \
@@ -86,7 +89,7 @@ __attribute__((unused)) static int policy_word_and_number(const char *name, cons
 }
 
 /* One option. 0, or 2 with the line printed. */
-__attribute__((unused)) static int policy_option(const char *option, const char *text, llmpar_trainer_desc *d)
+__attribute__((unused)) static int policy_option(const char *option, const char *text, llmpar_trainer_desc *d, llmpar_llama_desc *m)
 {
     static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "1", "2", "3"}, *const accumulate[] = {"tree", "chain"}, *const exact[] = {"off", "on", "require"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"},
         *const reduce[] = {"f32", "bf16", "f16"}, *const recompute[] = {"none", "selective", "full", "auto"}, *const reshard[] = {"last", "always", "never"};
@@ -154,6 +157,14 @@ __attribute__((unused)) static int policy_option(const char *option, const char 
         bad = policy_bytes(name, text, &d->memory_limit);
     } else if (!strcmp(option, "trace")) {
         d->trace = text;
+    } else if (!strcmp(option, "wrap")) {
+        number = LLMPAR_WRAP_HALF;
+        if (strcmp(text, "half")) bad = text[0] >= '0' && text[0] <= '9' ? option_long(name, text, 1, 8, &number) : option_error("--wrap \"%s\": expected half or a whole number 1 .. 8", text);
+        m->wrap = (int32_t)number;
+    } else if (!strcmp(option, "logits-bytes")) {
+        uint64_t bytes = 0;
+        bad = policy_bytes(name, text, &bytes);
+        m->logits_bytes = (int64_t)bytes;
     } else if (!strcmp(option, "optimizer")) {
         llmpar_optim_kind kind;
         if (!llmpar_optim_parse(text, &kind)) return option_error("%s \"%s\": expected one of adamw, sgd, lomo, adalomo", name, text);

@@ -137,6 +137,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama 
     memset(&desc, 0, sizeof desc);
     desc.config = &model->config;
     desc.seed = model->seed;
+    desc.wrap = model->wrap == 1 ? LLMPAR_WRAP_HALF : model->wrap / 2;
+    desc.logits_bytes = model->logits_bytes;
     return llmpar_llama_create(ctx, &desc, out);
 }
 
