@@ -1523,6 +1523,47 @@ LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
 #ifndef LLMPAR_FSDP_H
 #define LLMPAR_FSDP_H
 
+/* ==== src/tables/trace.h ==== */
+/* trace: what ran when, on which stream of which rank, and how many bytes the arena held, as a Chrome trace: chrome://tracing and ui.perfetto.dev load it.
+
+   Each rank keeps its spans in memory; a span begins and ends where its stream comes to its marks, which are host calls, so on a device that works late it shows when the work was done and not when it was
+   enqueued. llmpar_trace_write collects the ranks' events into one text: process = rank, thread = stream, times in microseconds since the first rank began its trace, on one clock. */
+#ifndef LLMPAR_TRACE_H
+#define LLMPAR_TRACE_H
+
+
+#define LLMPAR_TRACE_LANES 16
+
+typedef struct llmpar_trace llmpar_trace; /* one rank's */
+
+/* One stretch of a stream. Texts are copied, and cut where they are long. */
+typedef struct llmpar_trace_span {
+    int32_t lane;          /* of the stream: 0 .. LLMPAR_TRACE_LANES - 1 */
+    int32_t micro_batch;   /* -1: none */
+    uint64_t bytes;        /* moved or taken; 0: not said */
+    const char *name;      /* "GATHER" */
+    const char *unit;      /* "layers.3"; NULL: none */
+    const char *category;  /* "compute", "communication", .. : borrowed until the trace is destroyed */
+} llmpar_trace_span;
+
+/* Receives the text piece by piece, on rank 0. Leaves a text of its own where it fails. */
+typedef llmpar_status (*llmpar_trace_sink)(void *user, const char *text, size_t bytes);
+
+/* limit: spans and memory counts that are kept; default 0 = 262144, about 130 bytes each. Further ones are not recorded, and the trace says how many. Uses the heap of ctx, whose rank it is. Local. */
+LLMPAR_API llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out);
+LLMPAR_API void llmpar_trace_destroy(llmpar_trace *trace); /* NULL is fine; when all streams are done */
+/* Names a lane. Local, as the next ones; all of them do nothing where trace is NULL. */
+LLMPAR_API void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name);
+/* Enqueues the span's begin on stream; *id is for its end. Spans of one lane follow each other or lie inside each other. */
+LLMPAR_API llmpar_status llmpar_trace_begin(llmpar_trace *trace, llmpar_stream *stream, const llmpar_trace_span *span, uint64_t *id);
+LLMPAR_API llmpar_status llmpar_trace_end(llmpar_trace *trace, llmpar_stream *stream, uint64_t id);
+/* Live bytes per tag from now on. Now is when the host takes and releases memory, which it does ahead of the streams. */
+LLMPAR_API void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usage *usage);
+/* Hands the whole trace to sink on rank 0 of world, which is a communicator of all ranks that trace. Every rank's streams must be done. sink is not looked at elsewhere. Collective. */
+LLMPAR_API llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user);
+
+#endif
+/* ---- src/fsdp/fsdp.h goes on ---- */
 
 #define LLMPAR_FLAT_ALIGN 128
 
@@ -1604,6 +1645,8 @@ LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local *
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
    and parameters are unchanged. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
+/* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
+LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);
 
 /* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
@@ -1755,6 +1798,8 @@ LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */
 LLMPAR_API void llmpar_optim_set_lr(llmpar_optim *optim, double lr);
 LLMPAR_API int64_t llmpar_optim_steps(const llmpar_optim *optim);
+/* Bytes of OPTIMIZER in fsdp's arena that are the optimizer's own, beside fsdp's arrays: ADALOMO's. Local. */
+LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
 LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
 
@@ -2132,7 +2177,7 @@ typedef struct llmpar_trainer_desc {
     llmpar_optim_desc optim;      /* default AdamW */
     llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
     uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
-    const char *trace;            /* path of a Chrome trace (Perfetto loads it) of all steps, written when the trainer is destroyed; default none */
+    const char *trace;            /* path of a Chrome trace (Perfetto loads it): recorded from the first step on, written by llmpar_trainer_save_trace; default none */
     const char *log;              /* path of a JSON-lines file, one object a step; default none */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
@@ -2176,6 +2221,8 @@ LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, 
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
 /* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
 LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
+/* Writes the trace of all ranks so far to desc.trace. LLMPAR_ERR_ARGUMENT where none was asked for. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_save_trace(llmpar_trainer *trainer);
 LLMPAR_API llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *trainer);                      /* local */
 LLMPAR_API const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *trainer);  /* of a training step; local */
 LLMPAR_API llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *trainer, uint64_t *bytes); /* [its count], see llmpar_fsdp_bytes; local */
@@ -4802,7 +4849,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
 /* ==== src/cpu/adalomo.c ==== */
 /* adalomo: the operations of AdaLomo (device.h). Plain loops, the same at every level: they wait for memory. */
 
-enum { LLMPAR__ADALOMO_BLOCK = 256, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
+enum { LLMPAR__ADALOMO_BLOCK = 1024, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 256 };
 
 /* 2^e, -1022 <= e <= 1023. */
 static double llmpar__adalomo_power(int32_t e)
@@ -4885,18 +4932,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llm
 
 /* ---- rows and columns ---- */
 
-/* Every task writes sums of its own: first the blocks of rows, then the blocks of columns. */
-typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t first, last, step, row_tasks; double down; } llmpar__adalomo_sum_job;
+/* A task takes a block of columns: their sums are its own, those of the rows it adds to. Which task is first does not show in integers. */
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; double down; } llmpar__adalomo_sum_job;
 
 static void llmpar__adalomo_sum(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
-    int by_columns = task >= job->row_tasks;
-    int64_t begin = by_columns ? (task - job->row_tasks) * LLMPAR__ADALOMO_COLUMNS : job->first + task * job->step;
-    int64_t end = by_columns ? llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS) : llmpar__v_min(job->last, begin + job->step);
+    int64_t begin = task * LLMPAR__ADALOMO_COLUMNS, end = llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS);
     (void)worker;
-    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, by_columns, job->down);
-    else llmpar__adalomo_sums_f64(job->args, begin, end, by_columns, job->down);
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, job->down);
+    else llmpar__adalomo_sums_f64(job->args, begin, end, job->down);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
@@ -4907,12 +4952,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.first = args->begin / args->cols;
-    job.last = llmpar__v_blocks(args->begin + args->count, args->cols);
-    job.step = llmpar__v_max(1, LLMPAR__ADALOMO_CHUNK / args->cols);
-    job.row_tasks = llmpar__v_blocks(job.last - job.first, job.step);
     job.down = llmpar__adalomo_power(-e);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, job.row_tasks + llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
     return LLMPAR_OK;
 }
 
@@ -6681,6 +6722,331 @@ LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
 }
 
 #undef LLMPAR__ARENA_BUCKETS
+/* ==== src/tables/trace.c ==== */
+/* trace: events in blocks that never move, because a stream writes an event's times while the rank's thread goes on adding events. */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+
+#define LLMPAR__TRACE_BLOCK 256u
+#define LLMPAR__TRACE_TEXT 65536u /* bytes that are put together before they are handed on */
+#define LLMPAR__TRACE_LINE 2048u  /* the longest event */
+
+typedef struct llmpar__trace_event {
+    uint64_t begin_ns, end_ns; /* 0: its stream has not come there */
+    uint64_t bytes;
+    const char *category;      /* NULL: live bytes per tag at begin_ns */
+    int32_t lane, micro_batch;
+    union {
+        struct { char name[24], unit[40]; } span;
+        uint64_t live[LLMPAR_TAG_COUNT];
+    } of;
+} llmpar__trace_event;
+
+typedef struct llmpar__trace_block {
+    struct llmpar__trace_block *next;
+    llmpar__trace_event event[LLMPAR__TRACE_BLOCK];
+} llmpar__trace_block;
+
+struct llmpar_trace {
+    llmpar_ctx *ctx;
+    uint64_t limit, count, dropped;
+    uint64_t created_ns;
+    int64_t clock_ns;          /* what the time of day is ahead of this machine's steady clock */
+    llmpar__trace_block *first, *last;
+    uint64_t live[LLMPAR_TAG_COUNT]; /* as last counted */
+    char lane[LLMPAR_TRACE_LANES][24];
+    char text[LLMPAR__TRACE_TEXT];   /* of write */
+};
+
+static uint64_t llmpar__trace_clock(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
+
+LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
+{
+    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
+    if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
+    trace->ctx = ctx;
+    trace->limit = limit ? limit : 262144;
+    trace->created_ns = llmpar__trace_now();
+    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
+{
+    if (!trace) return;
+    while (trace->first) {
+        llmpar__trace_block *next = trace->first->next;
+        llmpar_heap_free(&trace->ctx->heap, trace->first);
+        trace->first = next;
+    }
+    llmpar_heap_free(&trace->ctx->heap, trace);
+}
+
+static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
+{
+    size_t length = text ? strlen(text) : 0;
+    if (length >= capacity) length = capacity - 1;
+    if (length) memcpy(out, text, length);
+    out[length] = 0;
+}
+
+LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
+{
+    if (trace && lane >= 0 && lane < LLMPAR_TRACE_LANES) llmpar__trace_copy(trace->lane[lane], sizeof trace->lane[lane], name);
+}
+
+/* The next event, zeroed; NULL: none is left. A trace that is cut is better than a step that fails. */
+static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
+{
+    uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
+    if (trace->count < trace->limit && at == 0) {
+        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
+        if (!block) trace->limit = trace->count;
+        else if (trace->last) trace->last->next = block;
+        else trace->first = block;
+        if (block) trace->last = block;
+    }
+    if (trace->count >= trace->limit) {
+        trace->dropped++;
+        return NULL;
+    }
+    trace->count++;
+    return &trace->last->event[at];
+}
+
+static llmpar_status llmpar__trace_mark(void *arg)
+{
+    *(*(uint64_t **)arg) = llmpar__trace_now();
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__trace_enqueue(llmpar_trace *trace, llmpar_stream *stream, uint64_t *time)
+{
+    return trace->ctx->device->host_call(trace->ctx->device, stream, llmpar__trace_mark, &time, sizeof time);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_begin(llmpar_trace *trace, llmpar_stream *stream, const llmpar_trace_span *span, uint64_t *id)
+{
+    *id = 0;
+    if (!trace) return LLMPAR_OK;
+    llmpar__trace_event *event = span->lane >= 0 && span->lane < LLMPAR_TRACE_LANES ? llmpar__trace_add(trace) : NULL;
+    if (!event) return LLMPAR_OK;
+    event->bytes = span->bytes;
+    event->category = span->category ? span->category : "";
+    event->lane = span->lane;
+    event->micro_batch = span->micro_batch;
+    llmpar__trace_copy(event->of.span.name, sizeof event->of.span.name, span->name);
+    llmpar__trace_copy(event->of.span.unit, sizeof event->of.span.unit, span->unit);
+    *id = (uint64_t)(uintptr_t)event;
+    return llmpar__trace_enqueue(trace, stream, &event->begin_ns);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_end(llmpar_trace *trace, llmpar_stream *stream, uint64_t id)
+{
+    if (!trace || !id) return LLMPAR_OK;
+    return llmpar__trace_enqueue(trace, stream, &((llmpar__trace_event *)(uintptr_t)id)->end_ns);
+}
+
+LLMPAR_DEF void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usage *usage)
+{
+    if (!trace || (trace->count && !memcmp(trace->live, usage->live, sizeof trace->live))) return;
+    llmpar__trace_event *event = llmpar__trace_add(trace);
+    if (!event) return;
+    event->begin_ns = llmpar__trace_now();
+    memcpy(event->of.live, usage->live, sizeof event->of.live);
+    memcpy(trace->live, usage->live, sizeof trace->live);
+}
+
+/* ---- writing ---- */
+
+typedef struct llmpar__trace_out {
+    llmpar_trace *trace;
+    llmpar_comm *world;
+    llmpar_stream *stream;
+    llmpar_trace_sink sink; /* rank 0 */
+    void *user;
+    size_t used;
+    uint64_t base_ns;       /* 0 of the trace on this rank's clock */
+    llmpar_status status, sunk; /* of the transport; of the sink, whose failure the other ranks need not wait for */
+} llmpar__trace_out;
+
+static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *memory, size_t count, llmpar_dtype dtype)
+{
+    llmpar_collective call;
+    if (out->status) return;
+    memset(&call, 0, sizeof call);
+    call.send = sends ? memory : NULL;
+    call.recv = sends ? NULL : memory;
+    call.count = count;
+    call.dtype = dtype;
+    call.peer = peer;
+    call.tag = "trace";
+    out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
+    llmpar_device *device = out->world->device;
+    llmpar_status waited = device->synchronize(device, out->stream);
+    if (!out->status) out->status = waited;
+}
+
+static void llmpar__trace_sink(llmpar__trace_out *out, size_t bytes)
+{
+    if (bytes && !out->sunk && !out->status) out->sunk = out->sink(out->user, out->trace->text, bytes);
+}
+
+/* Hands on what there is: to the sink, or to rank 0, for which a piece of 0 bytes is the last one. */
+static void llmpar__trace_flush(llmpar__trace_out *out)
+{
+    int64_t bytes = (int64_t)out->used;
+    if (out->world->rank == 0) {
+        llmpar__trace_sink(out, out->used);
+    } else {
+        llmpar__trace_move(out, 1, 0, &bytes, 1, LLMPAR_I64);
+        if (bytes) llmpar__trace_move(out, 1, 0, out->trace->text, out->used, LLMPAR_U8);
+    }
+    out->used = 0;
+}
+
+static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
+{
+    va_list args;
+    if (out->used + LLMPAR__TRACE_LINE > LLMPAR__TRACE_TEXT) llmpar__trace_flush(out);
+    va_start(args, format);
+    int n = vsnprintf(out->trace->text + out->used, LLMPAR__TRACE_LINE, format, args);
+    va_end(args);
+    if (n > 0) out->used += (size_t)n < LLMPAR__TRACE_LINE ? (size_t)n : LLMPAR__TRACE_LINE - 1;
+}
+
+static const char *llmpar__trace_quote(const char *text, char out[336])
+{
+    llmpar_json_escape(text, strlen(text), out, 336);
+    return out;
+}
+
+static void llmpar__trace_span(llmpar__trace_out *out, const llmpar__trace_event *event, uint64_t last_ns)
+{
+    char name[336], unit[336], label[72], category[336];
+    const char *of = event->of.span.unit;
+    uint64_t end = event->end_ns ? event->end_ns : last_ns, ts = event->begin_ns - out->base_ns, dur = end - event->begin_ns;
+    if (!event->begin_ns) return; /* its stream failed before */
+    snprintf(label, sizeof label, "%s%s%s", event->of.span.name, of[0] ? " " : "", of);
+    llmpar__trace_put(out, ",\n{\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%llu.%03u,\"dur\":%llu.%03u,\"name\":%s,\"cat\":%s,\"args\":{", (int)out->world->rank, (int)event->lane, (unsigned long long)(ts / 1000),
+                      (unsigned)(ts % 1000), (unsigned long long)(dur / 1000), (unsigned)(dur % 1000), llmpar__trace_quote(label, name), llmpar__trace_quote(event->category, category));
+    llmpar__trace_put(out, "\"op\":%s", llmpar__trace_quote(event->of.span.name, name));
+    if (of[0]) llmpar__trace_put(out, ",\"unit\":%s", llmpar__trace_quote(of, unit));
+    if (event->micro_batch >= 0) llmpar__trace_put(out, ",\"micro_batch\":%d", (int)event->micro_batch);
+    if (event->bytes) llmpar__trace_put(out, ",\"bytes\":%llu", (unsigned long long)event->bytes);
+    llmpar__trace_put(out, "%s}}", event->end_ns ? "" : ",\"unfinished\":true");
+}
+
+static void llmpar__trace_counter(llmpar__trace_out *out, const llmpar__trace_event *event)
+{
+    uint64_t ts = event->begin_ns - out->base_ns;
+    llmpar__trace_put(out, ",\n{\"ph\":\"C\",\"pid\":%d,\"tid\":0,\"ts\":%llu.%03u,\"name\":\"arena bytes\",\"args\":{", (int)out->world->rank, (unsigned long long)(ts / 1000), (unsigned)(ts % 1000));
+    for (int tag = 0; tag < (int)LLMPAR_TAG_COUNT; tag++) llmpar__trace_put(out, "%s\"%s\":%llu", tag ? "," : "", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)event->of.live[tag]);
+    llmpar__trace_put(out, "}}");
+}
+
+static void llmpar__trace_rank(llmpar__trace_out *out)
+{
+    const llmpar_trace *trace = out->trace;
+    const char *where = trace->ctx->error.where;
+    char label[96], name[336];
+    int pid = (int)out->world->rank;
+    uint64_t last_ns = llmpar__trace_now(), left = trace->count;
+    snprintf(label, sizeof label, "rank %d%s%s%s", pid, where[0] ? " (" : "", where, where[0] ? ")" : "");
+    llmpar__trace_put(out, "%s{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_name\",\"args\":{\"name\":%s}}", pid ? ",\n" : "", pid, llmpar__trace_quote(label, name));
+    llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_sort_index\",\"args\":{\"sort_index\":%d}}", pid, pid);
+    if (trace->dropped) llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_labels\",\"args\":{\"labels\":\"%llu later events not recorded\"}}", pid, (unsigned long long)trace->dropped);
+    for (int lane = 0; lane < LLMPAR_TRACE_LANES; lane++) {
+        if (!trace->lane[lane][0]) continue;
+        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_name\",\"args\":{\"name\":%s}}", pid, lane, llmpar__trace_quote(trace->lane[lane], name));
+        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_sort_index\",\"args\":{\"sort_index\":%d}}", pid, lane, lane);
+    }
+    for (const llmpar__trace_block *block = trace->first; block; block = block->next)
+        for (uint32_t i = 0; i < LLMPAR__TRACE_BLOCK && left; i++, left--) {
+            if (block->event[i].category) llmpar__trace_span(out, &block->event[i], last_ns);
+            else llmpar__trace_counter(out, &block->event[i]);
+        }
+}
+
+/* The ranks' clocks: those of one machine are the same; of another one they are told by the time of day, which agrees to some milliseconds. */
+static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
+{
+    llmpar_trace *trace = out->trace;
+    llmpar_device *device = out->world->device;
+    int64_t mine[2], earliest = INT64_MAX, shift = 0;
+    llmpar_collective call;
+    mine[0] = (int64_t)trace->created_ns;
+    mine[1] = trace->clock_ns;
+    memset(&call, 0, sizeof call);
+    call.send = mine;
+    call.recv = all;
+    call.count = 2;
+    call.dtype = LLMPAR_I64;
+    call.tag = "trace";
+    out->status = llmpar_all_gather(out->world, out->stream, &call);
+    llmpar_status waited = device->synchronize(device, out->stream);
+    if (!out->status) out->status = waited;
+    for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
+        int64_t ahead = all[2 * r + 1] - all[1], created;
+        if (ahead < 1000000000 && ahead > -1000000000) ahead = 0;
+        created = all[2 * r] + ahead; /* on rank 0's clock */
+        if (created < earliest) earliest = created;
+        if (r == out->world->rank) shift = ahead;
+    }
+    out->base_ns = (uint64_t)(earliest - shift);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user)
+{
+    llmpar_device *device = world->device;
+    llmpar__trace_out out;
+    memset(&out, 0, sizeof out);
+    out.trace = trace;
+    out.world = world;
+    out.sink = sink;
+    out.user = user;
+    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
+    if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
+    out.status = device->stream_create(device, "trace", &out.stream);
+    if (out.stream) llmpar__trace_agree(&out, all);
+    llmpar_heap_free(&trace->ctx->heap, all);
+    if (!out.status) {
+        if (world->rank == 0) llmpar__trace_put(&out, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
+        llmpar__trace_rank(&out);
+        if (out.used) llmpar__trace_flush(&out);
+        if (world->rank) llmpar__trace_flush(&out);
+        for (int32_t r = 1; r < world->ranks && world->rank == 0; r++)
+            for (int64_t bytes = 1; bytes && !out.status;) {
+                llmpar__trace_move(&out, 0, r, &bytes, 1, LLMPAR_I64);
+                if (!out.status && (bytes < 0 || bytes > (int64_t)LLMPAR__TRACE_TEXT)) out.status = llmpar_fail(trace->ctx, LLMPAR_ERR_INTERNAL, "trace: a piece of %lld bytes from rank %d", (long long)bytes, (int)r);
+                if (!bytes || out.status) continue;
+                llmpar__trace_move(&out, 0, r, trace->text, (size_t)bytes, LLMPAR_U8);
+                llmpar__trace_sink(&out, (size_t)bytes);
+            }
+        if (world->rank == 0) {
+            llmpar__trace_put(&out, "\n]}\n");
+            llmpar__trace_flush(&out);
+        }
+    }
+    if (out.stream) device->stream_destroy(device, out.stream);
+    return out.status ? out.status : out.sunk;
+}
+
+#undef LLMPAR__TRACE_BLOCK
+#undef LLMPAR__TRACE_TEXT
+#undef LLMPAR__TRACE_LINE
 
 /* ==== src/cpu/cpu.c ==== */
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
@@ -11327,7 +11693,8 @@ static llmpar_status llmpar__sim_host_call(llmpar_device *device, llmpar_stream 
     X(attention_backward, llmpar_attention_backward_args) X(swiglu, llmpar_swiglu_args) X(swiglu_backward, llmpar_swiglu_backward_args) X(embedding, llmpar_embedding_args) \
     X(embedding_backward, llmpar_embedding_backward_args) X(xent_max, llmpar_xent_args) X(xent_sum, llmpar_xent_args) X(xent_loss, llmpar_xent_loss_args) X(xent_backward, llmpar_xent_backward_args) \
     X(tree_sum, llmpar_tree_sum_args) X(max, llmpar_max_args) X(add, llmpar_add_args) X(scale, llmpar_scale_args) X(cast, llmpar_cast_args) X(copy_rows, llmpar_copy_rows_args) X(adamw, llmpar_adamw_args) \
-    X(square_sum, llmpar_square_sum_args)
+    X(square_sum, llmpar_square_sum_args) X(sgd, llmpar_sgd_args) X(largest, llmpar_largest_args) X(factor_sum, llmpar_factor_sum_args) X(factor_moment, llmpar_factor_moment_args) \
+    X(adalomo_square, llmpar_adalomo_args) X(adalomo, llmpar_adalomo_args)
 #define LLMPAR__SIM_RUN(slot, args_type) static llmpar_status llmpar__sim_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args) { (void)device; (void)stream; (void)args; return LLMPAR_OK; }
 LLMPAR__SIM_OPERATIONS(LLMPAR__SIM_RUN)
 
@@ -13524,6 +13891,7 @@ struct llmpar_fsdp {
     llmpar_mesh *mesh;
     llmpar_device *device;
     llmpar_arena *arena;
+    llmpar_trace *trace;              /* borrowed; NULL: none */
     llmpar_dtype dtype, sum, reduce;  /* compute dtype; its sum type; what gradients travel in */
     llmpar_policy policy;             /* zero, shards, replicas, master, offload */
     int32_t whole_params, whole_grads, whole_state;
@@ -13570,6 +13938,7 @@ typedef struct llmpar__exec {
     int32_t inside;            /* updates come before the norm is known */
     int32_t updating;          /* the first OPTIM has been reached */
     int32_t found_inf;
+    const llmpar_instruction *now;
     double grad_scale;         /* from the optimizer */
     int64_t nonfinite;         /* index of the first non-finite tensor */
 } llmpar__exec;
@@ -15172,7 +15541,7 @@ static void llmpar__plan_backward(llmpar__plan *plan, int32_t unit, int32_t micr
     backward->local = !whole;
     backward->again = again;
     if (u->recompute != LLMPAR_RECOMPUTE_FULL) llmpar__plan_wait_params(plan, backward);
-    llmpar__plan_wait(backward, plan->last_grad_free);
+    if (slot >= 0 || from >= 0) llmpar__plan_wait(backward, plan->last_grad_free);
     llmpar__plan_free_pending(plan); /* before this step's own reduction, which the next backward then need not wait for either */
     if (slot >= 0) llmpar__plan_gradient(plan, unit, 0, micro, slot, index);
     if (from >= 0) llmpar__plan_gradient(plan, lender, 1, micro, from, index);
@@ -15948,7 +16317,7 @@ static llmpar_status llmpar__proof_instruction(llmpar__proof *proof, const llmpa
 static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *hazard)
 {
     switch (hazard->access.thing) {
-    case LLMPAR__THING_LOSS: return op == LLMPAR_OP_SCALAR_REDUCE ? "runs before the loss is complete" : "adds to the loss at the same time as another stream";
+    case LLMPAR__THING_LOSS: return "runs before the loss is complete";
     case LLMPAR__THING_NORMS: return op == LLMPAR_OP_NORM ? "adds to the norm at the same time as another stream" : "does not wait for a norm";
     case LLMPAR__THING_WHOLE: return op == LLMPAR_OP_FREE ? "frees parameters that another stream may still use" : "uses parameters without waiting for their gather";
     case LLMPAR__THING_SHARD:
@@ -15969,7 +16338,7 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     case LLMPAR__THING_STORED_GRADIENT:
     case LLMPAR__THING_STORED_ACTIVATIONS: break;
     }
-    return op == LLMPAR_OP_FETCH ? "fetches without waiting for the store" : "stores over what another stream still fetches";
+    return "fetches without waiting for the store";
 }
 
 static llmpar_status llmpar__proof_end(llmpar__proof *proof)
@@ -16050,6 +16419,18 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
 
 /* ---- a unit's own instructions ---- */
 
+static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
+{
+    llmpar_trace_span span;
+    memset(&span, 0, sizeof span);
+    span.lane = (int32_t)LLMPAR_STREAM_TP;
+    span.micro_batch = exec->now->micro_batch;
+    span.name = op->name;
+    span.unit = exec->fsdp->units[exec->now->unit].unit.name;
+    span.category = "communication";
+    return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
+}
+
 /* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
 static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
 {
@@ -16073,8 +16454,11 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
             if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
             if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
         }
+        uint64_t span = 0;
         call->index = ops[i].index;
+        if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
         if (!status) status = ops[i].run(call);
+        if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
         if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
     /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
@@ -16597,15 +16981,71 @@ static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_i
     }
 }
 
+LLMPAR_DEF void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace)
+{
+    static const char *const name[LLMPAR_STREAM_COUNT] = {"compute", "gather", "reduce", "tp", "offload"};
+    fsdp->trace = trace;
+    for (int32_t s = 0; s < (int32_t)LLMPAR_STREAM_COUNT; s++) llmpar_trace_lane(trace, s, name[s]);
+}
+
+static const char *llmpar__exec_category(llmpar_op op)
+{
+    switch (op) {
+    case LLMPAR_OP_GATHER:
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA:
+    case LLMPAR_OP_SCALAR_REDUCE: return "communication";
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return "offload";
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: return "compute";
+    default: return "update";
+    }
+}
+
+/* A FREE takes no time: it shows in the bytes. */
+static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_schedule one;
+    llmpar_trace_span span;
+    *id = 0;
+    if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
+    memset(&one, 0, sizeof one);
+    memset(&span, 0, sizeof span);
+    one.list = (llmpar_instruction *)(uintptr_t)in;
+    one.count = 1;
+    span.lane = (int32_t)in->stream;
+    span.micro_batch = in->micro_batch;
+    span.name = llmpar_op_name(in->op);
+    span.unit = in->unit >= 0 ? fsdp->units[in->unit].unit.name : NULL;
+    span.category = llmpar__exec_category(in->op);
+    llmpar_status status = llmpar_fsdp_bytes(fsdp, &one, &exec->micro[in->micro_batch >= 0 ? in->micro_batch : 0], &span.bytes);
+    return status ? status : llmpar_trace_begin(fsdp->trace, fsdp->stream[in->stream], &span, id);
+}
+
+static void llmpar__exec_trace_memory(llmpar_fsdp *fsdp)
+{
+    llmpar_arena_usage usage;
+    if (!fsdp->trace) return;
+    llmpar_arena_get_usage(fsdp->arena, &usage);
+    llmpar_trace_memory(fsdp->trace, &usage);
+}
+
 static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < count && !status; i++) {
-        const llmpar_instruction *in = &list[i];
+        const llmpar_instruction *in = exec->now = &list[i];
+        uint64_t span = 0;
         for (int32_t w = 0; w < in->wait_count && !status; w++)
             if (list[in->waits[w]].stream != in->stream) status = fsdp->device->event_wait(fsdp->device, fsdp->stream[in->stream], fsdp->event[in->waits[w]]);
+        if (!status) status = llmpar__exec_trace(exec, in, &span);
         if (!status) status = llmpar__exec_instruction(exec, in);
+        if (!status) status = llmpar_trace_end(fsdp->trace, fsdp->stream[in->stream], span);
+        llmpar__exec_trace_memory(fsdp);
         if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
     }
     for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
@@ -16804,7 +17244,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar
         switch (in->op) {
         case LLMPAR_OP_GATHER: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * dtype); break;
         case LLMPAR_OP_REDUCE: bytes[i] = llmpar__account_sent(fsdp->shard_comm, shard * reduce); break;
-        case LLMPAR_OP_REDUCE_REPLICA: bytes[i] = llmpar__account_all_reduce(fsdp->replica_comm, shard * reduce); break;
+        case LLMPAR_OP_REDUCE_REPLICA: /* in a narrower type by slices that all ranks have alike */
+            bytes[i] = reduce == sum ? llmpar__account_all_reduce(fsdp->replica_comm, shard * sum) : 2 * llmpar__account_sent(fsdp->replica_comm, (shard + (uint64_t)fsdp->replicas - 1) / (uint64_t)fsdp->replicas * reduce);
+            break;
         case LLMPAR_OP_SCALAR_REDUCE: bytes[i] = llmpar__account_all_reduce(fsdp->mesh->world, (in->pass ? LLMPAR__SCALARS : 1) * sizeof(int64_t)); break;
         case LLMPAR_OP_ACCUMULATE: bytes[i] = 3 * sum * (uint64_t)(in->local || fsdp->whole_grads ? flat->elements : flat->shard_elements); break;
         case LLMPAR_OP_NORM: bytes[i] = shard * sum; break;
@@ -17075,6 +17517,7 @@ struct llmpar_optim {
 /* adalomo.c: creation (collective) and the table's update. */
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
 LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
+LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
 
 #endif
@@ -17276,6 +17719,7 @@ LLMPAR_DEF void llmpar_optim_destroy(llmpar_optim *optim)
 
 LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim) { return &optim->table; }
 LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
+LLMPAR_DEF int64_t llmpar_optim_bytes(const llmpar_optim *optim) { return optim->adalomo ? llmpar__adalomo_bytes(optim) : 0; }
 LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }
 /* ==== src/optim/adalomo.c ==== */
 /* AdaLomo (Lv et al. 2023, arXiv 2310.10195, and adalomo.py of its authors): for a matrix of R rows and C columns, with g' and eps as in optim.h and b = beta2,
@@ -17321,6 +17765,7 @@ typedef struct llmpar__adalomo {
     int32_t units;
     void *workspace;
     size_t at_largest, at_factors;/* bytes in it; sums lie at 0: row and column sums, squares of p, squares of u */
+    int64_t bytes;                /* of the arena */
     llmpar_event *done;           /* behind the last update: the workspace is one for all */
 } llmpar__adalomo;
 
@@ -17334,7 +17779,7 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     const llmpar_unit *u = llmpar_fsdp_unit(fsdp, index);
     const llmpar_segment *segments;
     int32_t count;
-    llmpar_fsdp_shard(fsdp, index, NULL, &segments, &count);
+    llmpar_fsdp_layout(fsdp, index, NULL, &segments, &count);
     *moments = *factors = 0;
     if (u->frozen) return LLMPAR_OK;
     unit->params = u->param_count;
@@ -17396,6 +17841,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
         status = llmpar__adalomo_layout(optim, u, &moments, &factors);
         if (!status && moments) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, (size_t)moments * size, llmpar_fsdp_unit(optim->fsdp, u)->name, &unit->state);
         if (!status && moments) status = device->zero(device, stream, unit->state, (size_t)moments * size);
+        a->bytes += llmpar_round_up((int64_t)((size_t)moments * size), (int64_t)device->alignment);
         if (status) break;
         size_t wanted = (size_t)(unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)unit->params);
         if (wanted > sums) sums = wanted;
@@ -17405,6 +17851,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
     a->at_largest = sums * sizeof(int64_t);
     a->at_factors = a->at_largest + params * sizeof(double);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, a->at_factors + most * size, "adalomo's sums", &a->workspace);
+    a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
     if (!status) status = device->event_create(device, &a->done);
     if (stream) {
         llmpar_status waited = device->synchronize(device, stream);
@@ -17453,6 +17900,8 @@ LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
     llmpar_heap_free(optim->heap, a->unit);
     llmpar_heap_free(optim->heap, a);
 }
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
 
 /* ---- the update ---- */
 
@@ -18561,6 +19010,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama 
     memset(&desc, 0, sizeof desc);
     desc.config = &model->config;
     desc.seed = model->seed;
+    desc.wrap = model->wrap == 1 ? LLMPAR_WRAP_HALF : model->wrap / 2;
+    desc.logits_bytes = model->logits_bytes;
     return llmpar_llama_create(ctx, &desc, out);
 }
 
@@ -18861,9 +19312,9 @@ typedef struct llmpar__block_half {
 } llmpar__block_half;
 
 /* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
-typedef struct llmpar__half_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__half_layout;
+typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
 
-static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__half_layout *l)
+static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
 {
     const llmpar_tp *tp = &part->model->tp;
     size_t at = 0, spare_h;
@@ -18872,7 +19323,7 @@ static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, i
     memset(l, 0, sizeof *l);
     for (int32_t i = 0; i < part->halves; i++) {
         int is_mlp = (part->first + i) & 1;
-        llmpar__half_layout here = *l;
+        llmpar__block_layout here = *l;
         here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
         here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
         here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
@@ -18907,9 +19358,9 @@ static void llmpar__half_lay(const llmpar__part *part, const llmpar__shape *s, i
     l->scratch = at;
 }
 
-static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
+static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
 {
-    llmpar__half_layout l;
+    llmpar__block_layout l;
     memset(b, 0, sizeof *b);
     b->part_of = (const llmpar__part *)call->user;
     b->model = b->part_of->model;
@@ -18920,7 +19371,7 @@ static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__b
     b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
     llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
     llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
-    llmpar__half_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
+    llmpar__block_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
     char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
     b->h = (b->again ? scratch : saved) + l.h;
     b->rstd = saved + l.rstd;
@@ -18947,15 +19398,15 @@ static void llmpar__half_open(const llmpar_unit_call *call, int32_t j, llmpar__b
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
-static void *llmpar__half_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__half_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
 
 /* Element offset of k and v in a row of qkv. */
-static size_t llmpar__half_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__half_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
 
 /* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
+static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
     memset(args, 0, sizeof *args);
@@ -18970,15 +19421,15 @@ static void llmpar__half_attention(const llmpar__block_half *b, const llmpar_uni
     args->dtype = s->dtype;
     if (!call) return;
     args->q = b->qkv;
-    args->k = b->qkv + llmpar__half_k(s);
-    args->v = b->qkv + llmpar__half_v(s);
+    args->k = b->qkv + llmpar__block_k(s);
+    args->v = b->qkv + llmpar__block_v(s);
     args->out = b->o;
     args->lse = b->lse;
     args->workspace = call->workspace;
     args->workspace_bytes = call->workspace_bytes;
 }
 
-static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
+static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
@@ -18997,7 +19448,7 @@ static llmpar_status llmpar__half_rope(const llmpar_unit_call *call, const llmpa
 }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
 {
     const llmpar__shape *s = &b->s;
     const llmpar_llama_config *c = &b->model->config;
@@ -19012,14 +19463,14 @@ static void llmpar__half_heads(const llmpar__block_half *b, const llmpar_unit_ca
     }
     if (!call) return;
     operand[0].a = dqkv;
-    operand[1].a = dqkv + llmpar__half_k(s);
-    operand[2].a = dqkv + llmpar__half_v(s);
-    operand[0].b = llmpar__half_param(b, call, LLMPAR__WQ);
-    operand[1].b = llmpar__half_param(b, call, LLMPAR__WK);
-    operand[2].b = llmpar__half_param(b, call, LLMPAR__WV);
+    operand[1].a = dqkv + llmpar__block_k(s);
+    operand[2].a = dqkv + llmpar__block_v(s);
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__WQ);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__WK);
+    operand[2].b = llmpar__block_param(b, call, LLMPAR__WV);
 }
 
-static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
 {
     memset(operand, 0, 2 * sizeof *operand);
     for (int i = 0; i < 2; i++) {
@@ -19032,12 +19483,12 @@ static void llmpar__half_ffn(const llmpar__block_half *b, const llmpar_unit_call
     if (!call) return;
     operand[0].a = b->gate;
     operand[1].a = b->up;
-    operand[0].b = llmpar__half_param(b, call, LLMPAR__GATE);
-    operand[1].b = llmpar__half_param(b, call, LLMPAR__UP);
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__GATE);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
 }
 
 /* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -19050,26 +19501,26 @@ static void llmpar__half_row(const llmpar_tp *tp, const void *a, const void *w, 
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
-/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__half_kv. */
-static void llmpar__half_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
+static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
 {
     const llmpar__shape *s = &b->s;
     int shared = b->tp->replicas > 1;
     memset(args, 0, sizeof *args);
-    llmpar__half_attention(b, call, &args->forward);
+    llmpar__block_attention(b, call, &args->forward);
     args->dkv_dtype = shared ? s->sum : s->dtype;
     args->ld_dkv = shared ? 2 * s->e : s->ld;
     if (!call) return;
     args->dout = b->act;
     args->dq = b->dqkv;
-    args->dk = shared ? b->dkv : b->dqkv + llmpar__half_k(s);
-    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__half_v(s);
+    args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
+    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
 }
 
 /* ---- sizes ---- */
 
 /* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device *device)
+static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device *device)
 {
     const llmpar__shape *s = &b->s;
     const llmpar_tp *tp = b->tp;
@@ -19078,14 +19529,14 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
     llmpar_attention_backward_args attention;
     size_t w[18], most = 0;
     int n = 0;
-    llmpar__half_heads(b, NULL, NULL, heads);
-    llmpar__half_ffn(b, NULL, ffn);
+    llmpar__block_heads(b, NULL, NULL, heads);
+    llmpar__block_ffn(b, NULL, ffn);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
-    llmpar__half_row(tp, NULL, NULL, c->heads, s->e, &row);
+    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
-    llmpar__half_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
@@ -19096,7 +19547,7 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
-    llmpar__half_dattention(b, NULL, &attention);
+    llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
     while (n > 0)
@@ -19107,68 +19558,68 @@ static size_t llmpar__half_workspace(const llmpar__block_half *b, llmpar_device 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
 {
     llmpar__block_half b;
-    llmpar__half_layout l;
+    llmpar__block_layout l;
     memset(&b, 0, sizeof b);
     b.part_of = (const llmpar__part *)user;
     b.model = b.part_of->model;
     b.tp = &b.model->tp;
     llmpar__llama_shape(b.model, micro, dtype, &b.s);
-    llmpar__half_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
+    llmpar__block_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
     out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
     out->saved = l.saved;
     out->scratch = l.scratch;
-    out->workspace = llmpar__half_workspace(&b, b.model->ctx->device);
+    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
     return LLMPAR_OK;
 }
 
 /* ---- what both halves do ---- */
 
-static llmpar_status llmpar__half_norm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
-static llmpar_status llmpar__half_residual_norm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b, before;
-    llmpar__half_open(call, call->index, &b);
-    llmpar__half_open(call, call->index - 1, &before);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
+    llmpar__block_open(call, call->index, &b);
+    llmpar__block_open(call, call->index - 1, &before);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
 /* Selective recomputation: norm's output once more, from the same bits by the same code. */
-static llmpar_status llmpar__half_again(llmpar_unit_call *call, const llmpar__block_half *b)
+static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
     if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__half_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
 /* Forward, and again in backward for the weight gradients. */
-static llmpar_status llmpar__half_gather(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_again(call, &b);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_again(call, &b);
     return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_reduce(llmpar_unit_call *call)
+static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
+static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_add_args args;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     memset(&args, 0, sizeof args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
@@ -19178,97 +19629,97 @@ static llmpar_status llmpar__half_residual(llmpar_unit_call *call)
     return call->device->add(call->device, call->stream, &args);
 }
 
-static llmpar_status llmpar__half_gather_dout(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
-static llmpar_status llmpar__half_dnorm(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__half_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
-static llmpar_status llmpar__half_norm_reduce(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
-static llmpar_status llmpar__half_norm_weight(llmpar_unit_call *call)
+static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__half_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
 /* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__half_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
 {
-    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__half_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
-static llmpar_status llmpar__half_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
 {
     llmpar_tp_operand row;
-    llmpar__half_row(b->tp, a, llmpar__half_param(b, call, p), grains, grain, &row);
+    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
     return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
 }
 
 /* dw[out_dim, in_dim] of parameter p */
-static llmpar_status llmpar__half_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
 {
-    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__half_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
 }
 
 /* ---- attention ---- */
 
-static llmpar_status llmpar__half_attend(llmpar_unit_call *call)
+static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_args attention;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
-    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__half_k(s), s->ld);
-    if (!status) status = llmpar__half_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__half_v(s), s->ld);
-    if (!status) status = llmpar__half_rope(call, &b, b.qkv, 0);
-    llmpar__half_attention(&b, call, &attention);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
+    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
+    llmpar__block_attention(&b, call, &attention);
     return status ? status : call->device->attention(call->device, call->stream, &attention);
 }
 
-static llmpar_status llmpar__half_wo(llmpar_unit_call *call)
+static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    return llmpar__half_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
-static const char *llmpar__half_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
 
-static llmpar_status llmpar__half_dattend(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_backward_args attention;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = call->grads ? llmpar__half_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__half_dout(&b), s->d, b.o) : LLMPAR_OK;
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
-    llmpar__half_dattention(&b, call, &attention);
+    llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar__block_dattention(&b, call, &attention);
     return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
 }
 
 /* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
-static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
     llmpar_collective c;
     llmpar_cast_args cast;
@@ -19292,47 +19743,47 @@ static llmpar_status llmpar__half_kv(llmpar_unit_call *call)
     copy.ld_out = s->ld;
     copy.size = s->size;
     copy.in = b.dkv_low;
-    copy.out = b.dqkv + llmpar__half_k(s);
+    copy.out = b.dqkv + llmpar__block_k(s);
     return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
 }
 
-static llmpar_status llmpar__half_dqkv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_tp_operand heads[3];
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_rope(call, &b, b.dqkv, 1);
-    llmpar__half_heads(&b, call, b.dqkv, heads);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    llmpar__block_heads(&b, call, b.dqkv, heads);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__half_dw_qkv(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__half_k(s), s->ld, b.in);
-    return status ? status : llmpar__half_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__half_v(s), s->ld, b.in);
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
 }
 
 /* ---- MLP ---- */
 
-static llmpar_status llmpar__half_gate_up(llmpar_unit_call *call)
+static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
     llmpar__block_half b;
-    llmpar__half_open(call, call->index, &b);
-    llmpar_status status = llmpar__half_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
-    return status ? status : llmpar__half_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
+    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
 }
 
-static llmpar_status llmpar__half_down(llmpar_unit_call *call)
+static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_swiglu_args swiglu;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
@@ -19341,18 +19792,18 @@ static llmpar_status llmpar__half_down(llmpar_unit_call *call)
     swiglu.h = b.act;
     swiglu.dtype = b.s.dtype;
     llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
-    return status ? status : llmpar__half_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
+    return status ? status : llmpar__block_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
 }
 
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
-static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__half_dout(&b), s->d, llmpar__half_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = s->n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -19364,20 +19815,20 @@ static llmpar_status llmpar__half_dmlp(llmpar_unit_call *call)
     swiglu.h = call->grads ? b.act : NULL;
     swiglu.dtype = s->dtype;
     if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
-    llmpar__half_ffn(&b, call, ffn);
+    llmpar__block_ffn(&b, call, ffn);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
 }
 
-static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
+static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__half_open(call, call->index, &b);
+    llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__half_again(call, &b);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__half_dout(&b), s->d, b.act);
-    if (!status) status = llmpar__half_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
-    return status ? status : llmpar__half_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
 }
 
 /* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
@@ -19385,43 +19836,43 @@ static llmpar_status llmpar__half_dw_mlp(llmpar_unit_call *call)
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
 {
     static const llmpar__op_row attention_forward[] = {
-        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"q k v, rope, attention", llmpar__half_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"wo", llmpar__half_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"attention output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
-        /* 6 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"q k v, rope, attention", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"wo", llmpar__block_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"attention output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
+        /* 6 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
     };
     static const llmpar__op_row mlp_forward[] = {
-        /* 1 */ {{"norm", llmpar__half_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
-        /* 2 */ {{"residual, norm", llmpar__half_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
-        /* 3 */ {{"mlp input", llmpar__half_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 4 */ {{"gate, up", llmpar__half_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"swiglu, down", llmpar__half_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"mlp output", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"residual", llmpar__half_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
+        /* 2 */ {{"residual, norm", llmpar__block_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
+        /* 3 */ {{"mlp input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"gate, up", llmpar__block_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"swiglu, down", llmpar__block_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"mlp output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
     };
     static const llmpar__op_row attention_backward[] = {
-        /* 1 */ {{"attention doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"wo dW, attention", llmpar__half_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"dk dv", llmpar__half_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
-        /* 5 */ {{"rope, attention dx", llmpar__half_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"attention dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"q k v dW", llmpar__half_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 9 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 10 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 1 */ {{"attention doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
+        /* 5 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"attention dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row mlp_backward[] = {
-        /* 1 */ {{"mlp doutput", llmpar__half_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"mlp input again", llmpar__half_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__half_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"mlp dx", llmpar__half_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"down, gate, up dW", llmpar__half_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"norm", llmpar__half_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 7 */ {{"norm dW", llmpar__half_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm dW", llmpar__half_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"mlp input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"mlp dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
     *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
     return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
@@ -21277,6 +21728,8 @@ struct llmpar_trainer {
     void *log;                      /* FILE of the JSON lines, world rank 0 */
     double peak_flops;              /* all ranks' own matrix products at once, FLOP/s */
     int progress;                   /* a progress line is on the terminal */
+    llmpar_trace *trace;            /* NULL: none */
+    llmpar_writer *trace_file;      /* world rank 0, while it is written */
     int count_only;                 /* made by plan.c: no data, no files, no metrics */
     llmpar_memory memory;
 };
@@ -21498,6 +21951,11 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
     if (status || !trains) return status;
+    if (t->desc.trace && !t->count_only) {
+        status = llmpar_trace_create(t->ctx, 0, &t->trace);
+        if (status) return status;
+        llmpar_fsdp_set_trace(t->fsdp, t->trace);
+    }
     /* The optimizer on the shards, the step's tokens, the metrics. */
     if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
@@ -21596,6 +22054,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_schedule_destroy(t->eval);
     if (t->stream) t->ctx->device->stream_destroy(t->ctx->device, t->stream);
     llmpar_fsdp_destroy(t->fsdp);
+    llmpar_trace_destroy(t->trace);
     llmpar_file_unmap(&t->file);
     llmpar_heap_free(heap, t->staging);
     llmpar_heap_free(heap, t->micro);
@@ -21788,6 +22247,32 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     return llmpar__metrics_step(t, &step);
 }
 
+static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
+{
+    llmpar_trainer *t = (llmpar_trainer *)user;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    llmpar_status status = llmpar_writer_write(t->trace_file, text, bytes, &error);
+    return status ? llmpar_fail(t->ctx, status, "%s", error.text) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
+{
+    llmpar_error error;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error_clear(&error);
+    if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
+    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->desc.trace, &t->trace_file, &error);
+    if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
+    if (!status && t->trace_file) {
+        status = llmpar_writer_commit(t->trace_file, &error);
+        t->trace_file = NULL;
+    }
+    llmpar_writer_abandon(t->trace_file);
+    t->trace_file = NULL;
+    return status && error.status ? llmpar_fail(t->ctx, status, "%s", error.text) : status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequences, double *loss)
 {
     *loss = 0;
@@ -21843,17 +22328,23 @@ static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *
     }
 }
 
+/* Only tries, before any work, whether rank 0 can write there: a start that fails leaves no file, and an older one as it was. */
+static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path)
+{
+    if (t->ctx->rank || !path) return LLMPAR_OK;
+    int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
+    if (file < 0 && errno == EEXIST) file = open(path, O_WRONLY | O_CLOEXEC);
+    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", path, strerror(errno));
+    close(file);
+    if (created) unlink(path);
+    return LLMPAR_OK;
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
-    if (t->ctx->rank || !t->desc.log) return LLMPAR_OK;
-    /* Only tried here, before any work. It begins with the first line: a start that fails leaves no file, and an older log as it was. */
-    int file = open(t->desc.log, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
-    if (file < 0 && errno == EEXIST) file = open(t->desc.log, O_WRONLY | O_CLOEXEC);
-    if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
-    close(file);
-    if (created) unlink(t->desc.log);
-    return LLMPAR_OK;
+    llmpar_status status = llmpar__metrics_try(t, t->desc.log);
+    return status ? status : llmpar__metrics_try(t, t->desc.trace);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
@@ -22628,24 +23119,22 @@ static void LLMPAR__ADALOMO_FN(apply)(const llmpar_adalomo_args *a, int64_t begi
     }
 }
 
-/* Row sums of rows [first, last) of the rectangle, or (by columns) the sums of columns [first, last) over all rows of the part. */
-static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, int by_columns, double down)
+/* Columns [first, last) of the rectangle, over all rows of the part. */
+static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, double down)
 {
     typedef LLMPAR__ADALOMO_REAL real;
     const real *g = (const real *)a->g, scale = (real)a->grad_scale;
-    int64_t end = a->begin + a->count, row = by_columns ? a->begin / a->cols : first, row_end = by_columns ? (end + a->cols - 1) / a->cols : last;
-    double up = llmpar__adalomo_power(by_columns ? a->col_bits : a->row_bits);
-    for (; row < row_end; row++) {
-        int64_t from = row * a->cols + (by_columns ? first : 0), to = row * a->cols + (by_columns ? last : a->cols), sum = 0;
-        if (from < a->begin) from = a->begin;
-        if (to > end) to = end;
+    int64_t end = a->begin + a->count;
+    double by_row = llmpar__adalomo_power(a->row_bits), by_col = llmpar__adalomo_power(a->col_bits);
+    for (int64_t row = a->begin / a->cols; row * a->cols < end; row++) {
+        int64_t from = llmpar__v_max(row * a->cols + first, a->begin), to = llmpar__v_min(row * a->cols + last, end), sum = 0;
         for (int64_t i = from; i < to; i++) {
-            double y = (double)(g[i - a->begin] * scale) * down;
-            int64_t q = (int64_t)(y * y * up) + (y != 0);
-            if (by_columns) a->col_sums[i - row * a->cols] += q;
-            else sum += q;
+            double y = (double)(g[i - a->begin] * scale) * down, square = y * y;
+            int64_t some = y != 0;
+            sum += (int64_t)(square * by_row) + some;
+            a->col_sums[i - row * a->cols] += (int64_t)(square * by_col) + some;
         }
-        if (!by_columns) a->row_sums[row] += sum;
+        if (from < to) __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
     }
 }
 
