@@ -796,6 +796,60 @@ TEST(threads_inside)
     CHECK_OK(llmpar_launch(&desc, inside, NULL, NULL));
 }
 
+/* ---- streams with threads of their own ---- */
+
+/* Two communicators, whose members stand in opposite orders, from two threads of each rank; the second one's calls are made first in every other round. Large ones need scratch, which grows while others are under way. */
+static llmpar_status two_threads(llmpar_ctx *ctx, void *user)
+{
+    enum { MOST = 20000, ROUNDS = 12 };
+    llmpar_comm *comm[2] = { NULL, NULL };
+    llmpar_stream *stream[2] = { NULL, NULL };
+    double *x = (double *)calloc(2 * MOST, sizeof *x), n = ctx->world;
+    llmpar_status st = LLMPAR_OK;
+    (void)user;
+    for (int i = 0; i < 2 && !st; i++) {
+        st = llmpar_comm_split(ctx->comm, 0, i ? -ctx->rank : ctx->rank, i ? "turned" : "straight", &comm[i]);
+        if (!st) st = ctx->device->stream_create(ctx->device, i ? "reduce" : "gather", &stream[i]);
+        if (!st) st = llmpar_device_stream_thread(ctx->device, stream[i]);
+    }
+    for (int round = 0; round < ROUNDS && !st; round++) {
+        size_t count = round % 3 ? (size_t)(100 + 1500 * round) : 7;
+        for (int k = 0; k < 2 && !st; k++) {
+            int i = (round + k) % 2;
+            llmpar_collective call = { .send = x + i * MOST, .recv = x + i * MOST, .count = count, .dtype = LLMPAR_F64, .tag = i ? "turned" : "straight" };
+            for (size_t j = 0; j < count; j++) x[i * MOST + (int)j] = (double)j * (ctx->rank + 1) + i;
+            st = llmpar_all_reduce(comm[i], stream[i], &call);
+            if (!st) st = llmpar_comm_barrier(comm[i], stream[i], "behind it");
+        }
+        for (int i = 0; i < 2; i++) {
+            llmpar_status waited = stream[i] ? ctx->device->synchronize(ctx->device, stream[i]) : LLMPAR_OK;
+            if (!st) st = waited;
+            for (size_t j = 0; j < count && !st; j++)
+                if (x[i * MOST + (int)j] != (double)j * n * (n + 1) / 2 + i * n) { TEST_FAIL("round %d, communicator %d, element %d: %g", round, i, (int)j, x[i * MOST + (int)j]); break; }
+        }
+    }
+    if (!st && ctx->rank == ctx->world - 1 && *(int *)user) st = llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "this rank gives up");
+    for (int i = 0; i < 2 && !st && *(int *)user; i++) st = llmpar_comm_barrier(comm[i], stream[i], "without the last");
+    for (int i = 0; i < 2; i++) {
+        llmpar_status waited = stream[i] ? ctx->device->synchronize(ctx->device, stream[i]) : LLMPAR_OK;
+        if (!st) st = waited;
+        if (stream[i]) ctx->device->stream_destroy(ctx->device, stream[i]);
+    }
+    for (int i = 0; i < 2; i++) llmpar_comm_destroy(comm[i]);
+    free(x);
+    return st;
+}
+TEST(streams_with_threads)
+{
+    llmpar_error error;
+    int gives_up = 0;
+    if (launch(two_threads, &gives_up, &error)) TEST_FAIL("%s", error.text);
+    gives_up = 1;
+    CHECK_STATUS(launch(two_threads, &gives_up, &error), LLMPAR_ERR_FORMAT);
+    CHECK_TEXT(error.text, "this rank gives up");
+    CHECK_INT(error.rank, test_world - 1);
+}
+
 TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(values_meeting_in_rounds), T_(values_without_checks), T_(like_threads), T_(large_buffers), T_(above_2_gib), T_(counts_bytes), T_(split),
           T_(split_without_memory), T_(set_up_without_memory), T_(mismatch), T_(mismatch_in_rounds), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody), T_(a_renamed_failure_keeps_its_root), T_(a_rank_that_returns_while_others_wait),
-          T_(deadline), T_(abort_by_hand), T_(a_rank_without_scratch), T_(a_mismatch_ends_the_others), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside))
+          T_(deadline), T_(abort_by_hand), T_(a_rank_without_scratch), T_(a_mismatch_ends_the_others), T_(random_failures), T_(other_numbers_of_ranks), T_(lowest_common_level), T_(own_communicator), T_(beside_own_calls_of_mpi), T_(threads_inside), T_(streams_with_threads))

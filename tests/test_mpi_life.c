@@ -1,6 +1,6 @@
 /* The life of MPI around llmpar, case by case, each a run of its own under mpirun (tests/mpi.sh):
      own      llmpar_launch initialises and finalises MPI; before that a communicator of the caller is refused, and afterwards a second launch
-     single   the caller initialised MPI without threads: workers are refused, one thread works
+     single   the caller initialised MPI without threads: workers and streams with threads are refused, one thread works
      abroad   MPI without threads, and launched on another thread than MPI was initialised on: refused
    Rank 0 prints the sum. */
 #include "test.h"
@@ -13,6 +13,17 @@ static llmpar_status barrier(llmpar_ctx *ctx, void *user)
     (void)user;
     calls++;
     return llmpar_comm_barrier(ctx->comm, NULL, "life");
+}
+static llmpar_status barrier_on_a_stream(llmpar_ctx *ctx, void *user)
+{
+    llmpar_stream *stream = NULL;
+    (void)user;
+    llmpar_status st = ctx->device->stream_create(ctx->device, "gather", &stream);
+    if (!st) st = llmpar_device_stream_thread(ctx->device, stream);
+    if (!st) st = llmpar_comm_barrier(ctx->comm, stream, "life");
+    llmpar_status waited = stream ? ctx->device->synchronize(ctx->device, stream) : LLMPAR_OK;
+    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    return st ? st : waited;
 }
 static void quiet(void *user, int rank, llmpar_log_level level, const char *line) { (void)user; (void)rank; (void)level; (void)line; }
 
@@ -59,6 +70,11 @@ static void single(void)
     desc.threads = 1;
     CHECK_OK(llmpar_launch(&desc, barrier, NULL, &error));
     CHECK_INT(calls, 1);
+    int world;
+    MPI_Comm_size(MPI_COMM_WORLD, &world);
+    if (world == 1) return; /* no call of MPI then */
+    CHECK_STATUS(llmpar_launch(&desc, barrier_on_a_stream, NULL, &error), LLMPAR_ERR_UNSUPPORTED);
+    CHECK_TEXT(error.text, "less than MPI_THREAD_SERIALIZED");
 }
 
 static void *elsewhere(void *arg)

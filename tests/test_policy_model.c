@@ -222,7 +222,7 @@ static llmpar_status walk(llmpar_ctx *ctx, llmpar_llama *model, job *j)
         memset(&sizes[u], 0, sizeof sizes[u]);
         sizes[u].recompute = (int32_t)units[u].recompute;
         if (!status) status = units[u].sizes(units[u].user, &micro, j->dtype, &sizes[u]);
-        j->peak_saved += ctx->rank ? 0 : sizes[u].saved;
+        if (ctx->rank == 0) j->peak_saved += sizes[u].saved;
     }
     borrowed_grad[0] = raw(device, (size_t)local_extent(tp, &units[0].params[0]) * sum_size);
     int32_t first = 0; /* trained unit */

@@ -337,7 +337,7 @@ static const char *run_one(const llmpar_instruction *in, int32_t i, const llmpar
     int32_t u = in->unit, whole = is_whole(p), parts = whole && p->shards > 1 && p->zero != LLMPAR_ZERO_0;
     for (int k = 0; k < touched[i].count; k++)
         if (touched[i].kind[k] != BEGINS && cells[bound[i][k]].state != WRITTEN) return "uses what is not there yet, or no more";
-    cell *buffer = u >= 0 && in->slot >= 0 ? at(i, buffer_of(u, in->use, in->op == LLMPAR_OP_REDUCE ? 0 : in->local, in->slot)) : NULL, *updated = at(i, (p->master ? MASTER : SHARD) + u);
+    cell *buffer = u >= 0 && in->slot >= 0 ? at(i, buffer_of(u, in->use, in->op == LLMPAR_OP_ACCUMULATE ? in->local : 0, in->slot)) : NULL, *updated = at(i, (p->master ? MASTER : SHARD) + u);
     switch (in->op) {
     case LLMPAR_OP_GATHER:
         if (whole && !at(i, SHARD + u)->part) return "gathers again what is up to date";
@@ -596,4 +596,67 @@ TEST(operands)
     }
 }
 
-TEST_LIST(T_(every_policy_validates), T_(any_order_of_streams), T_(dropped_doubled_swapped), T_(waits_and_streams), T_(operands))
+/* ---- lists by chance ---- */
+
+static int32_t small_number(void) { return random_below(4) ? random_below(4) : random_below(40) - 8; }
+
+/* One random change; returns the new count. */
+static int32_t mutate(int32_t count)
+{
+    static llmpar_instruction copy[MAX_LIST];
+    int32_t i = random_below(count);
+    llmpar_instruction *in = &changed[i];
+    memcpy(copy, changed, (size_t)count * sizeof *copy);
+    switch (random_below(8)) {
+    case 0: return count > 1 ? without(copy, count, i) : count;
+    case 1: return with_twice(copy, count, i);
+    case 2: if (i + 1 < count) with_swapped(copy, count, i); return count;
+    case 3: if (in->wait_count) without_wait(copy, count, i, random_below(in->wait_count)); return count;
+    case 4: in->stream = (llmpar_stream_id)random_below(LLMPAR_STREAM_COUNT); return count;
+    case 5: if (in->wait_count < LLMPAR_WAITS) in->waits[in->wait_count++] = random_below(i + 1); return count;
+    case 6: in->op = (llmpar_op)(1 + random_below(LLMPAR_OP_STORE)); return count;
+    default: break;
+    }
+    switch (random_below(11)) {
+    case 0: in->unit = small_number(); break;
+    case 1: in->micro_batch = small_number(); break;
+    case 2: in->pass = small_number(); break;
+    case 3: in->use = small_number(); break;
+    case 4: in->slot = small_number(); break;
+    case 5: in->from = small_number(); break;
+    case 6: in->from_use = small_number(); break;
+    case 7: in->local = small_number(); break;
+    case 8: in->what = (llmpar_state)random_below(LLMPAR_STATE_COUNT + 1); break;
+    case 9: in->again = small_number(); break;
+    default: in->predicate = (llmpar_predicate)random_below(3); break;
+    }
+    return count;
+}
+
+/* Whatever the validator lets pass computes what plain loops do, in any order of streams. */
+TEST(whatever_passes_is_right)
+{
+    char what[320];
+    int passed = 0, refused = 0;
+    for (int k = 0, rounds = test_rounds(2000); k < rounds; k++) {
+        llmpar_schedule *s = random_schedule(4, 4, what);
+        for (int j = 0; s && j < 12; j++) {
+            int32_t count = s->count;
+            memcpy(changed, s->list, (size_t)count * sizeof *changed);
+            for (int changes = 1 + random_below(3); changes; changes--) count = mutate(count);
+            if (validate(changed, count, &s->policy)) {
+                refused++;
+                continue;
+            }
+            passed++;
+            for (int t = 0; t < 3; t++) {
+                const char *wrong = simulate(changed, count, &s->policy, 0);
+                if (wrong) TEST_FAIL("%s: a list that passes is wrong: %s", what, wrong);
+            }
+        }
+        llmpar_schedule_destroy(s);
+    }
+    CHECK(passed > 200 && refused > 200);
+}
+
+TEST_LIST(T_(every_policy_validates), T_(any_order_of_streams), T_(dropped_doubled_swapped), T_(waits_and_streams), T_(operands), T_(whatever_passes_is_right))

@@ -507,7 +507,7 @@ static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpa
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__plan_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error)
 {
     const struct { const char *name; int32_t value, low, high; } range[] = {
         {"micro_batches", policy->micro_batches, 1, 1 << 20}, {"prefetch", policy->prefetch, 0, 4}, {"prefetch_backward", policy->prefetch_backward, 0, 4}, {"replicas", policy->replicas, 1, INT32_MAX}, {"shards", policy->shards, 1, INT32_MAX},
@@ -529,7 +529,7 @@ LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_
     llmpar_policy resolved = *policy;
     *out = NULL;
     llmpar__policy_resolve(&resolved);
-    llmpar_status status = llmpar__plan_check(units, unit_count, &resolved, error);
+    llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;
     llmpar__plan plan;
     memset(&plan, 0, sizeof plan);

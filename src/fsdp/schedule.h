@@ -90,7 +90,7 @@ typedef struct llmpar_schedule {
     llmpar_heap *heap;            /* borrowed */
 } llmpar_schedule;
 
-/* Pure: depends on the units' number, borrow, recompute and frozen fields and the policy alone. LLMPAR_ERR_ARGUMENT for a policy out of range. Owned by the caller. Local. */
+/* Pure: depends on the units' number, borrow, recompute and frozen fields and the policy alone. LLMPAR_ERR_ARGUMENT for a policy out of range, and for a pair that excludes each other, with the reason. Owned by the caller. Local. */
 LLMPAR_API llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error);
 LLMPAR_API void llmpar_schedule_destroy(llmpar_schedule *schedule); /* NULL is fine */
 /* One instruction a line: index, stream, op, operands, bytes, waits; a unit's own instructions once, where it first runs. bytes[count]: what each instruction moves or takes (llmpar_fsdp_bytes), NULL: not printed.
@@ -98,9 +98,10 @@ LLMPAR_API void llmpar_schedule_destroy(llmpar_schedule *schedule); /* NULL is f
 LLMPAR_API size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity);
 LLMPAR_API const char *llmpar_op_name(llmpar_op op);
 
-/* Proves a list, whoever wrote it: operands in range; waits point back; nothing is used before it is gathered or after it is freed; every buffer that is read was written and every one written is consumed; every
-   unit runs forward before backward, each (unit, use, micro-batch) gradient reaches exactly one OPTIM through exactly one REDUCE; what another stream wrote or still reads is waited for.
-   LLMPAR_ERR_SCHEDULE names the instruction and the reason. heap: scratch. Local. */
+/* Proves a list, whoever wrote it: operands in range; waits point back, so streams cannot deadlock; nothing is used before it is gathered, fetched, saved or computed again, or after it is freed or stored; every buffer that is
+   read was written and every one written is consumed; every unit runs forward before backward; each (unit, use, micro-batch) gradient reaches exactly one OPTIM through exactly one reduction, added in the policy's order (docs/exact.md),
+   a frozen unit's none; CAST and the gather of whole parameters follow the update, nothing else does; at the end everything that is offloaded is in its store; what another stream wrote or still reads is waited for.
+   LLMPAR_ERR_SCHEDULE names the instruction and the reason; LLMPAR_ERR_ARGUMENT as llmpar_schedule_create. heap: scratch. Local. */
 LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
 
 #endif

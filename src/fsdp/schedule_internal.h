@@ -40,5 +40,7 @@ LLMPAR__PRIVATE void llmpar__order_wait(llmpar__order *order, int32_t at, int32_
 LLMPAR__PRIVATE void llmpar__order_end(llmpar__order *order, int32_t at);
 /* Zeroes of a policy become their defaults. */
 LLMPAR__PRIVATE void llmpar__policy_resolve(llmpar_policy *policy);
+/* Units and resolved policy are in range and do not exclude each other: LLMPAR_ERR_ARGUMENT with the reason. */
+LLMPAR__PRIVATE llmpar_status llmpar__policy_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
 
 #endif

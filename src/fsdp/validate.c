@@ -518,12 +518,14 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     llmpar__policy_resolve(&proof.policy);
     proof.scalar[0] = proof.scalar[1] = -1;
     proof.error = error;
-    if (count < 0 || unit_count < 1 || proof.policy.micro_batches < 1) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: %d instructions for %d units, %d micro-batches", (int)count, (int)unit_count, (int)proof.policy.micro_batches);
+    if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_SCHEDULE, "schedule: %d instructions", (int)count);
+    llmpar_status status = llmpar__policy_check(units, unit_count, &proof.policy, error);
+    if (status) return status;
     proof.first = proof.policy.forward_only ? unit_count : llmpar_schedule_first_backward(units, unit_count);
     proof.passes = proof.policy.update == LLMPAR_UPDATE_TWO_PASSES && !proof.policy.forward_only ? 2 : 1;
     proof.state = (llmpar__unit_state *)llmpar_heap_zalloc(heap, (size_t)unit_count, sizeof *proof.state);
     proof.saved = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)unit_count, (size_t)proof.policy.micro_batches);
-    llmpar_status status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
+    status = proof.state && proof.saved ? llmpar__order_create(&order, heap, list, count, units, unit_count, &proof.policy) : LLMPAR_ERR_MEMORY;
     if (status) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "schedule: no memory to validate %d instructions", (int)count);
     for (int32_t unit = 0; unit < unit_count && !status; unit++) proof.state[unit].gathered = -1;
     if (!status) {
