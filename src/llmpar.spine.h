@@ -227,14 +227,13 @@ LLMPAR_EXTERN_C_END
 #include "cpu/kernels_avx2.c"
 #include "cpu/kernels_avx512.c"
 
-/* From here on nothing is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+/* From here on little is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
 
 #include "base/status.c"
 #include "base/heap.c"
-#include "base/json.c"
 
 #include "tables/device.c"
 #include "tables/ctx.c"
@@ -254,6 +253,25 @@ LLMPAR_EXTERN_C_END
 #include "comm/mpi_wait.c"
 #include "comm/mpi.c"
 
+#include "tp/tp.c"
+
+#include "fsdp/executor_unit.c"
+#include "fsdp/executor_shard.c"
+#include "fsdp/executor.c"
+
+#include "optim/adalomo.c"
+
+#include "model/block.c"
+#include "model/edges.c"
+#include "model/generate.c"
+
+/* And from here on nothing is: what runs once a job, or a few times a step. */
+#if defined(__OPTIMIZE__) && !defined(__clang__)
+#pragma GCC optimize ("O0")
+#endif
+
+#include "base/json.c"
+
 #include "io/file.c"
 #include "io/safetensors.c"
 
@@ -265,8 +283,6 @@ LLMPAR_EXTERN_C_END
 #include "mesh/redistribute_plan.c"
 #include "mesh/redistribute.c"
 
-#include "tp/tp.c"
-
 #include "fsdp/flat.c"
 #include "fsdp/store.c"
 #include "fsdp/shard.c"
@@ -274,22 +290,15 @@ LLMPAR_EXTERN_C_END
 #include "fsdp/schedule.c"
 #include "fsdp/schedule_print.c"
 #include "fsdp/validate.c"
-#include "fsdp/executor_unit.c"
-#include "fsdp/executor_shard.c"
-#include "fsdp/executor.c"
 #include "fsdp/account.c"
 
 #include "optim/lr.c"
 #include "optim/optim.c"
-#include "optim/adalomo.c"
 
 #include "text/data.c"
 
 #include "model/config.c"
 #include "model/llama.c"
-#include "model/block.c"
-#include "model/edges.c"
-#include "model/generate.c"
 
 #include "model_io/hf.c"
 
