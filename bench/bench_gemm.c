@@ -1,5 +1,6 @@
 /* bench_gemm: the matrix product on one core, level by level, beside the arithmetic peak of that level measured in the same run
-   (the level's own instructions on registers alone). Prints GFLOP/s and the part of the peak; the last column is what 8 exact pieces cost over one.
+   (the level's own instructions on registers alone). Prints GFLOP/s and the part of the peak; then what 8 exact pieces cost over one, and what
+   the product of BF16 operands into BF16 reaches of the f32 one, which does the same arithmetic.
 
      bench_gemm [level [kind m n k]]      kinds: nt nn tn */
 #include "llmpar.h"
@@ -69,18 +70,23 @@ static double peak(llmpar_cpu_level level)
 
 static const char *const kind_names[] = { "?", "nt", "nn", "tn" };
 
-static float *matrix(llmpar_device *device, int64_t count)
+static char *matrix(llmpar_device *device, llmpar_dtype dtype, int64_t count)
 {
     void *memory = NULL;
-    if (device->alloc(device, (size_t)count * sizeof(float), &memory)) exit(1);
-    for (int64_t i = 0; i < count; i++) ((float *)memory)[i] = (float)((i * 2654435761u) % 1000) * 1e-3f - 0.5f;
-    return (float *)memory;
+    if (device->alloc(device, (size_t)count * llmpar_dtype_size(dtype), &memory)) exit(1);
+    for (int64_t i = 0; i < count; i++) {
+        float x = (float)((i * 2654435761u) % 1000) * 1e-3f - 0.5f;
+        if (dtype == LLMPAR_F32) ((float *)memory)[i] = x;
+        else ((uint16_t *)memory)[i] = llmpar_f32_to_bf16(x);
+    }
+    return (char *)memory;
 }
 
 /* Best of several runs, in GFLOP/s; the summed dim in `pieces` equal pieces. Raises *top to the best peak seen between the runs, because clocks move. */
-static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, int32_t pieces, double budget, double *top)
+static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm_kind kind, llmpar_dtype dtype, int64_t m, int64_t n, int64_t k, int32_t pieces, double budget, double *top)
 {
-    float *a = matrix(device, m * k), *b = matrix(device, n * k), *c = matrix(device, m * n);
+    char *a = matrix(device, dtype, m * k), *b = matrix(device, dtype, n * k), *c = matrix(device, dtype, m * n);
+    int64_t size = (int64_t)llmpar_dtype_size(dtype);
     llmpar_gemm_segment *segments = (llmpar_gemm_segment *)calloc((size_t)pieces, sizeof *segments);
     llmpar_gemm_args args;
     double best = 1e30, best_shared = 1e30, begin = seconds();
@@ -92,15 +98,15 @@ static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm
     args.segments = segments;
     args.segment_count = args.pieces = pieces;
     args.kind = kind;
-    args.dtype = LLMPAR_F32;
+    args.dtype = dtype;
     for (int32_t i = 0; i < pieces; i++) {
         int64_t first = llmpar_piece_begin(i, k, pieces);
         segments[i].piece = i;
         segments[i].k = llmpar_piece_begin(i + 1, k, pieces) - first;
         segments[i].lda = kind == LLMPAR_GEMM_TN ? m : k;
         segments[i].ldb = kind == LLMPAR_GEMM_NT ? k : n;
-        segments[i].a = a + (kind == LLMPAR_GEMM_TN ? first * m : first);
-        segments[i].b = b + (kind == LLMPAR_GEMM_NT ? first : first * n);
+        segments[i].a = a + (kind == LLMPAR_GEMM_TN ? first * m : first) * size;
+        segments[i].b = b + (kind == LLMPAR_GEMM_NT ? first : first * n) * size;
     }
     args.workspace_bytes = device->gemm_workspace(device, &args);
     if (device->alloc(device, args.workspace_bytes, &args.workspace)) exit(1);
@@ -115,9 +121,9 @@ static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm
     }
     if (best == 1e30) best = best_shared; /* on a busy machine no run had the core for itself: the thread's own time, which is coarser */
     device->free(device, args.workspace, args.workspace_bytes);
-    device->free(device, a, (size_t)(m * k) * sizeof(float));
-    device->free(device, b, (size_t)(n * k) * sizeof(float));
-    device->free(device, c, (size_t)(m * n) * sizeof(float));
+    device->free(device, a, (size_t)(m * k * size));
+    device->free(device, b, (size_t)(n * k * size));
+    device->free(device, c, (size_t)(m * n * size));
     free(segments);
     return 2.0 * (double)m * (double)n * (double)k / best * 1e-9;
 }
@@ -139,15 +145,16 @@ int main(int argc, char **argv)
         llmpar_heap_init(&heap, NULL);
         llmpar_error_clear(&error);
         if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "%s\n", error.text); return 1; }
-        printf("%s\n  kind     m     n     k   1 piece      peak  of peak  8 pieces    cost\n", device->name);
+        printf("%s\n  kind     m     n     k   1 piece      peak  of peak  8 pieces    cost      bf16  of f32\n", device->name);
         for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
             for (int kind = 1; kind <= 3; kind++) {
-                double one, eight;
+                double one, eight, half;
                 int64_t m = argc > 5 ? atoll(argv[3]) : shapes[s][0], n = argc > 5 ? atoll(argv[4]) : shapes[s][1], k = argc > 5 ? atoll(argv[5]) : shapes[s][2];
                 if (argc > 5 && (s > 0 || strcmp(argv[2], kind_names[kind]))) continue;
-                one = measure(device, desc.level, (llmpar_gemm_kind)kind, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
-                eight = measure(device, desc.level, (llmpar_gemm_kind)kind, m, n, k, 8, argc > 5 ? 1.0 : 0.1, &top);
-                printf("  %4s %5d %5d %5d %9.1f %9.1f %7.1f%% %9.1f %6.1f%%\n", kind_names[kind], (int)m, (int)n, (int)k, one, top, 100 * one / top, eight, 100 * (one / eight - 1));
+                one = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
+                eight = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, k, 8, argc > 5 ? 1.0 : 0.1, &top);
+                half = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_BF16, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
+                printf("  %4s %5d %5d %5d %9.1f %9.1f %7.1f%% %9.1f %6.1f%% %9.1f %6.1f%%\n", kind_names[kind], (int)m, (int)n, (int)k, one, top, 100 * one / top, eight, 100 * (one / eight - 1), half, 100 * half / one);
             }
         llmpar_cpu_destroy(device);
     }

@@ -56,6 +56,7 @@ static void *put(llmpar_dtype dtype, const float *x, int64_t rows, int64_t width
         for (int64_t j = 0; j < width; j++) {
             if (dtype == LLMPAR_F32) ((float *)base)[r * ld + j] = x[r * width + j];
             else ((uint16_t *)base)[r * ld + j] = rounded(x[r * width + j], dtype);
+            if (dtype != LLMPAR_F32 && x[r * width + j] != x[r * width + j] && j % 2) ((uint16_t *)base)[r * ld + j] &= (uint16_t)(dtype == LLMPAR_BF16 ? 0xffbf : 0xfdff); /* signalling; the reference has the quiet one */
         }
     return base;
 }

@@ -835,19 +835,21 @@ static llmpar_status rank_crossed(llmpar_ctx *ctx, void *user)
     return st;
 }
 
-/* Not crossed: everybody waits, but the own thread of rank 0 is awake and will come. */
+/* Crossed too, and everybody waits; but the own thread of rank 0 is awake, and will make the call that the others wait for. */
 static llmpar_status rank_slow(llmpar_ctx *ctx, void *user)
 {
     ranks_job *job = (ranks_job *)user;
     rank_streams s;
+    int late = ctx->rank == 0;
     llmpar_status st = streams_begin(ctx, &s);
-    if (!st) st = llmpar_comm_barrier(s.pair[0], s.stream[0], "one");
-    if (!st && ctx->rank == 0) {
+    if (!st && !late) st = put_gate(ctx->device, s.stream[1], &job->a, NULL, 0);
+    if (!st) st = llmpar_comm_barrier(s.pair[!late], s.stream[!late], late ? "one" : "two");
+    if (!st && late) {
         gate_wait(&job->a, ctx->world - 1);
         sleep(3); /* the others look twice meanwhile */
     }
-    if (!st && ctx->rank != 0) st = put_gate(ctx->device, s.stream[0], &job->a, NULL, 0);
-    if (!st) st = llmpar_comm_barrier(s.pair[1], s.stream[1], "two");
+    if (!st && !late) st = ctx->device->synchronize(ctx->device, s.stream[1]);
+    if (!st) st = llmpar_comm_barrier(s.pair[late], s.stream[late], late ? "two" : "one");
     return streams_end(ctx, &s, st);
 }
 

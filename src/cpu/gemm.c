@@ -405,7 +405,7 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     return 1;
 }
 
-/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there. */
+/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there; a panel of B that lies as it is packed, where it goes. */
 static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
 {
     enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
@@ -415,10 +415,12 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
     part.in = scratch;
     part.ld = packing->transposed ? (int64_t)LD : (int64_t)STRIP_LD;
     for (panel = 0; panel < packing->panels; panel += panels) {
-        int64_t at = panel * width, columns;
+        int64_t at = panel * width, columns, p;
+        int direct;
         part.panels = packing->panels - panel < panels ? packing->panels - panel : panels;
         part.valid = packing->valid - at;
         columns = part.valid < part.panels * width ? part.valid : part.panels * width;
+        direct = width % 8 == 0 && columns == part.panels * width;
         for (k = 0; k < packing->k; k += part.k) {
             const char *in = (const char *)packing->in + (packing->transposed ? at * packing->ld + k : k * packing->ld + at) * half->size;
             part.k = packing->transposed ? (int64_t)ROW : (int64_t)STRIP;
@@ -428,10 +430,17 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
                 for (i = 0; i < columns; i++, in += packing->ld * half->size) {
                     int64_t ahead;
                     for (ahead = 0; ahead < ROW * 2; ahead += 64) __builtin_prefetch(in + ROW * 2 + ahead);
-                    half->widen(scratch + i * LD, in, part.k);
+                    half->widen_factors(scratch + i * LD, in, part.k);
                 }
             } else {
-                for (i = 0; i < part.k; i++, in += packing->ld * half->size) half->widen(scratch + i * STRIP_LD, in, columns);
+                for (i = 0; i < part.k; i++, in += packing->ld * half->size) {
+                    const char *ahead = in + 8 * packing->ld * half->size, *end = ahead + columns * half->size;
+                    for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+                    if (direct)
+                        for (p = 0; p < part.panels; p++) half->widen_factors(part.out + p * packing->distance + i * width, in + p * width * half->size, width);
+                    else half->widen_factors(scratch + i * STRIP_LD, in, columns);
+                }
+                if (direct) continue;
             }
             pack(&part);
         }

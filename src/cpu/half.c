@@ -36,35 +36,42 @@ static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__h
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_f16(__m128i half) { return _mm256_cvtph_ps(half); }
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_f16(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_factors_from_bf16(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
+
 /* Eights; what is left over goes through a copy of eight. */
-#define LLMPAR__HALF_LOOPS(type) \
-    LLMPAR__HALF_AVX2 static void llmpar__half_widen_##type##_avx2(float *out, const void *in, int64_t count) \
+#define LLMPAR__HALF_WIDEN(name, from_half) \
+    LLMPAR__HALF_AVX2 static void name(float *out, const void *in, int64_t count) \
     { \
         const uint16_t *from = (const uint16_t *)in; \
         uint16_t last[8] = { 0 }; \
         float wide[8]; \
         int64_t i = 0; \
-        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)(from + i)))); \
+        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, from_half(_mm_loadu_si128((const __m128i *)(const void *)(from + i)))); \
         if (i == count) return; \
         memcpy(last, from + i, (size_t)(count - i) * sizeof *last); \
-        _mm256_storeu_ps(wide, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)last))); \
+        _mm256_storeu_ps(wide, from_half(_mm_loadu_si128((const __m128i *)(const void *)last))); \
         memcpy(out + i, wide, (size_t)(count - i) * sizeof *wide); \
-    } \
-    LLMPAR__HALF_AVX2 static void llmpar__half_narrow_##type##_avx2(void *out, const float *in, int64_t count) \
+    }
+#define LLMPAR__HALF_NARROW(name, to_half) \
+    LLMPAR__HALF_AVX2 static void name(void *out, const float *in, int64_t count) \
     { \
         uint16_t *to = (uint16_t *)out, last[8]; \
         float wide[8] = { 0 }; \
         int64_t i = 0; \
-        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(void *)(to + i), llmpar__half_8_to_##type(_mm256_loadu_ps(in + i))); \
+        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(void *)(to + i), to_half(_mm256_loadu_ps(in + i))); \
         if (i == count) return; \
         memcpy(wide, in + i, (size_t)(count - i) * sizeof *wide); \
-        _mm_storeu_si128((__m128i *)(void *)last, llmpar__half_8_to_##type(_mm256_loadu_ps(wide))); \
+        _mm_storeu_si128((__m128i *)(void *)last, to_half(_mm256_loadu_ps(wide))); \
         memcpy(to + i, last, (size_t)(count - i) * sizeof *last); \
     }
-LLMPAR__HALF_LOOPS(bf16)
-LLMPAR__HALF_LOOPS(f16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx2, llmpar__half_8_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx2, llmpar__half_8_factors_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx2, llmpar__half_8_from_f16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx2, llmpar__half_8_to_bf16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
 
-#undef LLMPAR__HALF_LOOPS
+#undef LLMPAR__HALF_WIDEN
+#undef LLMPAR__HALF_NARROW
 #undef LLMPAR__HALF_AVX2
 #endif
 
@@ -101,6 +108,10 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
             half.narrow = llmpar__half_narrow_f16_avx2;
         }
     }
+#endif
+    half.widen_factors = half.widen;
+#if LLMPAR__VX86
+    if (half.widen == llmpar__half_widen_bf16_avx2) half.widen_factors = llmpar__half_widen_factors_bf16_avx2;
 #endif
     (void)cpu;
     return half;

@@ -16,6 +16,7 @@ typedef struct llmpar__half {
     int64_t size;                                               /* bytes of an element in memory */
     void (*widen)(float *out, const void *in, int64_t count);   /* NULL, as is narrow: F32 or F64, which kernels use where they lie */
     void (*narrow)(void *out, const float *in, int64_t count);
+    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: the product makes it quiet */
 } llmpar__half;
 
 LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype);
@@ -23,8 +24,8 @@ LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtyp
 LLMPAR__PRIVATE int llmpar__half_has_f16c(void);
 
 static inline int64_t llmpar__half_part(const llmpar__half *half, int64_t count) { return half->widen ? (int64_t)LLMPAR__HALF_PART : count > 0 ? count : 1; }
-/* Elements [index, index + count) of base, widened into scratch if need be. */
-static inline const void *llmpar__half_read(const llmpar__half *half, const void *base, int64_t index, int64_t count, float *scratch)
+/* Elements [index, index + count) of base, widened into scratch if need be. Called once a part: a copy in every kernel would only cost compilers time. */
+static __attribute__((noinline, unused)) const void *llmpar__half_read(const llmpar__half *half, const void *base, int64_t index, int64_t count, float *scratch)
 {
     const char *at = (const char *)base + index * half->size;
     if (!half->widen) return at;
@@ -36,7 +37,7 @@ static inline void *llmpar__half_target(const llmpar__half *half, void *base, in
 {
     return half->widen ? (void *)scratch : (void *)((char *)base + index * half->size);
 }
-static inline void llmpar__half_write(const llmpar__half *half, void *base, int64_t index, int64_t count, const float *scratch)
+static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__half *half, void *base, int64_t index, int64_t count, const float *scratch)
 {
     if (half->narrow) half->narrow((char *)base + index * half->size, scratch, count);
 }
