@@ -136,8 +136,10 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     llmpar_memory memory;
     if (!status && s->print_memory) {
         llmpar_error too_much;
-        desc.memory_limit = 0; /* to be printed, not refused */
+        llmpar_error_clear(&too_much);
+        if (desc.recompute != LLMPAR_RECOMPUTE_AUTO) desc.memory_limit = 0; /* to be printed, not refused */
         status = llmpar_plan_memory(mesh, model, &desc, &memory, &too_much);
+        if (status == LLMPAR_ERR_MEMORY && too_much.text[0]) status = llmpar_fail(ctx, status, "%s", too_much.text);
         if (!status) status = print_memory(ctx, &memory);
     }
     if (!status && !s->print_memory) status = llmpar_parallelize(mesh, model, &desc, &trainer);

@@ -190,6 +190,7 @@ train 1 'batch = 4 is not divisible by 2 data ranks (dp_replicate 1 x dp_shard 2
 train 1 'sequence length 17 is not divisible by tp = 2' --seq-len 17 --tp 2 --sp on
 train 1 'exact = require: 3 data ranks x grad_accum 1 is not a power of two that divides the 2 leaves of batch 6' --dp-shard 3 --batch 6 --exact require
 train 1 'exact = require: 2 data ranks x grad_accum 3 is not a power of two that divides the 2 leaves of batch 6' --dp-shard 2 --batch 6 --grad-accum 3 --exact require
+train 1 'exact = require: reduce_dtype bf16 rounds every rank' --dp-shard 2 --reduce-dtype bf16 --exact require
 train 1 'seq_len = 4096, expected at most the model*max_position_embeddings = 1024' --seq-len 4096
 generate 1 'num_attention_heads = 8 is not divisible by tp = 3' --prompt-ids 1 --tp 3
 generate 1 'prompt of 2 ids + 1023 tokens is more than the model*max_position_embeddings = 1024' --prompt-ids 1,2 --tokens 1023

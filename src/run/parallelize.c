@@ -26,6 +26,9 @@ static llmpar_status llmpar__recipe_exact(const llmpar_trainer_desc *desc, const
     if (!llmpar_is_pow2(mesh->dp_ranks) || !llmpar_is_pow2(desc->grad_accum) || leaves % cuts)
         return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: %d data ranks x grad_accum %d is not a power of two that divides the %lld leaves of batch %lld (its largest power of two), so sums over the batch depend on it",
                                 (int)mesh->dp_ranks, (int)desc->grad_accum, (long long)leaves, (long long)desc->batch);
+    if (desc->reduce_dtype != LLMPAR_DTYPE_DEFAULT && desc->reduce_dtype != llmpar_dtype_sum(desc->dtype))
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: reduce_dtype %s rounds every rank's gradients before they are added, so sums over the batch depend on the number of ranks; expected %s",
+                                llmpar_dtype_name(desc->reduce_dtype), llmpar_dtype_name(llmpar_dtype_sum(desc->dtype)));
     return LLMPAR_OK;
 }
 
