@@ -3202,6 +3202,7 @@ typedef struct llmpar__half {
     int64_t size;                                               /* bytes of an element in memory */
     void (*widen)(float *out, const void *in, int64_t count);   /* NULL, as is narrow: F32 or F64, which kernels use where they lie */
     void (*narrow)(void *out, const float *in, int64_t count);
+    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: the product makes it quiet */
 } llmpar__half;
 
 LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype);
@@ -3209,8 +3210,8 @@ LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtyp
 LLMPAR__PRIVATE int llmpar__half_has_f16c(void);
 
 static inline int64_t llmpar__half_part(const llmpar__half *half, int64_t count) { return half->widen ? (int64_t)LLMPAR__HALF_PART : count > 0 ? count : 1; }
-/* Elements [index, index + count) of base, widened into scratch if need be. */
-static inline const void *llmpar__half_read(const llmpar__half *half, const void *base, int64_t index, int64_t count, float *scratch)
+/* Elements [index, index + count) of base, widened into scratch if need be. Called once a part: a copy in every kernel would only cost compilers time. */
+static __attribute__((noinline, unused)) const void *llmpar__half_read(const llmpar__half *half, const void *base, int64_t index, int64_t count, float *scratch)
 {
     const char *at = (const char *)base + index * half->size;
     if (!half->widen) return at;
@@ -3222,7 +3223,7 @@ static inline void *llmpar__half_target(const llmpar__half *half, void *base, in
 {
     return half->widen ? (void *)scratch : (void *)((char *)base + index * half->size);
 }
-static inline void llmpar__half_write(const llmpar__half *half, void *base, int64_t index, int64_t count, const float *scratch)
+static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__half *half, void *base, int64_t index, int64_t count, const float *scratch)
 {
     if (half->narrow) half->narrow((char *)base + index * half->size, scratch, count);
 }
@@ -3467,35 +3468,42 @@ static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__h
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_f16(__m128i half) { return _mm256_cvtph_ps(half); }
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_f16(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_factors_from_bf16(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
+
 /* Eights; what is left over goes through a copy of eight. */
-#define LLMPAR__HALF_LOOPS(type) \
-    LLMPAR__HALF_AVX2 static void llmpar__half_widen_##type##_avx2(float *out, const void *in, int64_t count) \
+#define LLMPAR__HALF_WIDEN(name, from_half) \
+    LLMPAR__HALF_AVX2 static void name(float *out, const void *in, int64_t count) \
     { \
         const uint16_t *from = (const uint16_t *)in; \
         uint16_t last[8] = { 0 }; \
         float wide[8]; \
         int64_t i = 0; \
-        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)(from + i)))); \
+        for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, from_half(_mm_loadu_si128((const __m128i *)(const void *)(from + i)))); \
         if (i == count) return; \
         memcpy(last, from + i, (size_t)(count - i) * sizeof *last); \
-        _mm256_storeu_ps(wide, llmpar__half_8_from_##type(_mm_loadu_si128((const __m128i *)(const void *)last))); \
+        _mm256_storeu_ps(wide, from_half(_mm_loadu_si128((const __m128i *)(const void *)last))); \
         memcpy(out + i, wide, (size_t)(count - i) * sizeof *wide); \
-    } \
-    LLMPAR__HALF_AVX2 static void llmpar__half_narrow_##type##_avx2(void *out, const float *in, int64_t count) \
+    }
+#define LLMPAR__HALF_NARROW(name, to_half) \
+    LLMPAR__HALF_AVX2 static void name(void *out, const float *in, int64_t count) \
     { \
         uint16_t *to = (uint16_t *)out, last[8]; \
         float wide[8] = { 0 }; \
         int64_t i = 0; \
-        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(void *)(to + i), llmpar__half_8_to_##type(_mm256_loadu_ps(in + i))); \
+        for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i *)(void *)(to + i), to_half(_mm256_loadu_ps(in + i))); \
         if (i == count) return; \
         memcpy(wide, in + i, (size_t)(count - i) * sizeof *wide); \
-        _mm_storeu_si128((__m128i *)(void *)last, llmpar__half_8_to_##type(_mm256_loadu_ps(wide))); \
+        _mm_storeu_si128((__m128i *)(void *)last, to_half(_mm256_loadu_ps(wide))); \
         memcpy(to + i, last, (size_t)(count - i) * sizeof *last); \
     }
-LLMPAR__HALF_LOOPS(bf16)
-LLMPAR__HALF_LOOPS(f16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx2, llmpar__half_8_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx2, llmpar__half_8_factors_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx2, llmpar__half_8_from_f16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx2, llmpar__half_8_to_bf16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
 
-#undef LLMPAR__HALF_LOOPS
+#undef LLMPAR__HALF_WIDEN
+#undef LLMPAR__HALF_NARROW
 #undef LLMPAR__HALF_AVX2
 #endif
 
@@ -3532,6 +3540,10 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
             half.narrow = llmpar__half_narrow_f16_avx2;
         }
     }
+#endif
+    half.widen_factors = half.widen;
+#if LLMPAR__VX86
+    if (half.widen == llmpar__half_widen_bf16_avx2) half.widen_factors = llmpar__half_widen_factors_bf16_avx2;
 #endif
     (void)cpu;
     return half;
@@ -3949,7 +3961,7 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     return 1;
 }
 
-/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there. */
+/* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there; a panel of B that lies as it is packed, where it goes. */
 static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
 {
     enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
@@ -3959,10 +3971,12 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
     part.in = scratch;
     part.ld = packing->transposed ? (int64_t)LD : (int64_t)STRIP_LD;
     for (panel = 0; panel < packing->panels; panel += panels) {
-        int64_t at = panel * width, columns;
+        int64_t at = panel * width, columns, p;
+        int direct;
         part.panels = packing->panels - panel < panels ? packing->panels - panel : panels;
         part.valid = packing->valid - at;
         columns = part.valid < part.panels * width ? part.valid : part.panels * width;
+        direct = width % 8 == 0 && columns == part.panels * width;
         for (k = 0; k < packing->k; k += part.k) {
             const char *in = (const char *)packing->in + (packing->transposed ? at * packing->ld + k : k * packing->ld + at) * half->size;
             part.k = packing->transposed ? (int64_t)ROW : (int64_t)STRIP;
@@ -3972,10 +3986,17 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
                 for (i = 0; i < columns; i++, in += packing->ld * half->size) {
                     int64_t ahead;
                     for (ahead = 0; ahead < ROW * 2; ahead += 64) __builtin_prefetch(in + ROW * 2 + ahead);
-                    half->widen(scratch + i * LD, in, part.k);
+                    half->widen_factors(scratch + i * LD, in, part.k);
                 }
             } else {
-                for (i = 0; i < part.k; i++, in += packing->ld * half->size) half->widen(scratch + i * STRIP_LD, in, columns);
+                for (i = 0; i < part.k; i++, in += packing->ld * half->size) {
+                    const char *ahead = in + 8 * packing->ld * half->size, *end = ahead + columns * half->size;
+                    for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
+                    if (direct)
+                        for (p = 0; p < part.panels; p++) half->widen_factors(part.out + p * packing->distance + i * width, in + p * width * half->size, width);
+                    else half->widen_factors(scratch + i * STRIP_LD, in, columns);
+                }
+                if (direct) continue;
             }
             pack(&part);
         }
@@ -12935,6 +12956,451 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 }
 
 #endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/generate.c ==== */
+
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_LLAMA)
+
+/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
+   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
+typedef struct llmpar__session {
+    llmpar_llama *model;
+    llmpar_fsdp *fsdp;
+    llmpar_device *device;
+    llmpar_stream *stream;
+    llmpar_tp tp;                  /* the model's, without sequence parallel */
+    llmpar__shape s;               /* b = 1, t = rows */
+    llmpar_dtype dtype;
+    int64_t rows, capacity;
+    size_t workspace_bytes, cache_bytes;
+    void *block, *cache, *workspace; /* block: all activations */
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
+    int32_t *ids;                  /* device [rows] */
+    float *host;                   /* [rows, V] logits as f32 */
+    void *gathered;                /* device [tp, widest vocabulary part] */
+    int32_t unsharded_units;
+} llmpar__session;
+
+static llmpar_status llmpar__session_memory(llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    size_t at = 0;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
+    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
+    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
+    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
+    size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
+    g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
+    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, g->cache_bytes, "kv cache", &g->cache);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, g->workspace_bytes, "generation", &g->workspace);
+    if (status) return status;
+    char *base = (char *)g->block;
+    g->x = base + x;
+    g->h = base + h;
+    g->part = base + part;
+    g->sum = base + sum;
+    g->rstd = base + rstd;
+    g->q = base + q;
+    g->o = base + o;
+    g->gate = base + gate;
+    g->up = base + up;
+    g->logits = base + logits;
+    g->gathered = base + gathered;
+    g->ids = (int32_t *)(void *)(base + ids);
+    g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
+    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
+}
+
+static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
+{
+    const llmpar__shape *s = &g->s;
+    char *cache = (char *)g->cache + (size_t)layer * (size_t)(g->capacity * 2 * s->k * s->e) * s->size;
+    memset(args, 0, sizeof *args);
+    args->batch = 1;
+    args->tq = count;
+    args->tk = position + count;
+    args->tk_stride = g->capacity;
+    args->heads = s->h;
+    args->kv_heads = s->k;
+    args->head_dim = s->e;
+    args->q = g->q;
+    if (g->cache) {
+        args->k = cache;
+        args->v = cache + (size_t)(s->k * s->e) * s->size;
+    }
+    args->ldq = args->ldo = s->h * s->e;
+    args->ldk = args->ldv = 2 * s->k * s->e;
+    args->out = g->o;
+    args->scale = llmpar__llama_scale(g->model);
+    args->dtype = g->dtype;
+    args->workspace = g->workspace;
+    args->workspace_bytes = g->workspace_bytes;
+}
+
+static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = a;
+    operand->b = w;
+    operand->count = llmpar_tp_count(&g->tp, grains);
+    operand->begin = llmpar_tp_begin(&g->tp, grains);
+    operand->grain = grain;
+    operand->lda = operand->ldb = operand->count * grain;
+}
+
+static size_t llmpar__session_workspace(const llmpar__session *g)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    int64_t widths[4];
+    size_t most = 0, w;
+    widths[0] = s->h * s->e;
+    widths[1] = s->k * s->e;
+    widths[2] = s->f;
+    widths[3] = s->v;
+    llmpar_tp_operand row;
+    llmpar_attention_args attention;
+    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
+    for (int pass = 0; pass < 2; pass++) {
+        int64_t rows = pass ? g->rows : 1;
+        for (int i = 0; i < 4; i++) {
+            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
+            if (w > most) most = w;
+        }
+        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
+        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
+        if (w > most) most = w;
+        llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
+        w = g->device->attention_workspace(g->device, &attention);
+        if (w > most) most = w;
+    }
+    return most;
+}
+
+static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t capacity, llmpar__session *g)
+{
+    llmpar_micro micro;
+    memset(g, 0, sizeof *g);
+    g->model = model;
+    g->fsdp = fsdp;
+    g->device = model->ctx->device;
+    g->dtype = llmpar_fsdp_dtype(fsdp);
+    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
+    if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
+    if (capacity > model->positions)
+        return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
+    g->tp = model->tp;
+    g->tp.sequence_parallel = 0;
+    g->rows = rows;
+    g->capacity = capacity;
+    memset(&micro, 0, sizeof micro);
+    micro.batch = 1;
+    micro.t = rows;
+    micro.leaves = 1;
+    llmpar__llama_shape(model, &micro, g->dtype, &g->s);
+    g->workspace_bytes = llmpar__session_workspace(g);
+    llmpar_status status = g->device->stream_create(g->device, "generation", &g->stream);
+    if (!status) status = llmpar__session_memory(g);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
+        status = llmpar_fsdp_unshard(fsdp, u, NULL);
+        if (!status) g->unsharded_units = u + 1;
+    }
+    return status;
+}
+
+static void llmpar__session_close(llmpar__session *g)
+{
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    if (g->stream) { /* after a failure it may still read what goes now */
+        g->device->synchronize(g->device, g->stream);
+        g->device->stream_destroy(g->device, g->stream);
+    }
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    llmpar_arena_free(arena, g->block);
+    llmpar_arena_free(arena, g->cache);
+    llmpar_arena_free(arena, g->workspace);
+    llmpar_heap_free(&g->model->ctx->heap, g->host);
+}
+
+static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
+{
+    llmpar_rope_args args;
+    memset(&args, 0, sizeof args);
+    args.batch = 1;
+    args.t = count;
+    args.heads = heads;
+    args.head_dim = g->s.e;
+    args.ld = ld;
+    args.position = position;
+    args.x = x;
+    args.cosine = g->model->cosine;
+    args.sine = g->model->sine;
+    args.dtype = g->dtype;
+    return g->device->rope(g->device, g->stream, &args);
+}
+
+/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
+static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
+{
+    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
+    void *const *params = NULL;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
+    if (!status) *out = params + first;
+    return status;
+}
+
+static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
+    llmpar_attention_args attention;
+    llmpar_swiglu_args swiglu;
+    llmpar_tp_operand row;
+    llmpar_add_args add;
+    int64_t ld = 2 * s->k * s->e;
+    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
+    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
+    if (status) return status;
+    llmpar__session_attention(g, layer, position, count, &attention);
+    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
+    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
+    if (!status) status = g->device->attention(g->device, g->stream, &attention);
+    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    /* x += sum, h = norm(x) */
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = count;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = g->gate;
+    swiglu.up = g->up;
+    swiglu.h = g->gate;
+    swiglu.dtype = g->dtype;
+    if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
+    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
+    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
+    memset(&add, 0, sizeof add);
+    add.count = (size_t)(count * s->d);
+    add.a = g->x;
+    add.b = g->sum;
+    add.out = g->x;
+    add.dtype = g->dtype;
+    return status ? status : g->device->add(g->device, g->stream, &add);
+}
+
+/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
+static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
+{
+    const llmpar__shape *s = &g->s;
+    const llmpar_llama_config *c = &g->model->config;
+    llmpar_heap *heap = &g->model->ctx->heap;
+    int32_t head = g->model->unit_count - 1;
+    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
+    void *const *p = NULL, *const *table = NULL;
+    llmpar_collective call;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
+    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (status) return status;
+    const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
+    memset(&call, 0, sizeof call);
+    call.send = g->logits;
+    call.recv = g->gathered;
+    call.count = (size_t)(count * widest);
+    call.dtype = g->dtype;
+    call.tag = "logits/all_gather";
+    if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
+    size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
+    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
+    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
+    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
+    if (!status) status = g->device->synchronize(g->device, g->stream);
+    for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
+        int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
+        for (int64_t row = 0; row < count; row++)
+            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
+    }
+    llmpar_heap_free(heap, raw);
+    return status;
+}
+
+static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
+{
+    const llmpar_llama_config *c = &g->model->config;
+    void *const *table = NULL;
+    llmpar_embedding_args args;
+    for (int64_t i = 0; i < count; i++)
+        if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
+    memset(&args, 0, sizeof args);
+    args.rows = count;
+    args.dim = g->s.d;
+    args.v_begin = g->s.v_begin;
+    args.v_local = g->s.v;
+    args.ids = g->ids;
+    args.table = status ? NULL : table[0];
+    args.out = g->x;
+    args.dtype = g->dtype;
+    if (!status) status = g->device->embedding(g->device, g->stream, &args);
+    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
+    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
+{
+    llmpar__session g;
+    if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
+    llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
+    if (!status) status = llmpar__session_forward(&g, ids, 0, count);
+    if (!status) status = llmpar__session_head(&g, 0, count);
+    if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
+    llmpar__session_close(&g);
+    return status;
+}
+
+/* ---- sampling ---- */
+
+static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
+{
+    int32_t best = 0;
+    for (int32_t i = 1; i < vocab; i++)
+        if (logits[i] > logits[best]) best = i;
+    return best;
+}
+
+/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
+static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
+{
+    for (;;) {
+        int32_t child = 2 * at + 1;
+        if (child >= count) return;
+        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
+        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
+        int32_t swap = heap[at];
+        heap[at] = heap[child];
+        heap[child] = swap;
+        at = child;
+    }
+}
+
+/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+{
+    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    double sum = 0, mass = 0, target;
+    for (int32_t i = 0; i < vocab; i++) {
+        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
+        sum += (double)logits[i];
+        order[i] = i;
+    }
+    if (!(top_p > 0 && top_p < 1)) {
+        target = uniform * sum;
+        for (int32_t i = 0; i < vocab; i++) {
+            mass += (double)logits[i];
+            if (mass > target) return i;
+        }
+        return vocab - 1;
+    }
+    int32_t count = vocab, kept = 0;
+    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
+    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
+        int32_t top = order[0];
+        mass += (double)logits[top];
+        order[0] = order[--count];
+        order[count] = top;
+        kept++;
+        llmpar__sample_sift(order, count, 0, logits);
+    }
+    target = uniform * mass;
+    mass = 0;
+    for (int32_t i = 0; i < kept; i++) {
+        mass += (double)logits[order[vocab - 1 - i]];
+        if (mass > target) return order[vocab - 1 - i];
+    }
+    return order[vocab - kept];
+}
+
+/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
+static int llmpar__sample_finite(const float *logits, int32_t vocab)
+{
+    for (int32_t i = 0; i < vocab; i++)
+        if (!llmpar_isfinite_f32(logits[i])) return 0;
+    return 1;
+}
+
+static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
+{
+    for (int32_t i = 0; i < c->eos_count; i++)
+        if (c->eos_id[i] == id) return 1;
+    return 0;
+}
+
+LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
+{
+    enum { CHUNK = 256 };
+    const llmpar_llama_config *c = &model->config;
+    llmpar__session g;
+    int32_t tokens = desc->tokens ? desc->tokens : 128;
+    *count = 0;
+    if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
+    if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
+    if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
+    if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
+    int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
+    if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
+    llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
+    llmpar_status status = llmpar__session_open(model, fsdp, rows, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
+    int64_t position = 0, last = 0;
+    while (!status && position < desc->prompt_count) {
+        int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
+        status = llmpar__session_forward(&g, desc->prompt + position, position, n);
+        position += n;
+        last = n - 1;
+    }
+    for (int32_t i = 0; i < tokens && !status; i++) {
+        status = llmpar__session_head(&g, last, 1);
+        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        if (status) break;
+        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        ids[(*count)++] = id;
+        if (desc->on_token) status = desc->on_token(desc->user, id);
+        if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
+        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
+        last = 0;
+    }
+    llmpar__session_close(&g);
+    llmpar_heap_free(&model->ctx->heap, order);
+    return status;
+}
+
+#endif /* LLMPAR_NO_LLAMA */
 
 /* And from here on nothing is: what runs once a job, or a few times a step. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
@@ -16473,7 +16939,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
     int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
-    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !fsdp->count_only && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
         for (unsigned e = 0; e < LLMPAR__FREE_EVENTS && !status; e++) status = device->event_create(device, &fsdp->free_event[s][e]);
@@ -20337,451 +20803,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
 }
 
 #endif /* LLMPAR_NO_LLAMA */
-/* ==== src/model/generate.c ==== */
-
-#include <string.h>
-
-
-#if !defined(LLMPAR_NO_LLAMA)
-
-/* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
-   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
-typedef struct llmpar__session {
-    llmpar_llama *model;
-    llmpar_fsdp *fsdp;
-    llmpar_device *device;
-    llmpar_stream *stream;
-    llmpar_tp tp;                  /* the model's, without sequence parallel */
-    llmpar__shape s;               /* b = 1, t = rows */
-    llmpar_dtype dtype;
-    int64_t rows, capacity;
-    size_t workspace_bytes, cache_bytes;
-    void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
-    int32_t *ids;                  /* device [rows] */
-    float *host;                   /* [rows, V] logits as f32 */
-    void *gathered;                /* device [tp, widest vocabulary part] */
-    int32_t unsharded_units;
-} llmpar__session;
-
-static llmpar_status llmpar__session_memory(llmpar__session *g)
-{
-    const llmpar__shape *s = &g->s;
-    const llmpar_llama_config *c = &g->model->config;
-    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    size_t at = 0;
-    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
-    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
-    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
-    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
-    size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
-    g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
-    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, g->cache_bytes, "kv cache", &g->cache);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, g->workspace_bytes, "generation", &g->workspace);
-    if (status) return status;
-    char *base = (char *)g->block;
-    g->x = base + x;
-    g->h = base + h;
-    g->part = base + part;
-    g->sum = base + sum;
-    g->rstd = base + rstd;
-    g->q = base + q;
-    g->o = base + o;
-    g->gate = base + gate;
-    g->up = base + up;
-    g->logits = base + logits;
-    g->gathered = base + gathered;
-    g->ids = (int32_t *)(void *)(base + ids);
-    g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
-    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
-}
-
-static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
-{
-    const llmpar__shape *s = &g->s;
-    char *cache = (char *)g->cache + (size_t)layer * (size_t)(g->capacity * 2 * s->k * s->e) * s->size;
-    memset(args, 0, sizeof *args);
-    args->batch = 1;
-    args->tq = count;
-    args->tk = position + count;
-    args->tk_stride = g->capacity;
-    args->heads = s->h;
-    args->kv_heads = s->k;
-    args->head_dim = s->e;
-    args->q = g->q;
-    if (g->cache) {
-        args->k = cache;
-        args->v = cache + (size_t)(s->k * s->e) * s->size;
-    }
-    args->ldq = args->ldo = s->h * s->e;
-    args->ldk = args->ldv = 2 * s->k * s->e;
-    args->out = g->o;
-    args->scale = llmpar__llama_scale(g->model);
-    args->dtype = g->dtype;
-    args->workspace = g->workspace;
-    args->workspace_bytes = g->workspace_bytes;
-}
-
-static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
-{
-    memset(operand, 0, sizeof *operand);
-    operand->a = a;
-    operand->b = w;
-    operand->count = llmpar_tp_count(&g->tp, grains);
-    operand->begin = llmpar_tp_begin(&g->tp, grains);
-    operand->grain = grain;
-    operand->lda = operand->ldb = operand->count * grain;
-}
-
-static size_t llmpar__session_workspace(const llmpar__session *g)
-{
-    const llmpar__shape *s = &g->s;
-    const llmpar_llama_config *c = &g->model->config;
-    int64_t widths[4];
-    size_t most = 0, w;
-    widths[0] = s->h * s->e;
-    widths[1] = s->k * s->e;
-    widths[2] = s->f;
-    widths[3] = s->v;
-    llmpar_tp_operand row;
-    llmpar_attention_args attention;
-    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
-    for (int pass = 0; pass < 2; pass++) {
-        int64_t rows = pass ? g->rows : 1;
-        for (int i = 0; i < 4; i++) {
-            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
-            if (w > most) most = w;
-        }
-        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
-        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
-        if (w > most) most = w;
-        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
-        w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
-        if (w > most) most = w;
-        llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
-        w = g->device->attention_workspace(g->device, &attention);
-        if (w > most) most = w;
-    }
-    return most;
-}
-
-static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t capacity, llmpar__session *g)
-{
-    llmpar_micro micro;
-    memset(g, 0, sizeof *g);
-    g->model = model;
-    g->fsdp = fsdp;
-    g->device = model->ctx->device;
-    g->dtype = llmpar_fsdp_dtype(fsdp);
-    if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
-    if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
-    if (capacity > model->positions)
-        return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: %lld positions, expected at most the %lld that the model was set up for", (long long)capacity, (long long)model->positions);
-    g->tp = model->tp;
-    g->tp.sequence_parallel = 0;
-    g->rows = rows;
-    g->capacity = capacity;
-    memset(&micro, 0, sizeof micro);
-    micro.batch = 1;
-    micro.t = rows;
-    micro.leaves = 1;
-    llmpar__llama_shape(model, &micro, g->dtype, &g->s);
-    g->workspace_bytes = llmpar__session_workspace(g);
-    llmpar_status status = g->device->stream_create(g->device, "generation", &g->stream);
-    if (!status) status = llmpar__session_memory(g);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
-        status = llmpar_fsdp_unshard(fsdp, u, NULL);
-        if (!status) g->unsharded_units = u + 1;
-    }
-    return status;
-}
-
-static void llmpar__session_close(llmpar__session *g)
-{
-    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    if (g->stream) { /* after a failure it may still read what goes now */
-        g->device->synchronize(g->device, g->stream);
-        g->device->stream_destroy(g->device, g->stream);
-    }
-    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    llmpar_arena_free(arena, g->block);
-    llmpar_arena_free(arena, g->cache);
-    llmpar_arena_free(arena, g->workspace);
-    llmpar_heap_free(&g->model->ctx->heap, g->host);
-}
-
-static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
-{
-    llmpar_rope_args args;
-    memset(&args, 0, sizeof args);
-    args.batch = 1;
-    args.t = count;
-    args.heads = heads;
-    args.head_dim = g->s.e;
-    args.ld = ld;
-    args.position = position;
-    args.x = x;
-    args.cosine = g->model->cosine;
-    args.sine = g->model->sine;
-    args.dtype = g->dtype;
-    return g->device->rope(g->device, g->stream, &args);
-}
-
-/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
-static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
-{
-    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
-    void *const *params = NULL;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
-    if (!status) *out = params + first;
-    return status;
-}
-
-static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
-{
-    const llmpar__shape *s = &g->s;
-    const llmpar_llama_config *c = &g->model->config;
-    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
-    llmpar_attention_args attention;
-    llmpar_swiglu_args swiglu;
-    llmpar_tp_operand row;
-    llmpar_add_args add;
-    int64_t ld = 2 * s->k * s->e;
-    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
-    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
-    if (status) return status;
-    llmpar__session_attention(g, layer, position, count, &attention);
-    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
-    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
-    if (!status) status = g->device->attention(g->device, g->stream, &attention);
-    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
-    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
-    /* x += sum, h = norm(x) */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
-    swiglu.rows = count;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
-    swiglu.gate = g->gate;
-    swiglu.up = g->up;
-    swiglu.h = g->gate;
-    swiglu.dtype = g->dtype;
-    if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
-    if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
-    memset(&add, 0, sizeof add);
-    add.count = (size_t)(count * s->d);
-    add.a = g->x;
-    add.b = g->sum;
-    add.out = g->x;
-    add.dtype = g->dtype;
-    return status ? status : g->device->add(g->device, g->stream, &add);
-}
-
-/* Logits of `count` rows of x beginning at `first`, whole vocabulary, as f32 in g->host[count, V]. */
-static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int64_t count)
-{
-    const llmpar__shape *s = &g->s;
-    const llmpar_llama_config *c = &g->model->config;
-    llmpar_heap *heap = &g->model->ctx->heap;
-    int32_t head = g->model->unit_count - 1;
-    int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    void *const *p = NULL, *const *table = NULL;
-    llmpar_collective call;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
-    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    if (status) return status;
-    const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
-    memset(&call, 0, sizeof call);
-    call.send = g->logits;
-    call.recv = g->gathered;
-    call.count = (size_t)(count * widest);
-    call.dtype = g->dtype;
-    call.tag = "logits/all_gather";
-    if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
-    size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
-    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
-    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
-    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
-    if (!status) status = g->device->synchronize(g->device, g->stream);
-    for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
-        int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
-        for (int64_t row = 0; row < count; row++)
-            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
-    }
-    llmpar_heap_free(heap, raw);
-    return status;
-}
-
-static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
-{
-    const llmpar_llama_config *c = &g->model->config;
-    void *const *table = NULL;
-    llmpar_embedding_args args;
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
-    memset(&args, 0, sizeof args);
-    args.rows = count;
-    args.dim = g->s.d;
-    args.v_begin = g->s.v_begin;
-    args.v_local = g->s.v;
-    args.ids = g->ids;
-    args.table = status ? NULL : table[0];
-    args.out = g->x;
-    args.dtype = g->dtype;
-    if (!status) status = g->device->embedding(g->device, g->stream, &args);
-    if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
-    for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
-    return status;
-}
-
-LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
-{
-    llmpar__session g;
-    if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
-    llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
-    if (!status) status = llmpar__session_forward(&g, ids, 0, count);
-    if (!status) status = llmpar__session_head(&g, 0, count);
-    if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
-    llmpar__session_close(&g);
-    return status;
-}
-
-/* ---- sampling ---- */
-
-static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
-{
-    int32_t best = 0;
-    for (int32_t i = 1; i < vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
-}
-
-/* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
-static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const float *p)
-{
-    for (;;) {
-        int32_t child = 2 * at + 1;
-        if (child >= count) return;
-        if (child + 1 < count && (p[heap[child + 1]] > p[heap[child]] || (p[heap[child + 1]] == p[heap[child]] && heap[child + 1] < heap[child]))) child++;
-        if (p[heap[at]] > p[heap[child]] || (p[heap[at]] == p[heap[child]] && heap[at] < heap[child])) return;
-        int32_t swap = heap[at];
-        heap[at] = heap[child];
-        heap[child] = swap;
-        at = child;
-    }
-}
-
-/* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
-{
-    float max = logits[llmpar__sample_greedy(logits, vocab)];
-    double sum = 0, mass = 0, target;
-    for (int32_t i = 0; i < vocab; i++) {
-        logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
-        sum += (double)logits[i];
-        order[i] = i;
-    }
-    if (!(top_p > 0 && top_p < 1)) {
-        target = uniform * sum;
-        for (int32_t i = 0; i < vocab; i++) {
-            mass += (double)logits[i];
-            if (mass > target) return i;
-        }
-        return vocab - 1;
-    }
-    int32_t count = vocab, kept = 0;
-    for (int32_t i = vocab / 2; i-- > 0;) llmpar__sample_sift(order, count, i, logits);
-    while (count > 0 && mass < top_p * sum) { /* the popped ones gather behind the shrinking heap */
-        int32_t top = order[0];
-        mass += (double)logits[top];
-        order[0] = order[--count];
-        order[count] = top;
-        kept++;
-        llmpar__sample_sift(order, count, 0, logits);
-    }
-    target = uniform * mass;
-    mass = 0;
-    for (int32_t i = 0; i < kept; i++) {
-        mass += (double)logits[order[vocab - 1 - i]];
-        if (mass > target) return order[vocab - 1 - i];
-    }
-    return order[vocab - kept];
-}
-
-/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
-static int llmpar__sample_finite(const float *logits, int32_t vocab)
-{
-    for (int32_t i = 0; i < vocab; i++)
-        if (!llmpar_isfinite_f32(logits[i])) return 0;
-    return 1;
-}
-
-static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
-{
-    for (int32_t i = 0; i < c->eos_count; i++)
-        if (c->eos_id[i] == id) return 1;
-    return 0;
-}
-
-LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
-{
-    enum { CHUNK = 256 };
-    const llmpar_llama_config *c = &model->config;
-    llmpar__session g;
-    int32_t tokens = desc->tokens ? desc->tokens : 128;
-    *count = 0;
-    if (desc->prompt_count < 1 || !desc->prompt) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: prompt of %d ids, expected at least 1", (int)desc->prompt_count);
-    if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
-    if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
-    if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
-    int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
-    int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
-    if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
-    llmpar_rng rng = llmpar_rng_key(desc->seed, LLMPAR_RNG_SAMPLE, NULL, 0, 0);
-    llmpar_status status = llmpar__session_open(model, fsdp, rows, (int64_t)desc->prompt_count + tokens - (tokens > 0), &g);
-    int64_t position = 0, last = 0;
-    while (!status && position < desc->prompt_count) {
-        int64_t n = desc->prompt_count - position < rows ? desc->prompt_count - position : rows;
-        status = llmpar__session_forward(&g, desc->prompt + position, position, n);
-        position += n;
-        last = n - 1;
-    }
-    for (int32_t i = 0; i < tokens && !status; i++) {
-        status = llmpar__session_head(&g, last, 1);
-        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
-        if (status) break;
-        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
-        ids[(*count)++] = id;
-        if (desc->on_token) status = desc->on_token(desc->user, id);
-        if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
-        last = 0;
-    }
-    llmpar__session_close(&g);
-    llmpar_heap_free(&model->ctx->heap, order);
-    return status;
-}
-
-#endif /* LLMPAR_NO_LLAMA */
 
 /* ==== src/model_io/hf.c ==== */
 
@@ -21793,6 +21814,9 @@ static llmpar_status llmpar__recipe_exact(const llmpar_trainer_desc *desc, const
     if (!llmpar_is_pow2(mesh->dp_ranks) || !llmpar_is_pow2(desc->grad_accum) || leaves % cuts)
         return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: %d data ranks x grad_accum %d is not a power of two that divides the %lld leaves of batch %lld (its largest power of two), so sums over the batch depend on it",
                                 (int)mesh->dp_ranks, (int)desc->grad_accum, (long long)leaves, (long long)desc->batch);
+    if (desc->reduce_dtype != LLMPAR_DTYPE_DEFAULT && desc->reduce_dtype != llmpar_dtype_sum(desc->dtype))
+        return llmpar_error_set(error, LLMPAR_ERR_MESH, "exact = require: reduce_dtype %s rounds every rank's gradients before they are added, so sums over the batch depend on the number of ranks; expected %s",
+                                llmpar_dtype_name(desc->reduce_dtype), llmpar_dtype_name(llmpar_dtype_sum(desc->dtype)));
     return LLMPAR_OK;
 }
 
@@ -23854,7 +23878,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, in
                 LLMPAR__VEC s[4];
                 for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
                 for (; i < count && order[i] < leaf_end; i++) {
-                    const LLMPAR__VREAL *dout = (const LLMPAR__VREAL *)llmpar__half_read(&job->half, a->dout, order[i] * d + column, llmpar__v_min(4 * LLMPAR__VLANES, d - column), scratch);
+                    const LLMPAR__VREAL *dout = job->half.widen ? (const LLMPAR__VREAL *)llmpar__half_read(&job->half, a->dout, order[i] * d + column, llmpar__v_min(4 * LLMPAR__VLANES, d - column), scratch) : (const LLMPAR__VREAL *)a->dout + order[i] * d + column;
                     LLMPAR__VUNROLL
                     for (int k = 0; k < 4; k++) {
                         int64_t n = d - column - k * LLMPAR__VLANES;
