@@ -210,7 +210,8 @@ typedef struct net_job {
     llmpar_fsdp_desc fsdp;
     llmpar_policy policy;                /* zero, shards, replicas, master, offload come from the object */
     int recompute, frozen;               /* bit u: unit u */
-    int skip_nonfinite, untied;
+    int skip_nonfinite;
+    int lost_rank;                       /* world rank + 1 whose offload_dir is not there; 0: none */
     double loss_scale;
     llmpar_status (*body)(const struct net_job *job, llmpar_fsdp *fsdp);
 } net_job;
@@ -246,9 +247,11 @@ static llmpar_status net_rank(llmpar_ctx *ctx, void *user)
     llmpar_mesh *mesh = NULL;
     llmpar_fsdp *fsdp = NULL;
     llmpar_unit units[NET_UNITS];
+    llmpar_fsdp_desc desc = job->fsdp;
     net_units(job, units);
+    if (job->lost_rank == ctx->rank + 1) desc.offload_dir = "there/is/no/such";
     llmpar_status status = llmpar_mesh_create(ctx, &job->mesh, &mesh);
-    if (!status) status = llmpar_fsdp_create(mesh, units, NET_UNITS, &job->fsdp, &fsdp);
+    if (!status) status = llmpar_fsdp_create(mesh, units, NET_UNITS, &desc, &fsdp);
     if (!status) status = job->body(job, fsdp);
     llmpar_fsdp_destroy(fsdp);
     llmpar_mesh_destroy(mesh);

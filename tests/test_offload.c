@@ -1,6 +1,7 @@
 /* What of a step's data is where, and when: ZeRO stages, compute dtypes, recomputation, frozen units, states in host memory and in files, updates inside backward. All of it changes no bit; memory is
    accounted for to the byte; what cannot be kept is refused and leaves nothing behind. */
 #include "fsdp_net.h"
+#include "debug_device.h"
 #include <dirent.h>
 #include <errno.h>
 #include <signal.h>
@@ -25,20 +26,23 @@ static net_job job_of(int mesh, llmpar_dtype dtype)
 
 static int sharded_params(const net_job *job) { return job->mesh.dp_shard > 1 && (job->fsdp.zero == LLMPAR_ZERO_DEFAULT || job->fsdp.zero == LLMPAR_ZERO_3); }
 
-/* Runs the job on every mesh and in every ZeRO stage; the first, on one rank, is what the others must equal. */
+/* Runs the job on meshes and ZeRO stages, every second pair of them in turns (under a sanitizer every eighth); where nothing is known yet, first on one rank, which is what the others must equal. */
 static void everywhere(const net_job *like, const char *name)
 {
-    for (int mesh = 0; mesh < MESHES; mesh++)
-        for (int zero = LLMPAR_ZERO_0; zero <= LLMPAR_ZERO_3; zero++) {
-            char row[200];
-            net_job job = *like;
-            job.mesh = meshes[mesh];
-            job.fsdp.zero = zero;
-            if ((like->policy.micro_batches > 2 && mesh > 1) || (job.fsdp.offload[LLMPAR_STATE_PARAMS] && job.fsdp.dtype == LLMPAR_F32 && !sharded_params(&job))) continue;
-            if (mesh == 0 && zero != LLMPAR_ZERO_3 && zero != LLMPAR_ZERO_0) continue;
-            snprintf(row, sizeof row, "%s, mesh %d, zero %d", name, mesh, zero - 1);
-            net_launch_ok(&job, row);
-        }
+    static int turn;
+    int step = test_rounds(8) == 8 ? 2 : 8;
+    for (int pair = 0; pair < 4 * MESHES; pair++) {
+        char row[200];
+        net_job job = *like;
+        int mesh = pair / 4;
+        job.mesh = meshes[mesh];
+        job.fsdp.zero = LLMPAR_ZERO_0 + pair % 4;
+        if (job.mesh.dp_shard == 1 && job.fsdp.zero != LLMPAR_ZERO_3) continue; /* all the same */
+        if ((like->policy.micro_batches > 2 && mesh > 1) || (job.fsdp.offload[LLMPAR_STATE_PARAMS] && job.fsdp.dtype == LLMPAR_F32 && !sharded_params(&job))) continue;
+        if (turn++ % step && (net_reference.known || mesh)) continue;
+        snprintf(row, sizeof row, "%s, mesh %d, zero %d", name, mesh, pair % 4);
+        net_launch_ok(&job, row);
+    }
 }
 
 TEST(zero_stages)
@@ -140,7 +144,7 @@ TEST(offload_tiers)
         net_job job = job_of(0, dtypes[d]);
         memset(&net_reference, 0, sizeof net_reference);
         net_launch_ok(&job, "one rank");
-        for (int set = 1; set < 16; set++)
+        for (int set = 1; set < 16; set += 16 / test_rounds(16))
             for (int i = 0; i < 4; i++) {
                 char row[100];
                 for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = !(set >> s & 1) ? LLMPAR_TIER_DEVICE : (set + s + i) % 2 ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
@@ -195,6 +199,52 @@ TEST(overlap)
     desc.ranks = 2, desc.lockstep = 1, desc.check = net_no_leak;
     CHECK_STATUS(llmpar_launch(&desc, net_rank, &job, &error), LLMPAR_ERR_UNSUPPORTED);
     CHECK_TEXT(error.text, "overlap: lockstep");
+}
+
+/* On a device that runs each stream as late, or the others as early, as waits allow. */
+static debug_order late_order;
+static llmpar_status late_rank(llmpar_ctx *ctx, void *user)
+{
+    debug_device *d = (debug_device *)calloc(1, sizeof *d);
+    llmpar_device *own = ctx->device;
+    debug_device_init(d, own, late_order);
+    ctx->device = ctx->comm->device = &d->table;
+    llmpar_status status = net_rank(ctx, user);
+    ctx->device = ctx->comm->device = own;
+    if (!status && (d->most_pending < 5 || d->pending || d->early_free))
+        TEST_FAIL("rank %d: at most %llu operations waited, %llu were never waited for, %llu times memory was given back too early", ctx->rank, (unsigned long long)d->most_pending, (unsigned long long)d->pending, (unsigned long long)d->early_free);
+    free(d);
+    return status;
+}
+
+TEST(late_streams)
+{
+    for (int d = 0; d < 2; d++) {
+        net_job job = job_of(0, d ? LLMPAR_BF16 : LLMPAR_F32);
+        memset(&net_reference, 0, sizeof net_reference);
+        net_launch_ok(&job, "one rank");
+        for (int row = 0; row < 6; row++)
+            for (int order = DEBUG_FIFO; order <= DEBUG_OTHERS; order++) {
+                llmpar_error error;
+                llmpar_launch_desc desc;
+                int before = test_failures;
+                memset(&desc, 0, sizeof desc);
+                job = job_of(1 + row % 3, d ? LLMPAR_BF16 : LLMPAR_F32);
+                job.fsdp.offload_dir = "build";
+                job.fsdp.zero = row == 1 ? LLMPAR_ZERO_1 : row == 2 ? LLMPAR_ZERO_2 : LLMPAR_ZERO_3;
+                for (int s = 0; s < LLMPAR_STATE_COUNT && row % 2; s++) job.fsdp.offload[s] = s % 2 ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
+                if (row % 2 && !d && !sharded_params(&job)) job.fsdp.offload[LLMPAR_STATE_PARAMS] = LLMPAR_TIER_DEVICE;
+                job.policy.micro_batches = row == 4 ? 1 : 2;
+                job.policy.update = row == 4 ? LLMPAR_UPDATE_TWO_PASSES : LLMPAR_UPDATE_AFTER;
+                job.policy.prefetch = row % 3, job.policy.prefetch_backward = row % 2;
+                job.recompute = row > 2 ? 6 : 0;
+                late_order = (debug_order)order;
+                desc.ranks = job.mesh.dp_replicate * job.mesh.dp_shard;
+                desc.check = net_no_leak;
+                if (llmpar_launch(&desc, late_rank, &job, &error)) TEST_FAIL("rank %d (%s): %s", error.rank, error.where, error.text);
+                if (test_failures != before) fprintf(stderr, "  (row %d, order %d, dtype %d)\n", row, order, d);
+            }
+    }
 }
 
 /* ---- gradients in half the bytes ---- */
@@ -669,6 +719,12 @@ TEST(files_in_trouble)
         CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
         CHECK_TEXT(error.text, "expected a directory that files can be made in");
         job.fsdp.offload_dir = PLACE;
+        for (job.lost_rank = ranks; job.lost_rank; job.lost_rank--) { /* one rank's trouble is everybody's */
+            CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
+            CHECK_INT(error.rank, job.lost_rank - 1);
+            CHECK_TEXT(error.text, "offload: there/is/no/such/llmpar-offload-");
+            CHECK_INT(entries(PLACE) + open_files(0), 0);
+        }
         getrlimit(RLIMIT_FSIZE, &old);
         limit_files(8192);
         CHECK_STATUS(net_launch(&job, &error), LLMPAR_ERR_IO);
@@ -741,4 +797,4 @@ TEST(memory_limit)
     net_launch_ok(&job, "limited, everything in a file");
 }
 
-TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(overlap), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(looking_in), T_(bytes_of_instructions), T_(files_in_trouble), T_(no_memory), T_(memory_limit))
+TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(overlap), T_(late_streams), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(looking_in), T_(bytes_of_instructions), T_(files_in_trouble), T_(no_memory), T_(memory_limit))
