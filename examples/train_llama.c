@@ -42,7 +42,7 @@ static void usage(void)
          "  --grad-accum N      micro-batches a step (default 1)\n"
          "  --steps N           (default 100)\n"
          "  --lr X              peak of the learning rate (default 1e-3)\n"
-         "  --warmup N          steps (default a tenth of --steps)\n"
+         "  --warmup N          steps (default a tenth of --steps; one-cycle has none)\n"
          "  --seed N            of weights and data order (default 0)\n"
          POLICY_USAGE
          "output\n"
@@ -222,7 +222,7 @@ int main(int argc, char **argv)
         if (llmpar_llama_preset(s.model, &preset, &unknown)) bad = option_error("--model: no directory of that name; %s", unknown.text);
     }
     if (bad) return 2;
-    if (s.warmup < 0) s.warmup = s.steps / 10;
+    if (s.warmup < 0) s.warmup = s.policy.lr_schedule == LLMPAR_LR_ONE_CYCLE ? 0 : s.steps / 10;
     llmpar_launch_desc launch;
     llmpar_error error;
     memset(&launch, 0, sizeof launch);

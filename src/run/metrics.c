@@ -8,6 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/math.h"
+
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
@@ -66,7 +68,11 @@ static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *s
     llmpar_arena_usage usage;
     if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
     llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
-    fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
+    char loss[32] = "null", norm[32] = "null", scale[64] = ""; /* JSON has no NaN: a step that loss scaling skipped */
+    if (llmpar_isfinite_f64(step->loss)) snprintf(loss, sizeof loss, "%.9g", step->loss);
+    if (llmpar_isfinite_f64(step->grad_norm)) snprintf(norm, sizeof norm, "%.9g", step->grad_norm);
+    if (t->desc.dtype == LLMPAR_F16) snprintf(scale, sizeof scale, "\"loss_scale\":%.9g,\"found_inf\":%d,", step->loss_scale, (int)step->found_inf);
+    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
     fprintf(file, "\"total\":%llu}}\n", (unsigned long long)usage.peak_total);
     if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
