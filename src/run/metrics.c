@@ -102,42 +102,50 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
-/* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
+/* What MFU is measured against: a square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all
+   that memory is needed for. */
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
     enum { SIDE = 256, TRIES = 3 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
+    llmpar_stream *stream = NULL;
+    llmpar_arena *arena = NULL;
     llmpar_gemm_args args;
     llmpar_gemm_segment segment;
     void *data = NULL, *workspace = NULL, *rate = NULL;
-    size_t size = llmpar_dtype_size(t->desc.dtype), matrix = (size_t)SIDE * SIDE * size;
+    size_t matrix;
+    int64_t side = 2 * SIDE;
     memset(&args, 0, sizeof args);
     memset(&segment, 0, sizeof segment);
-    segment.k = segment.lda = segment.ldb = SIDE;
-    args.m = args.n = args.ldc = SIDE;
     args.segments = &segment;
     args.segment_count = args.pieces = 1;
     args.kind = LLMPAR_GEMM_NT;
     args.dtype = t->desc.dtype;
-    args.workspace_bytes = device->gemm_workspace(device, &args);
-    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
+    do {
+        side /= 2;
+        segment.k = segment.lda = segment.ldb = args.m = args.n = args.ldc = side;
+        matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
+        args.workspace_bytes = device->gemm_workspace(device, &args);
+    } while (side > 8 && t->desc.memory_limit && 3 * matrix + args.workspace_bytes + sizeof(double) + 3 * device->alignment > t->desc.memory_limit);
+    llmpar_status status = llmpar_arena_create(ctx, t->desc.memory_limit, &arena);
+    if (!status) status = device->stream_create(device, "peak", &stream);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
-    if (!status) status = device->zero(device, t->stream, data, 3 * matrix);
+    if (!status) status = device->zero(device, stream, data, 3 * matrix);
     segment.a = data;
     segment.b = (char *)data + matrix;
     args.c = (char *)data + 2 * matrix;
     args.workspace = workspace;
     double best = 0;
     for (int i = 0; i < TRIES && !status; i++) {
-        status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
-        if (!status) status = device->synchronize(device, t->stream);
+        status = llmpar_comm_barrier(ctx->comm, stream, "peak");
+        if (!status) status = device->synchronize(device, stream);
         double begin = llmpar__run_seconds();
-        if (!status) status = device->gemm(device, t->stream, &args);
-        if (!status) status = device->synchronize(device, t->stream);
-        double flops = 2.0 * (double)SIDE * (double)SIDE * (double)SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        if (!status) status = device->gemm(device, stream, &args);
+        if (!status) status = device->synchronize(device, stream);
+        double flops = 2.0 * (double)side * (double)side * (double)side / (llmpar__run_seconds() - begin + 1e-9);
         if (i > 0 && flops > best) best = flops; /* the first one warms up */
     }
     llmpar_collective call;
@@ -146,15 +154,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     call.count = 1;
     call.dtype = LLMPAR_F64;
     call.tag = "peak";
-    if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
-    if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
-    if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
-    llmpar_status waited = device->synchronize(device, t->stream); /* in any case: the stream may use what goes now */
-    if (!status) status = waited;
-    llmpar_arena_free(arena, rate);
-    llmpar_arena_free(arena, workspace);
-    llmpar_arena_free(arena, data);
-    llmpar_arena_reset_peaks(arena);
+    if (!status) status = device->copy(device, stream, rate, &best, sizeof best);
+    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
+    if (!status) status = device->copy(device, stream, &t->peak_flops, rate, sizeof best);
+    if (stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    llmpar_arena_destroy(arena);
     return status;
 }
 

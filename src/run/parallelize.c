@@ -199,6 +199,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     int trains = t->desc.sequence || t->desc.data;
     if (trains) status = llmpar__recipe_schedule(t, &fsdp, 0, &t->train);
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
+    if (trains && !status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
     if (status || !trains) return status;
     if (t->desc.trace && !t->count_only) {
@@ -206,10 +207,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
         if (status) return status;
         llmpar_fsdp_set_trace(t->fsdp, t->trace);
     }
-    /* The optimizer on the shards, the step's tokens, the metrics. */
+    /* The optimizer on the shards, the step's tokens. */
     if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
-    if (!status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
     return status;
 }

@@ -149,6 +149,7 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
         uint64_t peak;
         llmpar_status status;
         memset(blocks, 0, sizeof *blocks);
+        blocks->every = desc->recompute_every;
         if (full) blocks->selective = all;
         while (low < high) {
             int32_t middle = low + (high - low) / 2;

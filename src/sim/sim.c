@@ -1,5 +1,6 @@
 #include "sim/sim.h"
 
+#include <stddef.h>
 #include <string.h>
 
 #include "base/heap.h"
@@ -43,6 +44,7 @@ static llmpar_status llmpar__sim_zero(llmpar_device *device, llmpar_stream *stre
 static llmpar_status llmpar__sim_stream_create(llmpar_device *device, const char *name, llmpar_stream **out) { (void)name; *out = (llmpar_stream *)device->state; return LLMPAR_OK; }
 static void llmpar__sim_stream_destroy(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; }
 static llmpar_status llmpar__sim_synchronize(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_stream_thread(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; return LLMPAR_OK; }
 static llmpar_status llmpar__sim_event_create(llmpar_device *device, llmpar_event **out) { *out = (llmpar_event *)device->state; return LLMPAR_OK; }
 static void llmpar__sim_event_destroy(llmpar_device *device, llmpar_event *event) { (void)device; (void)event; }
 static llmpar_status llmpar__sim_event(llmpar_device *device, llmpar_stream *stream, llmpar_event *event) { (void)device; (void)stream; (void)event; return LLMPAR_OK; }
@@ -91,6 +93,8 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->stream_create = llmpar__sim_stream_create;
     table->stream_destroy = llmpar__sim_stream_destroy;
     table->synchronize = llmpar__sim_synchronize;
+    /* As the device can or not, so that a recipe is refused in the plan where it would be. */
+    if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
     table->event_record = llmpar__sim_event;
@@ -165,6 +169,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
     comm->axis = of->axis;
     comm->device = device;
     comm->error = error;
+    comm->one_thread = of->size >= offsetof(llmpar_comm, one_thread) + sizeof of->one_thread ? of->one_thread : NULL;
     comm->state = sim;
     comm->split = llmpar__sim_split;
     comm->destroy = llmpar__sim_comm_destroy;
