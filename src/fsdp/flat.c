@@ -218,7 +218,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
     int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
-    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !fsdp->count_only && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
         for (unsigned e = 0; e < LLMPAR__FREE_EVENTS && !status; e++) status = device->event_create(device, &fsdp->free_event[s][e]);
