@@ -14841,6 +14841,7 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 
 /* ==== src/sim/sim.c ==== */
 
+#include <stddef.h>
 #include <string.h>
 
 
@@ -14883,6 +14884,7 @@ static llmpar_status llmpar__sim_zero(llmpar_device *device, llmpar_stream *stre
 static llmpar_status llmpar__sim_stream_create(llmpar_device *device, const char *name, llmpar_stream **out) { (void)name; *out = (llmpar_stream *)device->state; return LLMPAR_OK; }
 static void llmpar__sim_stream_destroy(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; }
 static llmpar_status llmpar__sim_synchronize(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; return LLMPAR_OK; }
+static llmpar_status llmpar__sim_stream_thread(llmpar_device *device, llmpar_stream *stream) { (void)device; (void)stream; return LLMPAR_OK; }
 static llmpar_status llmpar__sim_event_create(llmpar_device *device, llmpar_event **out) { *out = (llmpar_event *)device->state; return LLMPAR_OK; }
 static void llmpar__sim_event_destroy(llmpar_device *device, llmpar_event *event) { (void)device; (void)event; }
 static llmpar_status llmpar__sim_event(llmpar_device *device, llmpar_stream *stream, llmpar_event *event) { (void)device; (void)stream; (void)event; return LLMPAR_OK; }
@@ -14931,6 +14933,8 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->stream_create = llmpar__sim_stream_create;
     table->stream_destroy = llmpar__sim_stream_destroy;
     table->synchronize = llmpar__sim_synchronize;
+    /* As the device can or not, so that a recipe is refused in the plan where it would be. */
+    if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
     table->event_record = llmpar__sim_event;
@@ -15005,6 +15009,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
     comm->axis = of->axis;
     comm->device = device;
     comm->error = error;
+    comm->one_thread = of->size >= offsetof(llmpar_comm, one_thread) + sizeof of->one_thread ? of->one_thread : NULL;
     comm->state = sim;
     comm->split = llmpar__sim_split;
     comm->destroy = llmpar__sim_comm_destroy;
@@ -16939,7 +16944,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     /* The compute stream first: the first one keeps the device's workers. A file is slow enough for a thread even where nothing else has one; on a device without threads it moves inside the call. */
     int threads = device->size >= offsetof(llmpar_device, stream_thread) + sizeof device->stream_thread && device->stream_thread, file = 0;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++) file |= fsdp->tier[i] == LLMPAR_TIER_FILE;
-    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !fsdp->count_only && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
+    for (int s = 0; s < LLMPAR_STREAM_COUNT && overlap && !status; s++) status = llmpar_device_stream_thread(device, fsdp->stream[s]);
     if (!status && !overlap && file && threads && !alone && !fsdp->count_only) status = device->stream_thread(device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
     for (int s = 0; s < LLMPAR_STREAM_COUNT && !status; s++)
         for (unsigned e = 0; e < LLMPAR__FREE_EVENTS && !status; e++) status = device->event_create(device, &fsdp->free_event[s][e]);
@@ -21987,6 +21992,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     int trains = t->desc.sequence || t->desc.data;
     if (trains) status = llmpar__recipe_schedule(t, &fsdp, 0, &t->train);
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
+    if (trains && !status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
     if (status || !trains) return status;
     if (t->desc.trace && !t->count_only) {
@@ -21994,10 +22000,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
         if (status) return status;
         llmpar_fsdp_set_trace(t->fsdp, t->trace);
     }
-    /* The optimizer on the shards, the step's tokens, the metrics. */
+    /* The optimizer on the shards, the step's tokens. */
     if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
     if (!status) status = llmpar__recipe_buffers(t);
-    if (!status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
     return status;
 }
@@ -22342,6 +22347,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
 #include <time.h>
 #include <unistd.h>
 
+
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
@@ -22400,7 +22406,11 @@ static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *s
     llmpar_arena_usage usage;
     if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
     llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &usage);
-    fprintf(file, "{\"step\":%lld,\"loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, step->loss, step->grad_norm, step->lr, step->tokens_per_second, step->mfu);
+    char loss[32] = "null", norm[32] = "null", scale[64] = ""; /* JSON has no NaN: a step that loss scaling skipped */
+    if (llmpar_isfinite_f64(step->loss)) snprintf(loss, sizeof loss, "%.9g", step->loss);
+    if (llmpar_isfinite_f64(step->grad_norm)) snprintf(norm, sizeof norm, "%.9g", step->grad_norm);
+    if (t->desc.dtype == LLMPAR_F16) snprintf(scale, sizeof scale, "\"loss_scale\":%.9g,\"found_inf\":%d,", step->loss_scale, (int)step->found_inf);
+    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
     for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
     fprintf(file, "\"total\":%llu}}\n", (unsigned long long)usage.peak_total);
     if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
@@ -22430,42 +22440,50 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
-/* What MFU is measured against: a square product on every rank at once, the best of a few tries. */
+/* What MFU is measured against: a square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all
+   that memory is needed for. */
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
     enum { SIDE = 256, TRIES = 3 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar_arena *arena = llmpar_fsdp_arena(t->fsdp);
+    llmpar_stream *stream = NULL;
+    llmpar_arena *arena = NULL;
     llmpar_gemm_args args;
     llmpar_gemm_segment segment;
     void *data = NULL, *workspace = NULL, *rate = NULL;
-    size_t size = llmpar_dtype_size(t->desc.dtype), matrix = (size_t)SIDE * SIDE * size;
+    size_t matrix;
+    int64_t side = 2 * SIDE;
     memset(&args, 0, sizeof args);
     memset(&segment, 0, sizeof segment);
-    segment.k = segment.lda = segment.ldb = SIDE;
-    args.m = args.n = args.ldc = SIDE;
     args.segments = &segment;
     args.segment_count = args.pieces = 1;
     args.kind = LLMPAR_GEMM_NT;
     args.dtype = t->desc.dtype;
-    args.workspace_bytes = device->gemm_workspace(device, &args);
-    llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
+    do {
+        side /= 2;
+        segment.k = segment.lda = segment.ldb = args.m = args.n = args.ldc = side;
+        matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
+        args.workspace_bytes = device->gemm_workspace(device, &args);
+    } while (side > 8 && t->desc.memory_limit && 3 * matrix + args.workspace_bytes + sizeof(double) + 3 * device->alignment > t->desc.memory_limit);
+    llmpar_status status = llmpar_arena_create(ctx, t->desc.memory_limit, &arena);
+    if (!status) status = device->stream_create(device, "peak", &stream);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
     if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
-    if (!status) status = device->zero(device, t->stream, data, 3 * matrix);
+    if (!status) status = device->zero(device, stream, data, 3 * matrix);
     segment.a = data;
     segment.b = (char *)data + matrix;
     args.c = (char *)data + 2 * matrix;
     args.workspace = workspace;
     double best = 0;
     for (int i = 0; i < TRIES && !status; i++) {
-        status = llmpar_comm_barrier(ctx->comm, t->stream, "peak");
-        if (!status) status = device->synchronize(device, t->stream);
+        status = llmpar_comm_barrier(ctx->comm, stream, "peak");
+        if (!status) status = device->synchronize(device, stream);
         double begin = llmpar__run_seconds();
-        if (!status) status = device->gemm(device, t->stream, &args);
-        if (!status) status = device->synchronize(device, t->stream);
-        double flops = 2.0 * (double)SIDE * (double)SIDE * (double)SIDE / (llmpar__run_seconds() - begin + 1e-9);
+        if (!status) status = device->gemm(device, stream, &args);
+        if (!status) status = device->synchronize(device, stream);
+        double flops = 2.0 * (double)side * (double)side * (double)side / (llmpar__run_seconds() - begin + 1e-9);
         if (i > 0 && flops > best) best = flops; /* the first one warms up */
     }
     llmpar_collective call;
@@ -22474,15 +22492,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     call.count = 1;
     call.dtype = LLMPAR_F64;
     call.tag = "peak";
-    if (!status) status = device->copy(device, t->stream, rate, &best, sizeof best);
-    if (!status) status = llmpar_all_reduce(ctx->comm, t->stream, &call);
-    if (!status) status = device->copy(device, t->stream, &t->peak_flops, rate, sizeof best);
-    llmpar_status waited = device->synchronize(device, t->stream); /* in any case: the stream may use what goes now */
-    if (!status) status = waited;
-    llmpar_arena_free(arena, rate);
-    llmpar_arena_free(arena, workspace);
-    llmpar_arena_free(arena, data);
-    llmpar_arena_reset_peaks(arena);
+    if (!status) status = device->copy(device, stream, rate, &best, sizeof best);
+    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
+    if (!status) status = device->copy(device, stream, &t->peak_flops, rate, sizeof best);
+    if (stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    llmpar_arena_destroy(arena);
     return status;
 }
 
@@ -22728,6 +22746,7 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
         uint64_t peak;
         llmpar_status status;
         memset(blocks, 0, sizeof *blocks);
+        blocks->every = desc->recompute_every;
         if (full) blocks->selective = all;
         while (low < high) {
             int32_t middle = low + (high - low) / 2;
@@ -23556,7 +23575,7 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(const llmpar__half *half, 
 LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *half, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
 {
     enum { WIDTH = 64 };
-    float scratch[LLMPAR__ATTENTION_TILE * WIDTH];
+    float scratch[(int)LLMPAR__ATTENTION_TILE * (int)WIDTH];
     int64_t part = half->widen ? (int64_t)WIDTH : e;
     for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE)
         for (int64_t e0 = 0; e0 < e; e0 += part, out += llmpar__v_min(part, e - (e0 - part)) * LLMPAR__ATTENTION_TILE) {
