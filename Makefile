@@ -171,6 +171,9 @@ run-separate:
 
 -include $(wildcard build/separate/*/*.d build/separate/*.d)
 
+print-suite:
+	@echo $(SUITE)
+
 test: run-plain
 test-separate: run-separate
 test-header:
@@ -283,7 +286,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -51,19 +51,24 @@ phase budget $make check-budget
 # The compile matrix is one command after the other: it runs beside the builds.
 beside compile $make check-compile
 # All configurations at once keep the processors busy. A warning is a failure; what cannot be built here is reported by its own phase.
+# In the further builds of the same code not all programs run; in check-full they do.
+all=$($make -s print-suite)
 some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model test_optim test_stream"
+raced="test_cpu test_comm test_stream test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_inside"
+[ -z "$full" ] || some=$all raced=$all
 build()
 {
-    $make $jobs -k build-plain build-separate build-header build-asan build-tsan build-fuzz all >build/check/make.log 2>&1
-    $make $jobs -k build-cxx SUITE="$some" >>build/check/make.log 2>&1
+    $make $jobs -k build-plain build-header build-asan build-fuzz all >build/check/make.log 2>&1
+    $make $jobs -k build-cxx build-separate SUITE="$some" >>build/check/make.log 2>&1
+    $make $jobs -k build-tsan SUITE="$raced" >>build/check/make.log 2>&1
     ! grep -A 6 'warning:' build/check/make.log
 }
 phase build build
 phase compile behind compile
 phase suite $make $jobs test
-# The same tests in other builds of the same code: a quarter of what they draw at random; as C++ not all of them.
+# The same tests in other builds: a quarter of what they draw at random.
 LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header
-LLMPAR_TEST_QUICK=1 phase separate $make $jobs test-separate
+LLMPAR_TEST_QUICK=1 phase separate $make $jobs test-separate SUITE="$some"
 LLMPAR_TEST_QUICK=1 phase cxx $make $jobs test-cxx SUITE="$some"
 phase examples $make all
 # Each of these is one command after the other: two at a time.
@@ -78,7 +83,7 @@ phase gdb behind gdb
 LLMPAR_TEST_QUICK=1 phase exact $make test-exact
 phase mpi $make $jobs test-mpi
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan
-LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan
+LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
 phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
@@ -87,7 +92,6 @@ else
     LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
     LLMPAR_TEST_SOAK=300 phase soak $make test TEST=test_stuck
     phase mpi-full $make $jobs test-mpi-full
-    phase cxx-full $make $jobs test-cxx
     phase aarch64 $make $jobs test-aarch64
     phase aarch64-portable $make test-aarch64-portable
     phase musl $make $jobs test-musl
