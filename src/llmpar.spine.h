@@ -61,6 +61,7 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
+    LLMPAR_NO_SIM           ... of the device that only counts: no plan of memory, so memory_limit is refused
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
@@ -79,10 +80,10 @@ llmpar DOES NOT
       switched off for this header alone; your own code keeps its flags.
     - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
       needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
-    - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces
-      are deterministic, and refused under `exact = require`.
+    - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces, and
+      gradients that travel in less than f32 (reduce_dtype), are deterministic, and refused under `exact = require`.
 
-CHAPTERS: base (status, memory, numbers) - tables (one rank's view, device, communicator) - cpu - comm - mesh - tp -
+CHAPTERS: base (status, memory, numbers) - tables (one rank's view, device, communicator) - cpu - comm - sim - mesh - tp -
 fsdp - optim - io - text - model - model_io - run. Each declaration says its shapes, its owner and its errors.
 */
 

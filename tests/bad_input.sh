@@ -132,8 +132,6 @@ for number in dp-replicate dp-shard tp threads seq-len batch grad-accum steps lo
     train 2 "--$number \"99999999999999999999\": expected a whole number" --$number 99999999999999999999
     train 2 "--$number \"4294967297\": expected a whole number" --$number 4294967297
 done
-train 2 '--prefetch "-1": expected a whole number 0 .. 1' --prefetch -1
-train 2 '--prefetch "2": expected a whole number 0 .. 1' --prefetch 2
 train 2 '--warmup "-1": expected a whole number 0 ..' --warmup -1
 train 2 '--seed "-1": expected a whole number 0 ..' --seed -1
 train 2 '--seed "18446744073709551616": expected a whole number 0 ..' --seed 18446744073709551616
@@ -145,9 +143,49 @@ train 2 '--lr "inf": expected a number' --lr inf
 train 2 '--lr "1e999": expected a number' --lr 1e999
 train 2 '--lr "fast": expected a number' --lr fast
 train 2 '--sp "maybe": expected one of off, on' --sp maybe
-train 2 '--zero "1": expected one of 0, 3' --zero 1
 train 2 '--no-sync "": expected one of off, on' --no-sync ''
 train 2 '--exact "yes": expected one of off, on, require' --exact yes
+# words OPTION EXPECTED WORD...: each is refused, and so is nothing
+words()
+{
+    option=$1 expected=$2
+    shift 2
+    for word in '' "$@"; do train 2 "--$option \"${word}\": expected $expected" --"$option" "$word"; done
+}
+words sp 'one of off, on' maybe 1
+words overlap 'one of off, on' yes
+words zero 'one of 0, 1, 2, 3' 4 -1 three
+words reshard 'one of last, always, never' sometimes -1
+words accumulate 'one of tree, chain' sum
+words dtype 'one of f32, f64, bf16, f16' f8 float32 BF16
+words reduce-dtype 'one of f32, bf16, f16' f64
+words recompute 'one of none, selective, full, auto' all fully
+words optimizer 'one of adamw, sgd, lomo, adalomo' adam
+words schedule 'one of cosine, constant, linear, wsd, wsd-sqrt, one-cycle' flat
+words prefetch 'a whole number 0 .. 4' -1 5 all
+words freeze 'a whole number 0 ..' -1 all
+words wrap 'half or a whole number 1 .. 8' whole -1
+words decay-steps 'a whole number 1 ..' 0 -1
+words momentum 'a number 0 .. 1' -0.1 1 nan
+words weight-decay 'a number 0 ..' -1 inf
+words clip 'a number 0 ..' -1 nan
+words lr-min 'a number' 0 -1
+words loss-scale 'a number' 0 -2 huge 1e40
+words memory-limit 'bytes 1 .. 2^60, with K, M or G behind the number' 0 -1 1T 1e6 16MB 1.5G 2000000000G 99999999999999999999
+words logits-bytes 'bytes 1 .. 2^60' 0 -1 many
+train 2 '--wrap "0": expected a whole number 1 .. 8' --wrap 0
+train 2 '--wrap "9": expected a whole number 1 .. 8' --wrap 9
+train 2 '--reshard "0": expected a whole number 1 ..' --reshard 0
+train 2 '--prefetch "5": expected a whole number 0 .. 4' --prefetch 1,5
+train 2 '--prefetch "": expected a whole number 0 .. 4' --prefetch 1,
+train 2 '--prefetch "2,3": expected a whole number 0 .. 4' --prefetch 1,2,3
+train 2 '--recompute "0": expected a whole number 1 ..' --recompute full,0
+train 2 '--recompute "": expected a whole number 1 ..' --recompute full,
+train 2 '--offload "": expected a list like' --offload ''
+for list in optimizer optimizer= =file optimizer=disk optimiser=file optimizer=filed optimizer:file 'optimizer=file; params=host' ,params=file params=file,,grads=file; do
+    train 2 "--offload \"$list\": * expected optimizer, params, grads or activations, with =device, =host or =file" --offload "$list"
+done
+train 2 '--offload "params=file,": expected another state behind the comma' --offload params=file,
 train 2 '--learning-rate' --learning-rate 1
 train 2 '--d*ambiguous' --d 1
 train 2 '--steps*requires an argument' --steps
@@ -196,6 +234,56 @@ generate 1 'num_attention_heads = 8 is not divisible by tp = 3' --prompt-ids 1 -
 generate 1 'prompt of 2 ids + 1023 tokens is more than the model*max_position_embeddings = 1024' --prompt-ids 1,2 --tokens 1023
 generate 1 'token id 256 at position 1, expected 0 .. 255' --prompt-ids 1,256
 generate 1 'token id 2147483647 at position 0, expected 0 .. 255' --prompt-ids 2147483647 --tp 2
+
+# ---- policies that contradict each other, or what they are used with ----
+
+train 1 'recompute = AUTO needs memory_limit' --recompute auto
+train 1 'updates inside backward with 2 micro-batches, expected 1' --optimizer lomo --grad-accum 2
+train 1 'updates inside backward with 2 micro-batches, expected 1' --optimizer adalomo --grad-accum 2 --dp-shard 2
+train 1 'gradients offloaded with updates inside backward, expected one of them' --optimizer lomo --offload grads=file --tp 2
+train 1 'optimizer state offloaded with lomo in f32, expected not: it has none' --optimizer lomo --offload optimizer=file
+train 1 'optimizer state offloaded with sgd in f64, expected not: it has none' --optimizer sgd --momentum 0 --dtype f64 --offload optimizer=host --dp-shard 2
+train 1 'optimizer state offloaded with adalomo in f32, expected not: its factors stay on the device' --optimizer adalomo --offload optimizer=host
+train 1 'adamw: momentum = 0.5, expected 0: it has none' --momentum 0.5
+train 1 'lomo: momentum = 0.9, expected 0: it has none' --optimizer lomo --momentum 0.9 --dp-shard 2
+train 1 'parameters offloaded that are whole at rest' --zero 0 --offload params=file --dp-shard 2
+train 1 'parameters offloaded that are whole at rest' --zero 2 --offload params=host --dp-shard 2 --dtype f64
+train 1 'parameters offloaded that are whole at rest' --offload params=file --tp 2
+train 1 'chain with no_sync, expected one of them' --accumulate chain --no-sync on --grad-accum 2
+train 1 'all 6 units are frozen, expected one to train' --freeze 6
+train 1 'all 10 units are frozen, expected one to train' --freeze 1000 --wrap half --dp-shard 2
+train 1 'loss scale: scale = 3, * expected powers of two' --dtype f16 --loss-scale 3
+train 1 'loss scale: scale = 1e+30, * expected powers of two' --dtype f16 --loss-scale 1e30 --tp 2
+train 1 'loss_scale with dtype f32, expected none' --loss-scale 1024
+train 1 'loss_scale with dtype bf16, expected none' --loss-scale 1024 --dtype bf16 --dp-shard 2
+train 1 'exact = require: reduce_dtype bf16 rounds every rank' --reduce-dtype bf16 --exact require
+train 1 'exact = require: reduce_dtype f16 rounds every rank' --dtype bf16 --reduce-dtype f16 --exact require --dp-shard 2
+train 1 'reduce_dtype bf16 with dtype f64, expected f64' --dtype f64 --reduce-dtype bf16
+train 1 'reduce_dtype f32 with dtype f64, expected f64' --dtype f64 --reduce-dtype f32 --dp-shard 2
+train 1 'decay_steps = 10, expected 0: cosine has none' --decay-steps 10
+train 1 'decay_steps = 100, expected at most total - warmup' --schedule wsd --decay-steps 100
+train 1 'warmup = 1, expected 0: one-cycle rises until half way' --schedule one-cycle --warmup 1
+train 1 'lr_min = 1, expected 0 .. lr = 0.001' --lr-min 1
+train 1 'lr_min = 0.0001, expected 0: a constant schedule ends where it was' --schedule constant --lr-min 1e-4
+
+# ---- limits that are too low: what is needed, where it ended, what would help ----
+
+# needs POLICY...: bytes that the largest rank takes; the same with one byte less is refused, naming that number
+needs()
+{
+    limit=$("$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --print-memory "$@" 2>&1 | sed -n 's/^together .* \([0-9]*\)$/\1/p')
+    train 1 "memory limit $((limit - 1)) bytes a rank: a step takes $limit*; with *less*arena: * bytes: over the limit (limit $((limit - 1)), live *: parameters *workspace" --memory-limit $((limit - 1)) "$@"
+    passed_before=$passed
+    "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 1 --memory-limit "$limit" "$@" >"$work/stdout" 2>&1 && passed=$((passed + 1))
+    [ "$passed" -gt "$passed_before" ] || { failed=$((failed + 1)); echo "FAILED --memory-limit $limit $*: $(cat "$work/stdout")"; }
+}
+needs
+needs --zero 1 --dp-shard 2
+needs --dtype bf16 --tp 2 --recompute selective
+needs --overlap on --offload activations=host --dp-shard 2
+train 1 'memory limit 1 bytes a rank: a step takes *zero 3: *sp on: *offload optimizer=file: *(limit 1, live 0: ' --memory-limit 1 --dp-shard 2 --tp 2 --zero 0
+train 1 'memory limit 1024 bytes a rank: a step takes *, whatever is recomputed; with offload optimizer=file' --memory-limit 1K --recompute auto
+train 1 'arena: communication *over the limit (limit 1024' --memory-limit 1K --recompute auto --print-memory
 
 # ---- models and data that are not there ----
 
@@ -327,6 +415,16 @@ train 1 "--save: $files/no/where: cannot create the directory: No such file or d
 train 1 "$files/text/log: cannot open for writing: Not a directory" --log "$files/text/log" --dp-shard 2
 train 1 "$files/no/log: cannot open for writing: No such file or directory" --log "$files/no/log"
 train 1 "$files/text/gradients.tmp: cannot create: Not a directory" --save-gradients "$files/text/gradients" --steps 1 --dp-shard 2
+train 1 "$files/text/trace: cannot open for writing: Not a directory" --trace "$files/text/trace" --dp-shard 2
+train 1 "$files/no/trace: cannot open for writing: No such file or directory" --trace "$files/no/trace"
+train 1 "$files: cannot write: expected a regular file or none" --trace "$files" --tp 2
+mkfifo "$files/pipe"
+train 1 "$files/pipe: cannot write: expected a regular file or none" --trace "$files/pipe"
+train 1 "$files/pipe: cannot write: it is a pipe" --save-gradients "$files/pipe" --steps 1
+[ -p "$files/pipe" ] || { echo "FAILED: a pipe was replaced by a file"; failed=$((failed + 1)); }
+train 1 "offload: $files/text/llmpar-offload-*: Not a directory, expected a directory that files can be made in" --offload optimizer=file --offload-dir "$files/text"
+train 1 "offload: $files/no/llmpar-offload-*: No such file or directory, expected a directory that files can be made in" --offload activations=file --offload-dir "$files/no" --dp-shard 2
+if [ -d /proc/self ]; then train 1 'offload: /proc/llmpar-offload-*: No such file or directory, expected a directory' --offload grads=file --offload-dir /proc --tp 2 --overlap on; fi
 : >"$files/log"
 train 1 "--save: $files/text: expected a directory, got a file" --log "$files/log" --save "$files/text"
 if [ -d /proc/self ]; then train 1 '--save: /proc/llmpar: cannot create the directory' --save /proc/llmpar; fi
@@ -335,11 +433,16 @@ if [ -d /proc/self ]; then train 1 '--save: /proc/llmpar: cannot create the dire
 late='./gradients.safetensors ./log.jsonl '
 mkdir -p "$files/taken/model.safetensors"
 train 1 "$files/taken/model.safetensors: cannot write: it is a directory" --save "$files/taken" --dp-shard 2
-full() { full_pattern=$1; shift; row 1 "$full_pattern: cannot write: File too large" sh -c 'trap "" XFSZ; ulimit -f 2000; exec "$@"' sh "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 1 --log log.jsonl "$@"; }
+full() { full_pattern=$1; shift; row 1 "$full_pattern: File too large" sh -c 'trap "" XFSZ; ulimit -f 2000; exec "$@"' sh "$programs/train_llama" --model tiny --data "$files/text" --seq-len 16 --batch 4 --steps 1 --log log.jsonl "$@"; }
 late='./log.jsonl ./save '
-full save/model.safetensors.tmp --save save --dp-shard 2
+full 'save/model.safetensors.tmp: cannot write' --save save --dp-shard 2
 late=
-full gradients.safetensors.tmp --save save --save-gradients gradients.safetensors --tp 2
+full 'offload: ./llmpar-offload-*: * bytes' --offload optimizer=file --dp-shard 2
+full 'offload: ./llmpar-offload-*: * bytes' --offload activations=file --seq-len 256 --batch 16 --overlap on
+late='./log.jsonl '
+full 'trace.json.tmp: cannot write' --trace trace.json --steps 100 --grad-accum 4 --wrap half --tp 2 --sp on
+late=
+full 'gradients.safetensors.tmp: cannot write' --save save --save-gradients gradients.safetensors --tp 2
 if [ -w /dev/full ]; then late='./gradients.safetensors '; train 1 '/dev/full: cannot write step 1: No space left on device' --log /dev/full --steps 1; late=; fi
 
 # ---- numbers that are not finite ----
@@ -361,6 +464,11 @@ not_finite model.layers.1.self_attn.q_proj.weight 16383 "$infinity" --dp-shard 2
 not_finite model.embed_tokens.weight $((128 * 49)) "$infinity" --tp 4
 not_finite lm_head.weight 5 "$nan" --dp-shard 4 --zero 0
 generate 1 'logits at position * are not finite' --model "$bad_model" --prompt-ids 1 --tp 2
+
+not_finite lm_head.weight 5 "$nan" --dtype bf16 --recompute full --offload activations=file
+set -- --model "$bad_model" --dtype f16 --loss-scale 6.103515625e-05 --dp-shard 2
+not_finite model.norm.weight 3 "$infinity" # makes the model; in f16 the step would be tried again with half the scale, down to the least
+train 1 'step 1: loss scale: the gradient is not finite at the least scale, 6.10352e-05, either' "$@"
 
 # ---- what is asked of a model over other tokens ----
 

@@ -74,6 +74,7 @@ __attribute__((unused)) static int policy_offload(const char *text, llmpar_train
             return option_error("--offload \"%s\": \"%.*s\": expected optimizer, params, grads or activations, with =device, =host or =file, separated by commas", text, (int)length, at);
         d->offload[state] = (llmpar_tier)tier;
         at += length + (at[length] == ',');
+        if (!*at && at[-1] == ',') return option_error("--offload \"%s\": expected another state behind the comma", text);
     }
     return *text ? 0 : option_error("--offload \"\": expected a list like optimizer=file,activations=file");
 }

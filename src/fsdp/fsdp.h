@@ -90,7 +90,7 @@ typedef struct llmpar_run {
 LLMPAR_API llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out);
 LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local */
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
-   and parameters are unchanged. Collective. */
+   and parameters are unchanged, except in UPDATE_INSIDE, where updates have begun by then. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
 /* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
 LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);

@@ -106,7 +106,9 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
     size_t length = strlen(path);
     int number;
     *out = NULL;
-    if (llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a directory", path);
+    struct stat s;
+    /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
+    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, S_ISDIR(s.st_mode) ? "directory" : S_ISFIFO(s.st_mode) ? "pipe" : "device or socket");
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;

@@ -35,9 +35,10 @@ static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *
 }
 
 /* Only tries, before any work, whether rank 0 can write there: a start that fails leaves no file, and an older one as it was. */
-static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path)
+static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path, int replaced)
 {
     if (t->ctx->rank || !path) return LLMPAR_OK;
+    if (replaced && access(path, F_OK) == 0 && !llmpar_is_file(path)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write: expected a regular file or none", path);
     int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
     if (file < 0 && errno == EEXIST) file = open(path, O_WRONLY | O_CLOEXEC);
     if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", path, strerror(errno));
@@ -49,8 +50,8 @@ static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *pa
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
-    llmpar_status status = llmpar__metrics_try(t, t->desc.log);
-    return status ? status : llmpar__metrics_try(t, t->desc.trace);
+    llmpar_status status = llmpar__metrics_try(t, t->desc.log, 0);
+    return status ? status : llmpar__metrics_try(t, t->desc.trace, 1);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)

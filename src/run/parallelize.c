@@ -50,6 +50,18 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     return LLMPAR_OK;
 }
 
+/* What would change nothing is not taken either: whoever sets it expects something of it. */
+static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_error *error)
+{
+    if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
+    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
+                                d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
+    return LLMPAR_OK;
+}
+
 static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 {
     memset(out, 0, sizeof *out);
@@ -73,17 +85,18 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->zero == LLMPAR_ZERO_DEFAULT) d->zero = LLMPAR_ZERO_3;
     if (d->dtype == LLMPAR_DTYPE_DEFAULT) d->dtype = LLMPAR_F32;
     if (d->lr == 0) d->lr = 1e-3;
-    if (d->lr_min == 0) d->lr_min = d->lr / 10;
+    if (d->lr_min == 0 && d->lr_schedule != LLMPAR_LR_CONSTANT) d->lr_min = d->lr / 10;
     if (d->held_out == 0) d->held_out = 0.05;
     if (d->log_every == 0) d->log_every = 10;
     llmpar_optim_desc_resolve(&d->optim);
-    llmpar_loss_scale_resolve(&d->loss_scale);
+    if (d->dtype == LLMPAR_F16) llmpar_loss_scale_resolve(&d->loss_scale);
     llmpar_lr_desc lr;
     llmpar__recipe_lr(d, &lr);
     llmpar_status status = llmpar__recipe_numbers(d, error);
     if (!status) status = llmpar_optim_desc_check(&d->optim, error);
     if (!status) status = llmpar_lr_desc_check(&lr, error);
-    if (!status) status = llmpar_loss_scale_check(&d->loss_scale, error);
+    if (!status && d->dtype == LLMPAR_F16) status = llmpar_loss_scale_check(&d->loss_scale, error);
+    if (!status) status = llmpar__recipe_unused(d, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)

@@ -84,7 +84,7 @@ LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, 
 /* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken. Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
 LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
-/* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step. Collective. */
+/* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
 /* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);

@@ -166,7 +166,7 @@ for option in LLAMA TEXT IO SIM SIMD; do
     check "LLMPAR_NO_$option" gcc -std=c99 $cc_flags $impl -DLLMPAR_NO_$option -O0 -c $out/llmpar.alone.c -o $out/no_$option.o
     check "LLMPAR_NO_$option links" gcc $out/nothing.c $out/no_$option.o -o $out/nothing -lpthread -lm
 done
-check "everything left out" gcc -std=c99 $cc_flags $impl -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -DLLMPAR_NO_SIMD -O0 -c $out/llmpar.alone.c -o $out/no.o
+check "everything left out" gcc -std=c99 $cc_flags $impl -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -DLLMPAR_NO_SIM -DLLMPAR_NO_SIMD -O0 -c $out/llmpar.alone.c -o $out/no.o
 check "everything left out links" gcc $out/nothing.c $out/no.o -o $out/nothing -lpthread -lm
 group "LLMPAR_NO_..."
 
