@@ -63,6 +63,7 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_LLAMA         leaves out the implementation of the Llama model and of everything built on it
     LLMPAR_NO_TEXT          ... of tokenizer and token data
     LLMPAR_NO_IO            ... of files: safetensors, Hugging Face directories (with it goes what needs them)
+    LLMPAR_NO_SIM           ... of the device that only counts: no plan of memory, so memory_limit is refused
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
@@ -81,10 +82,10 @@ llmpar DOES NOT
       switched off for this header alone; your own code keeps its flags.
     - train on GPUs in this version: ranks are threads or, with LLMPAR_USE_MPI, processes on any number of machines. Whoever
       needs more brings a device table (llmpar_device) or a communicator table (llmpar_comm) of their own.
-    - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces
-      are deterministic, and refused under `exact = require`.
+    - promise equal bits outside the guarantee (docs/exact.md): rank counts that do not divide the canonical pieces, and
+      gradients that travel in less than f32 (reduce_dtype), are deterministic, and refused under `exact = require`.
 
-CHAPTERS: base (status, memory, numbers) - tables (one rank's view, device, communicator) - cpu - comm - mesh - tp -
+CHAPTERS: base (status, memory, numbers) - tables (one rank's view, device, communicator) - cpu - comm - sim - mesh - tp -
 fsdp - optim - io - text - model - model_io - run. Each declaration says its shapes, its owner and its errors.
 */
 
@@ -1644,7 +1645,7 @@ typedef struct llmpar_run {
 LLMPAR_API llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out);
 LLMPAR_API void llmpar_fsdp_destroy(llmpar_fsdp *fsdp); /* NULL is fine; local */
 /* Runs a list over this step's data. The list must be valid (llmpar_schedule_validate) and the same on all ranks. LLMPAR_ERR_NONFINITE when loss or norm is not finite: names the first non-finite tensor,
-   and parameters are unchanged. Collective. */
+   and parameters are unchanged, except in UPDATE_INSIDE, where updates have begun by then. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run);
 /* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
 LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);
@@ -2212,7 +2213,7 @@ LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, 
 /* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken. Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
 LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
-/* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step. Collective. */
+/* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
 /* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
@@ -14116,7 +14117,9 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
     size_t length = strlen(path);
     int number;
     *out = NULL;
-    if (llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a directory", path);
+    struct stat s;
+    /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
+    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, S_ISDIR(s.st_mode) ? "directory" : S_ISFIFO(s.st_mode) ? "pipe" : "device or socket");
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
@@ -21843,6 +21846,18 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     return LLMPAR_OK;
 }
 
+/* What would change nothing is not taken either: whoever sets it expects something of it. */
+static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_error *error)
+{
+    if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
+    if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
+                                d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
+    return LLMPAR_OK;
+}
+
 static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 {
     memset(out, 0, sizeof *out);
@@ -21866,17 +21881,18 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->zero == LLMPAR_ZERO_DEFAULT) d->zero = LLMPAR_ZERO_3;
     if (d->dtype == LLMPAR_DTYPE_DEFAULT) d->dtype = LLMPAR_F32;
     if (d->lr == 0) d->lr = 1e-3;
-    if (d->lr_min == 0) d->lr_min = d->lr / 10;
+    if (d->lr_min == 0 && d->lr_schedule != LLMPAR_LR_CONSTANT) d->lr_min = d->lr / 10;
     if (d->held_out == 0) d->held_out = 0.05;
     if (d->log_every == 0) d->log_every = 10;
     llmpar_optim_desc_resolve(&d->optim);
-    llmpar_loss_scale_resolve(&d->loss_scale);
+    if (d->dtype == LLMPAR_F16) llmpar_loss_scale_resolve(&d->loss_scale);
     llmpar_lr_desc lr;
     llmpar__recipe_lr(d, &lr);
     llmpar_status status = llmpar__recipe_numbers(d, error);
     if (!status) status = llmpar_optim_desc_check(&d->optim, error);
     if (!status) status = llmpar_lr_desc_check(&lr, error);
-    if (!status) status = llmpar_loss_scale_check(&d->loss_scale, error);
+    if (!status && d->dtype == LLMPAR_F16) status = llmpar_loss_scale_check(&d->loss_scale, error);
+    if (!status) status = llmpar__recipe_unused(d, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -22373,9 +22389,10 @@ static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *
 }
 
 /* Only tries, before any work, whether rank 0 can write there: a start that fails leaves no file, and an older one as it was. */
-static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path)
+static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *path, int replaced)
 {
     if (t->ctx->rank || !path) return LLMPAR_OK;
+    if (replaced && access(path, F_OK) == 0 && !llmpar_is_file(path)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write: expected a regular file or none", path);
     int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666), created = file >= 0;
     if (file < 0 && errno == EEXIST) file = open(path, O_WRONLY | O_CLOEXEC);
     if (file < 0) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", path, strerror(errno));
@@ -22387,8 +22404,8 @@ static llmpar_status llmpar__metrics_try(const llmpar_trainer *t, const char *pa
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_open(llmpar_trainer *t)
 {
     if (!t->desc.sink) t->desc.sink = llmpar__metrics_sink;
-    llmpar_status status = llmpar__metrics_try(t, t->desc.log);
-    return status ? status : llmpar__metrics_try(t, t->desc.trace);
+    llmpar_status status = llmpar__metrics_try(t, t->desc.log, 0);
+    return status ? status : llmpar__metrics_try(t, t->desc.trace, 1);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
