@@ -2221,7 +2221,7 @@ LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t ma
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
 /* This rank's memory at the three marks. Local. */
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
-/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
+/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. ctx NULL: of this rank alone, as after an error; then local, else collective. */
 LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
 /* Writes the trace of all ranks so far to desc.trace. LLMPAR_ERR_ARGUMENT where none was asked for. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_save_trace(llmpar_trainer *trainer);
@@ -22416,6 +22416,13 @@ LLMPAR__PRIVATE_DEF void llmpar__metrics_close(llmpar_trainer *t)
     t->progress = 0;
 }
 
+static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t bytes[LLMPAR_TAG_COUNT], uint64_t total)
+{
+    fprintf(file, "\"%s\":{", name);
+    for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)bytes[tag]);
+    fprintf(file, "\"total\":%llu}", (unsigned long long)total);
+}
+
 static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
 {
     if (!t->log) t->log = fopen(t->desc.log, "w");
@@ -22427,9 +22434,13 @@ static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *s
     if (llmpar_isfinite_f64(step->loss)) snprintf(loss, sizeof loss, "%.9g", step->loss);
     if (llmpar_isfinite_f64(step->grad_norm)) snprintf(norm, sizeof norm, "%.9g", step->grad_norm);
     if (t->desc.dtype == LLMPAR_F16) snprintf(scale, sizeof scale, "\"loss_scale\":%.9g,\"found_inf\":%d,", step->loss_scale, (int)step->found_inf);
-    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,\"memory\":{", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
-    for (int tag = 0; tag < LLMPAR_TAG_COUNT; tag++) fprintf(file, "\"%s\":%llu,", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)usage.peak[tag]);
-    fprintf(file, "\"total\":%llu}}\n", (unsigned long long)usage.peak_total);
+    fprintf(file, "{\"step\":%lld,\"loss\":%s,\"grad_norm\":%s,%s\"lr\":%.9g,\"tokens_per_second\":%.6g,\"mfu\":%.6g,", (long long)step->step, loss, norm, scale, step->lr, step->tokens_per_second, step->mfu);
+    llmpar__metrics_usage(file, "memory", usage.peak, usage.peak_total);
+    fputc(',', file);
+    llmpar__metrics_usage(file, "memory_init", t->memory.init.live, t->memory.init.live_total);
+    fputc(',', file);
+    llmpar__metrics_usage(file, "memory_before_optimizer", t->memory.before_optimizer.live, t->memory.before_optimizer.live_total);
+    fputs("}\n", file);
     if (fflush(file) || ferror(file)) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot write step %lld: %s", t->desc.log, (long long)step->step, strerror(errno));
     return LLMPAR_OK;
 }
@@ -22591,14 +22602,15 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
             values[row * COLUMNS + column] = (int64_t)bytes;
             values[CELLS + row * COLUMNS + column] = -(int64_t)bytes;
         }
-    llmpar_status status = llmpar__memory_largest(ctx, "memory", values, 2 * CELLS);
+    llmpar_status status = ctx ? llmpar__memory_largest(ctx, "memory", values, 2 * CELLS) : LLMPAR_OK;
+    int32_t world = ctx ? ctx->world : 1;
     llmpar__memory_text out;
     out.text = text;
     out.capacity = capacity;
     out.used = 0;
     if (capacity) text[0] = 0;
-    if (status || ctx->rank) return status;
-    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", ctx->world > 1 ? ", the smallest .. the largest of " : ", ", (int)ctx->world, ctx->world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    if (status || (ctx && ctx->rank)) return status;
+    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
     for (int row = 0; row < ROWS; row++) {
         llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
         for (int column = 0; column < COLUMNS; column++) {

@@ -59,6 +59,21 @@ static void usage(void)
          "  --help");
 }
 
+/* What is computed, in units and in the model's own FLOPs: forward counts once, backward twice. */
+static void print_passes(const llmpar_schedule *schedule)
+{
+    long forward = 0, again = 0, recompute = 0, backward = 0;
+    for (int32_t i = 0; i < schedule->count; i++) {
+        const llmpar_instruction *in = &schedule->list[i];
+        if (in->op == LLMPAR_OP_FORWARD && in->again) again++;
+        else if (in->op == LLMPAR_OP_FORWARD) forward++;
+        if (in->op == LLMPAR_OP_BACKWARD && in->again) again += 2;
+        else if (in->op == LLMPAR_OP_BACKWARD) backward++;
+        if (in->op == LLMPAR_OP_RECOMPUTE) recompute++;
+    }
+    printf("# forward %ld, recomputed %ld, backward %ld units: %.2f x the FLOPs of one forward and backward (a backward counts as two forwards)\n", forward, recompute, backward, (double)(forward + again + recompute + 2 * backward) / (3.0 * (double)forward));
+}
+
 static llmpar_status print_schedule(llmpar_ctx *ctx, llmpar_trainer *trainer, llmpar_llama *model)
 {
     const llmpar_schedule *schedule = llmpar_trainer_schedule(trainer);
@@ -72,6 +87,7 @@ static llmpar_status print_schedule(llmpar_ctx *ctx, llmpar_trainer *trainer, ll
     if (!status) {
         llmpar_schedule_print(schedule, units, each, text, length);
         fputs(text, stdout);
+        print_passes(schedule);
     }
     free(text);
     free(each);
@@ -156,6 +172,11 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
         if (!status && desc.trace) status = llmpar_trainer_save_trace(trainer);
         llmpar_trainer_memory(trainer, &memory);
         if (!status && s->log_every > 0) status = print_memory(ctx, &memory);
+        if (status == LLMPAR_ERR_MEMORY) { /* this rank's own; the others cannot be asked any more */
+            char text[2000];
+            llmpar_memory_print(NULL, &memory, text, sizeof text);
+            fputs(text, stderr);
+        }
     }
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(model);

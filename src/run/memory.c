@@ -68,14 +68,15 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
             values[row * COLUMNS + column] = (int64_t)bytes;
             values[CELLS + row * COLUMNS + column] = -(int64_t)bytes;
         }
-    llmpar_status status = llmpar__memory_largest(ctx, "memory", values, 2 * CELLS);
+    llmpar_status status = ctx ? llmpar__memory_largest(ctx, "memory", values, 2 * CELLS) : LLMPAR_OK;
+    int32_t world = ctx ? ctx->world : 1;
     llmpar__memory_text out;
     out.text = text;
     out.capacity = capacity;
     out.used = 0;
     if (capacity) text[0] = 0;
-    if (status || ctx->rank) return status;
-    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", ctx->world > 1 ? ", the smallest .. the largest of " : ", ", (int)ctx->world, ctx->world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    if (status || (ctx && ctx->rank)) return status;
+    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
     for (int row = 0; row < ROWS; row++) {
         llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
         for (int column = 0; column < COLUMNS; column++) {

@@ -92,7 +92,7 @@ LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t ma
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
 /* This rank's memory at the three marks. Local. */
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
-/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. Collective. */
+/* The same of every rank as a table, a line a tag, the smallest and the largest rank of each mark; written (cut at capacity; 2,000 bytes hold it) on world rank 0, "" elsewhere. ctx NULL: of this rank alone, as after an error; then local, else collective. */
 LLMPAR_API llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity);
 /* Writes the trace of all ranks so far to desc.trace. LLMPAR_ERR_ARGUMENT where none was asked for. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_save_trace(llmpar_trainer *trainer);
