@@ -400,21 +400,22 @@ TEST(recompute_auto)
     for (int p = 0; p < 3; p++)
         for (int m = 0; m < 4; m++) {
             if (p != m && (p || m != 3)) continue; /* one, two shards, tp 2 and both */
-            char automatic[200], everything[200];
+            char automatic[200], cheap[200], everything[200];
             int units_before = -1, chosen[3] = {0, 0, 0};
             snprintf(automatic, sizeof automatic, "--recompute auto %s", base[p]);
+            snprintf(cheap, sizeof cheap, "--recompute selective %s", base[p]);
             snprintf(everything, sizeof everything, "--recompute full %s", base[p]);
-            attempt none = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], base[p]), all = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], everything);
-            none.config.layers = all.config.layers = 5;
-            none.seq_len = all.seq_len = 24;
-            none.steps = 1;
-            if (!plan_is_reality(&none) || !plan_is_reality(&all)) continue;
-            uint64_t high = largest_peak(&none, 1), low = largest_peak(&all, 1);
-            CHECK(low < high);
-            int tries = test_rounds(6);
+            attempt none = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], base[p]), some = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], cheap), all = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], everything);
+            none.config.layers = some.config.layers = all.config.layers = 5;
+            none.seq_len = some.seq_len = all.seq_len = 24;
+            none.steps = some.steps = all.steps = 1;
+            if (!plan_is_reality(&none) || !plan_is_reality(&some) || !plan_is_reality(&all)) continue;
+            uint64_t high = largest_peak(&none, 1), middle = largest_peak(&some, 1), low = largest_peak(&all, 1);
+            CHECK(low < middle && middle < high);
+            int tries = 2 + 2 * test_rounds(2);
             for (int i = 0; i <= tries; i++) {
                 int selective, full, weight;
-                uint64_t limit = i ? high - (high - low) * (uint64_t)i / (uint64_t)tries : high;
+                uint64_t half = (uint64_t)tries / 2, k = (uint64_t)i, limit = k <= half ? high - (high - middle) * k / half : middle - (middle - low) * (k - half) / half;
                 attempt a = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], automatic);
                 a.config = none.config;
                 a.seq_len = none.seq_len;
@@ -448,7 +449,7 @@ TEST(recompute_auto)
                     CHECK((f ? 1000 * f + s : s) > weight);
                 }
             }
-            CHECK(chosen[0] && chosen[2]);
+            CHECK(chosen[0] && chosen[1] && chosen[2]);
         }
     /* Every second block only. */
     attempt all = attempt_of(1, 1, 1, "--recompute full,2"), some = attempt_of(1, 1, 1, "--recompute auto,2");

@@ -75,6 +75,7 @@ phase examples $make all
 beside package $make test-package
 beside bad_input sh tests/bad_input.sh
 phase docs $make test-docs
+phase trace tests/need.sh python3 python3 -- sh tests/trace.sh
 phase bad_input behind bad_input
 phase package behind package
 beside gdb $make test-gdb

@@ -51,7 +51,7 @@ worker()
     tree=build/plant/$1
     passed=0 failed=0
     mkdir -p $tree/build
-    cp -a Makefile src tests tools $tree/
+    cp -a Makefile src tests tools examples $tree/
     # Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` left is taken along.
     [ ! -d build/separate ] || cp -a build/separate $tree/build/
     while index=$(next); do
