@@ -45,6 +45,7 @@ behind() # in a pipeline, whose shell cannot wait for a job of the outer one
 }
 
 make="make --no-print-directory"
+export EXAMPLE_LIB=build/plain/llmpar.o
 phase gen $make check-gen
 phase layers $make $jobs check-layers
 phase budget $make check-budget

@@ -5,7 +5,7 @@ build/grade/%.o: tests/conformance/%.c $(wildcard tests/conformance/*.h) llmpar.
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu99 -O1 -g -Wall -Wextra -Wshadow -I. -Itests/conformance -c $< -o $@
 
-grading := build/examples/llmpar.o build/grade/comm.o build/grade/device.o
+grading := $(EXAMPLE_LIB) build/grade/comm.o build/grade/device.o
 
 grade: $(grading)
 	@CC='$(CC)' CXX='$(CXX)' COMM='$(COMM)' OP='$(OP)' ASSIGNMENT='$(ASSIGNMENT)' FILE='$(FILE)' BYTES='$(BYTES)' tests/conformance/grade.sh

@@ -1,7 +1,7 @@
 #!/bin/sh
 # make grade COMM=file.c | OP=file.c | ASSIGNMENT=1_collectives [FILE=file.c]: compiles the file, links it with the suite and the library, runs it.
-# Exit code 0: everything passed. Needs build/grade/*.o and build/examples/llmpar.o, which the Makefile makes.
-here=tests/conformance lib=build/examples/llmpar.o
+# Exit code 0: everything passed. Needs build/grade/*.o and the implementation (EXAMPLE_LIB), which the Makefile makes.
+here=tests/conformance lib=${EXAMPLE_LIB:-build/examples/llmpar.o}
 stop() { echo "grade: $*" >&2; exit 2; }
 
 # compile FILE HEADER OBJECT: C, or C++ by the name's end

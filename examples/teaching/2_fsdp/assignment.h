@@ -24,15 +24,15 @@ const llmpar_instruction *fsdp_list(int32_t *count);
    Streams: gathers run on one, computation on one, reductions on one. What another stream wrote, or still reads, must be waited for; what the same stream did is in order anyway. */
 #define WAIT(n, ...) n, { __VA_ARGS__ }
 #define NO_WAIT 0, { 0 }
-#define GATHER(unit, ...)                  { LLMPAR_OP_GATHER, unit, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, __VA_ARGS__ }
-#define FREE(unit, ...)                    { LLMPAR_OP_FREE, unit, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }                       /* the gathered parameters */
-#define FORWARD(unit, ...)                 { LLMPAR_OP_FORWARD, unit, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }
-#define BACKWARD(unit, local, ...)         { LLMPAR_OP_BACKWARD, unit, 0, 0, 0, local, -1, 0, 1, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }                 /* whole gradients into local buffer `local` */
-#define REDUCE(unit, local, shard, ...)    { LLMPAR_OP_REDUCE, unit, -1, 0, 0, shard, local, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }                /* reduce-scatter into shard buffer `shard` */
-#define FREE_GRADIENT(unit, local, ...)    { LLMPAR_OP_FREE, unit, -1, 0, 0, local, -1, 0, 1, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }                     /* local buffer `local` */
-#define NORM(unit, shard, ...)             { LLMPAR_OP_NORM, unit, -1, 0, 0, shard, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
-#define COUNT_TOKENS(...)                  { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
-#define LOSS_AND_NORM(...)                 { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 1, 0, -1, -1, 0, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
-#define OPTIM(unit, shard, ...)            { LLMPAR_OP_OPTIM, unit, -1, 0, 0, shard, -1, 0, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, __VA_ARGS__ }                /* update, and release the shard buffer */
+#define GATHER(unit, ...)                  { LLMPAR_OP_GATHER, unit, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_GATHER, LLMPAR_ALWAYS, __VA_ARGS__ }
+#define FREE(unit, ...)                    { LLMPAR_OP_FREE, unit, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }                       /* the gathered parameters */
+#define FORWARD(unit, ...)                 { LLMPAR_OP_FORWARD, unit, 0, LLMPAR_PASS_FORWARD, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }
+#define BACKWARD(unit, local, ...)         { LLMPAR_OP_BACKWARD, unit, 0, 0, 0, local, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_ALWAYS, __VA_ARGS__ }                 /* whole gradients into local buffer `local` */
+#define REDUCE(unit, local, shard, ...)    { LLMPAR_OP_REDUCE, unit, -1, 0, 0, shard, local, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }                /* reduce-scatter into shard buffer `shard` */
+#define FREE_GRADIENT(unit, local, ...)    { LLMPAR_OP_FREE, unit, -1, 0, 0, local, -1, 0, 1, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }                     /* local buffer `local` */
+#define NORM(unit, shard, ...)             { LLMPAR_OP_NORM, unit, -1, 0, 0, shard, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
+#define COUNT_TOKENS(...)                  { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 0, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
+#define LOSS_AND_NORM(...)                 { LLMPAR_OP_SCALAR_REDUCE, -1, -1, 1, 0, -1, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_REDUCE, LLMPAR_ALWAYS, __VA_ARGS__ }
+#define OPTIM(unit, shard, ...)            { LLMPAR_OP_OPTIM, unit, -1, 0, 0, shard, -1, 0, 0, LLMPAR_STATE_OPTIMIZER, 0, LLMPAR_STREAM_COMPUTE, LLMPAR_IF_FINITE, __VA_ARGS__ }                /* update, and release the shard buffer */
 
 #endif
