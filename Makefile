@@ -222,7 +222,7 @@ test-mpi-full:
 run-mpi-full: build-mpi-programs build-mpich-programs
 	@tests/mpi.sh full
 
-# PLANT=sample: a quarter of them.
+# PLANT=sample: every sixth of them.
 test-plant:
 	@tests/plant/run.sh $(PLANT:%=--%)
 

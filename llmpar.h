@@ -10226,1608 +10226,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_
 
 #endif /* LLMPAR_USE_MPI */
 
-/* ==== src/tp/tp.c ==== */
-
-#include <string.h>
-
-
-LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
-{
-    memset(out, 0, sizeof *out);
-    out->ctx = ctx;
-    out->comm = comm;
-    out->rank = comm->rank;
-    out->ranks = comm->ranks;
-    if (canon == 0) canon = 8;
-    if (!llmpar_is_pow2(canon)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "tp: canon = %d is not a power of two", (int)canon);
-    /* Ranks that do not divide the pieces still give a deterministic result, one piece a rank, but one that depends on tp. */
-    out->pieces = canon % comm->ranks == 0 ? canon : comm->ranks;
-    out->sequence_parallel = sequence_parallel && comm->ranks > 1;
-    out->replicas = 1;
-    if (kv_heads % comm->ranks != 0) {
-        if (kv_heads <= 0 || comm->ranks % kv_heads != 0)
-            return llmpar_fail(ctx, LLMPAR_ERR_MESH, "tp: num_key_value_heads = %d and tp = %d: one must divide the other", (int)kv_heads, (int)comm->ranks);
-        out->replicas = comm->ranks / kv_heads;
-        return llmpar_comm_split(comm, comm->rank / out->replicas, comm->rank, "tp.kv", &out->kv);
-    }
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
-{
-    llmpar_comm_destroy(tp->kv);
-    tp->kv = NULL;
-}
-
-LLMPAR_DEF int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains) { return llmpar_piece_begin(tp->rank, grains, tp->ranks); }
-
-LLMPAR_DEF int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains)
-{
-    return llmpar_piece_begin(tp->rank + 1, grains, tp->ranks) - llmpar_piece_begin(tp->rank, grains, tp->ranks);
-}
-
-/* Enough for one piece a query head group: operands (q, k, v) x local pieces. */
-#define LLMPAR__TP_SEGMENTS 192
-
-/* First of this operand's own grains whose query grain is >= limit: ceil(limit / per), clamped to what the rank holds. */
-static int64_t llmpar__tp_operand_grain(const llmpar_tp_operand *operand, int64_t limit)
-{
-    int64_t per = operand->per > 0 ? operand->per : 1;
-    int64_t grain = (limit + per - 1) / per, end = operand->begin + operand->count;
-    return grain < operand->begin ? operand->begin : grain > end ? end : grain;
-}
-
-/* The segments of this rank's pieces, in piece order and within a piece in operand order; -1 when they do not fit. With pointers = 0 only extents are filled in. */
-static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, int pointers,
-                                   llmpar_gemm_segment *segments)
-{
-    size_t size = llmpar_dtype_size(dtype);
-    int32_t local = tp->pieces / tp->ranks, count = 0;
-    for (int32_t piece = 0; piece < local; piece++) {
-        int64_t global = (int64_t)tp->rank * local + piece;
-        int64_t low = llmpar_piece_begin(global, grains, tp->pieces), high = llmpar_piece_begin(global + 1, grains, tp->pieces);
-        for (int32_t o = 0; o < operand_count; o++) {
-            const llmpar_tp_operand *operand = &operands[o];
-            int64_t first = llmpar__tp_operand_grain(operand, low), last = llmpar__tp_operand_grain(operand, high);
-            if (last <= first) continue;
-            if (count == LLMPAR__TP_SEGMENTS) return -1;
-            llmpar_gemm_segment *segment = &segments[count++];
-            memset(segment, 0, sizeof *segment);
-            int64_t skip = (first - operand->begin) * operand->grain;
-            segment->k = (last - first) * operand->grain;
-            segment->piece = piece;
-            segment->lda = operand->lda;
-            segment->ldb = operand->ldb;
-            if (pointers) {
-                segment->a = (const char *)operand->a + (size_t)skip * size;
-                segment->b = (const char *)operand->b + (size_t)(kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
-            }
-        }
-    }
-    return count;
-}
-
-LLMPAR_DEF llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype) { return tp->ranks > 1 ? llmpar_dtype_sum(dtype) : dtype; }
-
-LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype)
-{
-    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
-    int64_t rows = batch * t + (tp->sequence_parallel && wide != dtype ? batch * (t / tp->ranks) : 0);
-    return (size_t)(rows * dim) * llmpar_dtype_size(wide);
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
-                                           llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
-{
-    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 1, segments);
-    if (args.segment_count < 0) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)(tp->pieces / tp->ranks), (int)operand_count, LLMPAR__TP_SEGMENTS);
-    args.m = rows;
-    args.n = dim;
-    args.c = out;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
-    args.workspace = workspace;
-    args.workspace_bytes = workspace_bytes;
-    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
-}
-
-LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype)
-{
-    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 0, segments);
-    if (args.segment_count < 0) return 0; /* the call itself reports it */
-    args.m = rows;
-    args.n = dim;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
-    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
-}
-
-static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment *segment, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
-{
-    memset(args, 0, sizeof *args);
-    memset(segment, 0, sizeof *segment);
-    segment->k = k;
-    args->m = m;
-    args->n = n;
-    args->ldc = n;
-    args->segments = segment;
-    args->segment_count = 1;
-    args->pieces = 1;
-    args->kind = kind;
-    args->dtype = dtype;
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out,
-                                           int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
-{
-    llmpar_gemm_args args;
-    llmpar_gemm_segment segment;
-    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
-    segment.a = a;
-    segment.b = b;
-    segment.lda = lda;
-    segment.ldb = ldb;
-    args.c = out;
-    args.ldc = ldo;
-    args.workspace = workspace;
-    args.workspace_bytes = workspace_bytes;
-    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
-}
-
-LLMPAR_DEF size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
-{
-    llmpar_gemm_args args;
-    llmpar_gemm_segment segment;
-    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
-    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
-}
-
-/* One piece a leaf: rows [i*rows/leaves, (i+1)*rows/leaves). The list lives on the rank's heap since leaves have no cap. */
-static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_t leaves, const void *dy, int64_t lddy, const void *x, int64_t ldx, llmpar_dtype dtype, llmpar_gemm_args *args)
-{
-    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)llmpar_heap_zalloc(&tp->ctx->heap, (size_t)leaves, sizeof *segments);
-    if (!segments) return llmpar_fail(tp->ctx, LLMPAR_ERR_MEMORY, "tp: no memory for %lld gemm segments", (long long)leaves);
-    size_t size = llmpar_dtype_size(dtype);
-    int64_t each = rows / leaves;
-    for (int64_t i = 0; i < leaves; i++) {
-        segments[i].k = each;
-        segments[i].piece = (int32_t)i;
-        segments[i].lda = lddy;
-        segments[i].ldb = ldx;
-        if (dy) segments[i].a = (const char *)dy + (size_t)(i * each * lddy) * size;
-        if (x) segments[i].b = (const char *)x + (size_t)(i * each * ldx) * size;
-    }
-    args->segments = segments;
-    args->segment_count = (int32_t)leaves;
-    args->pieces = (int32_t)leaves;
-    args->kind = LLMPAR_GEMM_TN;
-    args->dtype = dtype;
-    args->out_dtype = llmpar_dtype_sum(dtype);
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw,
-                                                   llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
-{
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    if (leaves < 1 || rows % leaves) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %lld leaves do not divide %lld rows", (long long)leaves, (long long)rows);
-    llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
-    if (status) return status;
-    args.m = out_dim;
-    args.n = in_dim;
-    args.c = dw;
-    args.ldc = in_dim;
-    args.workspace = workspace;
-    args.workspace_bytes = workspace_bytes;
-    status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
-    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
-    return status;
-}
-
-LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype)
-{
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
-    args.m = out_dim;
-    args.n = in_dim;
-    args.ldc = in_dim;
-    size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
-    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
-    return bytes;
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = local;
-    call.recv = full;
-    call.count = (size_t)(t / tp->ranks * dim);
-    call.blocks = (size_t)batch;
-    call.dtype = dtype;
-    call.tag = tag;
-    return llmpar_all_gather(tp->comm, stream, &call);
-}
-
-static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
-{
-    llmpar_collective call;
-    if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
-    memset(&call, 0, sizeof call);
-    call.send = in;
-    call.recv = out;
-    call.dtype = dtype;
-    call.tag = tag;
-    if (tp->sequence_parallel) {
-        call.count = (size_t)(t / tp->ranks) * row;
-        call.blocks = (size_t)batch;
-        return llmpar_reduce_scatter(tp->comm, stream, &call);
-    }
-    call.count = (size_t)(batch * t) * row;
-    return llmpar_all_reduce(tp->comm, stream, &call);
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
-{
-    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
-    llmpar_cast_args cast;
-    if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
-    void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
-    llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
-    memset(&cast, 0, sizeof cast);
-    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
-    cast.in = sum;
-    cast.in_dtype = wide;
-    cast.out = out;
-    cast.out_dtype = dtype;
-    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
-}
-
-LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
-{
-    size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
-    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype);
-    if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
-    return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
-}
-
-#undef LLMPAR__TP_SEGMENTS
-
-/* ==== src/fsdp/executor_unit.c ==== */
-/* ==== src/fsdp/fsdp_internal.h ==== */
-/* fsdp_internal: the state that flat.c lays out, shard.c looks at and the executor's files run over. */
-#ifndef LLMPAR_FSDP_INTERNAL_H
-#define LLMPAR_FSDP_INTERNAL_H
-
-/* ==== src/fsdp/store_internal.h ==== */
-/* store: where states stay between their uses: host memory beside the arena, or ranges of one file a rank.
-
-     file:  | optimizer u0 | optimizer u1 | master u0 | .. | gradients, activations: laid out when a list first needs them |
-
-   The file has no name from the moment it is open, so that nothing stays after an end of any kind; its whole size is reserved before it is used, so that a full disk is an error then and not in the middle of a step. */
-#ifndef LLMPAR_STORE_INTERNAL_H
-#define LLMPAR_STORE_INTERNAL_H
-
-
-typedef struct llmpar__store llmpar__store;
-
-/* Room for one buffer. Zero-initialised: none. */
-typedef struct llmpar__place {
-    uint64_t bytes;    /* room */
-    uint64_t used;     /* bytes of the buffer that is kept there now */
-    uint64_t offset;   /* in the file */
-    void *host;        /* HOST tier: owned */
-    llmpar_tier tier;
-} llmpar__place;
-
-/* file: a place may be of the FILE tier: the file is made in `directory`. count_only: neither file nor memory, and nothing moves. Errors name the path. Owned by the caller. Local, as all of these. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out);
-LLMPAR__PRIVATE void llmpar__store_destroy(llmpar__store *store); /* NULL is fine; places of the HOST tier are given back by store_drop */
-/* Room for `bytes` behind what the file holds, or zeroed host memory. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place);
-LLMPAR__PRIVATE void llmpar__store_drop(llmpar__store *store, llmpar__place *place); /* host memory is freed; the file's range only with a rewind */
-LLMPAR__PRIVATE uint64_t llmpar__store_end(const llmpar__store *store);
-LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store, uint64_t end); /* ranges behind `end` are no longer used */
-/* The disk's blocks for everything placed so far: zeros where nothing was written. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_reserve(llmpar__store *store);
-/* Enqueue place->used bytes from or to device memory, always on the same stream. label is borrowed until they ran. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label);
-LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label);
-/* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
-LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
-
-#endif
-/* ---- src/fsdp/fsdp_internal.h goes on ---- */
-
-#define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
-#define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
-
-/* Where a unit's numbers are (Psi elements, N = dp_shard ranks):
-
-              shard (compute dtype)   gradients (sum type)             master, optimizer state (sum type)
-     ZeRO-3   Psi/N, gathered         whole, then reduced into Psi/N   Psi/N
-     ZeRO-2   whole                   whole, then reduced into Psi/N   Psi/N
-     ZeRO-1   whole                   whole, reduced in place          Psi/N
-     ZeRO-0   whole                   whole                            whole
-
-   `begin` is where this rank's part lies in a whole buffer; 0 in ZeRO-0. */
-typedef struct llmpar__flat {
-    llmpar_unit unit;                 /* name and params are copies owned here */
-    int64_t elements;                 /* of the whole flat buffer, padding included */
-    int64_t shard_elements;           /* of this rank's part of the optimizer state */
-    int64_t begin;
-    int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
-    int64_t *count;                   /* [param_count] tp-local elements */
-    llmpar_segment *segments;
-    int32_t segment_count;
-    int32_t gathers;                  /* unshard() calls and GATHER not yet undone */
-    int32_t held, held_state;         /* fetched or copied by hand */
-    void *shard;                      /* parameters; PARAMETERS. NULL while offloaded */
-    void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where parameters are whole */
-    void *master;                     /* OPTIMIZER; NULL where there is none or while offloaded */
-    void *state[LLMPAR_OPTIMIZER_STATES]; /* OPTIMIZER */
-    void **params;                    /* [param_count] into gathered */
-    void **grads;                     /* [2][param_count] scratch for unit calls */
-    void *grad[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot]; GRADIENTS */
-    uint32_t reduced[2];              /* [use] bit slot: reduced in place, only this rank's part counts */
-    uint32_t grad_stored;             /* bit slot of use 0: in the store */
-    void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
-    llmpar__place params_place, state_place[LLMPAR_OPTIMIZER_STATES], grad_place[2][LLMPAR_GRAD_SLOTS];
-    llmpar__place *activation_place;  /* [activation_count][2]: saved, input */
-    int32_t activation_count;
-    char *label[7];                   /* names of its buffers and collectives for messages */
-} llmpar__flat;
-enum { LLMPAR__LABEL_SHARD, LLMPAR__LABEL_GATHER, LLMPAR__LABEL_GRADIENT, LLMPAR__LABEL_REDUCE, LLMPAR__LABEL_REPLICA, LLMPAR__LABEL_ACTIVATIONS, LLMPAR__LABEL_OPTIMIZER, LLMPAR__LABEL_COUNT };
-
-struct llmpar_fsdp {
-    llmpar_ctx *ctx;
-    llmpar_mesh *mesh;
-    llmpar_device *device;
-    llmpar_arena *arena;
-    llmpar_trace *trace;              /* borrowed; NULL: none */
-    llmpar_dtype dtype, sum, reduce;  /* compute dtype; its sum type; what gradients travel in */
-    llmpar_policy policy;             /* zero, shards, replicas, master, offload */
-    int32_t whole_params, whole_grads, whole_state;
-    int32_t replicas;
-    llmpar_comm *shard_comm;          /* dp_shard; NULL where everything is whole */
-    llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where everything is whole */
-    llmpar_comm *reduce_comm;         /* the same ranks as shard_comm: two threads never call one communicator */
-    int32_t own_comms;                /* 1: with overlap: split off here, of this object alone */
-    int32_t first_backward;           /* llmpar_schedule_first_backward */
-    int32_t count_only;
-    int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
-    int32_t optimizer_states;
-    llmpar_tier tier[LLMPAR_STATE_COUNT];
-    llmpar__store *store;             /* NULL: nothing is offloaded */
-    uint64_t store_fixed;             /* end of what has its place for good */
-    uint64_t seed;
-    llmpar__flat *units;
-    int32_t unit_count;
-    llmpar_stream *stream[LLMPAR_STREAM_COUNT];
-    llmpar_event **event;             /* by instruction index, NULL until needed */
-    int32_t event_count;
-    llmpar_event *unit_event[LLMPAR__UNIT_EVENTS + 1];
-    llmpar_event *free_event[LLMPAR_STREAM_COUNT][LLMPAR__FREE_EVENTS]; /* release number n of a stream is behind event n modulo this or a later one */
-    uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
-    const void **parts;               /* [ranks] of a sum in another dtype */
-    int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
-};
-#define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
-
-/* One buffer that an instruction moves between arena and store. */
-typedef struct llmpar__moved {
-    void **memory;
-    llmpar_tag tag;
-    const char *label;
-    llmpar__place *place;
-} llmpar__moved;
-
-/* One run of a list. */
-typedef struct llmpar__exec {
-    llmpar_fsdp *fsdp;
-    llmpar_run *run;
-    llmpar_micro *micro;       /* [2][micro_batches] with grad_scale and loss filled in; the second half for a second forward */
-    int32_t micro_batches;
-    int32_t inside;            /* updates come before the norm is known */
-    int32_t updating;          /* the first OPTIM has been reached */
-    int32_t found_inf;
-    const llmpar_instruction *now;
-    double grad_scale;         /* from the optimizer */
-    int64_t nonfinite;         /* index of the first non-finite tensor */
-} llmpar__exec;
-
-/* shard.c: memory in stream order. A block that another stream released is waited for. Freeing NULL is fine. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out);
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory);
-/* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
-/* The compute dtype's copy from the master. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
-/* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
-LLMPAR__PRIVATE void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
-LLMPAR__PRIVATE size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, const llmpar__flat *flat); /* of flat->shard */
-LLMPAR__PRIVATE int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
-/* The buffers of a state: at most 2 (LLMPAR_OPTIMIZER_STATES); their number. */
-LLMPAR__PRIVATE int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2]);
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved);
-/* write: the store gets it before the memory goes. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write);
-/* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
-
-/* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
-LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
-LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
-/* executor_shard.c: what happens to gradients, states and parameters. */
-LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);
-/* Rooms in the store for what this list keeps there and has no room yet. */
-LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count);
-
-#endif
-/* ---- src/fsdp/executor_unit.c goes on ---- */
-
-#include <string.h>
-
-/* ---- a unit's own instructions ---- */
-
-static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
-{
-    llmpar_trace_span span;
-    memset(&span, 0, sizeof span);
-    span.lane = (int32_t)LLMPAR_STREAM_TP;
-    span.micro_batch = exec->now->micro_batch;
-    span.name = op->name;
-    span.unit = exec->fsdp->units[exec->now->unit].unit.name;
-    span.category = "communication";
-    return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
-}
-
-/* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
-static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_device *device = fsdp->device;
-    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
-    llmpar_status status = LLMPAR_OK;
-    int used_tp = 0;
-    for (int32_t i = 0; i < count && !status; i++) {
-        int on_tp = ops[i].kind != LLMPAR_COMPUTE;
-        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
-        call->stream = on_tp ? tp : compute;
-        if (on_tp && !used_tp) { /* whatever the unit reads was written on the compute stream before */
-            status = device->event_record(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
-            if (!status) status = device->event_wait(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
-        }
-        used_tp |= on_tp;
-        for (int w = 0; w < 2 && !status; w++) {
-            int32_t wait = ops[i].wait[w] - 1;
-            if (wait < 0) continue;
-            if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
-            if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
-        }
-        uint64_t span = 0;
-        call->index = ops[i].index;
-        if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
-        if (!status) status = ops[i].run(call);
-        if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
-        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
-    }
-    /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
-    if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
-    if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
-{
-    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
-    memset(out, 0, sizeof *out);
-    out->recompute = (int32_t)u->recompute;
-    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
-}
-
-static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    int32_t borrow = flat->unit.borrow - 1;
-    memset(call, 0, sizeof *call);
-    call->ctx = fsdp->ctx;
-    call->device = fsdp->device;
-    call->user = flat->unit.user;
-    call->micro = &exec->micro[in->micro_batch + (in->again ? exec->micro_batches : 0)];
-    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : in->op == LLMPAR_OP_RECOMPUTE ? LLMPAR_PASS_RECOMPUTE : (llmpar_pass)in->pass;
-    call->dtype = fsdp->dtype;
-    call->recompute = flat->unit.recompute;
-    call->params = flat->params;
-    if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
-    call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
-}
-
-static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
-{
-    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
-    if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
-    call->workspace_bytes = sizes->workspace;
-    return status;
-}
-
-static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_unit_call *call, llmpar_status status)
-{
-    llmpar_status a = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
-    llmpar_status b = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
-    return status ? status : a ? a : b;
-}
-
-static int llmpar__exec_output_only(const llmpar_unit *unit)
-{
-    for (int32_t i = 0; i < unit->forward_count; i++)
-        if (unit->forward[i].output_only) return 1;
-    return 0;
-}
-
-/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
-static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    int32_t m = in->micro_batch;
-    int again = in->op == LLMPAR_OP_RECOMPUTE, eval = !again && in->pass == LLMPAR_PASS_EVAL;
-    llmpar_unit_sizes sizes;
-    llmpar_unit_call call;
-    void *unused = NULL, **output = again ? &unused : &flat->output[m];
-    llmpar__exec_call(exec, in, &call);
-    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
-    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
-    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
-    call.output = *output;
-    call.saved = flat->saved[m];
-    if (!status) status = llmpar__exec_ops(exec, flat->unit.forward, flat->unit.forward_count, &call);
-    status = llmpar__exec_release_scratch(exec, &call, status);
-    llmpar_status freed = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &unused);
-    if (!status) status = freed;
-    if (!status && !again && (eval || flat->unit.recompute == LLMPAR_RECOMPUTE_FULL)) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
-    if (!status && eval && in->unit > 0) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
-    return status;
-}
-
-/* A buffer for the whole gradient of a unit; its padding is zeroed, the rest is written by backward. */
-static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int32_t use, int32_t local, int32_t slot)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[unit];
-    size_t size = llmpar_dtype_size(fsdp->sum);
-    void **buffer = &flat->grad[use][local][slot];
-    int32_t n = flat->unit.param_count;
-    if (!local) flat->reduced[use] &= ~(1u << slot);
-    llmpar_status status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
-    for (int32_t i = 0; i < n && !status; i++) {
-        int64_t end = flat->offset[i] + flat->count[i], next = i + 1 < n ? flat->offset[i + 1] : flat->elements;
-        flat->grads[use * n + i] = (char *)*buffer + (size_t)flat->offset[i] * size;
-        if (next > end) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], (char *)*buffer + (size_t)end * size, (size_t)(next - end) * size);
-    }
-    if (n == 0 && !status) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], *buffer, (size_t)flat->elements * size);
-    return status;
-}
-
-static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
-    int32_t m = in->micro_batch, borrow = flat->unit.borrow - 1;
-    llmpar_unit_sizes sizes, input;
-    llmpar_unit_call call;
-    llmpar__exec_call(exec, in, &call);
-    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && in->slot >= 0) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
-    if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
-    if (!status && in->unit > fsdp->first_backward) {
-        status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
-        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
-    }
-    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
-    if (in->slot >= 0) call.grads = flat->grads;
-    if (borrow >= 0 && in->from >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
-    call.saved = flat->saved[m];
-    call.doutput = behind ? behind->dinput[m] : NULL;
-    call.dinput = flat->dinput[m];
-    if (!status) status = llmpar__exec_ops(exec, flat->unit.backward, flat->unit.backward_count, &call);
-    status = llmpar__exec_release_scratch(exec, &call, status);
-    if (!status) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
-    if (!status && before) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
-    if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
-/* ==== src/fsdp/executor_shard.c ==== */
-
-#include <string.h>
-
-/* ---- gradients in a narrower type on their way ----
-   reduce-scatter:  round | all-to-all | widen the n parts | tree sum
-   all-reduce:      the same on n slices (the last ones may be filled up), then round | all-gather | widen */
-
-#define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
-
-static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
-{
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
-    args.count = count;
-    args.in = in;
-    args.in_dtype = from;
-    args.out = out;
-    args.out_dtype = to;
-    return fsdp->device->cast(fsdp->device, stream, &args);
-}
-
-/* out[count] (f32) = tree over ranks of the narrow parts[ranks][count]. wide[ranks][LLMPAR__REDUCE_PIECE]: scratch. */
-static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stream, int32_t ranks, const char *parts, size_t count, float *wide, float *out)
-{
-    llmpar_status status = LLMPAR_OK;
-    size_t size = llmpar_dtype_size(fsdp->reduce);
-    for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
-        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
-        llmpar_tree_sum_args args;
-        memset(&args, 0, sizeof args);
-        for (int32_t r = 0; r < ranks && !status; r++) {
-            fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
-            status = llmpar__reduce_cast(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
-        }
-        args.in = fsdp->parts;
-        args.n = ranks;
-        args.count = piece;
-        args.out = out + at;
-        args.dtype = LLMPAR_F32;
-        if (!status) status = fsdp->device->tree_sum(fsdp->device, stream, &args);
-    }
-    return status;
-}
-
-/* count: of the result. in: [ranks * count], or with `all` [count], summed to the same on every rank. */
-static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id id, llmpar_comm *comm, const void *in, void *out, size_t count, int all, const char *tag)
-{
-    llmpar_stream *stream = fsdp->stream[id];
-    llmpar_device *device = fsdp->device;
-    size_t ranks = (size_t)comm->ranks, size = llmpar_dtype_size(fsdp->reduce), slice = all ? (count + ranks - 1) / ranks : count, total = slice * ranks, given = all ? count : total;
-    void *send = NULL, *recv = NULL, *wide = NULL, *sum = NULL;
-    llmpar_collective call;
-    llmpar_status status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &send);
-    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
-    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
-    if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
-    if (!status) status = llmpar__reduce_cast(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
-    if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
-    memset(&call, 0, sizeof call);
-    call.send = send;
-    call.recv = recv;
-    call.count = slice;
-    call.dtype = fsdp->reduce;
-    call.tag = tag;
-    if (!status) status = llmpar_all_to_all(comm, stream, &call);
-    if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
-    if (all) {
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
-        if (!status) status = llmpar_all_gather(comm, stream, &call);
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
-    }
-    void **scratch[4] = {&sum, &wide, &recv, &send};
-    for (int i = 0; i < 4; i++) {
-        llmpar_status freed = llmpar__fsdp_free(fsdp, id, scratch[i]);
-        if (!status) status = freed;
-    }
-    return status;
-}
-
-/* ---- gradients ---- */
-
-/* This rank's part of a gradient buffer that is not local. */
-static char *llmpar__exec_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat, void *buffer)
-{
-    return buffer && fsdp->whole_grads ? (char *)buffer + (size_t)flat->begin * llmpar_dtype_size(fsdp->sum) : (char *)buffer;
-}
-
-static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    llmpar_stream *stream = fsdp->stream[in->stream];
-    void **shard = &flat->grad[in->use][0][in->slot];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.dtype = fsdp->sum;
-    call.count = (size_t)flat->shard_elements;
-    if (in->op == LLMPAR_OP_REDUCE) {
-        call.tag = flat->label[LLMPAR__LABEL_REDUCE];
-        if (fsdp->whole_grads) {
-            flat->reduced[in->use] |= 1u << in->slot;
-            call.send = *shard;
-        } else {
-            llmpar_status status = llmpar__fsdp_alloc(fsdp, in->stream, LLMPAR_TAG_GRADIENTS, call.count * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_GRADIENT], shard);
-            if (status) return status;
-            call.send = flat->grad[in->use][1][in->from];
-        }
-        call.recv = llmpar__exec_part(fsdp, flat, *shard);
-        if (fsdp->reduce != fsdp->sum) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->reduce_comm, call.send, call.recv, call.count, 0, call.tag);
-        return llmpar_reduce_scatter(fsdp->reduce_comm, stream, &call);
-    }
-    call.tag = flat->label[LLMPAR__LABEL_REPLICA];
-    call.send = call.recv = llmpar__exec_part(fsdp, flat, *shard);
-    if (fsdp->reduce != fsdp->sum && fsdp->replicas > 1) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->replica_comm, call.send, call.recv, call.count, 1, call.tag);
-    return llmpar_all_reduce(fsdp->replica_comm, stream, &call);
-}
-
-static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
-    int part = !in->local && (!fsdp->whole_grads || flat->reduced[in->use] >> in->slot & 1u);
-    llmpar_add_args args;
-    memset(&args, 0, sizeof args);
-    args.count = (size_t)(part ? flat->shard_elements : flat->elements);
-    args.a = part ? llmpar__exec_part(fsdp, flat, *to) : *to; /* the lower micro-batch, on the left */
-    args.b = part ? llmpar__exec_part(fsdp, flat, *from) : *from;
-    args.out = (void *)(uintptr_t)args.a;
-    args.dtype = fsdp->sum;
-    llmpar_status status = fsdp->device->add(fsdp->device, fsdp->stream[in->stream], &args);
-    return status ? status : llmpar__fsdp_free(fsdp, in->stream, from);
-}
-
-static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < flat->segment_count && !status; s++) {
-        const llmpar_segment *segment = &flat->segments[s];
-        if (!segment->owner) continue;
-        llmpar_square_sum_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)segment->count;
-        args.x = llmpar__exec_part(fsdp, flat, flat->grad[in->use][0][in->slot]) + (size_t)segment->begin * llmpar_dtype_size(fsdp->sum);
-        args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;
-        args.dtype = fsdp->sum;
-        status = fsdp->device->square_sum(fsdp->device, fsdp->stream[in->stream], &args);
-    }
-    return status;
-}
-
-/* ---- updates ---- */
-
-/* Neither was the step found to be one to skip, nor did no token of it count. */
-static int llmpar__exec_counts(const llmpar__exec *exec) { return !exec->found_inf && exec->run->global_tokens; }
-
-static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_run *run = exec->run;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    void **grad = &flat->grad[in->use][0][in->slot];
-    const char *part = llmpar__exec_part(fsdp, flat, *grad);
-    llmpar_status status = LLMPAR_OK;
-    if (!exec->updating) llmpar_arena_get_usage(fsdp->arena, &run->before_optimizer);
-    exec->updating = 1;
-    if (run->on_gradient) {
-        status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, part);
-    }
-    if (!status && run->optimizer && llmpar__exec_counts(exec)) {
-        llmpar_update update;
-        memset(&update, 0, sizeof update);
-        update.unit = in->unit;
-        update.dtype = fsdp->sum;
-        update.elements = flat->shard_elements;
-        update.param = llmpar__fsdp_updated(fsdp, flat);
-        update.grad = part;
-        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
-        update.segments = flat->segments;
-        update.segment_count = flat->segment_count;
-        update.grad_scale = exec->grad_scale;
-        update.stream = fsdp->stream[in->stream];
-        status = run->optimizer->update(run->optimizer->state, &update);
-    }
-    return status ? status : llmpar__fsdp_free(fsdp, in->stream, grad);
-}
-
-/* ---- states outside the arena ---- */
-
-static llmpar_status llmpar__exec_move(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    llmpar__moved moved[2];
-    llmpar_status status = LLMPAR_OK;
-    int store = in->op == LLMPAR_OP_STORE;
-    if (fsdp->tier[in->what] == LLMPAR_TIER_DEVICE) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored what this object keeps on the device", flat->unit.name);
-    if (in->stream != LLMPAR_STREAM_OFFLOAD) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored on another stream than offload", flat->unit.name);
-    int32_t count = llmpar__fsdp_moved(fsdp, in->unit, in->what, in->use, in->slot, in->micro_batch, moved);
-    for (int32_t i = 0; i < count && !status; i++) {
-        if (!moved[i].place->bytes) continue; /* nothing of this kind: no saved activations where all are recomputed */
-        status = store ? llmpar__fsdp_put(fsdp, in->stream, &moved[i], 1) : llmpar__fsdp_fetch(fsdp, in->stream, &moved[i]);
-    }
-    if (in->what == LLMPAR_STATE_GRADS && in->use == 0) flat->grad_stored = store ? flat->grad_stored | 1u << in->slot : flat->grad_stored & ~(1u << in->slot);
-    return status;
-}
-
-/* Bytes that a STORE of gradients or activations moves. */
-static llmpar_status llmpar__exec_used(llmpar__exec *exec, const llmpar_instruction *in, uint64_t used[2])
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    llmpar_unit_sizes sizes;
-    used[0] = (uint64_t)(fsdp->whole_grads ? flat->elements : flat->shard_elements) * llmpar_dtype_size(fsdp->sum);
-    used[1] = 0;
-    if (in->what == LLMPAR_STATE_GRADS) return LLMPAR_OK;
-    llmpar_status status = llmpar__exec_sizes(exec, in->unit, in->micro_batch, &sizes);
-    used[0] = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved ? sizes.saved : 1;
-    if (!status && in->unit > 0) status = llmpar__exec_sizes(exec, in->unit - 1, in->micro_batch, &sizes);
-    if (in->unit > 0) used[1] = sizes.output ? sizes.output : 1;
-    return status;
-}
-
-/* Everything that has its place only while a step runs, again: each as large as it was or is now. */
-static llmpar_status llmpar__exec_relay(llmpar_fsdp *fsdp, llmpar__place *place, llmpar_state what)
-{
-    uint64_t bytes = place->bytes > place->used ? place->bytes : place->used, used = place->used;
-    if (!bytes) return LLMPAR_OK;
-    llmpar__store_drop(fsdp->store, place);
-    llmpar_status status = llmpar__store_place(fsdp->store, fsdp->tier[what], bytes, place);
-    place->used = used;
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_heap *heap = &fsdp->ctx->heap;
-    llmpar_status status = LLMPAR_OK;
-    int grow = 0;
-    if (!(fsdp->policy.offload & (1u << LLMPAR_STATE_GRADS | 1u << LLMPAR_STATE_ACTIVATIONS))) return LLMPAR_OK;
-    for (int32_t u = 0; u < fsdp->unit_count; u++) {
-        llmpar__flat *flat = &fsdp->units[u];
-        flat->grad_stored = 0;
-        if (flat->activation_count >= exec->micro_batches) continue;
-        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
-        if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
-        if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
-        llmpar_heap_free(heap, flat->activation_place);
-        flat->activation_place = place;
-        flat->activation_count = exec->micro_batches;
-    }
-    for (int32_t i = 0; i < count && !status; i++) {
-        llmpar__moved moved[2];
-        uint64_t used[2];
-        if (list[i].op != LLMPAR_OP_STORE || (list[i].what != LLMPAR_STATE_GRADS && list[i].what != LLMPAR_STATE_ACTIVATIONS)) continue;
-        status = llmpar__exec_used(exec, &list[i], used);
-        int32_t n = llmpar__fsdp_moved(fsdp, list[i].unit, list[i].what, list[i].use, list[i].slot, list[i].micro_batch, moved);
-        for (int32_t k = 0; k < n && !status; k++) {
-            moved[k].place->used = used[k];
-            grow |= used[k] > moved[k].place->bytes;
-        }
-    }
-    if (status || !grow) return status;
-    llmpar__store_rewind(fsdp->store, fsdp->store_fixed);
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
-        llmpar__flat *flat = &fsdp->units[u];
-        for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS && !status; i++) status = llmpar__exec_relay(fsdp, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS], LLMPAR_STATE_GRADS);
-        for (int32_t i = 0; i < 2 * flat->activation_count && !status; i++) status = llmpar__exec_relay(fsdp, &flat->activation_place[i], LLMPAR_STATE_ACTIVATIONS);
-    }
-    return status ? status : llmpar__store_reserve(fsdp->store);
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar__flat *flat = &fsdp->units[in->unit];
-    int skip = in->predicate == LLMPAR_IF_FINITE && !llmpar__exec_counts(exec);
-    llmpar__moved moved[2];
-    switch (in->op) {
-    case LLMPAR_OP_GATHER: return skip ? LLMPAR_OK : llmpar__fsdp_gather(fsdp, flat, in->stream);
-    case LLMPAR_OP_CAST: return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
-    case LLMPAR_OP_FREE:
-        if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
-        if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);
-        return llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_PARAMS, 0, 0, 0, moved) ? llmpar__fsdp_put(fsdp, in->stream, moved, 0) : LLMPAR_OK;
-    case LLMPAR_OP_REDUCE:
-    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
-    case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);
-    case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
-    case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
-    case LLMPAR_OP_FETCH:
-    case LLMPAR_OP_STORE: return llmpar__exec_move(exec, in);
-    default: return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
-    }
-}
-
-#undef LLMPAR__REDUCE_PIECE
-/* ==== src/fsdp/executor.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
-/* One host thread walks the list: it allocates, enqueues and frees in list order; data order between streams is in the list's waits. */
-
-/* ---- scalars ---- */
-
-static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, int64_t *values, size_t count, const char *tag)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_stream *stream = fsdp->stream[in->stream];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = fsdp->scalars;
-    call.count = count;
-    call.dtype = LLMPAR_I64;
-    call.tag = tag;
-    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
-    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
-    if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
-    return status ? status : waited;
-}
-
-static llmpar_status llmpar__exec_begin(llmpar__exec *exec, double norm)
-{
-    llmpar_run *run = exec->run;
-    llmpar_status status = LLMPAR_OK;
-    exec->grad_scale = 1;
-    if (run->optimizer && run->optimizer->begin_step) status = run->optimizer->begin_step(run->optimizer->state, norm, &exec->grad_scale);
-    exec->grad_scale /= run->loss_scale;
-    return status;
-}
-
-static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    /* Every rank of a tp group holds the same sequences: they count once. */
-    int64_t tokens = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
-    llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
-    if (status) return status;
-    exec->run->global_tokens = tokens;
-    for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
-    /* Loss and norm start from zero before any stream adds to them. */
-    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t));
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-    if (!status) status = waited;
-    if (!status && exec->inside && tokens) status = llmpar__exec_begin(exec, -1);
-    return status;
-}
-
-static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_run *run = exec->run;
-    llmpar_exact_sum sum[2];
-    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], sum, fsdp->scalars, sizeof sum);
-    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-    if (status) return status;
-    if (fsdp->mesh->coordinate[LLMPAR_AXIS_TP] != 0) memset(&sum[0], 0, sizeof sum[0]); /* all of a tp group computed the same loss */
-    llmpar_exact_sum_carry(&sum[0]);
-    llmpar_exact_sum_carry(&sum[1]);
-    status = llmpar__exec_scalars(exec, in, sum[0].limb, LLMPAR__SCALARS, "loss, norm");
-    if (status) return status;
-    run->loss = run->global_tokens ? llmpar_exact_sum_value(&sum[0]) / (double)run->global_tokens : 0;
-    run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
-    run->skipped = run->global_tokens == 0;
-    exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
-    if (exec->found_inf && run->skip_nonfinite) return LLMPAR_OK;
-    if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
-    return exec->inside || run->skipped ? LLMPAR_OK : llmpar__exec_begin(exec, run->grad_norm);
-}
-
-/* ---- the walk ---- */
-
-static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_instruction *in)
-{
-    switch (in->op) {
-    case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE:
-    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
-    case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
-    default: return llmpar__exec_shard(exec, in);
-    }
-}
-
-LLMPAR_DEF void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace)
-{
-    static const char *const name[LLMPAR_STREAM_COUNT] = {"compute", "gather", "reduce", "tp", "offload"};
-    fsdp->trace = trace;
-    for (int32_t s = 0; s < (int32_t)LLMPAR_STREAM_COUNT; s++) llmpar_trace_lane(trace, s, name[s]);
-}
-
-static const char *llmpar__exec_category(llmpar_op op)
-{
-    switch (op) {
-    case LLMPAR_OP_GATHER:
-    case LLMPAR_OP_REDUCE:
-    case LLMPAR_OP_REDUCE_REPLICA:
-    case LLMPAR_OP_SCALAR_REDUCE: return "communication";
-    case LLMPAR_OP_FETCH:
-    case LLMPAR_OP_STORE: return "offload";
-    case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE:
-    case LLMPAR_OP_BACKWARD: return "compute";
-    default: return "update";
-    }
-}
-
-/* A FREE takes no time: it shows in the bytes. */
-static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_schedule one;
-    llmpar_trace_span span;
-    *id = 0;
-    if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
-    memset(&one, 0, sizeof one);
-    memset(&span, 0, sizeof span);
-    one.list = (llmpar_instruction *)(uintptr_t)in;
-    one.count = 1;
-    span.lane = (int32_t)in->stream;
-    span.micro_batch = in->micro_batch;
-    span.name = llmpar_op_name(in->op);
-    span.unit = in->unit >= 0 ? fsdp->units[in->unit].unit.name : NULL;
-    span.category = llmpar__exec_category(in->op);
-    llmpar_status status = llmpar_fsdp_bytes(fsdp, &one, &exec->micro[in->micro_batch >= 0 ? in->micro_batch : 0], &span.bytes);
-    return status ? status : llmpar_trace_begin(fsdp->trace, fsdp->stream[in->stream], &span, id);
-}
-
-static void llmpar__exec_trace_memory(llmpar_fsdp *fsdp)
-{
-    llmpar_arena_usage usage;
-    if (!fsdp->trace) return;
-    llmpar_arena_get_usage(fsdp->arena, &usage);
-    llmpar_trace_memory(fsdp->trace, &usage);
-}
-
-static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t i = 0; i < count && !status; i++) {
-        const llmpar_instruction *in = exec->now = &list[i];
-        uint64_t span = 0;
-        for (int32_t w = 0; w < in->wait_count && !status; w++)
-            if (list[in->waits[w]].stream != in->stream) status = fsdp->device->event_wait(fsdp->device, fsdp->stream[in->stream], fsdp->event[in->waits[w]]);
-        if (!status) status = llmpar__exec_trace(exec, in, &span);
-        if (!status) status = llmpar__exec_instruction(exec, in);
-        if (!status) status = llmpar_trace_end(fsdp->trace, fsdp->stream[in->stream], span);
-        llmpar__exec_trace_memory(fsdp);
-        if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
-    }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
-        llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
-        if (!status) status = sync;
-    }
-    return llmpar__store_failed(fsdp->store, status);
-}
-
-/* Events for the instructions that somebody waits for; they stay for the next step. */
-static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, unsigned char *awaited)
-{
-    llmpar_heap *heap = &fsdp->ctx->heap;
-    if (count > fsdp->event_count) {
-        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
-        if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
-        if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
-        llmpar_heap_free(heap, fsdp->event);
-        fsdp->event = event;
-        fsdp->event_count = count;
-    }
-    for (int32_t i = 0; i < count; i++)
-        for (int32_t w = 0; w < list[i].wait_count; w++)
-            if (list[list[i].waits[w]].stream != list[i].stream) awaited[list[i].waits[w]] = 1;
-    for (int32_t i = 0; i < count; i++)
-        if (awaited[i] && !fsdp->event[i]) {
-            llmpar_status status = fsdp->device->event_create(fsdp->device, &fsdp->event[i]);
-            if (status) return status;
-        }
-    return LLMPAR_OK;
-}
-
-/* Whatever an interrupted step left behind. */
-static void llmpar__exec_clean(llmpar__exec *exec)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    for (int32_t u = 0; u < fsdp->unit_count; u++) {
-        llmpar__flat *flat = &fsdp->units[u];
-        for (int i = 0; i < 4 * LLMPAR_GRAD_SLOTS; i++) {
-            void **grad = &flat->grad[i / (2 * LLMPAR_GRAD_SLOTS)][i / LLMPAR_GRAD_SLOTS % 2][i % LLMPAR_GRAD_SLOTS];
-            llmpar_arena_free(fsdp->arena, *grad);
-            *grad = NULL;
-        }
-        void ***lists[3] = {&flat->output, &flat->saved, &flat->dinput};
-        for (int k = 0; k < 3; k++) {
-            for (int32_t m = 0; m < exec->micro_batches && *lists[k]; m++) llmpar_arena_free(fsdp->arena, (*lists[k])[m]);
-            llmpar_heap_free(&fsdp->ctx->heap, *lists[k]);
-            *lists[k] = NULL;
-        }
-        while (!fsdp->whole_params && flat->gathers > 0) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_COMPUTE);
-        for (int what = LLMPAR_STATE_OPTIMIZER; what <= LLMPAR_STATE_PARAMS; what++) {
-            llmpar__moved moved[2];
-            int32_t count = fsdp->tier[what] == LLMPAR_TIER_DEVICE ? 0 : llmpar__fsdp_moved(fsdp, u, (llmpar_state)what, 0, 0, 0, moved);
-            for (int32_t i = 0; i < count; i++) llmpar__fsdp_put(fsdp, LLMPAR_STREAM_COMPUTE, &moved[i], 0);
-        }
-    }
-}
-
-static llmpar_status llmpar__exec_report(llmpar__exec *exec)
-{
-    llmpar_fsdp *fsdp = exec->fsdp;
-    int64_t index = exec->nonfinite;
-    const char *what = index >= ((int64_t)1 << 40) ? "the gradient of " : "", *name = "no parameter or gradient (an activation)";
-    if (index >= 0) name = fsdp->units[(index >> 16) & 0xffffff].unit.params[index & 0xffff].name;
-    return llmpar_fail(fsdp->ctx, LLMPAR_ERR_NONFINITE, "loss %g, gradient norm %g: expected finite values; first non-finite tensor: %s%s", exec->run->loss, exec->run->grad_norm, what, name);
-}
-
-LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run)
-{
-    llmpar_heap *heap = &fsdp->ctx->heap;
-    llmpar__exec exec;
-    memset(&exec, 0, sizeof exec);
-    exec.fsdp = fsdp;
-    exec.run = run;
-    exec.grad_scale = 1;
-    exec.nonfinite = -1;
-    if (run->loss_scale == 0) run->loss_scale = 1;
-    run->loss = run->grad_norm = 0;
-    run->global_tokens = 0;
-    run->skipped = 0;
-    run->found_inf = 0;
-    memset(&run->before_optimizer, 0, sizeof run->before_optimizer);
-    int known = 0; /* the norm, at the first update */
-    for (int32_t i = 0; i < count; i++) {
-        if (list[i].micro_batch >= exec.micro_batches) exec.micro_batches = list[i].micro_batch + 1;
-        known |= list[i].op == LLMPAR_OP_SCALAR_REDUCE && list[i].pass;
-        exec.inside |= list[i].op == LLMPAR_OP_OPTIM && !known;
-    }
-    if (exec.inside && run->skip_nonfinite) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates inside backward cannot be taken back where a gradient is not finite; expected a list of two passes");
-    for (int32_t u = 0; u < fsdp->unit_count; u++) {
-        if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
-        if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
-    }
-    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
-    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
-    llmpar_status status = LLMPAR_OK;
-    if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
-    for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
-        exec.micro[m] = run->micro[m];
-        exec.micro[m].index = m;
-        exec.micro[m].loss = fsdp->scalars;
-        llmpar_micro *second = &exec.micro[exec.micro_batches + m];
-        *second = exec.micro[m];
-        second->loss = fsdp->scalars + LLMPAR__SCALARS; /* the second pass of a step: its loss was counted in the first */
-        second->token_loss = NULL;
-    }
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
-        llmpar__flat *flat = &fsdp->units[u];
-        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
-        if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
-    }
-    if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);
-    if (!status) status = llmpar__exec_places(&exec, list, count);
-    if (!status) status = llmpar__exec_walk(&exec, list, count, awaited);
-    llmpar__exec_clean(&exec);
-    llmpar_heap_free(heap, exec.micro);
-    llmpar_heap_free(heap, awaited);
-    run->found_inf = exec.found_inf && run->skip_nonfinite;
-    if (!status && exec.found_inf && !run->found_inf) status = llmpar__exec_report(&exec);
-    return status;
-}
-
-/* ==== src/optim/adalomo.c ==== */
-/* AdaLomo (Lv et al. 2023, arXiv 2310.10195, and adalomo.py of its authors): for a matrix of R rows and C columns, with g' and eps as in optim.h and b = beta2,
-
-     r[R] = b r + (1-b) (mean over columns of g'^2 + eps)        c[C] = b c + (1-b) (mean over rows of g'^2 + eps)
-     u = g' / sqrt(r c / mean(r));   p -= lr * max(1e-3, rms p) * (decay p + u / max(1, rms u))
-
-   Parameters of other than two dims keep the whole second moment. Nothing here has an order: the sums of a unit are integers, so the ranks that share it (dp_shard, tp) add theirs up in any.
-
-     largest |g| of each matrix     -> all-reduce max      where the fixed point stands
-     squares of g by row and column,
-       squares of p (exact sums)    -> all-reduce          one for the whole unit
-     r, c, their inverse roots         (every rank that holds a part of the matrix has all of r and c: equal copies)
-     squares of u (exact sums)      -> all-reduce
-     p
-
-   Bytes, beside nothing an element for matrices (s = 4, or 8 in f64): s (R + C) for each matrix this rank holds a part of, s for each of its elements of other parameters; and once, for the largest unit, 8 (R + C) of
-   each of its matrices, s (R + C) of those it holds a part of, and 1160 a parameter. All OPTIMIZER. */
-/* ==== src/optim/optim_internal.h ==== */
-/* optim_internal: what optim.c and adalomo.c share. */
-#ifndef LLMPAR_OPTIM_INTERNAL_H
-#define LLMPAR_OPTIM_INTERNAL_H
-
-
-struct llmpar__adalomo;
-
-struct llmpar_optim {
-    llmpar_fsdp *fsdp;
-    llmpar_heap *heap;
-    llmpar_optim_desc desc;
-    llmpar_optimizer table;
-    double lr, power1, power2; /* beta^step */
-    int64_t steps;
-    struct llmpar__adalomo *adalomo;
-};
-
-/* adalomo.c: creation (collective) and the table's update. */
-LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
-LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
-LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
-LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
-
-#endif
-/* ---- src/optim/adalomo.c goes on ---- */
-
-#include <string.h>
-
-
-/* A segment of this rank. */
-typedef struct llmpar__adalomo_part {
-    int64_t begin, cols;          /* first element in the tp-local rectangle, and its columns */
-    int64_t row, col;             /* where the rectangle lies in the matrix */
-    int64_t moment, factor;       /* reals before its moments (R, then C; or one an element) in the unit's state, and before its factors in the workspace */
-    int32_t factored, counts;     /* counts: this rank's part stands for it in sums */
-} llmpar__adalomo_part;
-
-typedef struct llmpar__adalomo_unit {
-    llmpar__adalomo_part *part;   /* [segment_count] */
-    int64_t *rows, *cols;         /* [param_count]; rows 0: not factored */
-    int64_t *sum;                 /* [param_count] integers before its row sums, column sums behind them */
-    int64_t sums;                 /* integers in all */
-    int32_t params, matrices;
-    void *state;
-} llmpar__adalomo_unit;
-
-typedef struct llmpar__adalomo {
-    llmpar_comm *comm;            /* the ranks that share a unit's parameters; NULL: alone */
-    llmpar__adalomo_unit *unit;
-    int32_t units;
-    void *workspace;
-    size_t at_largest, at_factors;/* bytes in it; sums lie at 0: row and column sums, squares of p, squares of u */
-    int64_t bytes;                /* of the arena */
-    llmpar_event *done;           /* behind the last update: the workspace is one for all */
-} llmpar__adalomo;
-
-/* ---- creation ---- */
-
-static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, int64_t *moments, int64_t *factors)
-{
-    llmpar_fsdp *fsdp = optim->fsdp;
-    const llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
-    llmpar__adalomo_unit *unit = &optim->adalomo->unit[index];
-    const llmpar_unit *u = llmpar_fsdp_unit(fsdp, index);
-    const llmpar_segment *segments;
-    int32_t count;
-    llmpar_fsdp_layout(fsdp, index, NULL, &segments, &count);
-    *moments = *factors = 0;
-    if (u->frozen) return LLMPAR_OK;
-    unit->params = u->param_count;
-    unit->part = (llmpar__adalomo_part *)llmpar_heap_zalloc(optim->heap, (size_t)count + 1, sizeof *unit->part);
-    unit->rows = (int64_t *)llmpar_heap_zalloc(optim->heap, 3 * (size_t)u->param_count + 1, sizeof(int64_t));
-    if (!unit->part || !unit->rows) return llmpar_fail(mesh->ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for unit %s", u->name);
-    unit->cols = unit->rows + u->param_count;
-    unit->sum = unit->cols + u->param_count;
-    for (int32_t p = 0; p < u->param_count; p++) {
-        const llmpar_param *param = &u->params[p];
-        if (param->dims != 2 || param->shape[0] == 0 || param->shape[1] == 0) continue;
-        unit->rows[p] = param->shape[0];
-        unit->cols[p] = param->shape[1];
-        unit->sum[p] = unit->sums;
-        unit->sums += param->shape[0] + param->shape[1];
-        unit->matrices++;
-    }
-    for (int32_t s = 0; s < count; s++) {
-        llmpar__adalomo_part *part = &unit->part[s];
-        llmpar_dtensor tensor;
-        llmpar_local local;
-        int32_t p = segments[s].param, coordinate[LLMPAR_MESH_AXES];
-        llmpar_fsdp_dtensor(fsdp, index, p, &tensor);
-        llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
-        if (local.flat_count != segments[s].count)
-            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "adalomo: %s: the update's part has %lld elements, its descriptor %lld", u->params[p].name, (long long)segments[s].count, (long long)local.flat_count);
-        part->begin = local.flat_begin;
-        part->moment = *moments;
-        if (unit->rows[p]) {
-            part->factored = 1;
-            part->cols = local.shape[1];
-            part->row = local.offset[0];
-            part->col = local.offset[1];
-            part->factor = *factors;
-            *moments += unit->rows[p] + unit->cols[p];
-            *factors += unit->rows[p] + unit->cols[p];
-        } else *moments += segments[s].count;
-        /* Data ranks that are not in the communicator have sums of their own, so only copies within it count once: those over tp. */
-        memcpy(coordinate, mesh->coordinate, sizeof coordinate);
-        coordinate[LLMPAR_AXIS_DP_REPLICATE] = 0;
-        if (!tensor.placements || tensor.placement[tensor.placements - 1].kind != LLMPAR_FLAT) coordinate[LLMPAR_AXIS_DP_SHARD] = 0;
-        llmpar_dtensor_local(&tensor, mesh->degree, coordinate, &local);
-        part->counts = local.is_owner;
-    }
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
-{
-    llmpar__adalomo *a = optim->adalomo;
-    llmpar_ctx *ctx = llmpar_fsdp_mesh(optim->fsdp)->ctx;
-    llmpar_device *device = ctx->device;
-    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(optim->fsdp))), sums = 0, params = 0, most = 0;
-    llmpar_stream *stream = NULL;
-    llmpar_status status = device->stream_create(device, "set-up", &stream);
-    for (int32_t u = 0; u < a->units && !status; u++) {
-        llmpar__adalomo_unit *unit = &a->unit[u];
-        int64_t moments, factors;
-        status = llmpar__adalomo_layout(optim, u, &moments, &factors);
-        if (!status && moments) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, (size_t)moments * size, llmpar_fsdp_unit(optim->fsdp, u)->name, &unit->state);
-        if (!status && moments) status = device->zero(device, stream, unit->state, (size_t)moments * size);
-        a->bytes += llmpar_round_up((int64_t)((size_t)moments * size), (int64_t)device->alignment);
-        if (status) break;
-        size_t wanted = (size_t)(unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)unit->params);
-        if (wanted > sums) sums = wanted;
-        if ((size_t)unit->params > params) params = (size_t)unit->params;
-        if ((size_t)factors > most) most = (size_t)factors;
-    }
-    a->at_largest = sums * sizeof(int64_t);
-    a->at_factors = a->at_largest + params * sizeof(double);
-    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, a->at_factors + most * size, "adalomo's sums", &a->workspace);
-    a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
-    if (!status) status = device->event_create(device, &a->done);
-    if (stream) {
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
-        device->stream_destroy(device, stream);
-    }
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
-{
-    llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
-    llmpar_ctx *ctx = mesh->ctx;
-    llmpar_device *device = ctx->device;
-    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
-        return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
-    llmpar__adalomo *a = (llmpar__adalomo *)llmpar_heap_zalloc(optim->heap, 1, sizeof *a);
-    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");
-    optim->adalomo = a;
-    a->units = llmpar_fsdp_unit_count(optim->fsdp);
-    a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
-    if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
-    llmpar_policy policy;
-    memset(&policy, 0, sizeof policy);
-    llmpar_fsdp_policy(optim->fsdp, &policy);
-    int whole = llmpar_policy_whole_state(&policy);
-    llmpar_status status = LLMPAR_OK;
-    if (!whole || mesh->degree[LLMPAR_AXIS_TP] > 1)
-        status = llmpar_comm_split(mesh->world, whole ? mesh->dp_rank : mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE], ctx->rank, "optimizer", &a->comm);
-    return status ? status : llmpar__adalomo_memory(optim);
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
-{
-    llmpar__adalomo *a = optim->adalomo;
-    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    if (!a) return;
-    for (int32_t u = 0; u < a->units && a->unit; u++) {
-        llmpar_heap_free(optim->heap, a->unit[u].part);
-        llmpar_heap_free(optim->heap, a->unit[u].rows);
-        llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->unit[u].state);
-    }
-    llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->workspace);
-    if (a->done) device->event_destroy(device, a->done);
-    llmpar_comm_destroy(a->comm);
-    llmpar_heap_free(optim->heap, a->unit);
-    llmpar_heap_free(optim->heap, a);
-}
-
-LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
-
-/* ---- the update ---- */
-
-/* One update while it is made. */
-typedef struct llmpar__adalomo_call {
-    llmpar_optim *optim;
-    const llmpar_update *update;
-    llmpar__adalomo_unit *unit;
-    llmpar_device *device;
-    const char *name;             /* of the unit */
-    int64_t *sums, *param_squares, *update_squares;
-    double *largest;
-    char *factors;
-    double beta;
-    size_t size;
-} llmpar__adalomo_call;
-
-static llmpar_status llmpar__adalomo_reduce(const llmpar__adalomo_call *c, void *buffer, int64_t count, llmpar_dtype dtype, llmpar_reduce_op op)
-{
-    llmpar_collective call;
-    if (!c->optim->adalomo->comm || count == 0) return LLMPAR_OK;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = buffer;
-    call.count = (size_t)count;
-    call.dtype = dtype;
-    call.op = op;
-    call.tag = c->name;
-    return llmpar_all_reduce(c->optim->adalomo->comm, c->update->stream, &call);
-}
-
-/* Terms of a sum that the fixed point has room for. */
-static int32_t llmpar__adalomo_bits(int64_t terms)
-{
-    int32_t bits = 62;
-    while (terms > (int64_t)1 << (62 - bits)) bits--;
-    return bits;
-}
-
-static const void *llmpar__adalomo_grad(const llmpar__adalomo_call *c, int32_t s) { return (const char *)c->update->grad + (size_t)c->update->segments[s].begin * c->size; }
-static void *llmpar__adalomo_param(const llmpar__adalomo_call *c, int32_t s) { return (char *)c->update->param + (size_t)c->update->segments[s].begin * c->size; }
-
-static llmpar_status llmpar__adalomo_find_largest(const llmpar__adalomo_call *c)
-{
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        llmpar_largest_args args;
-        if (!c->unit->part[s].factored) continue;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)c->update->segments[s].count;
-        args.x = llmpar__adalomo_grad(c, s);
-        args.largest = c->largest + c->update->segments[s].param;
-        args.dtype = c->update->dtype;
-        status = c->device->largest(c->device, c->update->stream, &args);
-    }
-    return status ? status : llmpar__adalomo_reduce(c, c->largest, c->unit->matrices ? c->unit->params : 0, LLMPAR_F64, LLMPAR_MAX);
-}
-
-static llmpar_status llmpar__adalomo_sum_squares(const llmpar__adalomo_call *c)
-{
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        const llmpar__adalomo_part *part = &c->unit->part[s];
-        int32_t p = c->update->segments[s].param;
-        llmpar_square_sum_args square;
-        if (!part->counts) continue;
-        memset(&square, 0, sizeof square);
-        square.count = (size_t)c->update->segments[s].count;
-        square.x = llmpar__adalomo_param(c, s);
-        square.accumulator = c->param_squares + (int64_t)p * LLMPAR_EXACT_SUM_LIMBS;
-        square.dtype = c->update->dtype;
-        status = c->device->square_sum(c->device, c->update->stream, &square);
-        if (status || !part->factored) continue;
-        llmpar_factor_sum_args args;
-        memset(&args, 0, sizeof args);
-        args.begin = part->begin;
-        args.count = c->update->segments[s].count;
-        args.cols = part->cols;
-        args.g = llmpar__adalomo_grad(c, s);
-        args.row_sums = c->sums + c->unit->sum[p] + part->row;
-        args.col_sums = c->sums + c->unit->sum[p] + c->unit->rows[p] + part->col;
-        args.row_bits = llmpar__adalomo_bits(c->unit->cols[p]);
-        args.col_bits = llmpar__adalomo_bits(c->unit->rows[p]);
-        args.largest = c->largest + p;
-        args.grad_scale = c->update->grad_scale;
-        args.dtype = c->update->dtype;
-        status = c->device->factor_sum(c->device, c->update->stream, &args);
-    }
-    return status ? status : llmpar__adalomo_reduce(c, c->sums, c->unit->sums + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c->unit->params, LLMPAR_I64, LLMPAR_SUM);
-}
-
-static llmpar_status llmpar__adalomo_moments(const llmpar__adalomo_call *c)
-{
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        const llmpar__adalomo_part *part = &c->unit->part[s];
-        int32_t p = c->update->segments[s].param;
-        if (!part->factored) continue;
-        for (int by_columns = 0; by_columns < 2 && !status; by_columns++) {
-            int64_t rows = c->unit->rows[p], cols = c->unit->cols[p], at = by_columns ? rows : 0;
-            llmpar_factor_moment_args args;
-            memset(&args, 0, sizeof args);
-            args.count = by_columns ? cols : rows;
-            args.terms = by_columns ? rows : cols;
-            args.bits = llmpar__adalomo_bits(args.terms);
-            args.by_mean = !by_columns;
-            args.sums = c->sums + c->unit->sum[p] + at;
-            args.largest = c->largest + p;
-            args.moment = (char *)c->unit->state + (size_t)(part->moment + at) * c->size;
-            args.factor = c->factors + (size_t)(part->factor + at) * c->size;
-            args.grad_scale = c->update->grad_scale;
-            args.beta = c->beta;
-            args.eps = c->optim->desc.eps;
-            args.dtype = c->update->dtype;
-            status = c->device->factor_moment(c->device, c->update->stream, &args);
-        }
-    }
-    return status;
-}
-
-/* apply 0: the squares of u; 1: p. */
-static llmpar_status llmpar__adalomo_pass(const llmpar__adalomo_call *c, int apply)
-{
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
-        const llmpar__adalomo_part *part = &c->unit->part[s];
-        const llmpar_segment *segment = &c->update->segments[s];
-        const llmpar_param *param = &llmpar_fsdp_unit(c->optim->fsdp, c->update->unit)->params[segment->param];
-        llmpar_adalomo_args args;
-        memset(&args, 0, sizeof args);
-        args.begin = part->begin;
-        args.count = segment->count;
-        args.cols = part->cols;
-        args.elements = 1;
-        for (int32_t d = 0; d < param->dims; d++) args.elements *= param->shape[d];
-        args.p = llmpar__adalomo_param(c, s);
-        args.g = llmpar__adalomo_grad(c, s);
-        if (part->factored) {
-            args.row_factor = c->factors + (size_t)(part->factor + part->row) * c->size;
-            args.col_factor = c->factors + (size_t)(part->factor + c->unit->rows[segment->param] + part->col) * c->size;
-        } else args.moment = (char *)c->unit->state + (size_t)part->moment * c->size;
-        if (apply || part->counts) args.update_squares = c->update_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
-        args.param_squares = c->param_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
-        args.lr = c->optim->lr;
-        args.decay = segment->no_decay || c->optim->desc.decay < 0 ? 0 : c->optim->desc.decay;
-        args.grad_scale = c->update->grad_scale;
-        args.beta = c->beta;
-        args.eps = c->optim->desc.eps;
-        args.dtype = c->update->dtype;
-        status = apply ? c->device->adalomo(c->device, c->update->stream, &args) : c->device->adalomo_square(c->device, c->update->stream, &args);
-    }
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update)
-{
-    llmpar_optim *optim = (llmpar_optim *)state;
-    llmpar__adalomo *a = optim->adalomo;
-    llmpar__adalomo_call c;
-    c.optim = optim;
-    c.update = update;
-    c.unit = &a->unit[update->unit];
-    c.device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    c.name = llmpar_fsdp_unit(optim->fsdp, update->unit)->name;
-    c.sums = (int64_t *)a->workspace;
-    c.param_squares = c.sums + c.unit->sums;
-    c.update_squares = c.param_squares + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params;
-    c.largest = (double *)(void *)((char *)a->workspace + a->at_largest);
-    c.factors = (char *)a->workspace + a->at_factors;
-    c.beta = optim->desc.beta2 > 0 ? optim->desc.beta2 : 1 - llmpar_pow_f64((double)optim->steps, -0.8);
-    c.size = llmpar_dtype_size(update->dtype);
-    llmpar_status status = c.device->event_wait(c.device, update->stream, a->done);
-    if (!status) status = c.device->zero(c.device, update->stream, c.sums, (size_t)(c.unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params) * sizeof *c.sums);
-    if (!status) status = c.device->zero(c.device, update->stream, c.largest, (size_t)c.unit->params * sizeof *c.largest);
-    if (!status) status = llmpar__adalomo_find_largest(&c);
-    if (!status) status = llmpar__adalomo_sum_squares(&c);
-    if (!status) status = llmpar__adalomo_moments(&c);
-    if (!status) status = llmpar__adalomo_pass(&c, 0);
-    if (!status) status = llmpar__adalomo_reduce(&c, c.update_squares, LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params, LLMPAR_I64, LLMPAR_SUM);
-    if (!status) status = llmpar__adalomo_pass(&c, 1);
-    return status ? status : c.device->event_record(c.device, update->stream, a->done);
-}
-
-/* ==== src/model/block.c ==== */
+/* ==== src/model/generate.c ==== */
 /* ==== src/model/llama_internal.h ==== */
 /* llama_internal: the model's state and the shapes its unit files share. */
 #ifndef LLMPAR_LLAMA_INTERNAL_H
@@ -11914,1050 +10313,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 #endif /* LLMPAR_NO_LLAMA */
 
 #endif
-/* ---- src/model/block.c goes on ---- */
-
-#include <string.h>
-
-
-#if !defined(LLMPAR_NO_LLAMA)
-
-/* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
-   Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
-
-   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
-   scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
-            act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
-            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
-   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
-typedef struct llmpar__block_half {
-    llmpar__shape s;
-    const llmpar__part *part_of;
-    const llmpar_llama *model;
-    const llmpar_tp *tp;
-    int mlp, first, last, again;    /* again: h is made again in backward */
-    int32_t param;                  /* of the half's norm */
-    const char *input;
-    char *output;
-    const char *dout;
-    char *din;
-    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
-    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
-    const char *in;                 /* what the products read: h, or the gathered rows */
-} llmpar__block_half;
-
-/* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
-typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
-
-static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
-{
-    const llmpar_tp *tp = &part->model->tp;
-    size_t at = 0, spare_h;
-    int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
-    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
-    memset(l, 0, sizeof *l);
-    for (int32_t i = 0; i < part->halves; i++) {
-        int is_mlp = (part->first + i) & 1;
-        llmpar__block_layout here = *l;
-        here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
-        here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
-        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
-        here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
-        here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
-        here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
-        here.up = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
-        here.stream = llmpar__llama_take(&at, i + 1 < part->halves ? s->ns * s->d : 0, s->size);
-        if (i < j) here.before = here.stream;
-        if (i <= j) *l = here;
-    }
-    l->saved = at;
-    at = 0;
-    if (mlp) act = s->n * s->f;
-    if (attention && backward && s->n * s->h * s->e > act) act = s->n * s->h * s->e;
-    l->full = llmpar__llama_take(&at, gathered, s->size);
-    l->part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(tp, s->b, s->t, s->d, s->dtype), 1);
-    l->sum = tp->sequence_parallel || llmpar_tp_partial_dtype(tp, s->dtype) != s->dtype ? llmpar__llama_take(&at, s->ns * s->d, s->size) : l->part;
-    l->act = llmpar__llama_take(&at, act, s->size);
-    spare_h = llmpar__llama_take(&at, again ? s->ns * s->d : 0, s->size);
-    if (again) l->h = spare_h;
-    l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
-    if (backward) {
-        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
-        l->dfull = llmpar__llama_take(&at, gathered, s->size);
-        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
-        l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
-        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
-        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
-        l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
-    }
-    l->scratch = at;
-}
-
-static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
-{
-    llmpar__block_layout l;
-    memset(b, 0, sizeof *b);
-    b->part_of = (const llmpar__part *)call->user;
-    b->model = b->part_of->model;
-    b->tp = &b->model->tp;
-    b->mlp = (b->part_of->first + j) & 1;
-    b->first = j == 0;
-    b->last = j + 1 == b->part_of->halves;
-    b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
-    llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
-    llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
-    llmpar__block_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
-    char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
-    b->h = (b->again ? scratch : saved) + l.h;
-    b->rstd = saved + l.rstd;
-    b->qkv = saved + l.qkv;
-    b->o = saved + l.o;
-    b->lse = saved + l.lse;
-    b->gate = saved + l.gate;
-    b->up = saved + l.up;
-    b->full = scratch + l.full;
-    b->part = scratch + l.part;
-    b->sum = scratch + l.sum;
-    b->act = scratch + l.act;
-    b->spare = scratch + l.spare;
-    b->dfull = scratch + l.dfull;
-    b->dqkv = scratch + l.dqkv;
-    b->dx = scratch + l.dx;
-    b->dkv = scratch + l.dkv;
-    b->dkv_low = scratch + l.dkv_low;
-    b->leaves = scratch + l.leaves;
-    b->in = b->tp->sequence_parallel ? b->full : b->h;
-    b->input = b->first ? (const char *)call->input : saved + l.before;
-    b->output = b->last ? (char *)call->output : saved + l.stream;
-    b->dout = b->last ? (const char *)call->doutput : b->dx;
-    b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
-}
-
-static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-
-/* Element offset of k and v in a row of qkv. */
-static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
-
-/* Pointers and extents for attention over the joint q,k,v buffer. */
-static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
-{
-    const llmpar__shape *s = &b->s;
-    memset(args, 0, sizeof *args);
-    args->batch = s->b;
-    args->tq = args->tk = args->tk_stride = s->t;
-    args->heads = s->h;
-    args->kv_heads = s->k;
-    args->head_dim = s->e;
-    args->ldq = args->ldk = args->ldv = s->ld;
-    args->ldo = s->h * s->e;
-    args->scale = llmpar__llama_scale(b->model);
-    args->dtype = s->dtype;
-    if (!call) return;
-    args->q = b->qkv;
-    args->k = b->qkv + llmpar__block_k(s);
-    args->v = b->qkv + llmpar__block_v(s);
-    args->out = b->o;
-    args->lse = b->lse;
-    args->workspace = call->workspace;
-    args->workspace_bytes = call->workspace_bytes;
-}
-
-static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
-{
-    const llmpar__shape *s = &b->s;
-    llmpar_rope_args args;
-    memset(&args, 0, sizeof args);
-    args.batch = s->b;
-    args.t = s->t;
-    args.heads = s->h + s->k; /* k's heads lie behind q's */
-    args.head_dim = s->e;
-    args.ld = s->ld;
-    args.x = qkv;
-    args.cosine = b->model->cosine;
-    args.sine = b->model->sine;
-    args.dtype = s->dtype;
-    args.inverse = inverse;
-    return call->device->rope(call->device, call->stream, &args);
-}
-
-/* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
-static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
-{
-    const llmpar__shape *s = &b->s;
-    const llmpar_llama_config *c = &b->model->config;
-    memset(operand, 0, 3 * sizeof *operand);
-    for (int i = 0; i < 3; i++) {
-        operand[i].lda = s->ld;
-        operand[i].ldb = s->d;
-        operand[i].grain = s->e;
-        operand[i].per = i ? c->heads / c->kv_heads : 1;
-        operand[i].begin = i ? (b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, c->kv_heads)) : llmpar_tp_begin(b->tp, c->heads);
-        operand[i].count = i ? (b->tp->replicas > 1 ? b->tp->rank % b->tp->replicas == 0 : s->k) : s->h;
-    }
-    if (!call) return;
-    operand[0].a = dqkv;
-    operand[1].a = dqkv + llmpar__block_k(s);
-    operand[2].a = dqkv + llmpar__block_v(s);
-    operand[0].b = llmpar__block_param(b, call, LLMPAR__WQ);
-    operand[1].b = llmpar__block_param(b, call, LLMPAR__WK);
-    operand[2].b = llmpar__block_param(b, call, LLMPAR__WV);
-}
-
-static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
-{
-    memset(operand, 0, 2 * sizeof *operand);
-    for (int i = 0; i < 2; i++) {
-        operand[i].lda = b->s.f;
-        operand[i].ldb = b->s.d;
-        operand[i].grain = 1;
-        operand[i].begin = llmpar_tp_begin(b->tp, b->model->config.intermediate);
-        operand[i].count = b->s.f;
-    }
-    if (!call) return;
-    operand[0].a = b->gate;
-    operand[1].a = b->up;
-    operand[0].b = llmpar__block_param(b, call, LLMPAR__GATE);
-    operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
-}
-
-/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
-{
-    memset(operand, 0, sizeof *operand);
-    operand->a = a;
-    operand->b = w;
-    operand->count = llmpar_tp_count(tp, grains);
-    operand->begin = llmpar_tp_begin(tp, grains);
-    operand->grain = grain;
-    operand->lda = operand->ldb = operand->count * grain;
-}
-
-LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
-
-/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
-static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
-{
-    const llmpar__shape *s = &b->s;
-    int shared = b->tp->replicas > 1;
-    memset(args, 0, sizeof *args);
-    llmpar__block_attention(b, call, &args->forward);
-    args->dkv_dtype = shared ? s->sum : s->dtype;
-    args->ld_dkv = shared ? 2 * s->e : s->ld;
-    if (!call) return;
-    args->dout = b->act;
-    args->dq = b->dqkv;
-    args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
-    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
-}
-
-/* ---- sizes ---- */
-
-/* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
-static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device *device)
-{
-    const llmpar__shape *s = &b->s;
-    const llmpar_tp *tp = b->tp;
-    const llmpar_llama_config *c = &b->model->config;
-    llmpar_tp_operand heads[3], ffn[2], row;
-    llmpar_attention_backward_args attention;
-    size_t w[18], most = 0;
-    int n = 0;
-    llmpar__block_heads(b, NULL, NULL, heads);
-    llmpar__block_ffn(b, NULL, ffn);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
-    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
-    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
-    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
-    llmpar__block_dattention(b, NULL, &attention);
-    w[n++] = device->attention_workspace(device, &attention.forward);
-    w[n++] = device->attention_backward_workspace(device, &attention);
-    while (n > 0)
-        if (w[--n] > most) most = w[n];
-    return most;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
-{
-    llmpar__block_half b;
-    llmpar__block_layout l;
-    memset(&b, 0, sizeof b);
-    b.part_of = (const llmpar__part *)user;
-    b.model = b.part_of->model;
-    b.tp = &b.model->tp;
-    llmpar__llama_shape(b.model, micro, dtype, &b.s);
-    llmpar__block_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
-    out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
-    out->saved = l.saved;
-    out->scratch = l.scratch;
-    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
-    return LLMPAR_OK;
-}
-
-/* ---- what both halves do ---- */
-
-static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
-}
-
-/* The half before ends here: its reduced sum and its input make this one's input. */
-static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
-{
-    llmpar__block_half b, before;
-    llmpar__block_open(call, call->index, &b);
-    llmpar__block_open(call, call->index - 1, &before);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
-}
-
-/* Selective recomputation: norm's output once more, from the same bits by the same code. */
-static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
-{
-    if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
-}
-
-/* Forward, and again in backward for the weight gradients. */
-static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
-    llmpar_status status = llmpar__block_again(call, &b);
-    return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
-}
-
-static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
-}
-
-static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_add_args args;
-    llmpar__block_open(call, call->index, &b);
-    memset(&args, 0, sizeof args);
-    args.count = (size_t)(b.s.ns * b.s.d);
-    args.a = b.input;
-    args.b = b.sum;
-    args.out = b.output;
-    args.dtype = b.s.dtype;
-    return call->device->add(call->device, call->stream, &args);
-}
-
-static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
-}
-
-static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
-}
-
-static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
-}
-
-static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
-}
-
-/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
-{
-    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
-}
-
-/* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
-static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
-{
-    llmpar_tp_operand row;
-    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
-    return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
-}
-
-/* dw[out_dim, in_dim] of parameter p */
-static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
-{
-    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
-}
-
-/* ---- attention ---- */
-
-static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_attention_args attention;
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
-    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
-    llmpar__block_attention(&b, call, &attention);
-    return status ? status : call->device->attention(call->device, call->stream, &attention);
-}
-
-static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
-}
-
-static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
-
-static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_attention_backward_args attention;
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
-    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
-    llmpar__block_dattention(&b, call, &attention);
-    return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
-}
-
-/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
-static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_collective c;
-    llmpar_cast_args cast;
-    llmpar_copy_rows_args copy;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = b.dkv;
-    c.count = (size_t)(s->n * 2 * s->e);
-    c.dtype = s->sum;
-    c.tag = "dk dv/all_reduce";
-    llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
-    memset(&cast, 0, sizeof cast);
-    cast.count = c.count;
-    cast.in = b.dkv;
-    cast.in_dtype = s->sum;
-    cast.out = b.dkv_low;
-    cast.out_dtype = s->dtype;
-    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
-    memset(&copy, 0, sizeof copy);
-    copy.rows = s->n;
-    copy.width = copy.ld_in = 2 * s->e;
-    copy.ld_out = s->ld;
-    copy.size = s->size;
-    copy.in = b.dkv_low;
-    copy.out = b.dqkv + llmpar__block_k(s);
-    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
-}
-
-static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_tp_operand heads[3];
-    llmpar__block_open(call, call->index, &b);
-    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
-    llmpar__block_heads(&b, call, b.dqkv, heads);
-    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
-}
-
-static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
-    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
-}
-
-/* ---- MLP ---- */
-
-static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
-    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
-}
-
-static llmpar_status llmpar__block_down(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_swiglu_args swiglu;
-    llmpar__block_open(call, call->index, &b);
-    memset(&swiglu, 0, sizeof swiglu);
-    swiglu.rows = b.s.n;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
-    swiglu.gate = b.gate;
-    swiglu.up = b.up;
-    swiglu.h = b.act;
-    swiglu.dtype = b.s.dtype;
-    llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
-    return status ? status : llmpar__block_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
-}
-
-/* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
-static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    llmpar_swiglu_backward_args swiglu;
-    llmpar_tp_operand ffn[2];
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
-    memset(&swiglu, 0, sizeof swiglu);
-    swiglu.rows = s->n;
-    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
-    swiglu.gate = b.gate;
-    swiglu.up = b.up;
-    swiglu.dh = b.act;
-    swiglu.dgate = b.gate;
-    swiglu.dup = b.up;
-    swiglu.h = call->grads ? b.act : NULL;
-    swiglu.dtype = s->dtype;
-    if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
-    llmpar__block_ffn(&b, call, ffn);
-    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
-}
-
-static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
-{
-    llmpar__block_half b;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
-    const llmpar__shape *s = &b.s;
-    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
-    return status ? status : llmpar__block_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
-}
-
-/* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
-
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
-{
-    static const llmpar__op_row attention_forward[] = {
-        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"q k v, rope, attention", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"wo", llmpar__block_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"attention output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
-        /* 6 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
-    };
-    static const llmpar__op_row mlp_forward[] = {
-        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
-        /* 2 */ {{"residual, norm", llmpar__block_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
-        /* 3 */ {{"mlp input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 4 */ {{"gate, up", llmpar__block_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"swiglu, down", llmpar__block_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"mlp output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-    };
-    static const llmpar__op_row attention_backward[] = {
-        /* 1 */ {{"attention doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"attention input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
-        /* 5 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"attention dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-    };
-    static const llmpar__op_row mlp_backward[] = {
-        /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"mlp input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"mlp dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
-        /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-    };
-    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
-    return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
-}
-
-#endif /* LLMPAR_NO_LLAMA */
-/* ==== src/model/edges.c ==== */
-
-#include <string.h>
-
-#if !defined(LLMPAR_NO_LLAMA)
-
-/* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
-
-/* ---- embedding: scratch part[N,D] (before the select), dfull[N,D] (gathered gradient) ---- */
-
-typedef struct llmpar__embed { llmpar__shape s; const llmpar_llama *model; const llmpar_tp *tp; char *part, *dfull; size_t scratch; } llmpar__embed;
-
-static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *scratch, llmpar__embed *out)
-{
-    size_t at = 0;
-    memset(out, 0, sizeof *out);
-    out->model = model;
-    out->tp = &model->tp;
-    llmpar__llama_shape(model, micro, dtype, &out->s);
-    size_t part = llmpar__llama_take(&at, out->tp->ranks > 1 ? out->s.n * out->s.d : 0, out->s.size);
-    out->scratch = at;
-    if (!scratch) return;
-    out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
-}
-
-static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
-{
-    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
-}
-
-static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
-{
-    memset(args, 0, sizeof *args);
-    args->tokens.batch = e->s.b;
-    args->tokens.t = args->tokens.t_total = e->s.t;
-    args->tokens.leaves = e->s.leaves;
-    args->tokens.canon = e->tp->pieces;
-    args->dim = e->s.d;
-    args->v_begin = e->s.v_begin;
-    args->v_local = e->s.v;
-    args->ids = micro->ids;
-    args->dtype = e->s.dtype;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
-{
-    llmpar__embed e;
-    llmpar_embedding_backward_args args;
-    const llmpar_llama *model = ((const llmpar__part *)user)->model;
-    /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
-    if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
-        return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
-                           llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
-    llmpar__embed_lay(model, micro, dtype, NULL, &e);
-    llmpar__embed_backward_args(&e, micro, &args);
-    out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
-    out->scratch = e.scratch;
-    out->workspace = model->ctx->device->embedding_backward_workspace(model->ctx->device, &args);
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
-{
-    llmpar__embed e;
-    llmpar_embedding_args args;
-    llmpar__embed_open(call, &e);
-    memset(&args, 0, sizeof args);
-    args.rows = e.s.n;
-    args.dim = e.s.d;
-    args.v_begin = e.s.v_begin;
-    args.v_local = e.s.v;
-    args.ids = call->micro->ids;
-    args.table = call->params[0];
-    args.out = e.tp->ranks > 1 ? (void *)e.part : call->output;
-    args.dtype = e.s.dtype;
-    return call->device->embedding(call->device, call->stream, &args);
-}
-
-static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
-{
-    llmpar__embed e;
-    llmpar__embed_open(call, &e);
-    return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
-}
-
-static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
-{
-    llmpar__embed e;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
-    return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
-}
-
-static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
-{
-    llmpar__embed e;
-    llmpar_embedding_backward_args args;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
-    llmpar__embed_backward_args(&e, call->micro, &args);
-    args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
-    args.dtable = call->grads[0];
-    args.workspace = call->workspace;
-    args.workspace_bytes = call->workspace_bytes;
-    return call->device->embedding_backward(call->device, call->stream, &args);
-}
-
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
-{
-    static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-    };
-    static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-    };
-    *count = 2;
-    return backward ? backward_rows : forward_rows;
-}
-
-/* ---- head
-   saved    h[Ns,D] rstd[Ns]  max[N] target[N] (together: one reduction)  sum[N]  logits[N,V/tp] where they fit
-   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
-   rstd, max, target, sum, part and leaves are of the sum type.
-
-   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
-   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
-   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
-   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
-
-typedef struct llmpar__head {
-    llmpar__shape s;
-    const llmpar_llama *model;
-    const llmpar_tp *tp;
-    int whole;                     /* logits are saved */
-    int64_t rows, columns;         /* else: of a part of them */
-    char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
-    const char *in;
-    size_t saved, scratch;
-} llmpar__head;
-
-static int64_t llmpar__head_fit(int64_t bytes, int64_t line, int64_t most)
-{
-    int64_t n = line > 0 ? bytes / line : most;
-    return n < 1 ? 1 : n > most ? most : n;
-}
-
-static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
-{
-    size_t at = 0, size, logits;
-    memset(out, 0, sizeof *out);
-    out->model = model;
-    out->tp = &model->tp;
-    llmpar__llama_shape(model, micro, dtype, &out->s);
-    const llmpar__shape *s = &out->s;
-    size = s->size;
-    /* By the widest rank's share, so that all ranks cut alike. */
-    int64_t widest = (model->config.vocab + out->tp->ranks - 1) / out->tp->ranks;
-    out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
-    out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
-    out->whole = out->rows == s->n;
-    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
-    logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
-    out->saved = at;
-    at = 0;
-    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
-    size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
-    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
-    out->scratch = at;
-    if (!saved || !scratch) return;
-    out->h = (char *)saved + h;
-    out->rstd = (char *)saved + rstd;
-    out->max = (char *)saved + max;
-    out->target = out->max + (size_t)s->n * s->sum_size;
-    out->sum = (char *)saved + sum;
-    out->logits = (char *)(out->whole ? saved : scratch) + logits;
-    out->full = (char *)scratch + full;
-    out->part = (char *)scratch + part;
-    out->dh = (char *)scratch + dh;
-    out->leaves = (char *)scratch + leaves;
-    out->in = out->tp->sequence_parallel ? out->full : out->h;
-}
-
-static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
-{
-    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
-}
-
-static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
-{
-    memset(operand, 0, sizeof *operand);
-    operand->a = h->logits;
-    operand->b = w;
-    operand->lda = h->s.v;
-    operand->ldb = h->s.d;
-    operand->grain = 1;
-    operand->begin = h->s.v_begin;
-    operand->count = h->s.v;
-}
-
-static void llmpar__head_most(size_t *most, size_t bytes) { *most = bytes > *most ? bytes : *most; }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
-{
-    llmpar__head h;
-    llmpar_tp_operand operand;
-    llmpar__head_lay(((const llmpar__part *)user)->model, micro, dtype, NULL, NULL, &h);
-    const llmpar__shape *s = &h.s;
-    llmpar__head_operand(&h, NULL, &operand);
-    out->saved = h.saved;
-    out->scratch = h.scratch;
-    for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
-        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
-        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
-        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
-    }
-    return LLMPAR_OK;
-}
-
-/* The output projection [V/tp, D]: its own parameter, or the embedding table. */
-static const char *llmpar__head_weight(const llmpar_unit_call *call) { return (const char *)(call->borrowed ? call->borrowed[0] : call->params[1]); }
-static char *llmpar__head_grad(const llmpar_unit_call *call) /* NULL: frozen */
-{
-    void *const *grads = call->borrowed ? call->borrowed_grads : call->grads;
-    return grads ? (char *)grads[call->borrowed ? 0 : 1] : NULL;
-}
-/* The norm's weight gradient comes with dx. */
-static int llmpar__head_wants_dx(const llmpar_unit_call *call) { return call->dinput || call->grads; }
-
-/* Rows [row, row + rows) and columns [column, column + columns) of logits, which begin at h->logits. */
-static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns, llmpar_xent_args *args)
-{
-    size_t at = (size_t)row * h->s.sum_size;
-    memset(args, 0, sizeof *args);
-    args->rows = rows;
-    args->ld = args->v_local = columns;
-    args->v_begin = h->s.v_begin + column;
-    args->v_total = h->model->config.vocab;
-    args->canon = h->tp->pieces;
-    args->logits = h->logits;
-    args->targets = call->micro->targets + row;
-    args->max = h->max + at;
-    args->target_logit = h->target + at;
-    args->sum = h->sum + at;
-    args->dtype = h->s.dtype;
-}
-
-static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
-{
-    int64_t d = h->s.d;
-    return llmpar_tp_product(h->tp, call->stream, LLMPAR_GEMM_NT, rows, columns, d, h->in + (size_t)(row * d) * h->s.size, d, llmpar__head_weight(call) + (size_t)(column * d) * h->s.size, d, h->logits, columns, h->s.dtype,
-                             call->workspace, call->workspace_bytes);
-}
-
-static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar__head_open(call, &h);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
-}
-
-static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar__head_open(call, &h);
-    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
-    return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
-}
-
-static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
-{
-    llmpar_collective c;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = values;
-    c.count = (size_t)count;
-    c.dtype = h->s.sum;
-    c.op = op;
-    c.tag = tag;
-    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
-}
-
-static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
-    llmpar_status status = LLMPAR_OK;
-    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
-        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
-        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
-        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
-        if (h.whole) continue;
-        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
-        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
-    }
-    return status;
-}
-
-static llmpar_status llmpar__head_max(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar__head_open(call, &h);
-    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
-}
-
-static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
-    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
-    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
-    return call->device->xent_sum(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar__head_open(call, &h);
-    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
-}
-
-static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar_xent_loss_args args;
-    llmpar__head_open(call, &h);
-    memset(&args, 0, sizeof args);
-    args.rows = h.s.n;
-    args.max = h.max;
-    args.target_logit = h.target;
-    args.sum = h.sum;
-    args.targets = call->micro->targets;
-    args.accumulator = call->micro->loss;
-    args.token_loss = call->micro->token_loss;
-    args.dtype = h.s.dtype;
-    return call->device->xent_loss(call->device, call->stream, &args);
-}
-
-/* dlogits in place of the logits of these rows and columns. */
-static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
-{
-    llmpar_xent_backward_args xent;
-    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
-    llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
-    xent.scale = call->micro->grad_scale;
-    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
-}
-
-static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar_tp_operand operand;
-    llmpar__head_open(call, &h);
-    llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
-    size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
-    llmpar_status status = LLMPAR_OK;
-    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
-    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
-        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
-        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
-        if (!status && llmpar__head_wants_dx(call))
-            status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
-    }
-    return status;
-}
-
-static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
-    return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
-}
-
-static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    char *grad = llmpar__head_grad(call);
-    if (!grad) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
-    const llmpar__shape *s = &h.s;
-    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
-    llmpar_status status = LLMPAR_OK;
-    for (int64_t column = 0; column < s->v && !status; column += h.columns) {
-        int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
-        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
-        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
-    }
-    return status;
-}
-
-static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
-    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
-}
-
-static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    llmpar__head_open(call, &h);
-    return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
-}
-
-static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
-{
-    llmpar__head h;
-    if (!call->grads) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
-    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
-}
-
-LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
-{
-    static const llmpar__op_row forward_rows[] = {
-        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-    };
-    static const llmpar__op_row backward_rows[] = {
-        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 2 */ {{"dlogits, dx", llmpar__head_dx, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
-        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
-        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
-    };
-    *count = 7;
-    return backward ? backward_rows : forward_rows;
-}
-
-#endif /* LLMPAR_NO_LLAMA */
-/* ==== src/model/generate.c ==== */
+/* ---- src/model/generate.c goes on ---- */
 
 #include <string.h>
 
@@ -13403,7 +10759,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
 
 #endif /* LLMPAR_NO_LLAMA */
 
-/* And from here on nothing is: what runs once a job, or a few times a step. */
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O0")
 #endif
@@ -16730,7 +14086,462 @@ LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
     }
 }
 
+/* ==== src/tp/tp.c ==== */
+
+#include <string.h>
+
+
+LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
+{
+    memset(out, 0, sizeof *out);
+    out->ctx = ctx;
+    out->comm = comm;
+    out->rank = comm->rank;
+    out->ranks = comm->ranks;
+    if (canon == 0) canon = 8;
+    if (!llmpar_is_pow2(canon)) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "tp: canon = %d is not a power of two", (int)canon);
+    /* Ranks that do not divide the pieces still give a deterministic result, one piece a rank, but one that depends on tp. */
+    out->pieces = canon % comm->ranks == 0 ? canon : comm->ranks;
+    out->sequence_parallel = sequence_parallel && comm->ranks > 1;
+    out->replicas = 1;
+    if (kv_heads % comm->ranks != 0) {
+        if (kv_heads <= 0 || comm->ranks % kv_heads != 0)
+            return llmpar_fail(ctx, LLMPAR_ERR_MESH, "tp: num_key_value_heads = %d and tp = %d: one must divide the other", (int)kv_heads, (int)comm->ranks);
+        out->replicas = comm->ranks / kv_heads;
+        return llmpar_comm_split(comm, comm->rank / out->replicas, comm->rank, "tp.kv", &out->kv);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_tp_destroy(llmpar_tp *tp)
+{
+    llmpar_comm_destroy(tp->kv);
+    tp->kv = NULL;
+}
+
+LLMPAR_DEF int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains) { return llmpar_piece_begin(tp->rank, grains, tp->ranks); }
+
+LLMPAR_DEF int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains)
+{
+    return llmpar_piece_begin(tp->rank + 1, grains, tp->ranks) - llmpar_piece_begin(tp->rank, grains, tp->ranks);
+}
+
+/* Enough for one piece a query head group: operands (q, k, v) x local pieces. */
+#define LLMPAR__TP_SEGMENTS 192
+
+/* First of this operand's own grains whose query grain is >= limit: ceil(limit / per), clamped to what the rank holds. */
+static int64_t llmpar__tp_operand_grain(const llmpar_tp_operand *operand, int64_t limit)
+{
+    int64_t per = operand->per > 0 ? operand->per : 1;
+    int64_t grain = (limit + per - 1) / per, end = operand->begin + operand->count;
+    return grain < operand->begin ? operand->begin : grain > end ? end : grain;
+}
+
+/* The segments of this rank's pieces, in piece order and within a piece in operand order; -1 when they do not fit. With pointers = 0 only extents are filled in. */
+static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, int pointers,
+                                   llmpar_gemm_segment *segments)
+{
+    size_t size = llmpar_dtype_size(dtype);
+    int32_t local = tp->pieces / tp->ranks, count = 0;
+    for (int32_t piece = 0; piece < local; piece++) {
+        int64_t global = (int64_t)tp->rank * local + piece;
+        int64_t low = llmpar_piece_begin(global, grains, tp->pieces), high = llmpar_piece_begin(global + 1, grains, tp->pieces);
+        for (int32_t o = 0; o < operand_count; o++) {
+            const llmpar_tp_operand *operand = &operands[o];
+            int64_t first = llmpar__tp_operand_grain(operand, low), last = llmpar__tp_operand_grain(operand, high);
+            if (last <= first) continue;
+            if (count == LLMPAR__TP_SEGMENTS) return -1;
+            llmpar_gemm_segment *segment = &segments[count++];
+            memset(segment, 0, sizeof *segment);
+            int64_t skip = (first - operand->begin) * operand->grain;
+            segment->k = (last - first) * operand->grain;
+            segment->piece = piece;
+            segment->lda = operand->lda;
+            segment->ldb = operand->ldb;
+            if (pointers) {
+                segment->a = (const char *)operand->a + (size_t)skip * size;
+                segment->b = (const char *)operand->b + (size_t)(kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
+            }
+        }
+    }
+    return count;
+}
+
+LLMPAR_DEF llmpar_dtype llmpar_tp_partial_dtype(const llmpar_tp *tp, llmpar_dtype dtype) { return tp->ranks > 1 ? llmpar_dtype_sum(dtype) : dtype; }
+
+LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, int64_t t, int64_t dim, llmpar_dtype dtype)
+{
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    int64_t rows = batch * t + (tp->sequence_parallel && wide != dtype ? batch * (t / tp->ranks) : 0);
+    return (size_t)(rows * dim) * llmpar_dtype_size(wide);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
+                                           llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 1, segments);
+    if (args.segment_count < 0) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)(tp->pieces / tp->ranks), (int)operand_count, LLMPAR__TP_SEGMENTS);
+    args.m = rows;
+    args.n = dim;
+    args.c = out;
+    args.ldc = dim;
+    args.segments = segments;
+    args.pieces = tp->pieces / tp->ranks;
+    args.kind = kind;
+    args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+}
+
+LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype)
+{
+    llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 0, segments);
+    if (args.segment_count < 0) return 0; /* the call itself reports it */
+    args.m = rows;
+    args.n = dim;
+    args.ldc = dim;
+    args.segments = segments;
+    args.pieces = tp->pieces / tp->ranks;
+    args.kind = kind;
+    args.dtype = dtype;
+    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
+    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+}
+
+static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment *segment, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
+{
+    memset(args, 0, sizeof *args);
+    memset(segment, 0, sizeof *segment);
+    segment->k = k;
+    args->m = m;
+    args->n = n;
+    args->ldc = n;
+    args->segments = segment;
+    args->segment_count = 1;
+    args->pieces = 1;
+    args->kind = kind;
+    args->dtype = dtype;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_product(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, const void *a, int64_t lda, const void *b, int64_t ldb, void *out,
+                                           int64_t ldo, llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
+    segment.a = a;
+    segment.b = b;
+    segment.lda = lda;
+    segment.ldb = ldb;
+    args.c = out;
+    args.ldc = ldo;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+}
+
+LLMPAR_DEF size_t llmpar_tp_product_workspace(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
+{
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segment;
+    llmpar__tp_product_args(&args, &segment, kind, m, n, k, dtype);
+    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+}
+
+/* One piece a leaf: rows [i*rows/leaves, (i+1)*rows/leaves). The list lives on the rank's heap since leaves have no cap. */
+static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_t leaves, const void *dy, int64_t lddy, const void *x, int64_t ldx, llmpar_dtype dtype, llmpar_gemm_args *args)
+{
+    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)llmpar_heap_zalloc(&tp->ctx->heap, (size_t)leaves, sizeof *segments);
+    if (!segments) return llmpar_fail(tp->ctx, LLMPAR_ERR_MEMORY, "tp: no memory for %lld gemm segments", (long long)leaves);
+    size_t size = llmpar_dtype_size(dtype);
+    int64_t each = rows / leaves;
+    for (int64_t i = 0; i < leaves; i++) {
+        segments[i].k = each;
+        segments[i].piece = (int32_t)i;
+        segments[i].lda = lddy;
+        segments[i].ldb = ldx;
+        if (dy) segments[i].a = (const char *)dy + (size_t)(i * each * lddy) * size;
+        if (x) segments[i].b = (const char *)x + (size_t)(i * each * ldx) * size;
+    }
+    args->segments = segments;
+    args->segment_count = (int32_t)leaves;
+    args->pieces = (int32_t)leaves;
+    args->kind = LLMPAR_GEMM_TN;
+    args->dtype = dtype;
+    args->out_dtype = llmpar_dtype_sum(dtype);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_stream *stream, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, const void *dy, int64_t lddy, const void *x, int64_t ldx, void *dw,
+                                                   llmpar_dtype dtype, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    if (leaves < 1 || rows % leaves) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %lld leaves do not divide %lld rows", (long long)leaves, (long long)rows);
+    llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
+    if (status) return status;
+    args.m = out_dim;
+    args.n = in_dim;
+    args.c = dw;
+    args.ldc = in_dim;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
+    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
+    return status;
+}
+
+LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64_t rows, int64_t leaves, int64_t out_dim, int64_t in_dim, llmpar_dtype dtype)
+{
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
+    args.m = out_dim;
+    args.n = in_dim;
+    args.ldc = in_dim;
+    size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+    llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
+    return bytes;
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = local;
+    call.recv = full;
+    call.count = (size_t)(t / tp->ranks * dim);
+    call.blocks = (size_t)batch;
+    call.dtype = dtype;
+    call.tag = tag;
+    return llmpar_all_gather(tp->comm, stream, &call);
+}
+
+static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
+{
+    llmpar_collective call;
+    if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
+    memset(&call, 0, sizeof call);
+    call.send = in;
+    call.recv = out;
+    call.dtype = dtype;
+    call.tag = tag;
+    if (tp->sequence_parallel) {
+        call.count = (size_t)(t / tp->ranks) * row;
+        call.blocks = (size_t)batch;
+        return llmpar_reduce_scatter(tp->comm, stream, &call);
+    }
+    call.count = (size_t)(batch * t) * row;
+    return llmpar_all_reduce(tp->comm, stream, &call);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
+{
+    llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
+    llmpar_cast_args cast;
+    if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
+    void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
+    llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
+    memset(&cast, 0, sizeof cast);
+    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
+    cast.in = sum;
+    cast.in_dtype = wide;
+    cast.out = out;
+    cast.out_dtype = dtype;
+    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
+}
+
+LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
+{
+    size_t bytes = (size_t)dim * llmpar_dtype_size(dtype);
+    if (tp->ranks == 1) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, part, out, dtype);
+    if (bytes % 8) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: rows of %lld elements are no multiple of 8 bytes", (long long)dim);
+    return llmpar__tp_combine(tp, stream, tag, batch, t, bytes / 8, part, out, LLMPAR_U64);
+}
+
+#undef LLMPAR__TP_SEGMENTS
+
 /* ==== src/fsdp/flat.c ==== */
+/* ==== src/fsdp/fsdp_internal.h ==== */
+/* fsdp_internal: the state that flat.c lays out, shard.c looks at and the executor's files run over. */
+#ifndef LLMPAR_FSDP_INTERNAL_H
+#define LLMPAR_FSDP_INTERNAL_H
+
+/* ==== src/fsdp/store_internal.h ==== */
+/* store: where states stay between their uses: host memory beside the arena, or ranges of one file a rank.
+
+     file:  | optimizer u0 | optimizer u1 | master u0 | .. | gradients, activations: laid out when a list first needs them |
+
+   The file has no name from the moment it is open, so that nothing stays after an end of any kind; its whole size is reserved before it is used, so that a full disk is an error then and not in the middle of a step. */
+#ifndef LLMPAR_STORE_INTERNAL_H
+#define LLMPAR_STORE_INTERNAL_H
+
+
+typedef struct llmpar__store llmpar__store;
+
+/* Room for one buffer. Zero-initialised: none. */
+typedef struct llmpar__place {
+    uint64_t bytes;    /* room */
+    uint64_t used;     /* bytes of the buffer that is kept there now */
+    uint64_t offset;   /* in the file */
+    void *host;        /* HOST tier: owned */
+    llmpar_tier tier;
+} llmpar__place;
+
+/* file: a place may be of the FILE tier: the file is made in `directory`. count_only: neither file nor memory, and nothing moves. Errors name the path. Owned by the caller. Local, as all of these. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_create(llmpar_ctx *ctx, const char *directory, int file, int count_only, llmpar__store **out);
+LLMPAR__PRIVATE void llmpar__store_destroy(llmpar__store *store); /* NULL is fine; places of the HOST tier are given back by store_drop */
+/* Room for `bytes` behind what the file holds, or zeroed host memory. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_place(llmpar__store *store, llmpar_tier tier, uint64_t bytes, llmpar__place *place);
+LLMPAR__PRIVATE void llmpar__store_drop(llmpar__store *store, llmpar__place *place); /* host memory is freed; the file's range only with a rewind */
+LLMPAR__PRIVATE uint64_t llmpar__store_end(const llmpar__store *store);
+LLMPAR__PRIVATE void llmpar__store_rewind(llmpar__store *store, uint64_t end); /* ranges behind `end` are no longer used */
+/* The disk's blocks for everything placed so far: zeros where nothing was written. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_reserve(llmpar__store *store);
+/* Enqueue place->used bytes from or to device memory, always on the same stream. label is borrowed until they ran. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_write(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, const void *memory, const char *label);
+LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_stream *stream, const llmpar__place *place, void *memory, const char *label);
+/* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
+LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
+
+#endif
+/* ---- src/fsdp/fsdp_internal.h goes on ---- */
+
+#define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
+#define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
+
+/* Where a unit's numbers are (Psi elements, N = dp_shard ranks):
+
+              shard (compute dtype)   gradients (sum type)             master, optimizer state (sum type)
+     ZeRO-3   Psi/N, gathered         whole, then reduced into Psi/N   Psi/N
+     ZeRO-2   whole                   whole, then reduced into Psi/N   Psi/N
+     ZeRO-1   whole                   whole, reduced in place          Psi/N
+     ZeRO-0   whole                   whole                            whole
+
+   `begin` is where this rank's part lies in a whole buffer; 0 in ZeRO-0. */
+typedef struct llmpar__flat {
+    llmpar_unit unit;                 /* name and params are copies owned here */
+    int64_t elements;                 /* of the whole flat buffer, padding included */
+    int64_t shard_elements;           /* of this rank's part of the optimizer state */
+    int64_t begin;
+    int64_t *offset;                  /* [param_count] in the flat buffer; [param_count] = end of the last parameter */
+    int64_t *count;                   /* [param_count] tp-local elements */
+    llmpar_segment *segments;
+    int32_t segment_count;
+    int32_t gathers;                  /* unshard() calls and GATHER not yet undone */
+    int32_t held, held_state;         /* fetched or copied by hand */
+    void *shard;                      /* parameters; PARAMETERS. NULL while offloaded */
+    void *gathered;                   /* whole flat buffer, or NULL; GATHERED. == shard where parameters are whole */
+    void *master;                     /* OPTIMIZER; NULL where there is none or while offloaded */
+    void *state[LLMPAR_OPTIMIZER_STATES]; /* OPTIMIZER */
+    void **params;                    /* [param_count] into gathered */
+    void **grads;                     /* [2][param_count] scratch for unit calls */
+    void *grad[2][2][LLMPAR_GRAD_SLOTS]; /* [use][local][slot]; GRADIENTS */
+    uint32_t reduced[2];              /* [use] bit slot: reduced in place, only this rank's part counts */
+    uint32_t grad_stored;             /* bit slot of use 0: in the store */
+    void **output, **saved, **dinput; /* [micro_batches] during a run; ACTIVATIONS */
+    llmpar__place params_place, state_place[LLMPAR_OPTIMIZER_STATES], grad_place[2][LLMPAR_GRAD_SLOTS];
+    llmpar__place *activation_place;  /* [activation_count][2]: saved, input */
+    int32_t activation_count;
+    char *label[7];                   /* names of its buffers and collectives for messages */
+} llmpar__flat;
+enum { LLMPAR__LABEL_SHARD, LLMPAR__LABEL_GATHER, LLMPAR__LABEL_GRADIENT, LLMPAR__LABEL_REDUCE, LLMPAR__LABEL_REPLICA, LLMPAR__LABEL_ACTIVATIONS, LLMPAR__LABEL_OPTIMIZER, LLMPAR__LABEL_COUNT };
+
+struct llmpar_fsdp {
+    llmpar_ctx *ctx;
+    llmpar_mesh *mesh;
+    llmpar_device *device;
+    llmpar_arena *arena;
+    llmpar_trace *trace;              /* borrowed; NULL: none */
+    llmpar_dtype dtype, sum, reduce;  /* compute dtype; its sum type; what gradients travel in */
+    llmpar_policy policy;             /* zero, shards, replicas, master, offload */
+    int32_t whole_params, whole_grads, whole_state;
+    int32_t replicas;
+    llmpar_comm *shard_comm;          /* dp_shard; NULL where everything is whole */
+    llmpar_comm *replica_comm;        /* dp_replicate, or all of dp where everything is whole */
+    llmpar_comm *reduce_comm;         /* the same ranks as shard_comm: two threads never call one communicator */
+    int32_t own_comms;                /* 1: with overlap: split off here, of this object alone */
+    int32_t first_backward;           /* llmpar_schedule_first_backward */
+    int32_t count_only;
+    int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
+    int32_t optimizer_states;
+    llmpar_tier tier[LLMPAR_STATE_COUNT];
+    llmpar__store *store;             /* NULL: nothing is offloaded */
+    uint64_t store_fixed;             /* end of what has its place for good */
+    uint64_t seed;
+    llmpar__flat *units;
+    int32_t unit_count;
+    llmpar_stream *stream[LLMPAR_STREAM_COUNT];
+    llmpar_event **event;             /* by instruction index, NULL until needed */
+    int32_t event_count;
+    llmpar_event *unit_event[LLMPAR__UNIT_EVENTS + 1];
+    llmpar_event *free_event[LLMPAR_STREAM_COUNT][LLMPAR__FREE_EVENTS]; /* release number n of a stream is behind event n modulo this or a later one */
+    uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
+    const void **parts;               /* [ranks] of a sum in another dtype */
+    int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
+};
+#define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
+
+/* One buffer that an instruction moves between arena and store. */
+typedef struct llmpar__moved {
+    void **memory;
+    llmpar_tag tag;
+    const char *label;
+    llmpar__place *place;
+} llmpar__moved;
+
+/* One run of a list. */
+typedef struct llmpar__exec {
+    llmpar_fsdp *fsdp;
+    llmpar_run *run;
+    llmpar_micro *micro;       /* [2][micro_batches] with grad_scale and loss filled in; the second half for a second forward */
+    int32_t micro_batches;
+    int32_t inside;            /* updates come before the norm is known */
+    int32_t updating;          /* the first OPTIM has been reached */
+    int32_t found_inf;
+    const llmpar_instruction *now;
+    double grad_scale;         /* from the optimizer */
+    int64_t nonfinite;         /* index of the first non-finite tensor */
+} llmpar__exec;
+
+/* shard.c: memory in stream order. A block that another stream released is waited for. Freeing NULL is fine. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream_id stream, void **memory);
+/* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+/* The compute dtype's copy from the master. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
+/* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
+LLMPAR__PRIVATE void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
+LLMPAR__PRIVATE size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, const llmpar__flat *flat); /* of flat->shard */
+LLMPAR__PRIVATE int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
+/* The buffers of a state: at most 2 (LLMPAR_OPTIMIZER_STATES); their number. */
+LLMPAR__PRIVATE int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2]);
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved);
+/* write: the store gets it before the memory goes. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write);
+/* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
+
+/* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
+LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
+/* executor_shard.c: what happens to gradients, states and parameters. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in);
+/* Rooms in the store for what this list keeps there and has no room yet. */
+LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count);
+
+#endif
+/* ---- src/fsdp/flat.c goes on ---- */
 
 #include <string.h>
 #include <stdio.h>
@@ -19389,6 +17200,762 @@ LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_sch
     }
     return count;
 }
+/* ==== src/fsdp/executor_unit.c ==== */
+
+#include <string.h>
+
+/* ---- a unit's own instructions ---- */
+
+static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
+{
+    llmpar_trace_span span;
+    memset(&span, 0, sizeof span);
+    span.lane = (int32_t)LLMPAR_STREAM_TP;
+    span.micro_batch = exec->now->micro_batch;
+    span.name = op->name;
+    span.unit = exec->fsdp->units[exec->now->unit].unit.name;
+    span.category = "communication";
+    return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
+}
+
+/* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
+static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device;
+    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
+    llmpar_status status = LLMPAR_OK;
+    int used_tp = 0;
+    for (int32_t i = 0; i < count && !status; i++) {
+        int on_tp = ops[i].kind != LLMPAR_COMPUTE;
+        if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
+        call->stream = on_tp ? tp : compute;
+        if (on_tp && !used_tp) { /* whatever the unit reads was written on the compute stream before */
+            status = device->event_record(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+            if (!status) status = device->event_wait(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+        }
+        used_tp |= on_tp;
+        for (int w = 0; w < 2 && !status; w++) {
+            int32_t wait = ops[i].wait[w] - 1;
+            if (wait < 0) continue;
+            if (wait >= i) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit instruction %d (%s) waits for %d, expected an earlier one", (int)i, ops[i].name, (int)wait);
+            if ((ops[wait].kind != LLMPAR_COMPUTE) != on_tp) status = device->event_wait(device, call->stream, fsdp->unit_event[wait]);
+        }
+        uint64_t span = 0;
+        call->index = ops[i].index;
+        if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
+        if (!status) status = ops[i].run(call);
+        if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
+        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
+    }
+    /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
+    if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
+{
+    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
+    memset(out, 0, sizeof *out);
+    out->recompute = (int32_t)u->recompute;
+    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
+}
+
+static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t borrow = flat->unit.borrow - 1;
+    memset(call, 0, sizeof *call);
+    call->ctx = fsdp->ctx;
+    call->device = fsdp->device;
+    call->user = flat->unit.user;
+    call->micro = &exec->micro[in->micro_batch + (in->again ? exec->micro_batches : 0)];
+    call->pass = in->op == LLMPAR_OP_BACKWARD ? LLMPAR_PASS_BACKWARD : in->op == LLMPAR_OP_RECOMPUTE ? LLMPAR_PASS_RECOMPUTE : (llmpar_pass)in->pass;
+    call->dtype = fsdp->dtype;
+    call->recompute = flat->unit.recompute;
+    call->params = flat->params;
+    if (borrow >= 0) call->borrowed = fsdp->units[borrow].params;
+    call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
+}
+
+static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
+{
+    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
+    call->workspace_bytes = sizes->workspace;
+    return status;
+}
+
+static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_unit_call *call, llmpar_status status)
+{
+    llmpar_status a = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->workspace);
+    llmpar_status b = llmpar__fsdp_free(exec->fsdp, LLMPAR_STREAM_COMPUTE, &call->scratch);
+    return status ? status : a ? a : b;
+}
+
+static int llmpar__exec_output_only(const llmpar_unit *unit)
+{
+    for (int32_t i = 0; i < unit->forward_count; i++)
+        if (unit->forward[i].output_only) return 1;
+    return 0;
+}
+
+/* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
+static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int32_t m = in->micro_batch;
+    int again = in->op == LLMPAR_OP_RECOMPUTE, eval = !again && in->pass == LLMPAR_PASS_EVAL;
+    llmpar_unit_sizes sizes;
+    llmpar_unit_call call;
+    void *unused = NULL, **output = again ? &unused : &flat->output[m];
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    call.output = *output;
+    call.saved = flat->saved[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.forward, flat->unit.forward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    llmpar_status freed = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &unused);
+    if (!status) status = freed;
+    if (!status && !again && (eval || flat->unit.recompute == LLMPAR_RECOMPUTE_FULL)) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && eval && in->unit > 0) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &fsdp->units[in->unit - 1].output[m]);
+    return status;
+}
+
+/* A buffer for the whole gradient of a unit; its padding is zeroed, the rest is written by backward. */
+static llmpar_status llmpar__exec_gradient(llmpar__exec *exec, int32_t unit, int32_t use, int32_t local, int32_t slot)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[unit];
+    size_t size = llmpar_dtype_size(fsdp->sum);
+    void **buffer = &flat->grad[use][local][slot];
+    int32_t n = flat->unit.param_count;
+    if (!local) flat->reduced[use] &= ~(1u << slot);
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_GRADIENTS, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GRADIENT], buffer);
+    for (int32_t i = 0; i < n && !status; i++) {
+        int64_t end = flat->offset[i] + flat->count[i], next = i + 1 < n ? flat->offset[i + 1] : flat->elements;
+        flat->grads[use * n + i] = (char *)*buffer + (size_t)flat->offset[i] * size;
+        if (next > end) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], (char *)*buffer + (size_t)end * size, (size_t)(next - end) * size);
+    }
+    if (n == 0 && !status) status = fsdp->device->zero(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], *buffer, (size_t)flat->elements * size);
+    return status;
+}
+
+static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit], *before = in->unit > 0 ? flat - 1 : NULL, *behind = in->unit + 1 < fsdp->unit_count ? flat + 1 : NULL;
+    int32_t m = in->micro_batch, borrow = flat->unit.borrow - 1;
+    llmpar_unit_sizes sizes, input;
+    llmpar_unit_call call;
+    llmpar__exec_call(exec, in, &call);
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
+    if (!status && in->slot >= 0) status = llmpar__exec_gradient(exec, in->unit, 0, in->local, in->slot);
+    if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
+    if (!status && in->unit > fsdp->first_backward) {
+        status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
+        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+    }
+    if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
+    if (in->slot >= 0) call.grads = flat->grads;
+    if (borrow >= 0 && in->from >= 0) call.borrowed_grads = fsdp->units[borrow].grads + fsdp->units[borrow].unit.param_count;
+    call.saved = flat->saved[m];
+    call.doutput = behind ? behind->dinput[m] : NULL;
+    call.dinput = flat->dinput[m];
+    if (!status) status = llmpar__exec_ops(exec, flat->unit.backward, flat->unit.backward_count, &call);
+    status = llmpar__exec_release_scratch(exec, &call, status);
+    if (!status) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->saved[m]);
+    if (!status && before) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &before->output[m]);
+    if (!status && behind) status = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &behind->dinput[m]);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
+/* ==== src/fsdp/executor_shard.c ==== */
+
+#include <string.h>
+
+/* ---- gradients in a narrower type on their way ----
+   reduce-scatter:  round | all-to-all | widen the n parts | tree sum
+   all-reduce:      the same on n slices (the last ones may be filled up), then round | all-gather | widen */
+
+#define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
+
+static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
+{
+    llmpar_cast_args args;
+    memset(&args, 0, sizeof args);
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
+    return fsdp->device->cast(fsdp->device, stream, &args);
+}
+
+/* out[count] (f32) = tree over ranks of the narrow parts[ranks][count]. wide[ranks][LLMPAR__REDUCE_PIECE]: scratch. */
+static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stream, int32_t ranks, const char *parts, size_t count, float *wide, float *out)
+{
+    llmpar_status status = LLMPAR_OK;
+    size_t size = llmpar_dtype_size(fsdp->reduce);
+    for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
+        size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
+        llmpar_tree_sum_args args;
+        memset(&args, 0, sizeof args);
+        for (int32_t r = 0; r < ranks && !status; r++) {
+            fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
+            status = llmpar__reduce_cast(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+        }
+        args.in = fsdp->parts;
+        args.n = ranks;
+        args.count = piece;
+        args.out = out + at;
+        args.dtype = LLMPAR_F32;
+        if (!status) status = fsdp->device->tree_sum(fsdp->device, stream, &args);
+    }
+    return status;
+}
+
+/* count: of the result. in: [ranks * count], or with `all` [count], summed to the same on every rank. */
+static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id id, llmpar_comm *comm, const void *in, void *out, size_t count, int all, const char *tag)
+{
+    llmpar_stream *stream = fsdp->stream[id];
+    llmpar_device *device = fsdp->device;
+    size_t ranks = (size_t)comm->ranks, size = llmpar_dtype_size(fsdp->reduce), slice = all ? (count + ranks - 1) / ranks : count, total = slice * ranks, given = all ? count : total;
+    void *send = NULL, *recv = NULL, *wide = NULL, *sum = NULL;
+    llmpar_collective call;
+    llmpar_status status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &send);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
+    if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
+    if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
+    if (!status) status = llmpar__reduce_cast(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
+    memset(&call, 0, sizeof call);
+    call.send = send;
+    call.recv = recv;
+    call.count = slice;
+    call.dtype = fsdp->reduce;
+    call.tag = tag;
+    if (!status) status = llmpar_all_to_all(comm, stream, &call);
+    if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
+    if (all) {
+        if (!status) status = llmpar__reduce_cast(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar_all_gather(comm, stream, &call);
+        if (!status) status = llmpar__reduce_cast(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+    }
+    void **scratch[4] = {&sum, &wide, &recv, &send};
+    for (int i = 0; i < 4; i++) {
+        llmpar_status freed = llmpar__fsdp_free(fsdp, id, scratch[i]);
+        if (!status) status = freed;
+    }
+    return status;
+}
+
+/* ---- gradients ---- */
+
+/* This rank's part of a gradient buffer that is not local. */
+static char *llmpar__exec_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat, void *buffer)
+{
+    return buffer && fsdp->whole_grads ? (char *)buffer + (size_t)flat->begin * llmpar_dtype_size(fsdp->sum) : (char *)buffer;
+}
+
+static llmpar_status llmpar__exec_reduce(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_stream *stream = fsdp->stream[in->stream];
+    void **shard = &flat->grad[in->use][0][in->slot];
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.dtype = fsdp->sum;
+    call.count = (size_t)flat->shard_elements;
+    if (in->op == LLMPAR_OP_REDUCE) {
+        call.tag = flat->label[LLMPAR__LABEL_REDUCE];
+        if (fsdp->whole_grads) {
+            flat->reduced[in->use] |= 1u << in->slot;
+            call.send = *shard;
+        } else {
+            llmpar_status status = llmpar__fsdp_alloc(fsdp, in->stream, LLMPAR_TAG_GRADIENTS, call.count * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_GRADIENT], shard);
+            if (status) return status;
+            call.send = flat->grad[in->use][1][in->from];
+        }
+        call.recv = llmpar__exec_part(fsdp, flat, *shard);
+        if (fsdp->reduce != fsdp->sum) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->reduce_comm, call.send, call.recv, call.count, 0, call.tag);
+        return llmpar_reduce_scatter(fsdp->reduce_comm, stream, &call);
+    }
+    call.tag = flat->label[LLMPAR__LABEL_REPLICA];
+    call.send = call.recv = llmpar__exec_part(fsdp, flat, *shard);
+    if (fsdp->reduce != fsdp->sum && fsdp->replicas > 1) return llmpar__reduce_narrow(fsdp, in->stream, fsdp->replica_comm, call.send, call.recv, call.count, 1, call.tag);
+    return llmpar_all_reduce(fsdp->replica_comm, stream, &call);
+}
+
+static llmpar_status llmpar__exec_accumulate(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **to = &flat->grad[in->use][in->local][in->slot], **from = &flat->grad[in->from_use][in->local][in->from];
+    int part = !in->local && (!fsdp->whole_grads || flat->reduced[in->use] >> in->slot & 1u);
+    llmpar_add_args args;
+    memset(&args, 0, sizeof args);
+    args.count = (size_t)(part ? flat->shard_elements : flat->elements);
+    args.a = part ? llmpar__exec_part(fsdp, flat, *to) : *to; /* the lower micro-batch, on the left */
+    args.b = part ? llmpar__exec_part(fsdp, flat, *from) : *from;
+    args.out = (void *)(uintptr_t)args.a;
+    args.dtype = fsdp->sum;
+    llmpar_status status = fsdp->device->add(fsdp->device, fsdp->stream[in->stream], &args);
+    return status ? status : llmpar__fsdp_free(fsdp, in->stream, from);
+}
+
+static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < flat->segment_count && !status; s++) {
+        const llmpar_segment *segment = &flat->segments[s];
+        if (!segment->owner) continue;
+        llmpar_square_sum_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)segment->count;
+        args.x = llmpar__exec_part(fsdp, flat, flat->grad[in->use][0][in->slot]) + (size_t)segment->begin * llmpar_dtype_size(fsdp->sum);
+        args.accumulator = fsdp->scalars + LLMPAR_EXACT_SUM_LIMBS;
+        args.dtype = fsdp->sum;
+        status = fsdp->device->square_sum(fsdp->device, fsdp->stream[in->stream], &args);
+    }
+    return status;
+}
+
+/* ---- updates ---- */
+
+/* Neither was the step found to be one to skip, nor did no token of it count. */
+static int llmpar__exec_counts(const llmpar__exec *exec) { return !exec->found_inf && exec->run->global_tokens; }
+
+static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void **grad = &flat->grad[in->use][0][in->slot];
+    const char *part = llmpar__exec_part(fsdp, flat, *grad);
+    llmpar_status status = LLMPAR_OK;
+    if (!exec->updating) llmpar_arena_get_usage(fsdp->arena, &run->before_optimizer);
+    exec->updating = 1;
+    if (run->on_gradient) {
+        status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, part);
+    }
+    if (!status && run->optimizer && llmpar__exec_counts(exec)) {
+        llmpar_update update;
+        memset(&update, 0, sizeof update);
+        update.unit = in->unit;
+        update.dtype = fsdp->sum;
+        update.elements = flat->shard_elements;
+        update.param = llmpar__fsdp_updated(fsdp, flat);
+        update.grad = part;
+        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
+        update.segments = flat->segments;
+        update.segment_count = flat->segment_count;
+        update.grad_scale = exec->grad_scale;
+        update.stream = fsdp->stream[in->stream];
+        status = run->optimizer->update(run->optimizer->state, &update);
+    }
+    return status ? status : llmpar__fsdp_free(fsdp, in->stream, grad);
+}
+
+/* ---- states outside the arena ---- */
+
+static llmpar_status llmpar__exec_move(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar__moved moved[2];
+    llmpar_status status = LLMPAR_OK;
+    int store = in->op == LLMPAR_OP_STORE;
+    if (fsdp->tier[in->what] == LLMPAR_TIER_DEVICE) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored what this object keeps on the device", flat->unit.name);
+    if (in->stream != LLMPAR_STREAM_OFFLOAD) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "unit %s: fetched or stored on another stream than offload", flat->unit.name);
+    int32_t count = llmpar__fsdp_moved(fsdp, in->unit, in->what, in->use, in->slot, in->micro_batch, moved);
+    for (int32_t i = 0; i < count && !status; i++) {
+        if (!moved[i].place->bytes) continue; /* nothing of this kind: no saved activations where all are recomputed */
+        status = store ? llmpar__fsdp_put(fsdp, in->stream, &moved[i], 1) : llmpar__fsdp_fetch(fsdp, in->stream, &moved[i]);
+    }
+    if (in->what == LLMPAR_STATE_GRADS && in->use == 0) flat->grad_stored = store ? flat->grad_stored | 1u << in->slot : flat->grad_stored & ~(1u << in->slot);
+    return status;
+}
+
+/* Bytes that a STORE of gradients or activations moves. */
+static llmpar_status llmpar__exec_used(llmpar__exec *exec, const llmpar_instruction *in, uint64_t used[2])
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    llmpar_unit_sizes sizes;
+    used[0] = (uint64_t)(fsdp->whole_grads ? flat->elements : flat->shard_elements) * llmpar_dtype_size(fsdp->sum);
+    used[1] = 0;
+    if (in->what == LLMPAR_STATE_GRADS) return LLMPAR_OK;
+    llmpar_status status = llmpar__exec_sizes(exec, in->unit, in->micro_batch, &sizes);
+    used[0] = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved ? sizes.saved : 1;
+    if (!status && in->unit > 0) status = llmpar__exec_sizes(exec, in->unit - 1, in->micro_batch, &sizes);
+    if (in->unit > 0) used[1] = sizes.output ? sizes.output : 1;
+    return status;
+}
+
+/* Everything that has its place only while a step runs, again: each as large as it was or is now. */
+static llmpar_status llmpar__exec_relay(llmpar_fsdp *fsdp, llmpar__place *place, llmpar_state what)
+{
+    uint64_t bytes = place->bytes > place->used ? place->bytes : place->used, used = place->used;
+    if (!bytes) return LLMPAR_OK;
+    llmpar__store_drop(fsdp->store, place);
+    llmpar_status status = llmpar__store_place(fsdp->store, fsdp->tier[what], bytes, place);
+    place->used = used;
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    llmpar_status status = LLMPAR_OK;
+    int grow = 0;
+    if (!(fsdp->policy.offload & (1u << LLMPAR_STATE_GRADS | 1u << LLMPAR_STATE_ACTIVATIONS))) return LLMPAR_OK;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        flat->grad_stored = 0;
+        if (flat->activation_count >= exec->micro_batches) continue;
+        llmpar__place *place = (llmpar__place *)llmpar_heap_zalloc(heap, 2 * (size_t)exec->micro_batches, sizeof *place);
+        if (!place) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "offload: no memory for %d micro-batches", (int)exec->micro_batches);
+        if (flat->activation_count) memcpy(place, flat->activation_place, 2 * (size_t)flat->activation_count * sizeof *place);
+        llmpar_heap_free(heap, flat->activation_place);
+        flat->activation_place = place;
+        flat->activation_count = exec->micro_batches;
+    }
+    for (int32_t i = 0; i < count && !status; i++) {
+        llmpar__moved moved[2];
+        uint64_t used[2];
+        if (list[i].op != LLMPAR_OP_STORE || (list[i].what != LLMPAR_STATE_GRADS && list[i].what != LLMPAR_STATE_ACTIVATIONS)) continue;
+        status = llmpar__exec_used(exec, &list[i], used);
+        int32_t n = llmpar__fsdp_moved(fsdp, list[i].unit, list[i].what, list[i].use, list[i].slot, list[i].micro_batch, moved);
+        for (int32_t k = 0; k < n && !status; k++) {
+            moved[k].place->used = used[k];
+            grow |= used[k] > moved[k].place->bytes;
+        }
+    }
+    if (status || !grow) return status;
+    llmpar__store_rewind(fsdp->store, fsdp->store_fixed);
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        for (int i = 0; i < 2 * LLMPAR_GRAD_SLOTS && !status; i++) status = llmpar__exec_relay(fsdp, &flat->grad_place[i / LLMPAR_GRAD_SLOTS][i % LLMPAR_GRAD_SLOTS], LLMPAR_STATE_GRADS);
+        for (int32_t i = 0; i < 2 * flat->activation_count && !status; i++) status = llmpar__exec_relay(fsdp, &flat->activation_place[i], LLMPAR_STATE_ACTIVATIONS);
+    }
+    return status ? status : llmpar__store_reserve(fsdp->store);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    int skip = in->predicate == LLMPAR_IF_FINITE && !llmpar__exec_counts(exec);
+    llmpar__moved moved[2];
+    switch (in->op) {
+    case LLMPAR_OP_GATHER: return skip ? LLMPAR_OK : llmpar__fsdp_gather(fsdp, flat, in->stream);
+    case LLMPAR_OP_CAST: return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
+    case LLMPAR_OP_FREE:
+        if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
+        if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);
+        return llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_PARAMS, 0, 0, 0, moved) ? llmpar__fsdp_put(fsdp, in->stream, moved, 0) : LLMPAR_OK;
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA: return llmpar__exec_reduce(exec, in);
+    case LLMPAR_OP_ACCUMULATE: return llmpar__exec_accumulate(exec, in);
+    case LLMPAR_OP_NORM: return llmpar__exec_norm(exec, in);
+    case LLMPAR_OP_OPTIM: return llmpar__exec_optim(exec, in);
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return llmpar__exec_move(exec, in);
+    default: return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "no op %d", (int)in->op);
+    }
+}
+
+#undef LLMPAR__REDUCE_PIECE
+/* ==== src/fsdp/executor.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+
+/* One host thread walks the list: it allocates, enqueues and frees in list order; data order between streams is in the list's waits. */
+
+/* ---- scalars ---- */
+
+static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, int64_t *values, size_t count, const char *tag)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_stream *stream = fsdp->stream[in->stream];
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = fsdp->scalars;
+    call.count = count;
+    call.dtype = LLMPAR_I64;
+    call.tag = tag;
+    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
+    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
+    if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
+    return status ? status : waited;
+}
+
+static llmpar_status llmpar__exec_begin(llmpar__exec *exec, double norm)
+{
+    llmpar_run *run = exec->run;
+    llmpar_status status = LLMPAR_OK;
+    exec->grad_scale = 1;
+    if (run->optimizer && run->optimizer->begin_step) status = run->optimizer->begin_step(run->optimizer->state, norm, &exec->grad_scale);
+    exec->grad_scale /= run->loss_scale;
+    return status;
+}
+
+static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    /* Every rank of a tp group holds the same sequences: they count once. */
+    int64_t tokens = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
+    llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
+    if (status) return status;
+    exec->run->global_tokens = tokens;
+    for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
+    /* Loss and norm start from zero before any stream adds to them. */
+    status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t));
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (!status) status = waited;
+    if (!status && exec->inside && tokens) status = llmpar__exec_begin(exec, -1);
+    return status;
+}
+
+static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar_exact_sum sum[2];
+    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], sum, fsdp->scalars, sizeof sum);
+    if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (status) return status;
+    if (fsdp->mesh->coordinate[LLMPAR_AXIS_TP] != 0) memset(&sum[0], 0, sizeof sum[0]); /* all of a tp group computed the same loss */
+    llmpar_exact_sum_carry(&sum[0]);
+    llmpar_exact_sum_carry(&sum[1]);
+    status = llmpar__exec_scalars(exec, in, sum[0].limb, LLMPAR__SCALARS, "loss, norm");
+    if (status) return status;
+    run->loss = run->global_tokens ? llmpar_exact_sum_value(&sum[0]) / (double)run->global_tokens : 0;
+    run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
+    run->skipped = run->global_tokens == 0;
+    exec->found_inf = !llmpar_isfinite_f64(run->loss) || !llmpar_isfinite_f64(run->grad_norm);
+    if (exec->found_inf && run->skip_nonfinite) return LLMPAR_OK;
+    if (exec->found_inf) return llmpar__fsdp_first_nonfinite(fsdp, &exec->nonfinite);
+    return exec->inside || run->skipped ? LLMPAR_OK : llmpar__exec_begin(exec, run->grad_norm);
+}
+
+/* ---- the walk ---- */
+
+static llmpar_status llmpar__exec_instruction(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    switch (in->op) {
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: return llmpar__exec_unit(exec, in);
+    case LLMPAR_OP_SCALAR_REDUCE: return in->pass ? llmpar__exec_loss(exec, in) : llmpar__exec_tokens(exec, in);
+    default: return llmpar__exec_shard(exec, in);
+    }
+}
+
+LLMPAR_DEF void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace)
+{
+    static const char *const name[LLMPAR_STREAM_COUNT] = {"compute", "gather", "reduce", "tp", "offload"};
+    fsdp->trace = trace;
+    for (int32_t s = 0; s < (int32_t)LLMPAR_STREAM_COUNT; s++) llmpar_trace_lane(trace, s, name[s]);
+}
+
+static const char *llmpar__exec_category(llmpar_op op)
+{
+    switch (op) {
+    case LLMPAR_OP_GATHER:
+    case LLMPAR_OP_REDUCE:
+    case LLMPAR_OP_REDUCE_REPLICA:
+    case LLMPAR_OP_SCALAR_REDUCE: return "communication";
+    case LLMPAR_OP_FETCH:
+    case LLMPAR_OP_STORE: return "offload";
+    case LLMPAR_OP_FORWARD:
+    case LLMPAR_OP_RECOMPUTE:
+    case LLMPAR_OP_BACKWARD: return "compute";
+    default: return "update";
+    }
+}
+
+/* A FREE takes no time: it shows in the bytes. */
+static llmpar_status llmpar__exec_trace(llmpar__exec *exec, const llmpar_instruction *in, uint64_t *id)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_schedule one;
+    llmpar_trace_span span;
+    *id = 0;
+    if (!fsdp->trace || in->op == LLMPAR_OP_FREE) return LLMPAR_OK;
+    memset(&one, 0, sizeof one);
+    memset(&span, 0, sizeof span);
+    one.list = (llmpar_instruction *)(uintptr_t)in;
+    one.count = 1;
+    span.lane = (int32_t)in->stream;
+    span.micro_batch = in->micro_batch;
+    span.name = llmpar_op_name(in->op);
+    span.unit = in->unit >= 0 ? fsdp->units[in->unit].unit.name : NULL;
+    span.category = llmpar__exec_category(in->op);
+    llmpar_status status = llmpar_fsdp_bytes(fsdp, &one, &exec->micro[in->micro_batch >= 0 ? in->micro_batch : 0], &span.bytes);
+    return status ? status : llmpar_trace_begin(fsdp->trace, fsdp->stream[in->stream], &span, id);
+}
+
+static void llmpar__exec_trace_memory(llmpar_fsdp *fsdp)
+{
+    llmpar_arena_usage usage;
+    if (!fsdp->trace) return;
+    llmpar_arena_get_usage(fsdp->arena, &usage);
+    llmpar_trace_memory(fsdp->trace, &usage);
+}
+
+static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruction *list, int32_t count, const unsigned char *awaited)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < count && !status; i++) {
+        const llmpar_instruction *in = exec->now = &list[i];
+        uint64_t span = 0;
+        for (int32_t w = 0; w < in->wait_count && !status; w++)
+            if (list[in->waits[w]].stream != in->stream) status = fsdp->device->event_wait(fsdp->device, fsdp->stream[in->stream], fsdp->event[in->waits[w]]);
+        if (!status) status = llmpar__exec_trace(exec, in, &span);
+        if (!status) status = llmpar__exec_instruction(exec, in);
+        if (!status) status = llmpar_trace_end(fsdp->trace, fsdp->stream[in->stream], span);
+        llmpar__exec_trace_memory(fsdp);
+        if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
+    }
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
+        llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
+        if (!status) status = sync;
+    }
+    return llmpar__store_failed(fsdp->store, status);
+}
+
+/* Events for the instructions that somebody waits for; they stay for the next step. */
+static llmpar_status llmpar__exec_events(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, unsigned char *awaited)
+{
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    if (count > fsdp->event_count) {
+        llmpar_event **event = (llmpar_event **)llmpar_heap_zalloc(heap, (size_t)count, sizeof *event);
+        if (!event) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d events", (int)count);
+        if (fsdp->event_count) memcpy(event, fsdp->event, (size_t)fsdp->event_count * sizeof *event);
+        llmpar_heap_free(heap, fsdp->event);
+        fsdp->event = event;
+        fsdp->event_count = count;
+    }
+    for (int32_t i = 0; i < count; i++)
+        for (int32_t w = 0; w < list[i].wait_count; w++)
+            if (list[list[i].waits[w]].stream != list[i].stream) awaited[list[i].waits[w]] = 1;
+    for (int32_t i = 0; i < count; i++)
+        if (awaited[i] && !fsdp->event[i]) {
+            llmpar_status status = fsdp->device->event_create(fsdp->device, &fsdp->event[i]);
+            if (status) return status;
+        }
+    return LLMPAR_OK;
+}
+
+/* Whatever an interrupted step left behind. */
+static void llmpar__exec_clean(llmpar__exec *exec)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        for (int i = 0; i < 4 * LLMPAR_GRAD_SLOTS; i++) {
+            void **grad = &flat->grad[i / (2 * LLMPAR_GRAD_SLOTS)][i / LLMPAR_GRAD_SLOTS % 2][i % LLMPAR_GRAD_SLOTS];
+            llmpar_arena_free(fsdp->arena, *grad);
+            *grad = NULL;
+        }
+        void ***lists[3] = {&flat->output, &flat->saved, &flat->dinput};
+        for (int k = 0; k < 3; k++) {
+            for (int32_t m = 0; m < exec->micro_batches && *lists[k]; m++) llmpar_arena_free(fsdp->arena, (*lists[k])[m]);
+            llmpar_heap_free(&fsdp->ctx->heap, *lists[k]);
+            *lists[k] = NULL;
+        }
+        while (!fsdp->whole_params && flat->gathers > 0) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_COMPUTE);
+        for (int what = LLMPAR_STATE_OPTIMIZER; what <= LLMPAR_STATE_PARAMS; what++) {
+            llmpar__moved moved[2];
+            int32_t count = fsdp->tier[what] == LLMPAR_TIER_DEVICE ? 0 : llmpar__fsdp_moved(fsdp, u, (llmpar_state)what, 0, 0, 0, moved);
+            for (int32_t i = 0; i < count; i++) llmpar__fsdp_put(fsdp, LLMPAR_STREAM_COMPUTE, &moved[i], 0);
+        }
+    }
+}
+
+static llmpar_status llmpar__exec_report(llmpar__exec *exec)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    int64_t index = exec->nonfinite;
+    const char *what = index >= ((int64_t)1 << 40) ? "the gradient of " : "", *name = "no parameter or gradient (an activation)";
+    if (index >= 0) name = fsdp->units[(index >> 16) & 0xffffff].unit.params[index & 0xffff].name;
+    return llmpar_fail(fsdp->ctx, LLMPAR_ERR_NONFINITE, "loss %g, gradient norm %g: expected finite values; first non-finite tensor: %s%s", exec->run->loss, exec->run->grad_norm, what, name);
+}
+
+LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruction *list, int32_t count, llmpar_run *run)
+{
+    llmpar_heap *heap = &fsdp->ctx->heap;
+    llmpar__exec exec;
+    memset(&exec, 0, sizeof exec);
+    exec.fsdp = fsdp;
+    exec.run = run;
+    exec.grad_scale = 1;
+    exec.nonfinite = -1;
+    if (run->loss_scale == 0) run->loss_scale = 1;
+    run->loss = run->grad_norm = 0;
+    run->global_tokens = 0;
+    run->skipped = 0;
+    run->found_inf = 0;
+    memset(&run->before_optimizer, 0, sizeof run->before_optimizer);
+    int known = 0; /* the norm, at the first update */
+    for (int32_t i = 0; i < count; i++) {
+        if (list[i].micro_batch >= exec.micro_batches) exec.micro_batches = list[i].micro_batch + 1;
+        known |= list[i].op == LLMPAR_OP_SCALAR_REDUCE && list[i].pass;
+        exec.inside |= list[i].op == LLMPAR_OP_OPTIM && !known;
+    }
+    if (exec.inside && run->skip_nonfinite) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates inside backward cannot be taken back where a gradient is not finite; expected a list of two passes");
+    for (int32_t u = 0; u < fsdp->unit_count; u++) {
+        if (fsdp->units[u].held || fsdp->units[u].held_state) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: its shard or state is still fetched by hand, expected shard_done and optimizer_done before a step", fsdp->units[u].unit.name);
+        if (fsdp->units[u].gathers && !fsdp->whole_params) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_ARGUMENT, "unit %s: still unsharded by hand, expected reshard before a step", fsdp->units[u].unit.name);
+    }
+    unsigned char *awaited = (unsigned char *)llmpar_heap_zalloc(heap, (size_t)count + 1, 1);
+    exec.micro = (llmpar_micro *)llmpar_heap_alloc(heap, 2 * (size_t)exec.micro_batches + 1, sizeof *exec.micro);
+    llmpar_status status = LLMPAR_OK;
+    if (!awaited || !exec.micro) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for a step of %d instructions", (int)count);
+    for (int32_t m = 0; m < exec.micro_batches && !status; m++) {
+        exec.micro[m] = run->micro[m];
+        exec.micro[m].index = m;
+        exec.micro[m].loss = fsdp->scalars;
+        llmpar_micro *second = &exec.micro[exec.micro_batches + m];
+        *second = exec.micro[m];
+        second->loss = fsdp->scalars + LLMPAR__SCALARS; /* the second pass of a step: its loss was counted in the first */
+        second->token_loss = NULL;
+    }
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
+        llmpar__flat *flat = &fsdp->units[u];
+        flat->output = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->saved = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        flat->dinput = (void **)llmpar_heap_zalloc(heap, (size_t)exec.micro_batches, sizeof(void *));
+        if (!flat->output || !flat->saved || !flat->dinput) status = llmpar_fail(fsdp->ctx, LLMPAR_ERR_MEMORY, "no memory for %d micro-batches", (int)exec.micro_batches);
+    }
+    if (!status) status = llmpar__exec_events(fsdp, list, count, awaited);
+    if (!status) status = llmpar__exec_places(&exec, list, count);
+    if (!status) status = llmpar__exec_walk(&exec, list, count, awaited);
+    llmpar__exec_clean(&exec);
+    llmpar_heap_free(heap, exec.micro);
+    llmpar_heap_free(heap, awaited);
+    run->found_inf = exec.found_inf && run->skip_nonfinite;
+    if (!status && exec.found_inf && !run->found_inf) status = llmpar__exec_report(&exec);
+    return status;
+}
 
 /* ==== src/optim/lr.c ==== */
 
@@ -19502,6 +18069,32 @@ LLMPAR_DEF llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int3
     return LLMPAR_OK;
 }
 /* ==== src/optim/optim.c ==== */
+/* ==== src/optim/optim_internal.h ==== */
+/* optim_internal: what optim.c and adalomo.c share. */
+#ifndef LLMPAR_OPTIM_INTERNAL_H
+#define LLMPAR_OPTIM_INTERNAL_H
+
+
+struct llmpar__adalomo;
+
+struct llmpar_optim {
+    llmpar_fsdp *fsdp;
+    llmpar_heap *heap;
+    llmpar_optim_desc desc;
+    llmpar_optimizer table;
+    double lr, power1, power2; /* beta^step */
+    int64_t steps;
+    struct llmpar__adalomo *adalomo;
+};
+
+/* adalomo.c: creation (collective) and the table's update. */
+LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
+LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
+LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
+LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
+
+#endif
+/* ---- src/optim/optim.c goes on ---- */
 
 #include <string.h>
 
@@ -19701,6 +18294,368 @@ LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
 LLMPAR_DEF int64_t llmpar_optim_bytes(const llmpar_optim *optim) { return optim->adalomo ? llmpar__adalomo_bytes(optim) : 0; }
 LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }
+/* ==== src/optim/adalomo.c ==== */
+/* AdaLomo (Lv et al. 2023, arXiv 2310.10195, and adalomo.py of its authors): for a matrix of R rows and C columns, with g' and eps as in optim.h and b = beta2,
+
+     r[R] = b r + (1-b) (mean over columns of g'^2 + eps)        c[C] = b c + (1-b) (mean over rows of g'^2 + eps)
+     u = g' / sqrt(r c / mean(r));   p -= lr * max(1e-3, rms p) * (decay p + u / max(1, rms u))
+
+   Parameters of other than two dims keep the whole second moment. Nothing here has an order: the sums of a unit are integers, so the ranks that share it (dp_shard, tp) add theirs up in any.
+
+     largest |g| of each matrix     -> all-reduce max      where the fixed point stands
+     squares of g by row and column,
+       squares of p (exact sums)    -> all-reduce          one for the whole unit
+     r, c, their inverse roots         (every rank that holds a part of the matrix has all of r and c: equal copies)
+     squares of u (exact sums)      -> all-reduce
+     p
+
+   Bytes, beside nothing an element for matrices (s = 4, or 8 in f64): s (R + C) for each matrix this rank holds a part of, s for each of its elements of other parameters; and once, for the largest unit, 8 (R + C) of
+   each of its matrices, s (R + C) of those it holds a part of, and 1160 a parameter. All OPTIMIZER. */
+
+#include <string.h>
+
+
+/* A segment of this rank. */
+typedef struct llmpar__adalomo_part {
+    int64_t begin, cols;          /* first element in the tp-local rectangle, and its columns */
+    int64_t row, col;             /* where the rectangle lies in the matrix */
+    int64_t moment, factor;       /* reals before its moments (R, then C; or one an element) in the unit's state, and before its factors in the workspace */
+    int32_t factored, counts;     /* counts: this rank's part stands for it in sums */
+} llmpar__adalomo_part;
+
+typedef struct llmpar__adalomo_unit {
+    llmpar__adalomo_part *part;   /* [segment_count] */
+    int64_t *rows, *cols;         /* [param_count]; rows 0: not factored */
+    int64_t *sum;                 /* [param_count] integers before its row sums, column sums behind them */
+    int64_t sums;                 /* integers in all */
+    int32_t params, matrices;
+    void *state;
+} llmpar__adalomo_unit;
+
+typedef struct llmpar__adalomo {
+    llmpar_comm *comm;            /* the ranks that share a unit's parameters; NULL: alone */
+    llmpar__adalomo_unit *unit;
+    int32_t units;
+    void *workspace;
+    size_t at_largest, at_factors;/* bytes in it; sums lie at 0: row and column sums, squares of p, squares of u */
+    int64_t bytes;                /* of the arena */
+    llmpar_event *done;           /* behind the last update: the workspace is one for all */
+} llmpar__adalomo;
+
+/* ---- creation ---- */
+
+static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, int64_t *moments, int64_t *factors)
+{
+    llmpar_fsdp *fsdp = optim->fsdp;
+    const llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar__adalomo_unit *unit = &optim->adalomo->unit[index];
+    const llmpar_unit *u = llmpar_fsdp_unit(fsdp, index);
+    const llmpar_segment *segments;
+    int32_t count;
+    llmpar_fsdp_layout(fsdp, index, NULL, &segments, &count);
+    *moments = *factors = 0;
+    if (u->frozen) return LLMPAR_OK;
+    unit->params = u->param_count;
+    unit->part = (llmpar__adalomo_part *)llmpar_heap_zalloc(optim->heap, (size_t)count + 1, sizeof *unit->part);
+    unit->rows = (int64_t *)llmpar_heap_zalloc(optim->heap, 3 * (size_t)u->param_count + 1, sizeof(int64_t));
+    if (!unit->part || !unit->rows) return llmpar_fail(mesh->ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for unit %s", u->name);
+    unit->cols = unit->rows + u->param_count;
+    unit->sum = unit->cols + u->param_count;
+    for (int32_t p = 0; p < u->param_count; p++) {
+        const llmpar_param *param = &u->params[p];
+        if (param->dims != 2 || param->shape[0] == 0 || param->shape[1] == 0) continue;
+        unit->rows[p] = param->shape[0];
+        unit->cols[p] = param->shape[1];
+        unit->sum[p] = unit->sums;
+        unit->sums += param->shape[0] + param->shape[1];
+        unit->matrices++;
+    }
+    for (int32_t s = 0; s < count; s++) {
+        llmpar__adalomo_part *part = &unit->part[s];
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        int32_t p = segments[s].param, coordinate[LLMPAR_MESH_AXES];
+        llmpar_fsdp_dtensor(fsdp, index, p, &tensor);
+        llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+        if (local.flat_count != segments[s].count)
+            return llmpar_fail(mesh->ctx, LLMPAR_ERR_SHAPE, "adalomo: %s: the update's part has %lld elements, its descriptor %lld", u->params[p].name, (long long)segments[s].count, (long long)local.flat_count);
+        part->begin = local.flat_begin;
+        part->moment = *moments;
+        if (unit->rows[p]) {
+            part->factored = 1;
+            part->cols = local.shape[1];
+            part->row = local.offset[0];
+            part->col = local.offset[1];
+            part->factor = *factors;
+            *moments += unit->rows[p] + unit->cols[p];
+            *factors += unit->rows[p] + unit->cols[p];
+        } else *moments += segments[s].count;
+        /* Data ranks that are not in the communicator have sums of their own, so only copies within it count once: those over tp. */
+        memcpy(coordinate, mesh->coordinate, sizeof coordinate);
+        coordinate[LLMPAR_AXIS_DP_REPLICATE] = 0;
+        if (!tensor.placements || tensor.placement[tensor.placements - 1].kind != LLMPAR_FLAT) coordinate[LLMPAR_AXIS_DP_SHARD] = 0;
+        llmpar_dtensor_local(&tensor, mesh->degree, coordinate, &local);
+        part->counts = local.is_owner;
+    }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
+{
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(optim->fsdp)->ctx;
+    llmpar_device *device = ctx->device;
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(optim->fsdp))), sums = 0, params = 0, most = 0;
+    llmpar_stream *stream = NULL;
+    llmpar_status status = device->stream_create(device, "set-up", &stream);
+    for (int32_t u = 0; u < a->units && !status; u++) {
+        llmpar__adalomo_unit *unit = &a->unit[u];
+        int64_t moments, factors;
+        status = llmpar__adalomo_layout(optim, u, &moments, &factors);
+        if (!status && moments) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, (size_t)moments * size, llmpar_fsdp_unit(optim->fsdp, u)->name, &unit->state);
+        if (!status && moments) status = device->zero(device, stream, unit->state, (size_t)moments * size);
+        a->bytes += llmpar_round_up((int64_t)((size_t)moments * size), (int64_t)device->alignment);
+        if (status) break;
+        size_t wanted = (size_t)(unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)unit->params);
+        if (wanted > sums) sums = wanted;
+        if ((size_t)unit->params > params) params = (size_t)unit->params;
+        if ((size_t)factors > most) most = (size_t)factors;
+    }
+    a->at_largest = sums * sizeof(int64_t);
+    a->at_factors = a->at_largest + params * sizeof(double);
+    if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(optim->fsdp), LLMPAR_TAG_OPTIMIZER, a->at_factors + most * size, "adalomo's sums", &a->workspace);
+    a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
+    if (!status) status = device->event_create(device, &a->done);
+    if (stream) {
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_create(llmpar_optim *optim)
+{
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(optim->fsdp);
+    llmpar_ctx *ctx = mesh->ctx;
+    llmpar_device *device = ctx->device;
+    if (device->size < offsetof(llmpar_device, adalomo) + sizeof device->adalomo || !device->largest || !device->factor_sum || !device->factor_moment || !device->adalomo_square || !device->adalomo)
+        return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "adalomo: device %s lacks largest, factor_sum, factor_moment, adalomo_square or adalomo", device->name);
+    llmpar__adalomo *a = (llmpar__adalomo *)llmpar_heap_zalloc(optim->heap, 1, sizeof *a);
+    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory");
+    optim->adalomo = a;
+    a->units = llmpar_fsdp_unit_count(optim->fsdp);
+    a->unit = (llmpar__adalomo_unit *)llmpar_heap_zalloc(optim->heap, (size_t)a->units, sizeof *a->unit);
+    if (!a->unit) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "adalomo: out of memory for %d units", (int)a->units);
+    llmpar_policy policy;
+    memset(&policy, 0, sizeof policy);
+    llmpar_fsdp_policy(optim->fsdp, &policy);
+    int whole = llmpar_policy_whole_state(&policy);
+    llmpar_status status = LLMPAR_OK;
+    if (!whole || mesh->degree[LLMPAR_AXIS_TP] > 1)
+        status = llmpar_comm_split(mesh->world, whole ? mesh->dp_rank : mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE], ctx->rank, "optimizer", &a->comm);
+    return status ? status : llmpar__adalomo_memory(optim);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
+{
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    if (!a) return;
+    for (int32_t u = 0; u < a->units && a->unit; u++) {
+        llmpar_heap_free(optim->heap, a->unit[u].part);
+        llmpar_heap_free(optim->heap, a->unit[u].rows);
+        llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->unit[u].state);
+    }
+    llmpar_arena_free(llmpar_fsdp_arena(optim->fsdp), a->workspace);
+    if (a->done) device->event_destroy(device, a->done);
+    llmpar_comm_destroy(a->comm);
+    llmpar_heap_free(optim->heap, a->unit);
+    llmpar_heap_free(optim->heap, a);
+}
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
+
+/* ---- the update ---- */
+
+/* One update while it is made. */
+typedef struct llmpar__adalomo_call {
+    llmpar_optim *optim;
+    const llmpar_update *update;
+    llmpar__adalomo_unit *unit;
+    llmpar_device *device;
+    const char *name;             /* of the unit */
+    int64_t *sums, *param_squares, *update_squares;
+    double *largest;
+    char *factors;
+    double beta;
+    size_t size;
+} llmpar__adalomo_call;
+
+static llmpar_status llmpar__adalomo_reduce(const llmpar__adalomo_call *c, void *buffer, int64_t count, llmpar_dtype dtype, llmpar_reduce_op op)
+{
+    llmpar_collective call;
+    if (!c->optim->adalomo->comm || count == 0) return LLMPAR_OK;
+    memset(&call, 0, sizeof call);
+    call.send = call.recv = buffer;
+    call.count = (size_t)count;
+    call.dtype = dtype;
+    call.op = op;
+    call.tag = c->name;
+    return llmpar_all_reduce(c->optim->adalomo->comm, c->update->stream, &call);
+}
+
+/* Terms of a sum that the fixed point has room for. */
+static int32_t llmpar__adalomo_bits(int64_t terms)
+{
+    int32_t bits = 62;
+    while (terms > (int64_t)1 << (62 - bits)) bits--;
+    return bits;
+}
+
+static const void *llmpar__adalomo_grad(const llmpar__adalomo_call *c, int32_t s) { return (const char *)c->update->grad + (size_t)c->update->segments[s].begin * c->size; }
+static void *llmpar__adalomo_param(const llmpar__adalomo_call *c, int32_t s) { return (char *)c->update->param + (size_t)c->update->segments[s].begin * c->size; }
+
+static llmpar_status llmpar__adalomo_find_largest(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        llmpar_largest_args args;
+        if (!c->unit->part[s].factored) continue;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)c->update->segments[s].count;
+        args.x = llmpar__adalomo_grad(c, s);
+        args.largest = c->largest + c->update->segments[s].param;
+        args.dtype = c->update->dtype;
+        status = c->device->largest(c->device, c->update->stream, &args);
+    }
+    return status ? status : llmpar__adalomo_reduce(c, c->largest, c->unit->matrices ? c->unit->params : 0, LLMPAR_F64, LLMPAR_MAX);
+}
+
+static llmpar_status llmpar__adalomo_sum_squares(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        int32_t p = c->update->segments[s].param;
+        llmpar_square_sum_args square;
+        if (!part->counts) continue;
+        memset(&square, 0, sizeof square);
+        square.count = (size_t)c->update->segments[s].count;
+        square.x = llmpar__adalomo_param(c, s);
+        square.accumulator = c->param_squares + (int64_t)p * LLMPAR_EXACT_SUM_LIMBS;
+        square.dtype = c->update->dtype;
+        status = c->device->square_sum(c->device, c->update->stream, &square);
+        if (status || !part->factored) continue;
+        llmpar_factor_sum_args args;
+        memset(&args, 0, sizeof args);
+        args.begin = part->begin;
+        args.count = c->update->segments[s].count;
+        args.cols = part->cols;
+        args.g = llmpar__adalomo_grad(c, s);
+        args.row_sums = c->sums + c->unit->sum[p] + part->row;
+        args.col_sums = c->sums + c->unit->sum[p] + c->unit->rows[p] + part->col;
+        args.row_bits = llmpar__adalomo_bits(c->unit->cols[p]);
+        args.col_bits = llmpar__adalomo_bits(c->unit->rows[p]);
+        args.largest = c->largest + p;
+        args.grad_scale = c->update->grad_scale;
+        args.dtype = c->update->dtype;
+        status = c->device->factor_sum(c->device, c->update->stream, &args);
+    }
+    return status ? status : llmpar__adalomo_reduce(c, c->sums, c->unit->sums + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c->unit->params, LLMPAR_I64, LLMPAR_SUM);
+}
+
+static llmpar_status llmpar__adalomo_moments(const llmpar__adalomo_call *c)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        int32_t p = c->update->segments[s].param;
+        if (!part->factored) continue;
+        for (int by_columns = 0; by_columns < 2 && !status; by_columns++) {
+            int64_t rows = c->unit->rows[p], cols = c->unit->cols[p], at = by_columns ? rows : 0;
+            llmpar_factor_moment_args args;
+            memset(&args, 0, sizeof args);
+            args.count = by_columns ? cols : rows;
+            args.terms = by_columns ? rows : cols;
+            args.bits = llmpar__adalomo_bits(args.terms);
+            args.by_mean = !by_columns;
+            args.sums = c->sums + c->unit->sum[p] + at;
+            args.largest = c->largest + p;
+            args.moment = (char *)c->unit->state + (size_t)(part->moment + at) * c->size;
+            args.factor = c->factors + (size_t)(part->factor + at) * c->size;
+            args.grad_scale = c->update->grad_scale;
+            args.beta = c->beta;
+            args.eps = c->optim->desc.eps;
+            args.dtype = c->update->dtype;
+            status = c->device->factor_moment(c->device, c->update->stream, &args);
+        }
+    }
+    return status;
+}
+
+/* apply 0: the squares of u; 1: p. */
+static llmpar_status llmpar__adalomo_pass(const llmpar__adalomo_call *c, int apply)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t s = 0; s < c->update->segment_count && !status; s++) {
+        const llmpar__adalomo_part *part = &c->unit->part[s];
+        const llmpar_segment *segment = &c->update->segments[s];
+        const llmpar_param *param = &llmpar_fsdp_unit(c->optim->fsdp, c->update->unit)->params[segment->param];
+        llmpar_adalomo_args args;
+        memset(&args, 0, sizeof args);
+        args.begin = part->begin;
+        args.count = segment->count;
+        args.cols = part->cols;
+        args.elements = 1;
+        for (int32_t d = 0; d < param->dims; d++) args.elements *= param->shape[d];
+        args.p = llmpar__adalomo_param(c, s);
+        args.g = llmpar__adalomo_grad(c, s);
+        if (part->factored) {
+            args.row_factor = c->factors + (size_t)(part->factor + part->row) * c->size;
+            args.col_factor = c->factors + (size_t)(part->factor + c->unit->rows[segment->param] + part->col) * c->size;
+        } else args.moment = (char *)c->unit->state + (size_t)part->moment * c->size;
+        if (apply || part->counts) args.update_squares = c->update_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
+        args.param_squares = c->param_squares + (int64_t)segment->param * LLMPAR_EXACT_SUM_LIMBS;
+        args.lr = c->optim->lr;
+        args.decay = segment->no_decay || c->optim->desc.decay < 0 ? 0 : c->optim->desc.decay;
+        args.grad_scale = c->update->grad_scale;
+        args.beta = c->beta;
+        args.eps = c->optim->desc.eps;
+        args.dtype = c->update->dtype;
+        status = apply ? c->device->adalomo(c->device, c->update->stream, &args) : c->device->adalomo_square(c->device, c->update->stream, &args);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update)
+{
+    llmpar_optim *optim = (llmpar_optim *)state;
+    llmpar__adalomo *a = optim->adalomo;
+    llmpar__adalomo_call c;
+    c.optim = optim;
+    c.update = update;
+    c.unit = &a->unit[update->unit];
+    c.device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    c.name = llmpar_fsdp_unit(optim->fsdp, update->unit)->name;
+    c.sums = (int64_t *)a->workspace;
+    c.param_squares = c.sums + c.unit->sums;
+    c.update_squares = c.param_squares + LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params;
+    c.largest = (double *)(void *)((char *)a->workspace + a->at_largest);
+    c.factors = (char *)a->workspace + a->at_factors;
+    c.beta = optim->desc.beta2 > 0 ? optim->desc.beta2 : 1 - llmpar_pow_f64((double)optim->steps, -0.8);
+    c.size = llmpar_dtype_size(update->dtype);
+    llmpar_status status = c.device->event_wait(c.device, update->stream, a->done);
+    if (!status) status = c.device->zero(c.device, update->stream, c.sums, (size_t)(c.unit->sums + 2 * LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params) * sizeof *c.sums);
+    if (!status) status = c.device->zero(c.device, update->stream, c.largest, (size_t)c.unit->params * sizeof *c.largest);
+    if (!status) status = llmpar__adalomo_find_largest(&c);
+    if (!status) status = llmpar__adalomo_sum_squares(&c);
+    if (!status) status = llmpar__adalomo_moments(&c);
+    if (!status) status = llmpar__adalomo_pass(&c, 0);
+    if (!status) status = llmpar__adalomo_reduce(&c, c.update_squares, LLMPAR_EXACT_SUM_LIMBS * (int64_t)c.unit->params, LLMPAR_I64, LLMPAR_SUM);
+    if (!status) status = llmpar__adalomo_pass(&c, 1);
+    return status ? status : c.device->event_record(c.device, update->stream, a->done);
+}
 
 /* ==== src/text/data.c ==== */
 
@@ -20808,6 +19763,1049 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
     llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
     llmpar_heap_free(&call->ctx->heap, (void *)in);
     return status;
+}
+
+#endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/block.c ==== */
+
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_LLAMA)
+
+/* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
+   Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
+
+   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
+   scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
+            act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
+            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
+   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
+typedef struct llmpar__block_half {
+    llmpar__shape s;
+    const llmpar__part *part_of;
+    const llmpar_llama *model;
+    const llmpar_tp *tp;
+    int mlp, first, last, again;    /* again: h is made again in backward */
+    int32_t param;                  /* of the half's norm */
+    const char *input;
+    char *output;
+    const char *dout;
+    char *din;
+    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
+    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
+    const char *in;                 /* what the products read: h, or the gathered rows */
+} llmpar__block_half;
+
+/* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
+typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
+
+static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
+{
+    const llmpar_tp *tp = &part->model->tp;
+    size_t at = 0, spare_h;
+    int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
+    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
+    memset(l, 0, sizeof *l);
+    for (int32_t i = 0; i < part->halves; i++) {
+        int is_mlp = (part->first + i) & 1;
+        llmpar__block_layout here = *l;
+        here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
+        here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
+        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
+        here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
+        here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
+        here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.up = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
+        here.stream = llmpar__llama_take(&at, i + 1 < part->halves ? s->ns * s->d : 0, s->size);
+        if (i < j) here.before = here.stream;
+        if (i <= j) *l = here;
+    }
+    l->saved = at;
+    at = 0;
+    if (mlp) act = s->n * s->f;
+    if (attention && backward && s->n * s->h * s->e > act) act = s->n * s->h * s->e;
+    l->full = llmpar__llama_take(&at, gathered, s->size);
+    l->part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(tp, s->b, s->t, s->d, s->dtype), 1);
+    l->sum = tp->sequence_parallel || llmpar_tp_partial_dtype(tp, s->dtype) != s->dtype ? llmpar__llama_take(&at, s->ns * s->d, s->size) : l->part;
+    l->act = llmpar__llama_take(&at, act, s->size);
+    spare_h = llmpar__llama_take(&at, again ? s->ns * s->d : 0, s->size);
+    if (again) l->h = spare_h;
+    l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
+    if (backward) {
+        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
+        l->dfull = llmpar__llama_take(&at, gathered, s->size);
+        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
+        l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
+        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
+        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
+        l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+    }
+    l->scratch = at;
+}
+
+static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
+{
+    llmpar__block_layout l;
+    memset(b, 0, sizeof *b);
+    b->part_of = (const llmpar__part *)call->user;
+    b->model = b->part_of->model;
+    b->tp = &b->model->tp;
+    b->mlp = (b->part_of->first + j) & 1;
+    b->first = j == 0;
+    b->last = j + 1 == b->part_of->halves;
+    b->again = call->recompute == LLMPAR_RECOMPUTE_SELECTIVE;
+    llmpar__llama_home(b->model, b->part_of->first + j, &b->param);
+    llmpar__llama_shape(b->model, call->micro, call->dtype, &b->s);
+    llmpar__block_lay(b->part_of, &b->s, b->again, call->pass == LLMPAR_PASS_BACKWARD, j, &l);
+    char *saved = (char *)call->saved, *scratch = (char *)call->scratch;
+    b->h = (b->again ? scratch : saved) + l.h;
+    b->rstd = saved + l.rstd;
+    b->qkv = saved + l.qkv;
+    b->o = saved + l.o;
+    b->lse = saved + l.lse;
+    b->gate = saved + l.gate;
+    b->up = saved + l.up;
+    b->full = scratch + l.full;
+    b->part = scratch + l.part;
+    b->sum = scratch + l.sum;
+    b->act = scratch + l.act;
+    b->spare = scratch + l.spare;
+    b->dfull = scratch + l.dfull;
+    b->dqkv = scratch + l.dqkv;
+    b->dx = scratch + l.dx;
+    b->dkv = scratch + l.dkv;
+    b->dkv_low = scratch + l.dkv_low;
+    b->leaves = scratch + l.leaves;
+    b->in = b->tp->sequence_parallel ? b->full : b->h;
+    b->input = b->first ? (const char *)call->input : saved + l.before;
+    b->output = b->last ? (char *)call->output : saved + l.stream;
+    b->dout = b->last ? (const char *)call->doutput : b->dx;
+    b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
+}
+
+static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+
+/* Element offset of k and v in a row of qkv. */
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
+
+/* Pointers and extents for attention over the joint q,k,v buffer. */
+static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
+{
+    const llmpar__shape *s = &b->s;
+    memset(args, 0, sizeof *args);
+    args->batch = s->b;
+    args->tq = args->tk = args->tk_stride = s->t;
+    args->heads = s->h;
+    args->kv_heads = s->k;
+    args->head_dim = s->e;
+    args->ldq = args->ldk = args->ldv = s->ld;
+    args->ldo = s->h * s->e;
+    args->scale = llmpar__llama_scale(b->model);
+    args->dtype = s->dtype;
+    if (!call) return;
+    args->q = b->qkv;
+    args->k = b->qkv + llmpar__block_k(s);
+    args->v = b->qkv + llmpar__block_v(s);
+    args->out = b->o;
+    args->lse = b->lse;
+    args->workspace = call->workspace;
+    args->workspace_bytes = call->workspace_bytes;
+}
+
+static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmpar__block_half *b, char *qkv, int inverse)
+{
+    const llmpar__shape *s = &b->s;
+    llmpar_rope_args args;
+    memset(&args, 0, sizeof args);
+    args.batch = s->b;
+    args.t = s->t;
+    args.heads = s->h + s->k; /* k's heads lie behind q's */
+    args.head_dim = s->e;
+    args.ld = s->ld;
+    args.x = qkv;
+    args.cosine = b->model->cosine;
+    args.sine = b->model->sine;
+    args.dtype = s->dtype;
+    args.inverse = inverse;
+    return call->device->rope(call->device, call->stream, &args);
+}
+
+/* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
+static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_llama_config *c = &b->model->config;
+    memset(operand, 0, 3 * sizeof *operand);
+    for (int i = 0; i < 3; i++) {
+        operand[i].lda = s->ld;
+        operand[i].ldb = s->d;
+        operand[i].grain = s->e;
+        operand[i].per = i ? c->heads / c->kv_heads : 1;
+        operand[i].begin = i ? (b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, c->kv_heads)) : llmpar_tp_begin(b->tp, c->heads);
+        operand[i].count = i ? (b->tp->replicas > 1 ? b->tp->rank % b->tp->replicas == 0 : s->k) : s->h;
+    }
+    if (!call) return;
+    operand[0].a = dqkv;
+    operand[1].a = dqkv + llmpar__block_k(s);
+    operand[2].a = dqkv + llmpar__block_v(s);
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__WQ);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__WK);
+    operand[2].b = llmpar__block_param(b, call, LLMPAR__WV);
+}
+
+static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_tp_operand operand[2])
+{
+    memset(operand, 0, 2 * sizeof *operand);
+    for (int i = 0; i < 2; i++) {
+        operand[i].lda = b->s.f;
+        operand[i].ldb = b->s.d;
+        operand[i].grain = 1;
+        operand[i].begin = llmpar_tp_begin(b->tp, b->model->config.intermediate);
+        operand[i].count = b->s.f;
+    }
+    if (!call) return;
+    operand[0].a = b->gate;
+    operand[1].a = b->up;
+    operand[0].b = llmpar__block_param(b, call, LLMPAR__GATE);
+    operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
+}
+
+/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
+static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = a;
+    operand->b = w;
+    operand->count = llmpar_tp_count(tp, grains);
+    operand->begin = llmpar_tp_begin(tp, grains);
+    operand->grain = grain;
+    operand->lda = operand->ldb = operand->count * grain;
+}
+
+LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
+
+/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
+static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
+{
+    const llmpar__shape *s = &b->s;
+    int shared = b->tp->replicas > 1;
+    memset(args, 0, sizeof *args);
+    llmpar__block_attention(b, call, &args->forward);
+    args->dkv_dtype = shared ? s->sum : s->dtype;
+    args->ld_dkv = shared ? 2 * s->e : s->ld;
+    if (!call) return;
+    args->dout = b->act;
+    args->dq = b->dqkv;
+    args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
+    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
+}
+
+/* ---- sizes ---- */
+
+/* The largest workspace of any operation below; an operation refuses one that is too small, so this list cannot drift. */
+static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device *device)
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_tp *tp = b->tp;
+    const llmpar_llama_config *c = &b->model->config;
+    llmpar_tp_operand heads[3], ffn[2], row;
+    llmpar_attention_backward_args attention;
+    size_t w[18], most = 0;
+    int n = 0;
+    llmpar__block_heads(b, NULL, NULL, heads);
+    llmpar__block_ffn(b, NULL, ffn);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
+    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
+    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->intermediate, ffn, 2, s->dtype);
+    w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NN, s->n, s->d, c->heads, heads, 3, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->f, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->f, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
+    llmpar__block_dattention(b, NULL, &attention);
+    w[n++] = device->attention_workspace(device, &attention.forward);
+    w[n++] = device->attention_backward_workspace(device, &attention);
+    while (n > 0)
+        if (w[--n] > most) most = w[n];
+    return most;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__block_half b;
+    llmpar__block_layout l;
+    memset(&b, 0, sizeof b);
+    b.part_of = (const llmpar__part *)user;
+    b.model = b.part_of->model;
+    b.tp = &b.model->tp;
+    llmpar__llama_shape(b.model, micro, dtype, &b.s);
+    llmpar__block_lay(b.part_of, &b.s, out->recompute == (int32_t)LLMPAR_RECOMPUTE_SELECTIVE, 1, 0, &l);
+    out->output = (size_t)(b.s.ns * b.s.d) * b.s.size;
+    out->saved = l.saved;
+    out->scratch = l.scratch;
+    out->workspace = llmpar__block_workspace(&b, b.model->ctx->device);
+    return LLMPAR_OK;
+}
+
+/* ---- what both halves do ---- */
+
+static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
+}
+
+/* The half before ends here: its reduced sum and its input make this one's input. */
+static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
+{
+    llmpar__block_half b, before;
+    llmpar__block_open(call, call->index, &b);
+    llmpar__block_open(call, call->index - 1, &before);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
+}
+
+/* Selective recomputation: norm's output once more, from the same bits by the same code. */
+static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
+{
+    if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
+}
+
+/* Forward, and again in backward for the weight gradients. */
+static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_again(call, &b);
+    return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    int backward = call->pass == LLMPAR_PASS_BACKWARD;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_add_args args;
+    llmpar__block_open(call, call->index, &b);
+    memset(&args, 0, sizeof args);
+    args.count = (size_t)(b.s.ns * b.s.d);
+    args.a = b.input;
+    args.b = b.sum;
+    args.out = b.output;
+    args.dtype = b.s.dtype;
+    return call->device->add(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
+}
+
+static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
+}
+
+static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
+}
+
+static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
+}
+
+/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
+static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
+{
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
+static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
+{
+    llmpar_tp_operand row;
+    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
+    return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
+}
+
+/* dw[out_dim, in_dim] of parameter p */
+static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t out_dim, int64_t in_dim, const char *dy, int64_t lddy, const char *x)
+{
+    return llmpar_tp_weight_gradient(b->tp, call->stream, b->s.n, b->s.leaves, out_dim, in_dim, dy, lddy, x, in_dim, llmpar__block_grad(b, call, p), b->s.dtype, call->workspace, call->workspace_bytes);
+}
+
+/* ---- attention ---- */
+
+static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_attention_args attention;
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
+    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
+    if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
+    llmpar__block_attention(&b, call, &attention);
+    return status ? status : call->device->attention(call->device, call->stream, &attention);
+}
+
+static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
+}
+
+static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->tp->sequence_parallel ? b->dfull : b->dout; }
+
+static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_attention_backward_args attention;
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
+    if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar__block_dattention(&b, call, &attention);
+    return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
+}
+
+/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
+static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_collective c;
+    llmpar_cast_args cast;
+    llmpar_copy_rows_args copy;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = b.dkv;
+    c.count = (size_t)(s->n * 2 * s->e);
+    c.dtype = s->sum;
+    c.tag = "dk dv/all_reduce";
+    llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
+    memset(&cast, 0, sizeof cast);
+    cast.count = c.count;
+    cast.in = b.dkv;
+    cast.in_dtype = s->sum;
+    cast.out = b.dkv_low;
+    cast.out_dtype = s->dtype;
+    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
+    memset(&copy, 0, sizeof copy);
+    copy.rows = s->n;
+    copy.width = copy.ld_in = 2 * s->e;
+    copy.ld_out = s->ld;
+    copy.size = s->size;
+    copy.in = b.dkv_low;
+    copy.out = b.dqkv + llmpar__block_k(s);
+    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+}
+
+static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_tp_operand heads[3];
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    llmpar__block_heads(&b, call, b.dqkv, heads);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
+}
+
+/* ---- MLP ---- */
+
+static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
+    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+}
+
+static llmpar_status llmpar__block_down(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_swiglu_args swiglu;
+    llmpar__block_open(call, call->index, &b);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = b.s.n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.h = b.act;
+    swiglu.dtype = b.s.dtype;
+    llmpar_status status = call->device->swiglu(call->device, call->stream, &swiglu);
+    return status ? status : llmpar__block_rows(&b, call, b.act, LLMPAR__DOWN, b.model->config.intermediate, 1);
+}
+
+/* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
+static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_swiglu_backward_args swiglu;
+    llmpar_tp_operand ffn[2];
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
+    memset(&swiglu, 0, sizeof swiglu);
+    swiglu.rows = s->n;
+    swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
+    swiglu.gate = b.gate;
+    swiglu.up = b.up;
+    swiglu.dh = b.act;
+    swiglu.dgate = b.gate;
+    swiglu.dup = b.up;
+    swiglu.h = call->grads ? b.act : NULL;
+    swiglu.dtype = s->dtype;
+    if (!status) status = call->device->swiglu_backward(call->device, call->stream, &swiglu);
+    llmpar__block_ffn(&b, call, ffn);
+    return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->d, b.model->config.intermediate, ffn, 2, s->dtype, b.part, call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    const llmpar__shape *s = &b.s;
+    llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
+    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__GATE, s->f, s->d, b.gate, s->f, b.in);
+    return status ? status : llmpar__block_dw(&b, call, LLMPAR__UP, s->f, s->d, b.up, s->f, b.in);
+}
+
+/* ---- the rows. The reductions of dx run beside the weight gradients of the same layers; buffers that two halves use one after the other are safe because the joint row is behind their last use. ---- */
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count)
+{
+    static const llmpar__op_row attention_forward[] = {
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"q k v, rope, attention", llmpar__block_attend, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"wo", llmpar__block_wo, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"attention output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {4, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__JOINT},
+        /* 6 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {5, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__LAST},
+    };
+    static const llmpar__op_row mlp_forward[] = {
+        /* 1 */ {{"norm", llmpar__block_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__FIRST},
+        /* 2 */ {{"residual, norm", llmpar__block_residual_norm, LLMPAR_COMPUTE, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__NOT_FIRST},
+        /* 3 */ {{"mlp input", llmpar__block_gather, LLMPAR_TP_GATHER, {1, 2}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"gate, up", llmpar__block_gate_up, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"swiglu, down", llmpar__block_down, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"mlp output", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"residual", llmpar__block_residual, LLMPAR_COMPUTE, {6, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+    };
+    static const llmpar__op_row attention_backward[] = {
+        /* 1 */ {{"attention doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"attention input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"wo dW, attention", llmpar__block_dattend, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dk dv", llmpar__block_kv, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_KV, LLMPAR__ANYWHERE},
+        /* 5 */ {{"rope, attention dx", llmpar__block_dqkv, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"attention dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"q k v dW", llmpar__block_dw_qkv, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    static const llmpar__op_row mlp_backward[] = {
+        /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"mlp input again", llmpar__block_gather, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"down, swiglu, mlp dx", llmpar__block_dmlp, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"mlp dx", llmpar__block_reduce, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"down, gate, up dW", llmpar__block_dw_mlp, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
+        /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
+    return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
+}
+
+#endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/edges.c ==== */
+
+#include <string.h>
+
+#if !defined(LLMPAR_NO_LLAMA)
+
+/* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
+
+/* ---- embedding: scratch part[N,D] (before the select), dfull[N,D] (gathered gradient) ---- */
+
+typedef struct llmpar__embed { llmpar__shape s; const llmpar_llama *model; const llmpar_tp *tp; char *part, *dfull; size_t scratch; } llmpar__embed;
+
+static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *scratch, llmpar__embed *out)
+{
+    size_t at = 0;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    size_t part = llmpar__llama_take(&at, out->tp->ranks > 1 ? out->s.n * out->s.d : 0, out->s.size);
+    out->scratch = at;
+    if (!scratch) return;
+    out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
+}
+
+static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
+{
+    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+}
+
+static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
+{
+    memset(args, 0, sizeof *args);
+    args->tokens.batch = e->s.b;
+    args->tokens.t = args->tokens.t_total = e->s.t;
+    args->tokens.leaves = e->s.leaves;
+    args->tokens.canon = e->tp->pieces;
+    args->dim = e->s.d;
+    args->v_begin = e->s.v_begin;
+    args->v_local = e->s.v;
+    args->ids = micro->ids;
+    args->dtype = e->s.dtype;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    const llmpar_llama *model = ((const llmpar__part *)user)->model;
+    /* The first unit of every pass speaks for all: RoPE tables and shards are of the dtype and length given to apply. */
+    if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
+        return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
+                           llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
+    llmpar__embed_lay(model, micro, dtype, NULL, &e);
+    llmpar__embed_backward_args(&e, micro, &args);
+    out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
+    out->scratch = e.scratch;
+    out->workspace = model->ctx->device->embedding_backward_workspace(model->ctx->device, &args);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_args args;
+    llmpar__embed_open(call, &e);
+    memset(&args, 0, sizeof args);
+    args.rows = e.s.n;
+    args.dim = e.s.d;
+    args.v_begin = e.s.v_begin;
+    args.v_local = e.s.v;
+    args.ids = call->micro->ids;
+    args.table = call->params[0];
+    args.out = e.tp->ranks > 1 ? (void *)e.part : call->output;
+    args.dtype = e.s.dtype;
+    return call->device->embedding(call->device, call->stream, &args);
+}
+
+static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__embed_open(call, &e);
+    return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
+}
+
+static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
+{
+    llmpar__embed e;
+    llmpar_embedding_backward_args args;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__embed_open(call, &e);
+    llmpar__embed_backward_args(&e, call->micro, &args);
+    args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
+    args.dtable = call->grads[0];
+    args.workspace = call->workspace;
+    args.workspace_bytes = call->workspace_bytes;
+    return call->device->embedding_backward(call->device, call->stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__embed_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"look up", llmpar__embed_forward, LLMPAR_COMPUTE, {0, 0}, 0, 1}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"select", llmpar__embed_select, LLMPAR_TP_REDUCE, {1, 0}, 0, 1}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"doutput", llmpar__embed_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dW", llmpar__embed_backward, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    *count = 2;
+    return backward ? backward_rows : forward_rows;
+}
+
+/* ---- head
+   saved    h[Ns,D] rstd[Ns]  max[N] target[N] (together: one reduction)  sum[N]  logits[N,V/tp] where they fit
+   scratch  full[N,D] (sequence parallel)  part[N,D]  dh[Ns,D] (= part where nothing is scattered or rounded)  leaves[leaves,D]  logits: a part of them where they do not fit
+   rstd, max, target, sum, part and leaves are of the sum type.
+
+   Logits that exceed llmpar_llama_desc.logits_bytes are never whole. Forward takes some rows at a time: logits, their maximum over tp, the sum of exp; what stays is three numbers a row. Backward makes logits again, twice: some rows at
+   a time for dx, which is a sum over the vocabulary, and some columns at a time for dW, which is a sum over the rows. So every sum is as whole as ever, in the order of docs/exact.md, whatever the leaves, at 5 products of N*V*D where
+   logits that fit take 3. One pass over rows for both would take 4, but had to read and write all of dW for every part, and to hold log2(leaves) more of it.
+   The maximum over tp between a part's two steps is the one collective that runs on the compute stream; the tp stream is idle then, so that the order of the communicator's calls is the list's. ---- */
+
+typedef struct llmpar__head {
+    llmpar__shape s;
+    const llmpar_llama *model;
+    const llmpar_tp *tp;
+    int whole;                     /* logits are saved */
+    int64_t rows, columns;         /* else: of a part of them */
+    char *h, *rstd, *logits, *max, *target, *sum, *full, *part, *dh, *leaves;
+    const char *in;
+    size_t saved, scratch;
+} llmpar__head;
+
+static int64_t llmpar__head_fit(int64_t bytes, int64_t line, int64_t most)
+{
+    int64_t n = line > 0 ? bytes / line : most;
+    return n < 1 ? 1 : n > most ? most : n;
+}
+
+static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micro, llmpar_dtype dtype, void *saved, void *scratch, llmpar__head *out)
+{
+    size_t at = 0, size, logits;
+    memset(out, 0, sizeof *out);
+    out->model = model;
+    out->tp = &model->tp;
+    llmpar__llama_shape(model, micro, dtype, &out->s);
+    const llmpar__shape *s = &out->s;
+    size = s->size;
+    /* By the widest rank's share, so that all ranks cut alike. */
+    int64_t widest = (model->config.vocab + out->tp->ranks - 1) / out->tp->ranks;
+    out->rows = llmpar__head_fit(model->logits_bytes, widest * (int64_t)size, s->n);
+    out->columns = llmpar__head_fit(model->logits_bytes, s->n * (int64_t)size, s->v);
+    out->whole = out->rows == s->n;
+    size_t h = llmpar__llama_take(&at, s->ns * s->d, size), rstd = llmpar__llama_take(&at, s->ns, s->sum_size), max = llmpar__llama_take(&at, 2 * s->n, s->sum_size), sum = llmpar__llama_take(&at, s->n, s->sum_size);
+    logits = out->whole ? llmpar__llama_take(&at, s->n * s->v, size) : 0;
+    out->saved = at;
+    at = 0;
+    size_t full = llmpar__llama_take(&at, out->tp->sequence_parallel ? s->n * s->d : 0, size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(out->tp, s->b, s->t, s->d, dtype), 1);
+    size_t dh = out->tp->sequence_parallel || llmpar_tp_partial_dtype(out->tp, dtype) != dtype ? llmpar__llama_take(&at, s->ns * s->d, size) : part, leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+    if (!out->whole) logits = llmpar__llama_take(&at, out->rows * s->v > out->columns * s->n ? out->rows * s->v : out->columns * s->n, size);
+    out->scratch = at;
+    if (!saved || !scratch) return;
+    out->h = (char *)saved + h;
+    out->rstd = (char *)saved + rstd;
+    out->max = (char *)saved + max;
+    out->target = out->max + (size_t)s->n * s->sum_size;
+    out->sum = (char *)saved + sum;
+    out->logits = (char *)(out->whole ? saved : scratch) + logits;
+    out->full = (char *)scratch + full;
+    out->part = (char *)scratch + part;
+    out->dh = (char *)scratch + dh;
+    out->leaves = (char *)scratch + leaves;
+    out->in = out->tp->sequence_parallel ? out->full : out->h;
+}
+
+static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
+{
+    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+}
+
+static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
+{
+    memset(operand, 0, sizeof *operand);
+    operand->a = h->logits;
+    operand->b = w;
+    operand->lda = h->s.v;
+    operand->ldb = h->s.d;
+    operand->grain = 1;
+    operand->begin = h->s.v_begin;
+    operand->count = h->s.v;
+}
+
+static void llmpar__head_most(size_t *most, size_t bytes) { *most = bytes > *most ? bytes : *most; }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__head_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out)
+{
+    llmpar__head h;
+    llmpar_tp_operand operand;
+    llmpar__head_lay(((const llmpar__part *)user)->model, micro, dtype, NULL, NULL, &h);
+    const llmpar__shape *s = &h.s;
+    llmpar__head_operand(&h, NULL, &operand);
+    out->saved = h.saved;
+    out->scratch = h.scratch;
+    for (int rest = 0; rest < 2; rest++) { /* parts, and what is left for the last of them */
+        int64_t rows = rest ? s->n % h.rows : h.rows, columns = h.whole ? s->v : rest ? s->v % h.columns : h.columns;
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, rows, s->v, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_partial_workspace(h.tp, LLMPAR_GEMM_NN, rows, s->d, h.model->config.vocab, &operand, 1, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_product_workspace(h.tp, LLMPAR_GEMM_NT, s->n, columns, s->d, dtype));
+        llmpar__head_most(&out->workspace, llmpar_tp_weight_gradient_workspace(h.tp, s->n, s->leaves, columns, s->d, dtype));
+    }
+    return LLMPAR_OK;
+}
+
+/* The output projection [V/tp, D]: its own parameter, or the embedding table. */
+static const char *llmpar__head_weight(const llmpar_unit_call *call) { return (const char *)(call->borrowed ? call->borrowed[0] : call->params[1]); }
+static char *llmpar__head_grad(const llmpar_unit_call *call) /* NULL: frozen */
+{
+    void *const *grads = call->borrowed ? call->borrowed_grads : call->grads;
+    return grads ? (char *)grads[call->borrowed ? 0 : 1] : NULL;
+}
+/* The norm's weight gradient comes with dx. */
+static int llmpar__head_wants_dx(const llmpar_unit_call *call) { return call->dinput || call->grads; }
+
+/* Rows [row, row + rows) and columns [column, column + columns) of logits, which begin at h->logits. */
+static void llmpar__head_xent(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns, llmpar_xent_args *args)
+{
+    size_t at = (size_t)row * h->s.sum_size;
+    memset(args, 0, sizeof *args);
+    args->rows = rows;
+    args->ld = args->v_local = columns;
+    args->v_begin = h->s.v_begin + column;
+    args->v_total = h->model->config.vocab;
+    args->canon = h->tp->pieces;
+    args->logits = h->logits;
+    args->targets = call->micro->targets + row;
+    args->max = h->max + at;
+    args->target_logit = h->target + at;
+    args->sum = h->sum + at;
+    args->dtype = h->s.dtype;
+}
+
+static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    int64_t d = h->s.d;
+    return llmpar_tp_product(h->tp, call->stream, LLMPAR_GEMM_NT, rows, columns, d, h->in + (size_t)(row * d) * h->s.size, d, llmpar__head_weight(call) + (size_t)(column * d) * h->s.size, d, h->logits, columns, h->s.dtype,
+                             call->workspace, call->workspace_bytes);
+}
+
+static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
+}
+
+static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
+    return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
+{
+    llmpar_collective c;
+    memset(&c, 0, sizeof c);
+    c.send = c.recv = values;
+    c.count = (size_t)count;
+    c.dtype = h->s.sum;
+    c.op = op;
+    c.tag = tag;
+    return llmpar_all_reduce(h->tp->comm, call->stream, &c);
+}
+
+static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_product(call, &h, row, rows, 0, h.s.v);
+        llmpar__head_xent(call, &h, row, rows, 0, h.s.v, &xent);
+        if (!status) status = call->device->xent_max(call->device, call->stream, &xent);
+        if (h.whole) continue;
+        if (!status && h.tp->ranks > 1) status = llmpar__head_combine(call, &h, "head max of some rows/all_reduce", xent.max, rows, LLMPAR_MAX);
+        if (!status) status = call->device->xent_sum(call->device, call->stream, &xent);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__head_max(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
+}
+
+static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_args xent;
+    llmpar__head_open(call, &h);
+    if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
+    llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
+    return call->device->xent_sum(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
+}
+
+static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_xent_loss_args args;
+    llmpar__head_open(call, &h);
+    memset(&args, 0, sizeof args);
+    args.rows = h.s.n;
+    args.max = h.max;
+    args.target_logit = h.target;
+    args.sum = h.sum;
+    args.targets = call->micro->targets;
+    args.accumulator = call->micro->loss;
+    args.token_loss = call->micro->token_loss;
+    args.dtype = h.s.dtype;
+    return call->device->xent_loss(call->device, call->stream, &args);
+}
+
+/* dlogits in place of the logits of these rows and columns. */
+static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const llmpar__head *h, int64_t row, int64_t rows, int64_t column, int64_t columns)
+{
+    llmpar_xent_backward_args xent;
+    llmpar_status status = h->whole ? LLMPAR_OK : llmpar__head_product(call, h, row, rows, column, columns);
+    llmpar__head_xent(call, h, row, rows, column, columns, &xent.forward);
+    xent.scale = call->micro->grad_scale;
+    return status ? status : call->device->xent_backward(call->device, call->stream, &xent);
+}
+
+static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar_tp_operand operand;
+    llmpar__head_open(call, &h);
+    llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
+    size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
+    llmpar_status status = LLMPAR_OK;
+    if (!h.whole && !llmpar__head_wants_dx(call)) return status;
+    for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
+        int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
+        status = llmpar__head_dlogits(call, &h, row, rows, 0, h.s.v);
+        if (!status && llmpar__head_wants_dx(call))
+            status = llmpar_tp_partial(h.tp, call->stream, LLMPAR_GEMM_NN, rows, h.s.d, h.model->config.vocab, &operand, 1, h.s.dtype, h.part + (size_t)row * line, call->workspace, call->workspace_bytes);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
+    llmpar__head_open(call, &h);
+    return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
+}
+
+static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    char *grad = llmpar__head_grad(call);
+    if (!grad) return LLMPAR_OK;
+    llmpar__head_open(call, &h);
+    const llmpar__shape *s = &h.s;
+    if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t column = 0; column < s->v && !status; column += h.columns) {
+        int64_t columns = s->v - column < h.columns ? s->v - column : h.columns;
+        status = llmpar__head_dlogits(call, &h, 0, s->n, column, columns);
+        if (!status) status = llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, columns, s->d, h.logits, columns, h.in, s->d, grad + (size_t)(column * s->d) * s->sum_size, s->dtype, call->workspace, call->workspace_bytes);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
+}
+
+static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__head h;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__head_open(call, &h);
+    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
+}
+
+LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
+{
+    static const llmpar__op_row forward_rows[] = {
+        /* 1 */ {{"norm", llmpar__head_norm, LLMPAR_COMPUTE, {0, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 2 */ {{"input", llmpar__head_gather, LLMPAR_TP_GATHER, {1, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 3 */ {{"logits, max", llmpar__head_logits, LLMPAR_COMPUTE, {2, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 4 */ {{"max", llmpar__head_max, LLMPAR_TP_REDUCE, {3, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 5 */ {{"sum of exp", llmpar__head_exp, LLMPAR_COMPUTE, {4, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"sum of exp", llmpar__head_sum, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"loss", llmpar__head_loss, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    static const llmpar__op_row backward_rows[] = {
+        /* 1 */ {{"input again", llmpar__head_gather, LLMPAR_TP_GATHER, {0, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 2 */ {{"dlogits, dx", llmpar__head_dx, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 3 */ {{"dx", llmpar__head_reduce, LLMPAR_TP_REDUCE, {2, 0}, 0, 0}, LLMPAR__IF_TP, LLMPAR__ANYWHERE},
+        /* 4 */ {{"dW", llmpar__head_dw, LLMPAR_COMPUTE, {1, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 5 */ {{"norm", llmpar__head_dnorm, LLMPAR_COMPUTE, {3, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 6 */ {{"norm dW", llmpar__head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
+        /* 7 */ {{"norm dW", llmpar__head_norm_weight, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+    };
+    *count = 7;
+    return backward ? backward_rows : forward_rows;
 }
 
 #endif /* LLMPAR_NO_LLAMA */

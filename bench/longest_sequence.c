@@ -17,6 +17,7 @@ static const policy policies[] = {
     {"DDP",                                          1, 4, 1, LLMPAR_ZERO_0, 0, LLMPAR_RECOMPUTE_NONE, 0},
     {"FSDP",                                         4, 1, 1, LLMPAR_ZERO_3, 0, LLMPAR_RECOMPUTE_NONE, 0},
     {"FSDP x TP (2x2), sp",                          2, 1, 2, LLMPAR_ZERO_3, 1, LLMPAR_RECOMPUTE_NONE, 0},
+    {"FSDP x TP (2x2), no sp",                       2, 1, 2, LLMPAR_ZERO_3, 0, LLMPAR_RECOMPUTE_NONE, 0},
     {"FSDP + recompute",                             4, 1, 1, LLMPAR_ZERO_3, 0, LLMPAR_RECOMPUTE_FULL, 0},
     {"FSDP x TP (2x2), sp + recompute",              2, 1, 2, LLMPAR_ZERO_3, 1, LLMPAR_RECOMPUTE_FULL, 0},
     {"FSDP + recompute + offload",                   4, 1, 1, LLMPAR_ZERO_3, 0, LLMPAR_RECOMPUTE_FULL, 1},
@@ -202,7 +203,7 @@ int main(int argc, char **argv)
     }
     if (length[1]) {
         double ratio = (double)length[2] / (double)length[1];
-        printf("FSDP x TP / FSDP: %.2f (bar 2), with recomputation %.2f, and with offload %.2f\n", ratio, (double)length[4] / (double)length[3], (double)length[6] / (double)length[5]);
+        printf("FSDP x TP / FSDP: %.2f (bar 2), without sp %.2f, with recomputation %.2f, and with offload %.2f\n", ratio, (double)length[3] / (double)length[1], (double)length[5] / (double)length[4], (double)length[7] / (double)length[6]);
         failed |= ratio < 2;
     }
     return failed;

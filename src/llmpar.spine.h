@@ -254,19 +254,9 @@ LLMPAR_EXTERN_C_END
 #include "comm/mpi_wait.c"
 #include "comm/mpi.c"
 
-#include "tp/tp.c"
-
-#include "fsdp/executor_unit.c"
-#include "fsdp/executor_shard.c"
-#include "fsdp/executor.c"
-
-#include "optim/adalomo.c"
-
-#include "model/block.c"
-#include "model/edges.c"
 #include "model/generate.c"
 
-/* And from here on nothing is: what runs once a job, or a few times a step. */
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O0")
 #endif
@@ -284,6 +274,8 @@ LLMPAR_EXTERN_C_END
 #include "mesh/redistribute_plan.c"
 #include "mesh/redistribute.c"
 
+#include "tp/tp.c"
+
 #include "fsdp/flat.c"
 #include "fsdp/store.c"
 #include "fsdp/shard.c"
@@ -292,14 +284,20 @@ LLMPAR_EXTERN_C_END
 #include "fsdp/schedule_print.c"
 #include "fsdp/validate.c"
 #include "fsdp/account.c"
+#include "fsdp/executor_unit.c"
+#include "fsdp/executor_shard.c"
+#include "fsdp/executor.c"
 
 #include "optim/lr.c"
 #include "optim/optim.c"
+#include "optim/adalomo.c"
 
 #include "text/data.c"
 
 #include "model/config.c"
 #include "model/llama.c"
+#include "model/block.c"
+#include "model/edges.c"
 
 #include "model_io/hf.c"
 
