@@ -689,7 +689,7 @@ static llmpar_status in_trouble(const net_job *job, llmpar_fsdp *fsdp)
         if (i == 1 && !status) status = llmpar_comm_barrier(mesh->world, NULL, "all have stepped");
         if (i == 1 && mesh->ctx->rank == 0 && trouble == 1) limit_files(4096);
         if (i == 1 && mesh->ctx->rank == 0 && trouble == 2) open_files(1);
-        if (i == 1 && trouble == 3) net_fail = 2;
+        if (i == 1 && mesh->ctx->rank == 0 && trouble == 3) net_fail = 2; /* between two barriers */
         if (i == 1 && !status) status = llmpar_comm_barrier(mesh->world, NULL, "now");
         if (!status) status = net_step(job, fsdp, i, schedule, &run);
     }
