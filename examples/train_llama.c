@@ -110,7 +110,7 @@ static llmpar_status check_save(llmpar_ctx *ctx, const settings *s)
     llmpar_error_clear(&error);
     if (!s->save || ctx->rank) return LLMPAR_OK;
     int was_there = llmpar_is_directory(s->save);
-    llmpar_status status = llmpar_directory_ensure(s->save, &error);
+    llmpar_status status = llmpar_directory_ensure(NULL, s->save, &error);
     if (!status && !was_there) rmdir(s->save); /* training may still fail, and then nothing was written */
     return status ? llmpar_fail(ctx, status, "--save: %s", error.text) : LLMPAR_OK;
 }

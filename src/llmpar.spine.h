@@ -121,6 +121,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "base/json.h"
 
 /* Chapter: tables */
+#include "tables/io.h"
 #include "tables/ctx.h"
 #include "tables/device.h"
 #include "tables/comm.h"
@@ -159,6 +160,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "model/llama.h"
 
 /* Chapter: io */
+#include "io/system.h"
 #include "io/file.h"
 #include "io/safetensors.h"
 
@@ -263,6 +265,7 @@ LLMPAR_EXTERN_C_END
 
 #include "base/json.c"
 
+#include "io/system.c"
 #include "io/file.c"
 #include "io/safetensors.c"
 

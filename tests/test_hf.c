@@ -288,7 +288,7 @@ static const char *rewritten(const char *from, const char *name, llmpar_dtype dt
     const char *to = in_root(name);
     llmpar_heap_init(&heap, NULL);
     llmpar_error_clear(&error);
-    CHECK_OK(llmpar_directory_ensure(to, &error));
+    CHECK_OK(llmpar_directory_ensure(NULL, to, &error));
     snprintf(path, sizeof path, "%s/config.json", from);
     size_t bytes;
     char *text = read_bytes(path, &bytes);
@@ -316,7 +316,7 @@ static const char *rewritten(const char *from, const char *name, llmpar_dtype dt
         out[count++].shape[0] = 4;
     }
     snprintf(path, sizeof path, "%s/model.safetensors", to);
-    CHECK_OK(llmpar_safetensors_writer_open(&heap, path, out, count, &writer, &error));
+    CHECK_OK(llmpar_safetensors_writer_open(&heap, NULL, path, out, count, &writer, &error));
     for (int32_t i = 0; i < count && writer; i++) {
         size_t n = 1, size = llmpar_dtype_size(out[i].dtype);
         for (int d = 0; d < out[i].dims; d++) n *= (size_t)out[i].shape[d];

@@ -246,7 +246,7 @@ TEST(round_trip)
     }
     CHECK(total < sizeof data);
     for (at = 0; at < total; at++) data[at] = (unsigned char)(at * 131 + at / 251);
-    CHECK_OK(llmpar_safetensors_writer_open(ready(), path, tensors, 10, &writer, &err));
+    CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, tensors, 10, &writer, &err));
     for (at = 0; at < total; at += portion) {
         portion = (portion * 7 + 13) % 5000; /* portions ignore the tensors' borders, and some are empty */
         if (portion > total - at) portion = total - at;
@@ -289,7 +289,7 @@ TEST(header_text)
     llmpar_mapped mapped;
     const char *path = in_dir("header.safetensors");
     size_t length;
-    CHECK_OK(llmpar_safetensors_writer_open(ready(), path, &tensor, 1, &writer, &err));
+    CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, &tensor, 1, &writer, &err));
     CHECK_OK(llmpar_safetensors_writer_write(writer, "abcd", 4, &err));
     CHECK_OK(llmpar_safetensors_writer_commit(writer, &err));
     CHECK_OK(llmpar_file_map(path, &mapped, &err));
@@ -323,13 +323,13 @@ TEST(writer_refuses)
     t[0] = declare("x", LLMPAR_F32, 1, 1, 0);
     for (i = 0; i < sizeof table / sizeof table[0]; i++) {
         t[1] = declare(table[i].name, table[i].dtype, table[i].dims, table[i].a, table[i].b);
-        CHECK_STATUS(llmpar_safetensors_writer_open(ready(), path, t, 2, &writer, &err), table[i].status);
+        CHECK_STATUS(llmpar_safetensors_writer_open(ready(), NULL, path, t, 2, &writer, &err), table[i].status);
         CHECK_TEXT(err.text, table[i].text);
         CHECK(!writer);
         CHECK(!llmpar_is_file(temporary)); /* refused before anything was made */
     }
     /* too many bytes, too few bytes, abandoned */
-    CHECK_OK(llmpar_safetensors_writer_open(ready(), path, t, 1, &writer, &err));
+    CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, t, 1, &writer, &err));
     CHECK_STATUS(llmpar_safetensors_writer_write(writer, "12345", 5, &err), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(err.text, "5 bytes after 0 of 4 declared: too many");
     CHECK_OK(llmpar_safetensors_writer_write(writer, "123", 3, ready() ? &err : NULL));
@@ -337,11 +337,11 @@ TEST(writer_refuses)
     CHECK_STATUS(llmpar_safetensors_writer_commit(writer, &err), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(err.text, "3 bytes of data were written, expected 4");
     CHECK(!llmpar_is_file(temporary) && !llmpar_is_file(path));
-    CHECK_OK(llmpar_safetensors_writer_open(ready(), path, t, 1, &writer, &err));
+    CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, t, 1, &writer, &err));
     llmpar_safetensors_writer_abandon(writer);
     llmpar_safetensors_writer_abandon(NULL);
     CHECK(!llmpar_is_file(temporary) && !llmpar_is_file(path));
-    CHECK_STATUS(llmpar_safetensors_writer_open(ready(), in_dir("no/such/dir.safetensors"), t, 1, &writer, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_safetensors_writer_open(ready(), NULL, in_dir("no/such/dir.safetensors"), t, 1, &writer, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "cannot create");
     CHECK_INT(heap.live, 0);
 }
@@ -367,7 +367,7 @@ TEST(out_of_memory)
                 status = llmpar_safetensors_open_memory(&h, bytes, n, "x", &file, &err);
                 llmpar_safetensors_close(file);
             } else {
-                status = llmpar_safetensors_writer_open(&h, path, &t, 1, &writer, &err);
+                status = llmpar_safetensors_writer_open(&h, NULL, path, &t, 1, &writer, &err);
                 if (!status) status = llmpar_safetensors_writer_write(writer, "1234", 4, &err);
                 if (writer) {
                     llmpar_status end = llmpar_safetensors_writer_commit(writer, &err);
@@ -428,21 +428,21 @@ TEST(writes_atomically)
     put_file(path, "old", 3);
     put_file(temporary, "left over by a crash, and longer", 32);
     for (portion = 1000; portion <= BYTES; portion = portion * 17 + 3) { /* below, at and above the buffer */
-        CHECK_OK(llmpar_writer_open(ready(), path, &writer, &err));
+        CHECK_OK(llmpar_writer_open(ready(), NULL, path, &writer, &err));
         for (i = 0; i < BYTES; i += portion) CHECK_OK(llmpar_writer_write(writer, data + i, portion < BYTES - i ? portion : BYTES - i, &err));
         if (portion == 1000) check_content(path, (const unsigned char *)"old", 3); /* until commit the old file stands */
         CHECK_OK(llmpar_writer_commit(writer, &err));
         CHECK(!llmpar_is_file(temporary));
         check_content(path, data, BYTES);
     }
-    CHECK_OK(llmpar_writer_open(ready(), path, &writer, &err));
+    CHECK_OK(llmpar_writer_open(ready(), NULL, path, &writer, &err));
     CHECK_OK(llmpar_writer_write(writer, "x", 1, &err));
     llmpar_writer_abandon(writer);
     llmpar_writer_abandon(NULL);
     check_content(path, data, BYTES);
     CHECK(!llmpar_is_file(temporary));
     /* a directory under the final name is refused before anything is written */
-    CHECK_STATUS(llmpar_writer_open(ready(), directory, &writer, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_writer_open(ready(), NULL, directory, &writer, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "it is a directory");
     CHECK(!writer);
     free(data);
@@ -456,7 +456,7 @@ TEST(full_disk)
     static unsigned char zeros[600000];
     const char *path = in_dir("full"), *temporary = in_dir("full.tmp");
     if (symlink("/dev/full", temporary) != 0 || access("/dev/full", W_OK) != 0) { unlink(temporary); TEST_SKIP("no /dev/full"); }
-    CHECK_OK(llmpar_writer_open(ready(), path, &writer, &err));
+    CHECK_OK(llmpar_writer_open(ready(), NULL, path, &writer, &err));
     CHECK_STATUS(llmpar_writer_write(writer, zeros, sizeof zeros, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "full.tmp: cannot write: No space left");
     ready();
@@ -470,21 +470,21 @@ TEST(full_disk)
 TEST(directories)
 {
     const char *path = in_dir("made"), *file = in_dir("plain"), *deep = in_dir("no/such");
-    CHECK_OK(llmpar_directory_ensure(path, &err));
-    CHECK_OK(llmpar_directory_ensure(path, &err));
+    CHECK_OK(llmpar_directory_ensure(NULL, path, &err));
+    CHECK_OK(llmpar_directory_ensure(NULL, path, &err));
     CHECK(llmpar_is_directory(path) && !llmpar_is_file(path));
     CHECK_INT(rmdir(path), 0); /* and left nothing behind in it */
     put_file(file, "x", 1);
     ready();
-    CHECK_STATUS(llmpar_directory_ensure(file, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_directory_ensure(NULL, file, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "expected a directory, got a file");
     CHECK(llmpar_is_file(file) && !llmpar_is_directory(file));
     ready();
-    CHECK_STATUS(llmpar_directory_ensure(deep, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_directory_ensure(NULL, deep, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "cannot create the directory");
     if (llmpar_is_directory("/proc/self")) { /* exists, and nobody can make a file there, root included */
         ready();
-        CHECK_STATUS(llmpar_directory_ensure("/proc/self", &err), LLMPAR_ERR_IO);
+        CHECK_STATUS(llmpar_directory_ensure(NULL, "/proc/self", &err), LLMPAR_ERR_IO);
         CHECK_TEXT(err.text, "/proc/self: cannot write in the directory");
     }
     unlink(file);

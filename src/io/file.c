@@ -1,13 +1,13 @@
 #include "io/file.h"
 
+#include "io/system.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/types.h>
 #include <unistd.h>
 
 #if !defined(LLMPAR_NO_IO)
@@ -21,16 +21,117 @@ static llmpar_status llmpar__file_error(llmpar_error *error, const char *path, c
     return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: %s: %s", path, operation, strerror(number));
 }
 
-LLMPAR_DEF int llmpar_is_directory(const char *path)
+static const llmpar_io *llmpar__file_io(const llmpar_io *io) { return io ? io : llmpar_io_system(); }
+
+static const char *llmpar__file_kind_name(llmpar_io_kind kind)
 {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+    return kind == LLMPAR_IO_FILE ? "regular file" : kind == LLMPAR_IO_FOLDER ? "directory" : kind == LLMPAR_IO_PIPE ? "pipe" : "device or socket";
 }
 
-LLMPAR_DEF int llmpar_is_file(const char *path)
+static int llmpar__file_begin(const llmpar_io *io, const char *path, llmpar_io_mode mode, int *handle)
 {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+    int number;
+    do number = io->open(io->user, path, mode, handle);
+    while (number == EINTR);
+    return number;
+}
+
+static int llmpar__file_sync(const llmpar_io *io, int handle)
+{
+    int number;
+    do number = io->sync(io->user, handle);
+    while (number == EINTR);
+    return number;
+}
+
+/* POSIX leaves open whether an interrupted close has closed; everywhere we run it has. */
+static int llmpar__file_end(const llmpar_io *io, int handle)
+{
+    int number = io->close(io->user, handle);
+    return number == EINTR ? 0 : number;
+}
+
+LLMPAR_DEF llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path)
+{
+    llmpar_io_kind kind = LLMPAR_IO_NONE;
+    uint64_t bytes;
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->look(io->user, path, &kind, &bytes);
+    while (number == EINTR);
+    return number ? LLMPAR_IO_NONE : kind;
+}
+
+LLMPAR_DEF int llmpar_is_directory(const char *path) { return llmpar_file_kind(NULL, path) == LLMPAR_IO_FOLDER; }
+LLMPAR_DEF int llmpar_is_file(const char *path) { return llmpar_file_kind(NULL, path) == LLMPAR_IO_FILE; }
+
+/* ---- reading ---- */
+
+LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path, llmpar_file *out, llmpar_error *error)
+{
+    llmpar_io_kind kind = LLMPAR_IO_NONE;
+    uint64_t bytes = 0;
+    int number;
+    memset(out, 0, sizeof *out);
+    out->handle = -1;
+    out->io = io = llmpar__file_io(io);
+    out->path = path;
+    do number = io->look(io->user, path, &kind, &bytes);
+    while (number == EINTR);
+    if (number || kind == LLMPAR_IO_NONE) return llmpar__file_error(error, path, "cannot open", number ? number : ENOENT);
+    if (kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got a %s", path, llmpar__file_kind_name(kind));
+    number = llmpar__file_begin(io, path, LLMPAR_IO_READ, &out->handle);
+    if (number) {
+        out->handle = -1;
+        return llmpar__file_error(error, path, "cannot open", number);
+    }
+    out->bytes = bytes;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, void *data, size_t bytes, llmpar_error *error)
+{
+    unsigned char *to = (unsigned char *)data;
+    while (bytes > 0) {
+        size_t got = 0;
+        int number = file->io->read(file->io->user, file->handle, to, bytes, offset, &got);
+        if (number == EINTR) continue;
+        if (number) return llmpar__file_error(error, file->path, "cannot read", number);
+        if (got == 0) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: ends at byte %llu, expected %zu more (%llu when it was opened)", file->path, (unsigned long long)offset, bytes, (unsigned long long)file->bytes);
+        to += got;
+        offset += got;
+        bytes -= got;
+        file->bytes_read += got;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_file_close(llmpar_file *file)
+{
+    if (file->handle >= 0) llmpar__file_end(file->io, file->handle); /* nothing was written: what close says changes nothing */
+    file->handle = -1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io, const char *path, size_t most, char **text, size_t *bytes, llmpar_error *error)
+{
+    llmpar_file file;
+    *text = NULL;
+    *bytes = 0;
+    llmpar_status status = llmpar_file_open(io, path, &file, error);
+    if (status) return status;
+    if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
+    if (!status) *text = (char *)llmpar_heap_alloc(heap, (size_t)file.bytes + 1, 1);
+    if (!status && !*text) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %llu bytes", path, (unsigned long long)file.bytes);
+    if (!status) status = llmpar_file_read(&file, 0, *text, (size_t)file.bytes, error);
+    llmpar_file_close(&file);
+    if (status) {
+        llmpar_heap_free(heap, *text);
+        *text = NULL;
+        return status;
+    }
+    (*text)[file.bytes] = 0;
+    *bytes = (size_t)file.bytes;
+    return LLMPAR_OK;
 }
 
 /* ---- mapped reads ---- */
@@ -52,7 +153,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
     if (!S_ISREG(s.st_mode)) {
         close(fd);
         return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got %s", path,
-                                S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
+                               S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
     }
     if (s.st_size == 0) {
         close(fd);
@@ -80,11 +181,12 @@ LLMPAR_DEF void llmpar_file_unmap(llmpar_mapped *file)
 
 struct llmpar_writer {
     llmpar_heap *heap;
+    const llmpar_io *io;
     char *path;            /* final name; owned */
     char *temporary;       /* path.tmp; owned */
     unsigned char *buffer; /* [LLMPAR__FILE_BUFFER]; owned */
     size_t used;           /* bytes waiting in buffer */
-    int fd;                /* -1 when closed */
+    int handle;            /* -1 when closed */
     int created;           /* temporary exists and is ours to remove */
     int failed;            /* a write failed: commit must not succeed */
 };
@@ -92,27 +194,28 @@ struct llmpar_writer {
 static void llmpar__writer_destroy(llmpar_writer *writer)
 {
     llmpar_heap *heap = writer->heap;
-    if (writer->fd >= 0) close(writer->fd);
-    if (writer->created) unlink(writer->temporary);
+    if (writer->handle >= 0) llmpar__file_end(writer->io, writer->handle);
+    if (writer->created) writer->io->remove(writer->io->user, writer->temporary);
     llmpar_heap_free(heap, writer->path);
     llmpar_heap_free(heap, writer->temporary);
     llmpar_heap_free(heap, writer->buffer);
     llmpar_heap_free(heap, writer);
 }
 
-LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path, llmpar_writer **out, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error)
 {
     llmpar_writer *writer;
     size_t length = strlen(path);
+    llmpar_io_kind kind = llmpar_file_kind(io, path);
     int number;
     *out = NULL;
-    struct stat s;
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
-    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, S_ISDIR(s.st_mode) ? "directory" : S_ISFIFO(s.st_mode) ? "pipe" : "device or socket");
+    if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
-    writer->fd = -1;
+    writer->io = llmpar__file_io(io);
+    writer->handle = -1;
     writer->path = llmpar_heap_strdup(heap, path);
     writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
     writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
@@ -122,9 +225,9 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
     }
     memcpy(writer->temporary, path, length);
     memcpy(writer->temporary + length, ".tmp", sizeof ".tmp");
-    writer->fd = open(writer->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (writer->fd < 0) {
-        number = errno;
+    number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
+    if (number) {
+        writer->handle = -1;
         llmpar__file_error(error, writer->temporary, "cannot create", number);
         llmpar__writer_destroy(writer);
         return LLMPAR_ERR_IO;
@@ -137,20 +240,14 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
 static llmpar_status llmpar__writer_put(llmpar_writer *writer, const unsigned char *data, size_t bytes, llmpar_error *error)
 {
     while (bytes > 0) {
-        /* One write of more than 2 GiB is cut short by the kernel anyway. */
-        size_t part = bytes < ((size_t)1 << 30) ? bytes : (size_t)1 << 30;
-        ssize_t written = write(writer->fd, data, part);
-        if (written < 0) {
-            if (errno == EINTR) continue;
-            writer->failed = 1;
-            return llmpar__file_error(error, writer->temporary, "cannot write", errno);
-        }
-        if (written == 0) {
-            writer->failed = 1;
-            return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: 0 of %zu bytes accepted", writer->temporary, part);
-        }
+        size_t written = 0;
+        int number = writer->io->write(writer->io->user, writer->handle, data, bytes, &written);
+        if (number == EINTR) continue;
+        if (number || written == 0) writer->failed = 1;
+        if (number) return llmpar__file_error(error, writer->temporary, "cannot write", number);
+        if (written == 0) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: 0 of %zu bytes accepted", writer->temporary, bytes);
         data += written;
-        bytes -= (size_t)written;
+        bytes -= written;
     }
     return LLMPAR_OK;
 }
@@ -180,27 +277,36 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
     return LLMPAR_OK;
 }
 
-/* The rename itself is durable only when the directory is. File systems that cannot sync a directory say EINVAL. */
-static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const char *path, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
+{
+    int handle, number;
+    io = llmpar__file_io(io);
+    number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
+    /* A directory may be writable and not readable; then its entries stand without a sync. */
+    if (number) return number == EACCES ? LLMPAR_OK : llmpar__file_error(error, path, "cannot open the directory", number);
+    number = llmpar__file_sync(io, handle);
+    llmpar__file_end(io, handle);
+    return number ? llmpar__file_error(error, path, "cannot sync the directory", number) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->rename(io->user, from, to);
+    while (number == EINTR);
+    return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
+}
+
+/* The rename itself is durable only when the directory is. */
+static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_error *error)
 {
     const char *slash = strrchr(path, '/');
-    char *parent;
-    llmpar_status status = LLMPAR_OK;
-    int fd;
-    if (!slash) parent = llmpar_heap_strdup(heap, ".");
-    else if (slash == path) parent = llmpar_heap_strdup(heap, "/");
-    else {
-        parent = llmpar_heap_strdup(heap, path);
-        if (parent) parent[slash - path] = 0;
-    }
+    char *parent = llmpar_heap_strdup(heap, !slash ? "." : slash == path ? "/" : path);
+    llmpar_status status;
     if (!parent) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for the directory's name", path);
-    fd = open(parent, O_RDONLY | O_CLOEXEC);
-    /* A directory may be writable and not readable; then the rename stands without a sync. */
-    if (fd < 0 && errno != EACCES) status = llmpar__file_error(error, parent, "cannot open the directory", errno);
-    if (fd >= 0) {
-        if (fsync(fd) != 0 && errno != EINVAL && errno != EROFS) status = llmpar__file_error(error, parent, "cannot sync the directory", errno);
-        close(fd);
-    }
+    if (slash && slash != path) parent[slash - path] = 0;
+    status = llmpar_directory_sync(io, parent, error);
     llmpar_heap_free(heap, parent);
     return status;
 }
@@ -208,18 +314,18 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const char *pat
 LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
 {
     llmpar_status status;
-    int fd;
+    int handle = writer->handle, number = 0;
     if (writer->failed) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     else status = llmpar__writer_flush(writer, error);
-    if (!status && fsync(writer->fd) != 0) status = llmpar__file_error(error, writer->temporary, "cannot sync", errno);
-    fd = writer->fd;
-    writer->fd = -1;
-    /* After close the descriptor is gone, whatever close says. */
-    if (close(fd) != 0 && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", errno);
-    if (!status && rename(writer->temporary, writer->path) != 0) status = llmpar__file_error(error, writer->path, "cannot rename the finished file to it", errno);
+    if (!status) number = llmpar__file_sync(writer->io, handle);
+    if (number) status = llmpar__file_error(error, writer->temporary, "cannot sync", number);
+    writer->handle = -1;
+    number = llmpar__file_end(writer->io, handle);
+    if (number && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", number);
+    if (!status) status = llmpar_file_rename(writer->io, writer->temporary, writer->path, error);
     if (!status) {
         writer->created = 0;
-        status = llmpar__file_sync_parent(writer->heap, writer->path, error);
+        status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
     }
     llmpar__writer_destroy(writer);
     return status;
@@ -232,23 +338,21 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 
 /* ---- directories ---- */
 
-LLMPAR_DEF llmpar_status llmpar_directory_ensure(const char *path, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
-    int length, fd;
-    if (mkdir(path, 0777) != 0) {
-        int number = errno;
-        if (number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
-        if (!llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
-    }
+    int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
+    if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
+    io = llmpar__file_io(io);
+    number = io->make_directory(io->user, path);
+    if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
+    if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
-    length = snprintf(probe, sizeof probe, "%s/.llmpar-XXXXXX", path);
-    if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 16);
-    fd = mkstemp(probe);
-    if (fd < 0) return llmpar__file_error(error, path, "cannot write in the directory", errno);
-    close(fd);
-    if (unlink(probe) != 0) return llmpar__file_error(error, probe, "cannot remove", errno);
-    return LLMPAR_OK;
+    number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
+    if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
+    llmpar__file_end(io, handle);
+    number = io->remove(io->user, probe);
+    return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 
 #undef LLMPAR__FILE_BUFFER

@@ -496,7 +496,7 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
 {
     llmpar_safetensors_writer *w;
     llmpar__st_text header;
@@ -521,7 +521,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
         w->path = llmpar_heap_strdup(heap, path);
     }
     if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
-    if (!status) status = llmpar_writer_open(heap, path, &w->writer, error);
+    if (!status) status = llmpar_writer_open(heap, io, path, &w->writer, error);
     if (!status) {
         llmpar__st_put_header(&header, tensors, count);
         for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);

@@ -35,7 +35,7 @@ LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safeten
 /* Streaming writer: declare all tensors first (their order is the file's), then write their bytes in that order in any portions. A header written by it is padded with spaces to 8 bytes and
    carries __metadata__ {"format": "pt"}. commit checks that every byte came. */
 typedef struct llmpar_safetensors_writer llmpar_safetensors_writer;
-LLMPAR_API llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error); /* reads name, dtype, dims, shape */
+LLMPAR_API llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error); /* reads name, dtype, dims, shape */
 LLMPAR_API llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error); /* destroys it */
 LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer); /* NULL is fine */

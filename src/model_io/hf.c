@@ -177,7 +177,7 @@ static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *pa
         }
     }
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_safetensors_writer_open(&ctx->heap, path, tensors, count, &file->writer, &error);
+    llmpar_status status = llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error);
     llmpar_heap_free(&ctx->heap, tensors);
     return llmpar__hf_fail(ctx, status, &error);
 }
@@ -288,7 +288,7 @@ static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama
         status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", directory);
     } else {
         llmpar_llama_config_write(config, text, bytes + 1);
-        status = llmpar_writer_open(&ctx->heap, path, &writer, &error);
+        status = llmpar_writer_open(&ctx->heap, ctx->io, path, &writer, &error);
         if (!status) status = llmpar_writer_write(writer, text, bytes, &error);
         if (!status) {
             status = llmpar_writer_commit(writer, &error);
@@ -309,7 +309,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     llmpar_status status = LLMPAR_OK;
     llmpar_error error;
     llmpar_error_clear(&error);
-    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
+    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(ctx->io, directory, &error), &error);
     char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
     if (!status && !path) status = LLMPAR_ERR_MEMORY;
     if (!status) status = llmpar_tensor_file_open(fsdp, path, NULL, 0, &file);

@@ -359,6 +359,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         ctx->error.rank = i;
         ctx->log = desc.log;
         ctx->log_user = desc.log_user;
+        ctx->io = desc.io;
     }
 
     if (ranks == 1) {

@@ -5,6 +5,7 @@
 #include "comm/mpi.h"
 #include "tables/comm.h"
 #include "tables/ctx.h"
+#include "tables/io.h"
 
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
@@ -20,6 +21,7 @@ typedef struct llmpar_launch_desc {
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
     const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
+    const llmpar_io *io;          /* files of models and checkpoints, borrowed; default the system's */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */
     void *log_user;
     void (*check)(const llmpar_ctx *ctx, void *user); /* test hook: after a rank's clean-up, with its final heap; default none */

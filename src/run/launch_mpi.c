@@ -130,6 +130,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     mpi.unchecked = desc.unchecked;
     ctx.log = desc.log;
     ctx.log_user = desc.log_user;
+    ctx.io = desc.io;
     if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
         uint64_t state = llmpar__launch_float_state();
         ctx.rank = llmpar_mpi_world_rank(world);

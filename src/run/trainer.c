@@ -186,7 +186,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
-    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->desc.trace, &t->trace_file, &error);
+    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
     if (!status && t->trace_file) {
         status = llmpar_writer_commit(t->trace_file, &error);

@@ -8,6 +8,7 @@
 
 struct llmpar_device;
 struct llmpar_comm;
+struct llmpar_io;
 
 typedef enum llmpar_log_level { LLMPAR_LOG_DEFAULT = 0, LLMPAR_LOG_ERROR = 1, LLMPAR_LOG_WARNING = 2, LLMPAR_LOG_INFO = 3 } llmpar_log_level;
 /* Receives one line without its newline. Called on the rank's own thread. */
@@ -19,6 +20,7 @@ typedef struct llmpar_ctx {
     llmpar_error error;           /* the first error of this rank */
     struct llmpar_device *device; /* owned by launch */
     struct llmpar_comm *comm;     /* the world; owned by launch */
+    const struct llmpar_io *io;   /* files; NULL: the system's; borrowed */
     llmpar_log_fn log;            /* NULL: silent */
     void *log_user;
 } llmpar_ctx;
