@@ -1,5 +1,5 @@
 #!/bin/sh
-# Does every module keep its layer? make check-layers has compiled each alone (build/separate); this looks at the text and the objects:
+# Does every module keep its layer? make check-layers has compiled each alone (build/layers); this looks at the text and the objects:
 #   includes        only the own layer or a lower one, never inside a conditional; public headers take stddef and stdint alone
 #   macros          LLMPAR_ names; those of .c and .inc files are undefined in the end
 #   globals         no module has a mutable one
@@ -30,7 +30,7 @@ below()
     esac
 }
 
-[ ! -f build/separate/failed ] || fail "a module does not compile alone, or not silently (above)"
+[ ! -f build/layers/failed ] || fail "a module does not compile alone, or not silently (above)"
 
 for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mindepth 2 -name '*.inc' | sort); do
     modules=$((modules + 1))
@@ -81,7 +81,7 @@ for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mi
     case $file in
     *.c)
         grep -q "^#include \"$module\"" src/*.spine.h || fail "$file: no spine lists it"
-        object=build/separate/${module%.c}.o
+        object=build/layers/${module%.c}.o
         [ -f "$object" ] || { fail "$file: does not compile alone"; continue; }
         globals=$(objdump -t "$object" | awk '($3 == "O" || $2 == "O") && $0 ~ /[ \t](\.data|\.bss|\.tdata|\.tbss|\*COM\*)/ && $0 !~ /\.data\.rel\.ro/ { print $NF }')
         [ -z "$globals" ] || fail "$file: mutable globals: $(echo $globals)"
@@ -102,17 +102,16 @@ if words=$(grep -nE 'TODO|FIXME' -r src tests examples bench tools docs --includ
 fi
 
 # Macros that are still defined behind the implementation: only those of headers may be.
-mkdir -p build/layers
 macros() { ${CC:-cc} "$@" -dM -E -x c build/gen/llmpar.h | awk '{ sub(/\(.*/, "", $2); print $2 }' | grep '^LLMPAR' | sort -u; }
-{ macros; sed -n 's/^[ \t]*#[ \t]*define[ \t][ \t]*\([A-Za-z0-9_]*\).*/\1/p' $(find src -name '*.h') | sort -u; } | sort -u >build/layers/headers
-macros -DLLMPAR_IMPLEMENTATION >build/layers/all
-names=$(comm -13 build/layers/headers build/layers/all | grep -v '^LLMPAR_IMPLEMENTATION$')
+{ macros; sed -n 's/^[ \t]*#[ \t]*define[ \t][ \t]*\([A-Za-z0-9_]*\).*/\1/p' $(find src -name '*.h') | sort -u; } | sort -u >build/layers/header_macros
+macros -DLLMPAR_IMPLEMENTATION >build/layers/all_macros
+names=$(comm -13 build/layers/header_macros build/layers/all_macros | grep -v '^LLMPAR_IMPLEMENTATION$')
 [ -z "$names" ] || fail "macros left defined at the end of the implementation: $(echo $names)"
 
 # Everything together without libm: what is missing then is libm's, or a private function that nobody defines.
-echo 'int main(void) { return 0; }' >build/separate/nothing.c
-${CC:-cc} build/separate/nothing.c $(find build/separate -mindepth 2 -name '*.o') -lpthread -o build/separate/nothing 2>build/separate/nothing.log ||
-    fail "the modules do not link without libm: $(grep -o "undefined reference to .*" build/separate/nothing.log | sort | uniq -c)"
+echo 'int main(void) { return 0; }' >build/layers/nothing.c
+${CC:-cc} build/layers/nothing.c $(find build/layers -mindepth 2 -name '*.o') -lpthread -o build/layers/nothing 2>build/layers/nothing.log ||
+    fail "the modules do not link without libm: $(grep -o "undefined reference to .*" build/layers/nothing.log | sort | uniq -c)"
 
 if [ "$failures" -gt 0 ]; then
     echo "$failures layer violations in $modules files"
