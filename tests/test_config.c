@@ -467,7 +467,7 @@ TEST(reads_what_transformers_writes)
         llmpar_json_destroy(&heap, root);
         free(text);
         snprintf(path, sizeof path, "tests/golden/%s/model.safetensors", names[k]);
-        CHECK_OK(llmpar_safetensors_open(ready(), path, &file, NULL));
+        CHECK_OK(llmpar_safetensors_open(ready(), NULL, path, &file, NULL));
         for (i = 0; file && i < file->count; i++) {
             CHECK(llmpar_extent_product(file->tensor[i].shape, file->tensor[i].dims, &elements));
             total += elements;

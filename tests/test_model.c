@@ -245,7 +245,7 @@ static void check_tensor(const llmpar_safetensors *file, const char *name, const
     for (int i = 0; i < tensor->dims; i++) n *= tensor->shape[i];
     CHECK_INT(count, n);
     double *want = (double *)take((size_t)n, sizeof *want);
-    memcpy(want, file->data + tensor->begin, (size_t)n * sizeof *want);
+    CHECK_OK(llmpar_safetensors_read(file, tensor, 0, (size_t)n * sizeof *want, want, NULL));
     for (int64_t i = 0; i < n; i++) {
         double d = fabs(got[i] - want[i]);
         if (fabs(want[i]) > largest) largest = fabs(want[i]);
@@ -414,7 +414,7 @@ static llmpar_status check_norms(session *s, void *user)
     check_relative("loss", result.loss, number(c->root, "loss"), bound);
     if (s->ctx->rank) return LLMPAR_OK; /* one reads the file */
     llmpar_safetensors *file = NULL;
-    status = llmpar_safetensors_open(&s->ctx->heap, c->path, &file, &s->ctx->error);
+    status = llmpar_safetensors_open(&s->ctx->heap, NULL, c->path, &file, &s->ctx->error);
     if (status) return status;
     double factor = f64 ? scale_rounding(result.tokens) : 1;
     for (int32_t i = 0; i < file->count; i++) {
@@ -423,7 +423,7 @@ static llmpar_status check_norms(session *s, void *user)
         double *value = (double *)take(n, sizeof *value), sum = 0;
         void *copy = take(t->bytes, 1);
         CHECK_INT(t->dtype, llmpar_fsdp_dtype(s->fsdp));
-        memcpy(copy, file->data + t->begin, t->bytes);
+        CHECK_OK(llmpar_safetensors_read(file, t, 0, t->bytes, copy, NULL));
         CHECK(llmpar_convert(value, LLMPAR_F64, copy, t->dtype, n));
         for (size_t k = 0; k < n; k++) sum += value[k] * value[k];
         all += sum;
@@ -560,9 +560,9 @@ static void golden_model(const char *model)
     llmpar_json *root = read_json(&heap, golden_path(model, "expected.json"));
     c.root = root;
     snprintf(c.directory, sizeof c.directory, "%s", golden_path(model, ""));
-    CHECK_OK(llmpar_safetensors_open(&files, golden_path(model, "logits.safetensors"), &c.logits, &c.error));
-    CHECK_OK(llmpar_safetensors_open(&files, golden_path(model, "gradients.safetensors"), &c.gradients, &c.error));
-    CHECK_OK(llmpar_safetensors_open(&files, golden_path(model, "after.safetensors"), &c.after, &c.error));
+    CHECK_OK(llmpar_safetensors_open(&files, NULL, golden_path(model, "logits.safetensors"), &c.logits, &c.error));
+    CHECK_OK(llmpar_safetensors_open(&files, NULL, golden_path(model, "gradients.safetensors"), &c.gradients, &c.error));
+    CHECK_OK(llmpar_safetensors_open(&files, NULL, golden_path(model, "after.safetensors"), &c.after, &c.error));
     int steps = 0;
     for (const llmpar_json *e = llmpar_json_get(root, "steps") ? llmpar_json_get(root, "steps")->child : NULL; e && steps < GOLDEN_STEPS; e = e->next, steps++) {
         CHECK_INT(integers(llmpar_json_get(e, "ids"), c.ids[steps], GOLDEN_TOKENS), GOLDEN_TOKENS);

@@ -55,7 +55,7 @@ static void whole_param(const job *j, const llmpar_safetensors *file, const llmp
     if (file) {
         const llmpar_safetensor *t = llmpar_safetensors_find(file, p->name);
         void *copy = take(t ? t->bytes : 0, 1);
-        if (t) memcpy(copy, file->data + t->begin, t->bytes);
+        if (t) CHECK_OK(llmpar_safetensors_read(file, t, 0, t->bytes, copy, NULL));
         CHECK(t && llmpar_convert(out, LLMPAR_F64, copy, t->dtype, (size_t)n));
         free(copy);
         return;
@@ -192,7 +192,7 @@ static llmpar_status walk(llmpar_ctx *ctx, llmpar_llama *model, job *j)
     if (j->directory) {
         char path[1024];
         snprintf(path, sizeof path, "%s/model.safetensors", j->directory);
-        status = llmpar_safetensors_open(&ctx->heap, path, &file, &ctx->error);
+        status = llmpar_safetensors_open(&ctx->heap, NULL, path, &file, &ctx->error);
         if (status) return status;
     }
     memset(&micro, 0, sizeof micro);

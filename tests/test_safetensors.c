@@ -3,6 +3,7 @@
 #define _DEFAULT_SOURCE 1
 #endif
 #include "test.h"
+#include <errno.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -40,11 +41,11 @@ static void put_file(const char *path, const void *data, size_t bytes)
     if (f) fclose(f);
 }
 
-/* Header length (-1: as it is), header text, then `data` zero bytes. Returns the size. */
+/* Header length (-1: as it is; others as an unsigned number), header text, then `data` zero bytes. Returns the size. */
 static size_t build(unsigned char *out, long long length, const char *header, size_t data)
 {
     size_t n = strlen(header), i;
-    unsigned long long stated = length < 0 ? n : (unsigned long long)length;
+    unsigned long long stated = length == -1 ? n : (unsigned long long)length;
     for (i = 0; i < 8; i++) out[i] = (unsigned char)(stated >> (8 * i));
     memcpy(out + 8, header, n);
     memset(out + 8 + n, 0, data);
@@ -56,6 +57,7 @@ static size_t build(unsigned char *out, long long length, const char *header, si
 static const struct { const char *what; long long length; const char *header; size_t data; llmpar_status status; const char *text; } bad[] = {
     { "length beyond the file", 1000, "{}", 0, LLMPAR_ERR_FORMAT, "header length is 1000, but only 2 bytes follow it" },
     { "length over the limit", 100000001, "{}", 0, LLMPAR_ERR_FORMAT, "header length is 100000001, expected at most 100000000" },
+    { "length 2^64 - 8", -8, "{}", 0, LLMPAR_ERR_FORMAT, "header length is 18446744073709551608, expected at most 100000000" },
     { "length 2^63 - 1", 0x7fffffffffffffffLL, "{}", 0, LLMPAR_ERR_FORMAT, "expected at most 100000000" },
     { "length 0", 0, "{}", 0, LLMPAR_ERR_FORMAT, "does not begin with '{'" },
     { "leading space", -1, " {}", 0, LLMPAR_ERR_FORMAT, "does not begin with '{'" },
@@ -131,7 +133,7 @@ TEST(bad_files)
         if (status != bad[i].status || file || !strstr(err.text, bad[i].text) || !strstr(err.text, "dir/x.safetensors: "))
             TEST_FAIL("%s: got %s \"%s\", want %s \"%s\"", bad[i].what, llmpar_status_string(status), err.text, llmpar_status_string(bad[i].status), bad[i].text);
         put_file(path, bytes, n);
-        status = llmpar_safetensors_open(ready(), path, &again, &err);
+        status = llmpar_safetensors_open(ready(), NULL, path, &again, &err);
         if (status != bad[i].status || again || !strstr(err.text, bad[i].text) || !strstr(err.text, path)) TEST_FAIL("%s, from a file: got %s \"%s\"", bad[i].what, llmpar_status_string(status), err.text);
     }
     CHECK_INT(heap.live, 0);
@@ -145,14 +147,14 @@ TEST(too_short_files)
     size_t n;
     for (n = 0; n < 8; n++) {
         put_file(path, "\2\0\0\0\0\0\0\0", n);
-        CHECK_STATUS(llmpar_safetensors_open(ready(), path, &file, &err), LLMPAR_ERR_FORMAT);
+        CHECK_STATUS(llmpar_safetensors_open(ready(), NULL, path, &file, &err), LLMPAR_ERR_FORMAT);
         CHECK_TEXT(err.text, "expected at least 8 for the header length");
     }
     unlink(path);
-    CHECK_STATUS(llmpar_safetensors_open(ready(), path, &file, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_safetensors_open(ready(), NULL, path, &file, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, path);
     CHECK_TEXT(err.text, "cannot open");
-    CHECK_STATUS(llmpar_safetensors_open(ready(), directory, &file, &err), LLMPAR_ERR_IO);
+    CHECK_STATUS(llmpar_safetensors_open(ready(), NULL, directory, &file, &err), LLMPAR_ERR_IO);
     CHECK_TEXT(err.text, "expected a regular file, got a directory");
     CHECK(!file);
     CHECK_INT(heap.live, 0);
@@ -228,7 +230,7 @@ TEST(round_trip)
 {
     static const llmpar_dtype types[8] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16, LLMPAR_I32, LLMPAR_I64, LLMPAR_U64, LLMPAR_U8 };
     static const char *const names[8] = { "model.layers.10.w", "model.layers.2.w", "quote\" backslash\\ tab\t", "\xc3\xa9\xe2\x82\xac", "", "a", "Z", "lm_head.weight" };
-    static unsigned char data[200000];
+    static unsigned char data[200000], got[200000];
     llmpar_safetensor tensors[10];
     llmpar_safetensors_writer *writer;
     llmpar_safetensors *file;
@@ -256,7 +258,7 @@ TEST(round_trip)
     CHECK_OK(llmpar_safetensors_writer_commit(writer, &err));
     CHECK_INT(heap.live, 0);
     CHECK(llmpar_is_file(path));
-    if (llmpar_safetensors_open(ready(), path, &file, &err)) { TEST_FAIL("%s", err.text); return; }
+    if (llmpar_safetensors_open(ready(), NULL, path, &file, &err)) { TEST_FAIL("%s", err.text); return; }
     CHECK_INT(file->count, 10);
     CHECK(!strcmp(file->path, path));
     for (i = 1; i < file->count; i++) CHECK(strcmp(file->tensor[i - 1].name, file->tensor[i].name) < 0);
@@ -267,7 +269,8 @@ TEST(round_trip)
         if (!t) { TEST_FAIL("%s is not there", tensors[i].name); continue; }
         CHECK_INT(t->dtype, tensors[i].dtype); CHECK_INT(t->dims, tensors[i].dims);
         for (d = 0; d < t->dims; d++) CHECK_INT(t->shape[d], tensors[i].shape[d]);
-        CHECK_BYTES(file->data + t->begin, data + at, t->bytes);
+        CHECK_OK(llmpar_safetensors_read(file, t, 0, t->bytes, got, &err));
+        CHECK_BYTES(got, data + at, t->bytes);
         if (i == 0) CHECK_INT(t->begin % 8, 0);
         at += t->bytes;
     }
@@ -276,6 +279,140 @@ TEST(round_trip)
     CHECK(!llmpar_safetensors_find(file, "model.layers.10"));
     llmpar_safetensors_close(file);
     llmpar_safetensors_close(NULL);
+    CHECK_INT(heap.live, 0);
+    unlink(path);
+}
+
+/* Slices: exactly what is asked for is read, of a file and of memory; what lies outside is refused. */
+TEST(reads_slices)
+{
+    static unsigned char bytes[4096], to[64];
+    size_t n = build(bytes, -1, "{\"a\":" T_F32("[4]", 0, 16) ",\"b\":" T_F32("[2]", 16, 24) "}", 24), i, from, count;
+    const char *path = in_dir("slices.safetensors");
+    int memory;
+    for (i = n - 24; i < n; i++) bytes[i] = (unsigned char)(i * 37);
+    put_file(path, bytes, n);
+    for (memory = 0; memory < 2; memory++) {
+        llmpar_safetensors *file = NULL;
+        const llmpar_safetensor *a, *b;
+        if (memory) CHECK_OK(llmpar_safetensors_open_memory(ready(), bytes, n, "x", &file, &err));
+        else CHECK_OK(llmpar_safetensors_open(ready(), NULL, path, &file, &err));
+        if (!file) return;
+        CHECK(memory ? file->data == bytes && !file->source : !file->data && file->source != NULL);
+        if (!memory) CHECK_INT(file->source->bytes_read, n - 24); /* the header alone */
+        a = llmpar_safetensors_find(file, "a");
+        b = llmpar_safetensors_find(file, "b");
+        for (from = 0; from <= 16; from++)
+            for (count = 0; count <= 16 - from; count++) {
+                uint64_t before = memory ? 0 : file->source->bytes_read;
+                memset(to, 0xEE, sizeof to);
+                CHECK_OK(llmpar_safetensors_read(file, a, from, count, to + 8, &err));
+                CHECK_BYTES(to + 8, bytes + n - 24 + from, count);
+                CHECK(to[7] == 0xEE && to[8 + count] == 0xEE);
+                if (!memory) CHECK_INT(file->source->bytes_read - before, count);
+            }
+        CHECK_OK(llmpar_safetensors_read(file, b, 7, 1, to, &err));
+        CHECK_INT(to[0], bytes[n - 1]);
+        ready();
+        CHECK_STATUS(llmpar_safetensors_read(file, a, 9, 8, to, &err), LLMPAR_ERR_ARGUMENT); /* b's bytes are there, but not a's */
+        CHECK_TEXT(err.text, "tensor \"a\": 8 bytes from byte 9, but it has 16");
+        CHECK_STATUS(llmpar_safetensors_read(file, a, 17, 0, to, &err), LLMPAR_ERR_ARGUMENT);
+        CHECK_STATUS(llmpar_safetensors_read(file, a, 1, (size_t)-1, to, &err), LLMPAR_ERR_ARGUMENT);
+        CHECK_STATUS(llmpar_safetensors_read(file, a, (size_t)-1, 2, to, &err), LLMPAR_ERR_ARGUMENT);
+        llmpar_safetensors_close(file);
+    }
+    CHECK_INT(heap.live, 0);
+    unlink(path);
+}
+
+/* A file that becomes shorter while it is open, at every length, fails a read and nothing else; what is still there can be read. */
+TEST(shrinking_file)
+{
+    static unsigned char bytes[4096], to[64];
+    size_t n = build(bytes, -1, "{\"a\":" T_F32("[2]", 0, 8) "}", 8), left;
+    const char *path = in_dir("shrinks.safetensors");
+    for (left = 0; left <= n; left++) {
+        llmpar_safetensors *file = NULL;
+        put_file(path, bytes, n);
+        CHECK_OK(llmpar_safetensors_open(ready(), NULL, path, &file, &err));
+        if (!file) return;
+        CHECK(truncate(path, (off_t)left) == 0);
+        CHECK_STATUS(llmpar_safetensors_read(file, file->tensor, 0, 8, to, &err), left == n ? LLMPAR_OK : LLMPAR_ERR_IO);
+        if (left < n) CHECK_TEXT(err.text, "shrinks.safetensors: ends at byte");
+        if (left + 4 == n) CHECK_OK(llmpar_safetensors_read(file, file->tensor, 0, 4, to, &err));
+        llmpar_safetensors_close(file);
+    }
+    CHECK_INT(heap.live, 0);
+    unlink(path);
+}
+
+/* A table that gives the first header byte as asked and shrinks, fails or interrupts from the given call on. */
+typedef struct flaky { const llmpar_io *io; int at, calls, number; } flaky;
+static int flaky_read(void *user, int handle, void *data, size_t bytes, uint64_t offset, size_t *got)
+{
+    flaky *f = (flaky *)user;
+    if (++f->calls == f->at) {
+        *got = 0;
+        return f->number; /* 0: the end */
+    }
+    return f->io->read(f->io->user, handle, data, bytes > 3 ? 3 : bytes, offset, got); /* always short */
+}
+static int flaky_open(void *user, const char *path, llmpar_io_mode mode, int *handle) { const llmpar_io *io = ((flaky *)user)->io; return io->open(io->user, path, mode, handle); }
+static int flaky_close(void *user, int handle) { const llmpar_io *io = ((flaky *)user)->io; return io->close(io->user, handle); }
+static int flaky_look(void *user, const char *path, llmpar_io_kind *kind, uint64_t *bytes) { const llmpar_io *io = ((flaky *)user)->io; return io->look(io->user, path, kind, bytes); }
+
+TEST(reads_that_fail)
+{
+    static const int numbers[] = { EIO, 0, EINTR };
+    static unsigned char bytes[4096], to[8];
+    size_t n = build(bytes, -1, "{\"a\":" T_F32("[2]", 0, 8) "}", 8);
+    const char *path = in_dir("flaky.safetensors");
+    size_t k;
+    put_file(path, bytes, n);
+    for (k = 0; k < 3; k++) {
+        flaky f = { llmpar_io_system(), 0, 0, 0 };
+        llmpar_io io = *f.io;
+        int at, done = 0;
+        io.user = &f;
+        io.open = flaky_open, io.close = flaky_close, io.look = flaky_look, io.read = flaky_read;
+        f.number = numbers[k];
+        for (at = 1; !done; at++) {
+            llmpar_safetensors *file = NULL;
+            llmpar_status status;
+            f.at = at;
+            f.calls = 0;
+            ready();
+            status = llmpar_safetensors_open(&heap, &io, path, &file, &err);
+            if (!status) status = llmpar_safetensors_read(file, file->tensor, 0, 8, to, &err);
+            done = f.calls < at;
+            CHECK_STATUS(status, done || f.number == EINTR ? LLMPAR_OK : LLMPAR_ERR_IO);
+            if (status) CHECK_TEXT(err.text, f.number ? "cannot read" : "ends at byte");
+            llmpar_safetensors_close(file);
+            CHECK_INT(heap.live, 0);
+        }
+        CHECK(at > 20);
+    }
+    unlink(path);
+}
+
+/* Nothing is taken for a header that the file cannot hold, and little more than the header for one that it does, however large the data is. */
+TEST(bounded_memory)
+{
+    static unsigned char bytes[4096];
+    const char *path = in_dir("large.safetensors");
+    llmpar_safetensors *file;
+    size_t n = build(bytes, 99999999, "{}", 0);
+    put_file(path, bytes, n);
+    ready();
+    heap.peak = heap.live;
+    CHECK_STATUS(llmpar_safetensors_open(&heap, NULL, path, &file, &err), LLMPAR_ERR_FORMAT);
+    CHECK(heap.peak < 1000);
+    n = build(bytes, -1, "{\"a\":{\"dtype\":\"U8\",\"shape\":[100000000],\"data_offsets\":[0,100000000]}}", 0);
+    put_file(path, bytes, n);
+    CHECK(truncate(path, (off_t)n + 100000000) == 0); /* a hole */
+    CHECK_OK(llmpar_safetensors_open(&heap, NULL, path, &file, &err));
+    CHECK(heap.peak < 20000);
+    llmpar_safetensors_close(file);
     CHECK_INT(heap.live, 0);
     unlink(path);
 }
@@ -497,7 +634,7 @@ TEST(reads_a_real_model)
     const llmpar_safetensor *t;
     size_t total = 0;
     int32_t i, finite = 1;
-    if (llmpar_safetensors_open(ready(), path, &file, &err)) { TEST_FAIL("%s", err.text); return; }
+    if (llmpar_safetensors_open(ready(), NULL, path, &file, &err)) { TEST_FAIL("%s", err.text); return; }
     CHECK_INT(file->count, 5 * 9 + 2);
     t = llmpar_safetensors_find(file, "model.embed_tokens.weight");
     CHECK(t && t->dtype == LLMPAR_F32 && t->dims == 2 && t->shape[0] == 512 && t->shape[1] == 64);
@@ -507,7 +644,7 @@ TEST(reads_a_real_model)
         size_t k;
         for (k = 0; k < file->tensor[i].bytes; k += 4) {
             float value;
-            memcpy(&value, file->data + file->tensor[i].begin + k, 4);
+            CHECK_OK(llmpar_safetensors_read(file, &file->tensor[i], k, 4, &value, &err));
             if (!llmpar_isfinite_f32(value) || value > 100 || value < -100) finite = 0;
         }
         total += file->tensor[i].bytes;
@@ -525,5 +662,5 @@ TEST(leaves_nothing)
     CHECK_INT(rmdir(directory), 0);
 }
 
-TEST_LIST(T_(bad_files), T_(too_short_files), T_(damaged_files), T_(good_oddities), T_(round_trip), T_(header_text), T_(writer_refuses), T_(out_of_memory), T_(maps_files),
+TEST_LIST(T_(bad_files), T_(too_short_files), T_(damaged_files), T_(good_oddities), T_(round_trip), T_(reads_slices), T_(shrinking_file), T_(reads_that_fail), T_(bounded_memory), T_(header_text), T_(writer_refuses), T_(out_of_memory), T_(maps_files),
           T_(writes_atomically), T_(full_disk), T_(directories), T_(reads_a_real_model), T_(leaves_nothing))

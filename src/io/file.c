@@ -101,7 +101,7 @@ LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, vo
         to += got;
         offset += got;
         bytes -= got;
-        file->bytes_read += got;
+        __atomic_fetch_add(&file->bytes_read, (uint64_t)got, __ATOMIC_RELAXED);
     }
     return LLMPAR_OK;
 }

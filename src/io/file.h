@@ -11,7 +11,7 @@ typedef struct llmpar_file {
     const llmpar_io *io;
     int handle;             /* -1: closed */
     uint64_t bytes;         /* size when it was opened */
-    uint64_t bytes_read;    /* through llmpar_file_read so far */
+    uint64_t bytes_read;    /* through llmpar_file_read so far; counted atomically */
     const char *path;       /* borrowed */
 } llmpar_file;
 #define LLMPAR_FILE_CLOSED { NULL, -1, 0, 0, NULL }

@@ -29,7 +29,7 @@ static const char llmpar__st_supported[] = "F32, F64, BF16, F16, I32, I64, U64 o
 typedef struct llmpar__st_file {
     llmpar_safetensors file;
     llmpar_heap *heap;
-    llmpar_mapped mapped;        /* zero for open_memory */
+    llmpar_file source;          /* closed for open_memory */
     char *path;
     char *names;                 /* all names, each zero-terminated */
     llmpar_safetensor *tensors;
@@ -270,43 +270,49 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__st_parse(llmpar__st_file *s, const unsigned char *data, size_t bytes, llmpar_error *error)
+/* first[at most 8]: how the file of `bytes` begins. *length: of the header, which lies inside the file. */
+static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const unsigned char *first, uint64_t bytes, size_t *length, llmpar_error *error)
+{
+    uint64_t stated = 0;
+    int i;
+    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %u bytes, expected at least 8 for the header length", s->path, (unsigned)bytes);
+    for (i = 7; i >= 0; i--) stated = stated << 8 | first[i];
+    if (stated > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)stated, LLMPAR__ST_MAX_HEADER);
+    if (stated > bytes - 8)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %llu bytes follow it: the file is truncated (file byte 0)",
+                                s->path, (unsigned long long)stated, (unsigned long long)(bytes - 8));
+    if ((uint64_t)(size_t)bytes != bytes) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: %llu bytes are more than this machine can address", s->path, (unsigned long long)bytes);
+    *length = (size_t)stated;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, size_t length, size_t data_bytes, llmpar_error *error)
 {
     llmpar__st_reader r;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
     llmpar_status status;
-    uint64_t length = 0;
     char name[256];
-    int i;
     memset(&r, 0, sizeof r);
     memset(&desc, 0, sizeof desc);
-    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %zu bytes, expected at least 8 for the header length", s->path, bytes);
-    for (i = 7; i >= 0; i--) length = length << 8 | data[i];
-    if (length > LLMPAR__ST_MAX_HEADER)
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)length, LLMPAR__ST_MAX_HEADER);
-    if (length > bytes - 8)
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %zu bytes follow it: the file is truncated (file byte 0)",
-                                s->path, (unsigned long long)length, bytes - 8);
-    if (length == 0 || data[8] != '{')
+    if (length == 0 || header[0] != '{')
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
     snprintf(name, sizeof name, "%.200s: header", s->path);
     desc.name = name;
     desc.unique_keys = 1;
-    status = llmpar_json_parse(s->heap, (const char *)data + 8, (size_t)length, &desc, &root, error);
+    status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
     if (status) return status;
     r.path = s->path;
-    r.header = (const char *)data + 8;
-    r.data_bytes = bytes - 8 - (size_t)length;
+    r.header = header;
+    r.data_bytes = data_bytes;
     r.error = error;
     status = llmpar__st_read_header(s, &r, root);
     llmpar_json_destroy(s->heap, root);
-    if (!status) status = llmpar__st_check_cover(s, &r, 8 + (size_t)length);
-    if (status) return status;
+    if (!status) status = llmpar__st_check_cover(s, &r, 8 + length);
     s->file.tensor = s->tensors;
-    s->file.data = data;
     s->file.path = s->path;
-    return LLMPAR_OK;
+    return status;
 }
 
 /* An empty file object with its path, or NULL. */
@@ -316,6 +322,7 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
     if (s) {
         s->heap = heap;
         s->file.state = s;
+        s->source.handle = -1;
         s->path = llmpar_heap_strdup(heap, path);
         if (s->path) return s;
         llmpar_heap_free(heap, s);
@@ -331,43 +338,64 @@ LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
     if (!file) return;
     s = (llmpar__st_file *)file->state;
     heap = s->heap;
-    llmpar_file_unmap(&s->mapped);
+    llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
     llmpar_heap_free(heap, s->names);
     llmpar_heap_free(heap, s->path);
     llmpar_heap_free(heap, s);
 }
 
-LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error)
+/* What was opened, or nothing of it. */
+static llmpar_status llmpar__st_opened(llmpar__st_file *s, llmpar_status status, llmpar_safetensors **out)
+{
+    if (status) llmpar_safetensors_close(&s->file);
+    else *out = &s->file;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error)
 {
     llmpar__st_file *s;
+    unsigned char first[8];
+    char *header = NULL;
+    size_t length = 0;
     llmpar_status status;
     *out = NULL;
     s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar_file_map(path, &s->mapped, error);
-    if (!status) status = llmpar__st_parse(s, s->mapped.data, s->mapped.bytes, error);
-    if (status) {
-        llmpar_safetensors_close(&s->file);
-        return status;
-    }
-    *out = &s->file;
-    return LLMPAR_OK;
+    status = llmpar_file_open(io, s->path, &s->source, error);
+    if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
+    if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
+    if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
+    if (!status && !header) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, length);
+    if (!status) status = llmpar_file_read(&s->source, 8, header, length, error);
+    if (!status) status = llmpar__st_parse(s, header, length, (size_t)s->source.bytes - 8 - length, error);
+    llmpar_heap_free(heap, header);
+    s->file.source = &s->source;
+    return llmpar__st_opened(s, status, out);
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
 {
     llmpar__st_file *s;
+    size_t length = 0;
     llmpar_status status;
     *out = NULL;
     s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar__st_parse(s, (const unsigned char *)data, bytes, error);
-    if (status) {
-        llmpar_safetensors_close(&s->file);
-        return status;
-    }
-    *out = &s->file;
+    status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
+    if (!status) status = llmpar__st_parse(s, (const char *)data + 8, length, bytes - 8 - length, error);
+    s->file.data = (const unsigned char *)data;
+    return llmpar__st_opened(s, status, out);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error)
+{
+    llmpar__st_file *s = (llmpar__st_file *)file->state;
+    if (offset > tensor->bytes || bytes > tensor->bytes - offset)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": %zu bytes from byte %zu, but it has %zu", file->path, tensor->name, bytes, offset, tensor->bytes);
+    if (!file->data) return llmpar_file_read(&s->source, tensor->begin + offset, to, bytes, error);
+    if (bytes) memcpy(to, file->data + tensor->begin + offset, bytes);
     return LLMPAR_OK;
 }
 

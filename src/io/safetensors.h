@@ -18,17 +18,22 @@ typedef struct llmpar_safetensor {
 typedef struct llmpar_safetensors {
     int32_t count;
     const llmpar_safetensor *tensor; /* sorted by name */
-    const unsigned char *data;       /* the mapped file */
+    const unsigned char *data;       /* open_memory: the file; else NULL */
+    const llmpar_file *source;       /* the open file, which counts the bytes read; open_memory: NULL */
     const char *path;
     void *state;
 } llmpar_safetensors;
 
-/* Maps and validates: header length <= 100,000,000 and inside the file, JSON with unique keys, known dtypes, shape product equal to the byte range, ranges that follow one another without
-   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more
-   than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. Owned by the caller. Local. */
-LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error);
+/* Opens, reads the header and nothing else, validates: header length <= 100,000,000 and inside the file (checked before memory is taken for it), JSON with unique keys, known dtypes, shape
+   product equal to the byte range, ranges that follow one another without gap or overlap to the end of the file. LLMPAR_ERR_IO; LLMPAR_ERR_FORMAT names path, tensor and byte
+   position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. io may be NULL (the
+   system's). Owned by the caller, to whom it is an open file. Local. */
+LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error);
 /* The same from memory (for fuzzing); data is borrowed. name for messages. */
 LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error);
+/* to[bytes] = the tensor's bytes from `offset` (in bytes, as they stand in the file), just these. LLMPAR_ERR_ARGUMENT: outside the tensor; LLMPAR_ERR_IO: cannot read, or the file has become
+   shorter. Several threads may read. Local. */
+LLMPAR_API llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error);
 LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file); /* NULL is fine */
 LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name); /* NULL if absent */
 

@@ -87,6 +87,8 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
     const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
+    llmpar_error error;
+    llmpar_error_clear(&error);
     llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
     int64_t elements;
     void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
@@ -100,16 +102,13 @@ static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safete
         const llmpar_safetensor *source = llmpar_safetensors_find(file, unit->params[i].name);
         llmpar_dtensor tensor;
         llmpar_fsdp_dtensor(fsdp, u, i, &tensor);
-        const void *data = file->data + source->begin;
-        void *converted = NULL;
         size_t count = source->bytes / llmpar_dtype_size(source->dtype);
-        if (source->dtype != dtype || (uintptr_t)data % 8) {
-            converted = llmpar_heap_alloc(&ctx->heap, count, llmpar_dtype_size(dtype));
-            if (!converted) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to convert %s", file->path, source->name);
-            else if (source->dtype == dtype) memcpy(converted, data, source->bytes);
-            else llmpar_convert(converted, dtype, data, source->dtype, count);
-        }
-        if (!status) llmpar_dtensor_cut(&tensor, mesh, converted ? converted : data, llmpar_fsdp_local(fsdp, u, i, host));
+        void *data = llmpar_heap_alloc(&ctx->heap, 1, source->bytes), *converted = llmpar_heap_alloc(&ctx->heap, count, llmpar_dtype_size(dtype));
+        if (!data || !converted) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to convert %s", file->path, source->name);
+        if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_read(file, source, 0, source->bytes, data, &error), &error);
+        if (!status) llmpar_convert(converted, dtype, data, source->dtype, count);
+        if (!status) llmpar_dtensor_cut(&tensor, mesh, converted, llmpar_fsdp_local(fsdp, u, i, host));
+        llmpar_heap_free(&ctx->heap, data);
         llmpar_heap_free(&ctx->heap, converted);
     }
     if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
@@ -129,7 +128,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     char *path = llmpar__hf_path(ctx, directory, "model.safetensors"), *index = llmpar__hf_path(ctx, directory, "model.safetensors.index.json");
     llmpar_status status = path && index ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
     if (!status && !llmpar_is_file(path) && llmpar_is_file(index)) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: a model in several files; expected one model.safetensors", index);
-    if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_open(&ctx->heap, path, &file, &error), &error);
+    if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_open(&ctx->heap, ctx->io, path, &file, &error), &error);
     if (!status) status = llmpar__hf_match(fsdp, file);
     if (!status) status = ctx->device->stream_create(ctx->device, "load", &stream);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(fsdp, file, u, stream);
