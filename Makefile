@@ -191,8 +191,8 @@ test-tsan:
 build/aarch64/train_llama build/musl/train_llama: build/%/train_llama: examples/train_llama.c build/%/llmpar.o
 	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 -g -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_attention test_elementwise test_tp test_mesh test_fsdp test_config test_launch test_model)
-MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_safetensors test_hf test_model)
+AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_attention test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
+MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_fsdp_fail test_safetensors test_hf test_model)
 
 test-aarch64:
 	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='$(AARCH64)' PORT=aarch64 RUNNER=qemu-aarch64
@@ -208,7 +208,7 @@ test-exact: build/plain/test_exact
 	@tests/run.sh build/plain test_exact
 
 # 1, 2 and 4 processes, a sample of the faults; test-mpi-full: 8 processes, both MPIs, every fault, five minutes of random delays.
-MPI_PROGRAMS = test_mpi test_mpi_life test_mpi_fault test_exact
+MPI_PROGRAMS = test_mpi test_mpi_errors test_mpi_life test_mpi_fault test_exact
 build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/train_llama
 build-mpich-programs: $(MPI_PROGRAMS:%=build/mpich/%)
 build/mpi/train_llama: examples/train_llama.c build/mpi/llmpar.o

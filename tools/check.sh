@@ -54,8 +54,8 @@ beside compile $make check-compile
 # All configurations at once keep the processors busy. A warning is a failure; what cannot be built here is reported by its own phase.
 # In the further builds of the same code not all programs run; in check-full they do.
 all=$($make -s print-suite)
-some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model test_optim test_stream"
-raced="test_cpu test_comm test_stream test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_inside"
+some="test_base test_comm test_gemm test_half test_half_products test_fsdp test_fsdp_fail test_schedule test_model test_optim test_stream test_stream_ranks"
+raced="test_cpu test_comm test_stream test_stream_ranks test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_inside"
 [ -z "$full" ] || some=$all raced=$all
 build()
 {
