@@ -264,6 +264,7 @@ LLMPAR_EXTERN_C_END
 #endif
 
 #include "base/json.c"
+#include "base/text.c"
 
 #include "io/system.c"
 #include "io/file.c"

@@ -108,27 +108,26 @@ LLMPAR_DEF void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t
 
 LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, tensor->placements ? "[" : "[Replicate");
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__text_put(&out, tensor->placements ? "[" : "[Replicate");
     for (int32_t i = 0; i < tensor->placements; i++) {
         const llmpar_placement *p = &tensor->placement[i];
-        if (i) llmpar__mesh_append(text, capacity, &used, ", ");
-        if (p->kind == LLMPAR_SHARD && p->replicas > 1) llmpar__mesh_append(text, capacity, &used, "Shard(%d) x %d replicas", (int)p->dim, (int)p->replicas);
-        else if (p->kind == LLMPAR_SHARD) llmpar__mesh_append(text, capacity, &used, "Shard(%d)", (int)p->dim);
-        else if (p->kind == LLMPAR_FLAT) llmpar__mesh_append(text, capacity, &used, "Flat(%lld)", (long long)p->offset);
-        else llmpar__mesh_append(text, capacity, &used, "%s", p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : p->kind == LLMPAR_PARTIAL_MAX ? "Partial(max)" : "Replicate");
-        llmpar__mesh_append(text, capacity, &used, " on %s", llmpar_axis_name(p->axis));
+        if (i) llmpar__text_put(&out, ", ");
+        if (p->kind == LLMPAR_SHARD && p->replicas > 1) llmpar__text_put(&out, "Shard(%d) x %d replicas", (int)p->dim, (int)p->replicas);
+        else if (p->kind == LLMPAR_SHARD) llmpar__text_put(&out, "Shard(%d)", (int)p->dim);
+        else if (p->kind == LLMPAR_FLAT) llmpar__text_put(&out, "Flat(%lld)", (long long)p->offset);
+        else llmpar__text_put(&out, "%s", p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : p->kind == LLMPAR_PARTIAL_MAX ? "Partial(max)" : "Replicate");
+        llmpar__text_put(&out, " on %s", llmpar_axis_name(p->axis));
     }
-    llmpar__mesh_append(text, capacity, &used, "]");
-    return used;
+    llmpar__text_put(&out, "]");
+    return out.used;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor)
+LLMPAR__PRIVATE_DEF void llmpar__mesh_put_tensor(llmpar__text *out, const llmpar_dtensor *tensor)
 {
-    llmpar__mesh_append(text, capacity, used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
-    llmpar__mesh_append(text, capacity, used, "]");
+    llmpar__text_put(out, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__text_put(out, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
+    llmpar__text_put(out, "]");
 }
 
 /* The range [begin, end) of a rectangle's row-major elements, seen from dim d on (the dims before have been fixed in `at`). */

@@ -1,7 +1,6 @@
 /* mesh: world ranks on five named axes, and the communicators along them. */
 #include "mesh/mesh_internal.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #if defined(__linux__)
@@ -38,19 +37,10 @@ LLMPAR_DEF int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t co
     return rank;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
-    va_end(args);
-    if (n > 0) *used += (size_t)n;
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
+LLMPAR__PRIVATE_DEF void llmpar__mesh_put_coordinate(llmpar__text *out, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
 {
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (degree[a] > 1) llmpar__mesh_append(text, capacity, used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
+        if (degree[a] > 1) llmpar__text_put(out, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
@@ -101,9 +91,9 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     mesh->dp_ranks = degree[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD];
     mesh->dp_rank = mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD] + mesh->coordinate[LLMPAR_AXIS_DP_SHARD];
     char where[sizeof mesh->where + 1] = "";
-    size_t used = 0;
-    llmpar__mesh_append_coordinate(where, sizeof where, &used, degree, mesh->coordinate);
-    if (used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
+    llmpar__text place = llmpar__text_begin(where, sizeof where);
+    llmpar__mesh_put_coordinate(&place, degree, mesh->coordinate);
+    if (place.used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
     if (ctx->error.status == LLMPAR_OK) memcpy(ctx->error.where, mesh->where, sizeof mesh->where);
     llmpar__mesh_name_thread(mesh);
 
@@ -139,27 +129,26 @@ LLMPAR_DEF void llmpar_mesh_destroy(llmpar_mesh *mesh)
       dp_shard 1       |    2 |   [3]|   <- this rank                                             */
 LLMPAR_DEF size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t capacity)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     const int32_t *degree = mesh->degree;
-    llmpar__mesh_append(text, capacity, &used, "mesh: dp_replicate %d x dp_shard %d x tp %d = %d ranks, this is rank %d\n\n%26s", (int)degree[LLMPAR_AXIS_DP_REPLICATE], (int)degree[LLMPAR_AXIS_DP_SHARD],
+    llmpar__text_put(&out, "mesh: dp_replicate %d x dp_shard %d x tp %d = %d ranks, this is rank %d\n\n%26s", (int)degree[LLMPAR_AXIS_DP_REPLICATE], (int)degree[LLMPAR_AXIS_DP_SHARD],
                         (int)degree[LLMPAR_AXIS_TP], (int)mesh->ctx->world, (int)mesh->ctx->rank, "");
-    for (int32_t t = 0; t < degree[LLMPAR_AXIS_TP]; t++) llmpar__mesh_append(text, capacity, &used, "  tp %-3d", (int)t);
-    llmpar__mesh_append(text, capacity, &used, "\n");
+    for (int32_t t = 0; t < degree[LLMPAR_AXIS_TP]; t++) llmpar__text_put(&out, "  tp %-3d", (int)t);
+    llmpar__text_put(&out, "\n");
     int32_t at[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 };
     for (at[0] = 0; at[0] < degree[0]; at[0]++)
         for (at[1] = 0; at[1] < degree[1]; at[1]++) {
             char row[64];
             if (degree[0] > 1) snprintf(row, sizeof row, "dp_replicate %d dp_shard %d", (int)at[0], (int)at[1]);
             else snprintf(row, sizeof row, "dp_shard %d", (int)at[1]);
-            llmpar__mesh_append(text, capacity, &used, "  %-24s|", row);
+            llmpar__text_put(&out, "  %-24s|", row);
             for (at[4] = 0; at[4] < degree[4]; at[4]++) {
                 int32_t rank = llmpar_mesh_rank_at(mesh, at);
                 char cell[16];
                 snprintf(cell, sizeof cell, rank == mesh->ctx->rank ? "[%d]" : " %d ", (int)rank);
-                llmpar__mesh_append(text, capacity, &used, "%6s|", cell);
+                llmpar__text_put(&out, "%6s|", cell);
             }
-            llmpar__mesh_append(text, capacity, &used, "\n");
+            llmpar__text_put(&out, "\n");
         }
-    return used;
+    return out.used;
 }

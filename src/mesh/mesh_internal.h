@@ -2,17 +2,16 @@
 #ifndef LLMPAR_MESH_INTERNAL_H
 #define LLMPAR_MESH_INTERNAL_H
 
+#include "base/text_internal.h"
 #include "mesh/dtensor.h"
 #include "mesh/mesh.h"
 
-/* Appends to text[capacity] at *used like snprintf, also past the capacity: *used counts what the whole needs. */
-LLMPAR__PRIVATE void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
 /* The coordinate of a world rank. */
 LLMPAR__PRIVATE void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES]);
 /* "wq f32[8,6]" */
-LLMPAR__PRIVATE void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor);
+LLMPAR__PRIVATE void llmpar__mesh_put_tensor(llmpar__text *out, const llmpar_dtensor *tensor);
 /* " dp_shard=1 tp=0": the axes of more than one rank. */
-LLMPAR__PRIVATE void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES]);
+LLMPAR__PRIVATE void llmpar__mesh_put_coordinate(llmpar__text *out, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES]);
 
 /* A box of the global tensor, dim d from begin[d] to end[d]. What a rank holds (a range of a rectangle's row-major elements) is a few of them, in row-major order:
 

@@ -70,8 +70,7 @@ static void llmpar__picture_make(const llmpar_dtensor *tensor, const llmpar_mesh
 static int32_t llmpar__picture_holders(const llmpar__picture *picture, int32_t row, int32_t column, char *text, size_t capacity)
 {
     int32_t first = -1, begin = -1;
-    size_t used = 0;
-    text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     for (int32_t r = 0; r <= picture->ranks; r++) {
         int holds = 0;
         if (r < picture->ranks) {
@@ -85,10 +84,10 @@ static int32_t llmpar__picture_holders(const llmpar__picture *picture, int32_t r
         if (holds && first < 0) first = r;
         if (holds && begin < 0) begin = r;
         if (holds || begin < 0) continue;
-        llmpar__mesh_append(text, capacity, &used, r - begin > 2 ? "%s%d-%d" : r - begin == 2 ? "%s%d %d" : "%s%d", used ? " " : "", (int)begin, (int)r - 1);
+        llmpar__text_put(&out, r - begin > 2 ? "%s%d-%d" : r - begin == 2 ? "%s%d %d" : "%s%d", out.used ? " " : "", (int)begin, (int)r - 1);
         begin = -1;
     }
-    if (used >= capacity) memcpy(text + capacity - 3, "..", 3);
+    if (out.used >= capacity) memcpy(text + capacity - 3, "..", 3);
     return first;
 }
 
@@ -112,7 +111,7 @@ static int32_t llmpar__picture_first(const llmpar__picture *picture, int32_t ran
 static void llmpar__picture_label(const llmpar__picture *picture, int dim, int32_t band, char *elements, char *coordinates, size_t capacity)
 {
     int32_t shared[LLMPAR_MESH_AXES];
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(coordinates, capacity);
     for (int a = 0; a < LLMPAR_MESH_AXES; a++) shared[a] = -1; /* -2: several */
     for (int32_t r = 0; r < picture->ranks; r++) {
         int32_t coordinate[LLMPAR_MESH_AXES];
@@ -124,13 +123,12 @@ static void llmpar__picture_label(const llmpar__picture *picture, int dim, int32
                 shared[a] = shared[a] == -1 || shared[a] == coordinate[a] ? coordinate[a] : -2;
     }
     snprintf(elements, capacity, "%lld:%lld", (long long)picture->at[dim][band], (long long)picture->at[dim][band + 1]);
-    coordinates[0] = 0;
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (picture->degree[a] > 1 && shared[a] >= 0) llmpar__mesh_append(coordinates, capacity, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)shared[a]);
+        if (picture->degree[a] > 1 && shared[a] >= 0) llmpar__text_put(&out, "%s%s=%d", out.used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)shared[a]);
 }
 
 /* "rank 3 dp_shard=1 tp=1  [2:4, 0:6]  elements 6:12 at 0 of the shard  24 bytes (copy)" */
-static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, char *text, size_t capacity, size_t *used)
+static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, llmpar__text *out)
 {
     const llmpar_dtensor *tensor = picture->tensor;
     int32_t coordinate[LLMPAR_MESH_AXES];
@@ -139,13 +137,13 @@ static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, c
     llmpar__mesh_coordinate(picture->degree, rank, coordinate);
     llmpar_dtensor_local(tensor, picture->degree, coordinate, &local);
     for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
-    llmpar__mesh_append(text, capacity, used, "rank %d", (int)rank);
-    llmpar__mesh_append_coordinate(text, capacity, used, picture->degree, coordinate);
-    llmpar__mesh_append(text, capacity, used, "  [");
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
-    llmpar__mesh_append(text, capacity, used, "]");
-    if (flat) llmpar__mesh_append(text, capacity, used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
-    llmpar__mesh_append(text, capacity, used, "  %lld bytes%s", (long long)(local.flat_count * (int64_t)llmpar_dtype_size(tensor->dtype)), local.is_owner ? "" : " (copy)");
+    llmpar__text_put(out, "rank %d", (int)rank);
+    llmpar__mesh_put_coordinate(out, picture->degree, coordinate);
+    llmpar__text_put(out, "  [");
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__text_put(out, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
+    llmpar__text_put(out, "]");
+    if (flat) llmpar__text_put(out, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
+    llmpar__text_put(out, "  %lld bytes%s", (long long)(local.flat_count * (int64_t)llmpar_dtype_size(tensor->dtype)), local.is_owner ? "" : " (copy)");
 }
 
 /* wq f32[12,16] [Shard(0) on tp, Flat(0) on dp_shard]
@@ -158,21 +156,20 @@ static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, c
 LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
 {
     enum { WIDTH = 40, ROWS = 64, COLUMNS = 24 };
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     llmpar__picture picture;
     char placements[256], elements[WIDTH], coordinates[WIDTH], cell[WIDTH];
     llmpar__picture_make(tensor, mesh, &picture);
     llmpar_dtensor_placements(tensor, placements, sizeof placements);
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append_tensor(text, capacity, &used, tensor);
-    llmpar__mesh_append(text, capacity, &used, " %s\n", placements);
+    llmpar__mesh_put_tensor(&out, tensor);
+    llmpar__text_put(&out, " %s\n", placements);
     for (int32_t r = 0; r < picture.ranks; r++) {
-        llmpar__mesh_append(text, capacity, &used, "  ");
-        llmpar__picture_rank(&picture, r, text, capacity, &used);
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "  ");
+        llmpar__picture_rank(&picture, r, &out);
+        llmpar__text_put(&out, "\n");
     }
     int32_t rows = picture.bands[0], columns = picture.bands[1];
-    if (!rows || rows > ROWS || columns > COLUMNS) return used;
+    if (!rows || rows > ROWS || columns > COLUMNS) return out.used;
     int width[COLUMNS], left = 0, left_elements = 0, named = 0;
     for (int32_t c = 0; c < columns; c++) {
         llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
@@ -188,25 +185,25 @@ LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpa
         if ((int)strlen(elements) > left_elements) left_elements = (int)strlen(elements);
         if ((int)strlen(coordinates) > left) left = (int)strlen(coordinates);
     }
-    llmpar__mesh_append(text, capacity, &used, "  ranks that hold each part, by rows and columns\n");
+    llmpar__text_put(&out, "  ranks that hold each part, by rows and columns\n");
     for (int line = 0; line < 1 + named; line++) {
-        llmpar__mesh_append(text, capacity, &used, "    %*s  %*s  ", left_elements, "", left, "");
+        llmpar__text_put(&out, "    %*s  %*s  ", left_elements, "", left, "");
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
-            llmpar__mesh_append(text, capacity, &used, " %-*s ", width[c], line ? coordinates : elements);
+            llmpar__text_put(&out, " %-*s ", width[c], line ? coordinates : elements);
         }
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "\n");
     }
     for (int32_t r = 0; r < rows; r++) {
         llmpar__picture_label(&picture, 0, r, elements, coordinates, WIDTH);
-        llmpar__mesh_append(text, capacity, &used, "    %-*s  %-*s |", left_elements, tensor->dims == 2 ? elements : "", left, coordinates);
+        llmpar__text_put(&out, "    %-*s  %-*s |", left_elements, tensor->dims == 2 ? elements : "", left, coordinates);
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
-            llmpar__mesh_append(text, capacity, &used, " %-*s|", width[c], cell);
+            llmpar__text_put(&out, " %-*s|", width[c], cell);
         }
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "\n");
     }
-    return used;
+    return out.used;
 }
 
 /* ---- SVG ---- */
@@ -222,13 +219,13 @@ static unsigned llmpar__picture_color(int32_t rank)
 }
 
 /* Text content: what XML forbids or reads as markup is written as entities or replaced. */
-static void llmpar__picture_escape(char *text, size_t capacity, size_t *used, const char *content)
+static void llmpar__picture_escape(llmpar__text *out, const char *content)
 {
     for (; *content; content++) {
         unsigned char c = (unsigned char)*content;
         const char *entity = c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '"' ? "&quot;" : c < 0x20 || c >= 0x7f ? "?" : NULL;
-        if (entity) llmpar__mesh_append(text, capacity, used, "%s", entity);
-        else llmpar__mesh_append(text, capacity, used, "%c", (int)c);
+        if (entity) llmpar__text_put(out, "%s", entity);
+        else llmpar__text_put(out, "%c", (int)c);
     }
 }
 
@@ -274,7 +271,8 @@ static void llmpar__picture_pixels(const llmpar__picture *picture, int dim, int3
 LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
 {
     enum { TOP = 110, WHOLE = 640, LINE = 20, LABEL = 96 };
-    size_t used = 0, length;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__text words;
     llmpar__picture picture;
     char line[512], elements[LABEL], coordinates[LABEL], cell[LABEL], next[LABEL];
     int32_t x[LLMPAR__PICTURE_BANDS + 1], y[LLMPAR__PICTURE_BANDS + 1];
@@ -289,58 +287,57 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     x[0] = left < 100 ? 100 : left;
     llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)((double)WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
     int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
+    llmpar__text_put(&out, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
                         (int)width, (int)height, (int)width, (int)height);
-    llmpar__mesh_append(text, capacity, &used, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
-    length = 0;
-    llmpar__mesh_append_tensor(line, sizeof line, &length, tensor);
-    llmpar__picture_escape(text, capacity, &used, line);
+    llmpar__text_put(&out, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
+    words = llmpar__text_begin(line, sizeof line);
+    llmpar__mesh_put_tensor(&words, tensor);
+    llmpar__picture_escape(&out, line);
     llmpar_dtensor_placements(tensor, line, sizeof line);
-    llmpar__mesh_append(text, capacity, &used, "</text>\n<text id=\"placements\" x=\"24\" y=\"57\" fill=\"#555555\">%s</text>\n", line);
+    llmpar__text_put(&out, "</text>\n<text id=\"placements\" x=\"24\" y=\"57\" fill=\"#555555\">%s</text>\n", line);
     for (int32_t c = 0; c < columns; c++) {
         llmpar__picture_label(&picture, 1, c, elements, coordinates, LABEL);
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"column-%d\" text-anchor=\"middle\"><text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)c,
+        llmpar__text_put(&out, "<g id=\"column-%d\" text-anchor=\"middle\"><text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)c,
                             (int)(x[c] + x[c + 1]) / 2, TOP - 10, coordinates, (int)(x[c] + x[c + 1]) / 2, coordinates[0] ? TOP - 26 : TOP - 10, elements);
     }
     for (int32_t r = 0; r < rows; r++) {
         int32_t middle = (y[r] + y[r + 1]) / 2 + 5;
         llmpar__picture_label(&picture, 0, r, elements, coordinates, LABEL);
         if (tensor->dims == 1) elements[0] = 0;
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"row-%d\" text-anchor=\"end\">", (int)r);
+        llmpar__text_put(&out, "<g id=\"row-%d\" text-anchor=\"end\">", (int)r);
         if (coordinates[0] && y[r + 1] - y[r] >= 40) /* one above the other, or side by side */
-            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)x[0] - 10, (int)middle - 8, coordinates, (int)x[0] - 10, (int)middle + 9, elements);
+            llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)x[0] - 10, (int)middle - 8, coordinates, (int)x[0] - 10, (int)middle + 9, elements);
         else
-            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-size=\"12\"><tspan font-weight=\"bold\">%s</tspan> <tspan fill=\"#555555\">%s</tspan></text></g>\n", (int)x[0] - 10, (int)middle, coordinates, elements);
+            llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" font-size=\"12\"><tspan font-weight=\"bold\">%s</tspan> <tspan fill=\"#555555\">%s</tspan></text></g>\n", (int)x[0] - 10, (int)middle, coordinates, elements);
     }
     for (int32_t r = 0; r < rows; r++)
         for (int32_t c = 0; c < columns; c++) {
             int32_t first = llmpar__picture_holders(&picture, r, c, cell, sizeof cell), w = x[c + 1] - x[c], h = y[r + 1] - y[r];
-            llmpar__mesh_append(text, capacity, &used, "<rect id=\"cell-%d-%d\" data-ranks=\"%s\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%06x\"/>\n", (int)r, (int)c, cell, (int)x[c], (int)y[r], (int)w, (int)h, first < 0 ? 0xeeeeeeu : llmpar__picture_color(first));
+            llmpar__text_put(&out, "<rect id=\"cell-%d-%d\" data-ranks=\"%s\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%06x\"/>\n", (int)r, (int)c, cell, (int)x[c], (int)y[r], (int)w, (int)h, first < 0 ? 0xeeeeeeu : llmpar__picture_color(first));
             if (llmpar__picture_named(&picture, x, y, r, c))
-                llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s %s</text>\n", (int)x[c] + w / 2, (int)y[r] + h / 2 + 5, strchr(cell, ' ') || strchr(cell, '-') ? "ranks" : "rank", cell);
+                llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s %s</text>\n", (int)x[c] + w / 2, (int)y[r] + h / 2 + 5, strchr(cell, ' ') || strchr(cell, '-') ? "ranks" : "rank", cell);
         }
-    llmpar__mesh_append(text, capacity, &used, "<g stroke=\"#444444\" stroke-width=\"1.5\" stroke-linecap=\"square\">\n");
+    llmpar__text_put(&out, "<g stroke=\"#444444\" stroke-width=\"1.5\" stroke-linecap=\"square\">\n");
     for (int32_t r = 0; r < rows; r++) /* a line where the ranks change */
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
             next[0] = 0;
             if (c + 1 < columns) llmpar__picture_holders(&picture, r, c + 1, next, sizeof next);
-            if (c + 1 < columns && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dV%d\"/>\n", (int)x[c + 1], (int)y[r], (int)y[r + 1]);
+            if (c + 1 < columns && strcmp(cell, next)) llmpar__text_put(&out, "<path d=\"M%d %dV%d\"/>\n", (int)x[c + 1], (int)y[r], (int)y[r + 1]);
             if (r + 1 < rows) llmpar__picture_holders(&picture, r + 1, c, next, sizeof next);
-            if (r + 1 < rows && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dH%d\"/>\n", (int)x[c], (int)y[r + 1], (int)x[c + 1]);
+            if (r + 1 < rows && strcmp(cell, next)) llmpar__text_put(&out, "<path d=\"M%d %dH%d\"/>\n", (int)x[c], (int)y[r + 1], (int)x[c + 1]);
         }
-    if (rows) llmpar__mesh_append(text, capacity, &used, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\"/>\n", (int)x[0], (int)y[0], (int)(x[columns] - x[0]), (int)(y[rows] - y[0]));
-    llmpar__mesh_append(text, capacity, &used, "</g>\n");
+    if (rows) llmpar__text_put(&out, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\"/>\n", (int)x[0], (int)y[0], (int)(x[columns] - x[0]), (int)(y[rows] - y[0]));
+    llmpar__text_put(&out, "</g>\n");
     for (int32_t r = 0; r < legend; r++) {
-        length = 0;
-        llmpar__picture_rank(&picture, r, line, sizeof line, &length);
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"rank-%d\"><rect x=\"24\" y=\"%d\" width=\"13\" height=\"13\" fill=\"#%06x\" stroke=\"#444444\"/><text x=\"46\" y=\"%d\" font-size=\"12\" xml:space=\"preserve\">%s</text></g>\n", (int)r, (int)(under + LINE * r - 11),
+        words = llmpar__text_begin(line, sizeof line);
+        llmpar__picture_rank(&picture, r, &words);
+        llmpar__text_put(&out, "<g id=\"rank-%d\"><rect x=\"24\" y=\"%d\" width=\"13\" height=\"13\" fill=\"#%06x\" stroke=\"#444444\"/><text x=\"46\" y=\"%d\" font-size=\"12\" xml:space=\"preserve\">%s</text></g>\n", (int)r, (int)(under + LINE * r - 11),
                             llmpar__picture_color(llmpar__picture_first(&picture, r)), (int)(under + LINE * r), line);
     }
-    if (legend < picture.ranks) llmpar__mesh_append(text, capacity, &used, "<text x=\"46\" y=\"%d\" font-size=\"12\">and %d more ranks</text>\n", (int)(under + LINE * legend), (int)(picture.ranks - legend));
-    llmpar__mesh_append(text, capacity, &used, "</svg>\n");
-    return used;
+    if (legend < picture.ranks) llmpar__text_put(&out, "<text x=\"46\" y=\"%d\" font-size=\"12\">and %d more ranks</text>\n", (int)(under + LINE * legend), (int)(picture.ranks - legend));
+    llmpar__text_put(&out, "</svg>\n");
+    return out.used;
 }
 
 #undef LLMPAR__PICTURE_BANDS

@@ -433,10 +433,10 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
     char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
-    size_t used = 0;
+    llmpar__text words = llmpar__text_begin(tag, sizeof tag);
     llmpar_dtensor_placements(&plan->from, before, sizeof before);
     llmpar_dtensor_placements(to, after, sizeof after);
-    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
+    llmpar__text_put(&words, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
     llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag);
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);

@@ -300,9 +300,9 @@ static llmpar_status llmpar__redistribute_check(const llmpar_dtensor *from, cons
     }
     if (!same) {
         char got[128], expected[128];
-        size_t a = 0, b = 0;
-        llmpar__mesh_append_tensor(expected, sizeof expected, &a, from);
-        llmpar__mesh_append_tensor(got, sizeof got, &b, to);
+        llmpar__text a = llmpar__text_begin(expected, sizeof expected), b = llmpar__text_begin(got, sizeof got);
+        llmpar__mesh_put_tensor(&a, from);
+        llmpar__mesh_put_tensor(&b, to);
         return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "redistribute: from %s to %s: expected one dtype and shape", expected, got);
     }
     if (elements > INT64_MAX / 4 / ranks / (int64_t)llmpar_dtype_size(from->dtype)) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: redistribute: the bytes of all %lld ranks overflow", name, (long long)ranks);
@@ -383,19 +383,18 @@ LLMPAR_DEF llmpar_status llmpar_redistribute_plan_make(const llmpar_dtensor *fro
 LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan *plan, char *text, size_t capacity)
 {
     static const char *const names[] = { "local", "all_gather", "broadcast", "reduce_scatter", "all_reduce", "all_to_all", "exchange" };
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     char from[256], to[256];
-    if (capacity) text[0] = 0;
     llmpar_dtensor_placements(&plan->from, from, sizeof from);
     llmpar_dtensor_placements(&plan->to, to, sizeof to);
-    llmpar__mesh_append_tensor(text, capacity, &used, &plan->from);
-    llmpar__mesh_append(text, capacity, &used, ": %s -> %s\n", from, to);
+    llmpar__mesh_put_tensor(&out, &plan->from);
+    llmpar__text_put(&out, ": %s -> %s\n", from, to);
     for (int32_t i = 0; i < plan->steps; i++) {
         const llmpar_redistribute_step *step = &plan->step[i];
         int axis = step->op != LLMPAR_REDISTRIBUTE_LOCAL && step->op != LLMPAR_REDISTRIBUTE_EXCHANGE;
         llmpar_dtensor_placements(&step->result, to, sizeof to);
-        llmpar__mesh_append(text, capacity, &used, "  %d  %-14s %-3s%-12s %10lld bytes  -> %s\n", (int)i + 1, names[step->op], axis ? "on" : "", axis ? llmpar_axis_name(step->axis) : "", (long long)step->bytes, to);
+        llmpar__text_put(&out, "  %d  %-14s %-3s%-12s %10lld bytes  -> %s\n", (int)i + 1, names[step->op], axis ? "on" : "", axis ? llmpar_axis_name(step->axis) : "", (long long)step->bytes, to);
     }
-    llmpar__mesh_append(text, capacity, &used, "%lld bytes are sent by %d ranks together; no plan can send less than %lld\n", (long long)plan->bytes, (int)llmpar__redistribute_ranks(plan->degree), (long long)plan->bound);
-    return used;
+    llmpar__text_put(&out, "%lld bytes are sent by %d ranks together; no plan can send less than %lld\n", (long long)plan->bytes, (int)llmpar__redistribute_ranks(plan->degree), (long long)plan->bound);
+    return out.used;
 }

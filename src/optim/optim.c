@@ -93,60 +93,41 @@ static llmpar_status llmpar__optim_begin(void *state, double grad_norm, double *
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__optim_adamw_update(void *state, const llmpar_update *update)
+/* AdamW, SGD, LOMO. Segment by segment: decay differs, and padding between them must stay zero. */
+static llmpar_status llmpar__optim_update(void *state, const llmpar_update *update)
 {
     llmpar_optim *optim = (llmpar_optim *)state;
+    const llmpar_optim_desc *desc = &optim->desc;
     llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    size_t size = llmpar_dtype_size(update->dtype);
+    int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
-    /* Segment by segment: decay differs, and padding between them must stay zero. */
+    llmpar_adamw_args adamw;
+    llmpar_sgd_args sgd;
+    memset(&adamw, 0, sizeof adamw);
+    adamw.lr = optim->lr;
+    adamw.beta1 = desc->beta1;
+    adamw.beta2 = desc->beta2;
+    adamw.eps = desc->eps;
+    adamw.correction1 = 1 - optim->power1;
+    adamw.correction2 = 1 - optim->power2;
+    adamw.grad_scale = update->grad_scale;
+    adamw.dtype = update->dtype;
+    memset(&sgd, 0, sizeof sgd);
+    sgd.lr = optim->lr;
+    sgd.momentum = desc->momentum;
+    sgd.limit = desc->clip_value;
+    sgd.grad_scale = update->grad_scale;
+    sgd.dtype = update->dtype;
     for (int32_t s = 0; s < update->segment_count && !status; s++) {
         const llmpar_segment *segment = &update->segments[s];
-        size_t begin = (size_t)segment->begin * size;
-        llmpar_adamw_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)segment->count;
-        args.p = (char *)update->param + begin;
-        args.g = (const char *)update->grad + begin;
-        args.m = (char *)update->state[0] + begin;
-        args.v = (char *)update->state[1] + begin;
-        args.lr = optim->lr;
-        args.beta1 = optim->desc.beta1;
-        args.beta2 = optim->desc.beta2;
-        args.eps = optim->desc.eps;
-        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
-        args.correction1 = 1 - optim->power1;
-        args.correction2 = 1 - optim->power2;
-        args.grad_scale = update->grad_scale;
-        args.dtype = update->dtype;
-        status = device->adamw(device, update->stream, &args);
-    }
-    return status;
-}
-
-/* SGD and LOMO. */
-static llmpar_status llmpar__optim_sgd_update(void *state, const llmpar_update *update)
-{
-    llmpar_optim *optim = (llmpar_optim *)state;
-    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    size_t size = llmpar_dtype_size(update->dtype);
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < update->segment_count && !status; s++) {
-        const llmpar_segment *segment = &update->segments[s];
-        size_t begin = (size_t)segment->begin * size;
-        llmpar_sgd_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)segment->count;
-        args.p = (char *)update->param + begin;
-        args.g = (const char *)update->grad + begin;
-        if (optim->desc.momentum > 0) args.m = (char *)update->state[0] + begin;
-        args.lr = optim->lr;
-        args.momentum = optim->desc.momentum;
-        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
-        args.limit = optim->desc.clip_value;
-        args.grad_scale = update->grad_scale;
-        args.dtype = update->dtype;
-        status = device->sgd(device, update->stream, &args);
+        size_t begin = (size_t)segment->begin * llmpar_dtype_size(update->dtype);
+        adamw.count = sgd.count = (size_t)segment->count;
+        adamw.p = sgd.p = (char *)update->param + begin;
+        adamw.g = sgd.g = (const char *)update->grad + begin;
+        adamw.m = sgd.m = states > 0 ? (char *)update->state[0] + begin : NULL;
+        adamw.v = states > 1 ? (char *)update->state[1] + begin : NULL;
+        adamw.decay = sgd.decay = segment->no_decay || desc->decay < 0 ? 0 : desc->decay;
+        status = desc->kind == LLMPAR_OPTIM_ADAMW ? device->adamw(device, update->stream, &adamw) : device->sgd(device, update->stream, &sgd);
     }
     return status;
 }
@@ -179,7 +160,7 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     optim->power1 = optim->power2 = 1;
     optim->table.state = optim;
     optim->table.begin_step = llmpar__optim_begin;
-    optim->table.update = resolved.kind == LLMPAR_OPTIM_ADAMW ? llmpar__optim_adamw_update : resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_sgd_update;
+    optim->table.update = resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_update;
     if (resolved.kind == LLMPAR_OPTIM_ADALOMO) status = llmpar__adalomo_create(optim);
     if (status) {
         llmpar_optim_destroy(optim);

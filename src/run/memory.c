@@ -1,7 +1,7 @@
 #include "run/trainer.h"
 #include "run/trainer_internal.h"
+#include "base/text_internal.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -37,18 +37,6 @@ static llmpar_status llmpar__memory_largest(llmpar_ctx *ctx, const char *tag, in
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value) { return llmpar__memory_largest(ctx, tag, value, 1); }
 
-typedef struct llmpar__memory_text { char *text; size_t capacity, used; } llmpar__memory_text;
-static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...)
-{
-    va_list list;
-    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
-    va_start(list, format);
-    int n = vsnprintf(room ? out->text + out->used : NULL, room, format, list);
-    va_end(list);
-    if (n > 0) out->used += (size_t)n;
-}
-
 /* memory in bytes, the smallest .. the largest of 4 ranks
                           after init   before the optimizer                   peak
      parameters              1048576                1048576                1048576
@@ -70,23 +58,19 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
         }
     llmpar_status status = ctx ? llmpar__memory_largest(ctx, "memory", values, 2 * CELLS) : LLMPAR_OK;
     int32_t world = ctx ? ctx->world : 1;
-    llmpar__memory_text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.used = 0;
-    if (capacity) text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     if (status || (ctx && ctx->rank)) return status;
-    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    llmpar__text_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
     for (int row = 0; row < ROWS; row++) {
-        llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
+        llmpar__text_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
         for (int column = 0; column < COLUMNS; column++) {
             long long high = values[row * COLUMNS + column], low = -values[CELLS + row * COLUMNS + column];
             char cell[48];
             if (low == high) snprintf(cell, sizeof cell, "%lld", high);
             else snprintf(cell, sizeof cell, "%lld .. %lld", low, high);
-            llmpar__memory_put(&out, "%25s", cell);
+            llmpar__text_put(&out, "%25s", cell);
         }
-        llmpar__memory_put(&out, "\n");
+        llmpar__text_put(&out, "\n");
     }
     return LLMPAR_OK;
 }

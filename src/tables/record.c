@@ -5,12 +5,12 @@
 #include "tables/record.h"
 
 #include <sched.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
 #include "base/json.h"
+#include "base/text_internal.h"
 
 typedef struct llmpar__record_entry {
     llmpar_call call;
@@ -39,16 +39,6 @@ struct llmpar_record {
 
 /* ---- texts ---- */
 
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
-    va_end(args);
-    if (n > 0) *used += (size_t)n;
-}
-
 LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
 {
     static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
@@ -57,22 +47,26 @@ LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
 
 static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
 
+static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
+{
+    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
+    llmpar__text_put(out, " \"%s\"", call->tag);
+    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__text_put(out, " (on %s)", call->axis);
+}
+
 LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
-    if (call->op == LLMPAR_CALL_NONE) return used;
-    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__record_append(text, capacity, &used, call->reduce == LLMPAR_MAX ? " max" : " sum");
-    if (call->blocks > 1) llmpar__record_append(text, capacity, &used, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
-    else if (call->blocks) llmpar__record_append(text, capacity, &used, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
-    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__record_append(text, capacity, &used, " from root %d", (int)call->root);
-    if (call->op == LLMPAR_CALL_SEND) llmpar__record_append(text, capacity, &used, " to %d", (int)call->peer);
-    if (call->op == LLMPAR_CALL_RECV) llmpar__record_append(text, capacity, &used, " from %d", (int)call->peer);
-    llmpar__record_append(text, capacity, &used, " \"%s\"", call->tag);
-    if (call->number) llmpar__record_append(text, capacity, &used, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
-    else llmpar__record_append(text, capacity, &used, " (on %s)", call->axis);
-    return used;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__record_put_call(&out, call);
+    return out.used;
 }
 
 static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
@@ -100,7 +94,7 @@ LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
 LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
 {
     const llmpar_call *side[2];
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
     static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
     side[0] = a;
@@ -114,15 +108,14 @@ LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *
     differ[6] = a->root != b->root;
     differ[7] = a->reduce != b->reduce;
     differ[8] = a->tag_bits != b->tag_bits;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "the ranks of %s disagree in", a->axis);
+    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
     for (int i = 0; i < 9; i++)
-        if (differ[i]) llmpar__record_append(text, capacity, &used, "%s%s", fields++ ? ", " : " ", name[i]);
+        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
     for (int i = 0; i < 2; i++) {
-        llmpar__record_append(text, capacity, &used, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
-        used += llmpar_call_print(side[i], used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        llmpar__record_put_call(&out, side[i]);
     }
-    return used;
+    return out.used;
 }
 
 /* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
@@ -138,9 +131,8 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
     static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
     uint64_t seen[SITUATIONS];
     int count = 0;
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     llmpar_position p, q;
-    if (capacity) text[0] = 0;
     for (int inside = 0; inside < 2; inside++)
         for (int32_t i = 0; i < ranks; i++) {
             get(user, i, &p);
@@ -150,8 +142,8 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
             while (k < count && seen[k] != key) k++;
             if (k < count) continue;
             if (count == SITUATIONS) {
-                llmpar__record_append(text, capacity, &used, "; ...");
-                return used;
+                llmpar__text_put(&out, "; ...");
+                return out.used;
             }
             seen[count++] = key;
             int32_t alike = 1, named = 1;
@@ -159,20 +151,20 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
                 get(user, j, &q);
                 alike += llmpar__record_situation(&q) == key;
             }
-            llmpar__record_append(text, capacity, &used, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
             for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
                 get(user, j, &q);
                 if (llmpar__record_situation(&q) != key) continue;
-                llmpar__record_append(text, capacity, &used, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
                 named++;
             }
-            if (named < alike) llmpar__record_append(text, capacity, &used, " and %d more", (int)(alike - named));
-            llmpar__record_append(text, capacity, &used, ": %s", states[p.state]);
-            if (p.state == LLMPAR_POSITION_INSIDE) used += llmpar_call_print(&p.now, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
-            llmpar__record_append(text, capacity, &used, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
-            if (p.last.op != LLMPAR_CALL_NONE) used += llmpar_call_print(&p.last, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
+            llmpar__text_put(&out, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
+            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
         }
-    return used;
+    return out.used;
 }
 
 /* ---- the ring ---- */
@@ -345,7 +337,7 @@ static void llmpar__record_group_name(char *text, size_t capacity, const llmpar_
     else snprintf(text, capacity, "%s", g->axis);
 }
 
-static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, char *text, size_t capacity, size_t *used)
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
 {
     const llmpar_call *c = &e->call;
     const llmpar__record_group *g = &record->groups[e->group];
@@ -363,14 +355,12 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
     if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
     if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
     if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
-    llmpar__record_append(text, capacity, used,
-                          "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
                           (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
                           (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
-    llmpar__record_append(text, capacity, used, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
                           (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
-    llmpar__record_append(text, capacity, used,
-                          "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
                           "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
                           e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
                           llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
@@ -378,33 +368,32 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
 
 LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
 {
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     char group[48], name[320], axis[160], where[320];
-    if (capacity) text[0] = 0;
     llmpar__record_lock(record);
     llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
-    llmpar__record_append(text, capacity, &used, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
         llmpar__record_group_name(group, sizeof group, g);
         llmpar_json_escape(group, strlen(group), name, sizeof name);
         llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-        llmpar__record_append(text, capacity, &used, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
-        for (int32_t k = 0; k < g->ranks; k++) llmpar__record_append(text, capacity, &used, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
-        llmpar__record_append(text, capacity, &used, "]\"}");
+        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__text_put(&out, "]\"}");
     }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"pg_status\": {");
+    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_append(text, capacity, &used, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
                               (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
     }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"entries\": [");
+    llmpar__text_put(&out, "\n },\n \"entries\": [");
     for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
-        llmpar__record_append(text, capacity, &used, id == llmpar__record_oldest(record) ? "\n" : ",\n");
-        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], text, capacity, &used);
+        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
     }
-    llmpar__record_append(text, capacity, &used, "\n ]\n}\n");
+    llmpar__text_put(&out, "\n ]\n}\n");
     llmpar__record_unlock(record);
-    return used;
+    return out.used;
 }
