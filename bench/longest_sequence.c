@@ -34,23 +34,7 @@ typedef struct search {
     double loss;
 } search;
 
-static llmpar_llama_config bench_model(void)
-{
-    llmpar_llama_config c;
-    memset(&c, 0, sizeof c);
-    c.vocab = 256;
-    c.hidden = 128;
-    c.intermediate = 352;
-    c.layers = 12;
-    c.heads = 8;
-    c.kv_heads = 8;
-    c.head_dim = 16;
-    c.max_positions = 1 << 17;
-    c.rms_eps = 1e-5;
-    c.rope_theta = 500000;
-    c.bos_id = -1;
-    return c;
-}
+static const llmpar_llama_config bench_model = { .vocab = 256, .hidden = 128, .intermediate = 352, .layers = 12, .heads = 8, .kv_heads = 8, .head_dim = 16, .max_positions = 1 << 17, .rms_eps = 1e-5, .rope_theta = 500000, .bos_id = -1 };
 
 static int64_t longest; /* of all, for the source of tokens: set before the ranks start */
 static llmpar_status bench_sequence(void *user, int64_t index, int32_t *tokens)
@@ -81,7 +65,7 @@ static void bench_desc(const search *s, const int64_t *length, llmpar_trainer_de
 /* Would a step of this length fit? The same answer on every rank: the plan's largest peak decides. */
 static llmpar_status bench_fits(llmpar_ctx *ctx, llmpar_mesh *mesh, const search *s, int64_t length, int *fits)
 {
-    llmpar_llama_config config = bench_model();
+    llmpar_llama_config config = bench_model;
     llmpar_llama_desc model_desc;
     llmpar_llama *model = NULL;
     llmpar_trainer_desc desc;
@@ -131,7 +115,7 @@ static llmpar_status bench_search(llmpar_ctx *ctx, void *user)
         }
         if (!ctx->rank) s->length = low * s->step;
     } else if (!status) { /* a real step, with the arena's limit on */
-        llmpar_llama_config config = bench_model();
+        llmpar_llama_config config = bench_model;
         llmpar_llama_desc model_desc;
         llmpar_llama *model = NULL;
         llmpar_trainer *trainer = NULL;
@@ -165,7 +149,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: longest_sequence [LIMIT_MIB [STEP]]\n");
         return 2;
     }
-    llmpar_llama_config config = bench_model();
+    llmpar_llama_config config = bench_model;
     longest = (int64_t)config.max_positions;
     printf("longest trainable sequence, 4 ranks, %.4g MiB each; %d layers, hidden %d, %.2f million parameters, f32, AdamW\n", mib, (int)config.layers, (int)config.hidden, (double)llmpar_llama_param_count(&config) * 1e-6);
     printf("%-44s %10s %12s %12s\n", "policy", "tokens", "peak bytes", "one longer");

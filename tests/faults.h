@@ -44,19 +44,6 @@ typedef struct fault_case {
     llmpar_error error;
 } fault_case;
 
-static double fault_clock(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void fault_nap(double seconds)
-{
-    struct timespec t = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };
-    nanosleep(&t, NULL);
-}
-
 /* Does this mutation change anything in this collective? */
 static inline int fault_applies(fault_x x, fault_kind kind)
 {
@@ -126,14 +113,14 @@ static llmpar_status fault_script(llmpar_ctx *ctx, fault_case *c, const llmpar_m
         case FAULT_TAG: call.tag = "layers.4.wo/x"; break;
         case FAULT_LONG_TAG: call.tag = "layers.3.self_attention.output_projection.weight/of_the_fourth_pass/X"; break;
         case FAULT_ERROR:
-            c->failed_at = fault_clock();
+            c->failed_at = test_clock();
             return st ? st : llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
         case FAULT_RETURNS:
-            c->failed_at = fault_clock();
+            c->failed_at = test_clock();
             return st;
         case FAULT_AWAY:
-            c->failed_at = fault_clock();
-            while (!__atomic_load_n(&c->release, __ATOMIC_SEQ_CST)) fault_nap(0.002);
+            c->failed_at = test_clock();
+            while (!__atomic_load_n(&c->release, __ATOMIC_SEQ_CST)) test_sleep(0.002);
             break;
         default: break;
         }
@@ -159,7 +146,7 @@ static llmpar_status fault_rank(llmpar_ctx *ctx, void *user)
     llmpar_mesh_destroy(mesh);
     free(b);
     c->status[ctx->rank] = st;
-    c->returned_at[ctx->rank] = fault_clock();
+    c->returned_at[ctx->rank] = test_clock();
     snprintf(c->text[ctx->rank], sizeof c->text[0], "%s", llmpar_last_error(ctx));
     if (ctx->rank != c->culprit && __atomic_add_fetch(&c->survivors, 1, __ATOMIC_SEQ_CST) == FAULTS_RANKS - 1 && !c->keep_away) __atomic_store_n(&c->release, 1, __ATOMIC_SEQ_CST);
     return st;

@@ -235,12 +235,6 @@ static void net_units(const net_job *job, llmpar_unit units[NET_UNITS])
     }
 }
 
-static void net_no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static llmpar_status net_rank(llmpar_ctx *ctx, void *user)
 {
     const net_job *job = (const net_job *)user;
@@ -263,7 +257,7 @@ static llmpar_status net_launch(const net_job *job, llmpar_error *error)
     llmpar_launch_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.ranks = (job->mesh.dp_replicate ? job->mesh.dp_replicate : 1) * (job->mesh.dp_shard ? job->mesh.dp_shard : 1);
-    desc.check = net_no_leak;
+    desc.check = test_no_leak;
     return llmpar_launch(&desc, net_rank, (void *)(uintptr_t)job, error);
 }
 

@@ -4,6 +4,7 @@
 #ifndef HALF_CASES_H
 #define HALF_CASES_H
 
+#include "bits.h"
 #include "ops.h"
 
 /* How a case runs. */
@@ -23,8 +24,6 @@ static inline void log_add(uint32_t bits)
     }
     log_bits[log_now][log_count[log_now]++] = bits;
 }
-static inline uint32_t bits_of(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
-static inline float float_of(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
 static inline uint16_t rounded(float x, llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? llmpar_f32_to_bf16(x) : llmpar_f32_to_f16(x); }
 static inline float widened(uint16_t x, llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(x) : llmpar_f16_to_f32(x); }
 

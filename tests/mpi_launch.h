@@ -6,25 +6,6 @@
 
 #include <time.h>
 
-static inline double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static inline void nap(double seconds)
-{
-    struct timespec t = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };
-    nanosleep(&t, NULL);
-}
-
-static inline void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static char logged[4096]; /* the lines of this process, one after the other */
 static inline void keep_line(void *user, int rank, llmpar_log_level level, const char *line)
 {
@@ -35,7 +16,7 @@ static inline void keep_line(void *user, int rank, llmpar_log_level level, const
 
 static inline llmpar_status launch_with(const llmpar_mpi_desc *mpi, double deadline, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
-    llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .mpi = mpi, .deadline = deadline, .check = no_leak, .log = keep_line };
+    llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_MPI, .mpi = mpi, .deadline = deadline, .check = test_no_leak, .log = keep_line };
     logged[0] = 0;
     return llmpar_launch(&desc, fn, user, error);
 }
@@ -57,7 +38,7 @@ static inline llmpar_status nothing(llmpar_ctx *ctx, void *user)
 static inline llmpar_status late(llmpar_ctx *ctx, void *user)
 {
     llmpar_status st = llmpar_comm_barrier(ctx->comm, NULL, "first");
-    if (ctx->rank == ctx->world - 1) nap(*(double *)user);
+    if (ctx->rank == ctx->world - 1) test_sleep(*(double *)user);
     if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "second");
     return st;
 }

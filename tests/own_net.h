@@ -215,12 +215,6 @@ typedef struct job {
     llmpar_status (*body)(const struct job *job, llmpar_fsdp *fsdp, llmpar_optim *adamw);
 } job;
 
-static inline void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static inline llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 {
     const job *j = (const job *)user;
@@ -245,7 +239,7 @@ static inline llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 static inline llmpar_status launch(const job *j, llmpar_error *error)
 {
     int32_t ranks = (j->mesh.dp_replicate ? j->mesh.dp_replicate : 1) * (j->mesh.dp_shard ? j->mesh.dp_shard : 1) * (j->mesh.tp ? j->mesh.tp : 1);
-    llmpar_launch_desc desc = { .ranks = ranks, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = ranks, .check = test_no_leak };
     return llmpar_launch(&desc, run_rank, (void *)j, error);
 }
 

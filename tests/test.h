@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #ifdef LLMPAR_USE_MPI
 #include <mpi.h>
@@ -51,6 +52,26 @@ static inline int test_rounds(int rounds)
     const char *quick = getenv("LLMPAR_TEST_QUICK");
     return quick && quick[0] ? (rounds + 3) / 4 : rounds;
 #endif
+}
+
+/* Seconds of a clock that only goes forward. */
+static inline double test_clock(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+static inline void test_sleep(double seconds)
+{
+    struct timespec t = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };
+    nanosleep(&t, NULL);
+}
+
+/* For llmpar_launch_desc.check: a rank has given all its memory back. */
+static inline void test_no_leak(const llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+    CHECK_INT(ctx->heap.live, 0);
 }
 
 typedef struct test_entry { const char *name; void (*run)(void); } test_entry;

@@ -2,15 +2,10 @@
 #include "test.h"
 
 typedef llmpar_status (*body)(llmpar_ctx *ctx);
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
 static llmpar_status call_body(llmpar_ctx *ctx, void *user) { return (*(body *)user)(ctx); }
 static void on_one_rank(body run)
 {
-    llmpar_launch_desc desc = { .ranks = 1, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 1, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, call_body, &run, NULL));
 }
 

@@ -6,31 +6,12 @@
 
 /* ---- what every test needs ---- */
 
-static double now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static void nap(double seconds)
-{
-    struct timespec t = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };
-    nanosleep(&t, NULL);
-}
-
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 /* What a rank has to say is looked at in its error. */
 static void quiet(void *user, int rank, llmpar_log_level level, const char *line) { (void)user; (void)rank; (void)level; (void)line; }
 
 static llmpar_status launch(int ranks, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
-    llmpar_launch_desc desc = { .ranks = ranks, .log = quiet, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = ranks, .log = quiet, .check = test_no_leak };
     return llmpar_launch(&desc, fn, user, error);
 }
 
@@ -49,7 +30,7 @@ TEST(values)
 
 TEST(values_lockstep)
 {
-    llmpar_launch_desc desc = { .ranks = 3, .lockstep = 1, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 3, .lockstep = 1, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, all_samples, NULL, NULL));
 }
 
@@ -78,46 +59,7 @@ TEST(counts_bytes) { CHECK_OK(launch(4, counters, NULL, NULL)); }
 
 /* ---- split ---- */
 
-static llmpar_status splits(llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    int r = ctx->rank, n = ctx->world;
-    llmpar_comm *rows = NULL, *columns = NULL, *half = NULL;
-    CHECK_OK(llmpar_comm_split(ctx->comm, r / 2, -r, "rows", &rows)); /* keys downwards: the order is turned round */
-    CHECK_OK(llmpar_comm_split(ctx->comm, r % 2, 0, "columns", &columns));
-    CHECK_OK(llmpar_comm_split(ctx->comm, r == 0 ? -1 : 7, 0, "all but the first", &half));
-    CHECK(rows && columns);
-    CHECK((half == NULL) == (r == 0));
-    if (!rows || !columns) return LLMPAR_ERR_INTERNAL;
-    int members = r / 2 * 2 + 1 < n ? 2 : 1;
-    CHECK_INT(rows->ranks, members);
-    CHECK_INT(rows->rank, members == 1 ? 0 : 1 - r % 2);
-    CHECK_INT(columns->rank, r / 2);
-    CHECK_TEXT(columns->axis, "columns");
-    double x = (double)(1 << r), sum = 0, want = 0;
-    llmpar_collective call = { .send = &x, .recv = &sum, .count = 1, .dtype = LLMPAR_F64, .tag = "sum" };
-    for (int round = 0; round < 3; round++) {
-        CHECK_OK(llmpar_all_reduce(columns, NULL, &call));
-        want = 0;
-        for (int i = r % 2; i < n; i += 2) want += (double)(1 << i);
-        CHECK_NEAR(sum, want, 0);
-        if (half) {
-            CHECK_OK(llmpar_all_reduce(half, NULL, &call));
-            CHECK_NEAR(sum, (double)((1 << n) - 2), 0);
-        }
-        CHECK_OK(llmpar_all_reduce(rows, NULL, &call));
-    }
-    llmpar_comm *again = NULL;
-    CHECK_OK(llmpar_comm_split(columns, 0, 0, "again", &again));
-    llmpar_comm_destroy(columns);
-    CHECK_OK(llmpar_all_reduce(again, NULL, &call));
-    CHECK_NEAR(sum, want, 0);
-    llmpar_comm_destroy(again);
-    llmpar_comm_destroy(rows);
-    llmpar_comm_destroy(half);
-    return LLMPAR_OK;
-}
-TEST(split) { for (int n = 1; n <= 7; n++) CHECK_OK(launch(n, splits, NULL, NULL)); }
+TEST(split) { for (int n = 1; n <= 7; n++) CHECK_OK(launch(n, collectives_splits, NULL, NULL)); }
 
 static llmpar_status split_out_of_memory(llmpar_ctx *ctx, void *user)
 {
@@ -151,7 +93,7 @@ typedef struct report { llmpar_status status[8]; char text[8][1600]; double seco
 static void note(llmpar_ctx *ctx, report *out, llmpar_status st, double start)
 {
     out->status[ctx->rank] = st;
-    out->seconds[ctx->rank] = now() - start;
+    out->seconds[ctx->rank] = test_clock() - start;
     snprintf(out->text[ctx->rank], sizeof out->text[0], "%s", llmpar_last_error(ctx));
 }
 
@@ -171,7 +113,7 @@ static llmpar_status disagree(llmpar_ctx *ctx, void *user)
     else if (how % 10 == 5) st = llmpar_broadcast(ctx->comm, NULL, &call);
     else st = llmpar_all_reduce(ctx->comm, NULL, &call);
     for (int i = 0; i < 600; i++) CHECK(y[i] == 0); /* nothing moved */
-    note(ctx, out, st, now());
+    note(ctx, out, st, test_clock());
     return st;
 }
 TEST(mismatch)
@@ -200,7 +142,7 @@ static llmpar_status disagree_message(llmpar_ctx *ctx, void *user)
     float x[8] = { 1 };
     llmpar_collective call = { .send = x, .recv = x, .count = ctx->rank ? 4u : 5u, .dtype = LLMPAR_F32, .tag = "m", .peer = 1 - ctx->rank };
     llmpar_status st = ctx->rank ? llmpar_recv(ctx->comm, NULL, &call) : llmpar_send(ctx->comm, NULL, &call);
-    note(ctx, (report *)user, st, now());
+    note(ctx, (report *)user, st, test_clock());
     return st;
 }
 TEST(mismatch_of_a_message)
@@ -223,12 +165,12 @@ static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
     llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
     if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
     if (!st && ctx->rank == 3) {
-        nap(0.05); /* the others wait by now */
+        test_sleep(0.05); /* the others wait by now */
         llmpar_comm_destroy(pair);
-        out->seconds[7] = now();
+        out->seconds[7] = test_clock();
         return llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
     }
-    if (!st && ctx->rank == 0) nap(0.15); /* comes to its next collective only afterwards, and on another communicator */
+    if (!st && ctx->rank == 0) test_sleep(0.15); /* comes to its next collective only afterwards, and on another communicator */
     if (!st) st = llmpar_all_reduce(ctx->rank == 0 ? pair : ctx->comm, NULL, &call);
     note(ctx, out, st, out->seconds[7]);
     CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
@@ -257,7 +199,7 @@ static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
     float x = 1, y;
     llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_F32, .tag = "step/x", .peer = 1 };
     if (ctx->rank == 1) {
-        nap(*(double *)user);
+        test_sleep(*(double *)user);
         return LLMPAR_OK;
     }
     if (ctx->rank == 2) return llmpar_recv(ctx->comm, NULL, &call);
@@ -268,12 +210,12 @@ TEST(a_rank_that_returns_while_others_wait)
     for (int late = 0; late < 2; late++)
         for (int lockstep = 0; lockstep < 2; lockstep++) {
             llmpar_error error;
-            double delay = 0.05 * late, start = now();
-            llmpar_launch_desc desc = { .ranks = 3, .lockstep = lockstep, .deadline = 5, .log = quiet, .check = no_leak }; /* the deadline ends a test that fails */
+            double delay = 0.05 * late, start = test_clock();
+            llmpar_launch_desc desc = { .ranks = 3, .lockstep = lockstep, .deadline = 5, .log = quiet, .check = test_no_leak }; /* the deadline ends a test that fails */
             CHECK_STATUS(llmpar_launch(&desc, returns_early, &delay, &error), LLMPAR_ERR_MISMATCH);
             CHECK_TEXT(error.text, "rank 1 has returned without it");
             CHECK_TEXT(error.text, "step/x");
-            CHECK(now() - start < 2);
+            CHECK(test_clock() - start < 2);
         }
 }
 
@@ -281,17 +223,17 @@ static llmpar_status late(llmpar_ctx *ctx, void *user)
 {
     (void)user;
     llmpar_status st = llmpar_comm_barrier(ctx->comm, NULL, "first");
-    if (ctx->rank == 1) nap(1.6);
+    if (ctx->rank == 1) test_sleep(1.6);
     if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "second");
     return st;
 }
 TEST(deadline)
 {
     llmpar_error error;
-    llmpar_launch_desc desc = { .ranks = 3, .deadline = 0.4, .log = quiet, .check = no_leak };
-    double start = now();
+    llmpar_launch_desc desc = { .ranks = 3, .deadline = 0.4, .log = quiet, .check = test_no_leak };
+    double start = test_clock();
     CHECK_STATUS(llmpar_launch(&desc, late, NULL, &error), LLMPAR_ERR_TIMEOUT);
-    CHECK(now() - start < 10);
+    CHECK(test_clock() - start < 10);
     CHECK_TEXT(error.text, "barrier \"second\"");
     CHECK_TEXT(error.text, "waited 0.4 s");
     CHECK_TEXT(error.text, "rank 1: outside");
@@ -313,7 +255,7 @@ static llmpar_status crossed(llmpar_ctx *ctx, void *user)
 TEST(lockstep_finds_a_deadlock)
 {
     llmpar_error error;
-    llmpar_launch_desc desc = { .ranks = 2, .lockstep = 1, .log = quiet, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 2, .lockstep = 1, .log = quiet, .check = test_no_leak };
     CHECK_STATUS(llmpar_launch(&desc, crossed, NULL, &error), LLMPAR_ERR_MISMATCH);
     CHECK_TEXT(error.text, "nobody can go on");
     CHECK_TEXT(error.text, "on other");
@@ -328,7 +270,7 @@ static llmpar_status alone(llmpar_ctx *ctx, void *user)
     for (int i = 0; i < 20 && !st; i++) {
         CHECK_INT(running, 0); /* no atomics: ThreadSanitizer sees whether one rank at a time runs */
         running = 1;
-        if (ctx->rank == i % 3) nap(0.001);
+        if (ctx->rank == i % 3) test_sleep(0.001);
         running = 0;
         st = llmpar_comm_barrier(ctx->comm, NULL, "turn");
     }
@@ -336,7 +278,7 @@ static llmpar_status alone(llmpar_ctx *ctx, void *user)
 }
 TEST(lockstep_runs_one_rank_at_a_time)
 {
-    llmpar_launch_desc desc = { .ranks = 4, .lockstep = 1, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 4, .lockstep = 1, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, alone, NULL, NULL));
 }
 

@@ -18,13 +18,6 @@ typedef struct batch_cut { const char *name; int32_t accum, no_sync; } batch_cut
 static const batch_cut cuts[] = {{"", 1, 0}, {" accum 2 sync", 2, 0}, {" accum 2 no_sync", 2, 1}, {" accum 4 sync", 4, 0}, {" accum 4 no_sync", 4, 1}};
 enum { CUTS = sizeof cuts / sizeof cuts[0] };
 
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static int wants(const char *variable)
 {
     const char *value = getenv(variable);
@@ -113,7 +106,7 @@ static void matrix(int tied)
     train_result want;
     llmpar_llama_config config = train_config(tied);
     int full = wants("LLMPAR_TEST_FULL"), quick = wants("LLMPAR_TEST_QUICK"), before = compared;
-    double begin = seconds();
+    double begin = test_clock();
     reference(&config, NULL, LLMPAR_F32, &want);
     for (unsigned m = 0; m < MESHES; m++)
         for (unsigned c = 0; c < CUTS; c++)
@@ -122,7 +115,7 @@ static void matrix(int tied)
                 if (!full && options != chosen && (quick || options != (chosen ^ 7))) continue;
                 compare_options(&config, &meshes[m], &cuts[c], options, &want);
             }
-    printf("  %s: %d runs, %.1f s\n", tied ? "tied" : "untied", compared - before, seconds() - begin);
+    printf("  %s: %d runs, %.1f s\n", tied ? "tied" : "untied", compared - before, test_clock() - begin);
     train_result_free(&want);
 }
 
@@ -175,7 +168,7 @@ static void draw_policy(train_job *job, const mesh_shape *mesh, int fixed_accum,
 /* Each kind of run against one rank with no policy at all. */
 static void policies(llmpar_dtype dtype, llmpar_optim_kind optim, int chain, int draws)
 {
-    double begin = seconds();
+    double begin = test_clock();
     int before = compared, accum = chain ? 4 : 0;
     drawn = (uint64_t)dtype * 1000 + (uint64_t)optim * 10 + (uint64_t)chain;
     for (int tied = 0; tied < 2; tied++) {
@@ -201,7 +194,7 @@ static void policies(llmpar_dtype dtype, llmpar_optim_kind optim, int chain, int
             }
         train_result_free(&want);
     }
-    printf("  %d runs, %.1f s\n", compared - before, seconds() - begin);
+    printf("  %d runs, %.1f s\n", compared - before, test_clock() - begin);
 }
 static int draws(int usual) { return wants("LLMPAR_TEST_FULL") ? 10 * usual : wants("LLMPAR_TEST_QUICK") ? (usual + 5) / 6 : usual; }
 

@@ -15,13 +15,6 @@ enum { TRIES = 2 };
 enum { TRIES = 6 };
 #endif
 
-static double seconds(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 /* What a test wants to happen on one rank, and what happened. */
 enum { SLOT_ALLOC, SLOT_STREAM_CREATE, SLOT_EVENT_CREATE, SLOT_EVENT_RECORD, SLOT_EVENT_WAIT, SLOT_HOST_CALL, SLOT_COPY, SLOT_GEMM, SLOT_ADD, SLOT_SQUARE_SUM, SLOT_ADAMW, SLOTS };
 static const char *const slot_name[SLOTS] = {"alloc", "stream_create", "event_create", "event_record", "event_wait", "host_call", "copy", "gemm", "add", "square_sum", "adamw"};
@@ -80,7 +73,7 @@ static llmpar_status fail_host_call(llmpar_device *d, llmpar_stream *s, llmpar_s
     int begins = bytes < 100 && my_plan->calls[my_rank][SLOT_HOST_CALL] % 3 == 0;
     if (begins && ++my_plan->collectives[my_rank] == my_plan->nth && my_plan->away && my_plan->rank == my_rank) {
         struct timespec moment = { 0, 2000000 };
-        my_plan->failed_at = seconds();
+        my_plan->failed_at = test_clock();
         while (__atomic_load_n(&my_plan->survivors, __ATOMIC_SEQ_CST) < 3) nanosleep(&moment, NULL);
     }
     return planned(SLOT_HOST_CALL) && !my_plan->away ? plant(d, SLOT_HOST_CALL) : my_device.host_call(d, s, fn, arg, bytes);
@@ -124,9 +117,9 @@ static llmpar_status before_step(train_job *job, llmpar_ctx *ctx, llmpar_trainer
 static llmpar_status failed(train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer, llmpar_status status)
 {
     (void)job; (void)trainer;
-    if (my_plan->rank == my_rank && !my_plan->away) my_plan->failed_at = seconds();
+    if (my_plan->rank == my_rank && !my_plan->away) my_plan->failed_at = test_clock();
     snprintf(my_plan->text[my_rank], sizeof my_plan->text[0], "%s", llmpar_last_error(ctx));
-    my_plan->returned_at[my_rank] = seconds();
+    my_plan->returned_at[my_rank] = test_clock();
     if (my_plan->rank != my_rank) __atomic_add_fetch(&my_plan->survivors, 1, __ATOMIC_SEQ_CST);
     return status;
 }
@@ -192,7 +185,7 @@ static void expect(train_job *job, const char *name, llmpar_status want, const c
     const plan *p = (const plan *)job->user;
     train_result r;
     train_run(job, &r);
-    double late = p->failed_at > 0 ? seconds() - p->failed_at : 0;
+    double late = p->failed_at > 0 ? test_clock() - p->failed_at : 0;
     if (r.status != want || !strstr(r.error.text, part))
         TEST_FAIL("%s: got %s: rank %d: %s; expected %s: rank %d: .. %s ..", name, llmpar_status_string(r.status), (int)r.error.rank, r.error.text, llmpar_status_string(want), p->rank, part);
     else if (r.error.rank != p->rank) TEST_FAIL("%s: the error is rank %d's, expected rank %d's", name, (int)r.error.rank, p->rank);
@@ -397,7 +390,7 @@ static __thread by_hand *my_hand;
 static llmpar_status failing_op(llmpar_unit_call *call)
 {
     if (call->ctx->rank != my_hand->rank) return LLMPAR_OK; /* cannot be: only that rank has it */
-    my_hand->failed_at = seconds();
+    my_hand->failed_at = test_clock();
     return llmpar_fail(call->ctx, LLMPAR_ERR_UNSUPPORTED, "planted: an own instruction, pass %d, micro-batch %d", (int)call->pass, (int)call->micro->index);
 }
 
@@ -407,7 +400,7 @@ static llmpar_status failing_gradient(void *user, llmpar_fsdp *fsdp, int32_t uni
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     (void)shard;
     if (ctx->rank != h->rank || unit != h->gradient_unit) return LLMPAR_OK;
-    h->failed_at = seconds();
+    h->failed_at = test_clock();
     return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "planted: gradient of unit %d", (int)unit);
 }
 
@@ -515,7 +508,7 @@ static void hand_run(by_hand *h, llmpar_status want, const char *part)
     llmpar_status status = llmpar_launch(&launch, hand_rank, h, &error);
     if (status != want || !strstr(error.text, part) || (want && error.rank != h->rank))
         TEST_FAIL("unit %d %s instruction %d, gradient %d: got %s: rank %d: %s", h->unit, h->backward ? "backward" : "forward", h->op, h->gradient_unit, llmpar_status_string(status), (int)error.rank, error.text);
-    if (want) CHECK(seconds() - h->failed_at < 2);
+    if (want) CHECK(test_clock() - h->failed_at < 2);
     for (int i = 0; i < 4; i++) {
         CHECK_STATUS(h->status[i], !want ? LLMPAR_OK : i == h->rank ? want : LLMPAR_ERR_PEER);
         CHECK_INT(h->live[i], 0);

@@ -179,7 +179,7 @@ TEST(wrong_units_refused)
         { LLMPAR_ERR_ARGUMENT, "0 units" }, { LLMPAR_ERR_ARGUMENT, "table stands in units embed and score" }, { LLMPAR_ERR_ARGUMENT, "head stands in units score and score" }, { LLMPAR_ERR_SHAPE, "head" },
         { LLMPAR_ERR_SHAPE, "head" }, { LLMPAR_ERR_SHAPE, "head" }, { LLMPAR_ERR_ARGUMENT, "unit mix" }, { LLMPAR_ERR_ARGUMENT, "unit mix" },
     };
-    llmpar_launch_desc desc = { .ranks = 2, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
     for (wrong_units = 0; wrong_units < 8; wrong_units++) {
         llmpar_error error;
         CHECK_STATUS(llmpar_launch(&desc, create_wrong, &error, &error), rows[wrong_units].status);
@@ -205,7 +205,7 @@ TEST(out_of_memory)
     int failed = 0;
     failing_rank = 1;
     for (failing_call = 1; failing_call < 2000; failing_call += failing_call < 40 ? 1 : 7) {
-        llmpar_launch_desc desc = { .ranks = 2, .check = no_leak };
+        llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
         llmpar_error error;
         reached_end = 0;
         llmpar_status status = llmpar_launch(&desc, poor_rank, &j, &error);

@@ -135,19 +135,13 @@ static llmpar_status rank(llmpar_ctx *ctx, void *user)
     return status;
 }
 
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static void launch(job *j, const char *what)
 {
     llmpar_launch_desc desc;
     llmpar_error error;
     memset(&desc, 0, sizeof desc);
     desc.ranks = j->dp_replicate * j->dp_shard * j->tp;
-    desc.check = no_leak;
+    desc.check = test_no_leak;
     if (llmpar_launch(&desc, rank, j, &error)) TEST_FAIL("%s: rank %d (%s): %s", what, error.rank, error.where, error.text);
 }
 
@@ -302,7 +296,7 @@ TEST(in_the_recipe)
     llmpar_launch_desc desc;
     llmpar_error error;
     memset(&desc, 0, sizeof desc);
-    desc.check = no_leak;
+    desc.check = test_no_leak;
     for (int kind = 0; kind < LLMPAR_OPTIM_COUNT; kind++)
         for (int clip = 0; clip < 2; clip++) {
             recipe one = { 1, 1, optim((llmpar_optim_kind)kind, clip ? 0.5 : -1), { 0 } }, four = one;

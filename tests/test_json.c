@@ -1,17 +1,9 @@
 #include "test.h"
+#include "bits.h"
 #include <dirent.h>
 #include <float.h>
 #include <math.h>
 #include <time.h>
-
-static uint64_t random_state = 1;
-static uint64_t random_bits(void) /* splitmix64 */
-{
-    uint64_t z = random_state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
 
 static llmpar_status parse_bytes(llmpar_heap *heap, const char *text, size_t length, const llmpar_json_desc *desc, llmpar_json **out, llmpar_error *error)
 {

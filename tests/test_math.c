@@ -1,32 +1,10 @@
 /* The own elementary functions against libm: f32 against f64, f64 against long double (80 bits on x86-64, 128 on aarch64). */
 #include "test.h"
+#include "bits.h"
 #include <float.h>
 #include <math.h>
 
-static uint64_t random_state = 1;
-static uint64_t random_bits(void) /* splitmix64 */
-{
-    uint64_t z = random_state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-
 static double random_in(double low, double high) { return low + (high - low) * ((double)(random_bits() >> 11) * 0x1p-53); }
-
-static float float_of(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-static double f64_of(uint64_t bits)
-{
-    double value;
-    memcpy(&value, &bits, 8);
-    return value;
-}
 
 /* |got - want| in units in the last place of `want`; 0 if both are the same infinity or both NaN. */
 static double ulps_f32(float got, double want)

@@ -1,14 +1,9 @@
 /* mesh, dtensor, redistribute: the arithmetic is compared with tensors that are really cut, on random meshes and placements. */
 #include "test.h"
 
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
 static llmpar_status launch(int ranks, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
-    llmpar_launch_desc desc = { .ranks = ranks, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = ranks, .check = test_no_leak };
     return llmpar_launch(&desc, fn, user, error);
 }
 

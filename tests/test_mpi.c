@@ -213,45 +213,7 @@ static llmpar_status counters(llmpar_ctx *ctx, void *user)
 }
 TEST(counts_bytes) { CHECK_OK(launch(counters, NULL, NULL)); }
 
-static llmpar_status splits(llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    int r = ctx->rank, n = ctx->world;
-    llmpar_comm *rows = NULL, *columns = NULL, *half = NULL;
-    CHECK_OK(llmpar_comm_split(ctx->comm, r / 2, -r, "rows", &rows)); /* keys downwards: the order is turned round */
-    CHECK_OK(llmpar_comm_split(ctx->comm, r % 2, 0, "columns", &columns));
-    CHECK_OK(llmpar_comm_split(ctx->comm, r == 0 ? -1 : 7, 0, "all but the first", &half));
-    CHECK(rows && columns);
-    CHECK((half == NULL) == (r == 0));
-    if (!rows || !columns) return LLMPAR_ERR_INTERNAL;
-    int members = r / 2 * 2 + 1 < n ? 2 : 1;
-    CHECK_INT(rows->ranks, members);
-    CHECK_INT(rows->rank, members == 1 ? 0 : 1 - r % 2);
-    CHECK_INT(columns->rank, r / 2);
-    CHECK_TEXT(columns->axis, "columns");
-    double x = (double)(1 << r), sum = 0, want = 0;
-    llmpar_collective call = { .send = &x, .recv = &sum, .count = 1, .dtype = LLMPAR_F64, .tag = "sum" };
-    for (int i = r % 2; i < n; i += 2) want += (double)(1 << i);
-    for (int round = 0; round < 3; round++) {
-        CHECK_OK(llmpar_all_reduce(columns, NULL, &call));
-        CHECK_NEAR(sum, want, 0);
-        if (half) {
-            CHECK_OK(llmpar_all_reduce(half, NULL, &call));
-            CHECK_NEAR(sum, (double)((1 << n) - 2), 0);
-        }
-        CHECK_OK(llmpar_all_reduce(rows, NULL, &call));
-    }
-    llmpar_comm *again = NULL;
-    CHECK_OK(llmpar_comm_split(columns, 0, 0, "again", &again));
-    llmpar_comm_destroy(columns);
-    CHECK_OK(llmpar_all_reduce(again, NULL, &call));
-    CHECK_NEAR(sum, want, 0);
-    llmpar_comm_destroy(again);
-    llmpar_comm_destroy(rows);
-    llmpar_comm_destroy(half);
-    return LLMPAR_OK;
-}
-TEST(split) { CHECK_OK(launch(splits, NULL, NULL)); }
+TEST(split) { CHECK_OK(launch(collectives_splits, NULL, NULL)); }
 
 /* ---- launching ---- */
 

@@ -169,14 +169,14 @@ static llmpar_status peer_fails(llmpar_ctx *ctx, void *user)
     llmpar_status st = llmpar_comm_split(ctx->comm, ctx->rank / 2, 0, "pair", &pair);
     if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &call);
     if (!st && ctx->rank == ctx->world - 1) {
-        nap(0.05); /* the others wait by now */
+        test_sleep(0.05); /* the others wait by now */
         st = llmpar_fail(ctx, LLMPAR_ERR_NONFINITE, "the loss is nan");
     } else {
-        if (!st && ctx->rank == 0) nap(0.15); /* comes to its next collective only afterwards, and on another communicator */
-        double start = now();
+        if (!st && ctx->rank == 0) test_sleep(0.15); /* comes to its next collective only afterwards, and on another communicator */
+        double start = test_clock();
         if (!st) st = llmpar_all_reduce(ctx->rank == 0 && ctx->world > 2 ? pair : ctx->comm, NULL, &call);
         CHECK_INT(st, LLMPAR_ERR_PEER);
-        CHECK(now() - start < 10);
+        CHECK(test_clock() - start < 10);
         CHECK_TEXT(llmpar_last_error(ctx), "non-finite value: the loss is nan");
         CHECK_TEXT(llmpar_last_error(ctx), "all_reduce sum f32");
         CHECK_TEXT(llmpar_last_error(ctx), "last completed all_reduce");
@@ -223,7 +223,7 @@ static llmpar_status returns_early(llmpar_ctx *ctx, void *user)
     float x = 1, y;
     llmpar_collective call = { .send = &x, .recv = &y, .count = 1, .dtype = LLMPAR_F32, .tag = "step/x" };
     if (ctx->rank == ctx->world - 1) {
-        nap(*(double *)user);
+        test_sleep(*(double *)user);
         return LLMPAR_OK;
     }
     return llmpar_all_reduce(ctx->comm, NULL, &call);
@@ -233,11 +233,11 @@ TEST(a_rank_that_returns_while_others_wait)
     if (test_world < 2) return;
     for (int late = 0; late < 2; late++) {
         llmpar_error error;
-        double delay = 0.05 * late, start = now();
+        double delay = 0.05 * late, start = test_clock();
         CHECK_STATUS(launch(returns_early, &delay, &error), LLMPAR_ERR_MISMATCH);
         CHECK_TEXT(error.text, "has returned without it");
         CHECK_TEXT(error.text, "step/x");
-        CHECK(now() - start < 20);
+        CHECK(test_clock() - start < 20);
         check_alike(&error);
     }
 }
@@ -340,10 +340,7 @@ static llmpar_status fails_after_the_meeting(llmpar_ctx *ctx, void *user)
     free(x);
     free(y);
     ctx->heap.fail_at = 0;
-    if (ctx->rank == 1) {
-        struct timespec t = { 1, 500000000 };
-        nanosleep(&t, NULL);
-    }
+    if (ctx->rank == 1) test_sleep(1.5);
     CHECK_STATUS(llmpar_comm_barrier(ctx->comm, NULL, "later"), LLMPAR_ERR_PEER);
     return st;
 }

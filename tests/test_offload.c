@@ -45,6 +45,15 @@ static void everywhere(const net_job *like, const char *name)
     }
 }
 
+/* A job for everywhere(), behind its like on one rank, which is what all have to equal. */
+static net_job after_one_rank(llmpar_dtype dtype)
+{
+    net_job job = job_of(0, dtype);
+    memset(&net_reference, 0, sizeof net_reference);
+    net_launch_ok(&job, "one rank");
+    return job;
+}
+
 TEST(zero_stages)
 {
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16 };
@@ -64,9 +73,7 @@ TEST(recomputation)
 {
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16 };
     for (int d = 0; d < 2; d++) {
-        net_job job = job_of(0, dtypes[d]);
-        memset(&net_reference, 0, sizeof net_reference);
-        net_launch_ok(&job, "one rank");
+        net_job job = after_one_rank(dtypes[d]);
         for (int units = 1 + d; units < 8; units += 1 + 4 * d) { /* not the last */
             job.recompute = units;
             job.policy.micro_batches = units % 2 + 1;
@@ -104,9 +111,7 @@ TEST(schedules)
         { 4, 0, 0, 0, 0, 0, LLMPAR_RESHARD_ALWAYS, 0, 2, 1, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_NEVER, 0, 1, 0, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 1, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 2, 0, 3, 0, 0, 0, LLMPAR_UPDATE_AFTER },
         { 1, 0, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 3, 4, 4, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_DEFAULT, 0, 1, 2, 0, 0, 0, LLMPAR_UPDATE_AFTER },
     };
-    net_job job = job_of(0, LLMPAR_F32);
-    memset(&net_reference, 0, sizeof net_reference);
-    net_launch_ok(&job, "one rank");
+    net_job job = after_one_rank(LLMPAR_F32);
     for (int i = 0; i < 5; i++) {
         char row[40];
         job.policy = policies[i];
@@ -124,9 +129,7 @@ TEST(updates_inside_backward)
 {
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F16 };
     for (int d = 0; d < 2; d++) {
-        net_job job = job_of(0, dtypes[d]);
-        memset(&net_reference, 0, sizeof net_reference);
-        net_launch_ok(&job, "one rank");
+        net_job job = after_one_rank(dtypes[d]);
         job.policy.update = LLMPAR_UPDATE_INSIDE;
         everywhere(&job, "inside");
         job.policy.update = LLMPAR_UPDATE_TWO_PASSES;
@@ -141,9 +144,7 @@ TEST(offload_tiers)
 {
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16 };
     for (int d = 0; d < 2; d++) {
-        net_job job = job_of(0, dtypes[d]);
-        memset(&net_reference, 0, sizeof net_reference);
-        net_launch_ok(&job, "one rank");
+        net_job job = after_one_rank(dtypes[d]);
         for (int set = 1; set < 16; set += 16 / test_rounds(16))
             for (int i = 0; i < 4; i++) {
                 char row[100];
@@ -169,15 +170,12 @@ TEST(offload_tiers)
     }
 }
 
-
 /* Every stream on a thread of its own. */
 TEST(overlap)
 {
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16 };
     for (int d = 0; d < 2; d++) {
-        net_job job = job_of(0, dtypes[d]);
-        memset(&net_reference, 0, sizeof net_reference);
-        net_launch_ok(&job, "one rank");
+        net_job job = after_one_rank(dtypes[d]);
         job.fsdp.overlap = 1;
         everywhere(&job, "overlap");
         job.policy.prefetch = 2, job.policy.prefetch_backward = 1, job.policy.micro_batches = 2;
@@ -196,7 +194,7 @@ TEST(overlap)
     net_job job = job_of(1, LLMPAR_F32);
     job.fsdp.overlap = 1;
     memset(&desc, 0, sizeof desc);
-    desc.ranks = 2, desc.lockstep = 1, desc.check = net_no_leak;
+    desc.ranks = 2, desc.lockstep = 1, desc.check = test_no_leak;
     CHECK_STATUS(llmpar_launch(&desc, net_rank, &job, &error), LLMPAR_ERR_UNSUPPORTED);
     CHECK_TEXT(error.text, "overlap: lockstep");
 }
@@ -220,9 +218,7 @@ static llmpar_status late_rank(llmpar_ctx *ctx, void *user)
 TEST(late_streams)
 {
     for (int d = 0; d < 2; d++) {
-        net_job job = job_of(0, d ? LLMPAR_BF16 : LLMPAR_F32);
-        memset(&net_reference, 0, sizeof net_reference);
-        net_launch_ok(&job, "one rank");
+        net_job job = after_one_rank(d ? LLMPAR_BF16 : LLMPAR_F32);
         for (int row = 0; row < 6; row++)
             for (int order = DEBUG_FIFO; order <= DEBUG_OTHERS; order++) {
                 llmpar_error error;
@@ -240,7 +236,7 @@ TEST(late_streams)
                 job.recompute = row > 2 ? 6 : 0;
                 late_order = (debug_order)order;
                 desc.ranks = job.mesh.dp_replicate * job.mesh.dp_shard;
-                desc.check = net_no_leak;
+                desc.check = test_no_leak;
                 if (llmpar_launch(&desc, late_rank, &job, &error)) TEST_FAIL("rank %d (%s): %s", error.rank, error.where, error.text);
                 if (test_failures != before) fprintf(stderr, "  (row %d, order %d, dtype %d)\n", row, order, d);
             }
@@ -771,7 +767,7 @@ TEST(no_memory)
         for (int s = 0; s < LLMPAR_STATE_COUNT; s++) job.fsdp.offload[s] = s % 2 == kind ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
         memset(&desc, 0, sizeof desc);
         desc.ranks = kind + 1;
-        desc.check = net_no_leak;
+        desc.check = test_no_leak;
         fail_at = 0;
         CHECK_OK(llmpar_launch(&desc, starved, &job, &error));
         CHECK(took > 100);

@@ -245,12 +245,6 @@ typedef struct rank_job {
     uint64_t state;            /* out: OPTIMIZER bytes of rank 0 */
 } rank_job;
 
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static void put_reals(void *out, const double *in, int64_t n, llmpar_dtype dtype) { CHECK(llmpar_convert(out, dtype, in, LLMPAR_F64, (size_t)n)); }
 
 /* Tensor k whole on every rank. Collective. */
@@ -366,7 +360,7 @@ static llmpar_status updates(rank_job *j, llmpar_error *error)
     llmpar_launch_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.ranks = j->mesh.dp_replicate * j->mesh.dp_shard * j->mesh.tp;
-    desc.check = no_leak;
+    desc.check = test_no_leak;
     return llmpar_launch(&desc, updates_rank, j, error);
 }
 
@@ -575,7 +569,7 @@ TEST(descent)
         desc.kind = (llmpar_optim_kind)k;
         desc.decay = -1;
         launch.ranks = 2;
-        launch.check = no_leak;
+        launch.check = test_no_leak;
         if (llmpar_launch(&launch, bowl_rank, &desc, &error)) TEST_FAIL("%s", error.text);
     }
 }
@@ -629,7 +623,7 @@ TEST(refused)
         llmpar_error error;
         memset(&desc, 0, sizeof desc);
         desc.ranks = 1;
-        desc.check = no_leak;
+        desc.check = test_no_leak;
         CHECK_STATUS(llmpar_launch(&desc, refused_rank, &what, &error), rows[what].status);
         CHECK_TEXT(error.text, rows[what].text);
     }
@@ -653,7 +647,7 @@ TEST(out_of_memory)
         llmpar_error error;
         memset(&desc, 0, sizeof desc);
         desc.ranks = 2;
-        desc.check = no_leak;
+        desc.check = test_no_leak;
         llmpar_status status = llmpar_launch(&desc, poor_rank, &j, &error);
         if (!status) break;
         CHECK_STATUS(status, LLMPAR_ERR_MEMORY);

@@ -239,12 +239,11 @@ static llmpar_status three_hundred(llmpar_ctx *ctx, void *user)
     return st;
 }
 
-static void no_leak(const llmpar_ctx *ctx, void *user) { (void)user; CHECK_INT(ctx->heap.live, 0); }
 static void quiet(void *user, int rank, llmpar_log_level level, const char *line) { (void)user; (void)rank; (void)level; (void)line; }
 
 TEST(ring)
 {
-    llmpar_launch_desc desc = { .ranks = 2, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, three_hundred, NULL, NULL));
 }
 
@@ -312,7 +311,7 @@ static llmpar_status fields(llmpar_ctx *ctx, void *user)
 }
 TEST(dump_fields)
 {
-    llmpar_launch_desc desc = { .ranks = 4, .deadline = 7, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 4, .deadline = 7, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, fields, NULL, NULL));
 }
 
@@ -354,7 +353,7 @@ static llmpar_status patched(llmpar_ctx *ctx, void *user)
 }
 TEST(patched_slot)
 {
-    llmpar_launch_desc desc = { .ranks = 2, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, patched, NULL, NULL));
 }
 
@@ -398,7 +397,7 @@ static llmpar_status busy(llmpar_ctx *ctx, void *user)
 }
 TEST(looked_at_from_outside)
 {
-    llmpar_launch_desc desc = { .ranks = 2, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = 2, .check = test_no_leak };
     CHECK_OK(llmpar_launch(&desc, busy, NULL, NULL));
 }
 
@@ -438,7 +437,7 @@ TEST(files)
     rmdir(directory); /* made when it is needed */
     snprintf(first, sizeof first, "%s/llmpar_rank_0.json", directory);
     snprintf(second, sizeof second, "%s/llmpar_rank_1.json", directory);
-    llmpar_launch_desc desc = { .ranks = 2, .log = quiet, .check = no_leak, .record = directory };
+    llmpar_launch_desc desc = { .ranks = 2, .log = quiet, .check = test_no_leak, .record = directory };
     CHECK_STATUS(llmpar_launch(&desc, one_fails, NULL, NULL), LLMPAR_ERR_IO);
     CHECK_INT(lines_with(first, "\"state\": \"started\""), 1);
     CHECK_INT(lines_with(second, "\"state\": \"completed\""), 1);

@@ -12,17 +12,12 @@ static int64_t below(int64_t n) /* random, main thread only */
     return (int64_t)((state >> 11) % (uint64_t)n);
 }
 
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
 static llmpar_status launch(int ranks, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
     llmpar_launch_desc desc;
     memset(&desc, 0, sizeof desc);
     desc.ranks = ranks;
-    desc.check = no_leak;
+    desc.check = test_no_leak;
     if (test_world == 1) desc.transport = LLMPAR_TRANSPORT_THREADS;
     return llmpar_launch(&desc, fn, user, error);
 }

@@ -109,10 +109,10 @@ TEST(a_rank_that_never_returns)
     c = fault_of(X_ALL_REDUCE, FAULT_TP, FAULT_AWAY, 1, 2);
     c.keep_away = 1;
     llmpar_launch_desc desc = { .ranks = FAULTS_RANKS, .deadline = 0.5, .record = directory, .log = stuck_line, .log_user = &log, .check = fault_check, .allocator = &counting };
-    double start = fault_clock();
+    double start = test_clock();
     llmpar_status st = llmpar_launch(&desc, fault_rank, &c, &c.error);
     CHECK_STATUS(st, LLMPAR_ERR_TIMEOUT);
-    CHECK(fault_clock() - start > 5 && fault_clock() - start < 30);
+    CHECK(test_clock() - start > 5 && test_clock() - start < 30);
     CHECK_TEXT(c.error.text, "rank 2 (dp_shard=1 tp=0): outside");
     CHECK_TEXT(c.error.text, "; stuck and left running, with their memory: rank 2");
     CHECK_INT(c.status[2], LLMPAR_STATUS_COUNT);
@@ -149,7 +149,7 @@ TEST(a_rank_that_never_returns)
     rmdir(directory);
     /* When the rank comes back, it frees what all shared. */
     __atomic_store_n(&c.release, 1, __ATOMIC_SEQ_CST);
-    for (int i = 0; i < 3000 && __atomic_load_n(&blocks, __ATOMIC_SEQ_CST); i++) fault_nap(0.01);
+    for (int i = 0; i < 3000 && __atomic_load_n(&blocks, __ATOMIC_SEQ_CST); i++) test_sleep(0.01);
     CHECK_INT(__atomic_load_n(&blocks, __ATOMIC_SEQ_CST), 0);
     CHECK_STATUS(c.status[2], LLMPAR_ERR_PEER);
 }
@@ -170,16 +170,16 @@ static llmpar_status soak_rank(llmpar_ctx *ctx, void *user)
     llmpar_mesh *mesh = NULL;
     llmpar_mesh_desc desc = { .dp_shard = 2, .tp = 2 };
     fault_buffers *b = (fault_buffers *)calloc(1, sizeof *b);
-    double start = fault_clock();
+    double start = test_clock();
     llmpar_status st = llmpar_mesh_create(ctx, &desc, &mesh);
     for (uint64_t round = 0, go = 1; go && !st; round++) {
         llmpar_comm *const comms[] = { mesh->comm[LLMPAR_AXIS_TP], mesh->comm[LLMPAR_AXIS_DP_SHARD], mesh->world };
         uint64_t alike = soak_mix(round * 3 + 1), own = soak_mix(alike + (uint64_t)ctx->rank * 977);
         llmpar_collective call = { .count = alike % 100 + (alike >> 20 & 1) * 1000, .dtype = LLMPAR_F32, .root = 1, .tag = "soak" };
-        fault_nap(s->delay * (double)(own >> 40) / 16777216.0);
+        test_sleep(s->delay * (double)(own >> 40) / 16777216.0);
         st = fault_call((fault_x)(alike >> 8) % X_COUNT, comms[(alike >> 32) % 3], b, call);
         if (!st && round % 4 == 3) { /* rank 0's clock ends it */
-            go = fault_clock() - start < s->seconds;
+            go = test_clock() - start < s->seconds;
             llmpar_collective end = { .send = &go, .recv = &go, .count = 1, .dtype = LLMPAR_U64, .tag = "soak/go" };
             st = llmpar_broadcast(ctx->comm, NULL, &end);
         }

@@ -71,12 +71,6 @@ static double tree(const double *piece, int64_t n, llmpar_dtype dtype)
 
 typedef struct job { int ranks, kv_heads, sp, canon; llmpar_dtype dtype; llmpar_status (*body)(llmpar_tp *tp, const struct job *j); } job;
 
-static void no_leak(const llmpar_ctx *ctx, void *user)
-{
-    (void)user;
-    CHECK_INT(ctx->heap.live, 0);
-}
-
 static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 {
     const job *j = (const job *)user;
@@ -89,7 +83,7 @@ static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 
 static llmpar_status launch(const job *j, llmpar_error *error)
 {
-    llmpar_launch_desc desc = { .ranks = j->ranks, .check = no_leak };
+    llmpar_launch_desc desc = { .ranks = j->ranks, .check = test_no_leak };
     return llmpar_launch(&desc, run_rank, (void *)j, error);
 }
 
@@ -496,7 +490,7 @@ TEST(models_refused)
         { { 8, 1, 8, 18, 0 }, LLMPAR_OK, "" },
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        llmpar_launch_desc desc = { .ranks = rows[i].shape.tp, .check = no_leak };
+        llmpar_launch_desc desc = { .ranks = rows[i].shape.tp, .check = test_no_leak };
         llmpar_error error;
         llmpar_status status = llmpar_launch(&desc, model_rank, (void *)&rows[i].shape, &error);
         if (status != rows[i].status || !strstr(error.text, rows[i].text)) TEST_FAIL("row %d: want %s, \"%s\", got %s: \"%s\"", (int)i, llmpar_status_string(rows[i].status), rows[i].text, llmpar_status_string(status), error.text);
