@@ -269,6 +269,10 @@ TEST(local_parts)
             for (int64_t e = 0; e < count; e++) {
                 int64_t index = global_index(&p.tensor, &local, local.flat_begin + e);
                 if (index != really[e]) { TEST_FAIL("round %d rank %d: element %lld is %lld, want %lld", round, (int)r, (long long)e, (long long)index, (long long)really[e]); return; }
+                int64_t run, last = local.flat_begin + e;
+                CHECK_INT(llmpar_dtensor_run(&p.tensor, &local, last, &run), index);
+                last += run - 1; /* together up to there, and no further */
+                if (run < 1 || last >= local.elements || global_index(&p.tensor, &local, last) != index + run - 1 || (last + 1 < local.elements && global_index(&p.tensor, &local, last + 1) == index + run)) TEST_FAIL("round %d: a run of %d from %d", round, (int)run, (int)index);
                 covered[index]++;
                 owned[index] += local.is_owner != 0;
             }

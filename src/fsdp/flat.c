@@ -122,19 +122,6 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     return llmpar__flat_layout(fsdp, index);
 }
 
-/* Elements [first, first + count) of the row-major rectangle, as runs that are contiguous in the global tensor. */
-static int64_t llmpar__flat_global(const llmpar_param *param, const llmpar_local *local, int64_t element, int64_t *run)
-{
-    int64_t index = 0, stride = 1, rest = element;
-    *run = param->dims ? local->shape[param->dims - 1] - element % local->shape[param->dims - 1] : 1;
-    for (int32_t d = param->dims - 1; d >= 0; d--) {
-        index += (rest % local->shape[d] + local->offset[d]) * stride;
-        rest /= local->shape[d];
-        stride *= param->shape[d];
-    }
-    return index;
-}
-
 /* Initial values: each element from its own counter, so that a rank makes only what it holds. */
 static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
 {
@@ -156,7 +143,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
         llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
         for (int64_t done = 0; done < segment->count && !status;) {
             int64_t run, count = segment->count - done;
-            int64_t first = llmpar__flat_global(param, &local, local.flat_begin + done, &run);
+            int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
             if (count > run) count = run;
             if (count > CHUNK) count = CHUNK;
             if (param->init_std == 0)

@@ -106,6 +106,21 @@ LLMPAR_DEF void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t
     }
 }
 
+LLMPAR_DEF int64_t llmpar_dtensor_run(const llmpar_dtensor *tensor, const llmpar_local *local, int64_t element, int64_t *run)
+{
+    int64_t index = 0, stride = 1, rest = element, together = 1; /* elements of the rectangle that lie together: rows that are whole, and one dim that need not be */
+    int whole = 1;
+    for (int32_t d = tensor->dims - 1; d >= 0; d--) {
+        index += (rest % local->shape[d] + local->offset[d]) * stride;
+        rest /= local->shape[d];
+        stride *= tensor->shape[d];
+        if (whole) together *= local->shape[d];
+        whole &= local->shape[d] == tensor->shape[d];
+    }
+    *run = together - element % together;
+    return index;
+}
+
 LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity)
 {
     llmpar__text out = llmpar__text_begin(text, capacity);

@@ -44,6 +44,8 @@ typedef struct llmpar_local {
 LLMPAR_API llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error);
 /* What `coordinate` holds of a checked tensor. Local. */
 LLMPAR_API void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out);
+/* Where element `element` of a rectangle (row-major) stands in the whole tensor, and how many from it on follow one another in both. Local. */
+LLMPAR_API int64_t llmpar_dtensor_run(const llmpar_dtensor *tensor, const llmpar_local *local, int64_t element, int64_t *run);
 /* "[Shard(0) on tp, Flat(128) on dp_shard]" into text; returns bytes needed. Local. */
 LLMPAR_API size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity);
 /* Picture of a checked tensor: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a table of ranks whose rows and columns are labelled with their elements and the coordinates that
