@@ -168,6 +168,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "text/data.h"
 
 /* Chapter: model_io */
+#include "model_io/hf_files.h"
 #include "model_io/hf.h"
 
 /* Chapter: run */
@@ -303,6 +304,7 @@ LLMPAR_EXTERN_C_END
 #include "model/block.c"
 #include "model/edges.c"
 
+#include "model_io/hf_files.c"
 #include "model_io/hf.c"
 
 #include "run/launch.c"

@@ -430,12 +430,12 @@ TEST(strict_loading)
     check_refused(rewritten(trained(0), "missing", LLMPAR_F32, WITHOUT, k), 0, LLMPAR_ERR_FORMAT, k, "missing");
     check_refused(rewritten(trained(0), "headless", LLMPAR_F32, WITHOUT, "lm_head.weight"), 0, LLMPAR_ERR_FORMAT, "lm_head.weight", "missing");
     check_refused(rewritten(trained(0), "extra", LLMPAR_F32, EXTRA, "model.layers.2.mlp.bias"), 0, LLMPAR_ERR_FORMAT, "model.layers.2.mlp.bias", "not part of this model");
-    check_refused(rewritten(trained(1), "second head", LLMPAR_F32, EXTRA, "lm_head.weight"), 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "not part of this model");
+    check_refused(rewritten(trained(1), "second head", LLMPAR_F32, EXTRA, "lm_head.weight"), 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "differs from model.embed_tokens.weight");
     check_refused(rewritten(trained(0), "shape", LLMPAR_F32, SHAPE, k), 0, LLMPAR_ERR_FORMAT, k, "has shape [24, 12], expected [12, 24]");
     check_refused(rewritten(trained(0), "dims", LLMPAR_F32, DIMS, k), 0, LLMPAR_ERR_FORMAT, k, "has shape [12, 24, 1], expected [12, 24]");
     check_refused(rewritten(trained(0), "integer", LLMPAR_F32, INTEGER, k), 0, LLMPAR_ERR_FORMAT, k, "dtype i32");
     check_refused(trained(1), 0, LLMPAR_ERR_FORMAT, "lm_head.weight", "missing");
-    check_refused(trained(0), 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "not part of this model");
+    check_refused(trained(0), 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "differs from model.embed_tokens.weight");
     check_refused(in_root("no such directory"), 0, LLMPAR_ERR_IO, "no such directory", "model.safetensors");
     /* Cut off in the middle. */
     const char *cut = rewritten(trained(0), "cut", LLMPAR_F32, AS_IS, NULL);

@@ -298,6 +298,23 @@ LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *fro
     return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
 }
 
+LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->remove(io->user, path);
+    while (number == EINTR);
+    return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    number = io->list(io->user, path, entry, user);
+    return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
+}
+
 /* The rename itself is durable only when the directory is. */
 static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_error *error)
 {

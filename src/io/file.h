@@ -44,6 +44,10 @@ LLMPAR_API llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char
 /* The directory's entries are on the disk. */
 LLMPAR_API llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error);
+/* A file or an empty directory; a missing one is fine. */
+LLMPAR_API llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error);
+/* The names in a directory but . and .., in any order, until `entry` returns -1 (0: go on). The directory is not to be changed meanwhile. */
+LLMPAR_API llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error);
 /* What is at path; NONE also where it cannot be looked at. */
 LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path);
 /* The same of the system's files. */

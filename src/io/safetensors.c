@@ -524,6 +524,13 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
     return status;
 }
 
+LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
+{
+    size_t total;
+    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    return status ? status : llmpar__st_check_names(heap, path, tensors, count, error);
+}
+
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
 {
     llmpar_safetensors_writer *w;

@@ -37,6 +37,9 @@ LLMPAR_API llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file,
 LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file); /* NULL is fine */
 LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name); /* NULL if absent */
 
+/* What the writer refuses of tensors (name, dtype, dims, shape), without writing. LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_SHAPE, LLMPAR_ERR_OVERFLOW; path for messages. */
+LLMPAR_API llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error);
+
 /* Streaming writer: declare all tensors first (their order is the file's), then write their bytes in that order in any portions. A header written by it is padded with spaces to 8 bytes and
    carries __metadata__ {"format": "pt"}. commit checks that every byte came. */
 typedef struct llmpar_safetensors_writer llmpar_safetensors_writer;

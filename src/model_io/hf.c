@@ -25,15 +25,14 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
-    llmpar_mapped file;
     llmpar_error error;
-    char *path = llmpar__hf_path(ctx, directory, "config.json");
+    char *text = NULL, *path = llmpar__hf_path(ctx, directory, "config.json");
+    size_t bytes;
     if (!path) return LLMPAR_ERR_MEMORY;
-    memset(&file, 0, sizeof file);
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_file_map(path, &file, &error);
-    if (!status) status = llmpar_llama_config_parse(&ctx->heap, (const char *)file.data, file.bytes, path, out, &error);
-    llmpar_file_unmap(&file);
+    llmpar_status status = llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
+    if (!status) status = llmpar_llama_config_parse(&ctx->heap, text, bytes, path, out, &error);
+    llmpar_heap_free(&ctx->heap, text);
     llmpar_heap_free(&ctx->heap, path);
     return llmpar__hf_fail(ctx, status, &error);
 }
@@ -49,95 +48,203 @@ static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *te
     return text;
 }
 
-/* Every parameter is there with its shape, and nothing else. */
-static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensors *file)
+typedef struct llmpar__hf_load {
+    llmpar_fsdp *fsdp;
+    llmpar_ctx *ctx;
+    llmpar_hf_files *files;
+    llmpar_stream *stream;
+    void *raw, *wide;   /* pieces of a slice: as in the file, and in the shards' dtype; `wide` only where these differ */
+    int64_t capacity;   /* elements of both: half a slice, at most this many */
+} llmpar__hf_load;
+#define LLMPAR__HF_PIECE ((int64_t)128 << 10)
+#define LLMPAR__HF_EMBEDDING "model.embed_tokens.weight"
+
+/* Nobody goes on before all have come as far; where one did not, the others hear of it here. */
+static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
 {
-    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    int32_t matched = 0;
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++) {
-        const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-        for (int32_t i = 0; i < unit->param_count; i++) {
+    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
+    return status ? status : ctx->device->synchronize(ctx->device, stream);
+}
+
+static int llmpar__hf_is_shape(const llmpar_safetensor *tensor, const int64_t *shape, int32_t dims)
+{
+    int same = tensor->dims == dims;
+    for (int32_t d = 0; d < dims && same; d++) same = tensor->shape[d] == shape[d];
+    return same;
+}
+
+/* "model.layers.0.self_attn.rotary_emb.inv_freq": a buffer that follows from the configuration, and that transformers once wrote. */
+static int llmpar__hf_is_rotary_buffer(const char *name)
+{
+    static const char before[] = "model.layers.", behind[] = ".self_attn.rotary_emb.inv_freq";
+    size_t digits;
+    if (strncmp(name, before, sizeof before - 1)) return 0;
+    name += sizeof before - 1;
+    digits = strspn(name, "0123456789");
+    return digits && !strcmp(name + digits, behind);
+}
+
+/* to[count] = elements from `first` on of this rank's rectangle of a tensor, as they stand in the file. */
+static llmpar_status llmpar__hf_read(const llmpar__hf_load *load, const llmpar_safetensors *file, const llmpar_safetensor *source, const llmpar_dtensor *tensor, const llmpar_local *local, int64_t first, int64_t count, void *to)
+{
+    size_t size = llmpar_dtype_size(source->dtype);
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    for (int64_t done = 0, run; done < count && !status; done += run) {
+        int64_t from = llmpar_dtensor_run(tensor, local, first + done, &run);
+        if (run > count - done) run = count - done;
+        status = llmpar_safetensors_read(file, source, (size_t)from * size, (size_t)run * size, (char *)to + (size_t)done * size, &error);
+    }
+    return llmpar__hf_fail(load->ctx, status, &error);
+}
+
+/* A tied model's file may have the head once more, if it is the embedding: each rank compares the part that it holds. */
+static llmpar_status llmpar__hf_check_tied(const llmpar__hf_load *load, const llmpar_safetensors *file, const llmpar_safetensor *head)
+{
+    const llmpar_safetensors *other = NULL;
+    const llmpar_safetensor *embedding = llmpar_hf_files_find(load->files, LLMPAR__HF_EMBEDDING, &other);
+    int same = head->dtype == embedding->dtype && llmpar__hf_is_shape(head, embedding->shape, embedding->dims);
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp); u++) {
+        const llmpar_segment *segments;
+        int32_t count;
+        llmpar_fsdp_layout(load->fsdp, u, NULL, &segments, &count);
+        for (int32_t s = 0; s < count && same; s++) {
+            llmpar_dtensor tensor;
+            llmpar_local local;
+            if (strcmp(llmpar_fsdp_unit(load->fsdp, u)->params[segments[s].param].name, LLMPAR__HF_EMBEDDING)) continue;
+            llmpar_mesh *mesh = llmpar_fsdp_mesh(load->fsdp);
+            llmpar_fsdp_dtensor(load->fsdp, u, segments[s].param, &tensor);
+            llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+            size_t half = ((size_t)load->capacity + 1) / 2, size = llmpar_dtype_size(head->dtype);
+            for (int64_t done = 0, part; done < local.flat_count && same && !status; done += part) {
+                char *second = (char *)load->raw + half * size;
+                part = local.flat_count - done < (int64_t)half ? local.flat_count - done : (int64_t)half;
+                status = llmpar__hf_read(load, file, head, &tensor, &local, local.flat_begin + done, part, load->raw);
+                if (!status) status = llmpar__hf_read(load, other, embedding, &tensor, &local, local.flat_begin + done, part, second);
+                same = !status && !memcmp(load->raw, second, (size_t)part * size);
+            }
+            if (status) return status;
+        }
+    }
+    return same ? LLMPAR_OK : llmpar_fail(load->ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s differs from " LLMPAR__HF_EMBEDDING ", to which the configuration ties it", file->path, head->name);
+}
+
+/* Every parameter is there with its shape. *matched: their number. Sizes the pieces. */
+static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
+{
+    llmpar_ctx *ctx = load->ctx;
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(load->fsdp));
+    size_t raw = 1, wide = 0;
+    int64_t most = 1;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp); u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(load->fsdp, u);
+        const llmpar_segment *segments;
+        int32_t count;
+        for (int32_t i = 0; i < unit->param_count; i++, ++*matched) {
             const llmpar_param *param = &unit->params[i];
-            const llmpar_safetensor *tensor = llmpar_safetensors_find(file, param->name);
-            if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", file->path, param->name);
-            int same = tensor->dims == param->dims;
-            for (int32_t d = 0; d < param->dims && same; d++) same = tensor->shape[d] == param->shape[d];
-            if (!same) {
+            const llmpar_safetensors *file = NULL;
+            const llmpar_safetensor *tensor = llmpar_hf_files_find(load->files, param->name, &file);
+            if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", load->files->path, param->name);
+            if (!llmpar__hf_is_shape(tensor, param->shape, param->dims)) {
                 char got[200], expected[200];
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
                                    llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
             }
             if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
-            matched++;
+            if (llmpar_dtype_size(tensor->dtype) > raw) raw = llmpar_dtype_size(tensor->dtype);
+            if (tensor->dtype != dtype) wide = llmpar_dtype_size(dtype);
         }
+        llmpar_fsdp_layout(load->fsdp, u, NULL, &segments, &count);
+        for (int32_t s = 0; s < count; s++)
+            if (segments[s].count > most) most = segments[s].count;
     }
-    if (matched == file->count) return LLMPAR_OK;
-    for (int32_t t = 0; t < file->count; t++) {
-        int known = 0;
-        for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !known; u++)
-            for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count && !known; i++) known = !strcmp(file->tensor[t].name, llmpar_fsdp_unit(fsdp, u)->params[i].name);
-        if (!known) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is not part of this model (%d parameters, %d tensors in the file)", file->path, file->tensor[t].name, (int)matched, (int)file->count);
-    }
-    return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "%s: %d parameters, %d tensors", file->path, (int)matched, (int)file->count);
+    load->capacity = (most + 1) / 2 < LLMPAR__HF_PIECE ? (most + 1) / 2 : LLMPAR__HF_PIECE;
+    load->raw = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity + 1, raw);
+    load->wide = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity, wide);
+    return load->raw && load->wide ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
 }
 
-static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safetensors *file, int32_t u, llmpar_stream *stream)
+/* Nothing else is there, but for what says the same once more. */
+static llmpar_status llmpar__hf_match_rest(const llmpar__hf_load *load, int32_t matched)
 {
+    const llmpar_hf_files *files = load->files;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t f = 0; f < files->count && files->tensors > matched; f++)
+        for (int32_t t = 0; t < files->file[f]->count && !status; t++) {
+            const char *name = files->file[f]->tensor[t].name;
+            int known = llmpar__hf_is_rotary_buffer(name), embedding = 0;
+            for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && !known; u++)
+                for (int32_t i = 0; i < llmpar_fsdp_unit(load->fsdp, u)->param_count && !known; i++) {
+                    known = !strcmp(name, llmpar_fsdp_unit(load->fsdp, u)->params[i].name);
+                    embedding |= !strcmp(LLMPAR__HF_EMBEDDING, llmpar_fsdp_unit(load->fsdp, u)->params[i].name);
+                }
+            if (known) continue;
+            if (embedding && !strcmp(name, "lm_head.weight")) status = llmpar__hf_check_tied(load, files->file[f], &files->file[f]->tensor[t]);
+            else status = llmpar_fail(load->ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is not part of this model (%d parameters, %d tensors)", files->file[f]->path, name, (int)matched, (int)files->tensors);
+        }
+    return status;
+}
+
+static llmpar_status llmpar__hf_load_unit(const llmpar__hf_load *load, int32_t u)
+{
+    llmpar_fsdp *fsdp = load->fsdp;
+    llmpar_device *device = load->ctx->device;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
-    llmpar_ctx *ctx = mesh->ctx;
-    const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-    llmpar_error error;
-    llmpar_error_clear(&error);
     llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
-    int64_t elements;
-    void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
-    if (!shard) return ctx->error.status;
-    size_t bytes = (size_t)elements * llmpar_dtype_size(dtype);
-    void *host = llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to load unit %s (%lld elements)", file->path, unit->name, (long long)elements);
-    llmpar_status status = ctx->device->copy(ctx->device, stream, host, shard, bytes);
-    if (!status) status = ctx->device->synchronize(ctx->device, stream);
-    for (int32_t i = 0; i < unit->param_count && !status; i++) {
-        const llmpar_safetensor *source = llmpar_safetensors_find(file, unit->params[i].name);
+    size_t size = llmpar_dtype_size(dtype);
+    const llmpar_segment *segments;
+    int32_t count;
+    llmpar_status status = LLMPAR_OK;
+    char *shard = (char *)llmpar_fsdp_shard(fsdp, u, NULL, &segments, &count);
+    if (!shard) return load->ctx->error.status;
+    for (int32_t s = 0; s < count && !status; s++) {
         llmpar_dtensor tensor;
-        llmpar_fsdp_dtensor(fsdp, u, i, &tensor);
-        size_t count = source->bytes / llmpar_dtype_size(source->dtype);
-        void *data = llmpar_heap_alloc(&ctx->heap, 1, source->bytes), *converted = llmpar_heap_alloc(&ctx->heap, count, llmpar_dtype_size(dtype));
-        if (!data || !converted) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to convert %s", file->path, source->name);
-        if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_read(file, source, 0, source->bytes, data, &error), &error);
-        if (!status) llmpar_convert(converted, dtype, data, source->dtype, count);
-        if (!status) llmpar_dtensor_cut(&tensor, mesh, converted, llmpar_fsdp_local(fsdp, u, i, host));
-        llmpar_heap_free(&ctx->heap, data);
-        llmpar_heap_free(&ctx->heap, converted);
+        llmpar_local local;
+        const llmpar_safetensors *file = NULL;
+        const llmpar_safetensor *source = llmpar_hf_files_find(load->files, llmpar_fsdp_unit(fsdp, u)->params[segments[s].param].name, &file);
+        llmpar_fsdp_dtensor(fsdp, u, segments[s].param, &tensor);
+        llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+        for (int64_t done = 0, part; done < segments[s].count && !status; done += part) {
+            part = segments[s].count - done < load->capacity ? segments[s].count - done : load->capacity;
+            status = llmpar__hf_read(load, file, source, &tensor, &local, local.flat_begin + done, part, load->raw);
+            if (!status && source->dtype != dtype) llmpar_convert(load->wide, dtype, load->raw, source->dtype, (size_t)part);
+            if (!status) status = device->copy(device, load->stream, shard + (size_t)(segments[s].begin + done) * size, source->dtype != dtype ? load->wide : load->raw, (size_t)part * size);
+            if (!status) status = device->synchronize(device, load->stream);
+        }
     }
-    if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
-    if (!status) status = ctx->device->synchronize(ctx->device, stream);
-    llmpar_heap_free(&ctx->heap, host);
     llmpar_status done = llmpar_fsdp_shard_done(fsdp, u, !status);
     return status ? status : done;
 }
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
 {
-    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_safetensors *file = NULL;
-    llmpar_stream *stream = NULL;
+    llmpar__hf_load load;
+    int32_t matched = 0;
     llmpar_error error;
     llmpar_error_clear(&error);
-    char *path = llmpar__hf_path(ctx, directory, "model.safetensors"), *index = llmpar__hf_path(ctx, directory, "model.safetensors.index.json");
-    llmpar_status status = path && index ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
-    if (!status && !llmpar_is_file(path) && llmpar_is_file(index)) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: a model in several files; expected one model.safetensors", index);
-    if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_open(&ctx->heap, ctx->io, path, &file, &error), &error);
-    if (!status) status = llmpar__hf_match(fsdp, file);
-    if (!status) status = ctx->device->stream_create(ctx->device, "load", &stream);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(fsdp, file, u, stream);
-    if (stream) ctx->device->stream_destroy(ctx->device, stream);
-    llmpar_safetensors_close(file);
-    llmpar_heap_free(&ctx->heap, index);
-    llmpar_heap_free(&ctx->heap, path);
+    memset(&load, 0, sizeof load);
+    load.fsdp = fsdp;
+    load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_device *device = load.ctx->device;
+    llmpar_status status = device->stream_create(device, "load", &load.stream);
+    if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
+    if (!status) status = llmpar__hf_match(&load, &matched);
+    if (!status) status = llmpar__hf_match_rest(&load, matched);
+    status = llmpar__hf_agree(load.ctx, load.stream, status, "load/check");
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(&load, u);
+    status = llmpar__hf_agree(load.ctx, load.stream, status, "load/read");
+    if (load.stream) device->stream_destroy(device, load.stream);
+    llmpar_heap_free(&load.ctx->heap, load.raw);
+    llmpar_heap_free(&load.ctx->heap, load.wide);
+    llmpar_hf_files_close(load.files);
     return status;
 }
+
+#undef LLMPAR__HF_PIECE
+#undef LLMPAR__HF_EMBEDDING
 
 /* ---- saving ---- */
 
@@ -145,53 +252,62 @@ struct llmpar_tensor_file {
     llmpar_fsdp *fsdp;
     llmpar_ctx *ctx;
     llmpar_stream *stream;
-    llmpar_safetensors_writer *writer; /* world rank 0 */
+    llmpar_dtype dtype;                /* of the file */
+    llmpar_safetensors_writer *writer; /* world rank 0: this, */
+    llmpar_hf_writer *directory;       /* or this with `tensors`, which it borrows */
+    llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
-    void *host;                        /* world rank 0: one tensor */
+    void *host, *narrow;               /* world rank 0: one tensor; a piece of it in the file's dtype, where that is another */
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
+#define LLMPAR__HF_NARROW ((size_t)64 << 10) /* elements */
 
-/* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
-static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
-{
-    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
-    return status ? status : ctx->device->synchronize(ctx->device, stream);
-}
-
-static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path)
+/* World rank 0: the tensors' names and shapes, and the file or directory. */
+static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_error error;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    file->tensors = tensors;
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
     for (int32_t u = 0; u < file->count; u++) {
         const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, file->units[u]);
         for (int32_t i = 0; i < unit->param_count; i++, at++) {
             tensors[at].name = unit->params[i].name;
-            tensors[at].dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
+            tensors[at].dtype = file->dtype;
             tensors[at].dims = unit->params[i].dims;
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
     }
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error);
-    llmpar_heap_free(&ctx->heap, tensors);
+    if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
+    size_t bytes = llmpar_llama_config_write(config, NULL, 0);
+    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
+    if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", path);
+    llmpar_llama_config_write(config, text, bytes + 1);
+    llmpar_status status = llmpar_hf_writer_open(&ctx->heap, ctx->io, path, tensors, count, max_bytes, text, &file->directory, &error);
+    llmpar_heap_free(&ctx->heap, text);
     return llmpar__hf_fail(ctx, status, &error);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
+/* config: a directory, else a file. */
+static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, const llmpar_llama_config *config, const llmpar_hf_desc *desc, llmpar_tensor_file **out)
 {
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
-    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp));
+    size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
+    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
+    file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
     file->count = units ? count : llmpar_fsdp_unit_count(fsdp);
     file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
     if (!file->units) {
@@ -214,7 +330,8 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
         file->host = llmpar_heap_alloc(&ctx->heap, (size_t)most, size);
-        status = file->host ? llmpar__hf_declare(file, path) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
+        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, LLMPAR__HF_NARROW, llmpar_dtype_size(file->dtype));
+        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
     if (status) {
@@ -225,26 +342,48 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     return LLMPAR_OK;
 }
 
+LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
+{
+    return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
+}
+
+/* World rank 0: the tensor in `host`. */
+static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, size_t count)
+{
+    llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
+    size_t piece = file->narrow ? LLMPAR__HF_NARROW : count;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    for (size_t done = 0, part; done < count && !status; done += part) {
+        const void *data = (const char *)file->host + done * llmpar_dtype_size(from);
+        part = count - done < piece ? count - done : piece;
+        if (file->narrow) llmpar_convert(file->narrow, file->dtype, data, from, part);
+        if (file->narrow) data = file->narrow;
+        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, part * llmpar_dtype_size(file->dtype), &error);
+        else status = llmpar_safetensors_writer_write(file->writer, data, part * llmpar_dtype_size(file->dtype), &error);
+    }
+    return llmpar__hf_fail(file->ctx, status, &error);
+}
+
 LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
-    llmpar_error error;
-    llmpar_error_clear(&error);
     if (file->next >= file->count || unit != file->units[file->next])
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
         llmpar_dtensor tensor;
-        size_t bytes = size;
+        size_t count = 1;
         llmpar_fsdp_dtensor(file->fsdp, unit, i, &tensor);
-        for (int32_t d = 0; d < tensor.dims; d++) bytes *= (size_t)tensor.shape[d];
+        for (int32_t d = 0; d < tensor.dims; d++) count *= (size_t)tensor.shape[d];
         status = llmpar_dtensor_full(&tensor, mesh, file->stream, llmpar_fsdp_local(file->fsdp, unit, i, (void *)(uintptr_t)shard), file->scratch, file->full);
-        if (!status && file->writer) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, bytes);
+        if (!status && file->host) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, count * size);
         if (!status) status = ctx->device->synchronize(ctx->device, file->stream);
-        if (!status && file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_write(file->writer, file->host, bytes, &error), &error);
+        if (!status && file->host) status = llmpar__hf_put(file, count);
     }
     return status;
 }
@@ -256,7 +395,9 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
     if (file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_commit(file->writer, &error), &error);
+    if (file->directory) status = llmpar__hf_fail(ctx, llmpar_hf_writer_commit(file->directory, &error), &error);
     file->writer = NULL;
+    file->directory = NULL;
     status = llmpar__hf_agree(ctx, file->stream, status, "save/commit");
     llmpar_tensor_file_abandon(file);
     return status;
@@ -269,64 +410,31 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->full);
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);
+    llmpar_hf_writer_abandon(file->directory);
+    llmpar_heap_free(&file->ctx->heap, file->tensors);
     llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_heap_free(&file->ctx->heap, file->narrow);
     llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
     llmpar_heap_free(&file->ctx->heap, file);
 }
 
-static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama_config *config, const char *directory)
-{
-    llmpar_error error;
-    llmpar_writer *writer = NULL;
-    llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
-    size_t bytes = llmpar_llama_config_write(config, NULL, 0);
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1), *path = llmpar__hf_path(ctx, directory, "config.json");
-    if (!text || !path) {
-        status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", directory);
-    } else {
-        llmpar_llama_config_write(config, text, bytes + 1);
-        status = llmpar_writer_open(&ctx->heap, ctx->io, path, &writer, &error);
-        if (!status) status = llmpar_writer_write(writer, text, bytes, &error);
-        if (!status) {
-            status = llmpar_writer_commit(writer, &error);
-            writer = NULL;
-        }
-        llmpar_writer_abandon(writer);
-        status = llmpar__hf_fail(ctx, status, &error);
-    }
-    llmpar_heap_free(&ctx->heap, path);
-    llmpar_heap_free(&ctx->heap, text);
-    return status;
-}
-
-LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory)
+LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
-    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(ctx->io, directory, &error), &error);
-    char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
-    if (!status && !path) status = LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_tensor_file_open(fsdp, path, NULL, 0, &file);
+    llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
         const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
         status = shard ? llmpar_tensor_file_write(file, u, shard) : ctx->error.status;
         llmpar_status done = shard ? llmpar_fsdp_shard_done(fsdp, u, 0) : LLMPAR_OK;
         if (!status) status = done;
     }
-    /* When there is no room for the weights, a config.json of another model that stood here still stands. */
-    if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
-    if (!status) {
-        status = llmpar_tensor_file_commit(file);
-        file = NULL;
-    }
+    if (!status) return llmpar_tensor_file_commit(file);
     llmpar_tensor_file_abandon(file);
-    llmpar_heap_free(&ctx->heap, path);
     return status;
 }
+
+#undef LLMPAR__HF_NARROW
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */

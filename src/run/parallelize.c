@@ -335,6 +335,6 @@ LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { ret
 LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
-LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
+LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL); }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
