@@ -24,6 +24,7 @@ typedef struct settings {
     int print_schedule, print_memory, check;
     llmpar_trainer_desc policy;
     llmpar_llama_desc shape;
+    llmpar_hf_desc save_as;
 } settings;
 
 static void usage(void)
@@ -47,6 +48,8 @@ static void usage(void)
          POLICY_USAGE
          "output\n"
          "  --save DIR          write a Hugging Face directory at the end\n"
+         "  --save-shard BYTES  in files of at most so many bytes of tensors, and an index (K, M, G allowed; default: one file)\n"
+         "  --save-dtype D      f32, f64, bf16, f16 (default: that of the master parameters)\n"
          "  --save-gradients FILE    write the last step's gradients as safetensors\n"
          "  --log FILE.jsonl    one JSON object a step\n"
          "  --log-every N       console line every N steps (default 10)\n"
@@ -168,7 +171,7 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
             if (s->gradients && i + 1 == s->steps) status = llmpar_trainer_save_gradients(trainer, s->gradients);
             if (!status) status = llmpar_trainer_step(trainer, NULL);
         }
-        if (!status && s->save) status = llmpar_save_hf(trainer, s->save);
+        if (!status && s->save) status = llmpar_hf_save(llmpar_trainer_fsdp(trainer), llmpar_llama_get_config(model), s->save, &s->save_as);
         if (!status && desc.trace) status = llmpar_trainer_save_trace(trainer);
         llmpar_trainer_memory(trainer, &memory);
         if (!status && s->log_every > 0) status = print_memory(ctx, &memory);
@@ -189,9 +192,11 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
-        POLICY_OPTIONS, {"save", 1, 0, 'o'},    {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        POLICY_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
         {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
-    static const char *const check[] = {"0", "1"};
+    static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"};
+    static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
+    int word = 0;
     settings s;
     memset(&s, 0, sizeof s);
     s.dp_replicate = s.dp_shard = s.tp = s.threads = s.grad_accum = 1;
@@ -221,6 +226,8 @@ int main(int argc, char **argv)
         case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy, &s.shape); break;
         case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
+        case 'S': bad = policy_bytes("--save-shard", optarg, &s.save_as.max_file_bytes); break;
+        case 'E': bad = option_word("--save-dtype", optarg, dtypes, 4, &word); s.save_as.dtype = dtype[word]; break;
         case 'G': s.gradients = optarg; break;
         case 'j': s.log = optarg; break;
         case 'v': bad = option_long("--log-every", optarg, 1, 1000000000, &s.log_every); break;
@@ -235,6 +242,7 @@ int main(int argc, char **argv)
     if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.data) bad = option_error("--data is missing, see --help");
+    if (!bad && (s.save_as.max_file_bytes || s.save_as.dtype) && !s.save) bad = option_error("--save-shard and --save-dtype say how to --save, which is missing, see --help");
     if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
     if (!bad && !llmpar_is_directory(s.model)) {
         llmpar_llama_config preset;

@@ -171,6 +171,8 @@ words weight-decay 'a number 0 ..' -1 inf
 words clip 'a number 0 ..' -1 nan
 words lr-min 'a number' 0 -1
 words loss-scale 'a number' 0 -2 huge 1e40
+words save-shard 'bytes 1 .. 2^60, with K, M or G behind the number' 0 -1 1T 1.5G
+words save-dtype 'one of f32, f64, bf16, f16' f8 float32 i32
 words memory-limit 'bytes 1 .. 2^60, with K, M or G behind the number' 0 -1 1T 1e6 16MB 1.5G 2000000000G 99999999999999999999
 words logits-bytes 'bytes 1 .. 2^60' 0 -1 many
 train 2 '--wrap "0": expected a whole number 1 .. 8' --wrap 0
@@ -192,6 +194,8 @@ train 2 '--steps*requires an argument' --steps
 train 2 '--print-schedule*allow an argument' --print-schedule=1
 train 2 'unexpected argument "extra"' extra
 train 2 '4096 x dp-shard 4096 x tp 4096 = 68719476736 ranks, expected at most 4096' --dp-replicate 4096 --dp-shard 4096 --tp 4096
+row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-shard 1M
+row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-dtype bf16
 row 2 '--model is missing' "$programs/train_llama" --data "$files/text" --save save
 row 2 '--data is missing' "$programs/train_llama" --model tiny --save save
 row 1 'LLMPAR_CPU "abacus" is not a dispatch level' env LLMPAR_CPU=abacus "$programs/train_llama" --model tiny --data "$files/text" --save save
@@ -216,6 +220,8 @@ generate 2 '--prompt-ids "2147483648": expected numbers' --prompt-ids 2147483648
 generate 2 '--prompt-ids "99999999999999999999": expected numbers' --prompt-ids 99999999999999999999
 generate 2 '--beam' --prompt-ids 1 --beam 4
 generate 2 'unexpected argument "more"' --prompt-ids 1 more
+row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-shard 1M
+row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-dtype bf16
 row 2 '--model is missing' "$programs/generate" --prompt a
 
 # ---- degrees, sizes ----
@@ -300,12 +306,12 @@ train 1 "$files/short: too short: " --data "$files/short" --seq-len 5 --dp-shard
 mkdir "$files/nothing"
 train 1 "$files/nothing/config.json: cannot open: No such file" --model "$files/nothing"
 generate 1 "$files/nothing/config.json: cannot open: No such file" --model "$files/nothing" --prompt-ids 1
-generate 1 "$files/text/config.json: cannot open: Not a directory" --model "$files/text" --prompt-ids 1
+generate 1 "$files/text/config.json: cannot open: No such file" --model "$files/text" --prompt-ids 1
 cp "$files/good/config.json" "$files/nothing/"
 train 1 "$files/nothing/model.safetensors: cannot open: No such file" --model "$files/nothing"
 generate 1 "$files/nothing/model.safetensors: cannot open: No such file" --model "$files/nothing" --prompt-ids 1 --tp 4
 : >"$files/nothing/model.safetensors.index.json"
-generate 1 "$files/nothing/model.safetensors.index.json: a model in several files; expected one model.safetensors" --model "$files/nothing" --prompt-ids 1
+generate 1 "$files/nothing/model.safetensors.index.json: byte 0: expected a value, got the end" --model "$files/nothing" --prompt-ids 1
 
 # ---- config.json ----
 
@@ -360,7 +366,7 @@ weights 1 "tensor $last is missing"
 sed "s/}} *$/},\"model.extra.weight\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[$data_bytes,$((data_bytes + 4))]}}/" "$files/header" >"$files/edited"
 { cat "$files/data"; printf '\0\0\0\0'; } >"$files/longer"
 safetensors "$files/edited" "$files/longer"
-weights 1 'tensor model.extra.weight is not part of this model (39 parameters, 40 tensors in the file)'
+weights 1 'tensor model.extra.weight is not part of this model (39 parameters, 40 tensors)'
 edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[64,2]/"
 weights 1 'tensor model.norm.weight has shape ?64, 2?, expected ?128?'
 edited_header "s/$norm/\"model.norm.weight\":{\"dtype\":\"F32\",\"shape\":[]/"
@@ -400,10 +406,43 @@ weights 1 'the header length is 100000001, expected at most 100000000 (file byte
 weights 1 'the header length is 18446744073709551615, expected at most 100000000'
 { u64 99999999; cat "$files/header" "$files/data"; } >"$bad_model/model.safetensors"
 weights 1 'the header length is 99999999, but only * bytes follow it: the file is truncated'
+
+# ---- shards and their index ----
+
+"$programs/train_llama" --model "$files/good" --data "$files/text" --seq-len 16 --batch 4 --steps 1 --lr 1e-12 --save "$files/shards" --save-shard 1M --save-dtype bf16 >"$work/stdout" 2>&1 || { cat "$work/stdout"; failed=$((failed + 1)); }
+shards=$(find "$files/shards" -name 'model-0000?-of-0000[2-9].safetensors' | wc -l)
+[ "$shards" -ge 2 ] || { echo "FAILED --save-shard 1M: $shards shards"; failed=$((failed + 1)); }
+first=model-00001-of-0000$shards.safetensors second=model-00002-of-0000$shards.safetensors
+# edited_index SED: the shards with another index
+edited_index()
+{
+    rm -rf "$bad_model"
+    cp -r "$files/shards" "$bad_model"
+    sed "$1" "$files/shards/model.safetensors.index.json" >"$bad_model/model.safetensors.index.json"
+    cmp -s "$files/shards/model.safetensors.index.json" "$bad_model/model.safetensors.index.json" && { echo "bad_input: \"$1\" changes nothing in the index"; failed=$((failed + 1)); }
+}
+index() { train 1 "$bad_model/model.safetensors.index.json: $2" --model "$bad_model" --dp-shard 2 --tp 2; }
+edited_index "s/\(embed_tokens.weight\": \"\)[^\"]*/\1$second/"
+index 1 "tensor model.embed_tokens.weight is said to be in $second, which does not have it"
+edited_index '/embed_tokens/d'
+index 1 "tensor model.embed_tokens.weight is in $first and not in the index"
+edited_index 's/"model.embed_tokens.weight"/"lm_head.weight"/'
+index 1 'byte * expected every member name once, got "lm_head.weight" again'
+edited_index "s/\(embed_tokens.weight\": \"\)[^\"]*/\1..\\/shards\\/$first/"
+index 1 'tensor "model.embed_tokens.weight" in file "../shards/model-00001-of-*": expected the name of a file in this directory'
+edited_index 's/"total_size": [0-9]*/"total_size": 12/'
+index 1 'metadata.total_size is 12, but the tensors have * bytes'
+edited_index 's/"weight_map"/"weights"/'
+index 1 'unknown field "weights", expected metadata and weight_map'
+edited_index 's/embed_tokens/&/;s/"metadata"/ &/'
+rm "$bad_model/$second"
+train 1 "$bad_model/$second: cannot open: No such file" --model "$bad_model" --tp 2
+cp "$bad_model/$first" "$bad_model/$second"
+index 1 "tensor * is said to be in $second, which does not have it"
 edited_config 's/"num_hidden_layers": 4/"num_hidden_layers": 5/'
 weights 1 'tensor model.layers.4.input_layernorm.weight is missing'
 edited_config 's/"num_hidden_layers": 4/"num_hidden_layers": 3/'
-weights 1 'tensor model.layers.3.input_layernorm.weight is not part of this model (30 parameters, 39 tensors in the file)'
+weights 1 'tensor model.layers.3.input_layernorm.weight is not part of this model (30 parameters, 39 tensors)'
 edited_config 's/"intermediate_size": 384/"intermediate_size": 256/'
 weights 1 'tensor model.layers.0.mlp.gate_proj.weight has shape ?384, 128?, expected ?256, 128?'
 
