@@ -41,6 +41,7 @@ help:
 	@echo 'make check         everything that a commit has to pass; check-full: with the long runs'
 	@echo 'make check-gen     are the committed headers those of src/?    make check-layers: does a module reach above its layer?'
 	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
+	@echo 'make coverage      branches of the readers of foreign files that their tests take'
 	@echo 'make install       headers, pkg-config file, CMake package, documents (PREFIX=/usr/local, DESTDIR=); make uninstall'
 	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
@@ -288,6 +289,10 @@ check-compile: $(HEADERS:%=build/gen/%)
 check-budget: build/gen/llmpar.h
 	@tools/check_budget.sh
 
+# Needs gcc's gcov.
+coverage: build/separate/llmpar.a build/separate/llmpar.h
+	@tests/need.sh gcov gcc -- tools/coverage.sh
+
 check:
 	@tools/check.sh
 
@@ -298,6 +303,6 @@ clean:
 	rm -rf build
 
 .PHONY: print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
-	check-layers check-compile check-budget check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
+	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

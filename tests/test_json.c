@@ -78,7 +78,7 @@ TEST(json_corpus)
 
 TEST(json_tree)
 {
-    const char *text = " {\"a\" : [1, -2.5, true, null, \"x\"], \"\" : {}, \"b\\u0000c\": [] , \"d\":{\"e\":{\"f\":false}} } ";
+    const char *text = " {\"a\" : [1,\t-2.5, true, null, \"x\"], \"\" : {}, \"b\\u0000c\": [] ,\r\"d\":{\"e\":{\"f\":false}} } ";
     llmpar_heap heap;
     llmpar_heap_init(&heap, NULL);
     llmpar_json *root = parse(&heap, text);
@@ -121,9 +121,9 @@ TEST(json_strings)
     };
     static const struct { const char *text, *message; } bad[] = {
         { "\"\\ud800\"", "byte 7: expected the second half of a surrogate pair, got '\"'" }, { "\"\\udc00\"", "byte 1: expected no second half" },
-        { "\"\\ud800\\u0041\"", "byte 7: expected the second half" }, { "\"\\ud800x\"", "byte 7: expected the second half of a surrogate pair, got 'x'" },
+        { "\"\\ud800\\u0041\"", "byte 7: expected the second half" }, { "\"\\ud800\\ue000\"", "byte 7: expected the second half" }, { "\"\\ud800\\n\"", "byte 7: expected the second half" }, { "\"\\ud800\\udcx0\"", "byte 11: expected four hexadecimal digits after \\u, got 'x'" }, { "\"\\ud800x\"", "byte 7: expected the second half of a surrogate pair, got 'x'" },
         { "\"\xC0\x80\"", "byte 1: expected UTF-8, got byte 0xC0" }, { "\"\xED\xA0\x80\"", "byte 1: expected UTF-8" }, { "\"\xF4\x90\x80\x80\"", "byte 1: expected UTF-8" },
-        { "\"\xE0\x80\x80\"", "byte 1: expected UTF-8" }, { "\"\xF0\x80\x80\x80\"", "byte 1: expected UTF-8" }, { "\"a\xE2\x82", "byte 2: expected UTF-8" }, { "\"\x80\"", "byte 1: expected UTF-8" },
+        { "\"\xE0\x80\x80\"", "byte 1: expected UTF-8" }, { "\"\xE2\x82\"\"", "byte 1: expected UTF-8" }, { "\"\xF0\x80\x80\x80\"", "byte 1: expected UTF-8" }, { "\"a\xE2\x82", "byte 2: expected UTF-8" }, { "\"\x80\"", "byte 1: expected UTF-8" },
         { "\"\\x\"", "byte 2: expected one of" }, { "\"\\u12g4\"", "byte 5: expected four hexadecimal digits after \\u, got 'g'" }, { "\"a\nb\"", "byte 2: expected a character of a string or its closing '\"', got byte 0x0A" },
         { "\"abc", "byte 4: expected a character of a string or its closing '\"', got the end of the text" }, { "\"\\", "byte 2: expected one of" }, { "\"\\u", "byte 3: expected four" },
     };
@@ -151,7 +151,7 @@ TEST(json_errors_name_the_byte)
         { "", "config: byte 0: expected a value, got the end of the text" }, { "  ", "config: byte 2: expected a value, got the end" }, { "{\"a\":1x}", "config: byte 6: expected ',' or '}', got 'x'" },
         { "[1,]", "byte 3: expected a value, got ']'" }, { "[1 2]", "byte 3: expected ',' or ']', got '2'" }, { "{,}", "byte 1: expected '\"' of a member's name, got ','" }, { "{\"a\" 1}", "byte 5: expected ':', got '1'" },
         { "{\"a\":1,}", "byte 7: expected '\"' of a member's name, got '}'" }, { "1 1", "byte 2: expected the end of the text, got '1'" }, { "[", "byte 1: expected a value, got the end" }, { "[1", "byte 2: expected ',' or ']', got the end" },
-        { "tru", "byte 0: expected a value, got 't'" }, { "01", "byte 1: expected the end of the text, got '1'" }, { "-", "byte 1: expected a digit, got the end" }, { "1.", "byte 2: expected a digit" }, { "1e", "byte 2: expected a digit" },
+        { "tru", "byte 0: expected a value, got 't'" }, { "nulx", "byte 0: expected a value, got 'n'" }, { "01", "byte 1: expected the end of the text, got '1'" }, { "-", "byte 1: expected a digit, got the end" }, { "1.", "byte 2: expected a digit" }, { "1e", "byte 2: expected a digit" },
         { "1e+", "byte 3: expected a digit" }, { ".5", "byte 0: expected a value, got '.'" }, { "+1", "byte 0: expected a value, got '+'" }, { "NaN", "byte 0: expected a value" }, { "-Infinity", "byte 1: expected a digit, got 'I'" },
         { "\xEF\xBB\xBF{}", "byte 0: expected a value, got byte 0xEF" }, { "[1]]", "byte 3: expected the end of the text, got ']'" }, { "[1}", "byte 2: expected ',' or ']', got '}'" }, { " [1e999]", "byte 2: expected a number up to 1.8e308" },
         { "/**/1", "byte 0: expected a value, got '/'" }, { "1\f", "byte 1: expected the end of the text, got byte 0x0C" },
@@ -212,6 +212,23 @@ TEST(json_unique_keys)
     CHECK_TEXT(error.text, "index: byte 21: expected every member name once, got \"a\" again");
     CHECK_OK(parse_bytes(&heap, fine, strlen(fine), &desc, &root, &error));
     llmpar_json_destroy(&heap, root);
+    /* of several the first in the text; names are cut at whole characters; an empty one */
+    static const struct { const char *text, *message; } several[] = {
+        { "{\"bb\":1,\"bb\":2,\"a\":3,\"a\":4}", "byte 8: expected every member name once, got \"bb\" again" }, { "{\"a\":1,\"a\":2,\"bb\":3,\"bb\":4}", "byte 7: expected every member name once, got \"a\" again" },
+        { "{\"\":1,\"\":2}", "byte 6: expected every member name once, got \"\" again" },
+    };
+    for (size_t i = 0; i < sizeof several / sizeof several[0]; i++) {
+        CHECK_STATUS(parse_bytes(&heap, several[i].text, strlen(several[i].text), &desc, &root, &error), LLMPAR_ERR_FORMAT);
+        CHECK_TEXT(error.text, several[i].message);
+    }
+    for (int before = 76; before < 82; before++) {
+        char name[100] = "", both[300], want[200];
+        memset(name, 'n', (size_t)before);
+        snprintf(both, sizeof both, "{\"%s\xE2\x82\xACn\":1,\"%s\xE2\x82\xACn\":2}", name, name);
+        snprintf(want, sizeof want, "got \"%.*s%s\" again", before < 80 ? before : 80, name, before <= 76 ? "\xE2\x82\xACn" : before == 77 ? "\xE2\x82\xAC" : "");
+        CHECK_STATUS(parse_bytes(&heap, both, strlen(both), &desc, &root, &error), LLMPAR_ERR_FORMAT);
+        CHECK_TEXT(error.text, want);
+    }
     root = parse(&heap, twice); /* allowed unless asked for */
     CHECK(root && llmpar_json_get(root, "a")->integer == 1);
     llmpar_json_destroy(&heap, root);
@@ -237,7 +254,7 @@ TEST(json_integers)
 {
     static const struct { const char *text; int is_integer; int64_t integer; } cases[] = {
         { "0", 1, 0 }, { "-0", 1, 0 }, { "9223372036854775807", 1, INT64_MAX }, { "-9223372036854775808", 1, INT64_MIN }, { "-9223372036854775807", 1, -INT64_MAX },
-        { "9223372036854775808", 0, 0 }, { "-9223372036854775809", 0, 0 }, { "18446744073709551616", 0, 0 }, { "1.0", 0, 0 }, { "1e3", 0, 0 }, { "9007199254740993", 1, 9007199254740993 },
+        { "9223372036854775808", 0, 0 }, { "-9223372036854775809", 0, 0 }, { "18446744073709551616", 0, 0 }, { "1.0", 0, 0 }, { "1e3", 0, 0 }, { "1E3", 0, 0 }, { "9007199254740993", 1, 9007199254740993 },
         { "100000000000000000000000000000000000000", 0, 0 },
     };
     llmpar_heap heap;

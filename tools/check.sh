@@ -98,6 +98,7 @@ else
     phase aarch64-portable $make test-aarch64-portable
     phase musl $make $jobs test-musl
     phase demo $make demo
+    phase coverage $make $jobs coverage
 fi
 
 echo

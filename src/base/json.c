@@ -59,13 +59,12 @@ static int llmpar__json_peek(const llmpar__json_parser *p)
 
 /* ---- strings ---- */
 
-/* Bytes of the UTF-8 character at text, 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
+/* Bytes of the UTF-8 character at text[length > 0], 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
    refused (Unicode 15, table 3-7). */
 static size_t llmpar__json_utf8(const char *text, size_t length)
 {
     unsigned first, second, low = 0x80, high = 0xBF;
     size_t bytes, i;
-    if (length == 0) return 0;
     first = (unsigned char)text[0];
     if (first < 0x80) return 1;
     if (first < 0xC2 || first > 0xF4) return 0;
@@ -178,7 +177,7 @@ static int llmpar__json_read_string(llmpar__json_parser *p, const char **string,
 
 /* ---- numbers ---- */
 
-/* A natural number below 2^2816, for decimals that double arithmetic cannot round exactly. */
+/* A natural number above 0 and below 2^2816, for decimals that double arithmetic cannot round exactly. */
 #define LLMPAR__JSON_BIG_LIMBS 88
 typedef struct llmpar__json_big {
     uint32_t limb[LLMPAR__JSON_BIG_LIMBS]; /* lowest first */
@@ -200,13 +199,12 @@ static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, ui
 
 static int llmpar__json_big_bits(const llmpar__json_big *big)
 {
-    return big->used ? 32 * big->used - __builtin_clz(big->limb[big->used - 1]) : 0;
+    return 32 * big->used - __builtin_clz(big->limb[big->used - 1]);
 }
 
 static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
 {
     int limbs = bits / 32, i;
-    if (!big->used) return;
     if (limbs) {
         for (i = big->used - 1; i >= 0; i--) big->limb[i + limbs] = big->limb[i];
         for (i = 0; i < limbs; i++) big->limb[i] = 0;
@@ -563,7 +561,7 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
     size_t needed = 0, at = 0, i, bytes;
     char piece[8];
     int ended = 0;
-    for (i = 0; i <= length + 1; i++) { /* the opening quote, at most `length` characters, the closing quote */
+    for (i = 0; !ended; i++) { /* the opening quote, at most `length` characters, the closing quote */
         size_t piece_length = 1;
         piece[0] = '"';
         if (i > 0 && at < length) {
@@ -593,7 +591,6 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
         }
         for (bytes = 0; bytes < piece_length; bytes++, needed++)
             if (needed + 1 < capacity) out[needed] = piece[bytes];
-        if (ended) break;
     }
     if (capacity) out[needed < capacity ? needed : capacity - 1] = 0;
     return needed;
