@@ -1,14 +1,14 @@
 #!/bin/sh
 # bad_input: what the programs say to wrong command lines and broken files.
 #
-#     tests/bad_input.sh [FOLDER]       FOLDER holds train_llama and generate (default: build)
+#     tests/bad_input.sh [FOLDER]       FOLDER holds train_llama, generate and verify_parity (default: build)
 #
 # Every row is: exit code, what the line on stderr has to contain (a shell pattern: * and ? as usual), the command. The command runs in an empty folder and is asked to save, to log and to write
 # gradients there. It has to end within 20 seconds, with exactly that code (2: wrong command line, 1: anything found later), exactly one line on stderr, nothing on stdout, and the folder still empty.
 # Needs no test data: the model directory that is broken in many ways is trained here. With LLMPAR_TEST_DATA set there are a few rows more. The last line is "N passed, N failed".
 
 programs=$(cd "${1:-build}" 2>/dev/null && pwd)
-for program in train_llama generate; do
+for program in train_llama generate verify_parity; do
     [ -x "$programs/$program" ] || { echo "bad_input: ${1:-build}/$program is not there: run make first"; echo "0 passed, 1 failed"; exit 1; }
 done
 work=$(mktemp -d "${TMPDIR:-/tmp}/bad_input.XXXXXX") || exit 1
@@ -508,6 +508,84 @@ not_finite lm_head.weight 5 "$nan" --dtype bf16 --recompute full --offload activ
 set -- --model "$bad_model" --dtype f16 --loss-scale 6.103515625e-05 --dp-shard 2
 not_finite model.norm.weight 3 "$infinity" # makes the model; in f16 the step would be tried again with half the scale, down to the least
 train 1 'step 1: loss scale: the gradient is not finite at the least scale, 6.10352e-05, either' "$@"
+
+# ---- two runs compared: every failure is exit code 2, since 1 says "outside" ----
+
+u32() { for n in "$@"; do printf "\\$(printf %03o $((n % 256)))\\$(printf %03o $((n / 256 % 256)))\\0\\0"; done; }
+u32 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 >"$files/ids"      # two sequences of 8
+u32 1 2 3 4 5 6 7 8 >"$files/few"
+u32 1 2 3 4 5 6 7 8 256 10 11 12 13 14 15 16 17 18 >"$files/outside"
+{ cat "$files/ids"; printf x; } >"$files/odd"
+: >"$files/empty"
+parity() { row_pattern=$1; shift; row 2 "$row_pattern" env TMPDIR="$work/run" "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8 --a '' --json out.json --dump dump "$@"; }
+parity 'model nowhere: no such directory' --model nowhere
+parity 'b: model nowhere: no such directory' --b model=nowhere
+parity 'config.json: ' --model "$work"
+parity 'nowhere: ' --tokens nowhere
+parity "$work: " --tokens "$work"
+parity '73 bytes, expected a multiple of 4' --tokens "$files/odd"
+parity '8 ids, expected at least seq-len + 1 = 9' --tokens "$files/few"
+parity '0 ids, expected at least seq-len + 1 = 9' --tokens "$files/empty"
+parity 'id 256 at position 8, expected at most 255' --tokens "$files/outside"
+parity '--seq-len "0": expected a whole number 1 ..' --seq-len 0
+parity '18 ids, expected at least seq-len + 1 = 16777217' --seq-len 16777216
+parity '--b "tp=1,colour=red": "colour" is no option of a configuration' --b tp=1,colour=red
+parity '--b "steps=3": "steps" is no option of a configuration' --b steps=3
+parity '--a "lr-min=1": lr-min has no effect on what is compared' --a lr-min=1
+parity '--b "tp": "tp": expected NAME=VALUE' --b tp
+parity '--b "tp=1,": expected another option behind the comma' --b tp=1,
+parity '--b ",tp=1": "": expected NAME=VALUE' --b ,tp=1
+parity '--b tp "0": expected a whole number 1 .. 4096' --b tp=0
+parity '--a dp-shard "two": expected a whole number' --a dp-shard=two
+parity '--dtype "f8": expected one of f32, f64, bf16, f16' --b dtype=f8
+parity '--prefetch "5": expected a whole number 0 .. 4' --b prefetch=1+5
+parity '--b "dp-replicate=4096,dp-shard=4096,tp=4096": 68719476736 ranks, expected at most 4096' --b dp-replicate=4096,dp-shard=4096,tp=4096
+parity 'b: num_attention_heads = * is not divisible by tp = 3' --b tp=3
+parity 'b: trainer: batch = 2 is not divisible by 3 data ranks' --b dp-shard=3
+parity 'a: trainer: batch = 2 is not divisible by 1 data ranks * x grad_accum 4' --a grad-accum=4
+parity 'exact = require: ' --b dp-shard=2,reduce-dtype=bf16,exact=require
+parity 'is not a dispatch level' --b cpu=abacus
+parity 'trainer: recompute = AUTO needs memory_limit' --b recompute=auto
+parity 'memory' --b memory-limit=1K
+parity '--reference: nowhere: no such directory' --reference nowhere
+parity 'none of logits.safetensors, grads.safetensors, activations.safetensors, loss.json is there' --reference "$files"
+parity 'cannot' --dump nowhere/dump
+parity '--json: nowhere/out.json.tmp: cannot create' --json nowhere/out.json
+row 2 '--tokens is missing' "$programs/verify_parity" --model "$files/good" --seq-len 8 --a ''
+row 2 '--model is missing' "$programs/verify_parity" --tokens "$files/ids" --seq-len 8 --a ''
+row 2 '--seq-len is missing' "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --a ''
+row 2 'expected at least one of --a, --reference and --dump' "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8
+row 2 '--json without --a and --reference' "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8 --dump dump --json out.json
+row 2 'unexpected argument "extra"' "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8 --a '' extra
+row 2 'cannot create' env TMPDIR="$work/nowhere" "$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8 --a ''
+# references of another shape, another model, or broken: found before anything runs, but for names of gradients
+"$programs/verify_parity" --model "$files/good" --tokens "$files/ids" --seq-len 8 --dump "$files/dump" >/dev/null || { echo "bad_input: no reference to break"; failed=$((failed + 1)); }
+broken() { rm -rf "$files/reference"; cp -r "$files/dump" "$files/reference"; }
+broken
+parity 'tensor "logits" has shape [[]2,8,256], expected [[]4,3,256]' --seq-len 3 --reference "$files/reference"
+rm "$files/reference/logits.safetensors"
+parity 'tensor "embed" has shape' --seq-len 3 --reference "$files/reference"
+rm "$files/reference/activations.safetensors"
+parity '"tokens" is not the 12 predicted tokens of --tokens' --seq-len 3 --reference "$files/reference"
+for text in '' '[]' '{}' '{"loss": "much"}' '{"loss": 1' '{"loss": 1, "loss": 2}'; do
+    printf %s "$text" >"$files/reference/loss.json"
+    parity 'loss.json: ' --reference "$files/reference"
+done
+broken
+head -c 100 "$files/dump/logits.safetensors" >"$files/reference/logits.safetensors"
+parity 'logits.safetensors: ' --reference "$files/reference"
+cp "$files/dump/grads.safetensors" "$files/reference/logits.safetensors"
+parity 'tensor "logits" is missing' --reference "$files/reference"
+broken
+cp "$files/dump/logits.safetensors" "$files/reference/activations.safetensors"
+parity '1 tensors, of which 0 are embed, layers.N' --reference "$files/reference"
+broken
+cp "$files/dump/logits.safetensors" "$files/reference/grads.safetensors"
+parity 'grads.safetensors: tensor "* is missing' --reference "$files/reference"
+broken
+sed 's/lm_head.weight/lm_heed.weight/' "$files/dump/grads.safetensors" >"$files/reference/grads.safetensors"
+parity 'tensor "lm_head.weight" is missing' --reference "$files/reference"
+parity 'is no parameter with a gradient in b' --reference "$files/dump" --b freeze=1
 
 # ---- what is asked of a model over other tokens ----
 

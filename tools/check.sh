@@ -77,6 +77,7 @@ beside package $make test-package
 beside bad_input sh tests/bad_input.sh
 phase docs $make test-docs
 phase trace tests/need.sh python3 python3 -- sh tests/trace.sh
+phase parity tests/verify_parity.sh
 phase bad_input behind bad_input
 phase package behind package
 beside gdb $make test-gdb
