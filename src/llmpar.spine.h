@@ -300,6 +300,7 @@ LLMPAR_EXTERN_C_END
 #include "text/data.c"
 
 #include "model/config.c"
+#include "model/rope_tables.c"
 #include "model/llama.c"
 #include "model/block.c"
 #include "model/edges.c"

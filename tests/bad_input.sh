@@ -334,7 +334,7 @@ config 1 'rms_norm_eps = 0, expected a number above 0' 's/"rms_norm_eps": [^,]*/
 config 1 'byte 372: expected a number up to 1.8e308' 's/"rms_norm_eps": [^,]*/"rms_norm_eps": 1e999/'
 config 1 "byte 372: expected a value, got 'N'" 's/"rms_norm_eps": [^,]*/"rms_norm_eps": NaN/'
 config 1 'rope_theta = -10000, expected' 's/"rope_theta": [^,]*/"rope_theta": -10000/'
-config 1 'rope_type = "yarn", expected' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "yarn", "factor": 2}/'
+config 1 'rope_type = "longrope", expected' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "longrope", "factor": 2}/'
 config 1 'factor is missing from rope_scaling' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "linear"}/'
 config 1 'factor = 0, expected a number from 1' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "linear", "factor": 0}/'
 config 1 'model_type = "gpt2", expected "llama"' 's/"model_type": "llama"/"model_type": "gpt2"/'

@@ -124,6 +124,62 @@ TEST(reads_rope)
     }
 }
 
+#define MISTRAL { "model_type", "\"mistral\"" }, { "architectures", "[\"MistralForCausalLM\"]" }
+#define QWEN(n) { "model_type", "\"qwen" #n "\"" }, { "architectures", "[\"Qwen" #n "ForCausalLM\"]" }
+
+/* What the relatives' configurations say, and what they leave to transformers' defaults. */
+TEST(reads_families)
+{
+    static const struct { const char *type, *architecture; int32_t kv, head_dim, positions, bos, eos, window; int64_t extra; } table[] = {
+        { "llama", "LlamaForCausalLM", 64, 2, 2048, 1, 2, 0, 0 }, { "mistral", "MistralForCausalLM", 8, 2, 131072, 1, 2, 4096, 0 },
+        { "qwen2", "Qwen2ForCausalLM", 32, 2, 32768, -1, -1, 0, 128 + 2 * 64 }, { "qwen3", "Qwen3ForCausalLM", 32, 128, 32768, -1, -1, 0, 2 * 128 } };
+    char type[40], architecture[40];
+    llmpar_llama_config c;
+    size_t i;
+    for (i = 0; i < 4; i++)
+        for (int said = 0; said < 3; said++) {
+            field f[] = { { "model_type", NULL }, { "architectures", NULL }, { "num_attention_heads", "64" }, { "num_key_value_heads", NULL }, { "max_position_embeddings", NULL }, { "bos_token_id", NULL }, { "eos_token_id", NULL },
+                          { "tie_word_embeddings", NULL }, { "hidden_size", "128" } };
+            snprintf(type, sizeof type, "\"%s\"", table[i].type);
+            snprintf(architecture, sizeof architecture, "[\"%s\"]", table[i].architecture);
+            if (said != 1) f[0].value = type;
+            if (said != 2) f[1].value = architecture;
+            if (parse(f, 9, &c)) TEST_FAIL("%s: %s", table[i].type, err.text);
+            CHECK_INT(c.family, i); CHECK_INT(c.kv_heads, table[i].kv); CHECK_INT(c.max_positions, table[i].positions); CHECK_INT(c.bos_id, table[i].bos); CHECK_INT(c.eos_count, table[i].eos >= 0);
+            CHECK_INT(c.sliding_window, table[i].window); CHECK_INT(c.head_dim, table[i].head_dim); CHECK_INT(c.tied, 0);
+            int64_t q = 64 * c.head_dim, kv = c.kv_heads * c.head_dim;
+            CHECK_INT(llmpar_llama_param_count(&c), 5 * (2 * 128 * q + 2 * 128 * kv + 3 * 128 * 172 + 2 * 128 + table[i].extra) + 128 + 2 * 512 * 128);
+        }
+    static const field mistral[] = { MISTRAL, { "sliding_window", "null" } }, window[] = { MISTRAL, { "sliding_window", "77" } }, heads[] = { QWEN(3), { "num_key_value_heads", "null" }, { "head_dim", "24" } };
+    static const field qwen[] = { QWEN(2), { "sliding_window", "131072" }, { "max_window_layers", "21" }, { "use_sliding_window", "false" }, { "attention_dropout", "0.0" }, { "layer_types", "[\"full_attention\", \"full_attention\", \"full_attention\", \"full_attention\", \"full_attention\"]" } };
+    CHECK_OK(parse(mistral, 3, &c)); CHECK_INT(c.sliding_window, 0);
+    CHECK_OK(parse(window, 3, &c)); CHECK_INT(c.sliding_window, 77);
+    CHECK_OK(parse(heads, 4, &c)); CHECK_INT(c.kv_heads, 8); CHECK_INT(c.head_dim, 24);
+    CHECK_OK(parse(qwen, 7, &c)); CHECK_INT(c.family, LLMPAR_FAMILY_QWEN2); CHECK_INT(c.sliding_window, 0);
+}
+
+/* transformers' defaults of YaRN: attention_factor from factor, or from the two mscales. */
+TEST(reads_yarn)
+{
+    static const struct { const char *text; double attention, fast, slow; int truncate, original; } table[] = {
+        { "{\"type\": \"yarn\", \"factor\": 4.0, \"original_max_position_embeddings\": 128}", 1.1386294361119891, 32, 1, 1, 128 },
+        { "{\"rope_type\": \"yarn\", \"factor\": 1}", 1, 32, 1, 1, 512 },
+        { "{\"rope_type\": \"yarn\", \"factor\": 40, \"mscale\": 0.707, \"mscale_all_dim\": 1.0, \"beta_fast\": 16, \"beta_slow\": 2.5, \"truncate\": false, \"original_max_position_embeddings\": 32}", 0.92104210, 16, 2.5, 0, 32 },
+        { "{\"rope_type\": \"yarn\", \"factor\": 40, \"mscale\": 0.707, \"mscale_all_dim\": 0, \"beta_fast\": null, \"beta_slow\": 0, \"attention_factor\": null}", 1.3688879454113936, 32, 1, 1, 512 },
+        { "{\"rope_type\": \"yarn\", \"factor\": 40, \"mscale\": 0.707, \"mscale_all_dim\": 2, \"attention_factor\": 0.75}", 0.75, 32, 1, 1, 512 },
+    };
+    llmpar_llama_config c;
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        const field f[] = { { "rope_scaling", table[i].text } };
+        if (parse(f, 1, &c)) TEST_FAIL("case %zu: %s", i, err.text);
+        CHECK_INT(c.rope_scaling.kind, LLMPAR_ROPE_YARN); CHECK_NEAR(c.rope_scaling.attention_factor, table[i].attention, i == 2 ? 1e-3 : 1e-15);
+        CHECK_NEAR(c.rope_scaling.beta_fast, table[i].fast, 0); CHECK_NEAR(c.rope_scaling.beta_slow, table[i].slow, 0); CHECK_INT(c.rope_scaling.truncate, table[i].truncate);
+        CHECK_INT(c.rope_scaling.original_max_positions, table[i].original);
+    }
+    const field dynamic[] = { { "rope_scaling", "{\"rope_type\": \"dynamic\", \"factor\": 2.5}" } };
+    CHECK_OK(parse(dynamic, 1, &c)); CHECK_INT(c.rope_scaling.kind, LLMPAR_ROPE_DYNAMIC); CHECK_NEAR(c.rope_scaling.factor, 2.5, 0);
+}
+
 /* The position in an error that shows "field = value" is that of the value. */
 static void check_position(const field *changes, int count, const char *where)
 {
@@ -183,7 +239,7 @@ TEST(refuses)
         { { { "initializer_range", "-0.1" } }, LLMPAR_ERR_CONFIG, "initializer_range = -0.1" },
         { { { "intermediate_size", "4194304" }, { "hidden_size", "1048576" }, { "num_hidden_layers", "65536" }, { "head_dim", "8" } }, LLMPAR_ERR_CONFIG, "parameters, expected at most 9007199254740992" },
         /* what changes the mathematics */
-        { { { "model_type", "\"mistral\"" } }, LLMPAR_ERR_UNSUPPORTED, "model_type = \"mistral\", expected \"llama\"" },
+        { { { "model_type", "\"gpt2\"" } }, LLMPAR_ERR_UNSUPPORTED, "model_type = \"gpt2\", expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\"" },
         { { { "model_type", "null" } }, LLMPAR_ERR_UNSUPPORTED, "model_type = null" },
         { { { "model_type", NULL }, { "architectures", NULL } }, LLMPAR_ERR_CONFIG, "model_type is missing" },
         { { { "architectures", "[\"Qwen2ForCausalLM\"]" } }, LLMPAR_ERR_UNSUPPORTED, "architectures = [\"Qwen2ForCausalLM\"], expected [\"LlamaForCausalLM\"] (byte 20)" },
@@ -196,8 +252,38 @@ TEST(refuses)
         { { { "sliding_window", "4096" } }, LLMPAR_ERR_UNSUPPORTED, "sliding_window = 4096, expected null" },
         { { { "quantization_config", "{\"bits\": 4}" } }, LLMPAR_ERR_UNSUPPORTED, "quantization_config = an object" },
         { { { "partial_rotary_factor", "0.5" } }, LLMPAR_ERR_UNSUPPORTED, "partial_rotary_factor = 0.5" },
-        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 4.0}" } }, LLMPAR_ERR_UNSUPPORTED, "rope_type = \"yarn\", expected \"default\", \"linear\" or \"llama3\"" },
-        { { { "rope_scaling", "{\"type\": \"dynamic\", \"factor\": 4.0}" } }, LLMPAR_ERR_UNSUPPORTED, "type = \"dynamic\"" },
+        { { { "architectures", "[\"MistralForCausalLM\"]" }, { "model_type", "\"qwen2\"" } }, LLMPAR_ERR_UNSUPPORTED, "architectures = [\"MistralForCausalLM\"], expected [\"Qwen2ForCausalLM\"]" },
+        { { { "architectures", "[\"OPTForCausalLM\"]" }, { "model_type", NULL } }, LLMPAR_ERR_UNSUPPORTED, "architectures = [\"OPTForCausalLM\"], expected [\"LlamaForCausalLM\"], or Mistral, Qwen2 or Qwen3" },
+        { { { "architectures", "[\"LlamaForSequenceClassification\"]" } }, LLMPAR_ERR_UNSUPPORTED, "architectures = [\"LlamaForSequenceClassification\"]" },
+        { { MISTRAL, { "attention_bias", "true" } }, LLMPAR_ERR_UNSUPPORTED, "attention_bias = true, expected false" },
+        { { MISTRAL, { "sliding_window", "0" } }, LLMPAR_ERR_CONFIG, "sliding_window = 0, expected an integer from 1" },
+        { { MISTRAL, { "sliding_window", "-1" } }, LLMPAR_ERR_CONFIG, "sliding_window = -1, expected an integer from 1" },
+        { { MISTRAL, { "sliding_window", "\"all\"" } }, LLMPAR_ERR_CONFIG, "sliding_window = \"all\", expected an integer" },
+        { { QWEN(2), { "use_sliding_window", "true" } }, LLMPAR_ERR_UNSUPPORTED, "use_sliding_window = true, expected false" },
+        { { QWEN(3), { "use_sliding_window", "true" } }, LLMPAR_ERR_UNSUPPORTED, "use_sliding_window = true, expected false" },
+        { { QWEN(3), { "attention_bias", "true" } }, LLMPAR_ERR_UNSUPPORTED, "attention_bias = true, expected false" },
+        { { QWEN(2), { "mlp_bias", "true" } }, LLMPAR_ERR_UNSUPPORTED, "mlp_bias = true" },
+        { { QWEN(3), { "head_dim", "null" } }, LLMPAR_ERR_CONFIG, "head_dim = null, expected an integer" },
+        { { QWEN(2), { "layer_types", "[\"full_attention\", \"full_attention\", \"full_attention\", \"sliding_attention\", \"full_attention\"]" } }, LLMPAR_ERR_UNSUPPORTED, "layer_types has \"sliding_attention\", expected \"full_attention\" alone" },
+        { { QWEN(2), { "layer_types", "[\"full_attention\"]" } }, LLMPAR_ERR_CONFIG, "layer_types has 1 entries, expected one for each of the 5 layers" },
+        { { QWEN(2), { "layer_types", "\"full_attention\"" } }, LLMPAR_ERR_UNSUPPORTED, "layer_types = \"full_attention\", expected an array" },
+        { { { "rope_scaling", "{\"rope_type\": \"longrope\", \"factor\": 4.0}" } }, LLMPAR_ERR_UNSUPPORTED, "rope_type = \"longrope\", expected \"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"" },
+        { { { "rope_scaling", "{\"rope_type\": \"dynamic\"}" } }, LLMPAR_ERR_CONFIG, "factor is missing from rope_scaling" },
+        { { { "rope_scaling", "{\"rope_type\": \"dynamic\", \"factor\": 0.5}" } }, LLMPAR_ERR_CONFIG, "factor = 0.5, expected a number from 1" },
+        { { { "rope_scaling", "{\"rope_type\": \"dynamic\", \"factor\": 2}" }, { "head_dim", "2" } }, LLMPAR_ERR_CONFIG, "head_dim = 2, expected an integer from 4" },
+        { { { "rope_scaling", "{\"rope_type\": \"dynamic\", \"factor\": 2, \"beta_fast\": 3}" } }, LLMPAR_ERR_UNSUPPORTED, "rope_scaling has an unknown field beta_fast" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\"}" } }, LLMPAR_ERR_CONFIG, "factor is missing from rope_scaling" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": null}" } }, LLMPAR_ERR_CONFIG, "factor = null, expected a number" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"beta\": 3}" } }, LLMPAR_ERR_UNSUPPORTED, "rope_scaling has an unknown field beta" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"attention_factor\": 0}" } }, LLMPAR_ERR_CONFIG, "attention_factor = 0, expected a number above 0" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"attention_factor\": \"1\"}" } }, LLMPAR_ERR_CONFIG, "attention_factor = \"1\", expected a number" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"mscale\": -100, \"mscale_all_dim\": 1}" } }, LLMPAR_ERR_CONFIG, "attention_factor = -5." },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"beta_fast\": 0.5}" } }, LLMPAR_ERR_CONFIG, "beta_fast = 0.5, expected a number from beta_slow" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"beta_slow\": -1}" } }, LLMPAR_ERR_CONFIG, "beta_slow = -1, expected a number above 0" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"truncate\": null}" } }, LLMPAR_ERR_CONFIG, "truncate = null, expected true or false" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2}" }, { "rope_theta", "1" } }, LLMPAR_ERR_CONFIG, "rope_theta = 1, expected a number above 1 under yarn" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"original_max_position_embeddings\": 0}" } }, LLMPAR_ERR_CONFIG, "original_max_position_embeddings = 0" },
+        { { { "rope_scaling", "{\"rope_type\": \"yarn\", \"factor\": 2, \"original_max_position_embeddings\": 64}" }, { "original_max_position_embeddings", "128" } }, LLMPAR_ERR_CONFIG, "original_max_position_embeddings = 128, expected the value inside" },
         { { { "rope_scaling", "{\"rope_type\": \"linear\", \"type\": \"dynamic\", \"factor\": 4.0}" } }, LLMPAR_ERR_CONFIG, "type = \"dynamic\", expected the same as rope_type" },
         { { { "rope_scaling", "{\"factor\": 4.0}" } }, LLMPAR_ERR_CONFIG, "rope_type is missing from rope_scaling" },
         { { { "rope_scaling", "{\"rope_type\": \"linear\"}" } }, LLMPAR_ERR_CONFIG, "factor is missing from rope_scaling" },
@@ -284,6 +370,14 @@ TEST(checks_structs)
     c.eos_count = 0;
     c.rope_scaling.kind = (llmpar_rope_kind)7;
     CHECK_STATUS(llmpar_llama_config_check(&c, NULL), LLMPAR_ERR_CONFIG);
+    CHECK_OK(llmpar_llama_preset("tiny", &c, NULL));
+    c.family = (llmpar_family)4;
+    CHECK_STATUS(llmpar_llama_config_check(&c, NULL), LLMPAR_ERR_CONFIG);
+    c.family = LLMPAR_FAMILY_QWEN2;
+    c.sliding_window = 5;
+    llmpar_error_clear(&err);
+    CHECK_STATUS(llmpar_llama_config_check(&c, &err), LLMPAR_ERR_CONFIG);
+    CHECK_TEXT(err.text, "sliding_window = 5");
     /* every field within its own limits, 2^68 parameters and more together */
     CHECK_OK(llmpar_llama_preset("tiny", &c, NULL));
     c.hidden = 1 << 20; c.intermediate = 1 << 22; c.layers = 1 << 16; c.heads = c.kv_heads = 1 << 16; c.head_dim = 1 << 14;
@@ -300,7 +394,7 @@ TEST(writes_what_it_reads)
     char text[4096], small[64];
     llmpar_llama_config c, back;
     size_t i, needed;
-    for (i = 0; i < 7; i++) {
+    for (i = 0; i < 12; i++) {
         CHECK_OK(llmpar_llama_preset(names[i % 4], &c, NULL));
         if (i >= 4) {
             c.rms_eps = 1.0 / 3 * 1e-5; c.rope_theta = 123456.789; c.init_std = 0.1 + 0.2; c.eos_count = 3; c.eos_id[0] = 3; c.eos_id[1] = 4; c.eos_id[2] = 5;
@@ -308,6 +402,13 @@ TEST(writes_what_it_reads)
         }
         if (i == 6) {
             c.rope_scaling.kind = LLMPAR_ROPE_LLAMA3; c.rope_scaling.low_freq_factor = 1.1; c.rope_scaling.high_freq_factor = 1e300; c.rope_scaling.original_max_positions = 77;
+        }
+        if (i >= 7) {
+            c.family = (llmpar_family)(i % 4);
+            c.sliding_window = i == 9 ? 4097 : 0;
+            c.rope_scaling.original_max_positions = 0; c.rope_scaling.low_freq_factor = c.rope_scaling.high_freq_factor = 0;
+            c.rope_scaling.kind = i == 7 ? LLMPAR_ROPE_DYNAMIC : LLMPAR_ROPE_YARN;
+            if (i > 7) c.rope_scaling.original_max_positions = 78, c.rope_scaling.attention_factor = 1.1 / 3, c.rope_scaling.beta_fast = 97.0 / 3, c.rope_scaling.beta_slow = 1.0 / 3, c.rope_scaling.truncate = i & 1;
         }
         needed = llmpar_llama_config_write(&c, NULL, 0);
         CHECK(needed < sizeof text);
@@ -328,10 +429,24 @@ TEST(writes_what_it_reads)
 }
 
 /* transformers' formula (modeling_rope_utils), in long double. */
-static long double reference_inv_freq(const llmpar_llama_config *c, int i)
+static long double reference_inv_freq(const llmpar_llama_config *c, int64_t positions, int i)
 {
     const llmpar_rope_scaling *s = &c->rope_scaling;
-    long double f = 1 / powl((long double)c->rope_theta, 2.0L * i / c->head_dim), wavelength = 2 * acosl(-1) / f, smooth;
+    long double base = c->rope_theta, e = c->head_dim;
+    if (s->kind == LLMPAR_ROPE_DYNAMIC) {
+        long double length = positions > c->max_positions ? positions : c->max_positions;
+        base *= powl(s->factor * length / c->max_positions - (s->factor - 1), e / (e - 2));
+    }
+    long double f = 1 / powl(base, 2.0L * i / c->head_dim), wavelength = 2 * acosl(-1) / f, smooth;
+    if (s->kind == LLMPAR_ROPE_DYNAMIC) return f;
+    if (s->kind == LLMPAR_ROPE_YARN) {
+        long double low = e * logl(s->original_max_positions / (s->beta_fast * 2 * acosl(-1))) / (2 * logl(base)), high = e * logl(s->original_max_positions / (s->beta_slow * 2 * acosl(-1))) / (2 * logl(base));
+        low = fmaxl(s->truncate ? floorl(low) : low, 0);
+        high = fminl(s->truncate ? ceill(high) : high, e - 1);
+        if (low == high) high += 0.001L;
+        smooth = fminl(fmaxl((i - low) / (high - low), 0), 1);
+        return f / s->factor * smooth + f * (1 - smooth);
+    }
     if (s->kind == LLMPAR_ROPE_LINEAR) return f / (long double)s->factor;
     if (s->kind == LLMPAR_ROPE_NONE || wavelength < s->original_max_positions / (long double)s->high_freq_factor) return f;
     if (wavelength > s->original_max_positions / (long double)s->low_freq_factor) return f / (long double)s->factor;
@@ -342,17 +457,31 @@ static long double reference_inv_freq(const llmpar_llama_config *c, int i)
 TEST(rope_frequencies)
 {
     llmpar_llama_config c;
-    double out[64];
-    int kind, i;
-    for (kind = 0; kind < 3; kind++) {
-        CHECK_OK(llmpar_llama_preset("1b", &c, NULL));
-        c.rope_scaling.kind = (llmpar_rope_kind)kind;
-        llmpar_rope_inv_freq(&c, out);
-        for (i = 0; i < c.head_dim / 2; i++) {
-            long double want = reference_inv_freq(&c, i);
-            CHECK_NEAR(out[i], (double)want, 2e-14 * (double)want);
+    double out[64], plain[64];
+    for (int kind = 0; kind < 5; kind++)
+        for (int variant = 0; variant < 6; variant++) {
+            static const int64_t positions[] = { 1, 2048, 2049, 5000, 100000, 2048 };
+            CHECK_OK(llmpar_llama_preset("1b", &c, NULL));
+            c.max_positions = 2048;
+            c.rope_theta = variant & 1 ? 10000 : 500000;
+            c.rope_scaling.kind = (llmpar_rope_kind)kind;
+            c.rope_scaling.truncate = variant > 2;
+            c.rope_scaling.beta_fast = variant == 4 ? 2 : 32;
+            c.rope_scaling.beta_slow = variant == 4 ? 2 : 1;
+            c.rope_scaling.attention_factor = 1;
+            if (kind == LLMPAR_ROPE_YARN) c.rope_scaling.original_max_positions = variant == 2 ? 4 : variant == 5 ? 1 << 28 : 8192; /* both bounds beyond the dims, either way */
+            CHECK_OK(llmpar_llama_config_check(&c, NULL));
+            llmpar_rope_inv_freq(&c, positions[variant], out);
+            c.rope_scaling.kind = LLMPAR_ROPE_NONE;
+            llmpar_rope_inv_freq(&c, positions[variant], plain);
+            c.rope_scaling.kind = (llmpar_rope_kind)kind;
+            for (int i = 0; i < c.head_dim / 2; i++) {
+                long double want = reference_inv_freq(&c, positions[variant], i);
+                CHECK_NEAR(out[i], (double)want, 4e-14 * (double)want);
+                if (kind == LLMPAR_ROPE_DYNAMIC && positions[variant] <= 2048) CHECK(out[i] == plain[i]);
+                if (kind == LLMPAR_ROPE_DYNAMIC && positions[variant] > 2048 && i) CHECK(out[i] < plain[i]);
+            }
         }
-    }
 }
 
 TEST(rope_tables_are_exact)
@@ -365,7 +494,7 @@ TEST(rope_tables_are_exact)
     CHECK_OK(llmpar_llama_preset("1b", &c, NULL));
     cosine = (double *)malloc(sizeof(double) * POSITIONS * 32); sine = (double *)malloc(sizeof(double) * POSITIONS * 32);
     cosine32 = (float *)malloc(sizeof(float) * POSITIONS * 32); sine32 = (float *)malloc(sizeof(float) * POSITIONS * 32);
-    llmpar_rope_inv_freq(&c, inv_freq);
+    llmpar_rope_inv_freq(&c, 1, inv_freq);
     CHECK_OK(llmpar_rope_tables(ready(), &c, POSITIONS, LLMPAR_F64, cosine, sine, NULL));
     CHECK_OK(llmpar_rope_tables(ready(), &c, POSITIONS, LLMPAR_F32, cosine32, sine32, NULL));
     for (p = 0; p < POSITIONS; p++)
@@ -375,6 +504,14 @@ TEST(rope_tables_are_exact)
             CHECK(cosine32[p * 32 + i] == (float)cosine[p * 32 + i] && sine32[p * 32 + i] == (float)sine[p * 32 + i]);
         }
     for (i = 0; i < 32; i++) CHECK(cosine[i] == 1 && sine[i] == 0);
+    c.rope_scaling.kind = LLMPAR_ROPE_YARN; c.rope_scaling.attention_factor = 1.25; c.rope_scaling.beta_fast = 32; c.rope_scaling.beta_slow = 1;
+    llmpar_rope_inv_freq(&c, POSITIONS, inv_freq);
+    CHECK_OK(llmpar_rope_tables(ready(), &c, POSITIONS, LLMPAR_F64, cosine, sine, NULL));
+    for (p = 0; p < POSITIONS; p++)
+        for (i = 0; i < 32; i++) {
+            CHECK_NEAR(cosine[p * 32 + i], 1.25 * cos(p * inv_freq[i]), 1e-15);
+            CHECK_NEAR(sine[p * 32 + i], 1.25 * sin(p * inv_freq[i]), 1e-15);
+        }
     llmpar_error_clear(&err);
     CHECK_STATUS(llmpar_rope_tables(ready(), &c, 1, LLMPAR_BF16, cosine, sine, &err), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(err.text, "dtype = bf16, expected f32 or f64");
@@ -414,7 +551,7 @@ TEST(rope_as_transformers_prints_it)
     c.rope_scaling.high_freq_factor = llmpar_json_get(value, "high_freq_factor")->number;
     c.rope_scaling.original_max_positions = (int32_t)llmpar_json_get(value, "original_max_position_embeddings")->integer;
     CHECK_INT(c.head_dim, 128);
-    llmpar_rope_inv_freq(&c, out);
+    llmpar_rope_inv_freq(&c, 1, out);
     /* five digits are printed */
     for (value = llmpar_json_get(root, "inv_freq")->child; value; value = value->next, i++) CHECK_NEAR(out[i], value->number, 5.1e-5 * value->number);
     CHECK_INT(i, 64);
@@ -461,7 +598,7 @@ TEST(reads_what_transformers_writes)
         snprintf(path, sizeof path, "tests/golden/%s/expected.json", names[k]);
         text = read_file(path, &length);
         CHECK_OK(llmpar_json_parse(ready(), text, length, NULL, &root, NULL));
-        llmpar_rope_inv_freq(&c, out);
+        llmpar_rope_inv_freq(&c, 1, out);
         for (value = llmpar_json_get(root, "inv_freq")->child; value; value = value->next, i++) CHECK_NEAR(out[i], value->number, 1e-14 * value->number);
         CHECK_INT(i, c.head_dim / 2);
         llmpar_json_destroy(&heap, root);
@@ -478,5 +615,5 @@ TEST(reads_what_transformers_writes)
     CHECK_INT(heap.live, 0);
 }
 
-TEST_LIST(T_(presets), T_(counts), T_(reads_fields_and_defaults), T_(reads_rope), T_(refuses), T_(refuses_wrong_documents), T_(out_of_memory), T_(checks_structs),
+TEST_LIST(T_(presets), T_(counts), T_(reads_fields_and_defaults), T_(reads_rope), T_(reads_families), T_(reads_yarn), T_(refuses), T_(refuses_wrong_documents), T_(out_of_memory), T_(checks_structs),
           T_(writes_what_it_reads), T_(rope_frequencies), T_(rope_tables_are_exact), T_(rope_as_transformers_prints_it), T_(reads_a_real_config), T_(reads_what_transformers_writes))

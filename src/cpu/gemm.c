@@ -615,9 +615,9 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
         if (segment->piece < previous || segment->piece >= args->pieces)
             return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
         previous = segment->piece;
-        if (a_rows > 1 && segment->lda < a_width)
+        if (a_rows > 1 && segment->lda < (a_width > 1 ? a_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
-        if (b_rows > 1 && segment->ldb < b_width)
+        if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
     }
     return LLMPAR_OK;

@@ -10,11 +10,11 @@
 /* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
    Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
-   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
+   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,hE][N,kE][N,kE] o[N,hE] lse[B,h,T]  (q and k normalised: raw[N,hE][N,kE] before the norm, qk_rstd[N*h][N*k])  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
    scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
             act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
-            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
-   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
+            backward also: dfull[N,D]  dqkv, as qkv  dx[Ns,D] (between halves)  dkv[2][N,E] (ranks that share a kv head; = dqkv's where nothing is rounded)  leaves[leaves,D]  qk_leaves[2][leaves,E] (norms of q and k)
+   Partial sums, rstds, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
 typedef struct llmpar__block_half {
     llmpar__shape s;
     const llmpar__part *part_of;
@@ -26,27 +26,35 @@ typedef struct llmpar__block_half {
     char *output;
     const char *dout;
     char *din;
-    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
-    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
+    char *h, *rstd, *qkv, *raw, *qk_rstd, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
+    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *leaves, *qk_leaves; /* scratch */
     const char *in;                 /* what the products read: h, or the gathered rows */
 } llmpar__block_half;
 
 /* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
-typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
+typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, raw, qk_rstd, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, leaves, qk_leaves, scratch; } llmpar__block_layout;
+
+static int llmpar__block_has_norms(const llmpar_llama *model) { return model->place[LLMPAR__QNORM] >= 0; } /* of q and k */
+
+/* Where k and v begin in qkv, in bytes. */
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->n * s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)(s->n * (s->h + s->k) * s->e) * s->size; }
 
 static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
 {
     const llmpar_tp *tp = &part->model->tp;
     size_t at = 0, spare_h;
     int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
-    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
+    int norms = llmpar__block_has_norms(part->model), attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
     memset(l, 0, sizeof *l);
     for (int32_t i = 0; i < part->halves; i++) {
         int is_mlp = (part->first + i) & 1;
         llmpar__block_layout here = *l;
         here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
         here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
-        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
+        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->qkv, s->size);
+        here.raw = llmpar__llama_take(&at, is_mlp || !norms ? 0 : s->n * (s->h + s->k) * s->e, s->size);
+        here.qk_rstd = llmpar__llama_take(&at, is_mlp || !norms ? 0 : s->n * (s->h + s->k), s->sum_size);
         here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
         here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
         here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
@@ -67,13 +75,12 @@ static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, 
     if (again) l->h = spare_h;
     l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
     if (backward) {
-        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
         l->dfull = llmpar__llama_take(&at, gathered, s->size);
-        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
+        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->qkv : 0, s->size);
         l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
-        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
-        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
+        l->dkv = s->sum == s->dtype ? l->dqkv + llmpar__block_k(s) : llmpar__llama_take(&at, attention && tp->replicas > 1 ? s->n * 2 * s->e : 0, s->sum_size);
         l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+        l->qk_leaves = llmpar__llama_take(&at, attention && norms ? 2 * s->leaves * s->e : 0, s->sum_size);
     }
     l->scratch = at;
 }
@@ -96,6 +103,8 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->h = (b->again ? scratch : saved) + l.h;
     b->rstd = saved + l.rstd;
     b->qkv = saved + l.qkv;
+    b->raw = saved + l.raw;
+    b->qk_rstd = saved + l.qk_rstd;
     b->o = saved + l.o;
     b->lse = saved + l.lse;
     b->gate = saved + l.gate;
@@ -109,8 +118,8 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->dqkv = scratch + l.dqkv;
     b->dx = scratch + l.dx;
     b->dkv = scratch + l.dkv;
-    b->dkv_low = scratch + l.dkv_low;
     b->leaves = scratch + l.leaves;
+    b->qk_leaves = scratch + l.qk_leaves;
     b->in = b->tp->sequence_parallel ? b->full : b->h;
     b->input = b->first ? (const char *)call->input : saved + l.before;
     b->output = b->last ? (char *)call->output : saved + l.stream;
@@ -118,14 +127,16 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
-static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+/* Place of parameter p among those of the call; NULL where the family has none. */
+static void *llmpar__block_at(const llmpar__block_half *b, void *const *of, int p)
+{
+    const int32_t *place = b->model->place;
+    return place[p] < 0 ? NULL : of[b->param + place[p] - (b->mlp ? place[LLMPAR__NORM2] : 0)];
+}
+static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return llmpar__block_at(b, call->params, p); }
+static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return llmpar__block_at(b, call->grads, p); }
 
-/* Element offset of k and v in a row of qkv. */
-static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
-
-/* Pointers and extents for attention over the joint q,k,v buffer. */
+/* Pointers and extents for attention. */
 static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
@@ -135,8 +146,8 @@ static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_un
     args->heads = s->h;
     args->kv_heads = s->k;
     args->head_dim = s->e;
-    args->ldq = args->ldk = args->ldv = s->ld;
-    args->ldo = s->h * s->e;
+    args->ldq = args->ldo = s->h * s->e;
+    args->ldk = args->ldv = s->k * s->e;
     args->scale = llmpar__llama_scale(b->model);
     args->dtype = s->dtype;
     if (!call) return;
@@ -153,19 +164,26 @@ static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmp
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
+    llmpar_status status = LLMPAR_OK;
     memset(&args, 0, sizeof args);
     args.batch = s->b;
     args.t = s->t;
-    args.heads = s->h + s->k; /* k's heads lie behind q's */
     args.head_dim = s->e;
-    args.ld = s->ld;
-    args.x = qkv;
     args.cosine = b->model->cosine;
     args.sine = b->model->sine;
     args.dtype = s->dtype;
     args.inverse = inverse;
-    return call->device->rope(call->device, call->stream, &args);
+    for (int k = 0; k < 2 && !status; k++) {
+        args.heads = k ? s->k : s->h;
+        args.ld = args.heads * s->e;
+        args.x = qkv + (k ? llmpar__block_k(s) : 0);
+        status = call->device->rope(call->device, call->stream, &args);
+    }
+    return status;
 }
+
+/* First of this rank's kv heads. */
+static int64_t llmpar__block_first_kv(const llmpar__block_half *b) { return b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, b->model->config.kv_heads); }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
 static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
@@ -174,11 +192,11 @@ static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_c
     const llmpar_llama_config *c = &b->model->config;
     memset(operand, 0, 3 * sizeof *operand);
     for (int i = 0; i < 3; i++) {
-        operand[i].lda = s->ld;
+        operand[i].lda = (i ? s->k : s->h) * s->e;
         operand[i].ldb = s->d;
         operand[i].grain = s->e;
         operand[i].per = i ? c->heads / c->kv_heads : 1;
-        operand[i].begin = i ? (b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, c->kv_heads)) : llmpar_tp_begin(b->tp, c->heads);
+        operand[i].begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
         operand[i].count = i ? (b->tp->replicas > 1 ? b->tp->rank % b->tp->replicas == 0 : s->k) : s->h;
     }
     if (!call) return;
@@ -221,7 +239,7 @@ static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w,
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
-/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
+/* Ranks that share a kv head add theirs in the sum type: llmpar__block_kv. */
 static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
 {
     const llmpar__shape *s = &b->s;
@@ -229,12 +247,11 @@ static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_u
     memset(args, 0, sizeof *args);
     llmpar__block_attention(b, call, &args->forward);
     args->dkv_dtype = shared ? s->sum : s->dtype;
-    args->ld_dkv = shared ? 2 * s->e : s->ld;
     if (!call) return;
     args->dout = b->act;
     args->dq = b->dqkv;
     args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
-    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
+    args->dv = shared ? b->dkv + (size_t)(s->n * s->e) * s->sum_size : b->dqkv + llmpar__block_v(s);
 }
 
 /* ---- sizes ---- */
@@ -247,12 +264,12 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     const llmpar_llama_config *c = &b->model->config;
     llmpar_tp_operand heads[3], ffn[2], row;
     llmpar_attention_backward_args attention;
-    size_t w[18], most = 0;
+    size_t w[20], most = 0;
     int n = 0;
     llmpar__block_heads(b, NULL, NULL, heads);
     llmpar__block_ffn(b, NULL, ffn);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->h * s->e, s->dtype);
+    w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->k * s->e, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
     llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
@@ -267,6 +284,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, 1, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, 1, s->dtype);
     llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
@@ -298,7 +317,7 @@ static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
@@ -307,14 +326,14 @@ static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
     llmpar__block_half b, before;
     llmpar__block_open(call, call->index, &b);
     llmpar__block_open(call, call->index - 1, &before);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
 /* Selective recomputation: norm's output once more, from the same bits by the same code. */
 static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
     if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->s.d, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
 /* Forward, and again in backward for the weight gradients. */
@@ -375,13 +394,7 @@ static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
     llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
-}
-
-/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
-{
-    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar__llama_norm_weight(call, &b.s, b.s.d, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
 /* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
@@ -400,15 +413,57 @@ static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_
 
 /* ---- attention ---- */
 
+/* q[N,hE] or k, v[N,kE]: weight wq + i, bias bq + i */
+static llmpar_status llmpar__block_head_product(const llmpar__block_half *b, const llmpar_unit_call *call, int i, char *out)
+{
+    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), llmpar__block_param(b, call, LLMPAR__BQ + i), out, call->workspace, call->workspace_bytes);
+}
+
+/* Norms of q and of k (i = 1): over E, a row for each head of each token. */
+static llmpar_status llmpar__block_head_norm(const llmpar__block_half *b, const llmpar_unit_call *call, int i)
+{
+    const llmpar__shape *s = &b->s;
+    size_t at = i ? llmpar__block_k(s) : 0;
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, s->n * (i ? s->k : s->h), s->e, b->raw + at, NULL, llmpar__block_param(b, call, LLMPAR__QNORM + i), NULL, b->qkv + at, b->qk_rstd + (i ? (size_t)(s->n * s->h) * s->sum_size : 0));
+}
+
+/* Back through it, in place. To the operation a token is a sequence and its heads are the positions: so the weight's pieces are pieces of heads, of which this rank holds a part. A kv head that several ranks share counts once. */
+static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const llmpar_unit_call *call, int i)
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_llama_config *c = &b->model->config;
+    size_t at = i ? llmpar__block_k(s) : 0, leaves = (size_t)(s->leaves * s->e) * s->sum_size;
+    llmpar_rmsnorm_backward_args args;
+    memset(&args, 0, sizeof args);
+    args.tokens.batch = s->n;
+    args.tokens.t = i ? s->k : s->h;
+    args.tokens.t_begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
+    args.tokens.t_total = i ? c->kv_heads : c->heads;
+    args.tokens.leaves = s->leaves;
+    args.tokens.canon = b->tp->pieces;
+    args.dim = s->e;
+    args.dy = args.dx = b->dqkv + at;
+    args.x = b->raw + at;
+    args.w = llmpar__block_param(b, call, LLMPAR__QNORM + i);
+    args.rstd = b->qk_rstd + (i ? (size_t)(s->n * s->h) * s->sum_size : 0);
+    args.dw_leaves = call->grads ? b->qk_leaves + (i ? leaves : 0) : NULL;
+    args.dtype = s->dtype;
+    llmpar_status status = call->device->rmsnorm_backward(call->device, call->stream, &args);
+    if (!status && args.dw_leaves && i && b->tp->rank % b->tp->replicas) status = call->device->zero(call->device, call->stream, args.dw_leaves, leaves);
+    return status;
+}
+
 static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_args attention;
     llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
+    int norms = llmpar__block_has_norms(b.model);
+    llmpar_status status = llmpar__block_head_product(&b, call, 0, norms ? b.raw : b.qkv);
+    if (!status) status = llmpar__block_head_product(&b, call, 1, (norms ? b.raw : b.qkv) + llmpar__block_k(s));
+    if (!status) status = llmpar__block_head_product(&b, call, 2, b.qkv + llmpar__block_v(s));
+    for (int i = 0; i < 2 && norms && !status; i++) status = llmpar__block_head_norm(&b, call, i);
     if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
     llmpar__block_attention(&b, call, &attention);
     return status ? status : call->device->attention(call->device, call->stream, &attention);
@@ -435,7 +490,7 @@ static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
     return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
 }
 
-/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
+/* Ranks that share a kv head: dk and dv are summed over its query heads, and rounded once on their way to dqkv, where they stand one behind the other too. */
 static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
@@ -443,7 +498,6 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
     const llmpar__shape *s = &b.s;
     llmpar_collective c;
     llmpar_cast_args cast;
-    llmpar_copy_rows_args copy;
     memset(&c, 0, sizeof c);
     c.send = c.recv = b.dkv;
     c.count = (size_t)(s->n * 2 * s->e);
@@ -454,17 +508,9 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
     cast.count = c.count;
     cast.in = b.dkv;
     cast.in_dtype = s->sum;
-    cast.out = b.dkv_low;
+    cast.out = b.dqkv + llmpar__block_k(s);
     cast.out_dtype = s->dtype;
-    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
-    memset(&copy, 0, sizeof copy);
-    copy.rows = s->n;
-    copy.width = copy.ld_in = 2 * s->e;
-    copy.ld_out = s->ld;
-    copy.size = s->size;
-    copy.in = b.dkv_low;
-    copy.out = b.dqkv + llmpar__block_k(s);
-    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+    return status || s->dtype == s->sum ? status : call->device->cast(call->device, call->stream, &cast);
 }
 
 static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
@@ -473,6 +519,7 @@ static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
     llmpar_tp_operand heads[3];
     llmpar__block_open(call, call->index, &b);
     llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    for (int i = 0; i < 2 && llmpar__block_has_norms(b.model) && !status; i++) status = llmpar__block_head_dnorm(&b, call, i);
     llmpar__block_heads(&b, call, b.dqkv, heads);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
 }
@@ -484,19 +531,48 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
     llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
-    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
+    const size_t at[3] = {0, llmpar__block_k(s), llmpar__block_v(s)};
+    for (int i = 0; i < 3 && !status; i++) {
+        int64_t width = (i ? s->k : s->h) * s->e;
+        void *bias = llmpar__block_grad(&b, call, LLMPAR__BQ + i);
+        status = llmpar__block_dw(&b, call, LLMPAR__WQ + i, width, s->d, b.dqkv + at[i], width, b.in);
+        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, s->dtype, call->workspace, call->workspace_bytes);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__block_head_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_sum_leaves(call, "q k norm weight/all_reduce", 2 * b.s.leaves * b.s.e, b.qk_leaves);
+}
+
+static llmpar_status llmpar__block_head_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_status status = LLMPAR_OK;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    for (int i = 0; i < 2 && !status; i++)
+        status = llmpar__llama_norm_weight(call, &b.s, b.s.e, b.qk_leaves + (size_t)(i * b.s.leaves * b.s.e) * b.s.sum_size, llmpar__block_grad(&b, call, LLMPAR__QNORM + i));
+    return status;
 }
 
 /* ---- MLP ---- */
+
+/* out[N,f] = in[N,D] w[f,D]^T */
+static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, char *out)
+{
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.f, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, b->s.f, b->s.dtype, call->workspace, call->workspace_bytes);
+}
 
 static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar__block_open(call, call->index, &b);
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
-    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.gate);
+    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.up);
 }
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
@@ -583,6 +659,8 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backwar
         /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
         /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
         /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 11 */ {{"q k norm dW", llmpar__block_head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_QK_TP, LLMPAR__ANYWHERE},
+        /* 12 */ {{"q k norm dW", llmpar__block_head_norm_weight, LLMPAR_COMPUTE, {11, 0}, 0, 0}, LLMPAR__IF_QK, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row mlp_backward[] = {
         /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
@@ -594,7 +672,7 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backwar
         /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
         /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
-    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
+    *count = mlp ? (backward ? 8 : 7) : backward ? 12 : 6;
     return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
 }
 

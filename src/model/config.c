@@ -9,18 +9,16 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-#define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
-
 /* ---- presets ---- */
 
 typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
 
-/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high}, tied, bos, eos_count, {eos}, init_std */
+/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high, attention, fast, slow, truncate}, tied, bos, eos_count, {eos}, init_std, family, window */
 static const llmpar__config_preset llmpar__config_presets[] = {
-    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02 } },
-    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
-    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
-    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0 }, 1, 128000, 1, { 128001 }, 0.02 } }
+    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0, 0, 0, 0, 0 }, 1, 128000, 1, { 128001 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } }
 };
 #define LLMPAR__CONFIG_PRESETS (sizeof llmpar__config_presets / sizeof llmpar__config_presets[0])
 
@@ -38,6 +36,19 @@ LLMPAR_DEF llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_conf
     }
     return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama preset: \"%.100s\" is unknown, expected %s", name ? name : "", list);
 }
+
+/* ---- families: what transformers' configuration classes differ in ---- */
+
+typedef struct llmpar__config_family { const char *type, *architecture; int32_t kv_heads, head_dim, max_positions, ids, window; } llmpar__config_family; /* defaults: 0: derived; ids 1: bos 1 and eos 2, 0: none */
+static const llmpar__config_family llmpar__config_families[] = {
+    { "llama", "LlamaForCausalLM", 0, 0, 2048, 1, 0 },
+    { "mistral", "MistralForCausalLM", 8, 0, 131072, 1, 4096 },
+    { "qwen2", "Qwen2ForCausalLM", 32, 0, 32768, 0, 0 },
+    { "qwen3", "Qwen3ForCausalLM", 32, 128, 32768, 0, 0 }
+};
+enum { LLMPAR__CONFIG_FAMILIES = 4 };
+static const char *const llmpar__config_rope_types[] = { "default", "linear", "llama3", "dynamic", "yarn" };
+enum { LLMPAR__CONFIG_ROPE_TYPES = 5 };
 
 /* ---- checking: one pass finds the fault, callers say where it stands ---- */
 
@@ -69,28 +80,39 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
 {
     const llmpar_rope_scaling *s = &c->rope_scaling;
     if (s->kind == LLMPAR_ROPE_NONE) return 0;
-    if (s->kind != LLMPAR_ROPE_LINEAR && s->kind != LLMPAR_ROPE_LLAMA3) {
+    if ((int)s->kind < 0 || (int)s->kind >= LLMPAR__CONFIG_ROPE_TYPES) {
         f->field = "rope_type";
-        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear or llama3", (int)s->kind);
+        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear, llama3, dynamic or yarn", (int)s->kind);
         return 1;
     }
     if (llmpar__config_say_real(f, "factor", s->factor, s->factor >= 1 && s->factor <= 1e6, "a number from 1 to 1e6")) return 1;
     if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
-    if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
-    if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    if (s->kind == LLMPAR_ROPE_DYNAMIC) return llmpar__config_say_range(f, "head_dim", c->head_dim, 4, llmpar__config_max_head_dim); /* its exponent is E / (E - 2) */
+    if (s->kind == LLMPAR_ROPE_YARN) {
+        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")) return 1;
+        if (llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")) return 1;
+        if (llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")) return 1;
+        if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")) return 1;
+        if (llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
+    } else {
+        if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
+        if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    }
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
 static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
 {
     int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d;
+    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d + (c->family == LLMPAR_FAMILY_QWEN2 ? q + 2 * kv : 0) + (c->family == LLMPAR_FAMILY_QWEN3 ? 2 * (int64_t)c->head_dim : 0);
 }
 
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
     int32_t i;
     int64_t params;
+    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)) return 1;
+    if (llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)) return 1;
     if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
     if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
     if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
@@ -211,11 +233,10 @@ typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule
 
 /* Fields of transformers' Llama and of its relatives that change what is computed. */
 static const llmpar__config_only llmpar__config_fixed[] = {
-    { "attention_bias", LLMPAR__CONFIG_FALSE }, { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO },
-    { "sliding_window", LLMPAR__CONFIG_NULL }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
+    { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
     { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
     { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
-    { "layer_types", LLMPAR__CONFIG_NULL }, { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
+    { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
     { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
     { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
     { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
@@ -238,32 +259,59 @@ static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, c
     return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
 }
 
-static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r)
+/* Model type and architecture say the family, and the same one. */
+static llmpar_status llmpar__config_read_family(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    const llmpar_json *model_type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *activation = llmpar_json_get(r->root, "hidden_act");
-    llmpar_status status = LLMPAR_OK;
-    size_t i;
+    const llmpar_json *type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *only;
+    int32_t f;
     if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
-    if (!model_type && !architectures)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\" (byte %zu)", r->name, r->root->position);
-    if (model_type && !llmpar__config_is_text(model_type, "llama")) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, model_type, "\"llama\"");
-    if (architectures && (architectures->type != LLMPAR_JSON_ARRAY || architectures->length != 1 || !llmpar__config_is_text(architectures->child, "LlamaForCausalLM"))) {
+    only = architectures && architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1 ? architectures->child : NULL;
+    if (!type && !architectures) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\" (byte %zu)", r->name, r->root->position);
+    for (f = 0; f < LLMPAR__CONFIG_FAMILIES; f++)
+        if (type ? llmpar__config_is_text(type, llmpar__config_families[f].type) : llmpar__config_is_text(only, llmpar__config_families[f].architecture)) break;
+    if (type && f == LLMPAR__CONFIG_FAMILIES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"llama\", \"mistral\", \"qwen2\" or \"qwen3\"");
+    if (architectures && (f == LLMPAR__CONFIG_FAMILIES || !llmpar__config_is_text(only, llmpar__config_families[f].architecture))) {
         char excerpt[80];
-        int one = architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1;
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"LlamaForCausalLM\"] (byte %zu)", r->name, one ? "[" : "",
-                                llmpar__config_excerpt(r, one ? architectures->child : architectures, excerpt, sizeof excerpt), one ? "]" : "", architectures->position);
+        llmpar__config_excerpt(r, only ? only : architectures, excerpt, sizeof excerpt);
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"%s\"]%s (byte %zu)", r->name, only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
+                                type ? "" : ", or Mistral, Qwen2 or Qwen3 in its place", architectures->position);
     }
+    c->family = (llmpar_family)f;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *activation = llmpar_json_get(r->root, "hidden_act"), *window = llmpar_json_get(r->root, "sliding_window"), *layers = llmpar_json_get(r->root, "layer_types"), *layer;
+    llmpar_status status = llmpar__config_read_family(r, c);
+    size_t i;
     /* transformers knows silu by the name of swish too. */
-    if (activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
+    if (!status && activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
         status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
     for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
         status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
-    return status;
+    /* Qwen2 has its biases whatever this says; elsewhere it would put one on the output projection too. */
+    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), LLMPAR__CONFIG_FALSE);
+    /* Without use_sliding_window a Qwen has none. */
+    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, LLMPAR__CONFIG_NULL);
+    if (!status && c->family == LLMPAR_FAMILY_MISTRAL && !(window && window->type == LLMPAR_JSON_NULL)) {
+        status = llmpar__config_int(r, r->root, "sliding_window", 0, 0, llmpar__config_families[c->family].window, &c->sliding_window);
+        if (!status && c->sliding_window < 1) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, window, "an integer from 1 to 2147483647, or null");
+    }
+    if (status || !layers || layers->type == LLMPAR_JSON_NULL) return status;
+    if (layers->type != LLMPAR_JSON_ARRAY) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, layers, "an array of \"full_attention\", or null");
+    for (layer = layers->child; layer; layer = layer->next)
+        if (!llmpar__config_is_text(layer, "full_attention")) {
+            char excerpt[80];
+            return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: layer_types has %s, expected \"full_attention\" alone (byte %zu)", r->name, llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
+        }
+    return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads");
+    const llmpar__config_family *family = &llmpar__config_families[c->family];
+    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads"), *kv_heads = llmpar_json_get(root, "num_key_value_heads"), *layers = llmpar_json_get(root, "layer_types");
     llmpar_status status = llmpar__config_int(r, root, "vocab_size", 0, 1, 0, &c->vocab);
     if (!status) status = llmpar__config_int(r, root, "hidden_size", 0, 1, 0, &c->hidden);
     if (!status) status = llmpar__config_int(r, root, "intermediate_size", 0, 1, 0, &c->intermediate);
@@ -271,11 +319,13 @@ static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, l
     if (!status) status = llmpar__config_int(r, root, "num_attention_heads", 0, 1, 0, &c->heads);
     if (status) return status;
     if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
-    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, c->heads, &c->kv_heads);
-    if (!status) status = llmpar__config_int(r, root, "head_dim", 1, 0, 0, &c->head_dim);
-    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, 2048, &c->max_positions);
+    if (layers && layers->type == LLMPAR_JSON_ARRAY && (int64_t)layers->length != c->layers)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: layer_types has %zu entries, expected one for each of the %d layers (byte %zu)", r->name, layers->length, (int)c->layers, layers->position);
+    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, kv_heads || !family->kv_heads ? c->heads : family->kv_heads, &c->kv_heads);
+    if (!status) status = llmpar__config_int(r, root, "head_dim", !family->head_dim, 0, family->head_dim, &c->head_dim);
+    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, family->max_positions, &c->max_positions);
     if (status) return status;
-    if (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL) {
+    if (!family->head_dim && (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL)) {
         if (c->hidden > 0 && c->hidden % c->heads)
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
                                     r->name, (int)c->heads, (int)c->hidden, heads->position);
@@ -304,12 +354,13 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
     const llmpar_json *bos = llmpar_json_get(r->root, "bos_token_id"), *eos = llmpar_json_get(r->root, "eos_token_id"), *item;
     llmpar_status status = LLMPAR_OK;
     int32_t id = -1;
-    c->bos_id = c->vocab > 1 ? 1 : -1; /* transformers' defaults: 1 and 2 */
+    int ids = llmpar__config_families[c->family].ids; /* transformers' defaults: 1 and 2, or none */
+    c->bos_id = ids && c->vocab > 1 ? 1 : -1;
     if (bos) status = llmpar__config_read_id(r, c, "bos_token_id", bos, &c->bos_id);
     if (status) return status;
     c->eos_count = 0;
     if (!eos) {
-        if (c->vocab > 2) c->eos_id[c->eos_count++] = 2;
+        if (ids && c->vocab > 2) c->eos_id[c->eos_count++] = 2;
         return LLMPAR_OK;
     }
     if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
@@ -325,6 +376,7 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
 static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
 {
     const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
+    int i;
     if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
     if (!type) type = older;
@@ -334,17 +386,50 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
     }
-    else if (llmpar__config_is_text(type, "default")) *out = LLMPAR_ROPE_NONE;
-    else if (llmpar__config_is_text(type, "linear")) *out = LLMPAR_ROPE_LINEAR;
-    else if (llmpar__config_is_text(type, "llama3")) *out = LLMPAR_ROPE_LLAMA3;
-    else return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\" or \"llama3\"");
+    else {
+        for (i = 0; i < LLMPAR__CONFIG_ROPE_TYPES && !llmpar__config_is_text(type, llmpar__config_rope_types[i]); i++) {}
+        if (i == LLMPAR__CONFIG_ROPE_TYPES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
+        *out = (llmpar_rope_kind)i;
+    }
+    return LLMPAR_OK;
+}
+
+/* A positive number, or transformers' default where it is absent, null or 0. */
+static llmpar_status llmpar__config_real_or(const llmpar__config_reader *r, const llmpar_json *object, const char *key, double missing, double *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    llmpar_status status = LLMPAR_OK;
+    *out = missing;
+    if (value && value->type != LLMPAR_JSON_NULL) status = llmpar__config_real(r, object, key, 1, missing, out);
+    if (!status && *out == 0) *out = missing;
+    return status;
+}
+
+static double llmpar__config_mscale(double factor, double mscale) { return factor <= 1 ? 1.0 : 0.1 * mscale * llmpar_log_f64(factor) + 1.0; }
+
+static llmpar_status llmpar__config_read_yarn(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_llama_config *c)
+{
+    const llmpar_json *attention = llmpar_json_get(rope, "attention_factor"), *truncate = llmpar_json_get(rope, "truncate");
+    llmpar_rope_scaling *s = &c->rope_scaling;
+    double mscale, all;
+    llmpar_status status = llmpar__config_real_or(r, rope, "beta_fast", 32, &s->beta_fast);
+    if (!status) status = llmpar__config_real_or(r, rope, "beta_slow", 1, &s->beta_slow);
+    if (!status) status = llmpar__config_real_or(r, rope, "mscale", 0, &mscale);
+    if (!status) status = llmpar__config_real_or(r, rope, "mscale_all_dim", 0, &all);
+    if (!status && truncate && truncate->type != LLMPAR_JSON_BOOL) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, truncate, "true or false");
+    if (status) return status;
+    s->truncate = truncate ? truncate->boolean : 1;
+    if (attention && attention->type != LLMPAR_JSON_NULL) return llmpar__config_real(r, rope, "attention_factor", 1, 0, &s->attention_factor);
+    s->attention_factor = mscale != 0 && all != 0 ? llmpar__config_mscale(s->factor, mscale) / llmpar__config_mscale(s->factor, all) : llmpar__config_mscale(s->factor, 1);
     return LLMPAR_OK;
 }
 
 /* rope_scaling (with rope_theta beside it) or rope_parameters (with rope_theta inside). */
 static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    static const char *const known[] = { "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "attention_factor" };
+    static const char *const known[] = { "rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "attention_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+                                         "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate" };
+    enum { OLDER = 9 }; /* the rest is yarn's */
     const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
     const llmpar_json *rope;
     llmpar_rope_scaling *s = &c->rope_scaling;
@@ -361,22 +446,24 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
     if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
     status = llmpar__config_read_rope_kind(r, rope, &s->kind);
     for (member = rope->child; member && !status; member = member->next) {
-        for (i = 0; i < sizeof known / sizeof known[0] && strcmp(member->key, known[i]); i++) {}
-        if (i == sizeof known / sizeof known[0])
+        size_t most = s->kind == LLMPAR_ROPE_YARN ? sizeof known / sizeof known[0] : (size_t)OLDER;
+        for (i = 0; i < most && strcmp(member->key, known[i]); i++) {}
+        if (i == most)
             status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
     }
     if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
-    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
         return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
     if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
     status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
-    if (status || s->kind == LLMPAR_ROPE_LINEAR) return status;
-    status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
-    if (!status) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
-    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, 1, 0, &s->original_max_positions);
+    if (status || s->kind == LLMPAR_ROPE_LINEAR || s->kind == LLMPAR_ROPE_DYNAMIC) return status;
+    if (s->kind == LLMPAR_ROPE_YARN) status = llmpar__config_read_yarn(r, rope, c);
+    else status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
+    if (!status && s->kind == LLMPAR_ROPE_LLAMA3) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
+    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, s->kind == LLMPAR_ROPE_LLAMA3, c->max_positions, &s->original_max_positions);
     /* Newer transformers let a field of this name outside the object win. */
     if (!status && outside && (outside->type != LLMPAR_JSON_NUMBER || outside->number != (double)s->original_max_positions))
         status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, outside, "the value inside the rope object");
@@ -389,7 +476,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
     llmpar__config_fault fault;
     llmpar_status status;
     if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
-    status = llmpar__config_read_identity(r);
+    status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
     if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
@@ -496,13 +583,22 @@ static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_c
         llmpar__config_put(t, "  \"rope_scaling\": null,\n");
         return;
     }
-    llmpar__config_put(t, "  \"rope_scaling\": {\n");
-    llmpar__config_put(t, s->kind == LLMPAR_ROPE_LINEAR ? "    \"rope_type\": \"linear\",\n" : "    \"rope_type\": \"llama3\",\n");
-    if (s->kind == LLMPAR_ROPE_LLAMA3) {
+    llmpar__config_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"");
+    llmpar__config_put(t, llmpar__config_rope_types[s->kind]);
+    llmpar__config_put(t, "\",\n");
+    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) {
         llmpar__config_put(t, "  ");
         llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
+    }
+    if (s->kind == LLMPAR_ROPE_LLAMA3) {
         llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
         llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
+    }
+    if (s->kind == LLMPAR_ROPE_YARN) {
+        llmpar__config_put_real(t, "    ", "attention_factor", s->attention_factor, ",");
+        llmpar__config_put_real(t, "    ", "beta_fast", s->beta_fast, ",");
+        llmpar__config_put_real(t, "    ", "beta_slow", s->beta_slow, ",");
+        llmpar__config_put(t, s->truncate ? "    \"truncate\": true,\n" : "    \"truncate\": false,\n");
     }
     llmpar__config_put_real(t, "    ", "factor", s->factor, "");
     llmpar__config_put(t, "  },\n");
@@ -514,7 +610,11 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
     t.text = text;
     t.used = 0;
     t.capacity = capacity ? capacity - 1 : 0;
-    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"LlamaForCausalLM\"\n  ],\n  \"model_type\": \"llama\",\n");
+    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"");
+    llmpar__config_put(&t, llmpar__config_families[config->family].architecture);
+    llmpar__config_put(&t, "\"\n  ],\n  \"model_type\": \"");
+    llmpar__config_put(&t, llmpar__config_families[config->family].type);
+    llmpar__config_put(&t, "\",\n");
     llmpar__config_put_int(&t, "vocab_size", config->vocab);
     llmpar__config_put_int(&t, "hidden_size", config->hidden);
     llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
@@ -523,7 +623,12 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
     llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
     llmpar__config_put_int(&t, "head_dim", config->head_dim);
     llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
-    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n");
+    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__config_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"attention_bias\": false,\n");
+    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"use_sliding_window\": false,\n");
+    else if (config->sliding_window) llmpar__config_put_int(&t, "sliding_window", config->sliding_window);
+    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__config_put(&t, "  \"sliding_window\": null,\n");
     llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
     llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
     llmpar__config_put_rope(&t, config);
@@ -550,57 +655,6 @@ LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config
     return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
 }
 
-LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out)
-{
-    const llmpar_rope_scaling *s = &config->rope_scaling;
-    int32_t i, pairs = config->head_dim / 2;
-    for (i = 0; i < pairs; i++) {
-        double f = 1 / llmpar_pow_f64(config->rope_theta, 2.0 * i / config->head_dim);
-        if (s->kind == LLMPAR_ROPE_LINEAR) f /= s->factor;
-        if (s->kind == LLMPAR_ROPE_LLAMA3) {
-            /* Rotations within the original context: many are kept, few are slowed down by `factor`, between them a linear blend. */
-            double wavelength = LLMPAR__CONFIG_TWO_PI / f, original = s->original_max_positions;
-            if (wavelength > original / s->low_freq_factor) f /= s->factor;
-            else if (!(wavelength < original / s->high_freq_factor)) {
-                double smooth = (original / wavelength - s->low_freq_factor) / (s->high_freq_factor - s->low_freq_factor);
-                f = (1 - smooth) * f / s->factor + smooth * f;
-            }
-        }
-        out[i] = f;
-    }
-}
-
-LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
-{
-    int64_t p;
-    int32_t i, pairs = config->head_dim / 2;
-    double *inv_freq, c, s;
-    if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: dtype = %s, expected f32 or f64", llmpar_dtype_name(dtype));
-    /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
-    if (positions < 0 || positions > 1000000000)
-        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
-    inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
-    if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
-    llmpar_rope_inv_freq(config, inv_freq);
-    for (p = 0; p < positions; p++)
-        for (i = 0; i < pairs; i++) {
-            int64_t at = p * pairs + i;
-            llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);
-            if (dtype == LLMPAR_F64) {
-                ((double *)cosine)[at] = c;
-                ((double *)sine)[at] = s;
-            }
-            else {
-                ((float *)cosine)[at] = (float)c;
-                ((float *)sine)[at] = (float)s;
-            }
-        }
-    llmpar_heap_free(heap, inv_freq);
-    return LLMPAR_OK;
-}
-
-#undef LLMPAR__CONFIG_TWO_PI
 #undef LLMPAR__CONFIG_PRESETS
 
 #endif /* LLMPAR_NO_LLAMA */

@@ -52,6 +52,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
     if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
         return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
                            llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
+    llmpar_status status = llmpar__llama_check_length(model, micro->t);
+    if (status) return status;
     llmpar__embed_lay(model, micro, dtype, NULL, &e);
     llmpar__embed_backward_args(&e, micro, &args);
     out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
@@ -260,7 +262,7 @@ static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, h.s.d, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
 }
 
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
@@ -415,7 +417,7 @@ static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
     llmpar__head h;
     if (!call->grads) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
+    return llmpar__llama_norm_weight(call, &h.s, h.s.d, h.leaves, call->grads[0]);
 }
 
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)

@@ -10,7 +10,7 @@
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
-   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
+   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k, then of v, for every layer, [L][2][capacity, k*E]. */
 typedef struct llmpar__session {
     llmpar_llama *model;
     llmpar_fsdp *fsdp;
@@ -37,7 +37,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     size_t at = 0;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
-    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
+    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows * s->h, s->sum_size);
     size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
     size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
@@ -78,10 +78,10 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->q = g->q;
     if (g->cache) {
         args->k = cache;
-        args->v = cache + (size_t)(s->k * s->e) * s->size;
+        args->v = cache + (size_t)(g->capacity * s->k * s->e) * s->size;
     }
     args->ldq = args->ldo = s->h * s->e;
-    args->ldk = args->ldv = 2 * s->k * s->e;
+    args->ldk = args->ldv = s->k * s->e;
     args->out = g->o;
     args->scale = llmpar__llama_scale(g->model);
     args->dtype = g->dtype;
@@ -116,7 +116,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     for (int pass = 0; pass < 2; pass++) {
         int64_t rows = pass ? g->rows : 1;
         for (int i = 0; i < 4; i++) {
-            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
+            w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
         llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
@@ -194,46 +194,56 @@ static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int
     return g->device->rope(g->device, g->stream, &args);
 }
 
-/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
-static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
+/* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
+static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
-    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
-    void *const *params = NULL;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
-    if (!status) *out = params + first;
-    return status;
+    memset(out, 0, LLMPAR__BLOCK_PARAMS * sizeof *out);
+    for (int32_t mlp = 0; mlp < 2; mlp++) {
+        int32_t first, unit = llmpar__llama_home(g->model, 2 * layer + mlp, &first);
+        void *const *params = NULL;
+        llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
+        if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
+        if (status) return status;
+        for (int p = mlp ? LLMPAR__NORM2 : 0; p < (mlp ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++)
+            if (g->model->place[p] >= 0) out[p] = params[first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
+    }
+    return LLMPAR_OK;
+}
+
+/* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
+static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
+{
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, heads * g->s.e, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
+    return status ? status : llmpar__session_rope(g, out, heads, heads * g->s.e, position, count);
 }
 
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
+    void *p[LLMPAR__BLOCK_PARAMS];
     llmpar_attention_args attention;
     llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
-    int64_t ld = 2 * s->k * s->e;
-    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
-    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
+    llmpar_status status = llmpar__session_params(g, layer, p);
     if (status) return status;
     llmpar__session_attention(g, layer, position, count, &attention);
-    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
-    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
+    size_t at = (size_t)(position * s->k * s->e) * s->size;
+    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at;
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
+    if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
+    if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -242,7 +252,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
+    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
@@ -270,7 +280,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, p[0], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;
@@ -321,6 +331,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
+    if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
     if (!status) status = llmpar__session_forward(&g, ids, 0, count);
@@ -418,6 +429,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
     if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
     int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
     if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");

@@ -9,7 +9,7 @@
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 10 /* of a half */ };
+enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 12 /* of a half */ };
 
 static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
 {
@@ -18,7 +18,7 @@ static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const 
     return text;
 }
 
-static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std)
+static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std, double value)
 {
     memset(param, 0, sizeof *param);
     param->name = llmpar__llama_name(model, used, format, layer);
@@ -26,7 +26,7 @@ static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_
     param->shape[0] = rows;
     param->shape[1] = columns;
     param->init_std = std;
-    param->init_value = std == 0 ? 1 : 0;
+    param->init_value = value;
     param->no_decay = columns == 0;
 }
 
@@ -44,11 +44,12 @@ static void llmpar__llama_describe(llmpar_llama *model)
 {
     static const char *const names[LLMPAR__BLOCK_PARAMS] = {
         "model.layers.%d.input_layernorm.weight", "model.layers.%d.self_attn.q_proj.weight", "model.layers.%d.self_attn.k_proj.weight",
-        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.post_attention_layernorm.weight",
+        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.self_attn.q_proj.bias", "model.layers.%d.self_attn.k_proj.bias", "model.layers.%d.self_attn.v_proj.bias",
+        "model.layers.%d.self_attn.q_norm.weight", "model.layers.%d.self_attn.k_norm.weight", "model.layers.%d.post_attention_layernorm.weight",
         "model.layers.%d.mlp.gate_proj.weight", "model.layers.%d.mlp.up_proj.weight", "model.layers.%d.mlp.down_proj.weight"};
     const llmpar_llama_config *c = &model->config;
-    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
-    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate, e = c->head_dim;
+    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, q, kv, kv, e, e, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, 0, 0, 0, 0, 0, d, d, f};
     double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
     int32_t used = 0, half = 0;
     llmpar_param *param = model->params;
@@ -62,7 +63,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
             unit->name = "embed";
             unit->sizes = llmpar__embed_sizes;
             part->list = LLMPAR__EMBED;
-            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
+            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std, 0);
         } else if (i + 1 < model->unit_count) {
             part->first = half;
             part->halves = 2 * c->layers - half < model->wrap ? 2 * c->layers - half : model->wrap;
@@ -71,16 +72,16 @@ static void llmpar__llama_describe(llmpar_llama *model)
             unit->sizes = llmpar__block_sizes;
             for (int32_t end = half + part->halves; half < end; half++)
                 for (int p = half & 1 ? LLMPAR__NORM2 : LLMPAR__NORM1; p < (half & 1 ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++) {
-                    int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
-                    llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], norm ? 0 : back ? deep : std);
+                    int bias = p == LLMPAR__BQ || p == LLMPAR__BK || p == LLMPAR__BV, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                    if (model->place[p] >= 0) llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], !columns[p] ? 0 : back ? deep : std, !columns[p] && !bias);
                 }
         } else {
             unit->name = "head";
             unit->sizes = llmpar__head_sizes;
             part->list = LLMPAR__HEAD;
-            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
+            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0, 1);
             if (c->tied) unit->borrow = 1;
-            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
+            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std, 0);
         }
         unit->param_count = (int32_t)(param - unit->params);
     }
@@ -89,7 +90,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
 LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param)
 {
     int32_t unit = half / model->wrap, inside = half - unit * model->wrap; /* units begin with an attention, or are one half */
-    *param = inside / 2 * LLMPAR__BLOCK_PARAMS + (inside & 1 ? LLMPAR__NORM2 : 0);
+    *param = inside / 2 * model->block_params + (inside & 1 ? model->place[LLMPAR__NORM2] : 0);
     return unit + 1;
 }
 
@@ -117,7 +118,11 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
     model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
     model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
-    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
+        int bias = p >= (int)LLMPAR__BQ && p <= (int)LLMPAR__BV, norm = p == LLMPAR__QNORM || p == LLMPAR__KNORM;
+        model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
+    }
+    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * (size_t)model->block_params + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
     model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
@@ -151,6 +156,7 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(llmpar_dtype_sum(model->dtype));
     model->ctx->device->free(model->ctx->device, model->cosine, table);
     model->ctx->device->free(model->ctx->device, model->sine, table);
+    model->ctx->device->free(model->ctx->device, model->one, sizeof(double));
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
     llmpar_heap_free(heap, model->parts);
@@ -180,7 +186,8 @@ static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *
     *joint = 0;
     for (int32_t i = 0; i < count; i++) {
         int where = rows[i].place & ~LLMPAR__JOINT;
-        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1) ||
+                   (model->place[LLMPAR__QNORM] >= 0 && (rows[i].when == LLMPAR__IF_QK || (rows[i].when == LLMPAR__IF_QK_TP && tp->ranks > 1)));
         if ((where == LLMPAR__FIRST && half > 0) || (where == LLMPAR__NOT_FIRST && half == 0) || (where == LLMPAR__LAST && !last)) here = 0;
         place[i] = here ? out->count + 1 : 0;
         if (!here) continue;
@@ -232,12 +239,15 @@ static llmpar_status llmpar__llama_lists(llmpar_llama *model)
     return status;
 }
 
-static llmpar_status llmpar__llama_rope(llmpar_llama *model)
+/* RoPE tables, and the 1 that biases are multiplied with. */
+static llmpar_status llmpar__llama_tables(llmpar_llama *model)
 {
     llmpar_ctx *ctx = model->ctx;
     llmpar_device *device = ctx->device;
     llmpar_dtype dtype = llmpar_dtype_sum(model->dtype);
     size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
+    const double one = 1;
+    double one_low = 0;
     llmpar_error error;
     llmpar_error_clear(&error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
@@ -250,6 +260,11 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     if (!status) status = device->stream_create(device, "set-up", &stream);
     if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
     if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
+    if (!status && model->place[LLMPAR__BQ] >= 0) {
+        llmpar_convert(&one_low, model->dtype, &one, LLMPAR_F64, 1);
+        status = device->alloc(device, sizeof one_low, &model->one);
+        if (!status) status = device->copy(device, stream, model->one, &one_low, llmpar_dtype_size(model->dtype));
+    }
     if (stream) { /* in any case: the stream may read `host` */
         llmpar_status waited = device->synchronize(device, stream);
         if (!status) status = waited;
@@ -275,6 +290,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     const llmpar_llama_config *c = &model->config;
     if (model->applied) return llmpar__llama_again(model, tp, desc);
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
+    if (c->sliding_window && desc->positions > c->sliding_window)
+        return llmpar_fail(model->ctx, LLMPAR_ERR_UNSUPPORTED, "llama: sliding_window = %d is shorter than the sequence, expected at least its %lld positions (or null): attention is over the whole sequence", (int)c->sliding_window, (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
     llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
     if (tp->ranks > 1 && (size_t)c->hidden * llmpar_dtype_size(dtype) % 8) /* llmpar_tp_select */
@@ -286,19 +303,16 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;
     llmpar__llama_shard(&model->params[0], 0, 1, 1);
-    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * LLMPAR__BLOCK_PARAMS], 0, 1, 1);
+    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * model->block_params], 0, 1, 1);
     for (int32_t i = 0; i < c->layers; i++) { /* however they are wrapped, they lie one after the other */
-        llmpar_param *p = &model->params[1 + i * LLMPAR__BLOCK_PARAMS];
-        llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
-        llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
-        llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
-        llmpar__llama_shard(&p[LLMPAR__WO], 1, c->head_dim, 1);
-        llmpar__llama_shard(&p[LLMPAR__GATE], 0, 1, 1);
-        llmpar__llama_shard(&p[LLMPAR__UP], 0, 1, 1);
-        llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
+        llmpar_param *block = &model->params[1 + i * model->block_params];
+        for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
+            int kv = p == LLMPAR__WK || p == LLMPAR__WV || p == LLMPAR__BK || p == LLMPAR__BV, norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2 || p == LLMPAR__QNORM || p == LLMPAR__KNORM;
+            if (model->place[p] >= 0 && !norm) llmpar__llama_shard(&block[model->place[p]], p == LLMPAR__WO || p == LLMPAR__DOWN, p < (int)LLMPAR__NORM2 ? c->head_dim : 1, kv ? model->tp.replicas : 1);
+        }
     }
     status = llmpar__llama_lists(model);
-    if (!status) status = llmpar__llama_rope(model);
+    if (!status) status = llmpar__llama_tables(model);
     if (!status) model->applied = 2;
     return status;
 }
@@ -320,7 +334,7 @@ LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const ll
     s->f = llmpar_tp_count(tp, c->intermediate);
     s->h = c->heads / tp->ranks;
     s->k = tp->replicas > 1 ? 1 : c->kv_heads / tp->ranks;
-    s->ld = (s->h + 2 * s->k) * s->e;
+    s->qkv = (s->h + 2 * s->k) * s->e;
     s->v = llmpar_tp_count(tp, c->vocab);
     s->v_begin = llmpar_tp_begin(tp, c->vocab);
     s->leaves = micro->leaves;
@@ -337,12 +351,12 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size
     return begin;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
 {
     llmpar_rmsnorm_args args;
     memset(&args, 0, sizeof args);
     args.rows = rows;
-    args.dim = model->config.hidden;
+    args.dim = dim;
     args.x = x;
     args.residual = residual;
     args.w = w;
@@ -352,6 +366,55 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
     args.eps = model->config.rms_eps;
     args.dtype = model->dtype;
     return ctx->device->rmsnorm(ctx->device, stream, &args);
+}
+
+/* The bias is one more column of w, and `one` in every row that of the input. */
+static void llmpar__llama_linear_args(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype, llmpar_gemm_args *args, llmpar_gemm_segment segments[2])
+{
+    memset(args, 0, sizeof *args);
+    memset(segments, 0, 2 * sizeof *segments);
+    segments[0].k = segments[0].lda = segments[0].ldb = model->config.hidden;
+    segments[1].k = segments[1].ldb = 1;
+    args->m = rows;
+    args->n = args->ldc = width;
+    args->segments = segments;
+    args->segment_count = model->place[LLMPAR__BQ] >= 0 ? 2 : 1;
+    args->pieces = 1;
+    args->kind = LLMPAR_GEMM_NT;
+    args->dtype = dtype;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype)
+{
+    llmpar_gemm_segment segments[2];
+    llmpar_gemm_args args;
+    llmpar__llama_linear_args(model, rows, width, dtype, &args, segments);
+    return model->ctx->device->gemm_workspace(model->ctx->device, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_segment segments[2];
+    llmpar_gemm_args args;
+    llmpar__llama_linear_args(model, rows, width, model->dtype, &args, segments);
+    segments[0].a = in;
+    segments[0].b = w;
+    segments[1].a = model->one;
+    segments[1].b = bias;
+    args.c = out;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return model->ctx->device->gemm(model->ctx->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t)
+{
+    const llmpar_llama_config *c = &model->config;
+    char got[32];
+    if (c->rope_scaling.kind != LLMPAR_ROPE_DYNAMIC || model->positions <= c->max_positions || t == model->positions) return LLMPAR_OK;
+    snprintf(got, sizeof got, t ? "%lld" : "one that grows", (long long)t);
+    return llmpar_fail(model->ctx, LLMPAR_ERR_UNSUPPORTED, "llama: rope_type = \"dynamic\" beyond max_position_embeddings = %d depends on the length of the sequence: expected %lld positions, as llmpar_llama_apply was told, got %s", (int)c->max_positions,
+                       (long long)model->positions, got);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
@@ -377,28 +440,33 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
     return call->device->rmsnorm_backward(call->device, call->stream, &args);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves)
 {
     llmpar_collective c;
     if (!call->grads) return LLMPAR_OK;
     memset(&c, 0, sizeof c);
-    c.send = c.recv = dw_leaves;
-    c.count = (size_t)(s->leaves * s->d);
-    c.dtype = s->sum;
-    c.tag = "norm weight/all_reduce";
+    c.send = c.recv = leaves;
+    c.count = (size_t)count;
+    c.dtype = llmpar_dtype_sum(call->dtype);
+    c.tag = tag;
     return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+{
+    return llmpar__llama_sum_leaves(call, "norm weight/all_reduce", s->leaves * s->d, dw_leaves);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw)
 {
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
-    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->sum_size;
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
     llmpar_tree_sum_args args;
     memset(&args, 0, sizeof args);
     args.in = in;
     args.n = (int32_t)s->leaves;
-    args.count = (size_t)s->d;
+    args.count = (size_t)dim;
     args.out = dw;
     args.dtype = s->sum;
     llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);

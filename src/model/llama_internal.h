@@ -8,7 +8,7 @@
 
 /* A list of unit instructions with the condition under which each exists. The middle of the model is a row of halves, attention and MLP by turns, and a unit holds some neighbours of them: a row that is for halves in a certain
    place of their unit says so. Waits count within the half; LLMPAR__HALF_BEFORE is the joint row of the half whose rows come before. output_only is said of the unit's last half. */
-enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
+enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3, LLMPAR__IF_QK = 4, LLMPAR__IF_QK_TP = 5 }; /* QK: q and k are normalised */
 enum { LLMPAR__ANYWHERE = 0, LLMPAR__FIRST = 1, LLMPAR__NOT_FIRST = 2, LLMPAR__LAST = 3, LLMPAR__JOINT = 16 };
 enum { LLMPAR__HALF_BEFORE = -1 };
 typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when, place; } llmpar__op_row;
@@ -23,10 +23,15 @@ typedef struct llmpar__part {
 enum { LLMPAR__EMBED = 0, LLMPAR__HEAD = 1, LLMPAR__BODY = 2, LLMPAR__BODY_LAST = 3, LLMPAR__LISTS = 4 }; /* BODY_LAST: the MLP of half blocks, or the blocks that are left for the last unit */
 enum { LLMPAR__WRAP_MOST = 8 };    /* blocks a unit */
 
+/* Parameters of a block, in flat order: those of the attention, from NORM2 on those of the MLP. Which there are, and the place of each, says llmpar_llama.place. */
+enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__BQ, LLMPAR__BK, LLMPAR__BV, LLMPAR__QNORM, LLMPAR__KNORM, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
+
 struct llmpar_llama {
     llmpar_ctx *ctx;
     llmpar_llama_config config;
     uint64_t seed;
+    int32_t place[LLMPAR__BLOCK_PARAMS]; /* of each parameter of a block among those that there are; -1: not in this family */
+    int32_t block_params;          /* how many there are */
     int32_t wrap;                  /* halves a unit */
     int32_t unit_count;
     int64_t logits_bytes;
@@ -39,6 +44,7 @@ struct llmpar_llama {
     llmpar_dtype dtype;
     int64_t positions;
     void *cosine, *sine;           /* device [positions, E/2], sum type */
+    void *one;                     /* device: the number 1 of the compute dtype, the input that a bias is the weight of; NULL without biases */
     int applied;                   /* 0 no, 1 begun, 2 done */
 };
 
@@ -47,7 +53,7 @@ typedef struct llmpar__shape {
     int64_t b, t, n;          /* sequences, tokens each, all rows */
     int64_t ts, ns;           /* tokens and rows of the residual stream on this rank */
     int64_t d, f, h, k, e;    /* hidden; local F, query heads, kv heads; head dim */
-    int64_t ld;               /* (h + 2k)*e: row of the joint q,k,v buffer */
+    int64_t qkv;              /* (h + 2k)*e: a token's q, k and v */
     int64_t v, v_begin;       /* local vocabulary */
     int64_t leaves;
     size_t size, sum_size;    /* bytes of an element, and of one of the sum type */
@@ -61,8 +67,6 @@ LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t s
 /* block.c: the rows of one half */
 LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count);
-/* parameters of a block, in flat order: those of the attention, from NORM2 on those of the MLP */
-enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
 /* The unit that holds half `half` of the model, and the place of the half's first parameter in it. */
 LLMPAR__PRIVATE int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param);
 /* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
@@ -77,9 +81,16 @@ LLMPAR__PRIVATE double llmpar__llama_scale(const llmpar_llama *model); /* of att
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves);
 /* Sequence parallel: sums dw_leaves[leaves, D] over tp, leaf by leaf. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves);
-/* dw[D] = tree over leaves. */
-LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
-LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
+/* dw[dim] = tree over leaves. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw);
+/* Where every mesh sums the weights of norms over heads: sum[count] over tp, leaf by leaf. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves);
+/* out[rows, width] = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes);
+LLMPAR__PRIVATE size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype);
+/* Whether sequences of t tokens, or such as grow (0), may run: dynamic RoPE beyond max_positions knows one length. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t);
+LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
 
 #endif /* LLMPAR_NO_LLAMA */
 

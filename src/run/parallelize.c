@@ -102,7 +102,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->batch % cuts)
         return llmpar_error_set(error, LLMPAR_ERR_MESH, "trainer: batch = %lld is not divisible by %d data ranks (dp_replicate %d x dp_shard %d) x grad_accum %d = %lld", (long long)d->batch, (int)mesh->dp_ranks,
                                 (int)mesh->degree[LLMPAR_AXIS_DP_REPLICATE], (int)mesh->degree[LLMPAR_AXIS_DP_SHARD], (int)d->grad_accum, (long long)cuts);
-    if (d->seq_len > config->max_positions)
+    if (d->seq_len > config->max_positions && config->rope_scaling.kind != LLMPAR_ROPE_DYNAMIC) /* which is for longer ones */
         return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: seq_len = %lld, expected at most the model's max_position_embeddings = %d", (long long)d->seq_len, (int)config->max_positions);
     if (d->data && config->vocab < 256) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: bytes as tokens need a vocabulary of at least 256, the model has %d", (int)config->vocab);
     return d->exact == LLMPAR_EXACT_REQUIRE ? llmpar__recipe_exact(d, mesh, error) : LLMPAR_OK;

@@ -22,7 +22,8 @@ typedef struct llmpar_device llmpar_device;
 typedef struct llmpar_stream llmpar_stream;
 typedef struct llmpar_event llmpar_event;
 
-/* One piece-part of a product: a and b already point at the part's first element. The parts of one piece are chained in list order. */
+/* One piece-part of a product: a and b already point at the part's first element. The parts of one piece are chained in list order.
+   Rows of one element may have stride 0: the same element in every row. */
 typedef struct llmpar_gemm_segment {
     const void *a, *b;
     int64_t lda, ldb;
