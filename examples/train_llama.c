@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/checkpoint.h"
 #include "common/options.h"
 #include "common/policy.h"
 
@@ -41,11 +42,12 @@ static void usage(void)
          "  --seq-len N         tokens a sequence (default 256)\n"
          "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
          "  --grad-accum N      micro-batches a step (default 1)\n"
-         "  --steps N           (default 100)\n"
+         "  --steps N           in all, with those before a resume (default 100)\n"
          "  --lr X              peak of the learning rate (default 1e-3)\n"
          "  --warmup N          steps (default a tenth of --steps; one-cycle has none)\n"
          "  --seed N            of weights and data order (default 0)\n"
          POLICY_USAGE
+         CHECKPOINT_USAGE
          "output\n"
          "  --save DIR          write a Hugging Face directory at the end\n"
          "  --save-shard BYTES  in files of at most so many bytes of tensors, and an index (K, M, G allowed; default: one file)\n"
@@ -148,6 +150,10 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
     desc.warmup = s->warmup;
     desc.total_steps = s->steps;
     desc.log = s->print_schedule ? NULL : s->log;
+    if (s->print_schedule || s->print_memory) {
+        desc.checkpoint = desc.resume = NULL;
+        desc.checkpoint_every = desc.keep = desc.checkpoint_background = 0;
+    }
     desc.log_every = (int32_t)s->log_every;
     llmpar_status status = from_directory ? llmpar_hf_config(ctx, s->model, &config) : LLMPAR_OK;
     if (!status) status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
@@ -162,15 +168,19 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
         if (!status) status = print_memory(ctx, &memory);
     }
     if (!status && !s->print_memory) status = llmpar_parallelize(mesh, model, &desc, &trainer);
-    if (!status && trainer && from_directory) status = llmpar_load_hf(trainer, s->model);
+    if (!status && trainer && from_directory && !llmpar_trainer_steps(trainer)) status = llmpar_load_hf(trainer, s->model);
     if (!status && trainer && s->print_schedule) {
         status = print_schedule(ctx, trainer, model);
     } else if (trainer) {
         if (!status) status = check_save(ctx, s);
-        for (long i = 0; i < s->steps && !status; i++) {
+        long first = (long)llmpar_trainer_steps(trainer);
+        if (!status && first > s->steps) status = llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "--steps %ld: the checkpoint is of step %ld already", s->steps, first);
+        for (long i = first; i < s->steps && !status; i++) {
             if (s->gradients && i + 1 == s->steps) status = llmpar_trainer_save_gradients(trainer, s->gradients);
             if (!status) status = llmpar_trainer_step(trainer, NULL);
         }
+        if (!status && desc.checkpoint && !desc.checkpoint_every && first < s->steps) status = llmpar_trainer_checkpoint(trainer);
+        if (!status) status = llmpar_trainer_finish(trainer);
         if (!status && s->save) status = llmpar_hf_save(llmpar_trainer_fsdp(trainer), llmpar_llama_get_config(model), s->save, &s->save_as);
         if (!status && desc.trace) status = llmpar_trainer_save_trace(trainer);
         llmpar_trainer_memory(trainer, &memory);
@@ -192,7 +202,7 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
-        POLICY_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        POLICY_OPTIONS, CHECKPOINT_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
         {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
     static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
@@ -224,6 +234,7 @@ int main(int argc, char **argv)
         case 'u': bad = option_long("--warmup", optarg, 0, 1000000000, &s.warmup); break;
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
         case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy, &s.shape); break;
+        case CHECKPOINT_OPTION: bad = checkpoint_option(options[index].name, optarg, &s.policy); break;
         case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
         case 'S': bad = policy_bytes("--save-shard", optarg, &s.save_as.max_file_bytes); break;
@@ -243,6 +254,7 @@ int main(int argc, char **argv)
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.data) bad = option_error("--data is missing, see --help");
     if (!bad && (s.save_as.max_file_bytes || s.save_as.dtype) && !s.save) bad = option_error("--save-shard and --save-dtype say how to --save, which is missing, see --help");
+    if (!bad) bad = checkpoint_options_check(&s.policy);
     if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
     if (!bad && !llmpar_is_directory(s.model)) {
         llmpar_llama_config preset;

@@ -118,6 +118,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "base/math.h"
 #include "base/exact_sum.h"
 #include "base/rng.h"
+#include "base/xxh64.h"
 #include "base/json.h"
 
 /* Chapter: tables */
@@ -170,6 +171,7 @@ LLMPAR_EXTERN_C_BEGIN
 /* Chapter: model_io */
 #include "model_io/hf_files.h"
 #include "model_io/hf.h"
+#include "model_io/checkpoint.h"
 
 /* Chapter: run */
 #include "run/launch.h"
@@ -215,6 +217,7 @@ LLMPAR_EXTERN_C_END
 #include "base/math.c"
 #include "base/exact_sum.c"
 #include "base/rng.c"
+#include "base/xxh64.c"
 
 #include "cpu/half.c"
 #include "cpu/gemm.c"
@@ -307,11 +310,16 @@ LLMPAR_EXTERN_C_END
 
 #include "model_io/hf_files.c"
 #include "model_io/hf.c"
+#include "model_io/checkpoint_directory.c"
+#include "model_io/manifest.c"
+#include "model_io/checkpoint.c"
+#include "model_io/checkpoint_load.c"
 
 #include "run/launch.c"
 #include "run/launch_mpi.c"
 #include "run/parallelize.c"
 #include "run/trainer.c"
+#include "run/trainer_checkpoint.c"
 #include "run/metrics.c"
 #include "run/memory.c"
 #include "run/plan.c"

@@ -6,6 +6,7 @@
 
 #include "base/rng.h"
 #include "base/size.h"
+#include "mesh/mesh_internal.h"
 
 /* ---- layout ---- */
 
@@ -28,6 +29,30 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     cut->axis = LLMPAR_AXIS_DP_SHARD;
     cut->offset = flat->offset ? flat->offset[param] : 0;
     cut->unit_elements = flat->elements;
+}
+
+/* Offsets in the flat buffer are those of the rank's own tp coordinate, whose cuts may differ from ours. */
+LLMPAR_DEF void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out)
+{
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    int32_t coordinate[LLMPAR_MESH_AXES], n = fsdp->whole_state ? 0 : u->param_count;
+    int64_t at = 0, begin = 0, unit_of = LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    llmpar_dtensor tensor;
+    llmpar__mesh_coordinate(fsdp->mesh->degree, rank, coordinate);
+    for (int32_t i = 0; i < n; i++) {
+        llmpar_fsdp_dtensor(fsdp, unit, i, &tensor);
+        tensor.placements--; /* the flat cut */
+        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
+        if (i == param) begin = at;
+        at = llmpar_round_up(at + out->elements, LLMPAR_FLAT_ALIGN);
+    }
+    llmpar_fsdp_dtensor(fsdp, unit, param, &tensor);
+    if (n) {
+        llmpar_placement *flat = &tensor.placement[tensor.placements - 1];
+        flat->offset = begin;
+        flat->unit_elements = llmpar_round_up(at, unit_of);
+    }
+    llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
 }
 
 LLMPAR_DEF void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard)

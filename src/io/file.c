@@ -189,6 +189,7 @@ struct llmpar_writer {
     int handle;            /* -1 when closed */
     int created;           /* temporary exists and is ours to remove */
     int failed;            /* a write failed: commit must not succeed */
+    llmpar_xxh64 sum;      /* of all that came */
 };
 
 static void llmpar__writer_destroy(llmpar_writer *writer)
@@ -216,6 +217,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     writer->heap = heap;
     writer->io = llmpar__file_io(io);
     writer->handle = -1;
+    llmpar_xxh64_begin(&writer->sum);
     writer->path = llmpar_heap_strdup(heap, path);
     writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
     writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
@@ -264,6 +266,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
     llmpar_status status;
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
+    llmpar_xxh64_add(&writer->sum, data, bytes);
     if (bytes <= LLMPAR__FILE_BUFFER - writer->used) {
         memcpy(writer->buffer + writer->used, data, bytes);
         writer->used += bytes;
@@ -328,7 +331,7 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error)
 {
     llmpar_status status;
     int handle = writer->handle, number = 0;
@@ -340,10 +343,21 @@ LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_erro
     number = llmpar__file_end(writer->io, handle);
     if (number && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", number);
     if (!status) status = llmpar_file_rename(writer->io, writer->temporary, writer->path, error);
-    if (!status) {
-        writer->created = 0;
-        status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
-    }
+    if (status) writer->io->remove(writer->io->user, writer->temporary);
+    writer->created = 0;
+    return status;
+}
+
+LLMPAR_DEF void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64)
+{
+    if (bytes) *bytes = writer->sum.bytes;
+    if (xxh64) *xxh64 = llmpar_xxh64_end(&writer->sum);
+}
+
+LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
+{
+    llmpar_status status = llmpar_writer_settle(writer, error);
+    if (!status) status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
     llmpar__writer_destroy(writer);
     return status;
 }

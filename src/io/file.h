@@ -4,6 +4,7 @@
 
 #include "base/heap.h"
 #include "base/status.h"
+#include "base/xxh64.h"
 #include "tables/io.h"
 
 /* An open file for reading, which may shrink or grow meanwhile: then a read fails, nothing else. Plain data; several threads may read. Closed by llmpar_file_close. */
@@ -34,6 +35,10 @@ LLMPAR_API void llmpar_file_unmap(llmpar_mapped *file);
 typedef struct llmpar_writer llmpar_writer;
 LLMPAR_API llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error);
+/* Flush, sync, close, rename: all of commit but the directory, which the caller then syncs, and memory, which stays until the writer is abandoned; so on any thread. On failure the .tmp file is removed. */
+LLMPAR_API llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error);
+/* Bytes that came so far, and their XXH64; any may be NULL. */
+LLMPAR_API void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64);
 /* Sync, close, rename, sync of the directory. Destroys the writer in any case; on failure the .tmp file is removed. */
 LLMPAR_API llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error);
 /* Closes and removes the .tmp file. NULL is fine. */

@@ -582,12 +582,24 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
     return status;
 }
 
+static llmpar_status llmpar__st_complete(const llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    if (writer->written == writer->expected) return LLMPAR_OK;
+    return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    llmpar_status status = llmpar__st_complete(writer, error);
+    return status ? status : llmpar_writer_settle(writer->writer, error);
+}
+
+LLMPAR_DEF void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64) { llmpar_writer_sum(writer->writer, bytes, xxh64); }
+
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error)
 {
-    llmpar_status status;
-    if (writer->written != writer->expected)
-        status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
-    else {
+    llmpar_status status = llmpar__st_complete(writer, error);
+    if (!status) {
         llmpar_writer *inner = writer->writer;
         writer->writer = NULL;
         status = llmpar_writer_commit(inner, error);

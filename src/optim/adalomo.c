@@ -49,6 +49,8 @@ typedef struct llmpar__adalomo {
     llmpar_event *done;           /* behind the last update: the workspace is one for all */
 } llmpar__adalomo;
 
+LLMPAR__PRIVATE_DEF int llmpar__adalomo_factored(const llmpar_param *param) { return param->dims == 2 && param->shape[0] > 0 && param->shape[1] > 0; }
+
 /* ---- creation ---- */
 
 static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, int64_t *moments, int64_t *factors)
@@ -70,7 +72,7 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     unit->sum = unit->cols + u->param_count;
     for (int32_t p = 0; p < u->param_count; p++) {
         const llmpar_param *param = &u->params[p];
-        if (param->dims != 2 || param->shape[0] == 0 || param->shape[1] == 0) continue;
+        if (!llmpar__adalomo_factored(param)) continue;
         unit->rows[p] = param->shape[0];
         unit->cols[p] = param->shape[1];
         unit->sum[p] = unit->sums;
@@ -182,6 +184,22 @@ LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
 }
 
 LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
+
+LLMPAR__PRIVATE_DEF void llmpar__adalomo_factors(const llmpar_optim *optim, int32_t index, int32_t segment, llmpar_optim_factors *out)
+{
+    const llmpar__adalomo_unit *unit = &optim->adalomo->unit[index];
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(optim->fsdp)));
+    const llmpar_segment *segments;
+    llmpar_fsdp_layout(optim->fsdp, index, NULL, &segments, NULL);
+    if (!unit->state) return; /* frozen */
+    char *moments = (char *)unit->state + (size_t)unit->part[segment].moment * size;
+    if (unit->part[segment].factored) {
+        out->rows = unit->rows[segments[segment].param];
+        out->cols = unit->cols[segments[segment].param];
+        out->row = moments;
+        out->col = moments + (size_t)out->rows * size;
+    } else out->moment = moments;
+}
 
 /* ---- the update ---- */
 

@@ -181,3 +181,21 @@ LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
 LLMPAR_DEF int64_t llmpar_optim_bytes(const llmpar_optim *optim) { return optim->adalomo ? llmpar__adalomo_bytes(optim) : 0; }
 LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }
+LLMPAR_DEF llmpar_optim_kind llmpar_optim_get_kind(const llmpar_optim *optim) { return optim->desc.kind; }
+
+LLMPAR_DEF void llmpar_optim_set_steps(llmpar_optim *optim, int64_t steps)
+{
+    optim->steps = steps;
+    optim->power1 = optim->power2 = 1;
+    /* The same products as update by update, until they are zero and stay so. */
+    for (int64_t i = 0; i < steps && (optim->power1 > 0 || optim->power2 > 0); i++) {
+        optim->power1 *= optim->desc.beta1;
+        optim->power2 *= optim->desc.beta2;
+    }
+}
+
+LLMPAR_DEF void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out)
+{
+    memset(out, 0, sizeof *out);
+    if (optim->adalomo) llmpar__adalomo_factors(optim, unit, segment, out);
+}

@@ -45,6 +45,13 @@ LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */
 LLMPAR_API void llmpar_optim_set_lr(llmpar_optim *optim, double lr);
 LLMPAR_API int64_t llmpar_optim_steps(const llmpar_optim *optim);
+/* As if it had made so many updates: with its state, what a checkpoint brings back. Local. */
+LLMPAR_API void llmpar_optim_set_steps(llmpar_optim *optim, int64_t steps);
+LLMPAR_API llmpar_optim_kind llmpar_optim_get_kind(const llmpar_optim *optim); /* local */
+/* ADALOMO's state of one segment of a unit (llmpar_fsdp_layout), device memory of the sum type: of a matrix row[rows] and col[cols], whole on every rank that has a segment of it, equal copies; else
+   moment, one a number of the segment. NULL what there is not. Local. */
+typedef struct llmpar_optim_factors { void *row, *col, *moment; int64_t rows, cols; } llmpar_optim_factors;
+LLMPAR_API void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out);
 /* Bytes of OPTIMIZER in fsdp's arena that are the optimizer's own, beside fsdp's arrays: ADALOMO's. Local. */
 LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */

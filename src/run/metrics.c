@@ -69,9 +69,31 @@ static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t b
     fprintf(file, "\"total\":%llu}", (unsigned long long)total);
 }
 
+/* A resumed run goes on behind its own lines: those of later steps, and one that a crash cut short, go. */
+static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
+{
+    FILE *file = llmpar_is_file(t->desc.log) ? fopen(t->desc.log, "r+") : fopen(t->desc.log, "a");
+    long keep = 0, step = -1;
+    for (int c = 0, at = 0; file && llmpar_is_file(t->desc.log);) {
+        static const char head[] = "{\"step\":";
+        long number = 0;
+        for (at = 0; head[at] && (c = fgetc(file)) == head[at];) at++;
+        while (!head[at] && (c = fgetc(file)) >= '0' && c <= '9' && number < 100000000000000000) number = 10 * number + (c - '0');
+        while (c != '\n' && c != EOF) c = fgetc(file);
+        if (c == EOF || head[at] || number > t->resumed || number <= step) break;
+        step = number;
+        keep = ftell(file);
+    }
+    if (file && llmpar_is_file(t->desc.log) && (fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
+        fclose(file);
+        return NULL;
+    }
+    return file;
+}
+
 static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
 {
-    if (!t->log) t->log = fopen(t->desc.log, "w");
+    if (!t->log) t->log = t->resumed ? llmpar__metrics_resume(t) : fopen(t->desc.log, "w");
     FILE *file = (FILE *)t->log;
     llmpar_arena_usage usage;
     if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
@@ -97,7 +119,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     if (t->ctx->rank) return LLMPAR_OK;
     double gib = (double)step->memory / (1024.0 * 1024.0 * 1024.0), percent = 100.0 * step->mfu;
     long long tps = (long long)(step->tokens_per_second + 0.5);
-    if (t->desc.log_every > 0 && (step->step == 1 || step->step % t->desc.log_every == 0)) {
+    if (t->desc.log_every > 0 && (step->step == t->resumed + 1 || step->step % t->desc.log_every == 0)) {
         snprintf(line, sizeof line, "step: %5lld  loss: %8.5f  grad_norm: %8.4f  memory: %6.3fGiB  tps: %lld  tflops: %.4f  mfu: %.2f%%", (long long)step->step, step->loss, step->grad_norm, gib, tps, step->tflops, percent);
         t->desc.sink(t->desc.sink_user, LLMPAR_SINK_METRICS, line);
     }

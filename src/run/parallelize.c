@@ -45,6 +45,7 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
     if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
     if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
+    if (d->checkpoint_every < 0 || d->keep < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
     if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
     if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
     return LLMPAR_OK;
@@ -56,6 +57,9 @@ static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_
     if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
     if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
+    if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
@@ -177,6 +181,20 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     return LLMPAR_OK;
 }
 
+static llmpar_status llmpar__recipe_training(llmpar_trainer *t)
+{
+    if (t->desc.trace && !t->count_only) {
+        llmpar_status status = llmpar_trace_create(t->ctx, 0, &t->trace);
+        if (status) return status;
+        llmpar_fsdp_set_trace(t->fsdp, t->trace);
+    }
+    /* The optimizer on the shards, the step's tokens. */
+    llmpar_status status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
+    if (!status) status = llmpar__recipe_buffers(t);
+    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
+    return status;
+}
+
 static llmpar_status llmpar__recipe(llmpar_trainer *t)
 {
     llmpar_llama_apply_desc apply;
@@ -214,17 +232,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
     if (trains && !status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
-    if (status || !trains) return status;
-    if (t->desc.trace && !t->count_only) {
-        status = llmpar_trace_create(t->ctx, 0, &t->trace);
-        if (status) return status;
-        llmpar_fsdp_set_trace(t->fsdp, t->trace);
-    }
-    /* The optimizer on the shards, the step's tokens. */
-    if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
-    if (!status) status = llmpar__recipe_buffers(t);
-    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
-    return status;
+    if (status) return status;
+    if (trains) status = llmpar__recipe_training(t);
+    return status || t->count_only ? status : llmpar__trainer_resume(t);
 }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__recipe_block_units(llmpar_llama *model)
@@ -276,6 +286,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
     copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
     copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->checkpoint, &t->desc.checkpoint);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->resume, &t->desc.resume);
     llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
@@ -306,6 +318,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     if (!t) return;
     llmpar_heap *heap = &t->ctx->heap;
     llmpar__metrics_close(t);
+    llmpar_checkpoint_destroy(t->checkpoint);
     llmpar_tensor_file_abandon(t->gradient_file);
     if (t->stream) t->ctx->device->synchronize(t->ctx->device, t->stream); /* its failure was reported where it happened */
     if (t->fsdp) {
@@ -326,9 +339,12 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.checkpoint);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.resume);
     llmpar_heap_free(heap, t);
 }
 
+LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t->steps; }
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }

@@ -85,8 +85,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const 
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
 }
 
-/* As it was before any error: the rank's place stays. */
-static void llmpar__trainer_forget(llmpar_error *error)
+LLMPAR__PRIVATE_DEF void llmpar__trainer_forget(llmpar_error *error)
 {
     llmpar_error old = *error;
     llmpar_error_clear(error);
@@ -112,11 +111,13 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     memset(&step, 0, sizeof step);
     memset(&run, 0, sizeof run);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    llmpar_status status = llmpar__trainer_poll(t, 0);
+    if (status) return status;
     double begin = llmpar__run_seconds();
     step.step = t->steps + 1;
     step.lr = llmpar_lr(&t->lr, step.step);
     step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
-    llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
+    status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
     if (!status && t->gradients) {
         status = llmpar__trainer_gradient_file(t);
         llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
@@ -168,7 +169,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);
     else if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
     if (out) *out = step;
-    return llmpar__metrics_step(t, &step);
+    status = llmpar__metrics_step(t, &step);
+    return !status && t->desc.checkpoint_every && t->steps % t->desc.checkpoint_every == 0 ? llmpar_trainer_checkpoint(t) : status;
 }
 
 static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)

@@ -51,7 +51,12 @@ typedef struct llmpar_trainer_desc {
     llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
     uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
     const char *trace;            /* path of a Chrome trace (Perfetto loads it): recorded from the first step on, written by llmpar_trainer_save_trace; default none */
-    const char *log;              /* path of a JSON-lines file, one object a step; default none */
+    const char *log;              /* path of a JSON-lines file, one object a step; default none. A resumed run keeps its lines up to the step it goes on from */
+    const char *checkpoint;       /* directory of checkpoints (model_io/checkpoint.h; docs/checkpoints.md); default none. Without resume it must not hold any yet */
+    int32_t checkpoint_every;     /* steps between saves; default 0: only llmpar_trainer_checkpoint saves */
+    int32_t checkpoint_background;/* 1: written by a thread while the next steps run; the first step that finds it written commits it, or returns its error */
+    int32_t keep;                 /* newest checkpoints that are kept; default 0: all */
+    const char *resume;           /* "auto": the newest whole one of `checkpoint`, from the beginning where there is none yet, damaged ones set aside; "step-N" of it; or a path: a step-N, or a directory whose `latest` is taken. Default: a new run */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
     void *sink_user;
@@ -81,11 +86,19 @@ typedef struct llmpar_trainer llmpar_trainer;
 
 /* Checks and fills in defaults. LLMPAR_ERR_ARGUMENT / LLMPAR_ERR_MESH with the numbers: batch not divisible by data ranks x grad_accum; REQUIRE outside the guarantee. Local. */
 LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error);
-/* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken. Collective. */
+/* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken.
+   With desc.resume it comes back as the checkpoint was; LLMPAR_ERR_CONFIG, LLMPAR_ERR_SHAPE: that is of another run (model, optimizer, batch, seq_len, seed, length of the text; learning rate, mesh and policies may differ). Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
 LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
 /* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
+/* Steps made so far, those before a resume too. Local. */
+LLMPAR_API int64_t llmpar_trainer_steps(const llmpar_trainer *trainer);
+/* Saves a checkpoint now, in the background where desc says so. After an error (the same on all ranks) training can go on. llmpar_trainer_step does so every checkpoint_every steps, and then returns that error though its step is
+   made and *out filled in. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *trainer);
+/* Ends a save in the background, if one is under way: without it, destroy leaves that one uncommitted. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_finish(llmpar_trainer *trainer);
 /* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
 /* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */

@@ -3,6 +3,7 @@
 #define LLMPAR_TRAINER_INTERNAL_H
 
 #include "io/file.h"
+#include "model_io/checkpoint.h"
 #include "run/trainer.h"
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
@@ -27,7 +28,8 @@ struct llmpar_trainer {
     int32_t *staging;               /* host [T + 1], then [2][local * T] */
     llmpar_micro *micro;            /* [grad_accum] */
     llmpar_stream *stream;
-    int64_t steps;
+    int64_t steps, resumed;         /* made; of these before this run */
+    llmpar_checkpoint *checkpoint;  /* NULL: none */
     char *gradients;                /* path of the next step's gradients, or NULL */
     llmpar_tensor_file *gradient_file;
     void *log;                      /* FILE of the JSON lines, world rank 0 */
@@ -48,6 +50,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, cons
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
 /* *value becomes the largest of all ranks'. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
+
+LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was before any error: the rank's place stays */
+/* trainer_checkpoint.c: the directory, and where desc.resume says so the state from there. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_resume(llmpar_trainer *trainer);
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_poll(llmpar_trainer *trainer, int wait);
 
 /* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
