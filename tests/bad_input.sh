@@ -251,6 +251,7 @@ train 1 'optimizer state offloaded with lomo in f32, expected not: it has none' 
 train 1 'optimizer state offloaded with sgd in f64, expected not: it has none' --optimizer sgd --momentum 0 --dtype f64 --offload optimizer=host --dp-shard 2
 train 1 'optimizer state offloaded with adalomo in f32, expected not: its factors stay on the device' --optimizer adalomo --offload optimizer=host
 train 1 'adamw: momentum = 0.5, expected 0: it has none' --momentum 0.5
+train 1 'adamw: momentum is switched off, expected it not to be set: it has none' --momentum 0
 train 1 'lomo: momentum = 0.9, expected 0: it has none' --optimizer lomo --momentum 0.9 --dp-shard 2
 train 1 'parameters offloaded that are whole at rest' --zero 0 --offload params=file --dp-shard 2
 train 1 'parameters offloaded that are whole at rest' --zero 2 --offload params=host --dp-shard 2 --dtype f64

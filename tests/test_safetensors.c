@@ -69,6 +69,7 @@ static const struct { const char *what; long long length; const char *header; si
     { "entry is a number", -1, "{\"a\":1}", 0, LLMPAR_ERR_FORMAT, "tensor \"a\" is a number, expected an object" },
     { "entry is an array", -1, "{\"a\":[\"F32\",[1],[0,4]]}", 4, LLMPAR_ERR_FORMAT, "tensor \"a\" is an array, expected an object" },
     { "entry is null", -1, "{\"a\":null}", 0, LLMPAR_ERR_FORMAT, "tensor \"a\" is null" },
+    { "entry is false", -1, "{\"a\":false}", 0, LLMPAR_ERR_FORMAT, "tensor \"a\" is a boolean" },
     { "no dtype", -1, "{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, LLMPAR_ERR_FORMAT, "tensor \"a\": dtype is missing" },
     { "no shape", -1, "{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, LLMPAR_ERR_FORMAT, "tensor \"a\": shape is missing" },
     { "no offsets", -1, "{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, LLMPAR_ERR_FORMAT, "tensor \"a\": data_offsets is missing" },
@@ -95,6 +96,8 @@ static const struct { const char *what; long long length; const char *header; si
     { "overflow before a zero", -1, "{\"a\":" T_F32("[4294967296,4294967296,0]", 0, 0) "}", 0, LLMPAR_ERR_OVERFLOW, "overflows at shape[1]" },
     { "wraps to the right size", -1, "{\"a\":" T_F32("[9223372036854775807,2]", 0, 4) "}", 4, LLMPAR_ERR_OVERFLOW, "overflows" },
     { "offsets are an object", -1, "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":{\"a\":0,\"b\":4}}}", 4, LLMPAR_ERR_FORMAT, "data_offsets is an object of length 2, expected an array of 2" },
+    { "offsets are a number", -1, "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":4}}", 4, LLMPAR_ERR_FORMAT, "data_offsets is a number of length 0, expected an array of 2" },
+    { "an extent of many digits", -1, "{\"a\":" T_F32("[1.0000000000000000000000000000000000000000000000001]", 0, 4) "}", 4, LLMPAR_ERR_FORMAT, "shape[0] = 1.00000000000000000000000000000000000000, expected a non-negative integer" },
     { "three offsets", -1, "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4,8]}}", 4, LLMPAR_ERR_FORMAT, "data_offsets is an array of length 3" },
     { "one offset", -1, "{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0]}}", 4, LLMPAR_ERR_FORMAT, "data_offsets is an array of length 1" },
     { "fractional offset", -1, "{\"a\":" T_F32("[1]", 0, 4.0) "}", 4, LLMPAR_ERR_FORMAT, "data_offsets[1] = 4.0" },
@@ -115,6 +118,8 @@ static const struct { const char *what; long long length; const char *header; si
     { "duplicate by escape", -1, "{\"a\":" T_F32("[1]", 0, 4) ",\"\\u0061\":" T_F32("[1]", 4, 8) "}", 8, LLMPAR_ERR_FORMAT, "header: byte" },
     { "duplicate field", -1, "{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, LLMPAR_ERR_FORMAT, "header: byte" },
     { "name with a NUL", -1, "{\"a\\u0000b\":" T_F32("[1]", 0, 4) "}", 4, LLMPAR_ERR_FORMAT, "the name holds a NUL byte" },
+    { "a tensor whose name begins like the metadata's", -1, "{\"__metadata__\\u0000\":{}}", 0, LLMPAR_ERR_FORMAT, "tensor \"__metadata__\": the name holds a NUL byte" },
+    { "metadata is null before a tensor", -1, "{\"__metadata__\":null,\"a\":" T_F32("[1]", 0, 4) "}", 4, LLMPAR_ERR_FORMAT, "__metadata__ is null, expected an object" },
     { "metadata is a text", -1, "{\"__metadata__\":\"pt\"}", 0, LLMPAR_ERR_FORMAT, "__metadata__ is a string, expected an object" },
     { "metadata holds a number", -1, "{\"__metadata__\":{\"n\":1}}", 0, LLMPAR_ERR_FORMAT, "__metadata__ \"n\" is a number, expected a string" },
     { "metadata holds an object", -1, "{\"__metadata__\":{\"n\":{}}}", 0, LLMPAR_ERR_FORMAT, "__metadata__ \"n\" is an object" },
@@ -395,6 +400,49 @@ TEST(reads_that_fail)
     unlink(path);
 }
 
+/* Every write fails once: of the header's length, of the header, of the data. */
+static int flaky_write(void *user, int handle, const void *data, size_t bytes, size_t *written)
+{
+    flaky *f = (flaky *)user;
+    if (++f->calls >= f->at) return ENOSPC;
+    return f->io->write(f->io->user, handle, data, bytes, written);
+}
+static int flaky_sync(void *user, int handle) { const llmpar_io *io = ((flaky *)user)->io; return io->sync(io->user, handle); }
+static int flaky_rename(void *user, const char *from, const char *to) { const llmpar_io *io = ((flaky *)user)->io; return io->rename(io->user, from, to); }
+static int flaky_remove(void *user, const char *path) { const llmpar_io *io = ((flaky *)user)->io; return io->remove(io->user, path); }
+
+TEST(writes_that_fail)
+{
+    static char data[1 << 22];
+    static char name[1 << 21]; /* each is more than a writer's buffer */
+    llmpar_safetensor tensor = declare(name, LLMPAR_U8, 1, (int64_t)sizeof data, 0);
+    const char *path = in_dir("unwritten.safetensors"), *temporary = in_dir("unwritten.safetensors.tmp");
+    int done = 0, failed = 0;
+    memset(name, 'n', sizeof name - 1);
+    for (int at = 1; !done; at++) {
+        flaky f = { llmpar_io_system(), at, 0, 0 };
+        llmpar_io io = *f.io;
+        llmpar_safetensors_writer *writer = NULL;
+        io.user = &f;
+        io.open = flaky_open, io.close = flaky_close, io.look = flaky_look, io.write = flaky_write, io.sync = flaky_sync, io.rename = flaky_rename, io.remove = flaky_remove;
+        llmpar_status status = llmpar_safetensors_writer_open(ready(), &io, path, &tensor, 1, &writer, &err);
+        CHECK((status == LLMPAR_OK) == (writer != NULL));
+        if (!status) {
+            status = llmpar_safetensors_writer_write(writer, data, sizeof data, &err);
+            if (status) llmpar_safetensors_writer_abandon(writer);
+            else status = llmpar_safetensors_writer_commit(writer, &err);
+        }
+        done = f.calls < at;
+        failed += !done;
+        CHECK_STATUS(status, done ? LLMPAR_OK : LLMPAR_ERR_IO);
+        if (status) CHECK_TEXT(err.text, "No space left");
+        CHECK(llmpar_is_file(path) == done && !llmpar_is_file(temporary));
+        CHECK_INT(heap.live, 0);
+    }
+    CHECK(failed >= 2);
+    unlink(path);
+}
+
 /* Nothing is taken for a header that the file cannot hold, and little more than the header for one that it does, however large the data is. */
 TEST(bounded_memory)
 {
@@ -453,6 +501,7 @@ TEST(writer_refuses)
         { "y", LLMPAR_DTYPE_DEFAULT, 1, 1, 0, LLMPAR_ERR_ARGUMENT, "dtype 0 is no stored type" },
         { "y", (llmpar_dtype)77, 1, 1, 0, LLMPAR_ERR_ARGUMENT, "dtype 77 is no stored type" },
         { "y", LLMPAR_F32, 9, 1, 0, LLMPAR_ERR_SHAPE, "9 dims, expected 0 to 8" },
+        { "y", LLMPAR_F32, -1, 1, 0, LLMPAR_ERR_SHAPE, "-1 dims, expected 0 to 8" },
         { "y", LLMPAR_F32, 2, 3, -1, LLMPAR_ERR_SHAPE, "shape[1] = -1, expected at least 0" },
         { "y", LLMPAR_F32, 2, (int64_t)1 << 40, (int64_t)1 << 40, LLMPAR_ERR_OVERFLOW, "overflows" },
         { "y", LLMPAR_F64, 1, (int64_t)1 << 61, 0, LLMPAR_ERR_OVERFLOW, "overflows" } };
@@ -464,7 +513,24 @@ TEST(writer_refuses)
         CHECK_TEXT(err.text, table[i].text);
         CHECK(!writer);
         CHECK(!llmpar_is_file(temporary)); /* refused before anything was made */
+        CHECK_STATUS(llmpar_safetensors_check(ready(), path, t, 2, &err), table[i].status);
     }
+    CHECK_STATUS(llmpar_safetensors_check(ready(), path, t, -1, &err), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(err.text, "tensor count = -1");
+    /* what is declared twice before the last one; a name that makes the header larger than the format allows */
+    llmpar_safetensor three[3] = { declare("x", LLMPAR_F32, 1, 1, 0), declare("x", LLMPAR_F32, 1, 1, 0), declare("z", LLMPAR_F32, 1, 1, 0) };
+    CHECK_STATUS(llmpar_safetensors_check(ready(), path, three, 3, &err), LLMPAR_ERR_ARGUMENT);
+    char *name = (char *)malloc(16700001);
+    memset(name, 1, 16700000); /* \u0001 */
+    name[16700000] = 0;
+    t[1] = declare(name, LLMPAR_F32, 1, 1, 0);
+    CHECK_STATUS(llmpar_safetensors_writer_open(ready(), NULL, path, t, 2, &writer, &err), LLMPAR_ERR_OVERFLOW);
+    CHECK_TEXT(err.text, "the format allows 100000000");
+    free(name);
+    /* no tensor at all */
+    CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, t, 0, &writer, &err));
+    CHECK_OK(llmpar_safetensors_writer_commit(writer, &err));
+    unlink(path);
     /* too many bytes, too few bytes, abandoned */
     CHECK_OK(llmpar_safetensors_writer_open(ready(), NULL, path, t, 1, &writer, &err));
     CHECK_STATUS(llmpar_safetensors_writer_write(writer, "12345", 5, &err), LLMPAR_ERR_ARGUMENT);
@@ -662,5 +728,5 @@ TEST(leaves_nothing)
     CHECK_INT(rmdir(directory), 0);
 }
 
-TEST_LIST(T_(bad_files), T_(too_short_files), T_(damaged_files), T_(good_oddities), T_(round_trip), T_(reads_slices), T_(shrinking_file), T_(reads_that_fail), T_(bounded_memory), T_(header_text), T_(writer_refuses), T_(out_of_memory), T_(maps_files),
+TEST_LIST(T_(bad_files), T_(too_short_files), T_(damaged_files), T_(good_oddities), T_(round_trip), T_(reads_slices), T_(shrinking_file), T_(reads_that_fail), T_(writes_that_fail), T_(bounded_memory), T_(header_text), T_(writer_refuses), T_(out_of_memory), T_(maps_files),
           T_(writes_atomically), T_(full_disk), T_(directories), T_(reads_a_real_model), T_(leaves_nothing))

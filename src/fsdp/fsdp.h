@@ -119,7 +119,8 @@ LLMPAR_API void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, in
 LLMPAR_API llmpar_status llmpar_fsdp_optimizer_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
 /* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
-/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak, if peaks were reset before the step). */
+/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak, if peaks were reset before the step), but for what the optimizer took of
+   OPTIMIZER on its own (llmpar_optim_bytes). */
 typedef enum llmpar_mark { LLMPAR_MARK_REST = 0, LLMPAR_MARK_BEFORE_OPTIMIZER = 1, LLMPAR_MARK_PEAK = 2 } llmpar_mark;
 typedef struct llmpar_account_line {
     llmpar_tag tag;

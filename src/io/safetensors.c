@@ -86,15 +86,8 @@ static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_befor
 
 static const char *llmpar__st_type_name(const llmpar_json *value)
 {
-    switch (value->type) {
-    case LLMPAR_JSON_NULL: return "null";
-    case LLMPAR_JSON_BOOL: return "a boolean";
-    case LLMPAR_JSON_NUMBER: return "a number";
-    case LLMPAR_JSON_STRING: return "a string";
-    case LLMPAR_JSON_ARRAY: return "an array";
-    case LLMPAR_JSON_OBJECT: return "an object";
-    default: return "?";
-    }
+    static const char *const names[] = {"null", "a boolean", "a number", "a string", "an array", "an object"}; /* by llmpar_json_type */
+    return names[value->type];
 }
 
 /* A non-negative integer written as one: no fraction, no exponent, no "-0". */

@@ -41,7 +41,9 @@ LLMPAR_DEF void llmpar_optim_desc_resolve(llmpar_optim_desc *desc)
 /* A field that this optimizer does not have. */
 static llmpar_status llmpar__optim_foreign(const llmpar_optim_desc *desc, const char *field, double value, llmpar_error *error)
 {
-    return value == 0 ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s = %g, expected 0: it has none", llmpar_optim_name(desc->kind), field, value);
+    if (value == 0) return LLMPAR_OK;
+    if (value < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s is switched off, expected it not to be set: it has none", llmpar_optim_name(desc->kind), field);
+    return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s = %g, expected 0: it has none", llmpar_optim_name(desc->kind), field, value);
 }
 
 LLMPAR_DEF llmpar_status llmpar_optim_desc_check(const llmpar_optim_desc *desc, llmpar_error *error)
