@@ -577,9 +577,11 @@ TEST(reads_a_real_config)
 /* config.json as transformers 5 writes it (rope_parameters), its frequencies in float64, and its number of weights: tests/golden/README.md. */
 TEST(reads_what_transformers_writes)
 {
-    static const char *const names[] = { "llama3_untied", "linear_tied" };
+    static const struct { const char *name; llmpar_family family; llmpar_rope_kind rope; int tied, head_dim, window; } want[] = {
+        { "llama3_untied", LLMPAR_FAMILY_LLAMA, LLMPAR_ROPE_LLAMA3, 0, 8, 0 }, { "linear_tied", LLMPAR_FAMILY_LLAMA, LLMPAR_ROPE_LINEAR, 1, 6, 0 }, { "qwen2_yarn", LLMPAR_FAMILY_QWEN2, LLMPAR_ROPE_YARN, 0, 8, 0 },
+        { "qwen3_dynamic", LLMPAR_FAMILY_QWEN3, LLMPAR_ROPE_DYNAMIC, 1, 8, 0 }, { "mistral_window", LLMPAR_FAMILY_MISTRAL, LLMPAR_ROPE_NONE, 0, 6, 24 } };
     int k;
-    for (k = 0; k < 2; k++) {
+    for (k = 0; k < 5; k++) {
         char path[256], *text;
         size_t length;
         llmpar_llama_config c;
@@ -589,21 +591,23 @@ TEST(reads_what_transformers_writes)
         double out[64];
         int64_t elements, total = 0;
         int i = 0;
-        snprintf(path, sizeof path, "tests/golden/%s/config.json", names[k]);
+        snprintf(path, sizeof path, "tests/golden/%s/config.json", want[k].name);
         text = read_file(path, &length);
         llmpar_error_clear(&err);
         if (llmpar_llama_config_parse(ready(), text, length, path, &c, &err)) TEST_FAIL("%s", err.text);
         free(text);
-        CHECK_INT(c.rope_scaling.kind, k ? LLMPAR_ROPE_LINEAR : LLMPAR_ROPE_LLAMA3); CHECK_INT(c.tied, k); CHECK_INT(c.head_dim, k ? 6 : 8);
-        snprintf(path, sizeof path, "tests/golden/%s/expected.json", names[k]);
+        CHECK_INT(c.family, want[k].family); CHECK_INT(c.rope_scaling.kind, want[k].rope); CHECK_INT(c.tied, want[k].tied); CHECK_INT(c.head_dim, want[k].head_dim); CHECK_INT(c.sliding_window, want[k].window);
+        snprintf(path, sizeof path, "tests/golden/%s/expected.json", want[k].name);
         text = read_file(path, &length);
         CHECK_OK(llmpar_json_parse(ready(), text, length, NULL, &root, NULL));
-        llmpar_rope_inv_freq(&c, 1, out);
+        llmpar_rope_inv_freq(&c, 24, out);
         for (value = llmpar_json_get(root, "inv_freq")->child; value; value = value->next, i++) CHECK_NEAR(out[i], value->number, 1e-14 * value->number);
         CHECK_INT(i, c.head_dim / 2);
+        value = llmpar_json_get(root, "attention_factor");
+        CHECK_NEAR(c.rope_scaling.kind == LLMPAR_ROPE_YARN ? c.rope_scaling.attention_factor : 1, value ? value->number : 0, 1e-15);
         llmpar_json_destroy(&heap, root);
         free(text);
-        snprintf(path, sizeof path, "tests/golden/%s/model.safetensors", names[k]);
+        snprintf(path, sizeof path, "tests/golden/%s/model.safetensors", want[k].name);
         CHECK_OK(llmpar_safetensors_open(ready(), NULL, path, &file, NULL));
         for (i = 0; file && i < file->count; i++) {
             CHECK(llmpar_extent_product(file->tensor[i].shape, file->tensor[i].dims, &elements));

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Makes the golden files of this folder: small random Llamas computed in float64 by Hugging Face transformers.
+"""Makes the golden files of this folder: small random Llamas and relatives computed in float64 by Hugging Face transformers.
 
-    python3 -m venv /tmp/venv && /tmp/venv/bin/pip install torch transformers safetensors
+    python3 -m venv /tmp/venv && /tmp/venv/bin/pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0
     /tmp/venv/bin/python tests/golden/make_golden.py [OUT_DIR]
 
-transformers computes parts of a Llama in float32 whatever the model's dtype (RMSNorm, the RoPE tables, eager softmax). The three replacements below
+transformers computes parts of these models in float32 whatever the model's dtype (RMSNorm, the RoPE tables, eager softmax). The three replacements below
 do the same formulas in float64; the script checks that the unchanged float32 model agrees to float32 precision before it writes anything.
 """
-import json, math, os, sys
+import importlib, json, math, os, sys
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama import modeling_llama
+
+PINNED = {"torch": "2.15.0", "transformers": "5.23.0"}
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STEPS, B, T = 3, 2, 24
@@ -32,22 +32,56 @@ MODELS = {
         config=dict(vocab_size=48, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=6,
                     max_position_embeddings=128, rms_norm_eps=1e-6, tie_word_embeddings=True,
                     rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0))),
+    # biases on q, k and v; yarn with a frequency that is kept, one that is blended and two that are divided, and its default attention factor
+    "qwen2_yarn": dict(
+        seed=3, clip=1.0, family="Qwen2",
+        config=dict(vocab_size=37, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=256, rms_norm_eps=1e-6, tie_word_embeddings=False,
+                    rope_parameters=dict(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=64))),
+    # norms over the heads of q and k, head_dim * heads != hidden, tied; dynamic scaling in sequences longer than max_position_embeddings
+    "qwen3_dynamic": dict(
+        seed=4, clip=0.5, family="Qwen3",
+        config=dict(vocab_size=38, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                    max_position_embeddings=16, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                    rope_parameters=dict(rope_type="dynamic", rope_theta=500.0, factor=3.0))),
+    # a sliding window of exactly the sequence
+    "mistral_window": dict(
+        seed=5, clip=1.0, family="Mistral",
+        config=dict(vocab_size=40, hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, head_dim=6,
+                    max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False, sliding_window=T,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
 }
 
 
 def inv_freq_f64(config):
-    """transformers' modeling_rope_utils in float64."""
+    """transformers' modeling_rope_utils in float64: frequencies for sequences of T, and what cos and sin are multiplied by."""
     rope = config.rope_parameters
-    f = 1.0 / (rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim))
-    if rope["rope_type"] == "linear":
-        return f / rope["factor"]
-    assert rope["rope_type"] == "llama3"
-    factor, low, high, original = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    kind, base = rope["rope_type"], rope["rope_theta"]
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if kind == "dynamic":
+        base *= (rope["factor"] * max(T, config.max_position_embeddings) / config.max_position_embeddings - (rope["factor"] - 1)) ** (dim / (dim - 2))
+    f = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim))
+    if kind in ("default", "dynamic"):
+        return f, 1.0
+    factor = rope["factor"]
+    if kind == "linear":
+        return f / factor, 1.0
+    original = rope["original_max_position_embeddings"]
+    if kind == "yarn":
+        def pair(rotations):
+            return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
+        assert low < high
+        divided = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+        assert any(0 < x < 1 for x in divided.tolist())
+        return f / factor * divided + f * (1 - divided), 0.1 * math.log(factor) + 1.0
+    assert kind == "llama3"
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / f
     smooth = (original / wavelength - low) / (high - low)
     out = torch.where(wavelength > original / low, f / factor, f)
     medium = ~(wavelength < original / high) & ~(wavelength > original / low)
-    return torch.where(medium, (1 - smooth) * f / factor + smooth * f, out)
+    return torch.where(medium, (1 - smooth) * f / factor + smooth * f, out), 1.0
 
 
 def norm_f64(self, x):
@@ -55,9 +89,10 @@ def norm_f64(self, x):
 
 
 def rotary_f64(self, x, position_ids):
-    angle = position_ids[..., None].to(torch.float64) * inv_freq_f64(self.config)
+    inv_freq, factor = inv_freq_f64(self.config)
+    angle = position_ids[..., None].to(torch.float64) * inv_freq
     angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
 
 
 def forward(model, ids, targets):
@@ -72,13 +107,16 @@ def gradients(model):
 def make(name, spec, out):
     os.makedirs(out, exist_ok=True)
     generator = torch.Generator().manual_seed(spec["seed"])
-    config = LlamaConfig(**spec["config"], bos_token_id=1, eos_token_id=2)
+    family = spec.get("family", "Llama")
+    config = getattr(transformers, family + "Config")(**spec["config"], bos_token_id=1, eos_token_id=2)
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = getattr(transformers, family + "ForCausalLM")(config).to(torch.float32)
+    module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+    norm_class, rotary_class = getattr(module, family + "RMSNorm"), getattr(module, family + "RotaryEmbedding")
     with torch.no_grad():
         for key, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
-            p.copy_(1 + 0.1 * noise if "norm" in key else noise * (0.5 if "embed" in key or "lm_head" in key else 1.2 / math.sqrt(p.shape[1])))
+            p.copy_(1 + 0.1 * noise if "norm" in key else 0.3 * noise if key.endswith("bias") else noise * (0.5 if "embed" in key or "lm_head" in key else 1.2 / math.sqrt(p.shape[1])))
     model.save_pretrained(out)
     data = []
     for step in range(STEPS):
@@ -90,16 +128,16 @@ def make(name, spec, out):
 
     with torch.no_grad():
         plain_logits, plain_loss = forward(model, *data[0])
-    saved = modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward
-    modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward = norm_f64, rotary_f64
+    saved = norm_class.forward, rotary_class.forward
+    norm_class.forward, rotary_class.forward = norm_f64, rotary_f64
     model = model.to(torch.float64)
 
-    # AdamW written out: decoupled decay (none on norms), clipping by min(1, clip / norm) without torch's 1e-6.
+    # AdamW written out: decoupled decay (none on norms and biases), clipping by min(1, clip / norm) without torch's 1e-6.
     parameters = dict(model.named_parameters())
     first = {k: torch.zeros_like(p) for k, p in parameters.items()}
     second = {k: torch.zeros_like(p) for k, p in parameters.items()}
     result = {"batch": B, "seq_len": T, "lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": DECAY, "clip": spec["clip"],
-              "transformers": transformers.__version__, "torch": torch.__version__, "inv_freq": inv_freq_f64(config).tolist(), "steps": []}
+              "transformers": transformers.__version__, "torch": torch.__version__, "inv_freq": inv_freq_f64(config)[0].tolist(), "attention_factor": inv_freq_f64(config)[1], "steps": []}
     clipped = 0
     for step, (ids, targets) in enumerate(data):
         model.zero_grad(set_to_none=True)
@@ -111,7 +149,7 @@ def make(name, spec, out):
             assert logits.dtype == torch.float64
             assert float((logits.detach() - plain_logits).abs().max()) < 1e-4 and abs(loss.item() - plain_loss.item()) < 1e-5, "float32 model disagrees"
             print(f"{name}: float32 logits differ by {float((logits.detach() - plain_logits).abs().max()):.2g}, loss by {abs(loss.item() - plain_loss.item()):.2g}")
-            save_file({"logits": logits.detach().contiguous()}, os.path.join(out, "logits.safetensors"))
+            save_file({"logits": logits.detach().contiguous(), "logits_f32": plain_logits.contiguous()}, os.path.join(out, "logits.safetensors"))
             save_file({k: g.detach().contiguous() for k, g in grads.items()}, os.path.join(out, "gradients.safetensors"))
         result["steps"].append({"ids": ids.tolist(), "targets": targets.tolist(), "loss": loss.item(), "grad_norm": norm})
         scale = min(1.0, spec["clip"] / norm)
@@ -121,27 +159,28 @@ def make(name, spec, out):
                 g = grads[k] * scale
                 first[k].mul_(BETA1).add_(g, alpha=1 - BETA1)
                 second[k].mul_(BETA2).add_(g * g, alpha=1 - BETA2)
-                if "norm" not in k:
+                if "norm" not in k and not k.endswith("bias"):
                     p.mul_(1 - LR * DECAY)
                 p.sub_(LR * (first[k] / (1 - BETA1 ** (step + 1))) / ((second[k] / (1 - BETA2 ** (step + 1))).sqrt() + EPS))
     assert clipped > 0
     save_file({k: p.detach().contiguous() for k, p in parameters.items()}, os.path.join(out, "after.safetensors"))
 
     # One gradient by finite differences, so that the replaced pieces are right in backward too.
-    key = "model.layers.0.self_attn.k_proj.weight"
+    key = "model.layers.0.self_attn." + ("k_norm.weight" if family == "Qwen3" else "k_proj.bias" if family == "Qwen2" else "k_proj.weight")
+    place = (3, 5) if parameters[key].dim() == 2 else (5,)
     p, ids, targets, h = parameters[key], *data[0], 1e-5
     model.zero_grad(set_to_none=True)
     forward(model, ids, targets)[1].backward()
-    want = float(p.grad[3, 5])
+    want = float(p.grad[place])
     with torch.no_grad():
-        old = float(p[3, 5])
-        p[3, 5] = old + h
+        old = float(p[place])
+        p[place] = old + h
         up = float(forward(model, ids, targets)[1])
-        p[3, 5] = old - h
+        p[place] = old - h
         down = float(forward(model, ids, targets)[1])
-        p[3, 5] = old
+        p[place] = old
     assert abs((up - down) / (2 * h) - want) < 1e-8, (up, down, want)
-    modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward = saved
+    norm_class.forward, rotary_class.forward = saved
     with open(os.path.join(out, "expected.json"), "w") as f:
         json.dump(result, f)
         f.write("\n")
@@ -154,6 +193,8 @@ def make(name, spec, out):
 
 
 if __name__ == "__main__":
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    assert torch.__version__.split("+")[0] == PINNED["torch"] and transformers.__version__ == PINNED["transformers"], f"expected {PINNED}"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     root = sys.argv[1] if len(sys.argv) > 1 else HERE
