@@ -186,7 +186,7 @@ static inline const char *trained(int tied)
 
 /* ---- directories that differ in one thing ---- */
 
-typedef enum change { AS_IS, WITHOUT, EXTRA, SHAPE, DIMS, INTEGER } change;
+typedef enum change { AS_IS, WITHOUT, EXTRA, SECOND_HEAD, SHAPE, DIMS, INTEGER } change;
 
 /* Copies a directory with all tensors in another dtype, or tensor `name` changed. */
 static inline const char *rewritten(const char *from, const char *name, llmpar_dtype dtype, change what, const char *tensor)
@@ -221,12 +221,12 @@ static inline const char *rewritten(const char *from, const char *name, llmpar_d
         if (hit && what == DIMS) { out[count].shape[2] = 1; out[count].dims = 3; }
         count++;
     }
-    if (what == EXTRA) {
-        out[count] = file->tensor[0];
+    if (what == EXTRA || what == SECOND_HEAD) { /* zeros; the embedding once more */
+        out[count] = what == EXTRA ? file->tensor[0] : *llmpar_safetensors_find(file, "model.embed_tokens.weight");
         out[count].name = tensor;
         out[count].dtype = dtype;
-        out[count].dims = 1;
-        out[count++].shape[0] = 4;
+        if (what == EXTRA) out[count].dims = 1, out[count].shape[0] = 4;
+        count++;
     }
     snprintf(path, sizeof path, "%s/model.safetensors", to);
     CHECK_OK(llmpar_safetensors_writer_open(&heap, NULL, path, out, count, &writer, &error));

@@ -3,6 +3,8 @@
 #define _DEFAULT_SOURCE 1
 #endif
 #include "hf_model.h"
+#include <errno.h>
+#include <fcntl.h>
 
 /* ---- from mesh to mesh ---- */
 
@@ -154,6 +156,200 @@ TEST(a_model_from_elsewhere)
     check_values(j.save, LLMPAR_F32, LLMPAR_F32, directory);
 }
 
+/* A model that trains in bf16 or f16 has f32 master parameters: a 16-bit directory goes in and comes out of every mesh as the same bytes. */
+TEST(sixteen_bits)
+{
+    static const llmpar_dtype types[] = { LLMPAR_BF16, LLMPAR_F16 };
+    for (int i = 0; i < 4; i++) {
+        llmpar_hf_desc as = { .dtype = types[i & 1] };
+        const char *from = in_root("narrow");
+        char kept[600];
+        snprintf(kept, sizeof kept, "%s", from);
+        job j = { .config = small(i / 2), .load = trained(i / 2), .save = kept, .as = &as };
+        launch_ok(&j);
+        check_values(kept, types[i & 1], types[i & 1], trained(i / 2));
+        job again = { .config = small(i / 2), .mesh = { .dp_shard = 2, .tp = 2 }, .dtype = types[i & 1], .zero = i & 1 ? LLMPAR_ZERO_1 : 0, .load = kept, .save = in_root("narrow again"), .as = &as };
+        launch_ok(&again);
+        check_same_directory(kept, again.save);
+        again.as = NULL; /* the shards' own dtype is f32 */
+        launch_ok(&again);
+        check_values(again.save, types[i & 1], LLMPAR_F32, trained(i / 2));
+    }
+    llmpar_error error;
+    llmpar_hf_desc as = { .dtype = LLMPAR_I32 };
+    job j = { .config = small(0), .save = in_root("integers"), .as = &as };
+    CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "expected a floating type");
+}
+
+/* ---- shards ---- */
+
+static int is_shard(void *user, const char *name)
+{
+    *(int *)user += !strncmp(name, "model-0", 7);
+    return 0;
+}
+
+/* In files of several sizes out of any mesh and back into any other. */
+TEST(sharded_directories)
+{
+    static const struct { llmpar_mesh_desc out, in; uint64_t bytes; int files; } rows[] = {
+        { { 1, 2, 1, 1, 2 }, { 1, 1, 1, 1, 1 }, 1, 21 }, { { 1, 1, 1, 1, 1 }, { 1, 3, 1, 1, 1 }, 5000, 12 }, { { 1, 1, 1, 1, 4 }, { 2, 2, 1, 1, 1 }, 20000, 3 }, { { 1, 4, 1, 1, 1 }, { 1, 2, 1, 1, 2 }, 1 << 20, 0 },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        llmpar_hf_desc as = { .max_file_bytes = rows[i].bytes };
+        int files = 0;
+        char to[600];
+        llmpar_error error;
+        snprintf(to, sizeof to, "%s", in_root("sharded"));
+        job out = { .config = small(0), .mesh = rows[i].out, .load = trained(0), .save = to, .as = &as }, in = { .config = small(0), .mesh = rows[i].in, .load = to, .save = in_root("merged") };
+        launch_ok(&out);
+        CHECK_OK(llmpar_directory_list(NULL, to, is_shard, &files, &error));
+        CHECK_INT(files, rows[i].files);
+        launch_ok(&in);
+        check_same_directory(trained(0), in.save);
+    }
+}
+
+/* ---- what is read ---- */
+
+/* The system's files, counting what a rank reads, and failing from byte `stop` on or not opening at all. */
+typedef struct watch { int64_t bytes[8]; int64_t stop; int stop_rank, refuse_rank; } watch;
+static watch watched;
+static __thread int watching_rank;
+static int watched_open(void *user, const char *path, llmpar_io_mode mode, int *handle)
+{
+    (void)user;
+    return mode == LLMPAR_IO_READ && watched.refuse_rank == 1 + watching_rank ? EACCES : llmpar_io_system()->open(NULL, path, mode, handle);
+}
+static int watched_read(void *user, int handle, void *data, size_t bytes, uint64_t offset, size_t *got)
+{
+    (void)user;
+    *got = 0;
+    if (watched.stop_rank == 1 + watching_rank && watched.bytes[watching_rank] >= watched.stop) return 0; /* the file has become shorter */
+    int number = llmpar_io_system()->read(NULL, handle, data, bytes, offset, got);
+    watched.bytes[watching_rank] += (int64_t)*got;
+    return number;
+}
+static const llmpar_io *watched_files(void)
+{
+    static llmpar_io io;
+    memset(&watched, 0, sizeof watched);
+    io = *llmpar_io_system();
+    io.open = watched_open;
+    io.read = watched_read;
+    return &io;
+}
+
+/* What this rank holds, counted from its rectangles: elements of all and of the largest part; bytes of headers in the directory. */
+static void holding(session *s, const char *directory, int64_t *all, int64_t *largest, int64_t *headers)
+{
+    *all = *largest = *headers = 0;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(s->fsdp); u++)
+        for (int32_t i = 0; i < llmpar_fsdp_unit(s->fsdp, u)->param_count; i++) {
+            llmpar_dtensor tensor;
+            llmpar_local local;
+            llmpar_fsdp_dtensor(s->fsdp, u, i, &tensor);
+            llmpar_dtensor_local(&tensor, s->mesh->degree, s->mesh->coordinate, &local);
+            *all += local.flat_count;
+            if (local.flat_count > *largest) *largest = local.flat_count;
+        }
+    llmpar_hf_files *files = NULL;
+    llmpar_error error;
+    llmpar_heap heap;
+    llmpar_heap_init(&heap, NULL);
+    CHECK_OK(llmpar_hf_files_open(&heap, NULL, directory, &files, &error));
+    for (int32_t f = 0; files && f < files->count; f++) *headers += (int64_t)files->file[f]->source->bytes_read;
+    llmpar_hf_files_close(files);
+}
+
+static int64_t file_bytes(const char *directory, const char *name)
+{
+    char path[700];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    return stat(path, &st) ? 0 : (int64_t)st.st_size;
+}
+
+/* Every rank reads the headers and, to the byte, what it holds; and takes beside headers at most half a slice of the file and of the shard. */
+static llmpar_status thrifty(session *s, const job *j)
+{
+    int64_t all, largest, headers, index = file_bytes(j->file, "model.safetensors.index.json");
+    size_t size = j->as ? llmpar_dtype_size(j->as->dtype) : 4;
+    llmpar_hf_files *files = NULL;
+    watching_rank = s->ctx->rank;
+    holding(s, j->file, &all, &largest, &headers);
+    /* What opening alone takes at its peak (the JSON of a header), and then holds. */
+    s->ctx->heap.peak = s->ctx->heap.live;
+    llmpar_status status = llmpar_hf_files_open(&s->ctx->heap, NULL, j->file, &files, &s->ctx->error);
+    uint64_t opening = s->ctx->heap.peak, held = s->ctx->heap.live;
+    llmpar_hf_files_close(files);
+    s->ctx->heap.peak = s->ctx->heap.live;
+    watched.bytes[s->ctx->rank] = 0;
+    if (!status) status = llmpar_load_hf(s->trainer, j->file);
+    int64_t read = watched.bytes[s->ctx->rank], want = all * (int64_t)size + headers + index;
+    if (read != want) TEST_FAIL("%s: rank %d read %lld bytes, want %lld", j->file, (int)s->ctx->rank, (long long)read, (long long)want);
+    uint64_t slice = (uint64_t)largest * (size > 4 ? size : 4) + 1024, most = opening + 256 > held + slice ? opening + 256 : held + slice; /* and a stream */
+    if (s->ctx->heap.peak > most) TEST_FAIL("%s: rank %d took up to %llu bytes, want %llu", j->file, (int)s->ctx->rank, (unsigned long long)s->ctx->heap.peak, (unsigned long long)most);
+    return status;
+}
+
+TEST(reads_what_it_holds)
+{
+    static const struct { llmpar_mesh_desc mesh; int zero; } rows[] = { { { 1, 1, 1, 1, 1 }, 0 }, { { 1, 4, 1, 1, 1 }, 0 }, { { 1, 1, 1, 1, 4 }, 0 }, { { 1, 2, 1, 1, 2 }, 0 }, { { 1, 3, 1, 1, 2 }, 0 }, { { 2, 2, 1, 1, 2 }, 0 }, { { 1, 2, 1, 1, 2 }, LLMPAR_ZERO_1 } };
+    static const llmpar_dtype types[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F64 };
+    for (int f = 0; f < 7; f++) {
+        llmpar_hf_desc as = { .max_file_bytes = f % 6 < 3 ? 0 : 9000, .dtype = types[f % 3] };
+        llmpar_llama_config config = small(0);
+        if (f == 6) config.vocab = 20000; /* slices are larger than headers */
+        char from[600];
+        snprintf(from, sizeof from, "%s", in_root("read"));
+        job j = { .config = config, .load = f < 6 ? trained(0) : NULL, .save = from, .as = &as };
+        launch_ok(&j);
+        for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+            job in = { .config = config, .mesh = rows[i].mesh, .zero = rows[i].zero, .file = from, .as = &as, .io = watched_files(), .body = thrifty };
+            launch_ok(&in);
+        }
+    }
+}
+
+/* ---- one rank that cannot read ---- */
+
+static llmpar_status refuses_here(session *s, const job *j)
+{
+    watching_rank = s->ctx->rank;
+    return refuses(s, j);
+}
+static llmpar_status breaks_off(session *s, const job *j)
+{
+    watching_rank = s->ctx->rank;
+    llmpar_status status = llmpar_load_hf(s->trainer, j->save);
+    if (!status) TEST_FAIL("rank %d has loaded it", (int)s->ctx->rank);
+    return status;
+}
+
+/* It ends the job on every rank; as long as it is a header that fails, nothing has changed on any. A file that ends too early meanwhile fails a read and nothing else. */
+TEST(one_rank_fails)
+{
+    for (int rank = 0; rank < 4; rank++) {
+        llmpar_error error;
+        job j = { .config = small(0), .mesh = { .dp_shard = 2, .tp = 2 }, .save = trained(0), .io = watched_files(), .body = refuses_here };
+        watched.refuse_rank = 1 + rank;
+        CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_IO);
+        CHECK_INT(error.rank, rank);
+        CHECK_TEXT(error.text, "cannot open");
+        for (int64_t stop = 0; stop < 7000; stop += stop < 10 ? 8 : 1100) {
+            j.io = watched_files();
+            j.body = stop < 8 ? refuses_here : breaks_off;
+            watched.stop_rank = 1 + rank;
+            watched.stop = stop;
+            CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_IO);
+            CHECK_INT(error.rank, rank);
+            CHECK_TEXT(error.text, "model.safetensors: ends at byte");
+        }
+    }
+}
+
 /* ---- what is refused ---- */
 
 TEST(strict_loading)
@@ -169,6 +365,11 @@ TEST(strict_loading)
     check_refused(trained(1), 0, LLMPAR_ERR_FORMAT, "lm_head.weight", "missing");
     check_refused(trained(0), 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "differs from model.embed_tokens.weight");
     check_refused(in_root("no such directory"), 0, LLMPAR_ERR_IO, "no such directory", "model.safetensors");
+    /* The same in shards, by the shard's name. */
+    llmpar_hf_desc as = { .max_file_bytes = 9000 };
+    job j = { .config = small(0), .load = rewritten(trained(0), "shape", LLMPAR_F32, AS_IS, NULL), .save = in_root("split"), .as = &as };
+    launch_ok(&j);
+    check_refused(j.save, 1, LLMPAR_ERR_FORMAT, "lm_head.weight", "-of-0000");
     /* Cut off in the middle. */
     const char *cut = rewritten(trained(0), "cut", LLMPAR_F32, AS_IS, NULL);
     char path[700];
@@ -176,6 +377,50 @@ TEST(strict_loading)
     struct stat st;
     CHECK(stat(path, &st) == 0 && truncate(path, st.st_size - 100) == 0);
     check_refused(cut, 0, LLMPAR_ERR_FORMAT, "model.safetensors", "");
+}
+
+/* What older files have beside the parameters: the head of a tied model, if it is the embedding, and a buffer of each layer. */
+static llmpar_status loads(session *s, const job *j) { return llmpar_load_hf(s->trainer, j->file); }
+TEST(what_may_be_there_twice)
+{
+    static const struct { const char *name; int tied; const char *says; } rows[] = {
+        { "model.layers.1.self_attn.rotary_emb.inv_freq", 0, NULL },
+        { "model.layers.31.self_attn.rotary_emb.inv_freq", 1, NULL },
+        { "model.layers..self_attn.rotary_emb.inv_freq", 0, "not part of this model" },
+        { "model.layers.1x.self_attn.rotary_emb.inv_freq", 0, "not part of this model" },
+        { "model.layers.1.self_attn.rotary_emb.inv_freq2", 0, "not part of this model" },
+        { "model.rotary_emb.inv_freq", 0, "not part of this model" },
+        { "model.layers.1.self_attn.q_proj.bias", 1, "not part of this model" },
+        { "lm_head.bias", 1, "not part of this model" },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        const char *directory = rewritten(trained(rows[i].tied), "twice", LLMPAR_F32, EXTRA, rows[i].name);
+        job j = { .config = small(rows[i].tied), .mesh = { .dp_shard = 2, .tp = 2 }, .load = directory, .save = in_root("once") };
+        if (rows[i].says) {
+            check_refused(directory, rows[i].tied, LLMPAR_ERR_FORMAT, rows[i].name, rows[i].says);
+            continue;
+        }
+        launch_ok(&j);
+        check_same_directory(trained(rows[i].tied), j.save);
+    }
+    static const llmpar_mesh_desc meshes[] = { { 1, 1, 1, 1, 1 }, { 1, 2, 1, 1, 2 }, { 1, 1, 1, 1, 4 } };
+    for (int i = 0; i < 3; i++) {
+        llmpar_error error;
+        job j = { .config = small(1), .mesh = meshes[i], .load = rewritten(trained(1), "head", LLMPAR_F32, SECOND_HEAD, "lm_head.weight"), .save = in_root("once") };
+        launch_ok(&j);
+        check_same_directory(trained(1), j.save);
+        j.load = NULL, j.body = loads;
+        for (int64_t at = 0; at < 41 * 24; at += 41 * 24 / 5) { /* one element differs: the rank that holds it says so */
+            j.file = rewritten(trained(1), "other head", LLMPAR_F32, SECOND_HEAD, "lm_head.weight");
+            char path[700];
+            snprintf(path, sizeof path, "%s/model.safetensors", j.file);
+            struct stat st;
+            int fd = open(path, O_RDWR);
+            CHECK(fd >= 0 && fstat(fd, &st) == 0 && pwrite(fd, "\1", 1, st.st_size - 4 * (41 * 24 - at)) == 1 && close(fd) == 0);
+            CHECK_STATUS(launch(&j, &error), LLMPAR_ERR_FORMAT);
+            CHECK_TEXT(error.text, "lm_head.weight differs from model.embed_tokens.weight");
+        }
+    }
 }
 
 /* ---- saving that fails ---- */
@@ -263,4 +508,4 @@ TEST(tensor_file)
     check_same_file(path, weights); /* parameters as a file of tensors are the model's own file */
 }
 
-TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(strict_loading), T_(saving_fails), T_(tensor_file))
+TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(sixteen_bits), T_(sharded_directories), T_(reads_what_it_holds), T_(one_rank_fails), T_(strict_loading), T_(what_may_be_there_twice), T_(saving_fails), T_(tensor_file))

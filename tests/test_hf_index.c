@@ -349,9 +349,9 @@ TEST(writer_refuses)
     CHECK_TEXT(err.text, "tensor \"a\" is declared twice");
     CHECK(!writer && !llmpar_is_directory(directory));
     llmpar_safetensor *many = (llmpar_safetensor *)calloc(LLMPAR_HF_MAX_FILES + 1, sizeof *many);
-    char (*names)[8] = (char (*)[8])calloc(LLMPAR_HF_MAX_FILES + 1, 8);
+    char (*names)[16] = (char (*)[16])calloc(LLMPAR_HF_MAX_FILES + 1, 16);
     for (int i = 0; i <= LLMPAR_HF_MAX_FILES; i++) {
-        snprintf(names[i], 8, "t%d", i);
+        snprintf(names[i], 16, "t%d", i);
         many[i].name = names[i];
         many[i].dtype = LLMPAR_U8;
     }
