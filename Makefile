@@ -239,6 +239,11 @@ build/fuzz/llmpar.o: build/dev/llmpar.h
 build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o
 	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $^ -o $@ $(LDLIBS)
 
+# A private reader: its module and the JSON reader with sanitizers, the rest as it is.
+build/fuzz/fuzz_manifest: tests/fuzz/fuzz_manifest.c src/model_io/manifest.c src/base/json.c build/separate/llmpar.a build/separate/llmpar.h
+	@mkdir -p $(@D)
+	@$(CLANG) $(fuzz_flags),fuzzer -DLLMPAR__SEPARATE -Ibuild/separate -Isrc $(filter %.c,$^) build/separate/llmpar.a -o $@ $(LDLIBS)
+
 build-fuzz: $(FUZZERS:%=build/fuzz/fuzz_%)
 run-fuzz: build-fuzz
 	@tests/fuzz/run.sh $(FUZZ) $(FUZZERS)

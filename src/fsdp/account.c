@@ -8,12 +8,19 @@ static uint64_t llmpar__account_sent(const llmpar_comm *comm, uint64_t part) { r
 
 static uint64_t llmpar__account_all_reduce(const llmpar_comm *comm, uint64_t bytes) { return (uint64_t)(2 * ((double)(comm->ranks - 1) / (double)comm->ranks) * (double)bytes + 0.5); }
 
-static llmpar_status llmpar__account_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out)
 {
     const llmpar_unit *u = &fsdp->units[unit].unit;
     memset(out, 0, sizeof *out);
     out->recompute = (int32_t)u->recompute;
     return u->sizes(u->user, micro, fsdp->dtype, out);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__fsdp_leaves_output(const llmpar_unit *unit)
+{
+    for (int32_t i = 0; i < unit->forward_count; i++)
+        if (unit->forward[i].output_only) return 1;
+    return 0;
 }
 
 /* Memory of a unit's pass, beside what it was handed. */
@@ -22,19 +29,17 @@ static llmpar_status llmpar__account_unit(const llmpar_fsdp *fsdp, const llmpar_
     const llmpar__flat *flat = &fsdp->units[in->unit];
     uint64_t sum = llmpar_dtype_size(fsdp->sum);
     llmpar_unit_sizes sizes, input;
-    llmpar_status status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+    llmpar_status status = llmpar__fsdp_unit_sizes(fsdp, in->unit, micro, &sizes);
     if (status) return status;
     *bytes = sizes.scratch + sizes.workspace;
     if (in->op != LLMPAR_OP_BACKWARD) {
-        int unused = in->op == LLMPAR_OP_RECOMPUTE;
-        for (int32_t i = 0; i < flat->unit.forward_count && unused; i++) unused = !flat->unit.forward[i].output_only;
-        *bytes += sizes.saved + (in->op == LLMPAR_OP_FORWARD || unused ? sizes.output : 0);
+        *bytes += sizes.saved + (in->op == LLMPAR_OP_RECOMPUTE && llmpar__fsdp_leaves_output(&flat->unit) ? 0 : sizes.output);
         return LLMPAR_OK;
     }
     if (in->slot >= 0) *bytes += (uint64_t)flat->elements * sum;
     if (in->from >= 0) *bytes += (uint64_t)fsdp->units[flat->unit.borrow - 1].elements * sum;
     if (in->unit <= fsdp->first_backward) return LLMPAR_OK;
-    status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &input);
+    status = llmpar__fsdp_unit_sizes(fsdp, in->unit - 1, micro, &input);
     *bytes += input.output;
     return status;
 }
@@ -50,10 +55,10 @@ static llmpar_status llmpar__account_moved(const llmpar_fsdp *fsdp, const llmpar
     case LLMPAR_STATE_PARAMS: *bytes = fsdp->policy.master && flat->unit.frozen ? 0 : shard; break;
     case LLMPAR_STATE_GRADS: *bytes = fsdp->whole_grads ? (uint64_t)flat->elements * llmpar_dtype_size(fsdp->sum) : shard; break;
     default:
-        status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+        status = llmpar__fsdp_unit_sizes(fsdp, in->unit, micro, &sizes);
         *bytes = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved;
         if (!status && in->unit > 0) {
-            status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &sizes);
+            status = llmpar__fsdp_unit_sizes(fsdp, in->unit - 1, micro, &sizes);
             *bytes += sizes.output;
         }
         break;

@@ -8,18 +8,6 @@
 
 #define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
 
-static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
-{
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
-    args.count = count;
-    args.in = in;
-    args.in_dtype = from;
-    args.out = out;
-    args.out_dtype = to;
-    return fsdp->device->cast(fsdp->device, stream, &args);
-}
-
 /* out[count] (f32) = tree over ranks of the narrow parts[ranks][count]. wide[ranks][LLMPAR__REDUCE_PIECE]: scratch. */
 static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stream, int32_t ranks, const char *parts, size_t count, float *wide, float *out)
 {
@@ -31,7 +19,7 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
         memset(&args, 0, sizeof args);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
-            status = llmpar__reduce_cast(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+            status = llmpar__fsdp_convert(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
         }
         args.in = fsdp->parts;
         args.n = ranks;
@@ -55,7 +43,7 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
     if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
-    if (!status) status = llmpar__reduce_cast(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status) status = llmpar__fsdp_convert(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
     if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
     memset(&call, 0, sizeof call);
     call.send = send;
@@ -66,9 +54,9 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     if (!status) status = llmpar_all_to_all(comm, stream, &call);
     if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
     if (all) {
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar__fsdp_convert(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
         if (!status) status = llmpar_all_gather(comm, stream, &call);
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+        if (!status) status = llmpar__fsdp_convert(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
     }
     void **scratch[4] = {&sum, &wide, &recv, &send};
     for (int i = 0; i < 4; i++) {

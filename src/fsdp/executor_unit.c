@@ -52,13 +52,7 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     return status;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
-{
-    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
-    memset(out, 0, sizeof *out);
-    out->recompute = (int32_t)u->recompute;
-    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
-}
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }
 
 static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
 {
@@ -93,13 +87,6 @@ static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_uni
     return status ? status : a ? a : b;
 }
 
-static int llmpar__exec_output_only(const llmpar_unit *unit)
-{
-    for (int32_t i = 0; i < unit->forward_count; i++)
-        if (unit->forward[i].output_only) return 1;
-    return 0;
-}
-
 /* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
 static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
 {
@@ -112,7 +99,7 @@ static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instr
     void *unused = NULL, **output = again ? &unused : &flat->output[m];
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
+    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
     if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     call.output = *output;

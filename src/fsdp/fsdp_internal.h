@@ -109,6 +109,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream
 /* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+/* Enqueues out[count] = in in another type. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
 /* The compute dtype's copy from the master. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
 /* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
@@ -123,6 +125,9 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_
 /* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
 
+/* account.c: what a unit needs for a micro-batch of this shape; does its RECOMPUTE leave its output out? */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE int llmpar__fsdp_leaves_output(const llmpar_unit *unit);
 /* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
 LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);

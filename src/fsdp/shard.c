@@ -131,16 +131,21 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar
     return llmpar__fsdp_free(fsdp, stream, &flat->gathered);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
     llmpar_cast_args args;
     memset(&args, 0, sizeof args);
-    args.count = (size_t)flat->shard_elements;
-    args.in = flat->master;
-    args.in_dtype = fsdp->sum;
-    args.out = llmpar__shard_part(fsdp, flat);
-    args.out_dtype = fsdp->dtype;
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
     return fsdp->device->cast(fsdp->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+{
+    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__shard_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -243,15 +248,8 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
     if (!fsdp->policy.master || llmpar__fsdp_has_master(fsdp, flat)) {
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
-        llmpar_cast_args args;
-        memset(&args, 0, sizeof args);
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        args.count = (size_t)flat->shard_elements;
-        args.in = llmpar__shard_part(fsdp, flat);
-        args.in_dtype = fsdp->dtype;
-        args.out = flat->master;
-        args.out_dtype = fsdp->sum;
-        if (!status) status = fsdp->device->cast(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], &args);
+        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__shard_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
         llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
         if (!status) status = waited;
     }
