@@ -85,6 +85,7 @@ phase grade $make test-grade
 phase gdb behind gdb
 LLMPAR_TEST_QUICK=1 phase exact $make test-exact
 phase mpi $make $jobs test-mpi
+phase elastic tests/elastic.sh # also with the processes that mpi has built
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
 phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
