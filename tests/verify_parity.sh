@@ -22,7 +22,7 @@ expect()
     got=$?
     if [ $got -eq "$code" ] && grep -Eq -- "$pattern" output && [ -z "$(ls -A tmp)" ]; then passed=$((passed + 1)); else
         failed=$((failed + 1))
-        echo "FAILED $name: exit code $got, expected $code and a line $pattern${tmp:+, nothing left in TMPDIR}"
+        echo "FAILED $name: exit code $got, expected $code and a line $pattern, and nothing left in TMPDIR"
         tail -n 12 output | sed 's/^/    /'
     fi
 }
@@ -98,7 +98,29 @@ END
     expect "$model: another loss" 1 '^outside: the first is loss \(loss\)' "${run[@]}" --reference dump --json out.json
     grep -q '"first_outside": "loss"' out.json || { echo "FAILED $model: --json"; failed=$((failed + 1)); }
 done
-# the longest file that is one sequence short, and a rest
+# the relatives, each with a planted error in what it has and Llama has not
+while read -r model tensor; do
+    golden=$top/tests/golden/$model
+    golden_tokens "$golden/expected.json" | u32 >"$model.u32"
+    run=("$programs/verify_parity" --model "$golden" --tokens "$model.u32" --seq-len 24)
+    expect "$model: every policy at once" 0 '^equal: every number' "${run[@]}" --a '' --b dp-shard=2,tp=2,sp=on,wrap=half,recompute=selective
+    expect "$model: bf16" 0 '^within: no tensor' "${run[@]}" --a '' --b dtype=bf16
+    rm -rf dump planted
+    mkdir dump
+    cp "$golden/logits.safetensors" dump/
+    cp "$golden/gradients.safetensors" dump/grads.safetensors
+    expect "$model: golden file" 0 '^within: no tensor' "${run[@]}" --b tp=2 --reference dump
+    [ -n "$tensor" ] || continue
+    cp -r "$golden" planted
+    chmod -R u+w planted
+    ./scale_tensor planted/model.safetensors "$tensor" 1.01 || { echo "FAILED $model: no tensor $tensor to scale"; failed=$((failed + 1)); }
+    expect "$model: $tensor scaled" 1 '^outside: the first is layers.1.attention \(' "${run[@]}" --a wrap=half --b wrap=half,model=planted
+done <<'END'
+mistral_window
+qwen2_yarn model.layers.1.self_attn.k_proj.bias
+qwen3_dynamic model.layers.1.self_attn.q_norm.weight
+END
+# a rest that is shorter than a sequence
 head -c 196 linear_tied.u32 >short.u32
 expect 'a rest' 0 'the last 24 ids make no sequence' "$programs/verify_parity" --model "$top/tests/golden/linear_tied" --tokens short.u32 --seq-len 24 --a '' --b tp=2
 

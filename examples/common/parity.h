@@ -123,7 +123,7 @@ static double parity_overlap(const int32_t *a, const int32_t *b, int kept, int m
 /* Where backward comes to a parameter, by its name: the output side first. */
 static long parity_backward_place(const char *name)
 {
-    static const char *const parts[] = {"down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_proj", "q_proj", "k_norm", "q_norm", "input_layernorm"};
+    static const char *const parts[] = {"down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "q_norm", "k_proj", "q_proj", "input_layernorm"};
     const char *layers = strstr(name, "layers.");
     long place = 0;
     if (!layers) return !strncmp(name, "lm_head", 7) ? 0 : strstr(name, "embed") ? 1000001000 : 1;
