@@ -341,6 +341,11 @@ config 1 'factor = 0, expected a number from 1' 's/"rope_scaling": null/"rope_sc
 config 1 'model_type = "gpt2", expected "llama"' 's/"model_type": "llama"/"model_type": "gpt2"/'
 config 1 'hidden_act = "gelu", expected "silu"' 's/"hidden_act": "silu"/"hidden_act": "gelu"/'
 config 1 'attention_bias = true, expected false' 's/"attention_bias": false/"attention_bias": true/'
+config 1 'architectures = ?"LlamaForCausalLM"?, expected ?"Qwen2ForCausalLM"?' 's/"model_type": "llama"/"model_type": "qwen2"/'
+config 1 'attention_factor = -1, expected a number above 0' 's/"rope_scaling": null/"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": -1}/'
+config 1 'sliding_window = 4096, expected null' 's/"rope_scaling": null/"sliding_window": 4096/'
+edited_config 's/LlamaForCausalLM/MistralForCausalLM/; s/"model_type": "llama"/"model_type": "mistral", "sliding_window": 15/'
+train 1 'sliding_window = 15 is shorter than the sequence, expected at least its 16 positions' --model "$bad_model" --dp-shard 2 --tp 2
 config 1 'eos_token_id = 256, expected a token id below vocab_size = 256' 's/"eos_token_id": null/"eos_token_id": 256/'
 config 1 'tie_word_embeddings = 1, expected true or false' 's/"tie_word_embeddings": false/"tie_word_embeddings": 1/'
 config 1 'byte 99: expected every member name once, got "vocab_size" again' 's/"hidden_size": 128/"vocab_size": 256/'

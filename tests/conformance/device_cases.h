@@ -9,11 +9,51 @@
 typedef llmpar_status (*operation)(trial *t, int k);
 #define NO_MORE ((llmpar_status)-1)
 
+/* One element in every row, at stride 0: a bias as one more column of the weight, and the sum of columns as a product with 1. */
+static llmpar_status gemm_stride_0(trial *t, int columns)
+{
+    enum { M = 13, N = 17, DEPTH = 70, PIECES = 4 };
+    llmpar_gemm_segment list[PIECES];
+    llmpar_gemm_args a;
+    size_t item = llmpar_dtype_size(t->dtype);
+    memset(&a, 0, sizeof a);
+    memset(list, 0, sizeof list);
+    note(t, "%s", columns ? "tn, b of stride 0" : "nt, the second segment's a of stride 0");
+    const char *A = (const char *)(columns ? in2(t, "a", DEPTH, M, M, 1) : in2(t, "a", M, DEPTH, DEPTH, 1)), *one = (const char *)in2(t, "one", 1, 1, 1, 1);
+    a.m = M;
+    a.n = a.ldc = columns ? 1 : N;
+    a.kind = columns ? LLMPAR_GEMM_TN : LLMPAR_GEMM_NT;
+    a.dtype = t->dtype;
+    a.pieces = columns ? PIECES : 1;
+    a.segment_count = columns ? PIECES : 2;
+    a.segments = list;
+    for (int32_t p = 0; p < PIECES && columns; p++) {
+        int64_t begin = llmpar_piece_begin(p, DEPTH, PIECES);
+        list[p].a = A + (size_t)(begin * M) * item;
+        list[p].b = one;
+        list[p].lda = M;
+        list[p].k = llmpar_piece_begin(p + 1, DEPTH, PIECES) - begin;
+        list[p].piece = p;
+    }
+    if (!columns) {
+        list[0].a = A;
+        list[0].b = in2(t, "b", N, DEPTH, DEPTH, 1);
+        list[0].k = list[0].lda = list[0].ldb = DEPTH;
+        list[1].a = one;
+        list[1].b = in2(t, "bias", N, 1, 1, 1);
+        list[1].k = list[1].ldb = 1;
+    }
+    a.c = out_as(t, "c", t->dtype, M, a.n, a.ldc, 0);
+    a.workspace_bytes = t->d->gemm_workspace(t->d, &a);
+    a.workspace = scratch(t, a.workspace_bytes);
+    return t->d->gemm(t->d, t->stream, &a);
+}
+
 static llmpar_status op_gemm(trial *t, int k)
 {
     static const int64_t sizes[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 7, 33, 16 }, { 13, 17, 70 }, { 32, 48, 64 }, { 2, 3, 0 }, { 0, 4, 3 }, { 40, 31, 130 } };
     enum { SIZES = sizeof sizes / sizeof sizes[0] };
-    if (k >= SIZES * 3 * 3) return NO_MORE;
+    if (k >= SIZES * 3 * 3) return k < SIZES * 3 * 3 + 2 ? gemm_stride_0(t, k - SIZES * 3 * 3) : NO_MORE;
     llmpar_gemm_kind kind = (llmpar_gemm_kind)(LLMPAR_GEMM_NT + k % 3);
     int style = k / 3 % 3; /* one chain; 8 pieces, some of them empty or of two segments; accumulate */
     int64_t m = sizes[k / 9][0], n = sizes[k / 9][1], depth = sizes[k / 9][2];
