@@ -191,6 +191,8 @@ TEST(one_by_one)
             if ((p + (size_t)m) % MESHES > (test_rounds(4) < 4 ? 0 : 1)) continue;
             attempt a = attempt_of(meshes[m][0], meshes[m][1], meshes[m][2], policies[p]);
             if (p % 3 == 0) a.config = train_config(1);
+            a.config.family = (llmpar_family)(p % 4);
+            if (p % 8 > 4) a.config.kv_heads = 1; /* that ranks of tp share */
             plan_is_reality(&a);
         }
 }
@@ -216,6 +218,8 @@ TEST(mixed)
         const int32_t *m = meshes[train_mix(r) % MESHES];
         attempt a = attempt_of(m[0], m[1], m[2], policy);
         a.config = train_config((int)(train_mix(r + 1) % 2));
+        a.config.family = (llmpar_family)(train_mix(r + 2) % 4);
+        if (train_mix(r + 3) % 2) a.config.kv_heads = 1;
         a.plan = 0; /* what reality says of it, first */
         a.steps = 0;
         attempt_run(&a);

@@ -375,6 +375,7 @@ static void same_bits(llmpar_dtype dtype)
         job j;
         result want, got;
         describe(&j, dtype, tied);
+        if (dtype == LLMPAR_F32 || dtype == LLMPAR_F16) j.config.family = tied == (dtype == LLMPAR_F32) ? LLMPAR_FAMILY_QWEN3 : LLMPAR_FAMILY_QWEN2;
         run(&j, &want);
         CHECK(llmpar_exact_sum_value(&want.loss) > 0);
         for (int tp = 1; tp <= 8; tp *= 2)

@@ -33,12 +33,12 @@ static llmpar_llama_config config_of(const relative *r)
 
 /* ---- the same bits ---- */
 
-typedef struct way { const char *name; int32_t replicate, shard, tp, sp, accum, no_sync, zero; llmpar_recompute recompute; } way;
+typedef struct way { const char *name; int32_t replicate, shard, tp, sp, accum, no_sync, zero, wrap; llmpar_recompute recompute; } way;
 static const way ways[] = {
-    { "tp2 sp", 1, 1, 2, 1, 1, 0, 3, LLMPAR_RECOMPUTE_NONE },           { "tp4", 1, 1, 4, 0, 1, 0, 3, LLMPAR_RECOMPUTE_SELECTIVE },
-    { "tp4 sp", 1, 1, 4, 1, 2, 0, 3, LLMPAR_RECOMPUTE_FULL },           { "dp2", 1, 2, 1, 0, 2, 1, 0, LLMPAR_RECOMPUTE_SELECTIVE },
-    { "2x2 sp", 1, 2, 2, 1, 1, 0, 3, LLMPAR_RECOMPUTE_SELECTIVE },      { "tp8", 1, 1, 8, 0, 1, 0, 3, LLMPAR_RECOMPUTE_NONE },
-    { "hsdp 2x2x2 sp", 2, 2, 2, 1, 2, 0, 3, LLMPAR_RECOMPUTE_FULL },
+    { "tp2 sp", 1, 1, 2, 1, 1, 0, 3, 2, LLMPAR_RECOMPUTE_NONE },                     { "tp4", 1, 1, 4, 0, 1, 0, 3, 0, LLMPAR_RECOMPUTE_SELECTIVE },
+    { "tp4 sp half", 1, 1, 4, 1, 2, 0, 3, LLMPAR_WRAP_HALF, LLMPAR_RECOMPUTE_FULL }, { "dp2", 1, 2, 1, 0, 2, 1, 0, 0, LLMPAR_RECOMPUTE_SELECTIVE },
+    { "2x2 sp", 1, 2, 2, 1, 1, 0, 3, 2, LLMPAR_RECOMPUTE_SELECTIVE },                { "tp8", 1, 1, 8, 0, 1, 0, 3, 0, LLMPAR_RECOMPUTE_NONE },
+    { "hsdp 2x2x2 sp", 2, 2, 2, 1, 2, 0, 3, 2, LLMPAR_RECOMPUTE_FULL },
 };
 enum { WAYS = sizeof ways / sizeof ways[0] };
 
@@ -67,6 +67,8 @@ static void same_bits(const relative *r, llmpar_dtype dtype)
             job.accum = v->accum;
             job.no_sync = v->no_sync;
             job.zero = v->zero;
+            job.wrap = v->wrap;
+            job.policy.overlap = w & 1;
             job.policy.recompute = v->recompute;
         }
         train_run(&job, v ? &got : &want);

@@ -26,7 +26,7 @@ typedef struct train_job {
     const llmpar_llama_config *config;
     int32_t dp_replicate, dp_shard, tp;         /* 0: 1 */
     int32_t sp, zero, prefetch, accum, no_sync; /* zero: 0 .. 3 */
-    int32_t threads, steps, canon;
+    int32_t threads, steps, canon, wrap;
     const char *cpu;
     llmpar_exact exact;
     llmpar_dtype dtype;
@@ -165,6 +165,7 @@ static inline llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     mesh_desc.tp = job->tp;
     model_desc.config = job->config;
     model_desc.seed = 7;
+    model_desc.wrap = job->wrap;
     desc.sequence = job->sequence ? job->sequence : train_sequence;
     desc.sequence_user = job->sequence_user;
     desc.seq_len = job->seq_len;
