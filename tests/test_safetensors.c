@@ -537,6 +537,10 @@ TEST(writer_refuses)
     CHECK_TEXT(err.text, "5 bytes after 0 of 4 declared: too many");
     CHECK_OK(llmpar_safetensors_writer_write(writer, "123", 3, ready() ? &err : NULL));
     CHECK(llmpar_is_file(temporary));
+    CHECK_STATUS(llmpar_safetensors_writer_settle(writer, &err), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(err.text, "3 bytes of data were written, expected 4");
+    CHECK(!llmpar_is_file(path));
+    ready();
     CHECK_STATUS(llmpar_safetensors_writer_commit(writer, &err), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(err.text, "3 bytes of data were written, expected 4");
     CHECK(!llmpar_is_file(temporary) && !llmpar_is_file(path));
