@@ -375,14 +375,16 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
-    number = io->make_directory(io->user, path);
+    do number = io->make_directory(io->user, path);
+    while (number == EINTR);
     if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
     if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
     number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
     if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
     llmpar__file_end(io, handle);
-    number = io->remove(io->user, probe);
+    do number = io->remove(io->user, probe);
+    while (number == EINTR);
     return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 

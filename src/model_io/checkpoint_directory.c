@@ -43,6 +43,14 @@ typedef struct llmpar__directory_scan {
     int removed;             /* files, by sweep */
 } llmpar__directory_scan;
 
+static int llmpar__directory_unlink(const llmpar_io *io, const char *path)
+{
+    int number;
+    do number = io->remove(io->user, path);
+    while (number == EINTR);
+    return number;
+}
+
 static int llmpar__directory_newest(void *user, const char *name)
 {
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
@@ -56,7 +64,7 @@ static int llmpar__directory_sweep(void *user, const char *name)
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
     char path[LLMPAR__CHECKPOINT_PATH];
     if (llmpar__checkpoint_path(path, NULL, "%s/%s", scan->directory, name)) return ENAMETOOLONG;
-    int number = scan->io->remove(scan->io->user, path);
+    int number = llmpar__directory_unlink(scan->io, path);
     scan->removed += !number;
     return number;
 }
@@ -87,15 +95,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io,
     memset(&scan, 0, sizeof scan);
     scan.io = io = io ? io : llmpar_io_system();
     scan.directory = path;
-    if (llmpar_file_kind(io, path) == LLMPAR_IO_NONE) return LLMPAR_OK;
     int number;
     do { /* a listing may miss entries while others are removed */
         scan.removed = 0;
         number = llmpar__directory_list(io, path, llmpar__directory_sweep, &scan);
     } while (!number && scan.removed);
-    if (!number)
-        do number = io->remove(io->user, path);
-        while (number == EINTR);
+    if (number == ENOENT) return LLMPAR_OK;
+    if (!number || number == ENOTDIR) number = llmpar__directory_unlink(io, path);
     return number ? llmpar__directory_error(error, "remove it", path, number) : LLMPAR_OK;
 }
 
