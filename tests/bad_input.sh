@@ -1,14 +1,14 @@
 #!/bin/sh
 # bad_input: what the programs say to wrong command lines and broken files.
 #
-#     tests/bad_input.sh [FOLDER]       FOLDER holds train_llama, generate and verify_parity (default: build)
+#     tests/bad_input.sh [FOLDER]       FOLDER holds train_llama, generate, verify_parity and convert (default: build)
 #
 # Every row is: exit code, what the line on stderr has to contain (a shell pattern: * and ? as usual), the command. The command runs in an empty folder and is asked to save, to log and to write
 # gradients there. It has to end within 20 seconds, with exactly that code (2: wrong command line, 1: anything found later), exactly one line on stderr, nothing on stdout, and the folder still empty.
 # Needs no test data: the model directory that is broken in many ways is trained here. With LLMPAR_TEST_DATA set there are a few rows more. The last line is "N passed, N failed".
 
 programs=$(cd "${1:-build}" 2>/dev/null && pwd)
-for program in train_llama generate verify_parity; do
+for program in train_llama generate verify_parity convert; do
     [ -x "$programs/$program" ] || { echo "bad_input: ${1:-build}/$program is not there: run make first"; echo "0 passed, 1 failed"; exit 1; }
 done
 work=$(mktemp -d "${TMPDIR:-/tmp}/bad_input.XXXXXX") || exit 1
@@ -451,6 +451,36 @@ edited_config 's/"num_hidden_layers": 4/"num_hidden_layers": 3/'
 weights 1 'tensor model.layers.3.input_layernorm.weight is not part of this model (30 parameters, 39 tensors)'
 edited_config 's/"intermediate_size": 384/"intermediate_size": 256/'
 weights 1 'tensor model.layers.0.mlp.gate_proj.weight has shape ?384, 128?, expected ?256, 128?'
+
+# ---- convert ----
+
+convert() { convert_code=$1 convert_pattern=$2; shift 2; row "$convert_code" "$convert_pattern" "$programs/convert" --out save "$@"; }
+convert 2 '--in is missing'
+row 2 '--out is missing' "$programs/convert" --in "$files/good"
+convert 2 '--dtype "int8": expected one of f32, f64, bf16, f16' --in "$files/good" --dtype int8
+convert 2 '--shard "0": expected bytes 1 ..' --in "$files/good" --shard 0
+convert 2 'unexpected argument "more"' --in "$files/good" more
+convert 1 "$files/no: cannot open: No such file" --in "$files/no"
+convert 1 "$files/text: dim = " --in "$files/text"
+convert 1 "$files/short: the file has 5 bytes, expected a header of 28" --in "$files/short"
+{ u64 1; u64 1; u64 1; u64 1; } >"$files/model.bin"
+convert 1 "$files/model.bin: hidden_dim = 0, expected 1 or more (byte 4)" --in "$files/model.bin"
+printf '\2\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0\1\0\0\0' >"$files/model.bin"
+convert 1 "$files/model.bin: the file has 28 bytes, its header makes it " --in "$files/model.bin"
+edited_index '/embed_tokens/d'
+convert 1 "tensor model.embed_tokens.weight is in $first and not in the index" --in "$bad_model"
+safetensors "$files/header" "$files/longer"
+convert 1 '4 bytes follow the last tensor' --in "$bad_model"
+rm "$files/shards/config.json"
+convert 1 "$files/shards/config.json: cannot open: No such file" --in "$files/shards"
+row 1 "$files/text: expected a directory, got a file" "$programs/convert" --in "$files/good" --out "$files/text"
+# There and back: in pieces and as one, in two bytes and in four.
+"$programs/convert" --in "$files/good" --out "$files/half" --dtype bf16 --shard 300K >"$work/stdout" 2>&1 && "$programs/convert" --in "$files/half" --out "$files/wide" --dtype f32 >>"$work/stdout" 2>&1 &&
+    "$programs/convert" --in "$files/wide" --out "$files/wide" --dtype bf16 --shard 300K >>"$work/stdout" 2>&1 && cmp "$files/half/model-00003-of-00006.safetensors" "$files/wide/model-00003-of-00006.safetensors" >>"$work/stdout" 2>&1 &&
+    "$programs/convert" --in "$files/good" --out "$files/split" --shard 1M >>"$work/stdout" 2>&1 && "$programs/convert" --in "$files/split" --out "$files/split" >>"$work/stdout" 2>&1 && [ "$(echo "$files"/split/*)" = "$files/split/config.json $files/split/model.safetensors" ] &&
+    "$programs/train_llama" --model "$files/split" --data "$files/text" --seq-len 16 --batch 4 --steps 1 --lr 1e-12 --save "$files/split" >>"$work/stdout" 2>&1 &&
+    "$programs/train_llama" --model "$files/good" --data "$files/text" --seq-len 16 --batch 4 --steps 1 --lr 1e-12 --save "$files/unsplit" >>"$work/stdout" 2>&1 && cmp "$files/split/model.safetensors" "$files/unsplit/model.safetensors" >>"$work/stdout" 2>&1 &&
+    passed=$((passed + 1)) || { failed=$((failed + 1)); echo "FAILED convert there and back"; cat "$work/stdout"; ls "$files/half"; }
 
 # ---- output that cannot be written ----
 
