@@ -79,6 +79,7 @@ typedef struct llmpar__manifest {
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
 /* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
+LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
 LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
 
 #endif

@@ -84,8 +84,7 @@ static llmpar_status llmpar__load_verify(llmpar__load *load, int32_t f, unsigned
     llmpar_file_close(&file);
     if (!status && llmpar_xxh64_end(&sum) != m->file[f].xxh64)
         status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: damaged: checksum %016llx, the manifest says %016llx", path, (unsigned long long)llmpar_xxh64_end(&sum), (unsigned long long)m->file[f].xxh64);
-    size_t length = strlen(path);
-    if (status || length < 12 || strcmp(path + length - 12, ".safetensors")) return status;
+    if (status || !llmpar__manifest_is_shard(m->file[f].name)) return status;
     status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &tensors, error);
     int32_t expected = 0;
     for (int32_t t = 0; t < m->tensors && !status; t++)

@@ -163,7 +163,7 @@ static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *o
         const char *found = strstr(keys, m->key);
         size_t length = strlen(m->key);
         while (found && !((found == keys || found[-1] == ' ') && (found[length] == ' ' || !found[length]))) found = strstr(found + 1, m->key);
-        if (!found || !length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key);
+        if (!found || !length || length != m->key_length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key); /* at least one is, a NUL in its name or not */
     }
     return 0;
 }
@@ -271,6 +271,12 @@ static void llmpar__manifest_extents(llmpar__manifest_in *in, const llmpar_json 
     for (int32_t d = 0; d < dims && !in->status; d++, e = e->next) out[d] = llmpar__manifest_integer(in, e, what, 0, (int64_t)1 << 50);
 }
 
+LLMPAR__PRIVATE_DEF int llmpar__manifest_is_shard(const char *name)
+{
+    size_t length = strlen(name);
+    return length > 12 && !strcmp(name + length - 12, ".safetensors");
+}
+
 /* Do two parts have an element in common? */
 static int llmpar__manifest_overlap(const llmpar_local *a, const llmpar_local *b, int32_t dims)
 {
@@ -298,6 +304,7 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         llmpar__manifest_extents(in, llmpar_json_get(p, "shape"), "shape", tensor->dims, local->shape);
         for (int32_t d = 0; d < tensor->dims; d++)
             if (local->shape[d] > tensor->shape[d] - local->offset[d]) llmpar__manifest_bad(in, p, "%.200s: the part is larger than the tensor in dim %d", tensor->name, (int)d);
+        if (!in->status && !llmpar__manifest_is_shard(m->file[part->file].name)) llmpar__manifest_bad(in, p, "%.200s: a part in %s, expected a .safetensors file", tensor->name, m->file[part->file].name);
         if (in->status || !llmpar_extent_product(local->shape, tensor->dims, &local->elements)) return; /* it fits, as the tensor does */
         local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
         local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
