@@ -261,7 +261,7 @@ static int compare(const job *j, const outcome *a, const configuration *how_a, c
     if (!c->entries) return option_error("verify_parity: out of memory");
     c->exact = how_a && a->exact && b->exact && how_a->policy.dtype == how_b->policy.dtype && how_a->policy.chain == how_b->policy.chain && (!how_a->policy.chain || how_a->grad_accum == how_b->grad_accum) &&
                !strcmp(how_a->model, how_b->model) && how_a->policy.loss_scale.scale == how_b->policy.loss_scale.scale && !strcmp(how_a->cpu ? how_a->cpu : "", how_b->cpu ? how_b->cpu : "");
-    llmpar_dtype type = how_a ? how_a->policy.dtype : source_is(&a->logits) ? a->logits.dtype : a->gradients && a->gradients->count ? a->gradients->tensor[0].dtype : LLMPAR_F32;
+    llmpar_dtype type = how_a ? how_a->policy.dtype : a->computed ? a->computed : source_is(&a->logits) ? a->logits.dtype : a->gradients && a->gradients->count ? a->gradients->tensor[0].dtype : LLMPAR_F32;
     c->forward = parity_narrower(type, how_b->policy.dtype);
     c->backward = c->forward;
     if (how_a && how_a->policy.reduce_dtype != LLMPAR_DTYPE_DEFAULT) c->backward = parity_narrower(c->backward, how_a->policy.reduce_dtype);
@@ -271,8 +271,8 @@ static int compare(const job *j, const outcome *a, const configuration *how_a, c
     c->forward_unit = parity_unit(c->forward, c->forward_terms);
     c->backward_unit = parity_unit(c->backward, c->backward_terms);
     if (!how_a) { /* transformers takes the angles of RoPE in f32: off by up to position * 2^-24 in the fastest pair, by less in every further one; a part of that reaches the scores */
-        c->forward_unit += (double)j->length * 0x1p-28;
-        c->backward_unit += (double)j->length * 0x1p-28;
+        c->forward_unit += (double)j->length * 0x1p-30;
+        c->backward_unit += (double)j->length * 0x1p-30;
     }
     if (compare_forward(j, c) || (a->gradients && compare_gradients(j, c))) return 2;
     c->first_outside = -1;
@@ -298,6 +298,7 @@ static void usage(void)
          "  --b LIST          the other (default: one rank, f32)\n"
          "  --reference DIR   compares b with DIR/logits.safetensors (tensor logits [B,T,V]), grads.safetensors (whole tensors, Hugging Face names), activations.safetensors (embed, layers.0 .. [B,T,D]) and loss.json\n"
          "                    ({\"loss\": mean over all predicted tokens}); those that are there. docs/parity.md has a script that writes them with transformers\n"
+         "  --reference-dtype f32|f64|bf16|f16   in which the reference was computed (default: the type of its tensors)\n"
          "  --dump DIR        writes these files, in f32, from b\n"
          "  --json FILE       the comparison for programs\n"
          "  --help\n"
@@ -305,7 +306,7 @@ static void usage(void)
          "  dp-replicate, dp-shard, tp, threads, grad-accum, and of the policy: sp zero reshard prefetch no-sync accumulate exact dtype reduce-dtype recompute freeze offload offload-dir overlap memory-limit optimizer clip\n"
          "  loss-scale wrap logits-bytes; further cpu=portable|avx2|avx512, and model=DIR instead of --model, for the same model in other files\n"
          "bound: distances are |b - a| / |a| in Euclidean norms (relative) and max|b - a| / max|a| (largest). Where a and b add in the same order and the same types, the bound is 0: the same bits. Else it is\n"
-         "  c u sqrt(1 + h), c = 8 (gradients: 16), u = store + sqrt(K) sum: store and sum are the unit roundoffs of the narrower type and of the type its sums have (bf16 2^-8, f16 2^-11, f32 2^-24, f64 2^-53; sums below f32 in f32), K the\n"
+         "  c u sqrt(1 + h), c = 8 (gradients: 16), u = store + sqrt(K) sum / 2: store and sum are the unit roundoffs of the narrower type and of the type its sums have (bf16 2^-8, f16 2^-11, f32 2^-24, f64 2^-53; sums below f32 in f32), K the\n"
          "  longest sum, h the halves of blocks that the number has come through. docs/parity.md has the reason and what was measured.\n"
          "memory: what a training step over the whole file takes (grad-accum=N makes it smaller), and a sequence's logits, T x V x 4 bytes a rank; on the disk ($TMPDIR, else /tmp), until the end and for each of a and b:\n"
          "  logits B x T x V x 4 bytes, activations B x T x D x (2 L + 1) numbers at most, the gradients\n"
@@ -487,7 +488,9 @@ static int verify(const command *k, configuration how[2], outcome out[3], compar
 
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {{"model", 1, 0, 'm'}, {"tokens", 1, 0, 't'}, {"seq-len", 1, 0, 'T'}, {"a", 1, 0, 'a'}, {"b", 1, 0, 'b'}, {"reference", 1, 0, 'r'}, {"dump", 1, 0, 'd'}, {"json", 1, 0, 'j'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    static const struct option options[] = {{"model", 1, 0, 'm'}, {"tokens", 1, 0, 't'}, {"seq-len", 1, 0, 'T'}, {"a", 1, 0, 'a'}, {"b", 1, 0, 'b'}, {"reference", 1, 0, 'r'}, {"reference-dtype", 1, 0, 'R'}, {"dump", 1, 0, 'd'}, {"json", 1, 0, 'j'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    static const char *const dtypes[] = {"f32", "f64", "bf16", "f16"};
+    static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
     command k = {.b = ""};
     configuration how[2];
     outcome out[3];
@@ -495,7 +498,7 @@ int main(int argc, char **argv)
     llmpar_heap heap;
     char *text = NULL;
     static char paths[3][4200];
-    int bad = 0;
+    int bad = 0, word = -1;
     for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (c) {
         case 'm': k.model = optarg; break;
@@ -504,6 +507,7 @@ int main(int argc, char **argv)
         case 'a': k.a = optarg; break;
         case 'b': k.b = optarg; break;
         case 'r': k.reference = optarg; break;
+        case 'R': bad = option_word("--reference-dtype", optarg, dtypes, 4, &word); break;
         case 'd': k.dump = optarg; break;
         case 'j': k.json = optarg; break;
         case 'h': usage(); return 0;
@@ -515,12 +519,14 @@ int main(int argc, char **argv)
     if (!bad && !k.tokens) bad = option_error("--tokens is missing, see --help");
     if (!bad && !k.seq_len) bad = option_error("--seq-len is missing, see --help");
     if (!bad && !k.a && !k.reference && !k.dump) bad = option_error("expected at least one of --a, --reference and --dump, see --help");
+    if (!bad && word >= 0 && !k.reference) bad = option_error("--reference-dtype without --reference, see --help");
     if (!bad && k.json && !k.a && !k.reference) bad = option_error("--json without --a and --reference: nothing is compared");
     if (bad) return 2;
     memset(how, 0, sizeof how);
     memset(out, 0, sizeof out);
     memset(results, 0, sizeof results);
     for (int i = 0; i < 3; i++) out[i].activation_file.handle = out[i].logit_file.handle = -1;
+    if (word >= 0) out[2].computed = dtype[word];
     llmpar_heap_init(&heap, NULL);
     bad = verify(&k, how, out, results, &heap, &text, paths);
     for (int i = 0; i < 3; i++) outcome_end(&out[i]);

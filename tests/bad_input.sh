@@ -584,6 +584,8 @@ parity 'is not a dispatch level' --b cpu=abacus
 parity 'trainer: recompute = AUTO needs memory_limit' --b recompute=auto
 parity 'memory' --b memory-limit=1K
 parity '--reference: nowhere: no such directory' --reference nowhere
+parity '--reference-dtype "int8": expected one of f32, f64, bf16, f16' --reference "$files" --reference-dtype int8
+parity '--reference-dtype without --reference' --reference-dtype bf16
 parity 'none of logits.safetensors, grads.safetensors, activations.safetensors, loss.json is there' --reference "$files"
 parity 'cannot' --dump nowhere/dump
 parity '--json: nowhere/out.json.tmp: cannot create' --json nowhere/out.json

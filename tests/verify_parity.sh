@@ -62,6 +62,9 @@ for model in linear_tied llama3_untied; do
         rm dump/activations.safetensors
         expect "$model: reference of $list without activations" 0 '^equal: every number' "${run[@]}" --b "$list" --reference dump
     done
+    "${run[@]}" --b dtype=bf16 --dump dump >/dev/null
+    expect "$model: a reference that is in bf16, unsaid" 1 '^outside: the first is embed' "${run[@]}" --reference dump
+    expect "$model: and said" 0 '^within: no tensor' "${run[@]}" --reference dump --reference-dtype bf16
     # float64 by transformers
     rm -rf dump
     mkdir dump

@@ -3,10 +3,10 @@
    Distance of b from a, over all elements:   relative = |b - a| / |a|  (Euclidean norms)        largest = max|b - a| / max|a|
    Both have to stay below one bound. Its reason, and what was measured, is in docs/parity.md:
 
-       bound = c * u * sqrt(1 + h)        u = store + sqrt(K) * sum        c = 8 for activations, logits and loss, 16 for gradients
+       bound = c * u * sqrt(1 + h)        u = store + sqrt(K) * sum / 2        c = 8 for activations, logits and loss, 16 for gradients
 
    store: the unit roundoff of the narrower of the two types (f64 2^-53, f32 2^-24, f16 2^-11, bf16 2^-8): everything that is handed on is rounded to it. sum: that of the type sums are kept in (f32 below f32); in a sum of K
-   terms rounding errors of random sign grow like sqrt(K). h: halves of blocks (attention or MLP) that the number has come through, forward and backward: each adds an error of its own to the residual stream, of random sign again. */
+   terms rounding errors of random sign, on average less than half of the unit roundoff each, grow like sqrt(K). h: halves of blocks (attention or MLP) that the number has come through, forward and backward: each adds an error of its own to the residual stream, of random sign again. */
 #ifndef EXAMPLES_PARITY_H
 #define EXAMPLES_PARITY_H
 
@@ -93,7 +93,7 @@ static double parity_roundoff(llmpar_dtype dtype) { return dtype == LLMPAR_F64 ?
 static llmpar_dtype parity_narrower(llmpar_dtype a, llmpar_dtype b) { return parity_roundoff(a) > parity_roundoff(b) ? a : b; }
 
 /* u of the text above. */
-static double parity_unit(llmpar_dtype narrower, int64_t terms) { return parity_roundoff(narrower) + sqrt((double)terms) * parity_roundoff(llmpar_dtype_sum(narrower)); }
+static double parity_unit(llmpar_dtype narrower, int64_t terms) { return parity_roundoff(narrower) + 0.5 * sqrt((double)terms) * parity_roundoff(llmpar_dtype_sum(narrower)); }
 static double parity_bound(double factor, double unit, int64_t halves) { return factor * unit * sqrt(1 + (double)halves); }
 
 /* The ids of the PARITY_TOP largest logits of a row, the largest first, the lower id first among equals; vocab may be less: then that many. */

@@ -31,6 +31,7 @@ typedef struct outcome {
     llmpar_safetensors *saved_activations, *saved_logits, *gradients; /* NULL: not there */
     source *activation;            /* [2L + 1], each [B,T,D] */
     source logits;                 /* [B,T,V] */
+    llmpar_dtype computed;         /* of --reference, DEFAULT: as its tensors are stored */
     int saved, has_loss, exact;    /* saved: --reference; exact: every sum is in the order that no mesh changes */
     double loss, gradient_scale;
     int64_t tokens;
