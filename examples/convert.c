@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/llama2c.h"
 #include "common/options.h"
 #include "common/policy.h"
 

@@ -171,7 +171,6 @@ LLMPAR_EXTERN_C_BEGIN
 /* Chapter: model_io */
 #include "model_io/hf_files.h"
 #include "model_io/hf.h"
-#include "model_io/llama2c.h"
 #include "model_io/checkpoint.h"
 
 /* Chapter: run */
@@ -311,7 +310,6 @@ LLMPAR_EXTERN_C_END
 
 #include "model_io/hf_files.c"
 #include "model_io/hf.c"
-#include "model_io/llama2c.c"
 #include "model_io/checkpoint_directory.c"
 #include "model_io/manifest.c"
 #include "model_io/checkpoint.c"

@@ -3,6 +3,7 @@
 #define _DEFAULT_SOURCE 1
 #endif
 #include "hf_model.h"
+#include "../examples/common/llama2c.h"
 #include <limits.h>
 
 static llmpar_heap heap;
