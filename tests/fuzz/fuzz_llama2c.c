@@ -1,5 +1,6 @@
 /* Any bytes as a model file of llama2.c: refused with a text, or tensors that fill the file from its header on, every row of which can be read. A header that would be right for a file of another size gets one. */
 #include "fuzz.h"
+#include "../../examples/common/llama2c.h"
 
 typedef struct fuzz_file { const uint8_t *data; size_t size; uint64_t stated; } fuzz_file;
 
