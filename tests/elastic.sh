@@ -98,6 +98,10 @@ says 'a failure takes no rank away' 7 'failed with exit code 7; 1 of 1 restarts 
 printf '%s\n' '4x4x4 --batch=8 --checkpoint c' '4x4x4 --batch=8 --checkpoint c --resume auto' >expected
 if cmp -s calls expected; then pass; else fail 'placeholders' calls; fi
 says 'nobody is lost' 137 'restart 1 of 1, 4 ranks' --ranks 1:4 --max-restarts 1 --lost 0 -- ./dies --batch 8 --checkpoint c
+printf '#!/bin/sh\nexit 9\n' >mpirun
+chmod +x mpirun
+says 'how MPICH says that a rank was killed' 9 'mpirun died of signal 9; restart 1 of 1, 2 ranks' --ranks 1:4 --max-restarts 1 -- ./mpirun -n {ranks} program --batch 8 --checkpoint c
+says 'no signal' 7 'fails failed with exit code 7; restart 1 of 1, 4 ranks' --ranks 1:4 --max-restarts 1 -- ./fails --batch 8 --checkpoint c
 says 'none divides the batch' 2 'no mesh: none of 5 .. 7 ranks is a multiple of tp 1 x dp-replicate 1 whose data ranks x grad-accum 1 divide batch 8' --ranks 5:7 --max-restarts 1 -- ./dies --batch 8 --checkpoint c
 says 'none is a multiple of tp' 2 'no mesh: none of 1 .. 3 ranks is a multiple of tp 4' --ranks 1:3 --max-restarts 1 -- ./dies --batch 8 --checkpoint c --tp=4
 echo 4 >machines
