@@ -1,7 +1,7 @@
-/* llama: a Llama 3 as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
+/* llama: a Llama 3, or a near relative (llmpar_family), as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
 
    One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
-     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
+     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v (+ bias, norm over heads) -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
    Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
 #ifndef LLMPAR_LLAMA_H
 #define LLMPAR_LLAMA_H
@@ -30,7 +30,7 @@ LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama 
 LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
-/* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
+/* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep, and attention the normalised q and k), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
 LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
 
 /* How the model meets a mesh. */
@@ -41,7 +41,7 @@ typedef struct llmpar_llama_apply_desc {
     int64_t positions;           /* longest T; RoPE tables are made for it */
 } llmpar_llama_apply_desc;
 
-/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Again with the same communicator and values (and no more
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide, LLMPAR_ERR_UNSUPPORTED a sliding window shorter than the positions. Collective over tp. Again with the same communicator and values (and no more
    positions): nothing happens, so a user may call it before llmpar_parallelize does; with others: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
 LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
