@@ -59,7 +59,7 @@ static void same_bits(const relative *r, llmpar_dtype dtype)
         job.on_threads = 1;
         job.exact = LLMPAR_EXACT_REQUIRE;
         if (v) {
-            if (r->heads % v->tp) continue;
+            if (r->heads % v->tp || (test_rounds(4) < 4 && (w + (int)r->family + (int)dtype) % 3)) continue;
             job.dp_replicate = v->replicate;
             job.dp_shard = v->shard;
             job.tp = v->tp;
@@ -156,6 +156,7 @@ TEST(generation)
     for (int r = 0; r < RELATIVES; r++)
         for (int dtype = 0; dtype < 2; dtype++)
             for (int d = 0; d < 4; d++) {
+                if (d && test_rounds(4) < 4 && d != 1 + (r + dtype) % 3) continue;
                 llmpar_llama_config config = config_of(&relatives[r]);
                 train_result result;
                 train_job job;
