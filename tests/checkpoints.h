@@ -46,12 +46,12 @@ static inline void cp_remove_root(void)
     if (system(command)) fprintf(stderr, "cannot remove %s\n", cp_root_name);
 }
 
-/* A name in a directory of this process, in one of eight rotating buffers. */
+/* A name in a directory of this process, in one of the thread's eight rotating buffers. The main thread calls it first. */
 static inline const char *cp_path(const char *format, ...) LLMPAR_PRINTF(1, 2);
 static inline const char *cp_path(const char *format, ...)
 {
-    static char buffer[8][800];
-    static int next;
+    static __thread char buffer[8][800];
+    static __thread int next;
     char name[500];
     va_list list;
     if (!cp_root_name[0]) {
