@@ -19,7 +19,7 @@ BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
 SUITE := $(or $(TEST),$(filter-out test_exact test_mpi%,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
 # What ThreadSanitizer has something to find in: rank threads and worker pools.
-THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h' tests/test_*.c))))
+THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h|checkpoints.h' tests/test_*.c))))
 
 all: $(EXAMPLES) $(CXX_EXAMPLES)
 

@@ -55,8 +55,8 @@ static inline const char *cp_path(const char *format, ...)
     char name[500];
     va_list list;
     if (!cp_root_name[0]) {
-        const char *tmp = getenv("TMPDIR");
-        snprintf(cp_root_name, sizeof cp_root_name, "%.200s/llmpar-test-XXXXXX", tmp && tmp[0] ? tmp : "/tmp");
+        const char *tmp = getenv("TMPDIR"); /* else in memory where that can be: a busy disk takes seconds for a sync */
+        snprintf(cp_root_name, sizeof cp_root_name, "%.200s/llmpar-test-XXXXXX", tmp && tmp[0] ? tmp : access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
         if (!mkdtemp(cp_root_name)) { fprintf(stderr, "cannot make %s\n", cp_root_name); exit(1); }
         cp_owner = (int)getpid();
         atexit(cp_remove_root);
@@ -202,7 +202,9 @@ static inline llmpar_status cp_look_all(cp_run *run, int take, llmpar_ctx *ctx, 
     static const char *const states[] = {"state0", "state1"};
     llmpar_fsdp *fsdp = llmpar_trainer_fsdp(trainer);
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
+    pthread_mutex_lock(&cp_lock);
     if (take) run->take->size = size;
+    pthread_mutex_unlock(&cp_lock);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++) {
         const llmpar_segment *segments;
         int32_t count;

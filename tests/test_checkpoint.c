@@ -66,7 +66,8 @@ static void all_pairs(int tied)
     run.policy.checkpoint = first;
     CP_GOES(&run);
     CHECK(snapshot.count > 0);
-    for (int from = 0; from < MESHES; from++) {
+    int quick = test_rounds(8) < 8;
+    for (int from = 0; from < MESHES; from += quick ? 3 : 1) {
         const char *directory = strdup(cp_path("from"));
         cp_clear(directory);
         run = mesh_run(&meshes[from], tied);
@@ -77,7 +78,7 @@ static void all_pairs(int tied)
         CP_GOES(&run);
         CHECK_INT(run.resumed, 1);
         for (int to = 0; to < MESHES; to++) {
-            if (!(full && full[0]) && (from * 7 + to * 5 + tied) % (test_rounds(8) < 8 ? 48 : 16)) continue;
+            if (!(full && full[0]) && (from * 7 + to * 5 + tied) % (quick ? 32 : 16)) continue;
             run = mesh_run(&meshes[to], tied);
             run.expect = &snapshot;
             run.policy.resume = directory;
