@@ -236,11 +236,11 @@ build/fuzz/llmpar.o: build/dev/llmpar.h
 	@mkdir -p $(@D)
 	@$(CLANG) $(fuzz_flags),fuzzer-no-link -DLLMPAR_IMPLEMENTATION -DLLMPAR_NO_SIMD -x c -c $< -o $@ # parsers have no kernels
 
-build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o
-	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $^ -o $@ $(LDLIBS)
+build/fuzz/fuzz_%: tests/fuzz/fuzz_%.c build/fuzz/llmpar.o tests/fuzz/fuzz.h examples/common/llama2c.h
+	@$(CLANG) $(fuzz_flags),fuzzer -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 
 # A private reader: its module and the JSON reader with sanitizers, the rest as it is.
-build/fuzz/fuzz_manifest: tests/fuzz/fuzz_manifest.c src/model_io/manifest.c src/base/json.c build/separate/llmpar.a build/separate/llmpar.h
+build/fuzz/fuzz_manifest: tests/fuzz/fuzz_manifest.c src/model_io/manifest.c src/base/json.c build/separate/llmpar.a build/separate/llmpar.h tests/fuzz/fuzz.h
 	@mkdir -p $(@D)
 	@$(CLANG) $(fuzz_flags),fuzzer -DLLMPAR__SEPARATE -Ibuild/separate -Isrc $(filter %.c,$^) build/separate/llmpar.a -o $@ $(LDLIBS)
 

@@ -1,0 +1,139 @@
+/* Saving and loading a checkpoint where one call goes wrong: every allocation, every call to the files, every call to the device, one after the other, on one rank or on one of two. An error each time and nothing left; then
+   the same object saves, and the same state loads. */
+#include "own_net.h"
+#include "fake_io.h"
+
+typedef enum what_fails { FAILS_ALLOCATION, FAILS_FILE, FAILS_DEVICE, FAILS } what_fails;
+static const char *const what_name[FAILS] = { "allocation", "call to the files", "call to the device" };
+
+static struct sweep {
+    what_fails what;
+    int n, load, background, ranks, victim; /* the nth call from now on, of the victim's */
+    int over;                               /* out: fewer calls than n were made */
+    fake_fs *fs;
+    int calls;                              /* of the device */
+    llmpar_device device, *own;
+} sweep;
+
+static int device_fails(void) { return ++sweep.calls == sweep.n; }
+#define FAILS_NOW(device) if (device_fails()) return llmpar_error_set((device)->error, LLMPAR_ERR_INTERNAL, "the device has failed")
+static llmpar_status bad_alloc(llmpar_device *d, size_t bytes, void **out) { FAILS_NOW(d); return sweep.own->alloc(sweep.own, bytes, out); }
+static llmpar_status bad_stream(llmpar_device *d, const char *name, llmpar_stream **out) { FAILS_NOW(d); return sweep.own->stream_create(sweep.own, name, out); }
+static llmpar_status bad_copy(llmpar_device *d, llmpar_stream *s, void *to, const void *from, size_t bytes) { FAILS_NOW(d); return sweep.own->copy(sweep.own, s, to, from, bytes); }
+static llmpar_status bad_synchronize(llmpar_device *d, llmpar_stream *s) { llmpar_status st = sweep.own->synchronize(sweep.own, s); FAILS_NOW(d); return st; }
+
+static void arm(llmpar_ctx *ctx)
+{
+    if (ctx->rank != sweep.victim) return;
+    if (sweep.what == FAILS_ALLOCATION) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)sweep.n;
+    if (sweep.what == FAILS_FILE) sweep.fs->at = sweep.fs->calls + sweep.n, sweep.fs->error = EIO;
+    if (sweep.what != FAILS_DEVICE) return;
+    sweep.calls = 0;
+    sweep.own = ctx->device;
+    sweep.device = *ctx->device;
+    sweep.device.alloc = bad_alloc;
+    sweep.device.stream_create = bad_stream;
+    sweep.device.copy = bad_copy;
+    sweep.device.synchronize = bad_synchronize;
+    ctx->device = &sweep.device;
+}
+static void disarm(llmpar_ctx *ctx, llmpar_status status)
+{
+    if (ctx->rank != sweep.victim) return;
+    if (sweep.what == FAILS_ALLOCATION) sweep.over = !status, ctx->heap.fail_at = 0;
+    if (sweep.what == FAILS_FILE) sweep.over = sweep.fs->calls < sweep.fs->at, sweep.fs->at = 0;
+    if (sweep.what == FAILS_DEVICE) sweep.over = sweep.calls < sweep.n, ctx->device = sweep.own;
+}
+
+static llmpar_status save(llmpar_checkpoint *c, int64_t step)
+{
+    llmpar_checkpoint_info info;
+    memset(&info, 0, sizeof info);
+    info.step = step;
+    info.batch = 8;
+    llmpar_status status = llmpar_checkpoint_save(c, &info);
+    return status || !sweep.background ? status : llmpar_checkpoint_poll(c, 1);
+}
+
+static llmpar_status load(llmpar_fsdp *fsdp, llmpar_optim *adamw, const char *path, int64_t step)
+{
+    llmpar_checkpoint_info info;
+    llmpar_status status = llmpar_checkpoint_load(fsdp, adamw, path, NULL, NULL, &info);
+    if (!status) CHECK_INT(info.step, step);
+    return status;
+}
+
+static llmpar_status once(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_checkpoint_desc desc = { .directory = "checkpoints", .config = "{}", .keep = 2, .background = sweep.background };
+    llmpar_checkpoint *c = NULL;
+    double before[PARAMS][MOST], after[MOST];
+    (void)j;
+    ctx->io = &sweep.fs->io;
+    for (int k = 0; k < PARAMS; k++) whole(fsdp, k, shard_of(fsdp, all[k].unit), before[k]);
+    llmpar_status status = LLMPAR_OK, wrong;
+    if (sweep.load) {
+        status = llmpar_checkpoint_create(fsdp, adamw, &desc, &c);
+        if (!status) status = save(c, 1);
+        arm(ctx);
+        wrong = status ? status : load(fsdp, adamw, "checkpoints/step-1", 1);
+    } else {
+        arm(ctx);
+        wrong = llmpar_checkpoint_create(fsdp, adamw, &desc, &c);
+        if (!wrong) wrong = save(c, 1);
+    }
+    disarm(ctx, wrong);
+    /* One rank alone can go on at once; where two have to agree, and one cannot, the job ends. */
+    if (!status && wrong && sweep.ranks == 1) {
+        CHECK(llmpar_last_error(ctx)[0] != 0);
+        if (!sweep.over) CHECK_STATUS(wrong, sweep.what == FAILS_ALLOCATION ? LLMPAR_ERR_MEMORY : sweep.what == FAILS_FILE ? LLMPAR_ERR_IO : LLMPAR_ERR_INTERNAL);
+        llmpar_error_clear(&ctx->error);
+        if (!c) status = llmpar_checkpoint_create(fsdp, adamw, &desc, &c);
+        if (!status) status = save(c, 2);
+        if (!status) status = load(fsdp, adamw, "checkpoints/step-2", 2);
+        for (int k = 0; k < PARAMS && !status && !sweep.load; k++) {
+            whole(fsdp, k, shard_of(fsdp, all[k].unit), after);
+            CHECK_BYTES(after, before[k], (size_t)all[k].count * sizeof *after);
+        }
+    } else if (!status) status = wrong;
+    llmpar_checkpoint_destroy(c);
+    ctx->io = NULL;
+    return status;
+}
+
+static int sweep_all(what_fails what, int ranks, int victim, int load, int background)
+{
+    int n = 1;
+    for (; n < 3000; n += sweep.ranks > 1 ? 1 + n / 8 : 1) {
+        llmpar_error error;
+        int before = test_failures;
+        job j = { .mesh = { .dp_shard = ranks }, .micro_batches = 1, .body = once };
+        memset(&sweep, 0, sizeof sweep);
+        sweep.what = what, sweep.n = n, sweep.load = load, sweep.background = background, sweep.ranks = ranks, sweep.victim = victim;
+        sweep.fs = fake_make();
+        llmpar_status status = launch(&j, &error);
+        fake_free(sweep.fs);
+        if (sweep.over || ranks == 1) { if (status) TEST_FAIL("%s", error.text); }
+        else if (status && error.status != LLMPAR_ERR_MEMORY && error.status != LLMPAR_ERR_IO && error.status != LLMPAR_ERR_INTERNAL) TEST_FAIL("%s: %s", llmpar_status_string(status), error.text);
+        if (test_failures != before) { fprintf(stderr, "  (%s %d, %d ranks, %s%s)\n", what_name[what], n, ranks, load ? "load" : "save", background ? " in the background" : ""); break; }
+        if (sweep.over) break;
+    }
+    return n;
+}
+
+static void all_sweeps(what_fails what, int least)
+{
+    for (int load = 0; load < 2; load++) {
+        CHECK(sweep_all(what, 1, 0, load, 0) > least);
+        sweep_all(what, 2, 0, load, 0);
+        sweep_all(what, 2, 1, load, 0);
+    }
+    sweep_all(what, 1, 0, 0, 1);
+}
+
+TEST(allocations) { all_sweeps(FAILS_ALLOCATION, 10); }
+TEST(files) { all_sweeps(FAILS_FILE, 10); }
+TEST(device) { all_sweeps(FAILS_DEVICE, 10); }
+
+TEST_LIST(T_(allocations), T_(files), T_(device))
