@@ -225,8 +225,7 @@ static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_cal
     operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
 }
 
-/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+LLMPAR__PRIVATE_DEF void llmpar__llama_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -271,9 +270,9 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->h * s->e, s->dtype);
     w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->k * s->e, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
+    llmpar__llama_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    llmpar__llama_row(tp, NULL, NULL, c->intermediate, 1, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
@@ -401,7 +400,7 @@ static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
 {
     llmpar_tp_operand row;
-    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
+    llmpar__llama_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
     return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
 }
 

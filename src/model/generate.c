@@ -89,17 +89,6 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->workspace_bytes = g->workspace_bytes;
 }
 
-static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
-{
-    memset(operand, 0, sizeof *operand);
-    operand->a = a;
-    operand->b = w;
-    operand->count = llmpar_tp_count(&g->tp, grains);
-    operand->begin = llmpar_tp_begin(&g->tp, grains);
-    operand->grain = grain;
-    operand->lda = operand->ldb = operand->count * grain;
-}
-
 static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
@@ -119,10 +108,10 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
             w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
-        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
+        llmpar__llama_row(&g->tp, NULL, NULL, c->heads, s->e, &row);
         w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
         if (w > most) most = w;
-        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
+        llmpar__llama_row(&g->tp, NULL, NULL, c->intermediate, 1, &row);
         w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
         if (w > most) most = w;
         llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
@@ -177,23 +166,6 @@ static void llmpar__session_close(llmpar__session *g)
     llmpar_heap_free(&g->model->ctx->heap, g->host);
 }
 
-static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
-{
-    llmpar_rope_args args;
-    memset(&args, 0, sizeof args);
-    args.batch = 1;
-    args.t = count;
-    args.heads = heads;
-    args.head_dim = g->s.e;
-    args.ld = ld;
-    args.position = position;
-    args.x = x;
-    args.cosine = g->model->cosine;
-    args.sine = g->model->sine;
-    args.dtype = g->dtype;
-    return g->device->rope(g->device, g->stream, &args);
-}
-
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
 static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
@@ -213,9 +185,21 @@ static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t la
 /* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
 static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
 {
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, heads * g->s.e, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    llmpar_rope_args rope;
+    memset(&rope, 0, sizeof rope);
+    rope.batch = 1;
+    rope.t = count;
+    rope.heads = heads;
+    rope.head_dim = g->s.e;
+    rope.ld = heads * g->s.e;
+    rope.position = position;
+    rope.x = out;
+    rope.cosine = g->model->cosine;
+    rope.sine = g->model->sine;
+    rope.dtype = g->dtype;
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
     if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
-    return status ? status : llmpar__session_rope(g, out, heads, heads * g->s.e, position, count);
+    return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
@@ -237,7 +221,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
     if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
-    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
@@ -252,7 +236,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    llmpar__llama_row(&g->tp, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);

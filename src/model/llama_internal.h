@@ -67,6 +67,8 @@ LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t s
 /* block.c: the rows of one half */
 LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count);
+/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
+LLMPAR__PRIVATE void llmpar__llama_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand);
 /* The unit that holds half `half` of the model, and the place of the half's first parameter in it. */
 LLMPAR__PRIVATE int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param);
 /* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
