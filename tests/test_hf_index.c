@@ -234,6 +234,22 @@ TEST(single_file_first)
     CHECK_STATUS(llmpar_hf_files_open(ready(), NULL, directory, &files, &err), LLMPAR_ERR_FORMAT);
     CHECK_TEXT(err.text, "index.json: byte 0");
     CHECK_INT(heap.live, 0);
+    for (int shards = 0; shards < 2; shards++) { /* no memory */
+        if (shards) put_shard(directory, "x", "ab"), put_shard(directory, "y", "c"), put_index(directory, "{" GOOD_MAP);
+        else put_shard(directory, "model.safetensors", "abc");
+        for (uint64_t fail = 1;; fail++) {
+            llmpar_heap h;
+            llmpar_heap_init(&h, NULL);
+            h.fail_at = fail;
+            llmpar_status status = (ready(), llmpar_hf_files_open(&h, NULL, directory, &files, &err));
+            CHECK(!status == (files != NULL));
+            llmpar_hf_files_close(files);
+            CHECK_INT(h.live, 0);
+            if (!status) break;
+            CHECK_STATUS(status, LLMPAR_ERR_MEMORY);
+        }
+        if (!shards) CHECK(unlink(path) == 0);
+    }
 }
 
 /* ---- writing ---- */

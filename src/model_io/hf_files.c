@@ -163,31 +163,25 @@ LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io
 {
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
-    llmpar_status status = LLMPAR_OK;
+    int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
+    llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
+    llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     *out = NULL;
-    if (!single || !index || !files) {
-        llmpar_heap_free(heap, files);
-        files = NULL;
-        status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
-    } else {
-        int sharded = llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
-        files->heap = heap;
-        files->path = sharded ? index : single;
-        if (sharded) {
-            index = NULL;
-            status = llmpar__hf_open_shards(files, io, directory, error);
-        } else {
-            single = NULL;
-            files->file = (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *files->file);
-            status = files->file ? llmpar_safetensors_open(heap, io, files->path, &files->file[0], error) : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", files->path);
-            if (!status) {
-                files->count = 1;
-                files->tensors = files->file[0]->count;
-            }
-        }
+    llmpar_heap_free(heap, sharded ? single : index);
+    if (!files) {
+        llmpar_heap_free(heap, sharded ? index : single);
+        llmpar_heap_free(heap, (void *)file);
+        return status;
     }
-    llmpar_heap_free(heap, single);
-    llmpar_heap_free(heap, index);
+    files->heap = heap;
+    files->path = sharded ? index : single;
+    files->file = file;
+    if (!status && sharded) status = llmpar__hf_open_shards(files, io, directory, error);
+    else if (!status) status = llmpar_safetensors_open(heap, io, files->path, &file[0], error);
+    if (!status && !sharded) {
+        files->count = 1;
+        files->tensors = files->file[0]->count;
+    }
     if (status) llmpar_hf_files_close(files);
     else *out = files;
     return status;
