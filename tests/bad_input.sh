@@ -196,6 +196,18 @@ train 2 'unexpected argument "extra"' extra
 train 2 '4096 x dp-shard 4096 x tp 4096 = 68719476736 ranks, expected at most 4096' --dp-replicate 4096 --dp-shard 4096 --tp 4096
 row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-shard 1M
 row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-dtype bf16
+row 2 '--checkpoint-every needs --checkpoint DIR' "$programs/train_llama" --model tiny --data "$files/text" --checkpoint-every 2
+row 2 '--keep needs --checkpoint DIR' "$programs/train_llama" --model tiny --data "$files/text" --keep 2
+row 2 '--checkpoint-background needs --checkpoint DIR' "$programs/train_llama" --model tiny --data "$files/text" --checkpoint-background on
+row 2 '--resume auto needs --checkpoint DIR' "$programs/train_llama" --model tiny --data "$files/text" --resume auto
+row 2 '--resume step-4 needs --checkpoint DIR' "$programs/train_llama" --model tiny --data "$files/text" --resume step-4
+train 2 '--checkpoint-every "0": expected a whole number 1 ..' --checkpoint c --checkpoint-every 0
+train 2 '--keep "-1": expected a whole number 1 ..' --checkpoint c --keep -1
+train 2 '--checkpoint-background "yes": expected one of off, on' --checkpoint c --checkpoint-background yes
+train 2 '--checkpoint "": expected a directory' --checkpoint ''
+train 2 '--resume "": expected a word or directory' --checkpoint c --resume ''
+train 1 'nowhere: no checkpoint: neither manifest.json nor latest is there' --resume nowhere
+train 1 'c/step-3/manifest.json: cannot open: No such file or directory' --checkpoint c --resume step-3
 row 2 '--model is missing' "$programs/train_llama" --data "$files/text" --save save
 row 2 '--data is missing' "$programs/train_llama" --model tiny --save save
 row 1 'LLMPAR_CPU "abacus" is not a dispatch level' env LLMPAR_CPU=abacus "$programs/train_llama" --model tiny --data "$files/text" --save save

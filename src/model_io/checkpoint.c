@@ -13,7 +13,7 @@
 
 #if !defined(LLMPAR_NO_IO)
 
-#define LLMPAR__CHECKPOINT_STAGING ((size_t)4 << 20)
+#define LLMPAR__CHECKPOINT_STAGING ((size_t)512 << 10) /* stays in a cache between copy, checksum and write */
 
 struct llmpar_checkpoint {
     llmpar_fsdp *fsdp;

@@ -12,7 +12,7 @@
 
 #if !defined(LLMPAR_NO_IO)
 
-#define LLMPAR__LOAD_PIECE ((size_t)4 << 20)    /* of a part, at once in memory */
+#define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
 #define LLMPAR__LOAD_AHEAD ((size_t)64 << 10)   /* what short runs are read through */
 #define LLMPAR__LOAD_FILES 32                   /* open at once */
 #define LLMPAR__LOAD_MANIFEST ((size_t)1 << 30) /* bytes, at most */
