@@ -66,7 +66,7 @@ static llmpar_status load(llmpar_fsdp *fsdp, llmpar_optim *adamw, const char *pa
 static llmpar_status once(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_checkpoint_desc desc = { .directory = "checkpoints", .config = "{}", .keep = 2, .background = sweep.background };
+    llmpar_checkpoint_desc desc = { .directory = "checkpoints", .config = sweep.n % 2 ? "{}" : NULL, .keep = 2, .background = sweep.background };
     llmpar_checkpoint *c = NULL;
     double before[PARAMS][MOST], after[MOST];
     (void)j;
@@ -132,8 +132,76 @@ static void all_sweeps(what_fails what, int least)
     sweep_all(what, 1, 0, 0, 1);
 }
 
+/* What is not asked for rightly, names that are no steps, and a save that nobody ends. */
+static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
+{
+    static const char *const names[] = { "step-", "step-x", "step-07", "step-7x", "step-99999999999999999999", "stop-9", ".tmp", "step-x.tmp", "step-9.part" };
+    static char longest[1100];
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_checkpoint_desc desc = { .keep = 1 };
+    llmpar_checkpoint *c = NULL;
+    int64_t newest = 7;
+    (void)j;
+    ctx->io = &sweep.fs->io;
+    memset(longest, 'd', sizeof longest - 1);
+    for (int i = 0; i < 4; i++) {
+        desc.directory = i == 0 ? NULL : i == 1 ? "" : i == 2 ? longest : "checkpoints";
+        if (i == 3) desc.keep = -1;
+        CHECK_STATUS(llmpar_checkpoint_create(fsdp, adamw, &desc, &c), LLMPAR_ERR_ARGUMENT);
+        CHECK_TEXT(llmpar_last_error(ctx), i < 3 ? "expected 1 .. 1000" : "keep = -1");
+        llmpar_error_clear(&ctx->error);
+        CHECK(!c);
+    }
+    CHECK_OK(llmpar_checkpoint_newest(ctx, "checkpoints", INT64_MAX, &newest));
+    CHECK_INT(newest, -1);
+    desc.keep = 1;
+    CHECK_OK(llmpar_checkpoint_create(fsdp, adamw, &desc, &c));
+    CHECK_OK(save(c, 1));
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char path[200];
+        snprintf(path, sizeof path, "checkpoints/%s", names[i]);
+        CHECK_INT(sweep.fs->io.make_directory(sweep.fs->io.user, path), 0);
+    }
+    CHECK_OK(save(c, 12));
+    CHECK_OK(llmpar_checkpoint_newest(ctx, "checkpoints", INT64_MAX, &newest));
+    CHECK_INT(newest, 12);
+    CHECK_OK(llmpar_checkpoint_newest(ctx, "checkpoints", 12, &newest));
+    CHECK_INT(newest, -1); /* the first went, and the others are no steps */
+    CHECK_STATUS(save(c, 12), LLMPAR_ERR_IO);
+    CHECK_TEXT(llmpar_last_error(ctx), "step-12");
+    llmpar_error_clear(&ctx->error);
+    CHECK_STATUS(load(fsdp, NULL, "checkpoints/step-12", 12), LLMPAR_ERR_CONFIG);
+    CHECK_TEXT(llmpar_last_error(ctx), "optimizer adamw, this run has none");
+    llmpar_error_clear(&ctx->error);
+    CHECK_INT(sweep.fs->io.rename(sweep.fs->io.user, "checkpoints/step-12", "checkpoints/copy"), 0); /* no name of a step */
+    CHECK_OK(load(fsdp, adamw, "checkpoints/copy", 12));
+    llmpar_checkpoint_destroy(c);
+    desc.background = 1;
+    CHECK_OK(llmpar_checkpoint_create(fsdp, adamw, &desc, &c));
+    CHECK_OK(llmpar_checkpoint_poll(c, 0));
+    CHECK_OK(save(c, 13));
+    sweep.background = 0;
+    CHECK_OK(save(c, 14)); /* not waited for */
+    llmpar_checkpoint_destroy(c);
+    llmpar_checkpoint_destroy(NULL);
+    CHECK_OK(llmpar_checkpoint_newest(ctx, "checkpoints", INT64_MAX, &newest));
+    CHECK_INT(newest, 13);
+    ctx->io = NULL;
+    return LLMPAR_OK;
+}
+
+TEST(odd_requests)
+{
+    job j = { .mesh = { .dp_shard = 1 }, .micro_batches = 1, .body = odd };
+    memset(&sweep, 0, sizeof sweep);
+    sweep.background = 1; /* save() polls */
+    sweep.fs = fake_make();
+    launch_ok(&j);
+    fake_free(sweep.fs);
+}
+
 TEST(allocations) { all_sweeps(FAILS_ALLOCATION, 10); }
 TEST(files) { all_sweeps(FAILS_FILE, 10); }
 TEST(device) { all_sweeps(FAILS_DEVICE, 10); }
 
-TEST_LIST(T_(allocations), T_(files), T_(device))
+TEST_LIST(T_(odd_requests), T_(allocations), T_(files), T_(device))

@@ -19,24 +19,27 @@ typedef struct llmpar__manifest_out {
     llmpar_status status; /* the first failure */
 } llmpar__manifest_out;
 
+static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
+{
+    if (!out->status) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
+}
+
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
 {
-    char text[512];
+    char text[512]; /* numbers and words of known length */
     va_list list;
     va_start(list, format);
-    int n = vsnprintf(text, sizeof text, format, list);
+    vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    if (!out->status && (n < 0 || n >= (int)sizeof text)) out->status = llmpar_error_set(out->error, LLMPAR_ERR_INTERNAL, "manifest: a piece of %d bytes", n);
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, (size_t)n, out->error);
+    llmpar__manifest_add(out, text);
 }
 
 static void llmpar__manifest_put_name(llmpar__manifest_out *out, const char *name)
 {
-    char text[6 * LLMPAR__CHECKPOINT_NAME]; /* an escape is at most six bytes for one */
-    size_t n = llmpar_json_escape(name, strlen(name), text, sizeof text);
-    if (!out->status && n >= sizeof text) out->status = llmpar_error_set(out->error, LLMPAR_ERR_ARGUMENT, "manifest: name %.100s.. is too long", name);
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, n, out->error);
+    char text[6 * LLMPAR__CHECKPOINT_NAME]; /* an escape is at most six bytes for one, and a name that is longer has no file to be in */
+    llmpar_json_escape(name, strlen(name), text, sizeof text);
+    llmpar__manifest_add(out, text);
 }
 
 static void llmpar__manifest_put_extents(llmpar__manifest_out *out, const char *key, const int64_t *extents, int32_t dims)
@@ -141,12 +144,12 @@ static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at,
     in->status = llmpar_error_set(in->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: %s", in->name, at ? at->position : (size_t)0, text);
 }
 
-/* Exactly these members: 1. keys: separated by spaces. */
+/* Exactly these members: 1. keys: separated by spaces. What is looked up by one of them behind this is there, unless something has failed. */
 static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *object, const char *what, const char *keys)
 {
     size_t count = 0;
     if (in->status) return 0;
-    if (!object || object->type != LLMPAR_JSON_OBJECT) {
+    if (object->type != LLMPAR_JSON_OBJECT) {
         llmpar__manifest_bad(in, object, "%s: expected an object", what);
         return 0;
     }
@@ -181,7 +184,7 @@ static int64_t llmpar__manifest_member(llmpar__manifest_in *in, const llmpar_jso
 static double llmpar__manifest_positive(llmpar__manifest_in *in, const llmpar_json *object, const char *key)
 {
     const llmpar_json *value = llmpar_json_get(object, key);
-    if (!in->status && value && value->type == LLMPAR_JSON_NUMBER && value->number > 0) return value->number;
+    if (!in->status && value->type == LLMPAR_JSON_NUMBER && value->number > 0) return value->number;
     llmpar__manifest_bad(in, value, "%s: expected a positive number", key);
     return 1;
 }
@@ -189,7 +192,7 @@ static double llmpar__manifest_positive(llmpar__manifest_in *in, const llmpar_js
 static const char *llmpar__manifest_string(llmpar__manifest_in *in, const llmpar_json *value, const char *what, size_t most)
 {
     if (in->status) return "";
-    if (value && value->type == LLMPAR_JSON_STRING && value->length > 0 && value->length <= most && strlen(value->string) == value->length) return value->string;
+    if (value->type == LLMPAR_JSON_STRING && value->length > 0 && value->length <= most && strlen(value->string) == value->length) return value->string;
     llmpar__manifest_bad(in, value, "%s: expected a text of 1 .. %zu bytes", what, most);
     return "";
 }
@@ -228,7 +231,7 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
     if (!llmpar__manifest_digits(llmpar__manifest_string(in, llmpar_json_get(root, "seed"), "seed", 20), 10, &info->seed)) llmpar__manifest_bad(in, llmpar_json_get(root, "seed"), "seed: expected the digits of a number below 2^64");
     info->dtype = llmpar__manifest_dtype(in, root, "dtype");
     snprintf(info->optimizer, sizeof info->optimizer, "%s", llmpar__manifest_string(in, llmpar_json_get(root, "optimizer"), "optimizer", sizeof info->optimizer - 1));
-    if (scale && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
+    if (!in->status && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
         llmpar_error why;
         llmpar_error_clear(&why);
         info->scale.scale = llmpar__manifest_positive(in, scale, "scale");
@@ -244,7 +247,8 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
 
 static const llmpar_json *llmpar__manifest_array(llmpar__manifest_in *in, const llmpar_json *value, const char *what)
 {
-    if (value && value->type == LLMPAR_JSON_ARRAY) return value->child;
+    if (in->status) return NULL;
+    if (value->type == LLMPAR_JSON_ARRAY) return value->child;
     llmpar__manifest_bad(in, value, "%s: expected an array", what);
     return NULL;
 }
@@ -305,7 +309,8 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         for (int32_t d = 0; d < tensor->dims; d++)
             if (local->shape[d] > tensor->shape[d] - local->offset[d]) llmpar__manifest_bad(in, p, "%.200s: the part is larger than the tensor in dim %d", tensor->name, (int)d);
         if (!in->status && !llmpar__manifest_is_shard(m->file[part->file].name)) llmpar__manifest_bad(in, p, "%.200s: a part in %s, expected a .safetensors file", tensor->name, m->file[part->file].name);
-        if (in->status || !llmpar_extent_product(local->shape, tensor->dims, &local->elements)) return; /* it fits, as the tensor does */
+        if (in->status) return;
+        llmpar_extent_product(local->shape, tensor->dims, &local->elements); /* it fits, as the tensor does */
         local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
         local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
         if (tensor->parts && part->file <= part[-1].file) llmpar__manifest_bad(in, p, "%.200s: parts in files %d and %d, expected one a file, in their order", tensor->name, (int)part[-1].file, (int)part->file);
@@ -348,16 +353,16 @@ static void llmpar__manifest_tensors(llmpar__manifest_in *in, const llmpar_json 
 /* Room for what the JSON holds. */
 static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json *files, const llmpar_json *tensors, llmpar__manifest *m, llmpar__manifest_in *in)
 {
-    size_t parts = 0, count_files = files ? files->length : 0, count_tensors = tensors ? tensors->length : 0;
-    for (const llmpar_json *t = tensors ? tensors->child : NULL; t; t = t->next) {
+    size_t parts = 0;
+    for (const llmpar_json *t = tensors->child; t; t = t->next) {
         const llmpar_json *p = llmpar_json_get(t, "parts");
         parts += p ? p->length : 0;
     }
-    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, count_files + 1, sizeof *m->file);
-    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, count_tensors + 1, sizeof *m->tensor);
+    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, files->length + 1, sizeof *m->file);
+    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, tensors->length + 1, sizeof *m->tensor);
     m->part = (llmpar__manifest_part *)llmpar_heap_zalloc(heap, parts + 1, sizeof *m->part);
-    if (m->file && m->tensor && m->part && count_files < (1u << 30) && count_tensors < (1u << 30) && parts < (1u << 30)) return LLMPAR_OK;
-    return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, count_files, count_tensors, parts);
+    if (m->file && m->tensor && m->part) return LLMPAR_OK;
+    return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, files->length, tensors->length, parts);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *m, llmpar_error *error)
