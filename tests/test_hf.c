@@ -350,6 +350,40 @@ TEST(one_rank_fails)
     }
 }
 
+/* ---- no memory ---- */
+
+static int starved_rank, starving, starved_ended;
+static uint64_t starved_at;
+static llmpar_status starves(session *s, const job *j)
+{
+    llmpar_hf_desc as = { .max_file_bytes = 9000, .dtype = LLMPAR_BF16 };
+    llmpar_status status;
+    if (s->ctx->rank == starved_rank) s->ctx->heap.fail_at = s->ctx->heap.calls + starved_at;
+    if (starving) status = llmpar_hf_save(s->fsdp, &j->config, j->file, &as);
+    else status = llmpar_load_hf(s->trainer, trained(0));
+    if (s->ctx->rank == starved_rank) {
+        CHECK(status == LLMPAR_OK || status == LLMPAR_ERR_MEMORY);
+        starved_ended = !status;
+        s->ctx->heap.fail_at = 0;
+    }
+    return status;
+}
+
+/* Any allocation that fails while a directory is loaded or saved ends the job, on every rank, with that error; nothing leaks, nothing hangs. */
+TEST(out_of_memory)
+{
+    trained(0);
+    for (starving = 0; starving < 2; starving++)
+        for (starved_rank = 0; starved_rank < 2; starved_rank++)
+            for (starved_at = 1, starved_ended = 0; !starved_ended && starved_at < 1000; starved_at += starved_at < 40 ? 1 : 5) {
+                llmpar_error error;
+                job j = { .config = small(0), .mesh = { .dp_shard = 2 }, .file = in_root("starved"), .body = starves };
+                llmpar_status status = launch(&j, &error);
+                CHECK_STATUS(status, starved_ended ? LLMPAR_OK : LLMPAR_ERR_MEMORY);
+                if (!starved_ended) CHECK_INT(error.rank, starved_rank);
+            }
+}
+
 /* ---- what is refused ---- */
 
 TEST(strict_loading)
@@ -508,4 +542,4 @@ TEST(tensor_file)
     check_same_file(path, weights); /* parameters as a file of tensors are the model's own file */
 }
 
-TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(sixteen_bits), T_(sharded_directories), T_(reads_what_it_holds), T_(one_rank_fails), T_(strict_loading), T_(what_may_be_there_twice), T_(saving_fails), T_(tensor_file))
+TEST_LIST(T_(any_mesh_saves_the_same_bytes), T_(contents), T_(saving_takes_one_tensor), T_(other_dtypes), T_(a_model_from_elsewhere), T_(sixteen_bits), T_(sharded_directories), T_(reads_what_it_holds), T_(one_rank_fails), T_(out_of_memory), T_(strict_loading), T_(what_may_be_there_twice), T_(saving_fails), T_(tensor_file))
