@@ -243,7 +243,6 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     return status;
 }
 
-#undef LLMPAR__HF_PIECE
 #undef LLMPAR__HF_EMBEDDING
 
 /* ---- saving ---- */
@@ -257,10 +256,9 @@ struct llmpar_tensor_file {
     llmpar_hf_writer *directory;       /* or this with `tensors`, which it borrows */
     llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
-    void *host, *narrow;               /* world rank 0: one tensor; a piece of it in the file's dtype, where that is another */
+    void *host, *narrow;               /* world rank 0: a piece of a tensor, small enough to stay in the cache; the same in the file's dtype, where that is another */
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
-#define LLMPAR__HF_NARROW ((size_t)64 << 10) /* elements */
 
 /* World rank 0: the tensors' names and shapes, and the file or directory. */
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
@@ -329,9 +327,9 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)most * size, "whole tensor", &file->full);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
-        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)most, size);
-        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, LLMPAR__HF_NARROW, llmpar_dtype_size(file->dtype));
-        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
+        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, size);
+        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, llmpar_dtype_size(file->dtype));
+        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
     if (status) {
@@ -347,21 +345,24 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
 }
 
-/* World rank 0: the tensor in `host`. */
-static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, size_t count)
+/* World rank 0: the tensor in `full`. */
+static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
 {
+    llmpar_device *device = file->ctx->device;
     llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
-    size_t piece = file->narrow ? LLMPAR__HF_NARROW : count;
     llmpar_status status = LLMPAR_OK;
     llmpar_error error;
     llmpar_error_clear(&error);
-    for (size_t done = 0, part; done < count && !status; done += part) {
-        const void *data = (const char *)file->host + done * llmpar_dtype_size(from);
-        part = count - done < piece ? count - done : piece;
-        if (file->narrow) llmpar_convert(file->narrow, file->dtype, data, from, part);
-        if (file->narrow) data = file->narrow;
-        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, part * llmpar_dtype_size(file->dtype), &error);
-        else status = llmpar_safetensors_writer_write(file->writer, data, part * llmpar_dtype_size(file->dtype), &error);
+    for (int64_t done = 0, part; done < count && !status; done += part) {
+        const void *data = file->narrow ? file->narrow : file->host;
+        part = count - done < LLMPAR__HF_PIECE ? count - done : LLMPAR__HF_PIECE;
+        size_t bytes = (size_t)part * llmpar_dtype_size(file->dtype);
+        status = device->copy(device, file->stream, file->host, (const char *)file->full + (size_t)done * llmpar_dtype_size(from), (size_t)part * llmpar_dtype_size(from));
+        if (!status) status = device->synchronize(device, file->stream);
+        if (status) return status;
+        if (file->narrow) llmpar_convert(file->narrow, file->dtype, file->host, from, (size_t)part);
+        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, bytes, &error);
+        else status = llmpar_safetensors_writer_write(file->writer, data, bytes, &error);
     }
     return llmpar__hf_fail(file->ctx, status, &error);
 }
@@ -370,18 +371,16 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
-    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
     if (file->next >= file->count || unit != file->units[file->next])
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
         llmpar_dtensor tensor;
-        size_t count = 1;
+        int64_t count = 1;
         llmpar_fsdp_dtensor(file->fsdp, unit, i, &tensor);
-        for (int32_t d = 0; d < tensor.dims; d++) count *= (size_t)tensor.shape[d];
+        for (int32_t d = 0; d < tensor.dims; d++) count *= tensor.shape[d];
         status = llmpar_dtensor_full(&tensor, mesh, file->stream, llmpar_fsdp_local(file->fsdp, unit, i, (void *)(uintptr_t)shard), file->scratch, file->full);
-        if (!status && file->host) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, count * size);
         if (!status) status = ctx->device->synchronize(ctx->device, file->stream);
         if (!status && file->host) status = llmpar__hf_put(file, count);
     }
@@ -435,6 +434,6 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     return status;
 }
 
-#undef LLMPAR__HF_NARROW
+#undef LLMPAR__HF_PIECE
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */

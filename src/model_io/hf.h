@@ -21,7 +21,7 @@ typedef struct llmpar_hf_desc {
     llmpar_dtype dtype;      /* of the file: F32, F64, BF16, F16; default: that of the shards, which is the sum type. Narrower: rounded to nearest */
 } llmpar_hf_desc;
 
-/* Writes config.json and the weights from world rank 0 as llmpar_hf_writer does (hf_files.h); never more than one tensor whole on a rank. desc NULL: defaults. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
+/* Writes config.json and the weights from world rank 0 as llmpar_hf_writer does (hf_files.h); never more than one tensor whole in a rank's device memory. desc NULL: defaults. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc);
 
 /* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
