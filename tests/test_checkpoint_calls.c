@@ -132,6 +132,26 @@ static void all_sweeps(what_fails what, int least)
     sweep_all(what, 1, 0, 0, 1);
 }
 
+/* An object without an optimizer, begun from another seed, takes the parameters. */
+static void parameters_alone(llmpar_fsdp *fsdp)
+{
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar_unit units[UNITS];
+    llmpar_fsdp_desc desc = { .seed = 99 };
+    llmpar_fsdp *other = NULL;
+    double want[MOST], got[MOST];
+    make_units(units);
+    CHECK_OK(llmpar_fsdp_create(mesh, units, UNITS, &desc, &other));
+    if (!other) return;
+    CHECK_OK(load(other, NULL, "checkpoints/copy", 12));
+    for (int k = 0; k < PARAMS; k++) {
+        whole(fsdp, k, shard_of(fsdp, all[k].unit), want);
+        whole(other, k, shard_of(other, all[k].unit), got);
+        CHECK_BYTES(got, want, (size_t)all[k].count * sizeof *got);
+    }
+    llmpar_fsdp_destroy(other);
+}
+
 /* What is not asked for rightly, names that are no steps, and a save that nobody ends. */
 static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
 {
@@ -175,6 +195,13 @@ static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
     llmpar_error_clear(&ctx->error);
     CHECK_INT(sweep.fs->io.rename(sweep.fs->io.user, "checkpoints/step-12", "checkpoints/copy"), 0); /* no name of a step */
     CHECK_OK(load(fsdp, adamw, "checkpoints/copy", 12));
+    char deep[3000];
+    memset(deep, 'd', sizeof deep - 1);
+    deep[sizeof deep - 1] = 0;
+    CHECK_STATUS(load(fsdp, adamw, deep, 12), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(llmpar_last_error(ctx), "a path of more than");
+    llmpar_error_clear(&ctx->error);
+    parameters_alone(fsdp);
     llmpar_checkpoint_destroy(c);
     desc.background = 1;
     CHECK_OK(llmpar_checkpoint_create(fsdp, adamw, &desc, &c));

@@ -144,6 +144,16 @@ static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at,
     in->status = llmpar_error_set(in->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: %s", in->name, at ? at->position : (size_t)0, text);
 }
 
+static int llmpar__manifest_listed(const char *keys, const llmpar_json *member)
+{
+    for (const char *at = keys; *at;) {
+        size_t length = strcspn(at, " ");
+        if (length == member->key_length && !memcmp(at, member->key, length)) return 1;
+        at += length + (at[length] == ' ');
+    }
+    return 0;
+}
+
 /* Exactly these members: 1. keys: separated by spaces. What is looked up by one of them behind this is there, unless something has failed. */
 static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *object, const char *what, const char *keys)
 {
@@ -162,12 +172,8 @@ static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *o
         at += length + (at[length] == ' ');
     }
     if (object->length == count || in->status) return !in->status;
-    for (const llmpar_json *m = object->child; m; m = m->next) {
-        const char *found = strstr(keys, m->key);
-        size_t length = strlen(m->key);
-        while (found && !((found == keys || found[-1] == ' ') && (found[length] == ' ' || !found[length]))) found = strstr(found + 1, m->key);
-        if (!found || !length || length != m->key_length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key); /* at least one is, a NUL in its name or not */
-    }
+    for (const llmpar_json *m = object->child; m; m = m->next)
+        if (!llmpar__manifest_listed(keys, m)) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key);
     return 0;
 }
 
