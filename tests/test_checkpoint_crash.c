@@ -77,7 +77,7 @@ static int64_t crash_state(llmpar_ctx *ctx, llmpar_fsdp *fsdp, int64_t seed, int
 /* ---- saves with something going wrong ---- */
 
 enum { CRASH_RANKS = 4 };
-typedef enum crash_mode { CRASH_KILL, CRASH_POWER, CRASH_ONCE } crash_mode;
+typedef enum crash_mode { CRASH_KILL, CRASH_POWER, CRASH_ONCE, CRASH_LOAD } crash_mode;
 typedef struct crash_job {
     int32_t shard, tp, background, keep;
     int errors[4], error_count;       /* ONCE */
@@ -216,6 +216,34 @@ static void crash_once(llmpar_ctx *ctx, crash_job *job, llmpar_fsdp *fsdp, long 
     crash_look(ctx, job, fsdp, what);
 }
 
+/* Loading with call `k` failing: an error on all ranks that names a file, or the numbers; and again, with nothing failing, the numbers. k 0: counts the calls. */
+static void crash_load_once(llmpar_ctx *ctx, crash_job *job, llmpar_fsdp *fsdp, long k, int error)
+{
+    crash_meet(ctx);
+    if (!ctx->rank) {
+        fake_copy(job->fs, job->base);
+        job->fs->at = k;
+        job->fs->error = error;
+        job->iterations++;
+    }
+    crash_meet(ctx);
+    llmpar_status status = crash_load(ctx, fsdp, "ck", 1);
+    job->status[ctx->rank] = status;
+    crash_meet(ctx);
+    if (job->status[0] != status) TEST_FAIL("load, call %ld, error %d: rank %d: %s, rank 0: %s", k, error, (int)ctx->rank, llmpar_status_string(status), llmpar_status_string(job->status[0]));
+    if (status && (k == 0 || error == EINTR || error == -1)) TEST_FAIL("load, call %ld (%s %s), error %d: %s", k, fake_op_name[job->fs->failed], job->fs->failed_path, error, ctx->error.text);
+    if (status && !strstr(ctx->error.text, "ck/step-1")) TEST_FAIL("load, call %ld: %s", k, ctx->error.text);
+    if (!status && crash_state(ctx, fsdp, 1, 1)) TEST_FAIL("load, call %ld (%s): other numbers, and no word about it", k, fake_op_name[job->fs->failed]);
+    crash_meet(ctx);
+    if (!ctx->rank) {
+        if (!k) job->calls = job->fs->calls;
+        job->failed += status != LLMPAR_OK;
+        fake_revive(job->fs);
+    }
+    crash_meet(ctx);
+    if (crash_load(ctx, fsdp, "ck", 1) || crash_state(ctx, fsdp, 1, 1)) TEST_FAIL("after call %ld failed: %s", k, ctx->error.text);
+}
+
 static llmpar_status crash_rank(llmpar_ctx *ctx, void *user)
 {
     crash_job *job = (crash_job *)user;
@@ -244,10 +272,13 @@ static llmpar_status crash_rank(llmpar_ctx *ctx, void *user)
         if (!ctx->rank) job->calls = job->fs->calls;
         crash_meet(ctx);
     }
+    if (!status && job->mode == CRASH_LOAD) crash_load_once(ctx, job, fsdp, 0, EIO);
     int before = test_failures;
     for (long k = 1; k <= job->calls && !status && test_failures - before < 6; k += job->stride) {
         if (job->mode == CRASH_ONCE)
             for (int e = 0; e < job->error_count; e++) crash_once(ctx, job, fsdp, k, job->errors[e], 0);
+        else if (job->mode == CRASH_LOAD)
+            for (int e = 0; e < 3; e++) crash_load_once(ctx, job, fsdp, k, job->errors[e]);
         else if (job->mode == CRASH_KILL) crash_once(ctx, job, fsdp, k, 0, 0);
         else
             for (int s = 0; s < job->seeds; s++) crash_once(ctx, job, fsdp, k, 0, s ? (uint64_t)(k * 100 + s) : 0);
@@ -286,7 +317,7 @@ static void crash_run(crash_mode mode, int shard, int tp, int background, int ke
     launch.deadline = 300;
     launch.check = cp_check;
     if (llmpar_launch(&launch, crash_rank, job, &error)) TEST_FAIL("%s", error.text);
-    if (getenv("LLMPAR_TEST_FULL")) printf("  %d x %d ranks, %s, keep %d: a save is %ld calls; %ld crashes or errors, %ld saves failed, %ld left step-2, %ld a step-2.tmp\n", shard, tp, background ? "background" : "foreground", keep, job->calls, job->iterations, job->failed, job->complete, job->torn);
+    if (getenv("LLMPAR_TEST_FULL")) printf("  %d x %d ranks, %s, keep %d: it is %ld calls; %ld crashes or errors, %ld saves failed, %ld left step-2, %ld a step-2.tmp\n", shard, tp, background ? "background" : "foreground", keep, job->calls, job->iterations, job->failed, job->complete, job->torn);
     CHECK(job->calls > 20 && job->iterations > 0);
     fake_free(job->fs);
     fake_free(job->base);
@@ -404,4 +435,10 @@ TEST(killed_at_every_call) { crash_all(CRASH_KILL, 1); }
 TEST(power_lost_at_every_call) { crash_all(CRASH_POWER, crash_full() ? 16 : 3); }
 TEST(one_call_fails) { crash_all(CRASH_ONCE, 1); }
 
-TEST_LIST(T_(killed_at_every_call), T_(power_lost_at_every_call), T_(one_call_fails), T_(killed_at_any_moment))
+TEST(one_call_of_a_load_fails)
+{
+    crash_run(CRASH_LOAD, 1, 1, 0, 0, 1, 1);
+    crash_run(CRASH_LOAD, 2, 2, 0, 0, 1, test_rounds(4) < 4 ? 3 : 1);
+}
+
+TEST_LIST(T_(killed_at_every_call), T_(power_lost_at_every_call), T_(one_call_fails), T_(one_call_of_a_load_fails), T_(killed_at_any_moment))

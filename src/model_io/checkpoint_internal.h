@@ -6,6 +6,8 @@
 #include "mesh/mesh_internal.h"
 #include "model_io/checkpoint.h"
 
+#if !defined(LLMPAR_NO_IO)
+
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
 #define LLMPAR__CHECKPOINT_PATH 2048
@@ -81,5 +83,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const ll
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
 LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
 LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
+
+#endif /* LLMPAR_NO_IO */
 
 #endif

@@ -5,6 +5,7 @@
 #include "model_io/checkpoint.h"
 #include "model_io/checkpoint_internal.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -161,7 +162,9 @@ static llmpar_status llmpar__load_check(llmpar__load *load)
     llmpar_status status = llmpar__load_manifest(load);
     if (!status) status = llmpar__load_match(load);
     if (!status && ctx->rank == 0) {
-        int number = io->list(io->user, load->path, llmpar__load_known, load);
+        int number;
+        do number = io->list(io->user, load->path, llmpar__load_known, load);
+        while (number == EINTR);
         if (number) status = number < 0 ? LLMPAR_ERR_FORMAT : llmpar_error_set(&load->error, LLMPAR_ERR_IO, "%s: cannot list it: %s", load->path, strerror(number));
     }
     for (int32_t f = ctx->rank; f < load->manifest.files && !status; f += ctx->world) status = llmpar__load_verify(load, f, load->piece);
