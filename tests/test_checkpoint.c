@@ -67,7 +67,7 @@ static void all_pairs(int tied)
     CP_GOES(&run);
     CHECK(snapshot.count > 0);
     int quick = test_rounds(8) < 8;
-    for (int from = 0; from < MESHES; from += quick ? 3 : 1) {
+    for (int from = 0; from < MESHES; from += quick ? 7 : 1) {
         const char *directory = strdup(cp_path("from"));
         cp_clear(directory);
         run = mesh_run(&meshes[from], tied);
@@ -78,7 +78,7 @@ static void all_pairs(int tied)
         CP_GOES(&run);
         CHECK_INT(run.resumed, 1);
         for (int to = 0; to < MESHES; to++) {
-            if (!(full && full[0]) && (from * 7 + to * 5 + tied) % (quick ? 32 : 16)) continue;
+            if (!(full && full[0]) && (from * 7 + to * 5 + tied) % (quick ? 24 : 16)) continue;
             run = mesh_run(&meshes[to], tied);
             run.expect = &snapshot;
             run.policy.resume = directory;
@@ -97,6 +97,7 @@ TEST(any_mesh_tied) { all_pairs(1); }
 /* Steps until CP_STEPS in one go, and in three parts on three meshes. */
 static void exact_resume(const char *name, llmpar_trainer_desc policy, const mesh_case *a, const mesh_case *b, const mesh_case *c)
 {
+    if (test_rounds(4) < 4 && strchr(name, '-')) return; /* variants, where everything takes ten times as long */
     const mesh_case *part[3] = {a, b, c};
     static const int until[3] = {3, 4, CP_STEPS};
     const char *directory = strdup(cp_path("exact-%s", name));
@@ -139,10 +140,10 @@ TEST(exact_adamw)
     exact_resume("adamw", d, &square, &one, &zero1);
     d.dtype = LLMPAR_BF16;
     d.freeze = 1;
-    exact_resume("bf16", d, &zero0, &shard2, &tp4);
+    exact_resume("adamw-bf16", d, &zero0, &shard2, &tp4);
     d.dtype = LLMPAR_F64;
     d.freeze = 0;
-    exact_resume("f64", d, &shard2, &zero2, &square);
+    exact_resume("adamw-f64", d, &shard2, &zero2, &square);
 }
 
 TEST(exact_offloaded)
