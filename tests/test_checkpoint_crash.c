@@ -289,13 +289,15 @@ static llmpar_status crash_rank(llmpar_ctx *ctx, void *user)
     return status;
 }
 
+static int crash_rows = 10; /* of the first parameter */
+
 static void crash_run(crash_mode mode, int shard, int tp, int background, int keep, int seeds, int stride)
 {
     crash_job *job = (crash_job *)calloc(1, sizeof *job);
     llmpar_launch_desc launch;
     llmpar_error error;
     memset(&launch, 0, sizeof launch);
-    crash_model(10);
+    crash_model(crash_rows);
     job->mode = mode;
     job->shard = shard;
     job->tp = tp;
@@ -307,7 +309,7 @@ static void crash_run(crash_mode mode, int shard, int tp, int background, int ke
     job->errors[1] = EINTR;
     job->errors[2] = -1;
     job->errors[3] = ENOSPC;
-    job->error_count = 4;
+    job->error_count = crash_rows > 10 ? 1 : 4;
     job->fs = fake_make();
     job->base = fake_make();
     launch.ranks = shard * tp;
@@ -435,10 +437,73 @@ TEST(killed_at_every_call) { crash_all(CRASH_KILL, 1); }
 TEST(power_lost_at_every_call) { crash_all(CRASH_POWER, crash_full() ? 16 : 3); }
 TEST(one_call_fails) { crash_all(CRASH_ONCE, 1); }
 
+/* Arrays that are larger than what a writer waits for: they are written, and fail to be, while they are taken; and are read in one run. */
+TEST(one_call_fails_with_large_arrays)
+{
+    crash_rows = 6000;
+    for (int background = 0; background < 2; background++) crash_run(CRASH_ONCE, 1, 1, background, 1, 1, crash_full() ? 1 : 2);
+    crash_run(CRASH_LOAD, 1, 1, 0, 0, 1, crash_full() ? 1 : 5);
+    crash_rows = 10;
+}
+
+/* In the system's files: a name that has no place in a file's header ends the save, and nothing is left. */
+static llmpar_status name_rank(llmpar_ctx *ctx, void *user)
+{
+    const char *directory = (const char *)user;
+    llmpar_mesh *mesh = NULL;
+    llmpar_fsdp *fsdp = NULL;
+    llmpar_mesh_desc mesh_desc = {0, 1, 0, 0, 1};
+    llmpar_fsdp_desc desc;
+    llmpar_checkpoint_desc cp_desc = {directory, NULL, 0, 0};
+    llmpar_checkpoint_info info;
+    llmpar_checkpoint *cp = NULL;
+    memset(&desc, 0, sizeof desc);
+    memset(&info, 0, sizeof info);
+    llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
+    if (!status) status = llmpar_fsdp_create(mesh, crash_units, 2, &desc, &fsdp);
+    if (!status) status = llmpar_checkpoint_create(fsdp, NULL, &cp_desc, &cp);
+    info.step = (int64_t)strlen(crash_params[2].name);
+    info.batch = info.seq_len = 1;
+    if (!status) status = llmpar_checkpoint_save(cp, &info);
+    if (!status) {
+        char path[900];
+        snprintf(path, sizeof path, "%s/step-%d", directory, (int)info.step);
+        status = llmpar_checkpoint_load(fsdp, NULL, path, NULL, NULL, &info);
+    }
+    llmpar_checkpoint_destroy(cp);
+    llmpar_fsdp_destroy(fsdp);
+    llmpar_mesh_destroy(mesh);
+    return status;
+}
+
+TEST(a_name_too_long)
+{
+    char name[1100];
+    const char *directory = cp_path("name");
+    for (int length = 1015; length <= 1016; length++) {
+        llmpar_launch_desc launch;
+        llmpar_error error;
+        memset(&launch, 0, sizeof launch);
+        launch.ranks = 1;
+        launch.check = cp_check;
+        crash_model(10);
+        memset(name, 'n', (size_t)length);
+        name[length] = 0;
+        crash_params[2].name = name;
+        llmpar_status status = llmpar_launch(&launch, name_rank, (void *)directory, &error);
+        if (length < 1016 && status) TEST_FAIL("%s", error.text);
+        if (length == 1016 && (status != LLMPAR_ERR_ARGUMENT || !strstr(error.text, "expected less than 1016 bytes"))) TEST_FAIL("%s: %s", llmpar_status_string(status), error.text);
+    }
+    CHECK(llmpar_file_kind(NULL, directory) == LLMPAR_IO_FOLDER);
+    char path[900];
+    snprintf(path, sizeof path, "%s/step-1016.tmp", directory);
+    CHECK(!cp_exists(path));
+}
+
 TEST(one_call_of_a_load_fails)
 {
     crash_run(CRASH_LOAD, 1, 1, 0, 0, 1, 1);
     crash_run(CRASH_LOAD, 2, 2, 0, 0, 1, test_rounds(4) < 4 ? 3 : 1);
 }
 
-TEST_LIST(T_(killed_at_every_call), T_(power_lost_at_every_call), T_(one_call_fails), T_(one_call_of_a_load_fails), T_(killed_at_any_moment))
+TEST_LIST(T_(killed_at_every_call), T_(power_lost_at_every_call), T_(one_call_fails), T_(one_call_fails_with_large_arrays), T_(a_name_too_long), T_(one_call_of_a_load_fails), T_(killed_at_any_moment))

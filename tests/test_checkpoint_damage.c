@@ -247,6 +247,24 @@ static void restate(const char *name, const void *data, size_t bytes, const char
     free(copy);
 }
 
+/* A safetensors file with `to` instead of `from`, which stands once at least, in its header. */
+static char *reworded(const char *data, size_t bytes, const char *from, const char *to, size_t *now)
+{
+    uint64_t length;
+    size_t at = 8, old = strlen(from), fresh = strlen(to);
+    char *out = (char *)calloc(1, bytes + fresh);
+    memcpy(&length, data, 8);
+    while (at < 8 + length && memcmp(data + at, from, old)) at++;
+    CHECK(at < 8 + length);
+    length += fresh - old;
+    memcpy(out, &length, 8);
+    memcpy(out + 8, data + 8, at - 8);
+    memcpy(out + at, to, fresh);
+    memcpy(out + at + fresh, data + at + old, bytes - at - old);
+    *now = bytes + fresh - old;
+    return out;
+}
+
 /* The first tensor's name gets another letter: with it, the header is in another order or not, and is right in itself. */
 TEST(files_that_are_something_else)
 {
@@ -288,11 +306,25 @@ TEST(files_that_are_something_else)
     memcpy(changed, &longer, 8);
     memcpy(changed + 8 + longer, data + 8 + length, bytes - 8 - (size_t)length);
     restate(name, changed, 8 + (size_t)longer + bytes - 8 - (size_t)length, "a tensor more", "tensors, the manifest says");
+    /* another shape of as many elements, another type of as many bytes */
+    static const char *const words[2][2] = {{"\"shape\":[896]", "\"shape\":[1,896]"}, {"\"dtype\":\"F32\",\"shape\":[896]", "\"dtype\":\"I32\",\"shape\":[896]"}};
+    for (int i = 0; i < 2; i++) {
+        size_t now;
+        char *other = reworded(data, bytes, words[i][0], words[i][1], &now);
+        restate(name, other, now, words[i][1], "model.embed_tokens.weight: expected it as f32[896]");
+        free(other);
+    }
     cp_write(in_step(name), data, bytes);
     free(changed);
     free(data);
     cp_run run = resumed(1);
     if (run.status) TEST_FAIL("whole again: %s", run.error.text);
+    char deep[4000];
+    memset(deep, 'd', sizeof deep - 1);
+    deep[sizeof deep - 1] = 0;
+    run = cp_make(1, 1, 1, 3);
+    run.policy.resume = deep;
+    if (cp_go(&run) != LLMPAR_ERR_ARGUMENT || !strstr(run.error.text, "a path of more than")) TEST_FAIL("a path too long: %s", run.error.text);
     free(manifest);
     manifest = NULL;
 }

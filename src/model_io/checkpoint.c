@@ -162,7 +162,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmp
 
 /* ---- this rank's part ---- */
 
-/* What this rank writes, in the file's order; tensors NULL: only counted. names[count][LLMPAR__CHECKPOINT_NAME]. */
+/* What this rank writes, in the file's order; tensors NULL: only counted, and the names' lengths checked. names[count][LLMPAR__CHECKPOINT_NAME]. */
 static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_safetensor *tensors, char *names, int32_t *count)
 {
     llmpar__array array[LLMPAR__ARRAYS];
@@ -173,6 +173,8 @@ static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_saf
         for (int32_t p = 0; p < llmpar_fsdp_unit(c->fsdp, u)->param_count; p++) {
             const char *name = llmpar_fsdp_unit(c->fsdp, u)->params[p].name;
             int32_t arrays = llmpar__arrays(c->fsdp, c->optim, u, p, array);
+            if (strlen(name) >= LLMPAR__CHECKPOINT_NAME - 8)
+                return llmpar_error_set(&c->error, LLMPAR_ERR_ARGUMENT, "checkpoint: tensor name %.100s..: expected less than %d bytes", name, LLMPAR__CHECKPOINT_NAME - 8);
             for (int32_t a = 0; a < arrays; a++) {
                 llmpar_local local;
                 llmpar__array_part(c->fsdp, c->ctx->rank, u, p, &array[a], &local);
@@ -181,8 +183,7 @@ static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_saf
                 if (tensors) {
                     llmpar_safetensor *tensor = &tensors[*count];
                     char *text = names + (size_t)*count * LLMPAR__CHECKPOINT_NAME;
-                    if (snprintf(text, LLMPAR__CHECKPOINT_NAME, "%s/%s", llmpar__array_name(array[a].kind), name) >= LLMPAR__CHECKPOINT_NAME)
-                        return llmpar_error_set(&c->error, LLMPAR_ERR_ARGUMENT, "checkpoint: tensor name %.100s..: expected less than %d bytes", name, LLMPAR__CHECKPOINT_NAME - 8);
+                    snprintf(text, LLMPAR__CHECKPOINT_NAME, "%s/%s", llmpar__array_name(array[a].kind), name);
                     tensor->name = text;
                     tensor->dtype = dtype;
                     tensor->dims = 1;
@@ -205,7 +206,7 @@ static llmpar_status llmpar__checkpoint_open(llmpar_checkpoint *c)
     char *names = (char *)llmpar_heap_alloc(heap, (size_t)count, LLMPAR__CHECKPOINT_NAME);
     if (!tensors || !names) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %d tensor names", (int)count);
     if (!status) status = llmpar__checkpoint_declare(c, tensors, names, &count);
-    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/rank-%05d.safetensors", c->directory, (long long)c->info.step, (int)c->ctx->rank);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/rank-%05d.safetensors", c->directory, (long long)c->info.step, (int)c->ctx->rank);
     if (!status) status = llmpar_safetensors_writer_open(heap, c->ctx->io, path, tensors, count, &c->writer, &c->error);
     llmpar_heap_free(heap, names);
     llmpar_heap_free(heap, tensors);
@@ -237,12 +238,12 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 size_t bytes = (size_t)local.flat_count * size;
                 if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
                 at += bytes;
-                for (size_t done = 0; staging && done < bytes && !status;) {
-                    size_t part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                for (size_t done = 0, part; staging && done < bytes; done += part) {
+                    part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
                     status = device->copy(device, stream, staging, from + done, part);
                     if (!status) status = device->synchronize(device, stream);
                     if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);
-                    done += part;
+                    if (status) break;
                 }
             }
         }
@@ -276,9 +277,9 @@ static void llmpar__checkpoint_write(llmpar_checkpoint *c)
         c->done = 0;
         int number = pthread_create(&c->thread, NULL, llmpar__checkpoint_thread, c);
         c->running = number == 0;
-        if (c->running) return;
-        c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: cannot start a thread: %s", strerror(number));
+        if (number) c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: cannot start a thread: %s", strerror(number)); /* no memory for its stack, or too many */
     }
+    if (c->running) return;
     if (!c->status && c->writer) c->status = llmpar_safetensors_writer_settle(c->writer, &c->error);
     c->done = 1;
 }
@@ -300,9 +301,9 @@ static llmpar_status llmpar__checkpoint_config(llmpar_checkpoint *c, llmpar__che
 {
     char path[LLMPAR__CHECKPOINT_PATH];
     llmpar_writer *writer = NULL;
-    llmpar_status status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/config.json", c->directory, (long long)c->info.step);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/config.json", c->directory, (long long)c->info.step);
     snprintf(out->name, sizeof out->name, "config.json");
-    if (!status) status = llmpar_writer_open(&c->ctx->heap, c->ctx->io, path, &writer, &c->error);
+    llmpar_status status = llmpar_writer_open(&c->ctx->heap, c->ctx->io, path, &writer, &c->error);
     if (!status) status = llmpar_writer_write(writer, c->config, strlen(c->config), &c->error);
     if (!status) status = llmpar_writer_settle(writer, &c->error);
     if (!status) llmpar_writer_sum(writer, &out->bytes, &out->xxh64);
@@ -324,7 +325,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
         files[r].xxh64 = (uint64_t)sums[2 * r + 1];
     }
     if (!status && c->config) status = llmpar__checkpoint_config(c, &config);
-    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
     if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
     llmpar_heap_free(heap, files);
     return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
@@ -351,7 +352,8 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     int written = !status;
     if (written && ctx->rank == 0) status = llmpar__checkpoint_commit(c, sums);
     /* Nobody has a file open any more. */
-    if (status && ctx->rank == 0 && !llmpar__checkpoint_path(path, NULL, "%s/step-%lld.tmp", c->directory, (long long)c->info.step)) llmpar__checkpoint_remove(ctx->io, path, NULL);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp", c->directory, (long long)c->info.step);
+    if (status && ctx->rank == 0) llmpar__checkpoint_remove(ctx->io, path, NULL);
     llmpar_heap_free(&ctx->heap, sums);
     return written ? llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint committed") : status;
 }

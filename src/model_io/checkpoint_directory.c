@@ -18,7 +18,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECK
     va_start(list, format);
     int n = vsnprintf(out, LLMPAR__CHECKPOINT_PATH, format, list);
     va_end(list);
-    return n >= 0 && n < LLMPAR__CHECKPOINT_PATH ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %d bytes", out, LLMPAR__CHECKPOINT_PATH - 1);
+    return (unsigned)n < LLMPAR__CHECKPOINT_PATH ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %d bytes", out, LLMPAR__CHECKPOINT_PATH - 1);
 }
 
 LLMPAR__PRIVATE_DEF int64_t llmpar__checkpoint_step(const char *name)
@@ -63,7 +63,8 @@ static int llmpar__directory_sweep(void *user, const char *name)
 {
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
     char path[LLMPAR__CHECKPOINT_PATH];
-    if (llmpar__checkpoint_path(path, NULL, "%s/%s", scan->directory, name)) return ENAMETOOLONG;
+    if (strlen(name) >= LLMPAR__CHECKPOINT_NAME) return ENAMETOOLONG; /* whoever put it there */
+    snprintf(path, sizeof path, "%s/%s", scan->directory, name);
     int number = llmpar__directory_unlink(scan->io, path);
     scan->removed += !number;
     return number;
@@ -127,8 +128,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     llmpar_status status = llmpar_directory_ensure(io, directory, error);
     if (!status && fresh) { /* its own entry has to last too */
         const char *slash = strrchr(directory, '/');
-        status = llmpar__checkpoint_path(path, error, "%.*s", !slash ? 1 : slash == directory ? 1 : (int)(slash - directory), slash ? directory : ".");
-        if (!status) status = llmpar_directory_sync(io, path, error);
+        snprintf(path, sizeof path, "%.*s", !slash ? 1 : slash == directory ? 1 : (int)(slash - directory), slash ? directory : ".");
+        status = llmpar_directory_sync(io, path, error);
     }
     while (!status) {
         left.name[0] = 0;
@@ -136,14 +137,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         while (number == EINTR);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
         if (!left.name[0]) break;
-        status = llmpar__checkpoint_path(path, error, "%s/%s.tmp", directory, left.name);
-        if (!status) status = llmpar__checkpoint_remove(io, path, error);
+        snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
+        status = llmpar__checkpoint_remove(io, path, error);
     }
-    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld", directory, (long long)step);
+    snprintf(path, sizeof path, "%s/step-%lld", directory, (long long)step);
     if (!status && llmpar_file_kind(io, path) != LLMPAR_IO_NONE)
         status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
-    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld.tmp", directory, (long long)step);
     if (status) return status;
+    snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
     do number = io->make_directory(io->user, path);
     while (number == EINTR);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
@@ -154,8 +155,8 @@ static llmpar_status llmpar__checkpoint_latest(llmpar_heap *heap, const llmpar_i
     char path[LLMPAR__CHECKPOINT_PATH], text[32];
     llmpar_writer *writer = NULL;
     int length = snprintf(text, sizeof text, "step-%lld\n", (long long)step);
-    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/latest", directory);
-    if (!status) status = llmpar_writer_open(heap, io, path, &writer, error);
+    snprintf(path, sizeof path, "%s/latest", directory);
+    llmpar_status status = llmpar_writer_open(heap, io, path, &writer, error);
     if (!status) status = llmpar_writer_write(writer, text, (size_t)length, error);
     if (!status) {
         status = llmpar_writer_commit(writer, error);
@@ -174,9 +175,9 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
         status = llmpar__checkpoint_find(io, directory, step, &step, error);
         if (status || step < 0) break;
         if (n < keep) continue;
-        status = llmpar__checkpoint_path(from, error, "%s/step-%lld", directory, (long long)step);
-        if (!status) status = llmpar__checkpoint_path(to, error, "%s.tmp", from);
-        if (!status) status = llmpar_file_rename(io, from, to, error); /* at once: it never stands there in part */
+        snprintf(from, sizeof from, "%s/step-%lld", directory, (long long)step);
+        snprintf(to, sizeof to, "%s/step-%lld.tmp", directory, (long long)step);
+        status = llmpar_file_rename(io, from, to, error); /* at once: it never stands there in part */
         if (!status) status = llmpar_directory_sync(io, directory, error);
         if (!status) status = llmpar__checkpoint_remove(io, to, error);
     }
@@ -189,9 +190,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, 
     llmpar_error why;
     llmpar_error_clear(&why);
     io = io ? io : llmpar_io_system();
-    llmpar_status status = llmpar__checkpoint_path(to, error, "%s/step-%lld", directory, (long long)step);
-    if (!status) status = llmpar__checkpoint_path(from, error, "%s.tmp", to);
-    if (!status) status = llmpar_directory_sync(io, from, error);
+    snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
+    snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);
+    llmpar_status status = llmpar_directory_sync(io, from, error);
     if (!status) status = llmpar_file_rename(io, from, to, error);
     if (status) return status;
     *complete = 1;

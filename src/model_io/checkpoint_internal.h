@@ -10,8 +10,8 @@
 
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
-#define LLMPAR__CHECKPOINT_PATH 2048
 #define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
+#define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
 
 /* Arrays of a parameter: itself, the optimizer's states, AdaLomo's moments. */
 enum { LLMPAR__ARRAY_PARAM, LLMPAR__ARRAY_STATE0, LLMPAR__ARRAY_STATE1, LLMPAR__ARRAY_MOMENT, LLMPAR__ARRAY_ROW, LLMPAR__ARRAY_COL, LLMPAR__ARRAY_KINDS };

@@ -41,8 +41,10 @@ static llmpar_status llmpar__load_manifest(llmpar__load *load)
     char path[LLMPAR__CHECKPOINT_PATH], *text = NULL;
     size_t bytes;
     llmpar_heap *heap = &load->ctx->heap;
-    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/manifest.json", load->path);
-    if (!status) status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
+    const size_t most = LLMPAR__CHECKPOINT_PATH - LLMPAR__CHECKPOINT_NAME - 1;
+    if (strlen(load->path) > most) return llmpar_error_set(&load->error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %zu bytes", load->path, most);
+    snprintf(path, sizeof path, "%s/manifest.json", load->path);
+    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
     if (!status) status = llmpar__manifest_parse(heap, text, bytes, path, &load->manifest, &load->error);
     llmpar_heap_free(heap, text);
     const char *slash = strrchr(load->path, '/');
@@ -71,8 +73,8 @@ static llmpar_status llmpar__load_verify(llmpar__load *load, int32_t f, unsigned
     llmpar_safetensors *tensors = NULL;
     llmpar_file file;
     llmpar_xxh64 sum;
-    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/%s", load->path, m->file[f].name);
-    if (!status) status = llmpar_file_open(load->ctx->io, path, &file, error);
+    snprintf(path, sizeof path, "%s/%s", load->path, m->file[f].name);
+    llmpar_status status = llmpar_file_open(load->ctx->io, path, &file, error);
     if (status) return status;
     if (file.bytes != m->file[f].bytes) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, the manifest says %llu", path, (unsigned long long)file.bytes, (unsigned long long)m->file[f].bytes);
     llmpar_xxh64_begin(&sum);
@@ -187,8 +189,8 @@ static llmpar_status llmpar__load_open(llmpar__load *load, int32_t index, const 
     slot->file = NULL;
     slot->index = index;
     load->ahead_of = NULL;
-    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/%s", load->path, load->manifest.file[index].name);
-    if (!status) status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &slot->file, &load->error);
+    snprintf(path, sizeof path, "%s/%s", load->path, load->manifest.file[index].name);
+    llmpar_status status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &slot->file, &load->error);
     *out = slot->file;
     return status;
 }
@@ -197,7 +199,7 @@ static llmpar_status llmpar__load_open(llmpar__load *load, int32_t index, const 
 static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, size_t end, unsigned char *to)
 {
     if (bytes * 2 > LLMPAR__LOAD_AHEAD) return llmpar_safetensors_read(file, tensor, offset, bytes, to, &load->error);
-    if (load->ahead_of != tensor || offset < load->ahead_begin || offset + bytes > load->ahead_begin + load->ahead_bytes) {
+    if (load->ahead_of != tensor || offset + bytes > load->ahead_begin + load->ahead_bytes) { /* within a tensor offsets rise: of the pieces, of the boxes in one, of the runs in a box */
         load->ahead_of = tensor;
         load->ahead_begin = offset;
         load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
@@ -274,15 +276,15 @@ static llmpar_status llmpar__load_array(llmpar__load *load, llmpar_stream *strea
     llmpar__array_part(load->fsdp, load->ctx->rank, unit, param, array, &ours);
     char *to = llmpar__array_memory(load->fsdp, load->optim, unit, param, array, memory);
     const llmpar__manifest_tensor *tensor = llmpar__load_take(load, llmpar_fsdp_unit(load->fsdp, unit)->params[param].name, array->kind, hint);
-    llmpar_status status = LLMPAR_OK;
     int64_t count = ours.flat_count, most = (int64_t)(LLMPAR__LOAD_PIECE / size);
-    for (int64_t done = 0; done < count && !status; done += ours.flat_count, ours.flat_begin += ours.flat_count) {
+    for (int64_t done = 0; done < count; done += ours.flat_count, ours.flat_begin += ours.flat_count) {
         ours.flat_count = count - done < most ? count - done : most;
-        status = llmpar__load_piece(load, tensor, array->kind, &ours);
+        llmpar_status status = llmpar__load_piece(load, tensor, array->kind, &ours);
         if (!status) status = device->copy(device, stream, to + (size_t)done * size, load->piece, (size_t)ours.flat_count * size);
         if (!status) status = device->synchronize(device, stream);
+        if (status) return status;
     }
-    return status;
+    return LLMPAR_OK;
 }
 
 /* Every unit is taken and given back, also behind a failure: giving back is collective where parameters are whole. */
