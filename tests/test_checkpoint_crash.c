@@ -440,7 +440,7 @@ TEST(one_call_fails) { crash_all(CRASH_ONCE, 1); }
 /* Arrays that are larger than what a writer waits for: they are written, and fail to be, while they are taken; and are read in one run. */
 TEST(one_call_fails_with_large_arrays)
 {
-    crash_rows = 6000;
+    crash_rows = 2400;
     for (int background = 0; background < 2; background++) crash_run(CRASH_ONCE, 1, 1, background, 1, 1, crash_full() ? 1 : 2);
     crash_run(CRASH_LOAD, 1, 1, 0, 0, 1, crash_full() ? 1 : 5);
     crash_rows = 10;

@@ -41,6 +41,8 @@ static const struct { const char *text, *says; } bad[] = {
     { "{\"weight_map\":{\"a\":\"f\"},\"weight_map\":{\"a\":\"f\"}}", "expected every member name once, got \"weight_map\" again" },
     { "{\"weight_map\":{\"a\":\"f\",\"a\":\"f\"}}", "expected every member name once, got \"a\" again" },
     { "{\"weight_map\":{\"a\":\"f\",\"\\u0061\":\"g\"}}", "expected every member name once, got \"a\" again" },
+    { "{\"weights\":1,\"weight_map\":{\"a\":\"f\"}}", "unknown field \"weights\"" },
+    { "{\"weight_map\":{\"a\":1,\"b\":\"f\"}}", "tensor \"a\": expected the name of a file (byte 19)" },
     { "{\"weight_map\":{\"a\":1}}", "tensor \"a\": expected the name of a file (byte 19)" },
     { "{\"weight_map\":{\"a\":null}}", "tensor \"a\": expected the name of a file" },
     { "{\"weight_map\":{\"a\\u0000b\":\"f\"}}", "the name holds a NUL byte" },
@@ -339,9 +341,9 @@ TEST(one_after_the_other)
     }
     /* What only looks a little like it stays; what a crash has left goes. */
     static const char *const others[] = { "model-00001-of-00002.safetensors.bak", "model-0001-of-00002.safetensors", "xmodel-00001-of-00002.safetensors", "model-00001-of-00002.bin", "notes", "model-0000a-of-00002.safetensors" };
-    static const char *const stale[] = { "model-00001-of-00002.safetensors", "model-99999-of-00000.safetensors", "model-00003-of-00004.safetensors.part", "model-00003-of-00004.safetensors.part.tmp" };
+    static const char *const stale[] = { "model-00001-of-00002.safetensors", "model-00000-of-00003.safetensors", "model-00004-of-00003.safetensors", "model-99999-of-00000.safetensors", "model-00003-of-00004.safetensors.part", "model-00003-of-00004.safetensors.part.tmp" };
     for (size_t i = 0; i < 6; i++) snprintf(path, sizeof path, "%s/%s", directory, others[i]), write_bytes(path, "x", 1);
-    for (size_t i = 0; i < 4; i++) snprintf(path, sizeof path, "%s/%s", directory, stale[i]), write_bytes(path, "x", 1);
+    for (size_t i = 0; i < sizeof stale / sizeof stale[0]; i++) snprintf(path, sizeof path, "%s/%s", directory, stale[i]), write_bytes(path, "x", 1);
     CHECK_OK(put_model(ready(), quick(), directory, 40, 50));
     CHECK_INT(entries(directory), 3 + 2 + 6);
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", directory);
@@ -421,6 +423,7 @@ static int broken_write(void *u, int handle, const void *data, size_t bytes, siz
 static int broken_sync(void *u, int handle) { (void)handle; return fails(u) ? EIO : 0; }
 static int broken_rename(void *u, const char *from, const char *to) { return fails(u) ? EIO : ((broken *)u)->io->rename(NULL, from, to); }
 static int broken_remove(void *u, const char *path) { return fails(u) ? EIO : ((broken *)u)->io->remove(NULL, path); }
+static int broken_list(void *u, const char *path, int (*entry)(void *entry_user, const char *name), void *entry_user) { return fails(u) ? EIO : ((broken *)u)->io->list(NULL, path, entry, entry_user); }
 
 static llmpar_io broken_files(broken *b, int at, int dead)
 {
@@ -428,7 +431,7 @@ static llmpar_io broken_files(broken *b, int at, int dead)
     b->io = llmpar_io_system();
     b->at = at, b->calls = 0, b->dead = dead;
     io.user = b;
-    io.open = broken_open, io.close = broken_close, io.write = broken_write, io.sync = broken_sync, io.rename = broken_rename, io.remove = broken_remove;
+    io.open = broken_open, io.close = broken_close, io.write = broken_write, io.sync = broken_sync, io.rename = broken_rename, io.remove = broken_remove, io.list = broken_list;
     return io;
 }
 
@@ -467,4 +470,40 @@ TEST(fails_anywhere)
     CHECK(done > 150 && old_left > 50 && refused > 10 && finished > 10);
 }
 
-TEST_LIST(T_(bad_indices), T_(good_indices), T_(many_files), T_(shards_and_index), T_(single_file_first), T_(one_after_the_other), T_(writer_refuses), T_(fails_anywhere))
+/* The first of two files cannot be ended: neither more bytes nor the end are taken after that. */
+TEST(a_writer_that_has_failed)
+{
+    const char *directory = in_root("failed");
+    for (int end = 0; end < 2; end++) {
+        broken b;
+        llmpar_io io = broken_files(&b, 0, 0);
+        llmpar_safetensor tensors[2];
+        llmpar_hf_writer *writer = NULL;
+        memset(tensors, 0, sizeof tensors);
+        tensors[0].name = "a", tensors[1].name = "b";
+        tensors[0].dtype = tensors[1].dtype = LLMPAR_F32;
+        CHECK_OK(llmpar_hf_writer_open(ready(), &io, directory, tensors, 2, 4, NULL, &writer, &err));
+        CHECK_OK(llmpar_hf_writer_write(writer, "1234", 4, &err));
+        b.at = b.calls + 1;
+        CHECK_STATUS(llmpar_hf_writer_write(writer, "5678", 4, &err), LLMPAR_ERR_IO);
+        b.at = 0;
+        ready();
+        CHECK_STATUS(end ? llmpar_hf_writer_commit(writer, &err) : llmpar_hf_writer_write(writer, "5678", 4, &err), LLMPAR_ERR_IO);
+        CHECK_TEXT(err.text, "an earlier write failed");
+        if (!end) llmpar_hf_writer_abandon(writer);
+        CHECK_INT(entries(directory), 0);
+        CHECK_INT(heap.live, 0);
+    }
+}
+
+TEST(no_tensors)
+{
+    const char *directory = in_root("nothing");
+    llmpar_hf_writer *writer = NULL;
+    CHECK_OK(llmpar_hf_writer_open(ready(), quick(), directory, NULL, 0, 0, NULL, &writer, &err));
+    CHECK_OK(llmpar_hf_writer_commit(writer, &err));
+    CHECK_INT(entries(directory), 1);
+    CHECK_INT(heap.live, 0);
+}
+
+TEST_LIST(T_(bad_indices), T_(good_indices), T_(many_files), T_(shards_and_index), T_(single_file_first), T_(one_after_the_other), T_(writer_refuses), T_(fails_anywhere), T_(a_writer_that_has_failed), T_(no_tensors))

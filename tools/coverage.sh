@@ -1,10 +1,9 @@
 #!/bin/bash
 # Which branches of the readers of foreign files do their tests take? tools/coverage.sh, behind `make build/separate/llmpar.a`: these modules are compiled with gcc's --coverage, the rest is linked as it is.
 # A line a module: branches, those taken. Branches of allocation failures do not count: those on a line that makes, sizes or reports an allocation (LLMPAR_ERR_MEMORY, _alloc(, llmpar_size_).
-# The modules under `whole` have to take all the others; what they do not is printed, line by line. None of this needs LLMPAR_TEST_DATA.
-whole="base/json io/safetensors model_io/manifest $(cd src && ls model_io/checkpoint*.c | sed 's/\.c$//')"
+# All the others have to be taken; what is not is printed, line by line. None of this needs LLMPAR_TEST_DATA.
+modules="base/json io/safetensors model_io/hf_files model_io/manifest $(cd src && ls model_io/checkpoint*.c | sed 's/\.c$//')"
 out=build/coverage
-modules="$whole model_io/hf_files"
 programs="test_json test_safetensors test_config $(cd tests && ls test_hf*.c test_checkpoint*.c 2>/dev/null | sed 's/\.c$//')"
 flags="-std=c99 -g -DLLMPAR__SEPARATE -Isrc"
 rm -rf $out
@@ -24,7 +23,7 @@ cd $out || exit 1
 for module in $modules; do
     name=$(basename "$module")
     (cd ../.. && gcov -b -c -o $out "$out/$name.o" >/dev/null 2>&1 && mv "$name.c.gcov" $out/ && rm -f ./*.gcov)
-    if awk -v module="src/$module.c" -v whole="$(echo " $whole " | grep -c " $module ")" '
+    if awk -v module="src/$module.c" '
         /^(function|call|unconditional)/ { next }
         /^branch/ {
             if (line ~ /LLMPAR_ERR_MEMORY|_alloc\(|llmpar_size_/) next
@@ -35,8 +34,8 @@ for module in $modules; do
         { line = $0; sub(/^[^:]*: */, "", line) }
         END {
             printf "%-28s %4d branches, %d taken (%.1f %%)\n", module, count, count - n, 100 * (count - n) / count
-            for (i = 1; i <= n && whole; i++) print "    not taken: " substr(missing[i], 1, 200)
-            exit whole && n > 0
+            for (i = 1; i <= n; i++) print "    not taken: " substr(missing[i], 1, 200)
+            exit n > 0
         }' "$name.c.gcov"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 done
 echo "$passed passed, $failed failed"
