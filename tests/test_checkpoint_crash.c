@@ -441,7 +441,7 @@ TEST(one_call_fails) { crash_all(CRASH_ONCE, 1); }
 TEST(one_call_fails_with_large_arrays)
 {
     crash_rows = 2400;
-    for (int background = 0; background < 2; background++) crash_run(CRASH_ONCE, 1, 1, background, 1, 1, crash_full() ? 1 : 2);
+    for (int background = 0; background < 2; background++) crash_run(CRASH_ONCE, 1, 1, background, 1, 1, background && !crash_full() ? 2 : 1);
     crash_run(CRASH_LOAD, 1, 1, 0, 0, 1, crash_full() ? 1 : 5);
     crash_rows = 10;
 }
