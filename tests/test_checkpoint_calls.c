@@ -26,8 +26,10 @@ static llmpar_status bad_synchronize(llmpar_device *d, llmpar_stream *s) { llmpa
 static void arm(llmpar_ctx *ctx)
 {
     if (ctx->rank != sweep.victim) return;
-    if (sweep.what == FAILS_ALLOCATION) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)sweep.n;
+    pthread_mutex_lock(&sweep.fs->lock);
     if (sweep.what == FAILS_FILE) sweep.fs->at = sweep.fs->calls + sweep.n, sweep.fs->error = EIO;
+    pthread_mutex_unlock(&sweep.fs->lock);
+    if (sweep.what == FAILS_ALLOCATION) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)sweep.n;
     if (sweep.what != FAILS_DEVICE) return;
     sweep.calls = 0;
     sweep.own = *ctx->device;
@@ -40,7 +42,9 @@ static void disarm(llmpar_ctx *ctx, llmpar_status status)
 {
     if (ctx->rank != sweep.victim) return;
     if (sweep.what == FAILS_ALLOCATION) sweep.over = !status, ctx->heap.fail_at = 0;
+    pthread_mutex_lock(&sweep.fs->lock);
     if (sweep.what == FAILS_FILE) sweep.over = sweep.fs->calls < sweep.fs->at, sweep.fs->at = 0;
+    pthread_mutex_unlock(&sweep.fs->lock);
     if (sweep.what != FAILS_DEVICE) return;
     sweep.over = sweep.calls < sweep.n;
     ctx->device->alloc = sweep.own.alloc;
@@ -296,9 +300,10 @@ static llmpar_status odd(const job *j, llmpar_fsdp *fsdp, llmpar_optim *adamw)
     sweep.background = 0;
     CHECK_OK(save(c, 14)); /* not waited for: what goes wrong with it is heard at the next call */
     pthread_mutex_lock(&sweep.fs->lock);
-    sweep.fs->at = sweep.fs->calls + 1;
+    sweep.fs->dead = 1;
     pthread_mutex_unlock(&sweep.fs->lock);
     CHECK_STATUS(save(c, 15), LLMPAR_ERR_IO);
+    sweep.fs->dead = 0; /* its thread has ended */
     llmpar_error_clear(&ctx->error);
     CHECK_OK(save(c, 16));
     sweep.what = FAILS_DEVICE;
