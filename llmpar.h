@@ -414,6 +414,24 @@ LLMPAR_API double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index);
 LLMPAR_API void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out);
 
 #endif
+/* ==== src/base/xxh64.h ==== */
+/* xxh64: the 64-bit checksum XXH64 (Collet, xxHash specification 0.1.1, seed 0), which `xxhsum -H64` prints. No protection against intent. */
+#ifndef LLMPAR_XXH64_H
+#define LLMPAR_XXH64_H
+
+
+/* Plain data; may be copied. */
+typedef struct llmpar_xxh64 {
+    uint64_t lane[4];
+    uint64_t bytes;             /* so far */
+    unsigned char rest[32];     /* the last bytes % 32 of them */
+} llmpar_xxh64;
+
+LLMPAR_API void llmpar_xxh64_begin(llmpar_xxh64 *state);
+LLMPAR_API void llmpar_xxh64_add(llmpar_xxh64 *state, const void *data, size_t bytes); /* in any portions */
+LLMPAR_API uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state); /* of what was added so far; may go on */
+
+#endif
 /* ==== src/base/json.h ==== */
 /* json: an RFC 8259 reader with byte positions, and string escaping for writers. */
 #ifndef LLMPAR_JSON_H
@@ -458,6 +476,40 @@ LLMPAR_API size_t llmpar_json_escape(const char *text, size_t length, char *out,
 #endif
 
 /* Chapter: tables */
+/* ==== src/tables/io.h ==== */
+/* io: what the library asks of the operating system about files, as a table: a test fails, cuts short or loses any call, a user brings another store. The system's own is llmpar_io_system (io/system.h).
+
+   Every function returns 0 or an errno value. EINTR means: ask again (not after close, which has closed in any case). Short reads and writes are the caller's affair. Several threads may use a table at once. */
+#ifndef LLMPAR_IO_H
+#define LLMPAR_IO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* READ: an existing regular file. WRITE: a new file, or an old regular one, emptied. DIRECTORY: only to be synced. */
+typedef enum llmpar_io_mode { LLMPAR_IO_READ = 0, LLMPAR_IO_WRITE = 1, LLMPAR_IO_DIRECTORY = 2 } llmpar_io_mode;
+typedef enum llmpar_io_kind { LLMPAR_IO_NONE = 0, LLMPAR_IO_FILE = 1, LLMPAR_IO_FOLDER = 2, LLMPAR_IO_PIPE = 3, LLMPAR_IO_OTHER = 4 } llmpar_io_kind;
+
+typedef struct llmpar_io {
+    uint32_t abi, size; /* LLMPAR_IO_ABI, sizeof; new slots come at the end */
+    void *user;
+    /* Never waits for the other end of a pipe. What is no regular file (DIRECTORY: no directory) may be opened or refused; callers `look` first. */
+    int (*open)(void *user, const char *path, llmpar_io_mode mode, int *handle);
+    int (*close)(void *user, int handle); /* the handle is gone in any case */
+    int (*read)(void *user, int handle, void *data, size_t bytes, uint64_t offset, size_t *got);       /* got < bytes: not the end yet, unless 0 */
+    int (*write)(void *user, int handle, const void *data, size_t bytes, size_t *written);             /* behind what was written before */
+    int (*sync)(void *user, int handle);  /* file: its data and size are on the disk; DIRECTORY: so are its entries */
+    int (*rename)(void *user, const char *from, const char *to); /* atomically, in place of a file of that name, or of an empty directory */
+    int (*remove)(void *user, const char *path);         /* a file or an empty directory */
+    int (*make_directory)(void *user, const char *path);
+    int (*look)(void *user, const char *path, llmpar_io_kind *kind, uint64_t *bytes); /* a missing path is NONE, not an error */
+    /* Every entry but . and .., in any order, until `entry` returns other than 0, which is then returned. */
+    int (*list)(void *user, const char *path, int (*entry)(void *entry_user, const char *name), void *entry_user);
+} llmpar_io;
+
+#define LLMPAR_IO_ABI 1u
+
+#endif
 /* ==== src/tables/ctx.h ==== */
 /* ctx: one rank's view of the job: heap, device, world communicator, error text, log. Made and ended by llmpar_launch; never
    shared between ranks. */
@@ -467,6 +519,7 @@ LLMPAR_API size_t llmpar_json_escape(const char *text, size_t length, char *out,
 
 struct llmpar_device;
 struct llmpar_comm;
+struct llmpar_io;
 
 typedef enum llmpar_log_level { LLMPAR_LOG_DEFAULT = 0, LLMPAR_LOG_ERROR = 1, LLMPAR_LOG_WARNING = 2, LLMPAR_LOG_INFO = 3 } llmpar_log_level;
 /* Receives one line without its newline. Called on the rank's own thread. */
@@ -478,6 +531,7 @@ typedef struct llmpar_ctx {
     llmpar_error error;           /* the first error of this rank */
     struct llmpar_device *device; /* owned by launch */
     struct llmpar_comm *comm;     /* the world; owned by launch */
+    const struct llmpar_io *io;   /* files; NULL: the system's; borrowed */
     llmpar_log_fn log;            /* NULL: silent */
     void *log_user;
 } llmpar_ctx;
@@ -513,7 +567,8 @@ typedef struct llmpar_device llmpar_device;
 typedef struct llmpar_stream llmpar_stream;
 typedef struct llmpar_event llmpar_event;
 
-/* One piece-part of a product: a and b already point at the part's first element. The parts of one piece are chained in list order. */
+/* One piece-part of a product: a and b already point at the part's first element. The parts of one piece are chained in list order.
+   Rows of one element may have stride 0: the same element in every row. */
 typedef struct llmpar_gemm_segment {
     const void *a, *b;
     int64_t lda, ldb;
@@ -1188,6 +1243,8 @@ typedef struct llmpar_local {
 LLMPAR_API llmpar_status llmpar_dtensor_check(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], llmpar_error *error);
 /* What `coordinate` holds of a checked tensor. Local. */
 LLMPAR_API void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_local *out);
+/* Where element `element` of a rectangle (row-major) stands in the whole tensor, and how many from it on follow one another in both. Local. */
+LLMPAR_API int64_t llmpar_dtensor_run(const llmpar_dtensor *tensor, const llmpar_local *local, int64_t element, int64_t *run);
 /* "[Shard(0) on tp, Flat(128) on dp_shard]" into text; returns bytes needed. Local. */
 LLMPAR_API size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity);
 /* Picture of a checked tensor: a line per rank with its rectangle, flat range and bytes, and for 1-D/2-D a table of ranks whose rows and columns are labelled with their elements and the coordinates that
@@ -1674,7 +1731,8 @@ LLMPAR_API void *llmpar_fsdp_optimizer_state(llmpar_fsdp *fsdp, int32_t unit, in
 LLMPAR_API llmpar_status llmpar_fsdp_optimizer_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
 /* bytes[i] of instruction i for micro-batches of this shape: what a collective or a store moves on this rank, what FORWARD, RECOMPUTE and BACKWARD take while they run, what OPTIM and CAST read and write. Local. */
 LLMPAR_API llmpar_status llmpar_fsdp_bytes(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, const llmpar_micro *micro, uint64_t *bytes);
-/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak, if peaks were reset before the step). */
+/* Where the bytes of a tag are at one moment of a step, name by name. The lines of a tag add up to the arena's live bytes there (PEAK: to its peak, if peaks were reset before the step), but for what the optimizer took of
+   OPTIMIZER on its own (llmpar_optim_bytes). */
 typedef enum llmpar_mark { LLMPAR_MARK_REST = 0, LLMPAR_MARK_BEFORE_OPTIMIZER = 1, LLMPAR_MARK_PEAK = 2 } llmpar_mark;
 typedef struct llmpar_account_line {
     llmpar_tag tag;
@@ -1686,6 +1744,8 @@ typedef struct llmpar_account_line {
 LLMPAR_API int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_schedule *schedule, llmpar_mark mark, llmpar_account_line *lines, int32_t capacity);
 /* Parameter as a descriptor over the mesh, and the local buffer that goes with it inside a shard-sized buffer (parameters, gradients, optimizer state). Local. */
 LLMPAR_API void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out);
+/* What world rank `rank` holds of a parameter (and of its gradient and optimizer state); is_owner: its copy is the one that goes into files. Local. */
+LLMPAR_API void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out);
 LLMPAR_API void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard);
 /* Gathers a unit by hand to look or generate; params[param_count] point at tp-local tensors until reshard. Counted: every unshard that succeeds needs a reshard. Collective over dp_shard. */
 LLMPAR_API llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params);
@@ -1800,6 +1860,13 @@ LLMPAR_API const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 /* Learning rate of the coming update; its number is one more than updates so far. Local. */
 LLMPAR_API void llmpar_optim_set_lr(llmpar_optim *optim, double lr);
 LLMPAR_API int64_t llmpar_optim_steps(const llmpar_optim *optim);
+/* As if it had made so many updates: with its state, what a checkpoint brings back. Local. */
+LLMPAR_API void llmpar_optim_set_steps(llmpar_optim *optim, int64_t steps);
+LLMPAR_API llmpar_optim_kind llmpar_optim_get_kind(const llmpar_optim *optim); /* local */
+/* ADALOMO's state of one segment of a unit (llmpar_fsdp_layout), device memory of the sum type: of a matrix row[rows] and col[cols], whole on every rank that has a segment of it, equal copies; else
+   moment, one a number of the segment. NULL what there is not. Local. */
+typedef struct llmpar_optim_factors { void *row, *col, *moment; int64_t rows, cols; } llmpar_optim_factors;
+LLMPAR_API void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out);
 /* Bytes of OPTIMIZER in fsdp's arena that are the optimizer's own, beside fsdp's arrays: ADALOMO's. Local. */
 LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
@@ -1809,22 +1876,28 @@ LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
 
 /* Chapter: model */
 /* ==== src/model/config.h ==== */
-/* config: the shape of a Llama: presets, reading and writing a Hugging Face config.json, and what follows from the shape alone
+/* config: the shape of a Llama or of a near relative: presets, reading and writing a Hugging Face config.json, and what follows from the shape alone
    (parameter count, FLOPs, RoPE tables). Plain data, all functions are local and pure. Shape letters: V vocab, D hidden, F intermediate, L layers, H heads, K kv heads, E head dim, T positions. */
 #ifndef LLMPAR_CONFIG_H
 #define LLMPAR_CONFIG_H
 
 
-typedef enum llmpar_rope_kind { LLMPAR_ROPE_NONE = 0, LLMPAR_ROPE_LINEAR = 1, LLMPAR_ROPE_LLAMA3 = 2 } llmpar_rope_kind;
+typedef enum llmpar_rope_kind { LLMPAR_ROPE_NONE = 0, LLMPAR_ROPE_LINEAR = 1, LLMPAR_ROPE_LLAMA3 = 2, LLMPAR_ROPE_DYNAMIC = 3, LLMPAR_ROPE_YARN = 4 } llmpar_rope_kind;
 
 /* How RoPE frequencies are stretched to longer contexts (transformers: modeling_rope_utils). Unused fields are 0. */
 typedef struct llmpar_rope_scaling {
     llmpar_rope_kind kind;
-    int32_t original_max_positions; /* llama3: the context of pre-training */
-    double factor;                  /* linear, llama3; >= 1 */
+    int32_t original_max_positions; /* llama3, yarn: the context of pre-training */
+    double factor;                  /* all; >= 1 */
     double low_freq_factor;         /* llama3 */
     double high_freq_factor;        /* llama3; > low_freq_factor */
+    double attention_factor;        /* yarn: cos and sin are multiplied by it; what a file's mscale and mscale_all_dim, or nothing, stand for is worked out when it is read */
+    double beta_fast, beta_slow;    /* yarn: rotations within the original context above which a frequency is kept, below which it is divided by factor; beta_fast >= beta_slow */
+    int32_t truncate;               /* yarn: 1: the dims between which frequencies blend are whole numbers */
 } llmpar_rope_scaling;
+
+/* What differs between the models that are built. MISTRAL: a sliding window. QWEN2: biases on q, k and v. QWEN3: RMSNorm over each head of q and of k, before RoPE. */
+typedef enum llmpar_family { LLMPAR_FAMILY_LLAMA = 0, LLMPAR_FAMILY_MISTRAL = 1, LLMPAR_FAMILY_QWEN2 = 2, LLMPAR_FAMILY_QWEN3 = 3 } llmpar_family;
 
 #define LLMPAR_MAX_EOS 8
 
@@ -1844,12 +1917,14 @@ typedef struct llmpar_llama_config {
     int32_t eos_count;      /* 0: none */
     int32_t eos_id[LLMPAR_MAX_EOS]; /* any of these ends a text */
     double init_std;        /* standard deviation of initial weights */
+    llmpar_family family;
+    int32_t sliding_window; /* MISTRAL: a position sees this many, itself included; 0: all. Attention is always whole: llmpar_llama_apply refuses sequences longer than the window */
 } llmpar_llama_config;
 
 /* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
 LLMPAR_API llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error);
 
-/* Reads a Hugging Face config.json: text[length], `name` for messages (NULL: "config.json"). Defaults are transformers' LlamaConfig's. A field that would change the
+/* Reads a Hugging Face config.json: text[length], `name` for messages (NULL: "config.json"). Defaults are those of transformers' class for the model_type (llama, mistral, qwen2, qwen3). A field that would change the
    mathematics and is not supported is refused by name; other unknown fields are ignored. The result has passed llmpar_llama_config_check.
    LLMPAR_ERR_FORMAT (no JSON), LLMPAR_ERR_CONFIG (a field's value), LLMPAR_ERR_UNSUPPORTED: field, value, expectation, byte position. */
 LLMPAR_API llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error);
@@ -1869,10 +1944,11 @@ LLMPAR_API int64_t llmpar_llama_param_count(const llmpar_llama_config *config);
    not, the output projection counts as V*D: its product is computed. (torchtitan leaves it out when tied; untied the counts agree.) No recomputation, no saving for causality. */
 LLMPAR_API double llmpar_llama_flops_per_token(const llmpar_llama_config *config, int64_t seq_len);
 
-/* out[E/2]: the angle a position adds in pair i (elements i and i + E/2), after scaling; computed in f64. */
-LLMPAR_API void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out);
+/* out[E/2]: the angle a position adds in pair i (elements i and i + E/2), after scaling, in sequences of `positions`; computed in f64. Only `dynamic` looks at positions: up to max_positions it scales nothing, for
+   longer sequences the base grows with their length, and transformers' frequencies are these for sequences of exactly that length (llmpar_llama_apply and the runs after it refuse others by name). */
+LLMPAR_API void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t positions, double *out);
 
-/* cosine, sine [positions, E/2] of position * inv_freq, from f64 and rounded once to dtype (LLMPAR_F32 or LLMPAR_F64). transformers computes inv_freq and
+/* cosine, sine [positions, E/2] of position * inv_freq (yarn: times attention_factor), from f64 and rounded once to dtype (LLMPAR_F32 or LLMPAR_F64). transformers computes inv_freq and
    the angle in f32: its angle at position p is off by up to about p * 2^-23 rad, this one by p * 2^-52. LLMPAR_ERR_ARGUMENT: another dtype, negative
    positions, or an angle beyond 1e9. Uses `heap` for E/2 doubles. */
 LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error);
@@ -1945,29 +2021,71 @@ LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
 #endif
 
 /* Chapter: io */
+/* ==== src/io/system.h ==== */
+/* system: the operating system's files as a table. */
+#ifndef LLMPAR_SYSTEM_H
+#define LLMPAR_SYSTEM_H
+
+
+/* POSIX calls, nothing else. Static, never changed. Local. */
+LLMPAR_API const llmpar_io *llmpar_io_system(void);
+
+#endif
 /* ==== src/io/file.h ==== */
-/* file: the file primitives: mapped reads, atomic writes, directories. Errors name path, operation and errno text. */
+/* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. Errors name path, operation and the errno's text. Everything here is local. */
 #ifndef LLMPAR_FILE_H
 #define LLMPAR_FILE_H
 
 
-/* A whole file mapped read-only. Plain data, closed by llmpar_file_unmap (zeroed struct is fine). */
+/* An open file for reading, which may shrink or grow meanwhile: then a read fails, nothing else. Plain data; several threads may read. Closed by llmpar_file_close. */
+typedef struct llmpar_file {
+    const llmpar_io *io;
+    int handle;             /* -1: closed */
+    uint64_t bytes;         /* size when it was opened */
+    uint64_t bytes_read;    /* through llmpar_file_read so far; counted atomically */
+    const char *path;       /* borrowed */
+} llmpar_file;
+#define LLMPAR_FILE_CLOSED { NULL, -1, 0, 0, NULL }
+
+/* LLMPAR_ERR_IO: missing, not a regular file, not readable. path is borrowed until close. */
+LLMPAR_API llmpar_status llmpar_file_open(const llmpar_io *io, const char *path, llmpar_file *out, llmpar_error *error);
+/* Exactly data[bytes] from `offset`. LLMPAR_ERR_IO: a failed read, or a file that ends before. */
+LLMPAR_API llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, void *data, size_t bytes, llmpar_error *error);
+LLMPAR_API void llmpar_file_close(llmpar_file *file); /* a closed one is fine */
+/* A whole file of at most `most` bytes, with a NUL behind it, owned by the caller (llmpar_heap_free). LLMPAR_ERR_FORMAT: it is larger. */
+LLMPAR_API llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io, const char *path, size_t most, char **text, size_t *bytes, llmpar_error *error);
+
+/* A whole file of the system mapped read-only, for texts that are read at random. Plain data, closed by llmpar_file_unmap (zeroed struct is fine). */
 typedef struct llmpar_mapped { const unsigned char *data; size_t bytes; void *base; } llmpar_mapped;
-/* LLMPAR_ERR_IO: missing, a directory, not readable. An empty file gives data != NULL, bytes 0. Local. */
+/* LLMPAR_ERR_IO: missing, a directory, not readable. An empty file gives data != NULL, bytes 0. */
 LLMPAR_API llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error);
 LLMPAR_API void llmpar_file_unmap(llmpar_mapped *file);
 
 /* Buffered writer to `path`.tmp, synced and renamed by commit; nothing under the final name before that. */
 typedef struct llmpar_writer llmpar_writer;
-LLMPAR_API llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path, llmpar_writer **out, llmpar_error *error);
+LLMPAR_API llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error);
-/* fsync, close, rename. Destroys the writer in any case; on failure the .tmp file is removed. */
+/* Flush, sync, close, rename: all of commit but the directory, which the caller then syncs, and memory, which stays until the writer is abandoned; so on any thread. On failure the .tmp file is removed. */
+LLMPAR_API llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error);
+/* Bytes that came so far, and their XXH64; any may be NULL. */
+LLMPAR_API void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64);
+/* Sync, close, rename, sync of the directory. Destroys the writer in any case; on failure the .tmp file is removed. */
 LLMPAR_API llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error);
 /* Closes and removes the .tmp file. NULL is fine. */
 LLMPAR_API void llmpar_writer_abandon(llmpar_writer *writer);
 
 /* Creates a directory (parents must exist) unless it is there; checks that it can be written. */
-LLMPAR_API llmpar_status llmpar_directory_ensure(const char *path, llmpar_error *error);
+LLMPAR_API llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error);
+/* The directory's entries are on the disk. */
+LLMPAR_API llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error);
+LLMPAR_API llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error);
+/* A file or an empty directory; a missing one is fine. */
+LLMPAR_API llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error);
+/* The names in a directory but . and .., in any order, until `entry` returns -1 (0: go on). The directory is not to be changed meanwhile. */
+LLMPAR_API llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error);
+/* What is at path; NONE also where it cannot be looked at. */
+LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path);
+/* The same of the system's files. */
 LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
 
@@ -1990,26 +2108,36 @@ typedef struct llmpar_safetensor {
 typedef struct llmpar_safetensors {
     int32_t count;
     const llmpar_safetensor *tensor; /* sorted by name */
-    const unsigned char *data;       /* the mapped file */
+    const unsigned char *data;       /* open_memory: the file; else NULL */
+    const llmpar_file *source;       /* the open file, which counts the bytes read; open_memory: NULL */
     const char *path;
     void *state;
 } llmpar_safetensors;
 
-/* Maps and validates: header length <= 100,000,000 and inside the file, JSON with unique keys, known dtypes, shape product equal to the byte range, ranges that follow one another without
-   gap or overlap to the end of the file. LLMPAR_ERR_FORMAT names path, tensor and byte position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more
-   than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. Owned by the caller. Local. */
-LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error);
+/* Opens, reads the header and nothing else, validates: header length <= 100,000,000 and inside the file (checked before memory is taken for it), JSON with unique keys, known dtypes, shape
+   product equal to the byte range, ranges that follow one another without gap or overlap to the end of the file. LLMPAR_ERR_IO; LLMPAR_ERR_FORMAT names path, tensor and byte
+   position; LLMPAR_ERR_UNSUPPORTED: a dtype of the format that is none of ours, or more than 8 dims; LLMPAR_ERR_OVERFLOW: a shape whose product overflows. io may be NULL (the
+   system's). Owned by the caller, to whom it is an open file. Local. */
+LLMPAR_API llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error);
 /* The same from memory (for fuzzing); data is borrowed. name for messages. */
 LLMPAR_API llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error);
+/* to[bytes] = the tensor's bytes from `offset` (in bytes, as they stand in the file), just these. LLMPAR_ERR_ARGUMENT: outside the tensor; LLMPAR_ERR_IO: cannot read, or the file has become
+   shorter. Several threads may read. Local. */
+LLMPAR_API llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error);
 LLMPAR_API void llmpar_safetensors_close(llmpar_safetensors *file); /* NULL is fine */
 LLMPAR_API const llmpar_safetensor *llmpar_safetensors_find(const llmpar_safetensors *file, const char *name); /* NULL if absent */
+
+/* What the writer refuses of tensors (name, dtype, dims, shape), without writing. LLMPAR_ERR_ARGUMENT, LLMPAR_ERR_SHAPE, LLMPAR_ERR_OVERFLOW; path for messages. */
+LLMPAR_API llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error);
 
 /* Streaming writer: declare all tensors first (their order is the file's), then write their bytes in that order in any portions. A header written by it is padded with spaces to 8 bytes and
    carries __metadata__ {"format": "pt"}. commit checks that every byte came. */
 typedef struct llmpar_safetensors_writer llmpar_safetensors_writer;
-LLMPAR_API llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error); /* reads name, dtype, dims, shape */
+LLMPAR_API llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error); /* reads name, dtype, dims, shape */
 LLMPAR_API llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error);
 LLMPAR_API llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error); /* destroys it */
+LLMPAR_API llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error); /* commit without the directory's sync and the destruction: see llmpar_writer_settle */
+LLMPAR_API void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64); /* of the file so far */
 LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer); /* NULL is fine */
 
 #endif
@@ -2065,8 +2193,60 @@ LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 #endif
 
 /* Chapter: model_io */
+/* ==== src/model_io/hf_files.h ==== */
+/* hf_files: the weight files of a Hugging Face directory, model.safetensors or model.safetensors.index.json and its shards, read and written by one process without knowing a model. io may be NULL (the system's). All local. */
+#ifndef LLMPAR_HF_FILES_H
+#define LLMPAR_HF_FILES_H
+
+
+#define LLMPAR_HF_MAX_FILES 1024 /* shards of one model; each is an open file while it is read */
+
+/* What an index says. Freed by llmpar_hf_index_free; a zeroed struct is fine. */
+typedef struct llmpar_hf_index {
+    int32_t count, files;
+    const char **tensor;   /* [count] names, each once */
+    int32_t *place;        /* [count] which file */
+    const char **file;     /* [files] names, each once */
+    int64_t total_size;    /* metadata.total_size; -1: not stated */
+    llmpar_json *json;     /* owns the texts */
+} llmpar_hf_index;
+
+/* {"metadata": {"total_size": N, ..}, "weight_map": {tensor: file, ..}}, metadata optional, nothing else. A file's name is one in the directory: not empty, without '/', '\' and "..". LLMPAR_ERR_FORMAT names what is wrong;
+   LLMPAR_ERR_UNSUPPORTED: more files than LLMPAR_HF_MAX_FILES; LLMPAR_ERR_MEMORY. name for messages. */
+LLMPAR_API llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_hf_index *out, llmpar_error *error);
+LLMPAR_API void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index);
+
+/* The open files of a directory. */
+typedef struct llmpar_hf_files {
+    int32_t count, tensors;          /* files; tensors in all of them */
+    llmpar_safetensors **file;       /* [count] */
+    const char *path;                /* of the file or the index, for messages */
+    llmpar_heap *heap;
+} llmpar_hf_files;
+
+/* Where there are both, model.safetensors is taken, as transformers does. Each tensor stands in exactly the file that the index says, and in no other; nothing else does; metadata.total_size, where it is stated, is the sum
+   of their bytes. Reads headers only. LLMPAR_ERR_IO; LLMPAR_ERR_FORMAT names file and tensor; else what the files' own headers are refused with. Owned by the caller. */
+LLMPAR_API llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error);
+LLMPAR_API void llmpar_hf_files_close(llmpar_hf_files *files); /* NULL is fine */
+/* NULL if no file has it; else *file is the one that does. */
+LLMPAR_API const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file);
+
+/* Writes a directory: all tensors are declared first, then their bytes follow in that order in any portions. max_bytes > 0: a file takes tensors until the next one would go beyond that many bytes of data (one that is larger
+   has a file of its own); where that makes several, they are model-00001-of-0000N.safetensors, and an index. Else one model.safetensors.
+   Until commit, the directory loads as before: shards are written under names that end in .part. commit then writes config.json, and
+     one file:  renames it into place, then removes an old index and old shards, which it outranks anyway;
+     several:   removes what would be loaded instead (an old model.safetensors, an old index), gives the shards their names, writes the index, and removes older shards.
+   So a crash leaves what was there, or all that is new, or a directory that is refused, and never a mixture. The directory is made unless it is there. */
+typedef struct llmpar_hf_writer llmpar_hf_writer;
+/* tensors[count] (name, dtype, dims, shape) and their names are borrowed until commit or abandon; config, the text of config.json, is copied; NULL: none is written. */
+LLMPAR_API llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error);
+LLMPAR_API llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error);
+LLMPAR_API llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error); /* destroys it in any case */
+LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* NULL is fine; removes what it made */
+
+#endif
 /* ==== src/model_io/hf.h ==== */
-/* hf: Hugging Face directories: config.json and model.safetensors, read into any mesh and written from any mesh. */
+/* hf: Hugging Face directories: config.json and weights, read into any mesh and written from any mesh. */
 #ifndef LLMPAR_HF_H
 #define LLMPAR_HF_H
 
@@ -2074,14 +2254,21 @@ LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 /* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
 LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
 
-/* Reads DIR/model.safetensors into the shards: every rank maps the file and takes its own part; a tensor of another dtype, or one that lies unaligned, is whole on the rank's heap while it is
-   converted or copied. Strict: every parameter exactly once with its shape, nothing else in the file; f32, f64, bf16
-   and f16 are converted. LLMPAR_ERR_FORMAT names the tensor. Nothing is changed unless all names and shapes fit. Local on every rank (all ranks call it). */
+/* Reads DIR/model.safetensors, or the shards of DIR/model.safetensors.index.json where there is no such file, into the shards of parameters. Every rank reads headers, and of the tensors what it holds, in pieces of at most
+   half a slice. f32, f64, bf16 and f16 are converted.
+   Strict: every parameter exactly once with its shape, nothing else; what llmpar_hf_files_open refuses. Two things may be there that say the same once more: lm_head.weight of a tied model, if it is the embedding to the
+   byte (each rank compares its part), and model.layers.N.self_attn.rotary_emb.inv_freq of older files, which is not looked at.
+   Nothing is changed on any rank unless all fits on all; a read that fails later (LLMPAR_ERR_IO) leaves parameters partly read. When a rank fails, the others return LLMPAR_ERR_PEER. LLMPAR_ERR_FORMAT names the tensor. Collective. */
 LLMPAR_API llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory);
 
-/* Writes config.json and model.safetensors (dtype of the shards) from world rank 0; never more than one tensor whole on a rank. The directory is made unless it is there; files appear under their names only when
-   complete. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
-LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory);
+/* Zero is a default everywhere. */
+typedef struct llmpar_hf_desc {
+    uint64_t max_file_bytes; /* 0: one file; else shards of at most so many bytes of tensors, but at least one each */
+    llmpar_dtype dtype;      /* of the file: F32, F64, BF16, F16; default: that of the shards, which is the sum type. Narrower: rounded to nearest */
+} llmpar_hf_desc;
+
+/* Writes config.json and the weights from world rank 0 as llmpar_hf_writer does (hf_files.h); never more than one tensor whole on a rank. desc NULL: defaults. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
+LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc);
 
 /* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
    LLMPAR_ERR_ARGUMENT. LLMPAR_ERR_IO from world rank 0, which writes; nothing stands under the final name before commit. Owned by the caller until commit or abandon. */
@@ -2091,6 +2278,62 @@ LLMPAR_API llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
 LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard);         /* collective */
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
 LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
+
+#endif
+/* ==== src/model_io/checkpoint.h ==== */
+/* checkpoint: the whole state of a training run in a directory, written so that whatever happens, the newest complete one is whole; read into any mesh, ZeRO stage and wrapping (docs/checkpoints.md).
+
+     DIR/latest              the newest one's name
+     DIR/step-8/             complete; or step-8.tmp/: being written, or left by a crash
+        manifest.json        where every element of every tensor is, sizes and checksums of the files, and the numbers of llmpar_checkpoint_info
+        config.json          the model's
+        rank-00003.safetensors   what world rank 3 owns: master parameters and optimizer state, "param/NAME", "state0/NAME" .., flat
+
+   What several ranks hold alike is written by one of them. Numbers are keyed by tensor name and global index, so nothing of the mesh that wrote them is needed to read them. */
+#ifndef LLMPAR_CHECKPOINT_H
+#define LLMPAR_CHECKPOINT_H
+
+
+/* The numbers of a run beside its tensors. */
+typedef struct llmpar_checkpoint_info {
+    int64_t step;              /* steps made: the position in the data and in the schedule */
+    int64_t batch, seq_len;    /* the data's order is a function of these .. */
+    uint64_t seed;             /* .. of this */
+    int64_t data_tokens;       /* .. and of how much text is trained on; 0: own data */
+    int32_t canon;             /* pieces of sums (docs/exact.md) */
+    llmpar_loss_scale scale;   /* of the coming step; scale 0: none */
+    int64_t updates;           /* of the optimizer: steps without the skipped ones. Filled in by save, as are those below */
+    llmpar_dtype dtype;        /* of compute; tensors are stored in its sum type */
+    int32_t degree[LLMPAR_MESH_AXES], zero; /* mesh and LLMPAR_ZERO_* of the writer: told, of no importance */
+    char optimizer[16];        /* llmpar_optim_name, or "none" */
+} llmpar_checkpoint_info;
+
+typedef struct llmpar_checkpoint_desc {
+    const char *directory;     /* its parent must exist; copied */
+    const char *config;        /* text of config.json; NULL: none; copied */
+    int32_t keep;              /* the newest so many are kept, older ones removed after a save; 0: all */
+    int32_t background;        /* 1: save copies this rank's part to host memory and returns; a thread writes it, and poll ends the save */
+} llmpar_checkpoint_desc;
+
+/* Saves into one directory. Borrows fsdp and optim (NULL: none). */
+typedef struct llmpar_checkpoint llmpar_checkpoint;
+LLMPAR_API llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_optim *optim, const llmpar_checkpoint_desc *desc, llmpar_checkpoint **out); /* local */
+/* Writes DIR/step-N; one that is there already is an error: nothing is ever overwritten. First ends a save under way. An error is the same on all ranks, names rank and file, and leaves no step-N (unless its
+   text says that step-N is complete); what was there stays, and everything can go on. Collective. */
+LLMPAR_API llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *checkpoint, const llmpar_checkpoint_info *info);
+/* A save in the background: has every rank written its part? Then it is committed here, or its error returned. wait: until it is so. Nothing under way: LLMPAR_OK. Collective. */
+LLMPAR_API llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *checkpoint, int wait);
+/* Waits for this rank's own thread; a save that no poll has ended stays a step-N.tmp. NULL is fine. Local. */
+LLMPAR_API void llmpar_checkpoint_destroy(llmpar_checkpoint *checkpoint);
+
+/* The largest complete step below `below` in a directory, -1: none (or no directory). Collective. */
+LLMPAR_API llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step);
+/* Reads the checkpoint in `path` (a step-N directory) into fsdp and optim, and its numbers into info. First everything is verified, the ranks sharing the files: manifest, sizes, checksums, headers; every element of every
+   tensor exactly once, and nothing else. Then accept (may be NULL) is asked on every rank, whether it is of this run; it leaves its text in the rank's error. LLMPAR_ERR_FORMAT, LLMPAR_ERR_IO: it is damaged; LLMPAR_ERR_CONFIG,
+   LLMPAR_ERR_SHAPE: it is whole, and of another run: other tensors, another optimizer. All ranks return the same error, which names rank and file; nothing has changed then, unless reading failed after the verification. fsdp
+   without optimizer states and optim NULL: parameters alone are taken. Collective. */
+typedef llmpar_status (*llmpar_checkpoint_accept)(void *user, const char *path, const llmpar_checkpoint_info *info);
+LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info);
 
 #endif
 
@@ -2115,6 +2358,7 @@ typedef struct llmpar_launch_desc {
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
     const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
     const llmpar_allocator *allocator; /* default malloc/free; its hooks are called from all rank threads */
+    const llmpar_io *io;          /* files of models and checkpoints, borrowed; default the system's */
     llmpar_log_fn log;            /* default: errors and warnings to stderr */
     void *log_user;
     void (*check)(const llmpar_ctx *ctx, void *user); /* test hook: after a rank's clean-up, with its final heap; default none */
@@ -2180,7 +2424,12 @@ typedef struct llmpar_trainer_desc {
     llmpar_loss_scale loss_scale; /* with dtype F16; its begin */
     uint64_t memory_limit;        /* arena bytes a rank; default none. A step that would not fit is refused before anything is allocated, with what other policies would take */
     const char *trace;            /* path of a Chrome trace (Perfetto loads it): recorded from the first step on, written by llmpar_trainer_save_trace; default none */
-    const char *log;              /* path of a JSON-lines file, one object a step; default none */
+    const char *log;              /* path of a JSON-lines file, one object a step; default none. A resumed run keeps its lines up to the step it goes on from */
+    const char *checkpoint;       /* directory of checkpoints (model_io/checkpoint.h; docs/checkpoints.md); default none. Without resume it must not hold any yet */
+    int32_t checkpoint_every;     /* steps between saves; default 0: only llmpar_trainer_checkpoint saves */
+    int32_t checkpoint_background;/* 1: written by a thread while the next steps run; the first step that finds it written commits it, or returns its error */
+    int32_t keep;                 /* newest checkpoints that are kept; default 0: all */
+    const char *resume;           /* "auto": the newest whole one of `checkpoint`, from the beginning where there is none yet, damaged ones set aside; "step-N" of it; or a path: a step-N, or a directory whose `latest` is taken. Default: a new run */
     int32_t log_every;            /* console line every n steps; default 10; negative: none */
     llmpar_sink_fn sink;          /* default: metrics to stdout, progress to stderr if it is a terminal */
     void *sink_user;
@@ -2210,11 +2459,19 @@ typedef struct llmpar_trainer llmpar_trainer;
 
 /* Checks and fills in defaults. LLMPAR_ERR_ARGUMENT / LLMPAR_ERR_MESH with the numbers: batch not divisible by data ranks x grad_accum; REQUIRE outside the guarantee. Local. */
 LLMPAR_API llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *desc, const llmpar_mesh *mesh, const llmpar_llama_config *config, llmpar_error *error);
-/* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken. Collective. */
+/* The recipe. Applies tp to the model, shards its units, makes optimizer and schedules. Borrows mesh and model. Everything that can be wrong with desc and data is found before memory is taken.
+   With desc.resume it comes back as the checkpoint was; LLMPAR_ERR_CONFIG, LLMPAR_ERR_SHAPE: that is of another run (model, optimizer, batch, seq_len, seed, length of the text; learning rate, mesh and policies may differ). Collective. */
 LLMPAR_API llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out);
 LLMPAR_API void llmpar_trainer_destroy(llmpar_trainer *trainer); /* NULL is fine; local */
 /* One optimizer step. LLMPAR_ERR_NONFINITE names the step and the first non-finite tensor; parameters are then those before the step (not with updates inside backward, which have begun by then). Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_step(llmpar_trainer *trainer, llmpar_step *out);
+/* Steps made so far, those before a resume too. Local. */
+LLMPAR_API int64_t llmpar_trainer_steps(const llmpar_trainer *trainer);
+/* Saves a checkpoint now, in the background where desc says so. After an error (the same on all ranks) training can go on. llmpar_trainer_step does so every checkpoint_every steps, and then returns that error though its step is
+   made and *out filled in. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *trainer);
+/* Ends a save in the background, if one is under way: without it, destroy leaves that one uncommitted. Collective. */
+LLMPAR_API llmpar_status llmpar_trainer_finish(llmpar_trainer *trainer);
 /* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
 /* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */
@@ -3087,6 +3344,98 @@ LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first
         out[i] = (float)((double)mean + (double)stddev * pair[index & 1]);
     }
 }
+/* ==== src/base/xxh64.c ==== */
+
+#include <string.h>
+
+#define LLMPAR__XXH64_P1 0x9E3779B185EBCA87u
+#define LLMPAR__XXH64_P2 0xC2B2AE3D27D4EB4Fu
+#define LLMPAR__XXH64_P3 0x165667B19E3779F9u
+#define LLMPAR__XXH64_P4 0x85EBCA77C2B2AE63u
+#define LLMPAR__XXH64_P5 0x27D4EB2F165667C5u
+
+static uint64_t llmpar__xxh64_rotate(uint64_t x, int bits) { return x << bits | x >> (64 - bits); }
+static uint64_t llmpar__xxh64_round(uint64_t lane, uint64_t word) { return llmpar__xxh64_rotate(lane + word * LLMPAR__XXH64_P2, 31) * LLMPAR__XXH64_P1; }
+
+static uint64_t llmpar__xxh64_word(const unsigned char *data) /* little-endian, as all our machines are */
+{
+    uint64_t word;
+    memcpy(&word, data, sizeof word);
+    return word;
+}
+
+static void llmpar__xxh64_stripes(llmpar_xxh64 *state, const unsigned char *data, size_t stripes)
+{
+    uint64_t a = state->lane[0], b = state->lane[1], c = state->lane[2], d = state->lane[3];
+    for (; stripes; stripes--, data += 32) {
+        a = llmpar__xxh64_round(a, llmpar__xxh64_word(data));
+        b = llmpar__xxh64_round(b, llmpar__xxh64_word(data + 8));
+        c = llmpar__xxh64_round(c, llmpar__xxh64_word(data + 16));
+        d = llmpar__xxh64_round(d, llmpar__xxh64_word(data + 24));
+    }
+    state->lane[0] = a;
+    state->lane[1] = b;
+    state->lane[2] = c;
+    state->lane[3] = d;
+}
+
+LLMPAR_DEF void llmpar_xxh64_begin(llmpar_xxh64 *state)
+{
+    memset(state, 0, sizeof *state);
+    state->lane[0] = LLMPAR__XXH64_P1 + LLMPAR__XXH64_P2;
+    state->lane[1] = LLMPAR__XXH64_P2;
+    state->lane[3] = 0 - LLMPAR__XXH64_P1;
+}
+
+LLMPAR_DEF void llmpar_xxh64_add(llmpar_xxh64 *state, const void *data, size_t bytes)
+{
+    const unsigned char *at = (const unsigned char *)data;
+    size_t used = (size_t)(state->bytes % 32), room = 32 - used;
+    if (bytes == 0) return;
+    state->bytes += bytes;
+    if (bytes < room) {
+        memcpy(state->rest + used, at, bytes);
+        return;
+    }
+    if (used) {
+        memcpy(state->rest + used, at, room);
+        llmpar__xxh64_stripes(state, state->rest, 1);
+        at += room;
+        bytes -= room;
+    }
+    llmpar__xxh64_stripes(state, at, bytes / 32);
+    memcpy(state->rest, at + bytes / 32 * 32, bytes % 32);
+}
+
+LLMPAR_DEF uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state)
+{
+    const unsigned char *at = state->rest, *end = at + state->bytes % 32;
+    uint64_t hash = LLMPAR__XXH64_P5;
+    if (state->bytes >= 32) {
+        static const int bits[4] = {1, 7, 12, 18};
+        hash = 0;
+        for (int i = 0; i < 4; i++) hash += llmpar__xxh64_rotate(state->lane[i], bits[i]);
+        for (int i = 0; i < 4; i++) hash = (hash ^ llmpar__xxh64_round(0, state->lane[i])) * LLMPAR__XXH64_P1 + LLMPAR__XXH64_P4;
+    }
+    hash += state->bytes;
+    for (; end - at >= 8; at += 8) hash = llmpar__xxh64_rotate(hash ^ llmpar__xxh64_round(0, llmpar__xxh64_word(at)), 27) * LLMPAR__XXH64_P1 + LLMPAR__XXH64_P4;
+    if (end - at >= 4) {
+        uint32_t word;
+        memcpy(&word, at, sizeof word);
+        hash = llmpar__xxh64_rotate(hash ^ word * LLMPAR__XXH64_P1, 23) * LLMPAR__XXH64_P2 + LLMPAR__XXH64_P3;
+        at += 4;
+    }
+    for (; at < end; at++) hash = llmpar__xxh64_rotate(hash ^ *at * LLMPAR__XXH64_P5, 11) * LLMPAR__XXH64_P1;
+    hash = (hash ^ hash >> 33) * LLMPAR__XXH64_P2;
+    hash = (hash ^ hash >> 29) * LLMPAR__XXH64_P3;
+    return hash ^ hash >> 32;
+}
+
+#undef LLMPAR__XXH64_P1
+#undef LLMPAR__XXH64_P2
+#undef LLMPAR__XXH64_P3
+#undef LLMPAR__XXH64_P4
+#undef LLMPAR__XXH64_P5
 
 /* ==== src/cpu/half.c ==== */
 /* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. Conversions wait for memory, so AVX-512 has no code of its own. */
@@ -4172,9 +4521,9 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
         if (segment->piece < previous || segment->piece >= args->pieces)
             return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is of piece %d, expected %d to %d", (int)s, (int)segment->piece, (int)previous, (int)(args->pieces - 1));
         previous = segment->piece;
-        if (a_rows > 1 && segment->lda < a_width)
+        if (a_rows > 1 && segment->lda < (a_width > 1 ? a_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
-        if (b_rows > 1 && segment->ldb < b_width)
+        if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
     }
     return LLMPAR_OK;
@@ -5558,11 +5907,25 @@ LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
    A mark for an id that has been overwritten does nothing. */
 
 #include <sched.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
 
+/* ==== src/base/text_internal.h ==== */
+/* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
+#ifndef LLMPAR_TEXT_INTERNAL_H
+#define LLMPAR_TEXT_INTERNAL_H
+
+
+typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
+
+/* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
+LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
+/* Appends like printf. */
+LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+
+#endif
+/* ---- src/tables/record.c goes on ---- */
 
 typedef struct llmpar__record_entry {
     llmpar_call call;
@@ -5591,16 +5954,6 @@ struct llmpar_record {
 
 /* ---- texts ---- */
 
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
-static void llmpar__record_append(char *text, size_t capacity, size_t *used, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
-    va_end(args);
-    if (n > 0) *used += (size_t)n;
-}
-
 LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
 {
     static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
@@ -5609,22 +5962,26 @@ LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
 
 static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
 
+static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
+{
+    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
+    llmpar__text_put(out, " \"%s\"", call->tag);
+    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__text_put(out, " (on %s)", call->axis);
+}
+
 LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
-    if (call->op == LLMPAR_CALL_NONE) return used;
-    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__record_append(text, capacity, &used, call->reduce == LLMPAR_MAX ? " max" : " sum");
-    if (call->blocks > 1) llmpar__record_append(text, capacity, &used, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
-    else if (call->blocks) llmpar__record_append(text, capacity, &used, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
-    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__record_append(text, capacity, &used, " from root %d", (int)call->root);
-    if (call->op == LLMPAR_CALL_SEND) llmpar__record_append(text, capacity, &used, " to %d", (int)call->peer);
-    if (call->op == LLMPAR_CALL_RECV) llmpar__record_append(text, capacity, &used, " from %d", (int)call->peer);
-    llmpar__record_append(text, capacity, &used, " \"%s\"", call->tag);
-    if (call->number) llmpar__record_append(text, capacity, &used, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
-    else llmpar__record_append(text, capacity, &used, " (on %s)", call->axis);
-    return used;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__record_put_call(&out, call);
+    return out.used;
 }
 
 static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
@@ -5652,7 +6009,7 @@ LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
 LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
 {
     const llmpar_call *side[2];
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
     static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
     side[0] = a;
@@ -5666,15 +6023,14 @@ LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *
     differ[6] = a->root != b->root;
     differ[7] = a->reduce != b->reduce;
     differ[8] = a->tag_bits != b->tag_bits;
-    if (capacity) text[0] = 0;
-    llmpar__record_append(text, capacity, &used, "the ranks of %s disagree in", a->axis);
+    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
     for (int i = 0; i < 9; i++)
-        if (differ[i]) llmpar__record_append(text, capacity, &used, "%s%s", fields++ ? ", " : " ", name[i]);
+        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
     for (int i = 0; i < 2; i++) {
-        llmpar__record_append(text, capacity, &used, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
-        used += llmpar_call_print(side[i], used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        llmpar__record_put_call(&out, side[i]);
     }
-    return used;
+    return out.used;
 }
 
 /* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
@@ -5690,9 +6046,8 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
     static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
     uint64_t seen[SITUATIONS];
     int count = 0;
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     llmpar_position p, q;
-    if (capacity) text[0] = 0;
     for (int inside = 0; inside < 2; inside++)
         for (int32_t i = 0; i < ranks; i++) {
             get(user, i, &p);
@@ -5702,8 +6057,8 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
             while (k < count && seen[k] != key) k++;
             if (k < count) continue;
             if (count == SITUATIONS) {
-                llmpar__record_append(text, capacity, &used, "; ...");
-                return used;
+                llmpar__text_put(&out, "; ...");
+                return out.used;
             }
             seen[count++] = key;
             int32_t alike = 1, named = 1;
@@ -5711,20 +6066,20 @@ LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int3
                 get(user, j, &q);
                 alike += llmpar__record_situation(&q) == key;
             }
-            llmpar__record_append(text, capacity, &used, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
             for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
                 get(user, j, &q);
                 if (llmpar__record_situation(&q) != key) continue;
-                llmpar__record_append(text, capacity, &used, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
                 named++;
             }
-            if (named < alike) llmpar__record_append(text, capacity, &used, " and %d more", (int)(alike - named));
-            llmpar__record_append(text, capacity, &used, ": %s", states[p.state]);
-            if (p.state == LLMPAR_POSITION_INSIDE) used += llmpar_call_print(&p.now, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
-            llmpar__record_append(text, capacity, &used, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
-            if (p.last.op != LLMPAR_CALL_NONE) used += llmpar_call_print(&p.last, used < capacity ? text + used : NULL, used < capacity ? capacity - used : 0);
+            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
+            llmpar__text_put(&out, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
+            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
         }
-    return used;
+    return out.used;
 }
 
 /* ---- the ring ---- */
@@ -5897,7 +6252,7 @@ static void llmpar__record_group_name(char *text, size_t capacity, const llmpar_
     else snprintf(text, capacity, "%s", g->axis);
 }
 
-static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, char *text, size_t capacity, size_t *used)
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
 {
     const llmpar_call *c = &e->call;
     const llmpar__record_group *g = &record->groups[e->group];
@@ -5915,14 +6270,12 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
     if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
     if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
     if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
-    llmpar__record_append(text, capacity, used,
-                          "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
                           (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
                           (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
-    llmpar__record_append(text, capacity, used, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
                           (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
-    llmpar__record_append(text, capacity, used,
-                          "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
                           "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
                           e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
                           llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
@@ -5930,35 +6283,34 @@ static void llmpar__record_json_entry(const llmpar_record *record, const llmpar_
 
 LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
 {
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     char group[48], name[320], axis[160], where[320];
-    if (capacity) text[0] = 0;
     llmpar__record_lock(record);
     llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
-    llmpar__record_append(text, capacity, &used, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
         llmpar__record_group_name(group, sizeof group, g);
         llmpar_json_escape(group, strlen(group), name, sizeof name);
         llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-        llmpar__record_append(text, capacity, &used, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
-        for (int32_t k = 0; k < g->ranks; k++) llmpar__record_append(text, capacity, &used, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
-        llmpar__record_append(text, capacity, &used, "]\"}");
+        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__text_put(&out, "]\"}");
     }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"pg_status\": {");
+    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
     for (int32_t i = 0; i < record->group_count; i++) {
         const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_append(text, capacity, &used, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
                               (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
     }
-    llmpar__record_append(text, capacity, &used, "\n },\n \"entries\": [");
+    llmpar__text_put(&out, "\n },\n \"entries\": [");
     for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
-        llmpar__record_append(text, capacity, &used, id == llmpar__record_oldest(record) ? "\n" : ",\n");
-        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], text, capacity, &used);
+        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
     }
-    llmpar__record_append(text, capacity, &used, "\n ]\n}\n");
+    llmpar__text_put(&out, "\n ]\n}\n");
     llmpar__record_unlock(record);
-    return used;
+    return out.used;
 }
 /* ==== src/tables/arena.c ==== */
 /* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
@@ -10237,7 +10589,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_
 
 /* A list of unit instructions with the condition under which each exists. The middle of the model is a row of halves, attention and MLP by turns, and a unit holds some neighbours of them: a row that is for halves in a certain
    place of their unit says so. Waits count within the half; LLMPAR__HALF_BEFORE is the joint row of the half whose rows come before. output_only is said of the unit's last half. */
-enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3 };
+enum { LLMPAR__ALWAYS = 0, LLMPAR__IF_TP = 1, LLMPAR__IF_SP = 2, LLMPAR__IF_KV = 3, LLMPAR__IF_QK = 4, LLMPAR__IF_QK_TP = 5 }; /* QK: q and k are normalised */
 enum { LLMPAR__ANYWHERE = 0, LLMPAR__FIRST = 1, LLMPAR__NOT_FIRST = 2, LLMPAR__LAST = 3, LLMPAR__JOINT = 16 };
 enum { LLMPAR__HALF_BEFORE = -1 };
 typedef struct llmpar__op_row { llmpar_unit_op op; int32_t when, place; } llmpar__op_row;
@@ -10252,10 +10604,15 @@ typedef struct llmpar__part {
 enum { LLMPAR__EMBED = 0, LLMPAR__HEAD = 1, LLMPAR__BODY = 2, LLMPAR__BODY_LAST = 3, LLMPAR__LISTS = 4 }; /* BODY_LAST: the MLP of half blocks, or the blocks that are left for the last unit */
 enum { LLMPAR__WRAP_MOST = 8 };    /* blocks a unit */
 
+/* Parameters of a block, in flat order: those of the attention, from NORM2 on those of the MLP. Which there are, and the place of each, says llmpar_llama.place. */
+enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__BQ, LLMPAR__BK, LLMPAR__BV, LLMPAR__QNORM, LLMPAR__KNORM, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
+
 struct llmpar_llama {
     llmpar_ctx *ctx;
     llmpar_llama_config config;
     uint64_t seed;
+    int32_t place[LLMPAR__BLOCK_PARAMS]; /* of each parameter of a block among those that there are; -1: not in this family */
+    int32_t block_params;          /* how many there are */
     int32_t wrap;                  /* halves a unit */
     int32_t unit_count;
     int64_t logits_bytes;
@@ -10268,6 +10625,7 @@ struct llmpar_llama {
     llmpar_dtype dtype;
     int64_t positions;
     void *cosine, *sine;           /* device [positions, E/2], sum type */
+    void *one;                     /* device: the number 1 of the compute dtype, the input that a bias is the weight of; NULL without biases */
     int applied;                   /* 0 no, 1 begun, 2 done */
 };
 
@@ -10276,7 +10634,7 @@ typedef struct llmpar__shape {
     int64_t b, t, n;          /* sequences, tokens each, all rows */
     int64_t ts, ns;           /* tokens and rows of the residual stream on this rank */
     int64_t d, f, h, k, e;    /* hidden; local F, query heads, kv heads; head dim */
-    int64_t ld;               /* (h + 2k)*e: row of the joint q,k,v buffer */
+    int64_t qkv;              /* (h + 2k)*e: a token's q, k and v */
     int64_t v, v_begin;       /* local vocabulary */
     int64_t leaves;
     size_t size, sum_size;    /* bytes of an element, and of one of the sum type */
@@ -10290,8 +10648,6 @@ LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t s
 /* block.c: the rows of one half */
 LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count);
-/* parameters of a block, in flat order: those of the attention, from NORM2 on those of the MLP */
-enum { LLMPAR__NORM1 = 0, LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__NORM2, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN, LLMPAR__BLOCK_PARAMS };
 /* The unit that holds half `half` of the model, and the place of the half's first parameter in it. */
 LLMPAR__PRIVATE int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param);
 /* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
@@ -10306,9 +10662,16 @@ LLMPAR__PRIVATE double llmpar__llama_scale(const llmpar_llama *model); /* of att
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves);
 /* Sequence parallel: sums dw_leaves[leaves, D] over tp, leaf by leaf. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves);
-/* dw[D] = tree over leaves. */
-LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw);
-LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
+/* dw[dim] = tree over leaves. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw);
+/* Where every mesh sums the weights of norms over heads: sum[count] over tp, leaf by leaf. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves);
+/* out[rows, width] = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes);
+LLMPAR__PRIVATE size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype);
+/* Whether sequences of t tokens, or such as grow (0), may run: dynamic RoPE beyond max_positions knows one length. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t);
+LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd);
 
 #endif /* LLMPAR_NO_LLAMA */
 
@@ -10321,7 +10684,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
-   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k and v for every layer, [L][capacity, 2*k*E]. */
+   Buffers for at most `rows` rows at once; the cache holds `capacity` positions of k, then of v, for every layer, [L][2][capacity, k*E]. */
 typedef struct llmpar__session {
     llmpar_llama *model;
     llmpar_fsdp *fsdp;
@@ -10348,7 +10711,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     size_t at = 0;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
-    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows, s->sum_size);
+    size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows * s->h, s->sum_size);
     size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
     size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->rows * widest, s->size), gathered = llmpar__llama_take(&at, g->rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
@@ -10389,10 +10752,10 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->q = g->q;
     if (g->cache) {
         args->k = cache;
-        args->v = cache + (size_t)(s->k * s->e) * s->size;
+        args->v = cache + (size_t)(g->capacity * s->k * s->e) * s->size;
     }
     args->ldq = args->ldo = s->h * s->e;
-    args->ldk = args->ldv = 2 * s->k * s->e;
+    args->ldk = args->ldv = s->k * s->e;
     args->out = g->o;
     args->scale = llmpar__llama_scale(g->model);
     args->dtype = g->dtype;
@@ -10427,7 +10790,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     for (int pass = 0; pass < 2; pass++) {
         int64_t rows = pass ? g->rows : 1;
         for (int i = 0; i < 4; i++) {
-            w = llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
+            w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
         llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
@@ -10505,46 +10868,56 @@ static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int
     return g->device->rope(g->device, g->stream, &args);
 }
 
-/* The gathered parameters of half `half`, from its norm on. Counted: they stay gathered while the session is open. */
-static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t half, void *const **out)
+/* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
+static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
-    int32_t first, unit = llmpar__llama_home(g->model, half, &first);
-    void *const *params = NULL;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
-    if (!status) *out = params + first;
-    return status;
+    memset(out, 0, LLMPAR__BLOCK_PARAMS * sizeof *out);
+    for (int32_t mlp = 0; mlp < 2; mlp++) {
+        int32_t first, unit = llmpar__llama_home(g->model, 2 * layer + mlp, &first);
+        void *const *params = NULL;
+        llmpar_status status = llmpar_fsdp_unshard(g->fsdp, unit, &params);
+        if (!status) status = llmpar_fsdp_reshard(g->fsdp, unit);
+        if (status) return status;
+        for (int p = mlp ? LLMPAR__NORM2 : 0; p < (mlp ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++)
+            if (g->model->place[p] >= 0) out[p] = params[first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
+    }
+    return LLMPAR_OK;
+}
+
+/* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
+static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
+{
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, heads * g->s.e, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
+    return status ? status : llmpar__session_rope(g, out, heads, heads * g->s.e, position, count);
 }
 
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    void *const *p = NULL, *const *m = NULL; /* of the attention, from its norm on; of the MLP */
+    void *p[LLMPAR__BLOCK_PARAMS];
     llmpar_attention_args attention;
     llmpar_swiglu_args swiglu;
     llmpar_tp_operand row;
     llmpar_add_args add;
-    int64_t ld = 2 * s->k * s->e;
-    llmpar_status status = llmpar__session_params(g, 2 * layer, &p);
-    if (!status) status = llmpar__session_params(g, 2 * layer + 1, &m);
+    llmpar_status status = llmpar__session_params(g, layer, p);
     if (status) return status;
     llmpar__session_attention(g, layer, position, count, &attention);
-    char *k = (char *)(uintptr_t)attention.k + (size_t)(position * ld) * s->size, *v = (char *)(uintptr_t)attention.v + (size_t)(position * ld) * s->size;
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->h * s->e, s->d, g->h, s->d, p[LLMPAR__WQ], s->d, g->q, s->h * s->e, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WK], s->d, k, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->k * s->e, s->d, g->h, s->d, p[LLMPAR__WV], s->d, v, ld, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar__session_rope(g, g->q, s->h, s->h * s->e, position, count);
-    if (!status) status = llmpar__session_rope(g, k, s->k, ld, position, count);
+    size_t at = (size_t)(position * s->k * s->e) * s->size;
+    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at;
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
+    if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
+    if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
-    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, g->sum, g->x, m[0], g->x, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__GATE - LLMPAR__NORM2], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, m[LLMPAR__UP - LLMPAR__NORM2], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -10553,7 +10926,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, m[LLMPAR__DOWN - LLMPAR__NORM2], c->intermediate, 1, &row);
+    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
@@ -10581,7 +10954,7 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, x, NULL, p[0], NULL, g->h, g->rstd);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, p[0], NULL, g->h, g->rstd);
     if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;
@@ -10632,6 +11005,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
 LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *fsdp, const int32_t *ids, int32_t count, float *logits)
 {
     llmpar__session g;
+    if (model->applied == 2 && llmpar__llama_check_length(model, count)) return LLMPAR_ERR_UNSUPPORTED;
     if (count < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "logits: %d ids, expected at least 1", (int)count);
     llmpar_status status = llmpar__session_open(model, fsdp, count, count, &g);
     if (!status) status = llmpar__session_forward(&g, ids, 0, count);
@@ -10729,6 +11103,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     if (tokens < 0) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: tokens = %d, expected at least 1", (int)tokens);
     if (!(desc->temperature >= 0) || !llmpar_isfinite_f64(desc->temperature)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: temperature = %g, expected 0 or more", desc->temperature);
     if (!(desc->top_p >= 0 && desc->top_p <= 1)) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: top_p = %g, expected 0 .. 1", desc->top_p);
+    if (model->applied == 2 && llmpar__llama_check_length(model, 0)) return LLMPAR_ERR_UNSUPPORTED;
     int64_t rows = desc->prompt_count < CHUNK ? desc->prompt_count : CHUNK;
     int32_t *order = (int32_t *)llmpar_heap_alloc(&model->ctx->heap, (size_t)c->vocab, sizeof *order);
     if (!order) return llmpar_fail(model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
@@ -10823,13 +11198,12 @@ static int llmpar__json_peek(const llmpar__json_parser *p)
 
 /* ---- strings ---- */
 
-/* Bytes of the UTF-8 character at text, 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
+/* Bytes of the UTF-8 character at text[length > 0], 0 if it is none: overlong forms, surrogates and values above U+10FFFF are
    refused (Unicode 15, table 3-7). */
 static size_t llmpar__json_utf8(const char *text, size_t length)
 {
     unsigned first, second, low = 0x80, high = 0xBF;
     size_t bytes, i;
-    if (length == 0) return 0;
     first = (unsigned char)text[0];
     if (first < 0x80) return 1;
     if (first < 0xC2 || first > 0xF4) return 0;
@@ -10942,7 +11316,7 @@ static int llmpar__json_read_string(llmpar__json_parser *p, const char **string,
 
 /* ---- numbers ---- */
 
-/* A natural number below 2^2816, for decimals that double arithmetic cannot round exactly. */
+/* A natural number above 0 and below 2^2816, for decimals that double arithmetic cannot round exactly. */
 #define LLMPAR__JSON_BIG_LIMBS 88
 typedef struct llmpar__json_big {
     uint32_t limb[LLMPAR__JSON_BIG_LIMBS]; /* lowest first */
@@ -10964,13 +11338,12 @@ static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, ui
 
 static int llmpar__json_big_bits(const llmpar__json_big *big)
 {
-    return big->used ? 32 * big->used - __builtin_clz(big->limb[big->used - 1]) : 0;
+    return 32 * big->used - __builtin_clz(big->limb[big->used - 1]);
 }
 
 static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
 {
     int limbs = bits / 32, i;
-    if (!big->used) return;
     if (limbs) {
         for (i = big->used - 1; i >= 0; i--) big->limb[i + limbs] = big->limb[i];
         for (i = 0; i < limbs; i++) big->limb[i] = 0;
@@ -11327,7 +11700,7 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
     size_t needed = 0, at = 0, i, bytes;
     char piece[8];
     int ended = 0;
-    for (i = 0; i <= length + 1; i++) { /* the opening quote, at most `length` characters, the closing quote */
+    for (i = 0; !ended; i++) { /* the opening quote, at most `length` characters, the closing quote */
         size_t piece_length = 1;
         piece[0] = '"';
         if (i > 0 && at < length) {
@@ -11357,24 +11730,168 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
         }
         for (bytes = 0; bytes < piece_length; bytes++, needed++)
             if (needed + 1 < capacity) out[needed] = piece[bytes];
-        if (ended) break;
     }
     if (capacity) out[needed < capacity ? needed : capacity - 1] = 0;
     return needed;
 }
 
 #undef LLMPAR__JSON_BIG_LIMBS
+/* ==== src/base/text.c ==== */
 
+#include <stdarg.h>
+#include <stdio.h>
+
+LLMPAR__PRIVATE_DEF llmpar__text llmpar__text_begin(char *text, size_t capacity)
+{
+    llmpar__text out;
+    out.text = text;
+    out.capacity = capacity;
+    out.used = 0;
+    if (capacity) text[0] = 0;
+    return out;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__text_put(llmpar__text *out, const char *format, ...)
+{
+    va_list arguments;
+    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
+    va_start(arguments, format);
+    int length = vsnprintf(room ? out->text + out->used : NULL, room, format, arguments);
+    va_end(arguments);
+    if (length > 0) out->used += (size_t)length;
+}
+
+/* ==== src/io/system.c ==== */
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#if !defined(LLMPAR_NO_IO)
+
+/* More than this is cut short by the kernel anyway. */
+#define LLMPAR__SYSTEM_PART ((size_t)1 << 30)
+
+static int llmpar__system_open(void *user, const char *path, llmpar_io_mode mode, int *handle)
+{
+    int flags = mode == LLMPAR_IO_READ ? O_RDONLY : mode == LLMPAR_IO_WRITE ? O_WRONLY | O_CREAT | O_TRUNC : O_RDONLY | O_DIRECTORY;
+    (void)user;
+    /* O_NONBLOCK: a pipe without a writer is not waited for; a regular file ignores it. */
+    *handle = open(path, flags | O_CLOEXEC | O_NONBLOCK, 0666);
+    return *handle < 0 ? errno : 0;
+}
+
+static int llmpar__system_close(void *user, int handle)
+{
+    (void)user;
+    return close(handle) ? errno : 0;
+}
+
+static int llmpar__system_read(void *user, int handle, void *data, size_t bytes, uint64_t offset, size_t *got)
+{
+    (void)user;
+    *got = 0;
+    if (offset > INT64_MAX) return EOVERFLOW;
+    ssize_t count = pread(handle, data, bytes < LLMPAR__SYSTEM_PART ? bytes : LLMPAR__SYSTEM_PART, (off_t)offset);
+    if (count < 0) return errno;
+    *got = (size_t)count;
+    return 0;
+}
+
+static int llmpar__system_write(void *user, int handle, const void *data, size_t bytes, size_t *written)
+{
+    (void)user;
+    *written = 0;
+    ssize_t count = write(handle, data, bytes < LLMPAR__SYSTEM_PART ? bytes : LLMPAR__SYSTEM_PART);
+    if (count < 0) return errno;
+    *written = (size_t)count;
+    return 0;
+}
+
+static int llmpar__system_sync(void *user, int handle)
+{
+    (void)user;
+    if (fsync(handle) == 0) return 0;
+    /* A file system that cannot sync a directory says EINVAL, one that is read-only EROFS: nothing is waiting there. */
+    struct stat s;
+    int number = errno;
+    return (number == EINVAL || number == EROFS) && fstat(handle, &s) == 0 && S_ISDIR(s.st_mode) ? 0 : number;
+}
+
+static int llmpar__system_rename(void *user, const char *from, const char *to)
+{
+    (void)user;
+    return rename(from, to) ? errno : 0;
+}
+
+static int llmpar__system_remove(void *user, const char *path)
+{
+    (void)user;
+    return remove(path) ? errno : 0;
+}
+
+static int llmpar__system_make_directory(void *user, const char *path)
+{
+    (void)user;
+    return mkdir(path, 0777) ? errno : 0;
+}
+
+static int llmpar__system_look(void *user, const char *path, llmpar_io_kind *kind, uint64_t *bytes)
+{
+    struct stat s;
+    (void)user;
+    *kind = LLMPAR_IO_NONE;
+    *bytes = 0;
+    if (stat(path, &s) != 0) return errno == ENOENT || errno == ENOTDIR ? 0 : errno;
+    *kind = S_ISREG(s.st_mode) ? LLMPAR_IO_FILE : S_ISDIR(s.st_mode) ? LLMPAR_IO_FOLDER : S_ISFIFO(s.st_mode) ? LLMPAR_IO_PIPE : LLMPAR_IO_OTHER;
+    *bytes = (uint64_t)s.st_size;
+    return 0;
+}
+
+static int llmpar__system_list(void *user, const char *path, int (*entry)(void *entry_user, const char *name), void *entry_user)
+{
+    DIR *directory = opendir(path);
+    int result = 0;
+    (void)user;
+    if (!directory) return errno;
+    while (!result) {
+        errno = 0;
+        const struct dirent *next = readdir(directory);
+        if (!next) {
+            result = errno;
+            break;
+        }
+        if (strcmp(next->d_name, ".") && strcmp(next->d_name, "..")) result = entry(entry_user, next->d_name);
+    }
+    closedir(directory);
+    return result;
+}
+
+static const llmpar_io llmpar__system_io = {
+    LLMPAR_IO_ABI, sizeof(llmpar_io), NULL,
+    llmpar__system_open, llmpar__system_close, llmpar__system_read, llmpar__system_write, llmpar__system_sync,
+    llmpar__system_rename, llmpar__system_remove, llmpar__system_make_directory, llmpar__system_look, llmpar__system_list
+};
+
+LLMPAR_DEF const llmpar_io *llmpar_io_system(void) { return &llmpar__system_io; }
+
+#undef LLMPAR__SYSTEM_PART
+
+#endif /* LLMPAR_NO_IO */
 /* ==== src/io/file.c ==== */
+
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/types.h>
 #include <unistd.h>
 
 #if !defined(LLMPAR_NO_IO)
@@ -11388,16 +11905,117 @@ static llmpar_status llmpar__file_error(llmpar_error *error, const char *path, c
     return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: %s: %s", path, operation, strerror(number));
 }
 
-LLMPAR_DEF int llmpar_is_directory(const char *path)
+static const llmpar_io *llmpar__file_io(const llmpar_io *io) { return io ? io : llmpar_io_system(); }
+
+static const char *llmpar__file_kind_name(llmpar_io_kind kind)
 {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+    return kind == LLMPAR_IO_FILE ? "regular file" : kind == LLMPAR_IO_FOLDER ? "directory" : kind == LLMPAR_IO_PIPE ? "pipe" : "device or socket";
 }
 
-LLMPAR_DEF int llmpar_is_file(const char *path)
+static int llmpar__file_begin(const llmpar_io *io, const char *path, llmpar_io_mode mode, int *handle)
 {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+    int number;
+    do number = io->open(io->user, path, mode, handle);
+    while (number == EINTR);
+    return number;
+}
+
+static int llmpar__file_sync(const llmpar_io *io, int handle)
+{
+    int number;
+    do number = io->sync(io->user, handle);
+    while (number == EINTR);
+    return number;
+}
+
+/* POSIX leaves open whether an interrupted close has closed; everywhere we run it has. */
+static int llmpar__file_end(const llmpar_io *io, int handle)
+{
+    int number = io->close(io->user, handle);
+    return number == EINTR ? 0 : number;
+}
+
+LLMPAR_DEF llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path)
+{
+    llmpar_io_kind kind = LLMPAR_IO_NONE;
+    uint64_t bytes;
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->look(io->user, path, &kind, &bytes);
+    while (number == EINTR);
+    return number ? LLMPAR_IO_NONE : kind;
+}
+
+LLMPAR_DEF int llmpar_is_directory(const char *path) { return llmpar_file_kind(NULL, path) == LLMPAR_IO_FOLDER; }
+LLMPAR_DEF int llmpar_is_file(const char *path) { return llmpar_file_kind(NULL, path) == LLMPAR_IO_FILE; }
+
+/* ---- reading ---- */
+
+LLMPAR_DEF llmpar_status llmpar_file_open(const llmpar_io *io, const char *path, llmpar_file *out, llmpar_error *error)
+{
+    llmpar_io_kind kind = LLMPAR_IO_NONE;
+    uint64_t bytes = 0;
+    int number;
+    memset(out, 0, sizeof *out);
+    out->handle = -1;
+    out->io = io = llmpar__file_io(io);
+    out->path = path;
+    do number = io->look(io->user, path, &kind, &bytes);
+    while (number == EINTR);
+    if (number || kind == LLMPAR_IO_NONE) return llmpar__file_error(error, path, "cannot open", number ? number : ENOENT);
+    if (kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got a %s", path, llmpar__file_kind_name(kind));
+    number = llmpar__file_begin(io, path, LLMPAR_IO_READ, &out->handle);
+    if (number) {
+        out->handle = -1;
+        return llmpar__file_error(error, path, "cannot open", number);
+    }
+    out->bytes = bytes;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_read(llmpar_file *file, uint64_t offset, void *data, size_t bytes, llmpar_error *error)
+{
+    unsigned char *to = (unsigned char *)data;
+    while (bytes > 0) {
+        size_t got = 0;
+        int number = file->io->read(file->io->user, file->handle, to, bytes, offset, &got);
+        if (number == EINTR) continue;
+        if (number) return llmpar__file_error(error, file->path, "cannot read", number);
+        if (got == 0) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: ends at byte %llu, expected %zu more (%llu when it was opened)", file->path, (unsigned long long)offset, bytes, (unsigned long long)file->bytes);
+        to += got;
+        offset += got;
+        bytes -= got;
+        __atomic_fetch_add(&file->bytes_read, (uint64_t)got, __ATOMIC_RELAXED);
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_file_close(llmpar_file *file)
+{
+    if (file->handle >= 0) llmpar__file_end(file->io, file->handle); /* nothing was written: what close says changes nothing */
+    file->handle = -1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io, const char *path, size_t most, char **text, size_t *bytes, llmpar_error *error)
+{
+    llmpar_file file;
+    *text = NULL;
+    *bytes = 0;
+    llmpar_status status = llmpar_file_open(io, path, &file, error);
+    if (status) return status;
+    if (file.bytes > most) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, expected at most %zu", path, (unsigned long long)file.bytes, most);
+    if (!status) *text = (char *)llmpar_heap_alloc(heap, (size_t)file.bytes + 1, 1);
+    if (!status && !*text) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %llu bytes", path, (unsigned long long)file.bytes);
+    if (!status) status = llmpar_file_read(&file, 0, *text, (size_t)file.bytes, error);
+    llmpar_file_close(&file);
+    if (status) {
+        llmpar_heap_free(heap, *text);
+        *text = NULL;
+        return status;
+    }
+    (*text)[file.bytes] = 0;
+    *bytes = (size_t)file.bytes;
+    return LLMPAR_OK;
 }
 
 /* ---- mapped reads ---- */
@@ -11419,7 +12037,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
     if (!S_ISREG(s.st_mode)) {
         close(fd);
         return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a regular file, got %s", path,
-                                S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
+                               S_ISDIR(s.st_mode) ? "a directory" : S_ISFIFO(s.st_mode) ? "a pipe" : "a device or socket");
     }
     if (s.st_size == 0) {
         close(fd);
@@ -11447,39 +12065,43 @@ LLMPAR_DEF void llmpar_file_unmap(llmpar_mapped *file)
 
 struct llmpar_writer {
     llmpar_heap *heap;
+    const llmpar_io *io;
     char *path;            /* final name; owned */
     char *temporary;       /* path.tmp; owned */
     unsigned char *buffer; /* [LLMPAR__FILE_BUFFER]; owned */
     size_t used;           /* bytes waiting in buffer */
-    int fd;                /* -1 when closed */
+    int handle;            /* -1 when closed */
     int created;           /* temporary exists and is ours to remove */
     int failed;            /* a write failed: commit must not succeed */
+    llmpar_xxh64 sum;      /* of all that came */
 };
 
 static void llmpar__writer_destroy(llmpar_writer *writer)
 {
     llmpar_heap *heap = writer->heap;
-    if (writer->fd >= 0) close(writer->fd);
-    if (writer->created) unlink(writer->temporary);
+    if (writer->handle >= 0) llmpar__file_end(writer->io, writer->handle);
+    if (writer->created) writer->io->remove(writer->io->user, writer->temporary);
     llmpar_heap_free(heap, writer->path);
     llmpar_heap_free(heap, writer->temporary);
     llmpar_heap_free(heap, writer->buffer);
     llmpar_heap_free(heap, writer);
 }
 
-LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path, llmpar_writer **out, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_writer **out, llmpar_error *error)
 {
     llmpar_writer *writer;
     size_t length = strlen(path);
+    llmpar_io_kind kind = llmpar_file_kind(io, path);
     int number;
     *out = NULL;
-    struct stat s;
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
-    if (stat(path, &s) == 0 && !S_ISREG(s.st_mode)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, S_ISDIR(s.st_mode) ? "directory" : S_ISFIFO(s.st_mode) ? "pipe" : "device or socket");
+    if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
     writer = (llmpar_writer *)llmpar_heap_zalloc(heap, 1, sizeof *writer);
     if (!writer) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a writer", path);
     writer->heap = heap;
-    writer->fd = -1;
+    writer->io = llmpar__file_io(io);
+    writer->handle = -1;
+    llmpar_xxh64_begin(&writer->sum);
     writer->path = llmpar_heap_strdup(heap, path);
     writer->temporary = (char *)llmpar_heap_alloc(heap, length + sizeof ".tmp", 1);
     writer->buffer = (unsigned char *)llmpar_heap_alloc(heap, LLMPAR__FILE_BUFFER, 1);
@@ -11489,9 +12111,9 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
     }
     memcpy(writer->temporary, path, length);
     memcpy(writer->temporary + length, ".tmp", sizeof ".tmp");
-    writer->fd = open(writer->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    if (writer->fd < 0) {
-        number = errno;
+    number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
+    if (number) {
+        writer->handle = -1;
         llmpar__file_error(error, writer->temporary, "cannot create", number);
         llmpar__writer_destroy(writer);
         return LLMPAR_ERR_IO;
@@ -11504,20 +12126,14 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const char *path,
 static llmpar_status llmpar__writer_put(llmpar_writer *writer, const unsigned char *data, size_t bytes, llmpar_error *error)
 {
     while (bytes > 0) {
-        /* One write of more than 2 GiB is cut short by the kernel anyway. */
-        size_t part = bytes < ((size_t)1 << 30) ? bytes : (size_t)1 << 30;
-        ssize_t written = write(writer->fd, data, part);
-        if (written < 0) {
-            if (errno == EINTR) continue;
-            writer->failed = 1;
-            return llmpar__file_error(error, writer->temporary, "cannot write", errno);
-        }
-        if (written == 0) {
-            writer->failed = 1;
-            return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: 0 of %zu bytes accepted", writer->temporary, part);
-        }
+        size_t written = 0;
+        int number = writer->io->write(writer->io->user, writer->handle, data, bytes, &written);
+        if (number == EINTR) continue;
+        if (number || written == 0) writer->failed = 1;
+        if (number) return llmpar__file_error(error, writer->temporary, "cannot write", number);
+        if (written == 0) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: 0 of %zu bytes accepted", writer->temporary, bytes);
         data += written;
-        bytes -= (size_t)written;
+        bytes -= written;
     }
     return LLMPAR_OK;
 }
@@ -11534,6 +12150,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
     llmpar_status status;
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
+    llmpar_xxh64_add(&writer->sum, data, bytes);
     if (bytes <= LLMPAR__FILE_BUFFER - writer->used) {
         memcpy(writer->buffer + writer->used, data, bytes);
         writer->used += bytes;
@@ -11547,47 +12164,84 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
     return LLMPAR_OK;
 }
 
-/* The rename itself is durable only when the directory is. File systems that cannot sync a directory say EINVAL. */
-static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const char *path, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_directory_sync(const llmpar_io *io, const char *path, llmpar_error *error)
+{
+    int handle, number;
+    io = llmpar__file_io(io);
+    number = llmpar__file_begin(io, path, LLMPAR_IO_DIRECTORY, &handle);
+    /* A directory may be writable and not readable; then its entries stand without a sync. */
+    if (number) return number == EACCES ? LLMPAR_OK : llmpar__file_error(error, path, "cannot open the directory", number);
+    number = llmpar__file_sync(io, handle);
+    llmpar__file_end(io, handle);
+    return number ? llmpar__file_error(error, path, "cannot sync the directory", number) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_rename(const llmpar_io *io, const char *from, const char *to, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->rename(io->user, from, to);
+    while (number == EINTR);
+    return number ? llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot rename it to %s: %s", from, to, strerror(number)) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_file_remove(const llmpar_io *io, const char *path, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    do number = io->remove(io->user, path);
+    while (number == EINTR);
+    return number && number != ENOENT ? llmpar__file_error(error, path, "cannot remove", number) : LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), void *user, llmpar_error *error)
+{
+    int number;
+    io = llmpar__file_io(io);
+    number = io->list(io->user, path, entry, user);
+    return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
+}
+
+/* The rename itself is durable only when the directory is. */
+static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_error *error)
 {
     const char *slash = strrchr(path, '/');
-    char *parent;
-    llmpar_status status = LLMPAR_OK;
-    int fd;
-    if (!slash) parent = llmpar_heap_strdup(heap, ".");
-    else if (slash == path) parent = llmpar_heap_strdup(heap, "/");
-    else {
-        parent = llmpar_heap_strdup(heap, path);
-        if (parent) parent[slash - path] = 0;
-    }
+    char *parent = llmpar_heap_strdup(heap, !slash ? "." : slash == path ? "/" : path);
+    llmpar_status status;
     if (!parent) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for the directory's name", path);
-    fd = open(parent, O_RDONLY | O_CLOEXEC);
-    /* A directory may be writable and not readable; then the rename stands without a sync. */
-    if (fd < 0 && errno != EACCES) status = llmpar__file_error(error, parent, "cannot open the directory", errno);
-    if (fd >= 0) {
-        if (fsync(fd) != 0 && errno != EINVAL && errno != EROFS) status = llmpar__file_error(error, parent, "cannot sync the directory", errno);
-        close(fd);
-    }
+    if (slash && slash != path) parent[slash - path] = 0;
+    status = llmpar_directory_sync(io, parent, error);
     llmpar_heap_free(heap, parent);
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_writer_settle(llmpar_writer *writer, llmpar_error *error)
 {
     llmpar_status status;
-    int fd;
+    int handle = writer->handle, number = 0;
     if (writer->failed) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     else status = llmpar__writer_flush(writer, error);
-    if (!status && fsync(writer->fd) != 0) status = llmpar__file_error(error, writer->temporary, "cannot sync", errno);
-    fd = writer->fd;
-    writer->fd = -1;
-    /* After close the descriptor is gone, whatever close says. */
-    if (close(fd) != 0 && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", errno);
-    if (!status && rename(writer->temporary, writer->path) != 0) status = llmpar__file_error(error, writer->path, "cannot rename the finished file to it", errno);
-    if (!status) {
-        writer->created = 0;
-        status = llmpar__file_sync_parent(writer->heap, writer->path, error);
-    }
+    if (!status) number = llmpar__file_sync(writer->io, handle);
+    if (number) status = llmpar__file_error(error, writer->temporary, "cannot sync", number);
+    writer->handle = -1;
+    number = llmpar__file_end(writer->io, handle);
+    if (number && !status) status = llmpar__file_error(error, writer->temporary, "cannot close", number);
+    if (!status) status = llmpar_file_rename(writer->io, writer->temporary, writer->path, error);
+    if (status) writer->io->remove(writer->io->user, writer->temporary);
+    writer->created = 0;
+    return status;
+}
+
+LLMPAR_DEF void llmpar_writer_sum(const llmpar_writer *writer, uint64_t *bytes, uint64_t *xxh64)
+{
+    if (bytes) *bytes = writer->sum.bytes;
+    if (xxh64) *xxh64 = llmpar_xxh64_end(&writer->sum);
+}
+
+LLMPAR_DEF llmpar_status llmpar_writer_commit(llmpar_writer *writer, llmpar_error *error)
+{
+    llmpar_status status = llmpar_writer_settle(writer, error);
+    if (!status) status = llmpar__file_sync_parent(writer->heap, writer->io, writer->path, error);
     llmpar__writer_destroy(writer);
     return status;
 }
@@ -11599,23 +12253,21 @@ LLMPAR_DEF void llmpar_writer_abandon(llmpar_writer *writer)
 
 /* ---- directories ---- */
 
-LLMPAR_DEF llmpar_status llmpar_directory_ensure(const char *path, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char *path, llmpar_error *error)
 {
     char probe[4096];
-    int length, fd;
-    if (mkdir(path, 0777) != 0) {
-        int number = errno;
-        if (number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
-        if (!llmpar_is_directory(path)) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
-    }
+    int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
+    if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
+    io = llmpar__file_io(io);
+    number = io->make_directory(io->user, path);
+    if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
+    if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
-    length = snprintf(probe, sizeof probe, "%s/.llmpar-XXXXXX", path);
-    if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 16);
-    fd = mkstemp(probe);
-    if (fd < 0) return llmpar__file_error(error, path, "cannot write in the directory", errno);
-    close(fd);
-    if (unlink(probe) != 0) return llmpar__file_error(error, probe, "cannot remove", errno);
-    return LLMPAR_OK;
+    number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
+    if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
+    llmpar__file_end(io, handle);
+    number = io->remove(io->user, probe);
+    return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 
 #undef LLMPAR__FILE_BUFFER
@@ -11650,7 +12302,7 @@ static const char llmpar__st_supported[] = "F32, F64, BF16, F16, I32, I64, U64 o
 typedef struct llmpar__st_file {
     llmpar_safetensors file;
     llmpar_heap *heap;
-    llmpar_mapped mapped;        /* zero for open_memory */
+    llmpar_file source;          /* closed for open_memory */
     char *path;
     char *names;                 /* all names, each zero-terminated */
     llmpar_safetensor *tensors;
@@ -11707,15 +12359,8 @@ static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_befor
 
 static const char *llmpar__st_type_name(const llmpar_json *value)
 {
-    switch (value->type) {
-    case LLMPAR_JSON_NULL: return "null";
-    case LLMPAR_JSON_BOOL: return "a boolean";
-    case LLMPAR_JSON_NUMBER: return "a number";
-    case LLMPAR_JSON_STRING: return "a string";
-    case LLMPAR_JSON_ARRAY: return "an array";
-    case LLMPAR_JSON_OBJECT: return "an object";
-    default: return "?";
-    }
+    static const char *const names[] = {"null", "a boolean", "a number", "a string", "an array", "an object"}; /* by llmpar_json_type */
+    return names[value->type];
 }
 
 /* A non-negative integer written as one: no fraction, no exponent, no "-0". */
@@ -11891,43 +12536,49 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__st_parse(llmpar__st_file *s, const unsigned char *data, size_t bytes, llmpar_error *error)
+/* first[at most 8]: how the file of `bytes` begins. *length: of the header, which lies inside the file. */
+static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const unsigned char *first, uint64_t bytes, size_t *length, llmpar_error *error)
+{
+    uint64_t stated = 0;
+    int i;
+    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %u bytes, expected at least 8 for the header length", s->path, (unsigned)bytes);
+    for (i = 7; i >= 0; i--) stated = stated << 8 | first[i];
+    if (stated > LLMPAR__ST_MAX_HEADER)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)stated, LLMPAR__ST_MAX_HEADER);
+    if (stated > bytes - 8)
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %llu bytes follow it: the file is truncated (file byte 0)",
+                                s->path, (unsigned long long)stated, (unsigned long long)(bytes - 8));
+    if ((uint64_t)(size_t)bytes != bytes) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: %llu bytes are more than this machine can address", s->path, (unsigned long long)bytes);
+    *length = (size_t)stated;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, size_t length, size_t data_bytes, llmpar_error *error)
 {
     llmpar__st_reader r;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
     llmpar_status status;
-    uint64_t length = 0;
     char name[256];
-    int i;
     memset(&r, 0, sizeof r);
     memset(&desc, 0, sizeof desc);
-    if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %zu bytes, expected at least 8 for the header length", s->path, bytes);
-    for (i = 7; i >= 0; i--) length = length << 8 | data[i];
-    if (length > LLMPAR__ST_MAX_HEADER)
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)length, LLMPAR__ST_MAX_HEADER);
-    if (length > bytes - 8)
-        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, but only %zu bytes follow it: the file is truncated (file byte 0)",
-                                s->path, (unsigned long long)length, bytes - 8);
-    if (length == 0 || data[8] != '{')
+    if (length == 0 || header[0] != '{')
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header does not begin with '{' (file byte 8)", s->path);
     snprintf(name, sizeof name, "%.200s: header", s->path);
     desc.name = name;
     desc.unique_keys = 1;
-    status = llmpar_json_parse(s->heap, (const char *)data + 8, (size_t)length, &desc, &root, error);
+    status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
     if (status) return status;
     r.path = s->path;
-    r.header = (const char *)data + 8;
-    r.data_bytes = bytes - 8 - (size_t)length;
+    r.header = header;
+    r.data_bytes = data_bytes;
     r.error = error;
     status = llmpar__st_read_header(s, &r, root);
     llmpar_json_destroy(s->heap, root);
-    if (!status) status = llmpar__st_check_cover(s, &r, 8 + (size_t)length);
-    if (status) return status;
+    if (!status) status = llmpar__st_check_cover(s, &r, 8 + length);
     s->file.tensor = s->tensors;
-    s->file.data = data;
     s->file.path = s->path;
-    return LLMPAR_OK;
+    return status;
 }
 
 /* An empty file object with its path, or NULL. */
@@ -11937,6 +12588,7 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
     if (s) {
         s->heap = heap;
         s->file.state = s;
+        s->source.handle = -1;
         s->path = llmpar_heap_strdup(heap, path);
         if (s->path) return s;
         llmpar_heap_free(heap, s);
@@ -11952,43 +12604,64 @@ LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
     if (!file) return;
     s = (llmpar__st_file *)file->state;
     heap = s->heap;
-    llmpar_file_unmap(&s->mapped);
+    llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
     llmpar_heap_free(heap, s->names);
     llmpar_heap_free(heap, s->path);
     llmpar_heap_free(heap, s);
 }
 
-LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const char *path, llmpar_safetensors **out, llmpar_error *error)
+/* What was opened, or nothing of it. */
+static llmpar_status llmpar__st_opened(llmpar__st_file *s, llmpar_status status, llmpar_safetensors **out)
+{
+    if (status) llmpar_safetensors_close(&s->file);
+    else *out = &s->file;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error)
 {
     llmpar__st_file *s;
+    unsigned char first[8];
+    char *header = NULL;
+    size_t length = 0;
     llmpar_status status;
     *out = NULL;
     s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar_file_map(path, &s->mapped, error);
-    if (!status) status = llmpar__st_parse(s, s->mapped.data, s->mapped.bytes, error);
-    if (status) {
-        llmpar_safetensors_close(&s->file);
-        return status;
-    }
-    *out = &s->file;
-    return LLMPAR_OK;
+    status = llmpar_file_open(io, s->path, &s->source, error);
+    if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
+    if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
+    if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
+    if (!status && !header) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, length);
+    if (!status) status = llmpar_file_read(&s->source, 8, header, length, error);
+    if (!status) status = llmpar__st_parse(s, header, length, (size_t)s->source.bytes - 8 - length, error);
+    llmpar_heap_free(heap, header);
+    s->file.source = &s->source;
+    return llmpar__st_opened(s, status, out);
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
 {
     llmpar__st_file *s;
+    size_t length = 0;
     llmpar_status status;
     *out = NULL;
     s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar__st_parse(s, (const unsigned char *)data, bytes, error);
-    if (status) {
-        llmpar_safetensors_close(&s->file);
-        return status;
-    }
-    *out = &s->file;
+    status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
+    if (!status) status = llmpar__st_parse(s, (const char *)data + 8, length, bytes - 8 - length, error);
+    s->file.data = (const unsigned char *)data;
+    return llmpar__st_opened(s, status, out);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_read(const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, void *to, llmpar_error *error)
+{
+    llmpar__st_file *s = (llmpar__st_file *)file->state;
+    if (offset > tensor->bytes || bytes > tensor->bytes - offset)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": %zu bytes from byte %zu, but it has %zu", file->path, tensor->name, bytes, offset, tensor->bytes);
+    if (!file->data) return llmpar_file_read(&s->source, tensor->begin + offset, to, bytes, error);
+    if (bytes) memcpy(to, file->data + tensor->begin + offset, bytes);
     return LLMPAR_OK;
 }
 
@@ -12117,7 +12790,14 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
     return status;
 }
 
-LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
+LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_error *error)
+{
+    size_t total;
+    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    return status ? status : llmpar__st_check_names(heap, path, tensors, count, error);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
 {
     llmpar_safetensors_writer *w;
     llmpar__st_text header;
@@ -12142,7 +12822,7 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const
         w->path = llmpar_heap_strdup(heap, path);
     }
     if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
-    if (!status) status = llmpar_writer_open(heap, path, &w->writer, error);
+    if (!status) status = llmpar_writer_open(heap, io, path, &w->writer, error);
     if (!status) {
         llmpar__st_put_header(&header, tensors, count);
         for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
@@ -12168,12 +12848,24 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writ
     return status;
 }
 
+static llmpar_status llmpar__st_complete(const llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    if (writer->written == writer->expected) return LLMPAR_OK;
+    return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
+}
+
+LLMPAR_DEF llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_writer *writer, llmpar_error *error)
+{
+    llmpar_status status = llmpar__st_complete(writer, error);
+    return status ? status : llmpar_writer_settle(writer->writer, error);
+}
+
+LLMPAR_DEF void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64) { llmpar_writer_sum(writer->writer, bytes, xxh64); }
+
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_commit(llmpar_safetensors_writer *writer, llmpar_error *error)
 {
-    llmpar_status status;
-    if (writer->written != writer->expected)
-        status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes of data were written, expected %zu", writer->path, writer->written, writer->expected);
-    else {
+    llmpar_status status = llmpar__st_complete(writer, error);
+    if (!status) {
         llmpar_writer *inner = writer->writer;
         writer->writer = NULL;
         status = llmpar_writer_commit(inner, error);
@@ -12389,14 +13081,12 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
 #define LLMPAR_MESH_INTERNAL_H
 
 
-/* Appends to text[capacity] at *used like snprintf, also past the capacity: *used counts what the whole needs. */
-LLMPAR__PRIVATE void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...) LLMPAR_PRINTF(4, 5);
 /* The coordinate of a world rank. */
 LLMPAR__PRIVATE void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES]);
 /* "wq f32[8,6]" */
-LLMPAR__PRIVATE void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor);
+LLMPAR__PRIVATE void llmpar__mesh_put_tensor(llmpar__text *out, const llmpar_dtensor *tensor);
 /* " dp_shard=1 tp=0": the axes of more than one rank. */
-LLMPAR__PRIVATE void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES]);
+LLMPAR__PRIVATE void llmpar__mesh_put_coordinate(llmpar__text *out, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES]);
 
 /* A box of the global tensor, dim d from begin[d] to end[d]. What a rank holds (a range of a rectangle's row-major elements) is a few of them, in row-major order:
 
@@ -12414,7 +13104,6 @@ LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_
 #endif
 /* ---- src/mesh/mesh.c goes on ---- */
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #if defined(__linux__)
@@ -12451,19 +13140,10 @@ LLMPAR_DEF int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t co
     return rank;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append(char *text, size_t capacity, size_t *used, const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    int n = vsnprintf(*used < capacity ? text + *used : NULL, *used < capacity ? capacity - *used : 0, format, args);
-    va_end(args);
-    if (n > 0) *used += (size_t)n;
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append_coordinate(char *text, size_t capacity, size_t *used, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
+LLMPAR__PRIVATE_DEF void llmpar__mesh_put_coordinate(llmpar__text *out, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES])
 {
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (degree[a] > 1) llmpar__mesh_append(text, capacity, used, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
+        if (degree[a] > 1) llmpar__text_put(out, " %s=%d", llmpar_axis_name((llmpar_axis)a), (int)coordinate[a]);
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES])
@@ -12514,9 +13194,9 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
     mesh->dp_ranks = degree[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD];
     mesh->dp_rank = mesh->coordinate[LLMPAR_AXIS_DP_REPLICATE] * degree[LLMPAR_AXIS_DP_SHARD] + mesh->coordinate[LLMPAR_AXIS_DP_SHARD];
     char where[sizeof mesh->where + 1] = "";
-    size_t used = 0;
-    llmpar__mesh_append_coordinate(where, sizeof where, &used, degree, mesh->coordinate);
-    if (used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
+    llmpar__text place = llmpar__text_begin(where, sizeof where);
+    llmpar__mesh_put_coordinate(&place, degree, mesh->coordinate);
+    if (place.used) memcpy(mesh->where, where + 1, sizeof mesh->where); /* without the blank before it */
     if (ctx->error.status == LLMPAR_OK) memcpy(ctx->error.where, mesh->where, sizeof mesh->where);
     llmpar__mesh_name_thread(mesh);
 
@@ -12552,29 +13232,28 @@ LLMPAR_DEF void llmpar_mesh_destroy(llmpar_mesh *mesh)
       dp_shard 1       |    2 |   [3]|   <- this rank                                             */
 LLMPAR_DEF size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t capacity)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     const int32_t *degree = mesh->degree;
-    llmpar__mesh_append(text, capacity, &used, "mesh: dp_replicate %d x dp_shard %d x tp %d = %d ranks, this is rank %d\n\n%26s", (int)degree[LLMPAR_AXIS_DP_REPLICATE], (int)degree[LLMPAR_AXIS_DP_SHARD],
+    llmpar__text_put(&out, "mesh: dp_replicate %d x dp_shard %d x tp %d = %d ranks, this is rank %d\n\n%26s", (int)degree[LLMPAR_AXIS_DP_REPLICATE], (int)degree[LLMPAR_AXIS_DP_SHARD],
                         (int)degree[LLMPAR_AXIS_TP], (int)mesh->ctx->world, (int)mesh->ctx->rank, "");
-    for (int32_t t = 0; t < degree[LLMPAR_AXIS_TP]; t++) llmpar__mesh_append(text, capacity, &used, "  tp %-3d", (int)t);
-    llmpar__mesh_append(text, capacity, &used, "\n");
+    for (int32_t t = 0; t < degree[LLMPAR_AXIS_TP]; t++) llmpar__text_put(&out, "  tp %-3d", (int)t);
+    llmpar__text_put(&out, "\n");
     int32_t at[LLMPAR_MESH_AXES] = { 0, 0, 0, 0, 0 };
     for (at[0] = 0; at[0] < degree[0]; at[0]++)
         for (at[1] = 0; at[1] < degree[1]; at[1]++) {
             char row[64];
             if (degree[0] > 1) snprintf(row, sizeof row, "dp_replicate %d dp_shard %d", (int)at[0], (int)at[1]);
             else snprintf(row, sizeof row, "dp_shard %d", (int)at[1]);
-            llmpar__mesh_append(text, capacity, &used, "  %-24s|", row);
+            llmpar__text_put(&out, "  %-24s|", row);
             for (at[4] = 0; at[4] < degree[4]; at[4]++) {
                 int32_t rank = llmpar_mesh_rank_at(mesh, at);
                 char cell[16];
                 snprintf(cell, sizeof cell, rank == mesh->ctx->rank ? "[%d]" : " %d ", (int)rank);
-                llmpar__mesh_append(text, capacity, &used, "%6s|", cell);
+                llmpar__text_put(&out, "%6s|", cell);
             }
-            llmpar__mesh_append(text, capacity, &used, "\n");
+            llmpar__text_put(&out, "\n");
         }
-    return used;
+    return out.used;
 }
 /* ==== src/mesh/dtensor.c ==== */
 /* dtensor: the arithmetic of cutting. Placements are applied in their order: each SHARD shrinks the rectangle along one dim, a FLAT at the end takes a range of its row-major elements. */
@@ -12682,29 +13361,43 @@ LLMPAR_DEF void llmpar_dtensor_local(const llmpar_dtensor *tensor, const int32_t
     }
 }
 
-LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity)
+LLMPAR_DEF int64_t llmpar_dtensor_run(const llmpar_dtensor *tensor, const llmpar_local *local, int64_t element, int64_t *run)
 {
-    size_t used = 0;
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, tensor->placements ? "[" : "[Replicate");
-    for (int32_t i = 0; i < tensor->placements; i++) {
-        const llmpar_placement *p = &tensor->placement[i];
-        if (i) llmpar__mesh_append(text, capacity, &used, ", ");
-        if (p->kind == LLMPAR_SHARD && p->replicas > 1) llmpar__mesh_append(text, capacity, &used, "Shard(%d) x %d replicas", (int)p->dim, (int)p->replicas);
-        else if (p->kind == LLMPAR_SHARD) llmpar__mesh_append(text, capacity, &used, "Shard(%d)", (int)p->dim);
-        else if (p->kind == LLMPAR_FLAT) llmpar__mesh_append(text, capacity, &used, "Flat(%lld)", (long long)p->offset);
-        else llmpar__mesh_append(text, capacity, &used, "%s", p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : p->kind == LLMPAR_PARTIAL_MAX ? "Partial(max)" : "Replicate");
-        llmpar__mesh_append(text, capacity, &used, " on %s", llmpar_axis_name(p->axis));
+    int64_t index = 0, stride = 1, rest = element, together = 1; /* elements of the rectangle that lie together: rows that are whole, and one dim that need not be */
+    int whole = 1;
+    for (int32_t d = tensor->dims - 1; d >= 0; d--) {
+        index += (rest % local->shape[d] + local->offset[d]) * stride;
+        rest /= local->shape[d];
+        stride *= tensor->shape[d];
+        if (whole) together *= local->shape[d];
+        whole &= local->shape[d] == tensor->shape[d];
     }
-    llmpar__mesh_append(text, capacity, &used, "]");
-    return used;
+    *run = together - element % together;
+    return index;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__mesh_append_tensor(char *text, size_t capacity, size_t *used, const llmpar_dtensor *tensor)
+LLMPAR_DEF size_t llmpar_dtensor_placements(const llmpar_dtensor *tensor, char *text, size_t capacity)
 {
-    llmpar__mesh_append(text, capacity, used, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
-    llmpar__mesh_append(text, capacity, used, "]");
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__text_put(&out, tensor->placements ? "[" : "[Replicate");
+    for (int32_t i = 0; i < tensor->placements; i++) {
+        const llmpar_placement *p = &tensor->placement[i];
+        if (i) llmpar__text_put(&out, ", ");
+        if (p->kind == LLMPAR_SHARD && p->replicas > 1) llmpar__text_put(&out, "Shard(%d) x %d replicas", (int)p->dim, (int)p->replicas);
+        else if (p->kind == LLMPAR_SHARD) llmpar__text_put(&out, "Shard(%d)", (int)p->dim);
+        else if (p->kind == LLMPAR_FLAT) llmpar__text_put(&out, "Flat(%lld)", (long long)p->offset);
+        else llmpar__text_put(&out, "%s", p->kind == LLMPAR_PARTIAL_SUM ? "Partial(sum)" : p->kind == LLMPAR_PARTIAL_MAX ? "Partial(max)" : "Replicate");
+        llmpar__text_put(&out, " on %s", llmpar_axis_name(p->axis));
+    }
+    llmpar__text_put(&out, "]");
+    return out.used;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__mesh_put_tensor(llmpar__text *out, const llmpar_dtensor *tensor)
+{
+    llmpar__text_put(out, "%s %s[", tensor->name ? tensor->name : "tensor", llmpar_dtype_name(tensor->dtype));
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__text_put(out, "%s%lld", d ? "," : "", (long long)tensor->shape[d]);
+    llmpar__text_put(out, "]");
 }
 
 /* The range [begin, end) of a rectangle's row-major elements, seen from dim d on (the dims before have been fixed in `at`). */
@@ -12838,8 +13531,7 @@ static void llmpar__picture_make(const llmpar_dtensor *tensor, const llmpar_mesh
 static int32_t llmpar__picture_holders(const llmpar__picture *picture, int32_t row, int32_t column, char *text, size_t capacity)
 {
     int32_t first = -1, begin = -1;
-    size_t used = 0;
-    text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     for (int32_t r = 0; r <= picture->ranks; r++) {
         int holds = 0;
         if (r < picture->ranks) {
@@ -12853,10 +13545,10 @@ static int32_t llmpar__picture_holders(const llmpar__picture *picture, int32_t r
         if (holds && first < 0) first = r;
         if (holds && begin < 0) begin = r;
         if (holds || begin < 0) continue;
-        llmpar__mesh_append(text, capacity, &used, r - begin > 2 ? "%s%d-%d" : r - begin == 2 ? "%s%d %d" : "%s%d", used ? " " : "", (int)begin, (int)r - 1);
+        llmpar__text_put(&out, r - begin > 2 ? "%s%d-%d" : r - begin == 2 ? "%s%d %d" : "%s%d", out.used ? " " : "", (int)begin, (int)r - 1);
         begin = -1;
     }
-    if (used >= capacity) memcpy(text + capacity - 3, "..", 3);
+    if (out.used >= capacity) memcpy(text + capacity - 3, "..", 3);
     return first;
 }
 
@@ -12880,7 +13572,7 @@ static int32_t llmpar__picture_first(const llmpar__picture *picture, int32_t ran
 static void llmpar__picture_label(const llmpar__picture *picture, int dim, int32_t band, char *elements, char *coordinates, size_t capacity)
 {
     int32_t shared[LLMPAR_MESH_AXES];
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(coordinates, capacity);
     for (int a = 0; a < LLMPAR_MESH_AXES; a++) shared[a] = -1; /* -2: several */
     for (int32_t r = 0; r < picture->ranks; r++) {
         int32_t coordinate[LLMPAR_MESH_AXES];
@@ -12892,13 +13584,12 @@ static void llmpar__picture_label(const llmpar__picture *picture, int dim, int32
                 shared[a] = shared[a] == -1 || shared[a] == coordinate[a] ? coordinate[a] : -2;
     }
     snprintf(elements, capacity, "%lld:%lld", (long long)picture->at[dim][band], (long long)picture->at[dim][band + 1]);
-    coordinates[0] = 0;
     for (int a = 0; a < LLMPAR_MESH_AXES; a++)
-        if (picture->degree[a] > 1 && shared[a] >= 0) llmpar__mesh_append(coordinates, capacity, &used, "%s%s=%d", used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)shared[a]);
+        if (picture->degree[a] > 1 && shared[a] >= 0) llmpar__text_put(&out, "%s%s=%d", out.used ? " " : "", llmpar_axis_name((llmpar_axis)a), (int)shared[a]);
 }
 
 /* "rank 3 dp_shard=1 tp=1  [2:4, 0:6]  elements 6:12 at 0 of the shard  24 bytes (copy)" */
-static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, char *text, size_t capacity, size_t *used)
+static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, llmpar__text *out)
 {
     const llmpar_dtensor *tensor = picture->tensor;
     int32_t coordinate[LLMPAR_MESH_AXES];
@@ -12907,13 +13598,13 @@ static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, c
     llmpar__mesh_coordinate(picture->degree, rank, coordinate);
     llmpar_dtensor_local(tensor, picture->degree, coordinate, &local);
     for (int32_t i = 0; i < tensor->placements; i++) flat |= tensor->placement[i].kind == LLMPAR_FLAT;
-    llmpar__mesh_append(text, capacity, used, "rank %d", (int)rank);
-    llmpar__mesh_append_coordinate(text, capacity, used, picture->degree, coordinate);
-    llmpar__mesh_append(text, capacity, used, "  [");
-    for (int32_t d = 0; d < tensor->dims; d++) llmpar__mesh_append(text, capacity, used, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
-    llmpar__mesh_append(text, capacity, used, "]");
-    if (flat) llmpar__mesh_append(text, capacity, used, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
-    llmpar__mesh_append(text, capacity, used, "  %lld bytes%s", (long long)(local.flat_count * (int64_t)llmpar_dtype_size(tensor->dtype)), local.is_owner ? "" : " (copy)");
+    llmpar__text_put(out, "rank %d", (int)rank);
+    llmpar__mesh_put_coordinate(out, picture->degree, coordinate);
+    llmpar__text_put(out, "  [");
+    for (int32_t d = 0; d < tensor->dims; d++) llmpar__text_put(out, "%s%lld:%lld", d ? ", " : "", (long long)local.offset[d], (long long)(local.offset[d] + local.shape[d]));
+    llmpar__text_put(out, "]");
+    if (flat) llmpar__text_put(out, "  elements %lld:%lld at %lld of the shard", (long long)local.flat_begin, (long long)(local.flat_begin + local.flat_count), (long long)local.shard_begin);
+    llmpar__text_put(out, "  %lld bytes%s", (long long)(local.flat_count * (int64_t)llmpar_dtype_size(tensor->dtype)), local.is_owner ? "" : " (copy)");
 }
 
 /* wq f32[12,16] [Shard(0) on tp, Flat(0) on dp_shard]
@@ -12926,21 +13617,20 @@ static void llmpar__picture_rank(const llmpar__picture *picture, int32_t rank, c
 LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
 {
     enum { WIDTH = 40, ROWS = 64, COLUMNS = 24 };
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     llmpar__picture picture;
     char placements[256], elements[WIDTH], coordinates[WIDTH], cell[WIDTH];
     llmpar__picture_make(tensor, mesh, &picture);
     llmpar_dtensor_placements(tensor, placements, sizeof placements);
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append_tensor(text, capacity, &used, tensor);
-    llmpar__mesh_append(text, capacity, &used, " %s\n", placements);
+    llmpar__mesh_put_tensor(&out, tensor);
+    llmpar__text_put(&out, " %s\n", placements);
     for (int32_t r = 0; r < picture.ranks; r++) {
-        llmpar__mesh_append(text, capacity, &used, "  ");
-        llmpar__picture_rank(&picture, r, text, capacity, &used);
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "  ");
+        llmpar__picture_rank(&picture, r, &out);
+        llmpar__text_put(&out, "\n");
     }
     int32_t rows = picture.bands[0], columns = picture.bands[1];
-    if (!rows || rows > ROWS || columns > COLUMNS) return used;
+    if (!rows || rows > ROWS || columns > COLUMNS) return out.used;
     int width[COLUMNS], left = 0, left_elements = 0, named = 0;
     for (int32_t c = 0; c < columns; c++) {
         llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
@@ -12956,25 +13646,25 @@ LLMPAR_DEF size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpa
         if ((int)strlen(elements) > left_elements) left_elements = (int)strlen(elements);
         if ((int)strlen(coordinates) > left) left = (int)strlen(coordinates);
     }
-    llmpar__mesh_append(text, capacity, &used, "  ranks that hold each part, by rows and columns\n");
+    llmpar__text_put(&out, "  ranks that hold each part, by rows and columns\n");
     for (int line = 0; line < 1 + named; line++) {
-        llmpar__mesh_append(text, capacity, &used, "    %*s  %*s  ", left_elements, "", left, "");
+        llmpar__text_put(&out, "    %*s  %*s  ", left_elements, "", left, "");
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_label(&picture, 1, c, elements, coordinates, WIDTH);
-            llmpar__mesh_append(text, capacity, &used, " %-*s ", width[c], line ? coordinates : elements);
+            llmpar__text_put(&out, " %-*s ", width[c], line ? coordinates : elements);
         }
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "\n");
     }
     for (int32_t r = 0; r < rows; r++) {
         llmpar__picture_label(&picture, 0, r, elements, coordinates, WIDTH);
-        llmpar__mesh_append(text, capacity, &used, "    %-*s  %-*s |", left_elements, tensor->dims == 2 ? elements : "", left, coordinates);
+        llmpar__text_put(&out, "    %-*s  %-*s |", left_elements, tensor->dims == 2 ? elements : "", left, coordinates);
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
-            llmpar__mesh_append(text, capacity, &used, " %-*s|", width[c], cell);
+            llmpar__text_put(&out, " %-*s|", width[c], cell);
         }
-        llmpar__mesh_append(text, capacity, &used, "\n");
+        llmpar__text_put(&out, "\n");
     }
-    return used;
+    return out.used;
 }
 
 /* ---- SVG ---- */
@@ -12990,13 +13680,13 @@ static unsigned llmpar__picture_color(int32_t rank)
 }
 
 /* Text content: what XML forbids or reads as markup is written as entities or replaced. */
-static void llmpar__picture_escape(char *text, size_t capacity, size_t *used, const char *content)
+static void llmpar__picture_escape(llmpar__text *out, const char *content)
 {
     for (; *content; content++) {
         unsigned char c = (unsigned char)*content;
         const char *entity = c == '&' ? "&amp;" : c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '"' ? "&quot;" : c < 0x20 || c >= 0x7f ? "?" : NULL;
-        if (entity) llmpar__mesh_append(text, capacity, used, "%s", entity);
-        else llmpar__mesh_append(text, capacity, used, "%c", (int)c);
+        if (entity) llmpar__text_put(out, "%s", entity);
+        else llmpar__text_put(out, "%c", (int)c);
     }
 }
 
@@ -13042,7 +13732,8 @@ static void llmpar__picture_pixels(const llmpar__picture *picture, int dim, int3
 LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity)
 {
     enum { TOP = 110, WHOLE = 640, LINE = 20, LABEL = 96 };
-    size_t used = 0, length;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__text words;
     llmpar__picture picture;
     char line[512], elements[LABEL], coordinates[LABEL], cell[LABEL], next[LABEL];
     int32_t x[LLMPAR__PICTURE_BANDS + 1], y[LLMPAR__PICTURE_BANDS + 1];
@@ -13057,58 +13748,57 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     x[0] = left < 100 ? 100 : left;
     llmpar__picture_pixels(&picture, 1, ratio > 1.5 && tensor->dims == 2 ? (int32_t)((double)WHOLE / (ratio > 4 ? 2.5 : ratio / 1.5)) : WHOLE, narrow > 96 ? narrow : 96, x);
     int32_t width = x[columns] + 30 < 900 ? 900 : x[columns] + 30, under = y[rows] + (rows ? 40 : 0), height = under + LINE * (legend + (legend < picture.ranks)) + 24;
-    if (capacity) text[0] = 0;
-    llmpar__mesh_append(text, capacity, &used, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
+    llmpar__text_put(&out, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
                         (int)width, (int)height, (int)width, (int)height);
-    llmpar__mesh_append(text, capacity, &used, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
-    length = 0;
-    llmpar__mesh_append_tensor(line, sizeof line, &length, tensor);
-    llmpar__picture_escape(text, capacity, &used, line);
+    llmpar__text_put(&out, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
+    words = llmpar__text_begin(line, sizeof line);
+    llmpar__mesh_put_tensor(&words, tensor);
+    llmpar__picture_escape(&out, line);
     llmpar_dtensor_placements(tensor, line, sizeof line);
-    llmpar__mesh_append(text, capacity, &used, "</text>\n<text id=\"placements\" x=\"24\" y=\"57\" fill=\"#555555\">%s</text>\n", line);
+    llmpar__text_put(&out, "</text>\n<text id=\"placements\" x=\"24\" y=\"57\" fill=\"#555555\">%s</text>\n", line);
     for (int32_t c = 0; c < columns; c++) {
         llmpar__picture_label(&picture, 1, c, elements, coordinates, LABEL);
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"column-%d\" text-anchor=\"middle\"><text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)c,
+        llmpar__text_put(&out, "<g id=\"column-%d\" text-anchor=\"middle\"><text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)c,
                             (int)(x[c] + x[c + 1]) / 2, TOP - 10, coordinates, (int)(x[c] + x[c + 1]) / 2, coordinates[0] ? TOP - 26 : TOP - 10, elements);
     }
     for (int32_t r = 0; r < rows; r++) {
         int32_t middle = (y[r] + y[r + 1]) / 2 + 5;
         llmpar__picture_label(&picture, 0, r, elements, coordinates, LABEL);
         if (tensor->dims == 1) elements[0] = 0;
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"row-%d\" text-anchor=\"end\">", (int)r);
+        llmpar__text_put(&out, "<g id=\"row-%d\" text-anchor=\"end\">", (int)r);
         if (coordinates[0] && y[r + 1] - y[r] >= 40) /* one above the other, or side by side */
-            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)x[0] - 10, (int)middle - 8, coordinates, (int)x[0] - 10, (int)middle + 9, elements);
+            llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" font-weight=\"bold\">%s</text><text x=\"%d\" y=\"%d\" font-size=\"12\" fill=\"#555555\">%s</text></g>\n", (int)x[0] - 10, (int)middle - 8, coordinates, (int)x[0] - 10, (int)middle + 9, elements);
         else
-            llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" font-size=\"12\"><tspan font-weight=\"bold\">%s</tspan> <tspan fill=\"#555555\">%s</tspan></text></g>\n", (int)x[0] - 10, (int)middle, coordinates, elements);
+            llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" font-size=\"12\"><tspan font-weight=\"bold\">%s</tspan> <tspan fill=\"#555555\">%s</tspan></text></g>\n", (int)x[0] - 10, (int)middle, coordinates, elements);
     }
     for (int32_t r = 0; r < rows; r++)
         for (int32_t c = 0; c < columns; c++) {
             int32_t first = llmpar__picture_holders(&picture, r, c, cell, sizeof cell), w = x[c + 1] - x[c], h = y[r + 1] - y[r];
-            llmpar__mesh_append(text, capacity, &used, "<rect id=\"cell-%d-%d\" data-ranks=\"%s\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%06x\"/>\n", (int)r, (int)c, cell, (int)x[c], (int)y[r], (int)w, (int)h, first < 0 ? 0xeeeeeeu : llmpar__picture_color(first));
+            llmpar__text_put(&out, "<rect id=\"cell-%d-%d\" data-ranks=\"%s\" x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"#%06x\"/>\n", (int)r, (int)c, cell, (int)x[c], (int)y[r], (int)w, (int)h, first < 0 ? 0xeeeeeeu : llmpar__picture_color(first));
             if (llmpar__picture_named(&picture, x, y, r, c))
-                llmpar__mesh_append(text, capacity, &used, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s %s</text>\n", (int)x[c] + w / 2, (int)y[r] + h / 2 + 5, strchr(cell, ' ') || strchr(cell, '-') ? "ranks" : "rank", cell);
+                llmpar__text_put(&out, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s %s</text>\n", (int)x[c] + w / 2, (int)y[r] + h / 2 + 5, strchr(cell, ' ') || strchr(cell, '-') ? "ranks" : "rank", cell);
         }
-    llmpar__mesh_append(text, capacity, &used, "<g stroke=\"#444444\" stroke-width=\"1.5\" stroke-linecap=\"square\">\n");
+    llmpar__text_put(&out, "<g stroke=\"#444444\" stroke-width=\"1.5\" stroke-linecap=\"square\">\n");
     for (int32_t r = 0; r < rows; r++) /* a line where the ranks change */
         for (int32_t c = 0; c < columns; c++) {
             llmpar__picture_holders(&picture, r, c, cell, sizeof cell);
             next[0] = 0;
             if (c + 1 < columns) llmpar__picture_holders(&picture, r, c + 1, next, sizeof next);
-            if (c + 1 < columns && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dV%d\"/>\n", (int)x[c + 1], (int)y[r], (int)y[r + 1]);
+            if (c + 1 < columns && strcmp(cell, next)) llmpar__text_put(&out, "<path d=\"M%d %dV%d\"/>\n", (int)x[c + 1], (int)y[r], (int)y[r + 1]);
             if (r + 1 < rows) llmpar__picture_holders(&picture, r + 1, c, next, sizeof next);
-            if (r + 1 < rows && strcmp(cell, next)) llmpar__mesh_append(text, capacity, &used, "<path d=\"M%d %dH%d\"/>\n", (int)x[c], (int)y[r + 1], (int)x[c + 1]);
+            if (r + 1 < rows && strcmp(cell, next)) llmpar__text_put(&out, "<path d=\"M%d %dH%d\"/>\n", (int)x[c], (int)y[r + 1], (int)x[c + 1]);
         }
-    if (rows) llmpar__mesh_append(text, capacity, &used, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\"/>\n", (int)x[0], (int)y[0], (int)(x[columns] - x[0]), (int)(y[rows] - y[0]));
-    llmpar__mesh_append(text, capacity, &used, "</g>\n");
+    if (rows) llmpar__text_put(&out, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\"/>\n", (int)x[0], (int)y[0], (int)(x[columns] - x[0]), (int)(y[rows] - y[0]));
+    llmpar__text_put(&out, "</g>\n");
     for (int32_t r = 0; r < legend; r++) {
-        length = 0;
-        llmpar__picture_rank(&picture, r, line, sizeof line, &length);
-        llmpar__mesh_append(text, capacity, &used, "<g id=\"rank-%d\"><rect x=\"24\" y=\"%d\" width=\"13\" height=\"13\" fill=\"#%06x\" stroke=\"#444444\"/><text x=\"46\" y=\"%d\" font-size=\"12\" xml:space=\"preserve\">%s</text></g>\n", (int)r, (int)(under + LINE * r - 11),
+        words = llmpar__text_begin(line, sizeof line);
+        llmpar__picture_rank(&picture, r, &words);
+        llmpar__text_put(&out, "<g id=\"rank-%d\"><rect x=\"24\" y=\"%d\" width=\"13\" height=\"13\" fill=\"#%06x\" stroke=\"#444444\"/><text x=\"46\" y=\"%d\" font-size=\"12\" xml:space=\"preserve\">%s</text></g>\n", (int)r, (int)(under + LINE * r - 11),
                             llmpar__picture_color(llmpar__picture_first(&picture, r)), (int)(under + LINE * r), line);
     }
-    if (legend < picture.ranks) llmpar__mesh_append(text, capacity, &used, "<text x=\"46\" y=\"%d\" font-size=\"12\">and %d more ranks</text>\n", (int)(under + LINE * legend), (int)(picture.ranks - legend));
-    llmpar__mesh_append(text, capacity, &used, "</svg>\n");
-    return used;
+    if (legend < picture.ranks) llmpar__text_put(&out, "<text x=\"46\" y=\"%d\" font-size=\"12\">and %d more ranks</text>\n", (int)(under + LINE * legend), (int)(picture.ranks - legend));
+    llmpar__text_put(&out, "</svg>\n");
+    return out.used;
 }
 
 #undef LLMPAR__PICTURE_BANDS
@@ -13450,9 +14140,9 @@ static llmpar_status llmpar__redistribute_check(const llmpar_dtensor *from, cons
     }
     if (!same) {
         char got[128], expected[128];
-        size_t a = 0, b = 0;
-        llmpar__mesh_append_tensor(expected, sizeof expected, &a, from);
-        llmpar__mesh_append_tensor(got, sizeof got, &b, to);
+        llmpar__text a = llmpar__text_begin(expected, sizeof expected), b = llmpar__text_begin(got, sizeof got);
+        llmpar__mesh_put_tensor(&a, from);
+        llmpar__mesh_put_tensor(&b, to);
         return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "redistribute: from %s to %s: expected one dtype and shape", expected, got);
     }
     if (elements > INT64_MAX / 4 / ranks / (int64_t)llmpar_dtype_size(from->dtype)) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: redistribute: the bytes of all %lld ranks overflow", name, (long long)ranks);
@@ -13533,21 +14223,20 @@ LLMPAR_DEF llmpar_status llmpar_redistribute_plan_make(const llmpar_dtensor *fro
 LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan *plan, char *text, size_t capacity)
 {
     static const char *const names[] = { "local", "all_gather", "broadcast", "reduce_scatter", "all_reduce", "all_to_all", "exchange" };
-    size_t used = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     char from[256], to[256];
-    if (capacity) text[0] = 0;
     llmpar_dtensor_placements(&plan->from, from, sizeof from);
     llmpar_dtensor_placements(&plan->to, to, sizeof to);
-    llmpar__mesh_append_tensor(text, capacity, &used, &plan->from);
-    llmpar__mesh_append(text, capacity, &used, ": %s -> %s\n", from, to);
+    llmpar__mesh_put_tensor(&out, &plan->from);
+    llmpar__text_put(&out, ": %s -> %s\n", from, to);
     for (int32_t i = 0; i < plan->steps; i++) {
         const llmpar_redistribute_step *step = &plan->step[i];
         int axis = step->op != LLMPAR_REDISTRIBUTE_LOCAL && step->op != LLMPAR_REDISTRIBUTE_EXCHANGE;
         llmpar_dtensor_placements(&step->result, to, sizeof to);
-        llmpar__mesh_append(text, capacity, &used, "  %d  %-14s %-3s%-12s %10lld bytes  -> %s\n", (int)i + 1, names[step->op], axis ? "on" : "", axis ? llmpar_axis_name(step->axis) : "", (long long)step->bytes, to);
+        llmpar__text_put(&out, "  %d  %-14s %-3s%-12s %10lld bytes  -> %s\n", (int)i + 1, names[step->op], axis ? "on" : "", axis ? llmpar_axis_name(step->axis) : "", (long long)step->bytes, to);
     }
-    llmpar__mesh_append(text, capacity, &used, "%lld bytes are sent by %d ranks together; no plan can send less than %lld\n", (long long)plan->bytes, (int)llmpar__redistribute_ranks(plan->degree), (long long)plan->bound);
-    return used;
+    llmpar__text_put(&out, "%lld bytes are sent by %d ranks together; no plan can send less than %lld\n", (long long)plan->bytes, (int)llmpar__redistribute_ranks(plan->degree), (long long)plan->bound);
+    return out.used;
 }
 /* ==== src/mesh/redistribute.c ==== */
 /* redistribute: carrying out a plan, and undoing the cuts of a tensor for who wants it whole.
@@ -13983,10 +14672,10 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
         return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "%s: redistribute: in, scratch and out overlap", name);
 
     char tag[64], before[64], after[64]; /* the barrier compares tags: the request as a number, and, as far as it fits, in words */
-    size_t used = 0;
+    llmpar__text words = llmpar__text_begin(tag, sizeof tag);
     llmpar_dtensor_placements(&plan->from, before, sizeof before);
     llmpar_dtensor_placements(to, after, sizeof after);
-    llmpar__mesh_append(tag, sizeof tag, &used, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
+    llmpar__text_put(&words, "redistribute %08x %s %s -> %s", (unsigned)(plan->fingerprint ^ plan->fingerprint >> 32), name, before, after);
     llmpar_status st = llmpar_comm_barrier(mesh->world, stream, tag);
     llmpar__redistribute_pair pair;
     llmpar__redistribute_pair_make(&plan->from, to, plan->degree, &pair);
@@ -14518,6 +15207,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream
 /* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
+/* Enqueues out[count] = in in another type. */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
 /* The compute dtype's copy from the master. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
 /* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
@@ -14532,6 +15223,9 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_
 /* Index of the first tensor over the world with a non-finite element: unit * 65536 + param for parameters, + 2^40 for the gradients in buffer 0; -1: none. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index);
 
+/* account.c: what a unit needs for a micro-batch of this shape; does its RECOMPUTE leave its output out? */
+LLMPAR__PRIVATE llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out);
+LLMPAR__PRIVATE int llmpar__fsdp_leaves_output(const llmpar_unit *unit);
 /* executor_unit.c: FORWARD, RECOMPUTE, BACKWARD. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in);
 LLMPAR__PRIVATE llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out);
@@ -14568,6 +15262,30 @@ LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32
     cut->axis = LLMPAR_AXIS_DP_SHARD;
     cut->offset = flat->offset ? flat->offset[param] : 0;
     cut->unit_elements = flat->elements;
+}
+
+/* Offsets in the flat buffer are those of the rank's own tp coordinate, whose cuts may differ from ours. */
+LLMPAR_DEF void llmpar_fsdp_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, llmpar_local *out)
+{
+    const llmpar_unit *u = &fsdp->units[unit].unit;
+    int32_t coordinate[LLMPAR_MESH_AXES], n = fsdp->whole_state ? 0 : u->param_count;
+    int64_t at = 0, begin = 0, unit_of = LLMPAR_FLAT_ALIGN * (int64_t)fsdp->mesh->degree[LLMPAR_AXIS_DP_SHARD];
+    llmpar_dtensor tensor;
+    llmpar__mesh_coordinate(fsdp->mesh->degree, rank, coordinate);
+    for (int32_t i = 0; i < n; i++) {
+        llmpar_fsdp_dtensor(fsdp, unit, i, &tensor);
+        tensor.placements--; /* the flat cut */
+        llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
+        if (i == param) begin = at;
+        at = llmpar_round_up(at + out->elements, LLMPAR_FLAT_ALIGN);
+    }
+    llmpar_fsdp_dtensor(fsdp, unit, param, &tensor);
+    if (n) {
+        llmpar_placement *flat = &tensor.placement[tensor.placements - 1];
+        flat->offset = begin;
+        flat->unit_elements = llmpar_round_up(at, unit_of);
+    }
+    llmpar_dtensor_local(&tensor, fsdp->mesh->degree, coordinate, out);
 }
 
 LLMPAR_DEF void *llmpar_fsdp_local(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, void *shard)
@@ -14662,19 +15380,6 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     return llmpar__flat_layout(fsdp, index);
 }
 
-/* Elements [first, first + count) of the row-major rectangle, as runs that are contiguous in the global tensor. */
-static int64_t llmpar__flat_global(const llmpar_param *param, const llmpar_local *local, int64_t element, int64_t *run)
-{
-    int64_t index = 0, stride = 1, rest = element;
-    *run = param->dims ? local->shape[param->dims - 1] - element % local->shape[param->dims - 1] : 1;
-    for (int32_t d = param->dims - 1; d >= 0; d--) {
-        index += (rest % local->shape[d] + local->offset[d]) * stride;
-        rest /= local->shape[d];
-        stride *= param->shape[d];
-    }
-    return index;
-}
-
 /* Initial values: each element from its own counter, so that a rank makes only what it holds. */
 static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
 {
@@ -14696,7 +15401,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
         llmpar_dtensor_local(&tensor, fsdp->mesh->degree, fsdp->mesh->coordinate, &local);
         for (int64_t done = 0; done < segment->count && !status;) {
             int64_t run, count = segment->count - done;
-            int64_t first = llmpar__flat_global(param, &local, local.flat_begin + done, &run);
+            int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
             if (count > run) count = run;
             if (count > CHUNK) count = CHUNK;
             if (param->init_std == 0)
@@ -15233,16 +15938,21 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar
     return llmpar__fsdp_free(fsdp, stream, &flat->gathered);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
 {
     llmpar_cast_args args;
     memset(&args, 0, sizeof args);
-    args.count = (size_t)flat->shard_elements;
-    args.in = flat->master;
-    args.in_dtype = fsdp->sum;
-    args.out = llmpar__shard_part(fsdp, flat);
-    args.out_dtype = fsdp->dtype;
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
     return fsdp->device->cast(fsdp->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
+{
+    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__shard_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -15345,15 +16055,8 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
     if (!fsdp->policy.master || llmpar__fsdp_has_master(fsdp, flat)) {
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
-        llmpar_cast_args args;
-        memset(&args, 0, sizeof args);
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        args.count = (size_t)flat->shard_elements;
-        args.in = llmpar__shard_part(fsdp, flat);
-        args.in_dtype = fsdp->dtype;
-        args.out = flat->master;
-        args.out_dtype = fsdp->sum;
-        if (!status) status = fsdp->device->cast(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], &args);
+        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__shard_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
         llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
         if (!status) status = waited;
     }
@@ -16324,9 +17027,6 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
 }
 /* ==== src/fsdp/schedule_print.c ==== */
 
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
 
 LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
 {
@@ -16349,96 +17049,79 @@ LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
     return "?";
 }
 
-/* Text that may be longer than its buffer: counts what it would take. */
-typedef struct llmpar__schedule_text { char *text; size_t capacity, length; } llmpar__schedule_text;
-static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__schedule_put(llmpar__schedule_text *out, const char *format, ...)
-{
-    va_list list;
-    size_t room = out->length < out->capacity ? out->capacity - out->length : 0;
-    va_start(list, format);
-    int written = vsnprintf(room ? out->text + out->length : NULL, room, format, list);
-    va_end(list);
-    if (written > 0) out->length += (size_t)written;
-}
-
-static void llmpar__schedule_put_ops(llmpar__schedule_text *out, const llmpar_unit_op *ops, int32_t count)
+static void llmpar__schedule_put_ops(llmpar__text *out, const llmpar_unit_op *ops, int32_t count)
 {
     static const char *const kind[] = {"COMPUTE", "TP_GATHER", "TP_REDUCE"};
     for (int32_t i = 0; i < count; i++) {
-        llmpar__schedule_put(out, "          . %2d %-7s %-9s %s", (int)i, ops[i].kind == LLMPAR_COMPUTE ? "compute" : "tp", kind[ops[i].kind], ops[i].name);
+        llmpar__text_put(out, "          . %2d %-7s %-9s %s", (int)i, ops[i].kind == LLMPAR_COMPUTE ? "compute" : "tp", kind[ops[i].kind], ops[i].name);
         for (int32_t w = 0; w < 2; w++)
-            if (ops[i].wait[w]) llmpar__schedule_put(out, "%s%d", w && ops[i].wait[0] ? "," : "  after .", (int)ops[i].wait[w] - 1);
-        llmpar__schedule_put(out, "\n");
+            if (ops[i].wait[w]) llmpar__text_put(out, "%s%d", w && ops[i].wait[0] ? "," : "  after .", (int)ops[i].wait[w] - 1);
+        llmpar__text_put(out, "\n");
     }
 }
 
 /* 1,048,576 B */
-static void llmpar__schedule_put_bytes(llmpar__schedule_text *out, uint64_t bytes)
+static void llmpar__schedule_put_bytes(llmpar__text *out, uint64_t bytes)
 {
     uint64_t unit = 1;
     while (bytes / unit >= 1000) unit *= 1000;
-    llmpar__schedule_put(out, "  %u", (unsigned)(bytes / unit));
+    llmpar__text_put(out, "  %u", (unsigned)(bytes / unit));
     while (unit >= 1000) {
         unit /= 1000;
-        llmpar__schedule_put(out, ",%03u", (unsigned)(bytes / unit % 1000));
+        llmpar__text_put(out, ",%03u", (unsigned)(bytes / unit % 1000));
     }
-    llmpar__schedule_put(out, " B");
+    llmpar__text_put(out, " B");
 }
 
-static void llmpar__schedule_put_operands(llmpar__schedule_text *out, const llmpar_unit *units, const llmpar_instruction *in, int in_place)
+static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *units, const llmpar_instruction *in, int in_place)
 {
     static const char *const state[] = {"optimizer", "params", "grads", "activations"};
     const char *kind = in->local ? "local" : "shard", *use = in->use ? ".borrowed" : "";
-    if (in->unit >= 0) llmpar__schedule_put(out, " %s", units[in->unit].name);
+    if (in->unit >= 0) llmpar__text_put(out, " %s", units[in->unit].name);
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
-    case LLMPAR_OP_RECOMPUTE: llmpar__schedule_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : ""); break;
+    case LLMPAR_OP_RECOMPUTE: llmpar__text_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : ""); break;
     case LLMPAR_OP_BACKWARD:
-        llmpar__schedule_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : "");
-        if (in->slot >= 0) llmpar__schedule_put(out, " -> %s%d", kind, (int)in->slot);
-        if (in->from >= 0) llmpar__schedule_put(out, "%s %s.borrowed %s%d", in->slot >= 0 ? "," : " ->", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
+        llmpar__text_put(out, " mb%d%s", (int)in->micro_batch, in->again ? " again" : "");
+        if (in->slot >= 0) llmpar__text_put(out, " -> %s%d", kind, (int)in->slot);
+        if (in->from >= 0) llmpar__text_put(out, "%s %s.borrowed %s%d", in->slot >= 0 ? "," : " ->", units[units[in->unit].borrow - 1].name, kind, (int)in->from);
         break;
-    case LLMPAR_OP_SCALAR_REDUCE: llmpar__schedule_put(out, "%s", in->pass ? " loss, norm" : " tokens"); break;
+    case LLMPAR_OP_SCALAR_REDUCE: llmpar__text_put(out, "%s", in->pass ? " loss, norm" : " tokens"); break;
     case LLMPAR_OP_REDUCE:
-        if (in_place) llmpar__schedule_put(out, "%s shard%d in place", use, (int)in->slot);
-        else llmpar__schedule_put(out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
+        if (in_place) llmpar__text_put(out, "%s shard%d in place", use, (int)in->slot);
+        else llmpar__text_put(out, "%s local%d -> shard%d", use, (int)in->from, (int)in->slot);
         break;
-    case LLMPAR_OP_ACCUMULATE: llmpar__schedule_put(out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from); break;
+    case LLMPAR_OP_ACCUMULATE: llmpar__text_put(out, "%s %s%d += %s%s%d", use, kind, (int)in->slot, in->from_use != in->use ? "borrowed " : "", kind, (int)in->from); break;
     case LLMPAR_OP_FREE:
-        if (in->slot >= 0) llmpar__schedule_put(out, "%s %s%d", use, kind, (int)in->slot);
-        else if (in->what == LLMPAR_STATE_PARAMS) llmpar__schedule_put(out, " fetched shard");
+        if (in->slot >= 0) llmpar__text_put(out, "%s %s%d", use, kind, (int)in->slot);
+        else if (in->what == LLMPAR_STATE_PARAMS) llmpar__text_put(out, " fetched shard");
         break;
     case LLMPAR_OP_REDUCE_REPLICA:
     case LLMPAR_OP_NORM:
-    case LLMPAR_OP_OPTIM: llmpar__schedule_put(out, "%s %s%d", use, kind, (int)in->slot); break;
+    case LLMPAR_OP_OPTIM: llmpar__text_put(out, "%s %s%d", use, kind, (int)in->slot); break;
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE:
-        llmpar__schedule_put(out, "%s %s", use, state[in->what]);
-        if (in->what == LLMPAR_STATE_GRADS) llmpar__schedule_put(out, " shard%d", (int)in->slot);
-        if (in->what == LLMPAR_STATE_ACTIVATIONS) llmpar__schedule_put(out, " mb%d", (int)in->micro_batch);
+        llmpar__text_put(out, "%s %s", use, state[in->what]);
+        if (in->what == LLMPAR_STATE_GRADS) llmpar__text_put(out, " shard%d", (int)in->slot);
+        if (in->what == LLMPAR_STATE_ACTIVATIONS) llmpar__text_put(out, " mb%d", (int)in->micro_batch);
         break;
     case LLMPAR_OP_GATHER:
     case LLMPAR_OP_CAST: break;
     }
-    if (in->predicate == LLMPAR_IF_FINITE) llmpar__schedule_put(out, " if finite");
+    if (in->predicate == LLMPAR_IF_FINITE) llmpar__text_put(out, " if finite");
 }
 
 LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const llmpar_unit *units, const uint64_t *bytes, char *text, size_t capacity)
 {
     static const char *const stream[] = {"compute", "gather", "reduce", "tp", "offload"};
-    llmpar__schedule_text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.length = 0;
-    if (capacity) text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     for (int32_t i = 0; i < schedule->count; i++) {
         const llmpar_instruction *in = &schedule->list[i];
-        llmpar__schedule_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
+        llmpar__text_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
         llmpar__schedule_put_operands(&out, units, in, llmpar_policy_whole_grads(&schedule->policy));
         if (bytes && bytes[i]) llmpar__schedule_put_bytes(&out, bytes[i]);
-        for (int32_t w = 0; w < in->wait_count; w++) llmpar__schedule_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
-        llmpar__schedule_put(&out, "\n");
+        for (int32_t w = 0; w < in->wait_count; w++) llmpar__text_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
+        llmpar__text_put(&out, "\n");
         /* A unit's own list: the first time a unit with this list runs. */
         if (in->op != LLMPAR_OP_FORWARD && in->op != LLMPAR_OP_BACKWARD) continue;
         int seen = in->micro_batch > 0 || in->again;
@@ -16447,7 +17130,7 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
             if (schedule->list[j].op == in->op && (in->op == LLMPAR_OP_FORWARD ? units[schedule->list[j].unit].forward : units[schedule->list[j].unit].backward) == ops) seen = 1;
         if (!seen) llmpar__schedule_put_ops(&out, ops, in->op == LLMPAR_OP_FORWARD ? units[in->unit].forward_count : units[in->unit].backward_count);
     }
-    return out.length;
+    return out.used;
 }
 /* ==== src/fsdp/validate.c ==== */
 
@@ -16996,12 +17679,19 @@ static uint64_t llmpar__account_sent(const llmpar_comm *comm, uint64_t part) { r
 
 static uint64_t llmpar__account_all_reduce(const llmpar_comm *comm, uint64_t bytes) { return (uint64_t)(2 * ((double)(comm->ranks - 1) / (double)comm->ranks) * (double)bytes + 0.5); }
 
-static llmpar_status llmpar__account_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_unit_sizes(const llmpar_fsdp *fsdp, int32_t unit, const llmpar_micro *micro, llmpar_unit_sizes *out)
 {
     const llmpar_unit *u = &fsdp->units[unit].unit;
     memset(out, 0, sizeof *out);
     out->recompute = (int32_t)u->recompute;
     return u->sizes(u->user, micro, fsdp->dtype, out);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__fsdp_leaves_output(const llmpar_unit *unit)
+{
+    for (int32_t i = 0; i < unit->forward_count; i++)
+        if (unit->forward[i].output_only) return 1;
+    return 0;
 }
 
 /* Memory of a unit's pass, beside what it was handed. */
@@ -17010,19 +17700,17 @@ static llmpar_status llmpar__account_unit(const llmpar_fsdp *fsdp, const llmpar_
     const llmpar__flat *flat = &fsdp->units[in->unit];
     uint64_t sum = llmpar_dtype_size(fsdp->sum);
     llmpar_unit_sizes sizes, input;
-    llmpar_status status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+    llmpar_status status = llmpar__fsdp_unit_sizes(fsdp, in->unit, micro, &sizes);
     if (status) return status;
     *bytes = sizes.scratch + sizes.workspace;
     if (in->op != LLMPAR_OP_BACKWARD) {
-        int unused = in->op == LLMPAR_OP_RECOMPUTE;
-        for (int32_t i = 0; i < flat->unit.forward_count && unused; i++) unused = !flat->unit.forward[i].output_only;
-        *bytes += sizes.saved + (in->op == LLMPAR_OP_FORWARD || unused ? sizes.output : 0);
+        *bytes += sizes.saved + (in->op == LLMPAR_OP_RECOMPUTE && llmpar__fsdp_leaves_output(&flat->unit) ? 0 : sizes.output);
         return LLMPAR_OK;
     }
     if (in->slot >= 0) *bytes += (uint64_t)flat->elements * sum;
     if (in->from >= 0) *bytes += (uint64_t)fsdp->units[flat->unit.borrow - 1].elements * sum;
     if (in->unit <= fsdp->first_backward) return LLMPAR_OK;
-    status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &input);
+    status = llmpar__fsdp_unit_sizes(fsdp, in->unit - 1, micro, &input);
     *bytes += input.output;
     return status;
 }
@@ -17038,10 +17726,10 @@ static llmpar_status llmpar__account_moved(const llmpar_fsdp *fsdp, const llmpar
     case LLMPAR_STATE_PARAMS: *bytes = fsdp->policy.master && flat->unit.frozen ? 0 : shard; break;
     case LLMPAR_STATE_GRADS: *bytes = fsdp->whole_grads ? (uint64_t)flat->elements * llmpar_dtype_size(fsdp->sum) : shard; break;
     default:
-        status = llmpar__account_sizes(fsdp, in->unit, micro, &sizes);
+        status = llmpar__fsdp_unit_sizes(fsdp, in->unit, micro, &sizes);
         *bytes = flat->unit.recompute == LLMPAR_RECOMPUTE_FULL ? 0 : sizes.saved;
         if (!status && in->unit > 0) {
-            status = llmpar__account_sizes(fsdp, in->unit - 1, micro, &sizes);
+            status = llmpar__fsdp_unit_sizes(fsdp, in->unit - 1, micro, &sizes);
             *bytes += sizes.output;
         }
         break;
@@ -17254,13 +17942,7 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
     return status;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out)
-{
-    const llmpar_unit *u = &exec->fsdp->units[unit].unit;
-    memset(out, 0, sizeof *out);
-    out->recompute = (int32_t)u->recompute;
-    return u->sizes(u->user, &exec->micro[m], exec->fsdp->dtype, out);
-}
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }
 
 static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, llmpar_unit_call *call)
 {
@@ -17295,13 +17977,6 @@ static llmpar_status llmpar__exec_release_scratch(llmpar__exec *exec, llmpar_uni
     return status ? status : a ? a : b;
 }
 
-static int llmpar__exec_output_only(const llmpar_unit *unit)
-{
-    for (int32_t i = 0; i < unit->forward_count; i++)
-        if (unit->forward[i].output_only) return 1;
-    return 0;
-}
-
 /* FORWARD; and RECOMPUTE, which hands nothing on: its output, where the unit cannot leave it out, goes at once. */
 static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instruction *in)
 {
@@ -17314,7 +17989,7 @@ static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instr
     void *unused = NULL, **output = again ? &unused : &flat->output[m];
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output && !(again && llmpar__exec_output_only(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
+    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
     if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     call.output = *output;
@@ -17387,18 +18062,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const ll
 
 #define LLMPAR__REDUCE_PIECE ((size_t)32768) /* elements of each part that are widened at a time */
 
-static llmpar_status llmpar__reduce_cast(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
-{
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
-    args.count = count;
-    args.in = in;
-    args.in_dtype = from;
-    args.out = out;
-    args.out_dtype = to;
-    return fsdp->device->cast(fsdp->device, stream, &args);
-}
-
 /* out[count] (f32) = tree over ranks of the narrow parts[ranks][count]. wide[ranks][LLMPAR__REDUCE_PIECE]: scratch. */
 static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stream, int32_t ranks, const char *parts, size_t count, float *wide, float *out)
 {
@@ -17410,7 +18073,7 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
         memset(&args, 0, sizeof args);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
-            status = llmpar__reduce_cast(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+            status = llmpar__fsdp_convert(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
         }
         args.in = fsdp->parts;
         args.n = ranks;
@@ -17434,7 +18097,7 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
     if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
-    if (!status) status = llmpar__reduce_cast(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status) status = llmpar__fsdp_convert(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
     if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
     memset(&call, 0, sizeof call);
     call.send = send;
@@ -17445,9 +18108,9 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     if (!status) status = llmpar_all_to_all(comm, stream, &call);
     if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
     if (all) {
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar__fsdp_convert(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
         if (!status) status = llmpar_all_gather(comm, stream, &call);
-        if (!status) status = llmpar__reduce_cast(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+        if (!status) status = llmpar__fsdp_convert(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
     }
     void **scratch[4] = {&sum, &wide, &recv, &send};
     for (int i = 0; i < 4; i++) {
@@ -18091,6 +18754,8 @@ struct llmpar_optim {
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_create(llmpar_optim *optim);
 LLMPAR__PRIVATE void llmpar__adalomo_destroy(llmpar_optim *optim); /* half-built is fine */
 LLMPAR__PRIVATE int64_t llmpar__adalomo_bytes(const llmpar_optim *optim);
+LLMPAR__PRIVATE int llmpar__adalomo_factored(const llmpar_param *param); /* or has the whole second moment */
+LLMPAR__PRIVATE void llmpar__adalomo_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out);
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
 
 #endif
@@ -18135,7 +18800,9 @@ LLMPAR_DEF void llmpar_optim_desc_resolve(llmpar_optim_desc *desc)
 /* A field that this optimizer does not have. */
 static llmpar_status llmpar__optim_foreign(const llmpar_optim_desc *desc, const char *field, double value, llmpar_error *error)
 {
-    return value == 0 ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s = %g, expected 0: it has none", llmpar_optim_name(desc->kind), field, value);
+    if (value == 0) return LLMPAR_OK;
+    if (value < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s is switched off, expected it not to be set: it has none", llmpar_optim_name(desc->kind), field);
+    return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %s = %g, expected 0: it has none", llmpar_optim_name(desc->kind), field, value);
 }
 
 LLMPAR_DEF llmpar_status llmpar_optim_desc_check(const llmpar_optim_desc *desc, llmpar_error *error)
@@ -18187,60 +18854,41 @@ static llmpar_status llmpar__optim_begin(void *state, double grad_norm, double *
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__optim_adamw_update(void *state, const llmpar_update *update)
+/* AdamW, SGD, LOMO. Segment by segment: decay differs, and padding between them must stay zero. */
+static llmpar_status llmpar__optim_update(void *state, const llmpar_update *update)
 {
     llmpar_optim *optim = (llmpar_optim *)state;
+    const llmpar_optim_desc *desc = &optim->desc;
     llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    size_t size = llmpar_dtype_size(update->dtype);
+    int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
-    /* Segment by segment: decay differs, and padding between them must stay zero. */
+    llmpar_adamw_args adamw;
+    llmpar_sgd_args sgd;
+    memset(&adamw, 0, sizeof adamw);
+    adamw.lr = optim->lr;
+    adamw.beta1 = desc->beta1;
+    adamw.beta2 = desc->beta2;
+    adamw.eps = desc->eps;
+    adamw.correction1 = 1 - optim->power1;
+    adamw.correction2 = 1 - optim->power2;
+    adamw.grad_scale = update->grad_scale;
+    adamw.dtype = update->dtype;
+    memset(&sgd, 0, sizeof sgd);
+    sgd.lr = optim->lr;
+    sgd.momentum = desc->momentum;
+    sgd.limit = desc->clip_value;
+    sgd.grad_scale = update->grad_scale;
+    sgd.dtype = update->dtype;
     for (int32_t s = 0; s < update->segment_count && !status; s++) {
         const llmpar_segment *segment = &update->segments[s];
-        size_t begin = (size_t)segment->begin * size;
-        llmpar_adamw_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)segment->count;
-        args.p = (char *)update->param + begin;
-        args.g = (const char *)update->grad + begin;
-        args.m = (char *)update->state[0] + begin;
-        args.v = (char *)update->state[1] + begin;
-        args.lr = optim->lr;
-        args.beta1 = optim->desc.beta1;
-        args.beta2 = optim->desc.beta2;
-        args.eps = optim->desc.eps;
-        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
-        args.correction1 = 1 - optim->power1;
-        args.correction2 = 1 - optim->power2;
-        args.grad_scale = update->grad_scale;
-        args.dtype = update->dtype;
-        status = device->adamw(device, update->stream, &args);
-    }
-    return status;
-}
-
-/* SGD and LOMO. */
-static llmpar_status llmpar__optim_sgd_update(void *state, const llmpar_update *update)
-{
-    llmpar_optim *optim = (llmpar_optim *)state;
-    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
-    size_t size = llmpar_dtype_size(update->dtype);
-    llmpar_status status = LLMPAR_OK;
-    for (int32_t s = 0; s < update->segment_count && !status; s++) {
-        const llmpar_segment *segment = &update->segments[s];
-        size_t begin = (size_t)segment->begin * size;
-        llmpar_sgd_args args;
-        memset(&args, 0, sizeof args);
-        args.count = (size_t)segment->count;
-        args.p = (char *)update->param + begin;
-        args.g = (const char *)update->grad + begin;
-        if (optim->desc.momentum > 0) args.m = (char *)update->state[0] + begin;
-        args.lr = optim->lr;
-        args.momentum = optim->desc.momentum;
-        args.decay = segment->no_decay || optim->desc.decay < 0 ? 0 : optim->desc.decay;
-        args.limit = optim->desc.clip_value;
-        args.grad_scale = update->grad_scale;
-        args.dtype = update->dtype;
-        status = device->sgd(device, update->stream, &args);
+        size_t begin = (size_t)segment->begin * llmpar_dtype_size(update->dtype);
+        adamw.count = sgd.count = (size_t)segment->count;
+        adamw.p = sgd.p = (char *)update->param + begin;
+        adamw.g = sgd.g = (const char *)update->grad + begin;
+        adamw.m = sgd.m = states > 0 ? (char *)update->state[0] + begin : NULL;
+        adamw.v = states > 1 ? (char *)update->state[1] + begin : NULL;
+        adamw.decay = sgd.decay = segment->no_decay || desc->decay < 0 ? 0 : desc->decay;
+        status = desc->kind == LLMPAR_OPTIM_ADAMW ? device->adamw(device, update->stream, &adamw) : device->sgd(device, update->stream, &sgd);
     }
     return status;
 }
@@ -18273,7 +18921,7 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     optim->power1 = optim->power2 = 1;
     optim->table.state = optim;
     optim->table.begin_step = llmpar__optim_begin;
-    optim->table.update = resolved.kind == LLMPAR_OPTIM_ADAMW ? llmpar__optim_adamw_update : resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_sgd_update;
+    optim->table.update = resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_update;
     if (resolved.kind == LLMPAR_OPTIM_ADALOMO) status = llmpar__adalomo_create(optim);
     if (status) {
         llmpar_optim_destroy(optim);
@@ -18294,6 +18942,24 @@ LLMPAR_DEF const llmpar_optimizer *llmpar_optim_table(const llmpar_optim *optim)
 LLMPAR_DEF void llmpar_optim_set_lr(llmpar_optim *optim, double lr) { optim->lr = lr; }
 LLMPAR_DEF int64_t llmpar_optim_bytes(const llmpar_optim *optim) { return optim->adalomo ? llmpar__adalomo_bytes(optim) : 0; }
 LLMPAR_DEF int64_t llmpar_optim_steps(const llmpar_optim *optim) { return optim->steps; }
+LLMPAR_DEF llmpar_optim_kind llmpar_optim_get_kind(const llmpar_optim *optim) { return optim->desc.kind; }
+
+LLMPAR_DEF void llmpar_optim_set_steps(llmpar_optim *optim, int64_t steps)
+{
+    optim->steps = steps;
+    optim->power1 = optim->power2 = 1;
+    /* The same products as update by update, until they are zero and stay so. */
+    for (int64_t i = 0; i < steps && (optim->power1 > 0 || optim->power2 > 0); i++) {
+        optim->power1 *= optim->desc.beta1;
+        optim->power2 *= optim->desc.beta2;
+    }
+}
+
+LLMPAR_DEF void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out)
+{
+    memset(out, 0, sizeof *out);
+    if (optim->adalomo) llmpar__adalomo_factors(optim, unit, segment, out);
+}
 /* ==== src/optim/adalomo.c ==== */
 /* AdaLomo (Lv et al. 2023, arXiv 2310.10195, and adalomo.py of its authors): for a matrix of R rows and C columns, with g' and eps as in optim.h and b = beta2,
 
@@ -18342,6 +19008,8 @@ typedef struct llmpar__adalomo {
     llmpar_event *done;           /* behind the last update: the workspace is one for all */
 } llmpar__adalomo;
 
+LLMPAR__PRIVATE_DEF int llmpar__adalomo_factored(const llmpar_param *param) { return param->dims == 2 && param->shape[0] > 0 && param->shape[1] > 0; }
+
 /* ---- creation ---- */
 
 static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, int64_t *moments, int64_t *factors)
@@ -18363,7 +19031,7 @@ static llmpar_status llmpar__adalomo_layout(llmpar_optim *optim, int32_t index, 
     unit->sum = unit->cols + u->param_count;
     for (int32_t p = 0; p < u->param_count; p++) {
         const llmpar_param *param = &u->params[p];
-        if (param->dims != 2 || param->shape[0] == 0 || param->shape[1] == 0) continue;
+        if (!llmpar__adalomo_factored(param)) continue;
         unit->rows[p] = param->shape[0];
         unit->cols[p] = param->shape[1];
         unit->sum[p] = unit->sums;
@@ -18475,6 +19143,22 @@ LLMPAR__PRIVATE_DEF void llmpar__adalomo_destroy(llmpar_optim *optim)
 }
 
 LLMPAR__PRIVATE_DEF int64_t llmpar__adalomo_bytes(const llmpar_optim *optim) { return optim->adalomo->bytes; }
+
+LLMPAR__PRIVATE_DEF void llmpar__adalomo_factors(const llmpar_optim *optim, int32_t index, int32_t segment, llmpar_optim_factors *out)
+{
+    const llmpar__adalomo_unit *unit = &optim->adalomo->unit[index];
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(optim->fsdp)));
+    const llmpar_segment *segments;
+    llmpar_fsdp_layout(optim->fsdp, index, NULL, &segments, NULL);
+    if (!unit->state) return; /* frozen */
+    char *moments = (char *)unit->state + (size_t)unit->part[segment].moment * size;
+    if (unit->part[segment].factored) {
+        out->rows = unit->rows[segments[segment].param];
+        out->cols = unit->cols[segments[segment].param];
+        out->row = moments;
+        out->col = moments + (size_t)out->rows * size;
+    } else out->moment = moments;
+}
 
 /* ---- the update ---- */
 
@@ -18765,18 +19449,16 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-#define LLMPAR__CONFIG_TWO_PI 6.283185307179586476925286766559
-
 /* ---- presets ---- */
 
 typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
 
-/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high}, tied, bos, eos_count, {eos}, init_std */
+/* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high, attention, fast, slow, truncate}, tied, bos, eos_count, {eos}, init_std, family, window */
 static const llmpar__config_preset llmpar__config_presets[] = {
-    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02 } },
-    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
-    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02 } },
-    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0 }, 1, 128000, 1, { 128001 }, 0.02 } }
+    { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0, 0, 0, 0, 0 }, 1, 128000, 1, { 128001 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } }
 };
 #define LLMPAR__CONFIG_PRESETS (sizeof llmpar__config_presets / sizeof llmpar__config_presets[0])
 
@@ -18794,6 +19476,19 @@ LLMPAR_DEF llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_conf
     }
     return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "llama preset: \"%.100s\" is unknown, expected %s", name ? name : "", list);
 }
+
+/* ---- families: what transformers' configuration classes differ in ---- */
+
+typedef struct llmpar__config_family { const char *type, *architecture; int32_t kv_heads, head_dim, max_positions, ids, window; } llmpar__config_family; /* defaults: 0: derived; ids 1: bos 1 and eos 2, 0: none */
+static const llmpar__config_family llmpar__config_families[] = {
+    { "llama", "LlamaForCausalLM", 0, 0, 2048, 1, 0 },
+    { "mistral", "MistralForCausalLM", 8, 0, 131072, 1, 4096 },
+    { "qwen2", "Qwen2ForCausalLM", 32, 0, 32768, 0, 0 },
+    { "qwen3", "Qwen3ForCausalLM", 32, 128, 32768, 0, 0 }
+};
+enum { LLMPAR__CONFIG_FAMILIES = 4 };
+static const char *const llmpar__config_rope_types[] = { "default", "linear", "llama3", "dynamic", "yarn" };
+enum { LLMPAR__CONFIG_ROPE_TYPES = 5 };
 
 /* ---- checking: one pass finds the fault, callers say where it stands ---- */
 
@@ -18825,28 +19520,39 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
 {
     const llmpar_rope_scaling *s = &c->rope_scaling;
     if (s->kind == LLMPAR_ROPE_NONE) return 0;
-    if (s->kind != LLMPAR_ROPE_LINEAR && s->kind != LLMPAR_ROPE_LLAMA3) {
+    if ((int)s->kind < 0 || (int)s->kind >= LLMPAR__CONFIG_ROPE_TYPES) {
         f->field = "rope_type";
-        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear or llama3", (int)s->kind);
+        snprintf(f->text, sizeof f->text, "rope_scaling kind = %d, expected none, linear, llama3, dynamic or yarn", (int)s->kind);
         return 1;
     }
     if (llmpar__config_say_real(f, "factor", s->factor, s->factor >= 1 && s->factor <= 1e6, "a number from 1 to 1e6")) return 1;
     if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
-    if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
-    if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    if (s->kind == LLMPAR_ROPE_DYNAMIC) return llmpar__config_say_range(f, "head_dim", c->head_dim, 4, llmpar__config_max_head_dim); /* its exponent is E / (E - 2) */
+    if (s->kind == LLMPAR_ROPE_YARN) {
+        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")) return 1;
+        if (llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")) return 1;
+        if (llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")) return 1;
+        if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")) return 1;
+        if (llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
+    } else {
+        if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
+        if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
+    }
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
 static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
 {
     int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim;
-    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d;
+    return 2 * d * q + 2 * d * kv + 3 * d * c->intermediate + 2 * d + (c->family == LLMPAR_FAMILY_QWEN2 ? q + 2 * kv : 0) + (c->family == LLMPAR_FAMILY_QWEN3 ? 2 * (int64_t)c->head_dim : 0);
 }
 
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
     int32_t i;
     int64_t params;
+    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)) return 1;
+    if (llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)) return 1;
     if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
     if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
     if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
@@ -18967,11 +19673,10 @@ typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule
 
 /* Fields of transformers' Llama and of its relatives that change what is computed. */
 static const llmpar__config_only llmpar__config_fixed[] = {
-    { "attention_bias", LLMPAR__CONFIG_FALSE }, { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO },
-    { "sliding_window", LLMPAR__CONFIG_NULL }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
+    { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
     { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
     { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
-    { "layer_types", LLMPAR__CONFIG_NULL }, { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
+    { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
     { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
     { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
     { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
@@ -18994,32 +19699,59 @@ static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, c
     return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
 }
 
-static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r)
+/* Model type and architecture say the family, and the same one. */
+static llmpar_status llmpar__config_read_family(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    const llmpar_json *model_type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *activation = llmpar_json_get(r->root, "hidden_act");
-    llmpar_status status = LLMPAR_OK;
-    size_t i;
+    const llmpar_json *type = llmpar_json_get(r->root, "model_type"), *architectures = llmpar_json_get(r->root, "architectures"), *only;
+    int32_t f;
     if (architectures && architectures->type == LLMPAR_JSON_NULL) architectures = NULL;
-    if (!model_type && !architectures)
-        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\" (byte %zu)", r->name, r->root->position);
-    if (model_type && !llmpar__config_is_text(model_type, "llama")) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, model_type, "\"llama\"");
-    if (architectures && (architectures->type != LLMPAR_JSON_ARRAY || architectures->length != 1 || !llmpar__config_is_text(architectures->child, "LlamaForCausalLM"))) {
+    only = architectures && architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1 ? architectures->child : NULL;
+    if (!type && !architectures) return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: model_type is missing, expected \"llama\", \"mistral\", \"qwen2\" or \"qwen3\" (byte %zu)", r->name, r->root->position);
+    for (f = 0; f < LLMPAR__CONFIG_FAMILIES; f++)
+        if (type ? llmpar__config_is_text(type, llmpar__config_families[f].type) : llmpar__config_is_text(only, llmpar__config_families[f].architecture)) break;
+    if (type && f == LLMPAR__CONFIG_FAMILIES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"llama\", \"mistral\", \"qwen2\" or \"qwen3\"");
+    if (architectures && (f == LLMPAR__CONFIG_FAMILIES || !llmpar__config_is_text(only, llmpar__config_families[f].architecture))) {
         char excerpt[80];
-        int one = architectures->type == LLMPAR_JSON_ARRAY && architectures->length == 1;
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"LlamaForCausalLM\"] (byte %zu)", r->name, one ? "[" : "",
-                                llmpar__config_excerpt(r, one ? architectures->child : architectures, excerpt, sizeof excerpt), one ? "]" : "", architectures->position);
+        llmpar__config_excerpt(r, only ? only : architectures, excerpt, sizeof excerpt);
+        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: architectures = %s%s%s, expected [\"%s\"]%s (byte %zu)", r->name, only ? "[" : "", excerpt, only ? "]" : "", llmpar__config_families[type ? f : 0].architecture,
+                                type ? "" : ", or Mistral, Qwen2 or Qwen3 in its place", architectures->position);
     }
+    c->family = (llmpar_family)f;
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r, llmpar_llama_config *c)
+{
+    const llmpar_json *activation = llmpar_json_get(r->root, "hidden_act"), *window = llmpar_json_get(r->root, "sliding_window"), *layers = llmpar_json_get(r->root, "layer_types"), *layer;
+    llmpar_status status = llmpar__config_read_family(r, c);
+    size_t i;
     /* transformers knows silu by the name of swish too. */
-    if (activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
+    if (!status && activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
         status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
     for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
         status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
-    return status;
+    /* Qwen2 has its biases whatever this says; elsewhere it would put one on the output projection too. */
+    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), LLMPAR__CONFIG_FALSE);
+    /* Without use_sliding_window a Qwen has none. */
+    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, LLMPAR__CONFIG_NULL);
+    if (!status && c->family == LLMPAR_FAMILY_MISTRAL && !(window && window->type == LLMPAR_JSON_NULL)) {
+        status = llmpar__config_int(r, r->root, "sliding_window", 0, 0, llmpar__config_families[c->family].window, &c->sliding_window);
+        if (!status && c->sliding_window < 1) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, window, "an integer from 1 to 2147483647, or null");
+    }
+    if (status || !layers || layers->type == LLMPAR_JSON_NULL) return status;
+    if (layers->type != LLMPAR_JSON_ARRAY) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, layers, "an array of \"full_attention\", or null");
+    for (layer = layers->child; layer; layer = layer->next)
+        if (!llmpar__config_is_text(layer, "full_attention")) {
+            char excerpt[80];
+            return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: layer_types has %s, expected \"full_attention\" alone (byte %zu)", r->name, llmpar__config_excerpt(r, layer, excerpt, sizeof excerpt), layer->position);
+        }
+    return LLMPAR_OK;
 }
 
 static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads");
+    const llmpar__config_family *family = &llmpar__config_families[c->family];
+    const llmpar_json *root = r->root, *heads = llmpar_json_get(root, "num_attention_heads"), *kv_heads = llmpar_json_get(root, "num_key_value_heads"), *layers = llmpar_json_get(root, "layer_types");
     llmpar_status status = llmpar__config_int(r, root, "vocab_size", 0, 1, 0, &c->vocab);
     if (!status) status = llmpar__config_int(r, root, "hidden_size", 0, 1, 0, &c->hidden);
     if (!status) status = llmpar__config_int(r, root, "intermediate_size", 0, 1, 0, &c->intermediate);
@@ -19027,11 +19759,13 @@ static llmpar_status llmpar__config_read_sizes(const llmpar__config_reader *r, l
     if (!status) status = llmpar__config_int(r, root, "num_attention_heads", 0, 1, 0, &c->heads);
     if (status) return status;
     if (c->heads <= 0) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, heads, "a positive integer");
-    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, c->heads, &c->kv_heads);
-    if (!status) status = llmpar__config_int(r, root, "head_dim", 1, 0, 0, &c->head_dim);
-    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, 2048, &c->max_positions);
+    if (layers && layers->type == LLMPAR_JSON_ARRAY && (int64_t)layers->length != c->layers)
+        return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: layer_types has %zu entries, expected one for each of the %d layers (byte %zu)", r->name, layers->length, (int)c->layers, layers->position);
+    status = llmpar__config_int(r, root, "num_key_value_heads", 1, 0, kv_heads || !family->kv_heads ? c->heads : family->kv_heads, &c->kv_heads);
+    if (!status) status = llmpar__config_int(r, root, "head_dim", !family->head_dim, 0, family->head_dim, &c->head_dim);
+    if (!status) status = llmpar__config_int(r, root, "max_position_embeddings", 0, 0, family->max_positions, &c->max_positions);
     if (status) return status;
-    if (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL) {
+    if (!family->head_dim && (!llmpar_json_get(root, "head_dim") || llmpar_json_get(root, "head_dim")->type == LLMPAR_JSON_NULL)) {
         if (c->hidden > 0 && c->hidden % c->heads)
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: num_attention_heads = %d does not divide hidden_size = %d, and head_dim is missing (byte %zu)",
                                     r->name, (int)c->heads, (int)c->hidden, heads->position);
@@ -19060,12 +19794,13 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
     const llmpar_json *bos = llmpar_json_get(r->root, "bos_token_id"), *eos = llmpar_json_get(r->root, "eos_token_id"), *item;
     llmpar_status status = LLMPAR_OK;
     int32_t id = -1;
-    c->bos_id = c->vocab > 1 ? 1 : -1; /* transformers' defaults: 1 and 2 */
+    int ids = llmpar__config_families[c->family].ids; /* transformers' defaults: 1 and 2, or none */
+    c->bos_id = ids && c->vocab > 1 ? 1 : -1;
     if (bos) status = llmpar__config_read_id(r, c, "bos_token_id", bos, &c->bos_id);
     if (status) return status;
     c->eos_count = 0;
     if (!eos) {
-        if (c->vocab > 2) c->eos_id[c->eos_count++] = 2;
+        if (ids && c->vocab > 2) c->eos_id[c->eos_count++] = 2;
         return LLMPAR_OK;
     }
     if (eos->type == LLMPAR_JSON_ARRAY && eos->length > LLMPAR_MAX_EOS)
@@ -19081,6 +19816,7 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
 static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
 {
     const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
+    int i;
     if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
     if (!type) type = older;
@@ -19090,17 +19826,50 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
     }
-    else if (llmpar__config_is_text(type, "default")) *out = LLMPAR_ROPE_NONE;
-    else if (llmpar__config_is_text(type, "linear")) *out = LLMPAR_ROPE_LINEAR;
-    else if (llmpar__config_is_text(type, "llama3")) *out = LLMPAR_ROPE_LLAMA3;
-    else return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\" or \"llama3\"");
+    else {
+        for (i = 0; i < LLMPAR__CONFIG_ROPE_TYPES && !llmpar__config_is_text(type, llmpar__config_rope_types[i]); i++) {}
+        if (i == LLMPAR__CONFIG_ROPE_TYPES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
+        *out = (llmpar_rope_kind)i;
+    }
+    return LLMPAR_OK;
+}
+
+/* A positive number, or transformers' default where it is absent, null or 0. */
+static llmpar_status llmpar__config_real_or(const llmpar__config_reader *r, const llmpar_json *object, const char *key, double missing, double *out)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    llmpar_status status = LLMPAR_OK;
+    *out = missing;
+    if (value && value->type != LLMPAR_JSON_NULL) status = llmpar__config_real(r, object, key, 1, missing, out);
+    if (!status && *out == 0) *out = missing;
+    return status;
+}
+
+static double llmpar__config_mscale(double factor, double mscale) { return factor <= 1 ? 1.0 : 0.1 * mscale * llmpar_log_f64(factor) + 1.0; }
+
+static llmpar_status llmpar__config_read_yarn(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_llama_config *c)
+{
+    const llmpar_json *attention = llmpar_json_get(rope, "attention_factor"), *truncate = llmpar_json_get(rope, "truncate");
+    llmpar_rope_scaling *s = &c->rope_scaling;
+    double mscale, all;
+    llmpar_status status = llmpar__config_real_or(r, rope, "beta_fast", 32, &s->beta_fast);
+    if (!status) status = llmpar__config_real_or(r, rope, "beta_slow", 1, &s->beta_slow);
+    if (!status) status = llmpar__config_real_or(r, rope, "mscale", 0, &mscale);
+    if (!status) status = llmpar__config_real_or(r, rope, "mscale_all_dim", 0, &all);
+    if (!status && truncate && truncate->type != LLMPAR_JSON_BOOL) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, truncate, "true or false");
+    if (status) return status;
+    s->truncate = truncate ? truncate->boolean : 1;
+    if (attention && attention->type != LLMPAR_JSON_NULL) return llmpar__config_real(r, rope, "attention_factor", 1, 0, &s->attention_factor);
+    s->attention_factor = mscale != 0 && all != 0 ? llmpar__config_mscale(s->factor, mscale) / llmpar__config_mscale(s->factor, all) : llmpar__config_mscale(s->factor, 1);
     return LLMPAR_OK;
 }
 
 /* rope_scaling (with rope_theta beside it) or rope_parameters (with rope_theta inside). */
 static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, llmpar_llama_config *c)
 {
-    static const char *const known[] = { "rope_type", "type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "attention_factor" };
+    static const char *const known[] = { "rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "attention_factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+                                         "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate" };
+    enum { OLDER = 9 }; /* the rest is yarn's */
     const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
     const llmpar_json *rope;
     llmpar_rope_scaling *s = &c->rope_scaling;
@@ -19117,22 +19886,24 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
     if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
     status = llmpar__config_read_rope_kind(r, rope, &s->kind);
     for (member = rope->child; member && !status; member = member->next) {
-        for (i = 0; i < sizeof known / sizeof known[0] && strcmp(member->key, known[i]); i++) {}
-        if (i == sizeof known / sizeof known[0])
+        size_t most = s->kind == LLMPAR_ROPE_YARN ? sizeof known / sizeof known[0] : (size_t)OLDER;
+        for (i = 0; i < most && strcmp(member->key, known[i]); i++) {}
+        if (i == most)
             status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
     }
     if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
-    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
         return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_theta = %g contradicts %g in %s (byte %zu)", r->name, theta, c->rope_theta, rope->key, llmpar_json_get(r->root, "rope_theta")->position);
     if (s->kind == LLMPAR_ROPE_NONE) return LLMPAR_OK;
     status = llmpar__config_real(r, rope, "factor", 1, 0, &s->factor);
-    if (status || s->kind == LLMPAR_ROPE_LINEAR) return status;
-    status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
-    if (!status) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
-    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, 1, 0, &s->original_max_positions);
+    if (status || s->kind == LLMPAR_ROPE_LINEAR || s->kind == LLMPAR_ROPE_DYNAMIC) return status;
+    if (s->kind == LLMPAR_ROPE_YARN) status = llmpar__config_read_yarn(r, rope, c);
+    else status = llmpar__config_real(r, rope, "low_freq_factor", 1, 0, &s->low_freq_factor);
+    if (!status && s->kind == LLMPAR_ROPE_LLAMA3) status = llmpar__config_real(r, rope, "high_freq_factor", 1, 0, &s->high_freq_factor);
+    if (!status) status = llmpar__config_int(r, rope, "original_max_position_embeddings", 0, s->kind == LLMPAR_ROPE_LLAMA3, c->max_positions, &s->original_max_positions);
     /* Newer transformers let a field of this name outside the object win. */
     if (!status && outside && (outside->type != LLMPAR_JSON_NUMBER || outside->number != (double)s->original_max_positions))
         status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, outside, "the value inside the rope object");
@@ -19145,7 +19916,7 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
     llmpar__config_fault fault;
     llmpar_status status;
     if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
-    status = llmpar__config_read_identity(r);
+    status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
     if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
@@ -19252,13 +20023,22 @@ static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_c
         llmpar__config_put(t, "  \"rope_scaling\": null,\n");
         return;
     }
-    llmpar__config_put(t, "  \"rope_scaling\": {\n");
-    llmpar__config_put(t, s->kind == LLMPAR_ROPE_LINEAR ? "    \"rope_type\": \"linear\",\n" : "    \"rope_type\": \"llama3\",\n");
-    if (s->kind == LLMPAR_ROPE_LLAMA3) {
+    llmpar__config_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"");
+    llmpar__config_put(t, llmpar__config_rope_types[s->kind]);
+    llmpar__config_put(t, "\",\n");
+    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) {
         llmpar__config_put(t, "  ");
         llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
+    }
+    if (s->kind == LLMPAR_ROPE_LLAMA3) {
         llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
         llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
+    }
+    if (s->kind == LLMPAR_ROPE_YARN) {
+        llmpar__config_put_real(t, "    ", "attention_factor", s->attention_factor, ",");
+        llmpar__config_put_real(t, "    ", "beta_fast", s->beta_fast, ",");
+        llmpar__config_put_real(t, "    ", "beta_slow", s->beta_slow, ",");
+        llmpar__config_put(t, s->truncate ? "    \"truncate\": true,\n" : "    \"truncate\": false,\n");
     }
     llmpar__config_put_real(t, "    ", "factor", s->factor, "");
     llmpar__config_put(t, "  },\n");
@@ -19270,7 +20050,11 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
     t.text = text;
     t.used = 0;
     t.capacity = capacity ? capacity - 1 : 0;
-    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"LlamaForCausalLM\"\n  ],\n  \"model_type\": \"llama\",\n");
+    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"");
+    llmpar__config_put(&t, llmpar__config_families[config->family].architecture);
+    llmpar__config_put(&t, "\"\n  ],\n  \"model_type\": \"");
+    llmpar__config_put(&t, llmpar__config_families[config->family].type);
+    llmpar__config_put(&t, "\",\n");
     llmpar__config_put_int(&t, "vocab_size", config->vocab);
     llmpar__config_put_int(&t, "hidden_size", config->hidden);
     llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
@@ -19279,7 +20063,12 @@ LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, c
     llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
     llmpar__config_put_int(&t, "head_dim", config->head_dim);
     llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
-    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n");
+    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__config_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"attention_bias\": false,\n");
+    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"use_sliding_window\": false,\n");
+    else if (config->sliding_window) llmpar__config_put_int(&t, "sliding_window", config->sliding_window);
+    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__config_put(&t, "  \"sliding_window\": null,\n");
     llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
     llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
     llmpar__config_put_rope(&t, config);
@@ -19306,21 +20095,66 @@ LLMPAR_DEF double llmpar_llama_flops_per_token(const llmpar_llama_config *config
     return 6 * multiplying + 12.0 * config->layers * config->heads * config->head_dim * (double)seq_len;
 }
 
-LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, double *out)
+#undef LLMPAR__CONFIG_PRESETS
+
+#endif /* LLMPAR_NO_LLAMA */
+/* ==== src/model/rope_tables.c ==== */
+/* rope_tables: RoPE frequencies and their cosines and sines (Su et al. 2021), stretched as transformers' modeling_rope_utils does, in f64. */
+
+#if !defined(LLMPAR_NO_LLAMA)
+
+#define LLMPAR__ROPE_TWO_PI 6.283185307179586476925286766559
+
+/* YaRN (Peng et al. 2023, section 3.2): the pair, counted in pairs and broken, that turns `rotations` times within the original context. */
+static double llmpar__rope_pair(const llmpar_llama_config *c, double rotations)
+{
+    return c->head_dim * llmpar_log_f64(c->rope_scaling.original_max_positions / (rotations * LLMPAR__ROPE_TWO_PI)) / (2 * llmpar_log_f64(c->rope_theta));
+}
+
+static double llmpar__rope_floor(double x)
+{
+    double whole = (double)(int64_t)x;
+    return whole > x ? whole - 1 : whole;
+}
+
+/* How much of pair i's frequency is kept, 0 to 1. Bounds beyond the dims are clamped as transformers does, to [0, E - 1]; that they are at most 1e9 only keeps them countable. */
+static double llmpar__rope_kept(const llmpar_llama_config *c, int32_t i)
+{
+    const llmpar_rope_scaling *s = &c->rope_scaling;
+    double low = llmpar__rope_pair(c, s->beta_fast), high = llmpar__rope_pair(c, s->beta_slow), ramp;
+    low = low < 0 ? 0 : low > 1e9 ? 1e9 : low;
+    high = high < -1e9 ? -1e9 : high > c->head_dim - 1 ? c->head_dim - 1 : high;
+    if (s->truncate) {
+        low = llmpar__rope_floor(low);
+        high = -llmpar__rope_floor(-high);
+    }
+    if (low == high) high += 0.001;
+    ramp = (i - low) / (high - low);
+    return 1 - (ramp < 0 ? 0 : ramp > 1 ? 1 : ramp);
+}
+
+LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t positions, double *out)
 {
     const llmpar_rope_scaling *s = &config->rope_scaling;
     int32_t i, pairs = config->head_dim / 2;
+    double base = config->rope_theta, e = config->head_dim;
+    if (s->kind == LLMPAR_ROPE_DYNAMIC && positions > config->max_positions)
+        base *= llmpar_pow_f64(s->factor * (double)positions / config->max_positions - (s->factor - 1), e / (e - 2));
     for (i = 0; i < pairs; i++) {
-        double f = 1 / llmpar_pow_f64(config->rope_theta, 2.0 * i / config->head_dim);
+        double f = 1 / llmpar_pow_f64(base, 2.0 * i / e);
         if (s->kind == LLMPAR_ROPE_LINEAR) f /= s->factor;
         if (s->kind == LLMPAR_ROPE_LLAMA3) {
             /* Rotations within the original context: many are kept, few are slowed down by `factor`, between them a linear blend. */
-            double wavelength = LLMPAR__CONFIG_TWO_PI / f, original = s->original_max_positions;
+            double wavelength = LLMPAR__ROPE_TWO_PI / f, original = s->original_max_positions;
             if (wavelength > original / s->low_freq_factor) f /= s->factor;
             else if (!(wavelength < original / s->high_freq_factor)) {
                 double smooth = (original / wavelength - s->low_freq_factor) / (s->high_freq_factor - s->low_freq_factor);
                 f = (1 - smooth) * f / s->factor + smooth * f;
             }
+        }
+        if (s->kind == LLMPAR_ROPE_YARN) {
+            double kept = llmpar__rope_kept(config, i);
+            f = f / s->factor * (1 - kept) + f * kept;
         }
         out[i] = f;
     }
@@ -19330,7 +20164,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 {
     int64_t p;
     int32_t i, pairs = config->head_dim / 2;
-    double *inv_freq, c, s;
+    double *inv_freq, c, s, factor = config->rope_scaling.kind == LLMPAR_ROPE_YARN ? config->rope_scaling.attention_factor : 1;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: dtype = %s, expected f32 or f64", llmpar_dtype_name(dtype));
     /* No frequency exceeds 1, so this also bounds the angle that sincos has to reduce. */
@@ -19338,11 +20172,13 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "rope tables: positions = %lld, expected 0 to 1000000000", (long long)positions);
     inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
     if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
-    llmpar_rope_inv_freq(config, inv_freq);
+    llmpar_rope_inv_freq(config, positions, inv_freq);
     for (p = 0; p < positions; p++)
         for (i = 0; i < pairs; i++) {
             int64_t at = p * pairs + i;
             llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);
+            c *= factor;
+            s *= factor;
             if (dtype == LLMPAR_F64) {
                 ((double *)cosine)[at] = c;
                 ((double *)sine)[at] = s;
@@ -19356,8 +20192,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
     return LLMPAR_OK;
 }
 
-#undef LLMPAR__CONFIG_TWO_PI
-#undef LLMPAR__CONFIG_PRESETS
+#undef LLMPAR__ROPE_TWO_PI
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/llama.c ==== */
@@ -19368,7 +20203,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #if !defined(LLMPAR_NO_LLAMA)
 
-enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 10 /* of a half */ };
+enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 12 /* of a half */ };
 
 static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const char *format, int32_t layer)
 {
@@ -19377,7 +20212,7 @@ static const char *llmpar__llama_name(llmpar_llama *model, int32_t *used, const 
     return text;
 }
 
-static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std)
+static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_t *used, const char *format, int32_t layer, int64_t rows, int64_t columns, double std, double value)
 {
     memset(param, 0, sizeof *param);
     param->name = llmpar__llama_name(model, used, format, layer);
@@ -19385,7 +20220,7 @@ static void llmpar__llama_param(llmpar_llama *model, llmpar_param *param, int32_
     param->shape[0] = rows;
     param->shape[1] = columns;
     param->init_std = std;
-    param->init_value = std == 0 ? 1 : 0;
+    param->init_value = value;
     param->no_decay = columns == 0;
 }
 
@@ -19403,11 +20238,12 @@ static void llmpar__llama_describe(llmpar_llama *model)
 {
     static const char *const names[LLMPAR__BLOCK_PARAMS] = {
         "model.layers.%d.input_layernorm.weight", "model.layers.%d.self_attn.q_proj.weight", "model.layers.%d.self_attn.k_proj.weight",
-        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.post_attention_layernorm.weight",
+        "model.layers.%d.self_attn.v_proj.weight", "model.layers.%d.self_attn.o_proj.weight", "model.layers.%d.self_attn.q_proj.bias", "model.layers.%d.self_attn.k_proj.bias", "model.layers.%d.self_attn.v_proj.bias",
+        "model.layers.%d.self_attn.q_norm.weight", "model.layers.%d.self_attn.k_norm.weight", "model.layers.%d.post_attention_layernorm.weight",
         "model.layers.%d.mlp.gate_proj.weight", "model.layers.%d.mlp.up_proj.weight", "model.layers.%d.mlp.down_proj.weight"};
     const llmpar_llama_config *c = &model->config;
-    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate;
-    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, d, d, f};
+    int64_t d = c->hidden, q = (int64_t)c->heads * c->head_dim, kv = (int64_t)c->kv_heads * c->head_dim, f = c->intermediate, e = c->head_dim;
+    const int64_t rows[LLMPAR__BLOCK_PARAMS] = {d, q, kv, kv, d, q, kv, kv, e, e, d, f, f, d}, columns[LLMPAR__BLOCK_PARAMS] = {0, d, d, d, q, 0, 0, 0, 0, 0, 0, d, d, f};
     double std = c->init_std, deep = std / llmpar_sqrt_f64(2.0 * c->layers);
     int32_t used = 0, half = 0;
     llmpar_param *param = model->params;
@@ -19421,7 +20257,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
             unit->name = "embed";
             unit->sizes = llmpar__embed_sizes;
             part->list = LLMPAR__EMBED;
-            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std);
+            llmpar__llama_param(model, param++, &used, "model.embed_tokens.weight", 0, c->vocab, d, std, 0);
         } else if (i + 1 < model->unit_count) {
             part->first = half;
             part->halves = 2 * c->layers - half < model->wrap ? 2 * c->layers - half : model->wrap;
@@ -19430,16 +20266,16 @@ static void llmpar__llama_describe(llmpar_llama *model)
             unit->sizes = llmpar__block_sizes;
             for (int32_t end = half + part->halves; half < end; half++)
                 for (int p = half & 1 ? LLMPAR__NORM2 : LLMPAR__NORM1; p < (half & 1 ? (int)LLMPAR__BLOCK_PARAMS : (int)LLMPAR__NORM2); p++) {
-                    int norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
-                    llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], norm ? 0 : back ? deep : std);
+                    int bias = p == LLMPAR__BQ || p == LLMPAR__BK || p == LLMPAR__BV, back = p == LLMPAR__WO || p == LLMPAR__DOWN;
+                    if (model->place[p] >= 0) llmpar__llama_param(model, param++, &used, names[p], half / 2, rows[p], columns[p], !columns[p] ? 0 : back ? deep : std, !columns[p] && !bias);
                 }
         } else {
             unit->name = "head";
             unit->sizes = llmpar__head_sizes;
             part->list = LLMPAR__HEAD;
-            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0);
+            llmpar__llama_param(model, param++, &used, "model.norm.weight", 0, d, 0, 0, 1);
             if (c->tied) unit->borrow = 1;
-            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std);
+            else llmpar__llama_param(model, param++, &used, "lm_head.weight", 0, c->vocab, d, std, 0);
         }
         unit->param_count = (int32_t)(param - unit->params);
     }
@@ -19448,7 +20284,7 @@ static void llmpar__llama_describe(llmpar_llama *model)
 LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param)
 {
     int32_t unit = half / model->wrap, inside = half - unit * model->wrap; /* units begin with an attention, or are one half */
-    *param = inside / 2 * LLMPAR__BLOCK_PARAMS + (inside & 1 ? LLMPAR__NORM2 : 0);
+    *param = inside / 2 * model->block_params + (inside & 1 ? model->place[LLMPAR__NORM2] : 0);
     return unit + 1;
 }
 
@@ -19476,7 +20312,11 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
     model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
     model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
-    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * LLMPAR__BLOCK_PARAMS + 3;
+    for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
+        int bias = p >= (int)LLMPAR__BQ && p <= (int)LLMPAR__BV, norm = p == LLMPAR__QNORM || p == LLMPAR__KNORM;
+        model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
+    }
+    size_t units = (size_t)model->unit_count, params = (size_t)config.layers * (size_t)model->block_params + 3;
     model->units = (llmpar_unit *)llmpar_heap_zalloc(heap, units, sizeof *model->units);
     model->parts = (llmpar__part *)llmpar_heap_zalloc(heap, units, sizeof *model->parts);
     model->params = (llmpar_param *)llmpar_heap_zalloc(heap, params, sizeof *model->params);
@@ -19510,6 +20350,7 @@ LLMPAR_DEF void llmpar_llama_destroy(llmpar_llama *model)
     size_t table = (size_t)model->positions * (size_t)(model->config.head_dim / 2) * llmpar_dtype_size(llmpar_dtype_sum(model->dtype));
     model->ctx->device->free(model->ctx->device, model->cosine, table);
     model->ctx->device->free(model->ctx->device, model->sine, table);
+    model->ctx->device->free(model->ctx->device, model->one, sizeof(double));
     llmpar_tp_destroy(&model->tp);
     llmpar_heap_free(heap, model->units);
     llmpar_heap_free(heap, model->parts);
@@ -19539,7 +20380,8 @@ static void llmpar__llama_rows(const llmpar_llama *model, const llmpar__op_row *
     *joint = 0;
     for (int32_t i = 0; i < count; i++) {
         int where = rows[i].place & ~LLMPAR__JOINT;
-        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1);
+        int here = rows[i].when == LLMPAR__ALWAYS || (rows[i].when == LLMPAR__IF_TP && tp->ranks > 1) || (rows[i].when == LLMPAR__IF_SP && tp->sequence_parallel) || (rows[i].when == LLMPAR__IF_KV && tp->replicas > 1) ||
+                   (model->place[LLMPAR__QNORM] >= 0 && (rows[i].when == LLMPAR__IF_QK || (rows[i].when == LLMPAR__IF_QK_TP && tp->ranks > 1)));
         if ((where == LLMPAR__FIRST && half > 0) || (where == LLMPAR__NOT_FIRST && half == 0) || (where == LLMPAR__LAST && !last)) here = 0;
         place[i] = here ? out->count + 1 : 0;
         if (!here) continue;
@@ -19591,12 +20433,15 @@ static llmpar_status llmpar__llama_lists(llmpar_llama *model)
     return status;
 }
 
-static llmpar_status llmpar__llama_rope(llmpar_llama *model)
+/* RoPE tables, and the 1 that biases are multiplied with. */
+static llmpar_status llmpar__llama_tables(llmpar_llama *model)
 {
     llmpar_ctx *ctx = model->ctx;
     llmpar_device *device = ctx->device;
     llmpar_dtype dtype = llmpar_dtype_sum(model->dtype);
     size_t count = (size_t)model->positions * (size_t)(model->config.head_dim / 2), bytes = count * llmpar_dtype_size(dtype);
+    const double one = 1;
+    double one_low = 0;
     llmpar_error error;
     llmpar_error_clear(&error);
     void *host = llmpar_heap_alloc(&ctx->heap, 2, bytes);
@@ -19609,6 +20454,11 @@ static llmpar_status llmpar__llama_rope(llmpar_llama *model)
     if (!status) status = device->stream_create(device, "set-up", &stream);
     if (!status) status = device->copy(device, stream, model->cosine, host, bytes);
     if (!status) status = device->copy(device, stream, model->sine, (char *)host + bytes, bytes);
+    if (!status && model->place[LLMPAR__BQ] >= 0) {
+        llmpar_convert(&one_low, model->dtype, &one, LLMPAR_F64, 1);
+        status = device->alloc(device, sizeof one_low, &model->one);
+        if (!status) status = device->copy(device, stream, model->one, &one_low, llmpar_dtype_size(model->dtype));
+    }
     if (stream) { /* in any case: the stream may read `host` */
         llmpar_status waited = device->synchronize(device, stream);
         if (!status) status = waited;
@@ -19634,6 +20484,8 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     const llmpar_llama_config *c = &model->config;
     if (model->applied) return llmpar__llama_again(model, tp, desc);
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
+    if (c->sliding_window && desc->positions > c->sliding_window)
+        return llmpar_fail(model->ctx, LLMPAR_ERR_UNSUPPORTED, "llama: sliding_window = %d is shorter than the sequence, expected at least its %lld positions (or null): attention is over the whole sequence", (int)c->sliding_window, (long long)desc->positions);
     if (c->heads % tp->ranks) return llmpar_fail(model->ctx, LLMPAR_ERR_MESH, "llama: num_attention_heads = %d is not divisible by tp = %d", (int)c->heads, (int)tp->ranks);
     llmpar_dtype dtype = desc->dtype == LLMPAR_DTYPE_DEFAULT ? LLMPAR_F32 : desc->dtype;
     if (tp->ranks > 1 && (size_t)c->hidden * llmpar_dtype_size(dtype) % 8) /* llmpar_tp_select */
@@ -19645,19 +20497,16 @@ LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp
     llmpar_status status = llmpar_tp_init(model->ctx, tp, desc->canon, c->kv_heads, desc->sequence_parallel, &model->tp);
     if (status) return status;
     llmpar__llama_shard(&model->params[0], 0, 1, 1);
-    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * LLMPAR__BLOCK_PARAMS], 0, 1, 1);
+    if (!c->tied) llmpar__llama_shard(&model->params[2 + c->layers * model->block_params], 0, 1, 1);
     for (int32_t i = 0; i < c->layers; i++) { /* however they are wrapped, they lie one after the other */
-        llmpar_param *p = &model->params[1 + i * LLMPAR__BLOCK_PARAMS];
-        llmpar__llama_shard(&p[LLMPAR__WQ], 0, c->head_dim, 1);
-        llmpar__llama_shard(&p[LLMPAR__WK], 0, c->head_dim, model->tp.replicas);
-        llmpar__llama_shard(&p[LLMPAR__WV], 0, c->head_dim, model->tp.replicas);
-        llmpar__llama_shard(&p[LLMPAR__WO], 1, c->head_dim, 1);
-        llmpar__llama_shard(&p[LLMPAR__GATE], 0, 1, 1);
-        llmpar__llama_shard(&p[LLMPAR__UP], 0, 1, 1);
-        llmpar__llama_shard(&p[LLMPAR__DOWN], 1, 1, 1);
+        llmpar_param *block = &model->params[1 + i * model->block_params];
+        for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
+            int kv = p == LLMPAR__WK || p == LLMPAR__WV || p == LLMPAR__BK || p == LLMPAR__BV, norm = p == LLMPAR__NORM1 || p == LLMPAR__NORM2 || p == LLMPAR__QNORM || p == LLMPAR__KNORM;
+            if (model->place[p] >= 0 && !norm) llmpar__llama_shard(&block[model->place[p]], p == LLMPAR__WO || p == LLMPAR__DOWN, p < (int)LLMPAR__NORM2 ? c->head_dim : 1, kv ? model->tp.replicas : 1);
+        }
     }
     status = llmpar__llama_lists(model);
-    if (!status) status = llmpar__llama_rope(model);
+    if (!status) status = llmpar__llama_tables(model);
     if (!status) model->applied = 2;
     return status;
 }
@@ -19679,7 +20528,7 @@ LLMPAR__PRIVATE_DEF void llmpar__llama_shape(const llmpar_llama *model, const ll
     s->f = llmpar_tp_count(tp, c->intermediate);
     s->h = c->heads / tp->ranks;
     s->k = tp->replicas > 1 ? 1 : c->kv_heads / tp->ranks;
-    s->ld = (s->h + 2 * s->k) * s->e;
+    s->qkv = (s->h + 2 * s->k) * s->e;
     s->v = llmpar_tp_count(tp, c->vocab);
     s->v_begin = llmpar_tp_begin(tp, c->vocab);
     s->leaves = micro->leaves;
@@ -19696,12 +20545,12 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_take(size_t *at, int64_t elements, size
     return begin;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stream *stream, const llmpar_llama *model, int64_t rows, int64_t dim, const void *x, const void *residual, const void *w, void *sum, void *y, void *rstd)
 {
     llmpar_rmsnorm_args args;
     memset(&args, 0, sizeof args);
     args.rows = rows;
-    args.dim = model->config.hidden;
+    args.dim = dim;
     args.x = x;
     args.residual = residual;
     args.w = w;
@@ -19711,6 +20560,55 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_
     args.eps = model->config.rms_eps;
     args.dtype = model->dtype;
     return ctx->device->rmsnorm(ctx->device, stream, &args);
+}
+
+/* The bias is one more column of w, and `one` in every row that of the input. */
+static void llmpar__llama_linear_args(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype, llmpar_gemm_args *args, llmpar_gemm_segment segments[2])
+{
+    memset(args, 0, sizeof *args);
+    memset(segments, 0, 2 * sizeof *segments);
+    segments[0].k = segments[0].lda = segments[0].ldb = model->config.hidden;
+    segments[1].k = segments[1].ldb = 1;
+    args->m = rows;
+    args->n = args->ldc = width;
+    args->segments = segments;
+    args->segment_count = model->place[LLMPAR__BQ] >= 0 ? 2 : 1;
+    args->pieces = 1;
+    args->kind = LLMPAR_GEMM_NT;
+    args->dtype = dtype;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype)
+{
+    llmpar_gemm_segment segments[2];
+    llmpar_gemm_args args;
+    llmpar__llama_linear_args(model, rows, width, dtype, &args, segments);
+    return model->ctx->device->gemm_workspace(model->ctx->device, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes)
+{
+    llmpar_gemm_segment segments[2];
+    llmpar_gemm_args args;
+    llmpar__llama_linear_args(model, rows, width, model->dtype, &args, segments);
+    segments[0].a = in;
+    segments[0].b = w;
+    segments[1].a = model->one;
+    segments[1].b = bias;
+    args.c = out;
+    args.workspace = workspace;
+    args.workspace_bytes = workspace_bytes;
+    return model->ctx->device->gemm(model->ctx->device, stream, &args);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t)
+{
+    const llmpar_llama_config *c = &model->config;
+    char got[32];
+    if (c->rope_scaling.kind != LLMPAR_ROPE_DYNAMIC || model->positions <= c->max_positions || t == model->positions) return LLMPAR_OK;
+    snprintf(got, sizeof got, t ? "%lld" : "one that grows", (long long)t);
+    return llmpar_fail(model->ctx, LLMPAR_ERR_UNSUPPORTED, "llama: rope_type = \"dynamic\" beyond max_position_embeddings = %d depends on the length of the sequence: expected %lld positions, as llmpar_llama_apply was told, got %s", (int)c->max_positions,
+                       (long long)model->positions, got);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_call *call, const llmpar__shape *s, const void *dy, const void *x, const void *w, const void *rstd, const void *dresidual, void *dx, void *dw_leaves)
@@ -19736,28 +20634,33 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_backward(const llmpar_unit_
     return call->device->rmsnorm_backward(call->device, call->stream, &args);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves)
 {
     llmpar_collective c;
     if (!call->grads) return LLMPAR_OK;
     memset(&c, 0, sizeof c);
-    c.send = c.recv = dw_leaves;
-    c.count = (size_t)(s->leaves * s->d);
-    c.dtype = s->sum;
-    c.tag = "norm weight/all_reduce";
+    c.send = c.recv = leaves;
+    c.count = (size_t)count;
+    c.dtype = llmpar_dtype_sum(call->dtype);
+    c.tag = tag;
     return llmpar_all_reduce(((const llmpar__part *)call->user)->model->tp.comm, call->stream, &c);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, const void *dw_leaves, void *dw)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *call, const llmpar__shape *s, void *dw_leaves)
+{
+    return llmpar__llama_sum_leaves(call, "norm weight/all_reduce", s->leaves * s->d, dw_leaves);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw)
 {
     const void **in = (const void **)llmpar_heap_alloc(&call->ctx->heap, (size_t)s->leaves, sizeof *in);
     if (!in) return llmpar_fail(call->ctx, LLMPAR_ERR_MEMORY, "llama: no memory for %lld leaves", (long long)s->leaves);
-    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * s->d) * s->sum_size;
+    for (int64_t i = 0; i < s->leaves; i++) in[i] = (const char *)dw_leaves + (size_t)(i * dim) * s->sum_size;
     llmpar_tree_sum_args args;
     memset(&args, 0, sizeof args);
     args.in = in;
     args.n = (int32_t)s->leaves;
-    args.count = (size_t)s->d;
+    args.count = (size_t)dim;
     args.out = dw;
     args.dtype = s->sum;
     llmpar_status status = call->device->tree_sum(call->device, call->stream, &args);
@@ -19776,11 +20679,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
 /* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
    Every buffer of a pass lies at an offset of this layout, which `sizes` and the callbacks share.
 
-   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,(h+2k)E] o[N,hE] lse[B,h,T]  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
+   saved, for each half:   h[Ns,D] (norm's output; selective recomputation makes it again)  rstd[Ns]  attention: qkv[N,hE][N,kE][N,kE] o[N,hE] lse[B,h,T]  (q and k normalised: raw[N,hE][N,kE] before the norm, qk_rstd[N*h][N*k])  mlp: gate[N,f] up[N,f]  stream[Ns,D] (the half's output, unless it is the unit's)
    scratch, for all halves: full[N,D] (gathered rows, sequence parallel)  part[N,D] (partial sums)  sum[Ns,D] (what the reduce gives; = part where nothing is scattered or rounded)
             act: forward swiglu's output, backward the gradient of it or of o  h[Ns,D], spare[Ns] (selective)
-            backward also: dfull[N,D]  dqkv[N,(h+2k)E]  dx[Ns,D] (between halves)  dkv[N,2E] (ranks that share a kv head), dkv_low: the same rounded  leaves[leaves,D]
-   Partial sums, rstd, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
+            backward also: dfull[N,D]  dqkv, as qkv  dx[Ns,D] (between halves)  dkv[2][N,E] (ranks that share a kv head; = dqkv's where nothing is rounded)  leaves[leaves,D]  qk_leaves[2][leaves,E] (norms of q and k)
+   Partial sums, rstds, lse, dkv and leaves are of the sum type, all else of the compute dtype. Rounding points: every product, norm, rope, attention and swiglu output; a partial sum once, behind its tree; then the residual. */
 typedef struct llmpar__block_half {
     llmpar__shape s;
     const llmpar__part *part_of;
@@ -19792,27 +20695,35 @@ typedef struct llmpar__block_half {
     char *output;
     const char *dout;
     char *din;
-    char *h, *rstd, *qkv, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
-    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *dkv_low, *leaves; /* scratch */
+    char *h, *rstd, *qkv, *raw, *qk_rstd, *o, *lse, *gate, *up; /* saved (h: scratch if again) */
+    char *full, *part, *sum, *act, *spare, *dfull, *dqkv, *dx, *dkv, *leaves, *qk_leaves; /* scratch */
     const char *in;                 /* what the products read: h, or the gathered rows */
 } llmpar__block_half;
 
 /* Offsets of half `j` of the unit; saved, scratch: bytes of all. */
-typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, dkv_low, leaves, scratch; } llmpar__block_layout;
+typedef struct llmpar__block_layout { size_t before, h, rstd, qkv, raw, qk_rstd, o, lse, gate, up, stream, saved, full, part, sum, act, spare, dfull, dqkv, dx, dkv, leaves, qk_leaves, scratch; } llmpar__block_layout;
+
+static int llmpar__block_has_norms(const llmpar_llama *model) { return model->place[LLMPAR__QNORM] >= 0; } /* of q and k */
+
+/* Where k and v begin in qkv, in bytes. */
+static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->n * s->h * s->e) * s->size; }
+static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)(s->n * (s->h + s->k) * s->e) * s->size; }
 
 static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, int again, int backward, int32_t j, llmpar__block_layout *l)
 {
     const llmpar_tp *tp = &part->model->tp;
     size_t at = 0, spare_h;
     int64_t gathered = tp->sequence_parallel ? s->n * s->d : 0, act = 0;
-    int attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
+    int norms = llmpar__block_has_norms(part->model), attention = !(part->first & 1) || part->halves > 1, mlp = (part->first & 1) || part->halves > 1;
     memset(l, 0, sizeof *l);
     for (int32_t i = 0; i < part->halves; i++) {
         int is_mlp = (part->first + i) & 1;
         llmpar__block_layout here = *l;
         here.h = llmpar__llama_take(&at, again ? 0 : s->ns * s->d, s->size);
         here.rstd = llmpar__llama_take(&at, s->ns, s->sum_size);
-        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->ld, s->size);
+        here.qkv = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->qkv, s->size);
+        here.raw = llmpar__llama_take(&at, is_mlp || !norms ? 0 : s->n * (s->h + s->k) * s->e, s->size);
+        here.qk_rstd = llmpar__llama_take(&at, is_mlp || !norms ? 0 : s->n * (s->h + s->k), s->sum_size);
         here.o = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h * s->e, s->size);
         here.lse = llmpar__llama_take(&at, is_mlp ? 0 : s->n * s->h, s->sum_size);
         here.gate = llmpar__llama_take(&at, is_mlp ? s->n * s->f : 0, s->size);
@@ -19833,13 +20744,12 @@ static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, 
     if (again) l->h = spare_h;
     l->spare = llmpar__llama_take(&at, again ? s->ns : 0, s->sum_size);
     if (backward) {
-        int64_t shared = attention && tp->replicas > 1 ? s->n * 2 * s->e : 0;
         l->dfull = llmpar__llama_take(&at, gathered, s->size);
-        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->ld : 0, s->size);
+        l->dqkv = llmpar__llama_take(&at, attention ? s->n * s->qkv : 0, s->size);
         l->dx = llmpar__llama_take(&at, s->ns * s->d, s->size);
-        l->dkv = llmpar__llama_take(&at, shared, s->sum_size);
-        l->dkv_low = s->sum == s->dtype ? l->dkv : llmpar__llama_take(&at, shared, s->size);
+        l->dkv = s->sum == s->dtype ? l->dqkv + llmpar__block_k(s) : llmpar__llama_take(&at, attention && tp->replicas > 1 ? s->n * 2 * s->e : 0, s->sum_size);
         l->leaves = llmpar__llama_take(&at, s->leaves * s->d, s->sum_size);
+        l->qk_leaves = llmpar__llama_take(&at, attention && norms ? 2 * s->leaves * s->e : 0, s->sum_size);
     }
     l->scratch = at;
 }
@@ -19862,6 +20772,8 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->h = (b->again ? scratch : saved) + l.h;
     b->rstd = saved + l.rstd;
     b->qkv = saved + l.qkv;
+    b->raw = saved + l.raw;
+    b->qk_rstd = saved + l.qk_rstd;
     b->o = saved + l.o;
     b->lse = saved + l.lse;
     b->gate = saved + l.gate;
@@ -19875,8 +20787,8 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->dqkv = scratch + l.dqkv;
     b->dx = scratch + l.dx;
     b->dkv = scratch + l.dkv;
-    b->dkv_low = scratch + l.dkv_low;
     b->leaves = scratch + l.leaves;
+    b->qk_leaves = scratch + l.qk_leaves;
     b->in = b->tp->sequence_parallel ? b->full : b->h;
     b->input = b->first ? (const char *)call->input : saved + l.before;
     b->output = b->last ? (char *)call->output : saved + l.stream;
@@ -19884,14 +20796,16 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
 }
 
-static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->params[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
-static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return call->grads[b->param + p - (b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1)]; }
+/* Place of parameter p among those of the call; NULL where the family has none. */
+static void *llmpar__block_at(const llmpar__block_half *b, void *const *of, int p)
+{
+    const int32_t *place = b->model->place;
+    return place[p] < 0 ? NULL : of[b->param + place[p] - (b->mlp ? place[LLMPAR__NORM2] : 0)];
+}
+static void *llmpar__block_param(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return llmpar__block_at(b, call->params, p); }
+static void *llmpar__block_grad(const llmpar__block_half *b, const llmpar_unit_call *call, int p) { return llmpar__block_at(b, call->grads, p); }
 
-/* Element offset of k and v in a row of qkv. */
-static size_t llmpar__block_k(const llmpar__shape *s) { return (size_t)(s->h * s->e) * s->size; }
-static size_t llmpar__block_v(const llmpar__shape *s) { return (size_t)((s->h + s->k) * s->e) * s->size; }
-
-/* Pointers and extents for attention over the joint q,k,v buffer. */
+/* Pointers and extents for attention. */
 static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_args *args)
 {
     const llmpar__shape *s = &b->s;
@@ -19901,8 +20815,8 @@ static void llmpar__block_attention(const llmpar__block_half *b, const llmpar_un
     args->heads = s->h;
     args->kv_heads = s->k;
     args->head_dim = s->e;
-    args->ldq = args->ldk = args->ldv = s->ld;
-    args->ldo = s->h * s->e;
+    args->ldq = args->ldo = s->h * s->e;
+    args->ldk = args->ldv = s->k * s->e;
     args->scale = llmpar__llama_scale(b->model);
     args->dtype = s->dtype;
     if (!call) return;
@@ -19919,19 +20833,26 @@ static llmpar_status llmpar__block_rope(const llmpar_unit_call *call, const llmp
 {
     const llmpar__shape *s = &b->s;
     llmpar_rope_args args;
+    llmpar_status status = LLMPAR_OK;
     memset(&args, 0, sizeof args);
     args.batch = s->b;
     args.t = s->t;
-    args.heads = s->h + s->k; /* k's heads lie behind q's */
     args.head_dim = s->e;
-    args.ld = s->ld;
-    args.x = qkv;
     args.cosine = b->model->cosine;
     args.sine = b->model->sine;
     args.dtype = s->dtype;
     args.inverse = inverse;
-    return call->device->rope(call->device, call->stream, &args);
+    for (int k = 0; k < 2 && !status; k++) {
+        args.heads = k ? s->k : s->h;
+        args.ld = args.heads * s->e;
+        args.x = qkv + (k ? llmpar__block_k(s) : 0);
+        status = call->device->rope(call->device, call->stream, &args);
+    }
+    return status;
 }
+
+/* First of this rank's kv heads. */
+static int64_t llmpar__block_first_kv(const llmpar__block_half *b) { return b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, b->model->config.kv_heads); }
 
 /* The operands of sums over heads and over F, see llmpar_tp_partial. Where several ranks share a kv head only the first carries its segments. */
 static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_call *call, const char *dqkv, llmpar_tp_operand operand[3])
@@ -19940,11 +20861,11 @@ static void llmpar__block_heads(const llmpar__block_half *b, const llmpar_unit_c
     const llmpar_llama_config *c = &b->model->config;
     memset(operand, 0, 3 * sizeof *operand);
     for (int i = 0; i < 3; i++) {
-        operand[i].lda = s->ld;
+        operand[i].lda = (i ? s->k : s->h) * s->e;
         operand[i].ldb = s->d;
         operand[i].grain = s->e;
         operand[i].per = i ? c->heads / c->kv_heads : 1;
-        operand[i].begin = i ? (b->tp->replicas > 1 ? b->tp->rank / b->tp->replicas : llmpar_tp_begin(b->tp, c->kv_heads)) : llmpar_tp_begin(b->tp, c->heads);
+        operand[i].begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
         operand[i].count = i ? (b->tp->replicas > 1 ? b->tp->rank % b->tp->replicas == 0 : s->k) : s->h;
     }
     if (!call) return;
@@ -19987,7 +20908,7 @@ static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w,
 
 LLMPAR__PRIVATE_DEF double llmpar__llama_scale(const llmpar_llama *model) { return 1.0 / llmpar_sqrt_f64((double)model->config.head_dim); }
 
-/* Ranks that share a kv head add theirs in the sum type, in rows of their own: llmpar__block_kv. */
+/* Ranks that share a kv head add theirs in the sum type: llmpar__block_kv. */
 static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_unit_call *call, llmpar_attention_backward_args *args)
 {
     const llmpar__shape *s = &b->s;
@@ -19995,12 +20916,11 @@ static void llmpar__block_dattention(const llmpar__block_half *b, const llmpar_u
     memset(args, 0, sizeof *args);
     llmpar__block_attention(b, call, &args->forward);
     args->dkv_dtype = shared ? s->sum : s->dtype;
-    args->ld_dkv = shared ? 2 * s->e : s->ld;
     if (!call) return;
     args->dout = b->act;
     args->dq = b->dqkv;
     args->dk = shared ? b->dkv : b->dqkv + llmpar__block_k(s);
-    args->dv = shared ? b->dkv + (size_t)s->e * s->sum_size : b->dqkv + llmpar__block_v(s);
+    args->dv = shared ? b->dkv + (size_t)(s->n * s->e) * s->sum_size : b->dqkv + llmpar__block_v(s);
 }
 
 /* ---- sizes ---- */
@@ -20013,12 +20933,12 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     const llmpar_llama_config *c = &b->model->config;
     llmpar_tp_operand heads[3], ffn[2], row;
     llmpar_attention_backward_args attention;
-    size_t w[18], most = 0;
+    size_t w[20], most = 0;
     int n = 0;
     llmpar__block_heads(b, NULL, NULL, heads);
     llmpar__block_ffn(b, NULL, ffn);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->h * s->e, s->d, s->dtype);
-    w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->h * s->e, s->dtype);
+    w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->k * s->e, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
     llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
@@ -20033,6 +20953,8 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->d, s->h * s->e, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, s->d, s->dtype);
     w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, s->d, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->h * s->e, 1, s->dtype);
+    w[n++] = llmpar_tp_weight_gradient_workspace(tp, s->n, s->leaves, s->k * s->e, 1, s->dtype);
     llmpar__block_dattention(b, NULL, &attention);
     w[n++] = device->attention_workspace(device, &attention.forward);
     w[n++] = device->attention_backward_workspace(device, &attention);
@@ -20064,7 +20986,7 @@ static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
@@ -20073,14 +20995,14 @@ static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
     llmpar__block_half b, before;
     llmpar__block_open(call, call->index, &b);
     llmpar__block_open(call, call->index - 1, &before);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
 /* Selective recomputation: norm's output once more, from the same bits by the same code. */
 static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__block_half *b)
 {
     if (!b->again || call->pass != LLMPAR_PASS_BACKWARD) return LLMPAR_OK;
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, b->s.ns, b->s.d, b->input, NULL, llmpar__block_param(b, call, b->mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b->h, b->spare);
 }
 
 /* Forward, and again in backward for the weight gradients. */
@@ -20141,13 +21063,7 @@ static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
     llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
     llmpar__block_open(call, call->index, &b);
-    return llmpar__llama_norm_weight(call, &b.s, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
-}
-
-/* out[N, width] = in[N,D] w[width,D]^T, rows `ld` apart */
-static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, int64_t width, char *out, int64_t ld)
-{
-    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, width, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, ld, b->s.dtype, call->workspace, call->workspace_bytes);
+    return llmpar__llama_norm_weight(call, &b.s, b.s.d, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
 /* part[N,D] = this rank's part of a[N, grains*grain] w[D, grains*grain]^T */
@@ -20166,15 +21082,57 @@ static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_
 
 /* ---- attention ---- */
 
+/* q[N,hE] or k, v[N,kE]: weight wq + i, bias bq + i */
+static llmpar_status llmpar__block_head_product(const llmpar__block_half *b, const llmpar_unit_call *call, int i, char *out)
+{
+    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), llmpar__block_param(b, call, LLMPAR__BQ + i), out, call->workspace, call->workspace_bytes);
+}
+
+/* Norms of q and of k (i = 1): over E, a row for each head of each token. */
+static llmpar_status llmpar__block_head_norm(const llmpar__block_half *b, const llmpar_unit_call *call, int i)
+{
+    const llmpar__shape *s = &b->s;
+    size_t at = i ? llmpar__block_k(s) : 0;
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, b->model, s->n * (i ? s->k : s->h), s->e, b->raw + at, NULL, llmpar__block_param(b, call, LLMPAR__QNORM + i), NULL, b->qkv + at, b->qk_rstd + (i ? (size_t)(s->n * s->h) * s->sum_size : 0));
+}
+
+/* Back through it, in place. To the operation a token is a sequence and its heads are the positions: so the weight's pieces are pieces of heads, of which this rank holds a part. A kv head that several ranks share counts once. */
+static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const llmpar_unit_call *call, int i)
+{
+    const llmpar__shape *s = &b->s;
+    const llmpar_llama_config *c = &b->model->config;
+    size_t at = i ? llmpar__block_k(s) : 0, leaves = (size_t)(s->leaves * s->e) * s->sum_size;
+    llmpar_rmsnorm_backward_args args;
+    memset(&args, 0, sizeof args);
+    args.tokens.batch = s->n;
+    args.tokens.t = i ? s->k : s->h;
+    args.tokens.t_begin = i ? llmpar__block_first_kv(b) : llmpar_tp_begin(b->tp, c->heads);
+    args.tokens.t_total = i ? c->kv_heads : c->heads;
+    args.tokens.leaves = s->leaves;
+    args.tokens.canon = b->tp->pieces;
+    args.dim = s->e;
+    args.dy = args.dx = b->dqkv + at;
+    args.x = b->raw + at;
+    args.w = llmpar__block_param(b, call, LLMPAR__QNORM + i);
+    args.rstd = b->qk_rstd + (i ? (size_t)(s->n * s->h) * s->sum_size : 0);
+    args.dw_leaves = call->grads ? b->qk_leaves + (i ? leaves : 0) : NULL;
+    args.dtype = s->dtype;
+    llmpar_status status = call->device->rmsnorm_backward(call->device, call->stream, &args);
+    if (!status && args.dw_leaves && i && b->tp->rank % b->tp->replicas) status = call->device->zero(call->device, call->stream, args.dw_leaves, leaves);
+    return status;
+}
+
 static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar_attention_args attention;
     llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__WQ, s->h * s->e, b.qkv, s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WK, s->k * s->e, b.qkv + llmpar__block_k(s), s->ld);
-    if (!status) status = llmpar__block_columns(&b, call, LLMPAR__WV, s->k * s->e, b.qkv + llmpar__block_v(s), s->ld);
+    int norms = llmpar__block_has_norms(b.model);
+    llmpar_status status = llmpar__block_head_product(&b, call, 0, norms ? b.raw : b.qkv);
+    if (!status) status = llmpar__block_head_product(&b, call, 1, (norms ? b.raw : b.qkv) + llmpar__block_k(s));
+    if (!status) status = llmpar__block_head_product(&b, call, 2, b.qkv + llmpar__block_v(s));
+    for (int i = 0; i < 2 && norms && !status; i++) status = llmpar__block_head_norm(&b, call, i);
     if (!status) status = llmpar__block_rope(call, &b, b.qkv, 0);
     llmpar__block_attention(&b, call, &attention);
     return status ? status : call->device->attention(call->device, call->stream, &attention);
@@ -20201,7 +21159,7 @@ static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
     return status ? status : call->device->attention_backward(call->device, call->stream, &attention);
 }
 
-/* Ranks that share a kv head: dk and dv are summed over its query heads, rounded once, and take their places in the rows of dqkv. */
+/* Ranks that share a kv head: dk and dv are summed over its query heads, and rounded once on their way to dqkv, where they stand one behind the other too. */
 static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
     llmpar__block_half b;
@@ -20209,7 +21167,6 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
     const llmpar__shape *s = &b.s;
     llmpar_collective c;
     llmpar_cast_args cast;
-    llmpar_copy_rows_args copy;
     memset(&c, 0, sizeof c);
     c.send = c.recv = b.dkv;
     c.count = (size_t)(s->n * 2 * s->e);
@@ -20220,17 +21177,9 @@ static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
     cast.count = c.count;
     cast.in = b.dkv;
     cast.in_dtype = s->sum;
-    cast.out = b.dkv_low;
+    cast.out = b.dqkv + llmpar__block_k(s);
     cast.out_dtype = s->dtype;
-    if (!status && s->dtype != s->sum) status = call->device->cast(call->device, call->stream, &cast);
-    memset(&copy, 0, sizeof copy);
-    copy.rows = s->n;
-    copy.width = copy.ld_in = 2 * s->e;
-    copy.ld_out = s->ld;
-    copy.size = s->size;
-    copy.in = b.dkv_low;
-    copy.out = b.dqkv + llmpar__block_k(s);
-    return status ? status : call->device->copy_rows(call->device, call->stream, &copy);
+    return status || s->dtype == s->sum ? status : call->device->cast(call->device, call->stream, &cast);
 }
 
 static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
@@ -20239,6 +21188,7 @@ static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
     llmpar_tp_operand heads[3];
     llmpar__block_open(call, call->index, &b);
     llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
+    for (int i = 0; i < 2 && llmpar__block_has_norms(b.model) && !status; i++) status = llmpar__block_head_dnorm(&b, call, i);
     llmpar__block_heads(&b, call, b.dqkv, heads);
     return status ? status : llmpar_tp_partial(b.tp, call->stream, LLMPAR_GEMM_NN, b.s.n, b.s.d, b.model->config.heads, heads, 3, b.s.dtype, b.part, call->workspace, call->workspace_bytes);
 }
@@ -20250,19 +21200,48 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
     llmpar__block_open(call, call->index, &b);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WQ, s->h * s->e, s->d, b.dqkv, s->ld, b.in);
-    if (!status) status = llmpar__block_dw(&b, call, LLMPAR__WK, s->k * s->e, s->d, b.dqkv + llmpar__block_k(s), s->ld, b.in);
-    return status ? status : llmpar__block_dw(&b, call, LLMPAR__WV, s->k * s->e, s->d, b.dqkv + llmpar__block_v(s), s->ld, b.in);
+    const size_t at[3] = {0, llmpar__block_k(s), llmpar__block_v(s)};
+    for (int i = 0; i < 3 && !status; i++) {
+        int64_t width = (i ? s->k : s->h) * s->e;
+        void *bias = llmpar__block_grad(&b, call, LLMPAR__BQ + i);
+        status = llmpar__block_dw(&b, call, LLMPAR__WQ + i, width, s->d, b.dqkv + at[i], width, b.in);
+        if (!status && bias) status = llmpar_tp_weight_gradient(b.tp, call->stream, s->n, s->leaves, width, 1, b.dqkv + at[i], width, b.model->one, 0, bias, s->dtype, call->workspace, call->workspace_bytes);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__block_head_norm_reduce(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar__block_open(call, call->index, &b);
+    return llmpar__llama_sum_leaves(call, "q k norm weight/all_reduce", 2 * b.s.leaves * b.s.e, b.qk_leaves);
+}
+
+static llmpar_status llmpar__block_head_norm_weight(llmpar_unit_call *call)
+{
+    llmpar__block_half b;
+    llmpar_status status = LLMPAR_OK;
+    if (!call->grads) return LLMPAR_OK;
+    llmpar__block_open(call, call->index, &b);
+    for (int i = 0; i < 2 && !status; i++)
+        status = llmpar__llama_norm_weight(call, &b.s, b.s.e, b.qk_leaves + (size_t)(i * b.s.leaves * b.s.e) * b.s.sum_size, llmpar__block_grad(&b, call, LLMPAR__QNORM + i));
+    return status;
 }
 
 /* ---- MLP ---- */
+
+/* out[N,f] = in[N,D] w[f,D]^T */
+static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const llmpar_unit_call *call, int p, char *out)
+{
+    return llmpar_tp_product(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.f, b->s.d, b->in, b->s.d, llmpar__block_param(b, call, p), b->s.d, out, b->s.f, b->s.dtype, call->workspace, call->workspace_bytes);
+}
 
 static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
     llmpar__block_half b;
     llmpar__block_open(call, call->index, &b);
-    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.s.f, b.gate, b.s.f);
-    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.s.f, b.up, b.s.f);
+    llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.gate);
+    return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.up);
 }
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
@@ -20349,6 +21328,8 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backwar
         /* 8 */ {{"norm", llmpar__block_dnorm, LLMPAR_COMPUTE, {6, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__JOINT},
         /* 9 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {8, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
         /* 10 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {9, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
+        /* 11 */ {{"q k norm dW", llmpar__block_head_norm_reduce, LLMPAR_TP_REDUCE, {5, 0}, 0, 0}, LLMPAR__IF_QK_TP, LLMPAR__ANYWHERE},
+        /* 12 */ {{"q k norm dW", llmpar__block_head_norm_weight, LLMPAR_COMPUTE, {11, 0}, 0, 0}, LLMPAR__IF_QK, LLMPAR__ANYWHERE},
     };
     static const llmpar__op_row mlp_backward[] = {
         /* 1 */ {{"mlp doutput", llmpar__block_gather_dout, LLMPAR_TP_GATHER, {LLMPAR__HALF_BEFORE, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
@@ -20360,7 +21341,7 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backwar
         /* 7 */ {{"norm dW", llmpar__block_norm_reduce, LLMPAR_TP_REDUCE, {6, 0}, 0, 0}, LLMPAR__IF_SP, LLMPAR__ANYWHERE},
         /* 8 */ {{"norm dW", llmpar__block_norm_weight, LLMPAR_COMPUTE, {7, 0}, 0, 0}, LLMPAR__ALWAYS, LLMPAR__ANYWHERE},
     };
-    *count = mlp ? (backward ? 8 : 7) : backward ? 10 : 6;
+    *count = mlp ? (backward ? 8 : 7) : backward ? 12 : 6;
     return mlp ? (backward ? mlp_backward : mlp_forward) : backward ? attention_backward : attention_forward;
 }
 
@@ -20418,6 +21399,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
     if (dtype != model->dtype || micro->t > model->positions || (model->tp.sequence_parallel && micro->t % model->tp.ranks))
         return llmpar_fail(model->ctx, LLMPAR_ERR_SHAPE, "llama: micro-batch %d of %lld tokens in %s, expected at most %lld (a multiple of %d) in %s, as llmpar_llama_apply was told", (int)micro->index, (long long)micro->t,
                            llmpar_dtype_name(dtype), (long long)model->positions, model->tp.sequence_parallel ? (int)model->tp.ranks : 1, llmpar_dtype_name(model->dtype));
+    llmpar_status status = llmpar__llama_check_length(model, micro->t);
+    if (status) return status;
     llmpar__embed_lay(model, micro, dtype, NULL, &e);
     llmpar__embed_backward_args(&e, micro, &args);
     out->output = (size_t)(e.s.ns * e.s.d) * e.s.size;
@@ -20626,7 +21609,7 @@ static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 {
     llmpar__head h;
     llmpar__head_open(call, &h);
-    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
+    return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, h.s.d, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
 }
 
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
@@ -20781,7 +21764,7 @@ static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
     llmpar__head h;
     if (!call->grads) return LLMPAR_OK;
     llmpar__head_open(call, &h);
-    return llmpar__llama_norm_weight(call, &h.s, h.leaves, call->grads[0]);
+    return llmpar__llama_norm_weight(call, &h.s, h.s.d, h.leaves, call->grads[0]);
 }
 
 LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t *count)
@@ -20810,6 +21793,428 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 
 #endif /* LLMPAR_NO_LLAMA */
 
+/* ==== src/model_io/hf_files.c ==== */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_IO)
+
+#define LLMPAR__HF_SINGLE "model.safetensors"
+#define LLMPAR__HF_INDEX "model.safetensors.index.json"
+#define LLMPAR__HF_MAX_INDEX ((size_t)100000000) /* bytes, as for a header */
+
+/* DIR/name on the heap; NULL, with the error set, when out of memory. */
+static char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
+{
+    size_t bytes = strlen(directory) + strlen(name) + 2;
+    char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
+    if (path) snprintf(path, bytes, "%s/%s", directory, name);
+    else llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
+    return path;
+}
+
+/* ---- the index ---- */
+
+LLMPAR_DEF void llmpar_hf_index_free(llmpar_heap *heap, llmpar_hf_index *index)
+{
+    llmpar_heap_free(heap, (void *)index->tensor);
+    llmpar_heap_free(heap, (void *)index->file);
+    llmpar_heap_free(heap, index->place);
+    llmpar_json_destroy(heap, index->json);
+    memset(index, 0, sizeof *index);
+}
+
+static llmpar_status llmpar__hf_index_entry(llmpar_hf_index *index, const llmpar_json *entry, const char *name, llmpar_error *error)
+{
+    int32_t f = index->count ? index->place[index->count - 1] : 0; /* mostly the file of the tensor before */
+    if (strlen(entry->key) != entry->key_length) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (byte %zu)", name, entry->key, entry->position);
+    if (entry->type != LLMPAR_JSON_STRING) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": expected the name of a file (byte %zu)", name, entry->key, entry->position);
+    if (!entry->length || entry->length > 255 || strlen(entry->string) != entry->length || strpbrk(entry->string, "/\\") || strstr(entry->string, "..") || !strcmp(entry->string, "."))
+        return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" in file \"%.255s\": expected the name of a file in this directory, without '/', '\\' and \"..\" (byte %zu)", name, entry->key, entry->string, entry->position);
+    if (!index->files || strcmp(index->file[f], entry->string))
+        for (f = 0; f < index->files && strcmp(index->file[f], entry->string); f++) {}
+    if (f == LLMPAR_HF_MAX_FILES) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s: file \"%.255s\" is one more than the %d that a model may have (byte %zu)", name, entry->string, LLMPAR_HF_MAX_FILES, entry->position);
+    if (f == index->files) index->file[index->files++] = entry->string;
+    index->tensor[index->count] = entry->key;
+    index->place[index->count++] = f;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_index_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_hf_index *out, llmpar_error *error)
+{
+    llmpar_json_desc desc;
+    memset(&desc, 0, sizeof desc);
+    memset(out, 0, sizeof *out);
+    out->total_size = -1;
+    desc.name = name;
+    desc.unique_keys = 1;
+    llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &out->json, error);
+    if (status) return status;
+    const llmpar_json *map = llmpar_json_get(out->json, "weight_map"), *metadata = llmpar_json_get(out->json, "metadata"), *total = llmpar_json_get(metadata, "total_size");
+    for (const llmpar_json *member = out->json->type == LLMPAR_JSON_OBJECT ? out->json->child : NULL; member && !status; member = member->next)
+        if (member != map && member != metadata) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: unknown field \"%.60s\", expected metadata and weight_map (byte %zu)", name, member->key, member->position);
+    if (!status && (!map || map->type != LLMPAR_JSON_OBJECT || !map->length)) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: expected an object with an object weight_map of tensors and files (byte %zu)", name, map ? map->position : out->json->position);
+    if (!status && metadata && metadata->type != LLMPAR_JSON_OBJECT) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata: expected an object (byte %zu)", name, metadata->position);
+    if (!status && total) {
+        /* Some tools have written it as 123.0. */
+        int whole = total->type == LLMPAR_JSON_NUMBER && total->number >= 0 && (total->is_integer || (total->number < 9007199254740992.0 && (double)(int64_t)total->number == total->number));
+        if (whole) out->total_size = total->is_integer ? total->integer : (int64_t)total->number;
+        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size: expected a number of bytes (byte %zu)", name, total->position);
+    }
+    if (!status) {
+        out->tensor = (const char **)llmpar_heap_alloc(heap, map->length, sizeof *out->tensor);
+        out->place = (int32_t *)llmpar_heap_alloc(heap, map->length, sizeof *out->place);
+        out->file = (const char **)llmpar_heap_alloc(heap, map->length < LLMPAR_HF_MAX_FILES ? map->length : LLMPAR_HF_MAX_FILES, sizeof *out->file);
+        if (!out->tensor || !out->place || !out->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensors", name, map->length);
+    }
+    for (const llmpar_json *entry = status ? NULL : map->child; entry && !status; entry = entry->next) status = llmpar__hf_index_entry(out, entry, name, error);
+    if (status) llmpar_hf_index_free(heap, out);
+    return status;
+}
+
+/* ---- reading ---- */
+
+LLMPAR_DEF void llmpar_hf_files_close(llmpar_hf_files *files)
+{
+    if (!files) return;
+    for (int32_t f = 0; f < files->count; f++) llmpar_safetensors_close(files->file[f]);
+    llmpar_heap_free(files->heap, (void *)files->file);
+    llmpar_heap_free(files->heap, (void *)(uintptr_t)files->path);
+    llmpar_heap_free(files->heap, files);
+}
+
+LLMPAR_DEF const llmpar_safetensor *llmpar_hf_files_find(const llmpar_hf_files *files, const char *name, const llmpar_safetensors **file)
+{
+    for (int32_t f = 0; f < files->count; f++) {
+        const llmpar_safetensor *tensor = llmpar_safetensors_find(files->file[f], name);
+        *file = files->file[f];
+        if (tensor) return tensor;
+    }
+    return NULL;
+}
+
+/* Each tensor that the index names stands in that file, and no file has another. */
+static llmpar_status llmpar__hf_match_index(llmpar_hf_files *files, const llmpar_hf_index *index, llmpar_error *error)
+{
+    llmpar_status status = LLMPAR_OK;
+    int64_t total = 0;
+    int32_t first[LLMPAR_HF_MAX_FILES]; /* of the file's tensors in `seen` */
+    for (int32_t f = 0; f < files->count; f++) {
+        first[f] = files->tensors;
+        files->tensors += files->file[f]->count;
+    }
+    char *seen = (char *)llmpar_heap_zalloc(files->heap, (size_t)files->tensors, 1);
+    if (!seen) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensors", files->path, (int)files->tensors);
+    for (int32_t i = 0; i < index->count && !status; i++) {
+        const llmpar_safetensors *file = files->file[index->place[i]];
+        const llmpar_safetensor *tensor = llmpar_safetensors_find(file, index->tensor[i]);
+        if (tensor) seen[first[index->place[i]] + (tensor - file->tensor)] = 1;
+        else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is said to be in %s, which does not have it", files->path, index->tensor[i], index->file[index->place[i]]);
+    }
+    for (int32_t f = 0; f < files->count && !status; f++)
+        for (int32_t t = 0; t < files->file[f]->count && !status; t++) {
+            const llmpar_safetensor *tensor = &files->file[f]->tensor[t];
+            total += (int64_t)tensor->bytes; /* of files that exist: no overflow */
+            if (seen[first[f] + t]) continue;
+            int32_t other = 0;
+            while (other < files->count && (other == f || !llmpar_safetensors_find(files->file[other], tensor->name))) other++;
+            if (other < files->count) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and in %s, expected once", files->path, tensor->name, index->file[other], index->file[f]);
+            else status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: tensor %.200s is in %s and not in the index", files->path, tensor->name, index->file[f]);
+        }
+    if (!status && index->total_size >= 0 && index->total_size != total)
+        status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: metadata.total_size is %lld, but the tensors have %lld bytes", files->path, (long long)index->total_size, (long long)total);
+    llmpar_heap_free(files->heap, seen);
+    return status;
+}
+
+static llmpar_status llmpar__hf_open_shards(llmpar_hf_files *files, const llmpar_io *io, const char *directory, llmpar_error *error)
+{
+    llmpar_hf_index index;
+    char *text = NULL;
+    size_t bytes = 0;
+    memset(&index, 0, sizeof index);
+    llmpar_status status = llmpar_file_load(files->heap, io, files->path, LLMPAR__HF_MAX_INDEX, &text, &bytes, error);
+    if (!status) status = llmpar_hf_index_parse(files->heap, text, bytes, files->path, &index, error);
+    llmpar_heap_free(files->heap, text);
+    if (!status) {
+        files->file = (llmpar_safetensors **)llmpar_heap_zalloc(files->heap, (size_t)index.files, sizeof *files->file);
+        if (!files->file) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d files", files->path, (int)index.files);
+    }
+    for (int32_t f = 0; f < index.files && !status; f++) {
+        char *path = llmpar__hf_join(files->heap, directory, index.file[f], error);
+        status = path ? llmpar_safetensors_open(files->heap, io, path, &files->file[f], error) : LLMPAR_ERR_MEMORY;
+        if (!status) files->count++;
+        llmpar_heap_free(files->heap, path);
+    }
+    if (!status) status = llmpar__hf_match_index(files, &index, error);
+    llmpar_hf_index_free(files->heap, &index);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, llmpar_hf_files **out, llmpar_error *error)
+{
+    char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
+    llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
+    llmpar_status status = LLMPAR_OK;
+    *out = NULL;
+    if (!single || !index || !files) {
+        llmpar_heap_free(heap, files);
+        files = NULL;
+        status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
+    } else {
+        int sharded = llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
+        files->heap = heap;
+        files->path = sharded ? index : single;
+        if (sharded) {
+            index = NULL;
+            status = llmpar__hf_open_shards(files, io, directory, error);
+        } else {
+            single = NULL;
+            files->file = (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *files->file);
+            status = files->file ? llmpar_safetensors_open(heap, io, files->path, &files->file[0], error) : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", files->path);
+            if (!status) {
+                files->count = 1;
+                files->tensors = files->file[0]->count;
+            }
+        }
+    }
+    llmpar_heap_free(heap, single);
+    llmpar_heap_free(heap, index);
+    if (status) llmpar_hf_files_close(files);
+    else *out = files;
+    return status;
+}
+
+/* ---- writing ---- */
+
+struct llmpar_hf_writer {
+    llmpar_heap *heap;
+    const llmpar_io *io;
+    const llmpar_safetensor *tensor; /* [count], borrowed */
+    int32_t count, next;             /* next: the first tensor of no file so far */
+    int32_t files, parts;            /* in all; begun */
+    uint64_t max_bytes, total, left; /* left: bytes that the open file still expects */
+    llmpar_safetensors_writer *writer;
+    char *directory, *config;
+};
+
+static uint64_t llmpar__hf_bytes(const llmpar_safetensor *tensor)
+{
+    uint64_t bytes = llmpar_dtype_size(tensor->dtype);
+    for (int32_t d = 0; d < tensor->dims; d++) bytes *= (uint64_t)tensor->shape[d];
+    return bytes;
+}
+
+/* One behind the last tensor of the file that begins with tensor `from`; *bytes: of data in it. */
+static int32_t llmpar__hf_file_end(const llmpar_hf_writer *w, int32_t from, uint64_t *bytes)
+{
+    int32_t at = from;
+    for (*bytes = 0; at < w->count; *bytes += llmpar__hf_bytes(&w->tensor[at++]))
+        if (at > from && w->max_bytes && *bytes + llmpar__hf_bytes(&w->tensor[at]) > w->max_bytes) break;
+    return at;
+}
+
+/* The name of part 1 .. files, as transformers gives it. */
+static char *llmpar__hf_part(const llmpar_hf_writer *w, int32_t part, const char *ending, llmpar_error *error)
+{
+    char name[80];
+    if (w->files == 1) snprintf(name, sizeof name, LLMPAR__HF_SINGLE);
+    else snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors%s", (int)part, (int)w->files, ending);
+    return llmpar__hf_join(w->heap, w->directory, name, error);
+}
+
+static llmpar_status llmpar__hf_begin_part(llmpar_hf_writer *w, llmpar_error *error)
+{
+    int32_t end = llmpar__hf_file_end(w, w->next, &w->left);
+    char *path = llmpar__hf_part(w, ++w->parts, ".part", error);
+    if (!path) return LLMPAR_ERR_MEMORY;
+    llmpar_status status = llmpar_safetensors_writer_open(w->heap, w->io, path, w->tensor + w->next, end - w->next, &w->writer, error);
+    w->next = end;
+    llmpar_heap_free(w->heap, path);
+    return status;
+}
+
+static llmpar_status llmpar__hf_end_part(llmpar_hf_writer *w, llmpar_error *error)
+{
+    llmpar_safetensors_writer *writer = w->writer;
+    w->writer = NULL;
+    return llmpar_safetensors_writer_commit(writer, error);
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *directory, const llmpar_safetensor *tensors, int32_t count, uint64_t max_bytes, const char *config, llmpar_hf_writer **out, llmpar_error *error)
+{
+    *out = NULL;
+    llmpar_hf_writer *w = (llmpar_hf_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    llmpar_status status = LLMPAR_OK;
+    if (!w) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
+    w->heap = heap;
+    w->io = io;
+    w->tensor = tensors;
+    w->count = count;
+    w->max_bytes = max_bytes;
+    w->directory = llmpar_heap_strdup(heap, directory);
+    w->config = config ? llmpar_heap_strdup(heap, config) : NULL;
+    if (!w->directory || (config && !w->config)) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
+    if (!status) status = llmpar_safetensors_check(heap, directory, tensors, count, error);
+    for (int32_t at = 0; !status && (at < count || !w->files);) {
+        uint64_t bytes;
+        at = llmpar__hf_file_end(w, at, &bytes);
+        w->total += bytes;
+        if (++w->files > LLMPAR_HF_MAX_FILES) status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: files of %llu bytes are more than %d, expected fewer", directory, (unsigned long long)max_bytes, LLMPAR_HF_MAX_FILES);
+    }
+    if (!status) status = llmpar_directory_ensure(io, directory, error);
+    if (!status) status = llmpar__hf_begin_part(w, error);
+    if (status) llmpar_hf_writer_abandon(w);
+    else *out = w;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const void *data, size_t bytes, llmpar_error *error)
+{
+    const char *from = (const char *)data;
+    llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
+    while (bytes && !status) {
+        if (!writer->left && writer->next < writer->count) {
+            status = llmpar__hf_end_part(writer, error);
+            if (!status) status = llmpar__hf_begin_part(writer, error);
+            continue;
+        }
+        size_t part = writer->left && bytes > writer->left ? (size_t)writer->left : bytes; /* what is too much is the file's to refuse */
+        status = llmpar_safetensors_writer_write(writer->writer, from, part, error);
+        writer->left -= status ? 0 : part;
+        from += part;
+        bytes -= part;
+    }
+    return status;
+}
+
+/* The names of removed files come one at a time: what a list does that changes while it is read is nobody's promise. */
+typedef struct llmpar__hf_stale { const llmpar_hf_writer *writer; char name[64]; } llmpar__hf_stale;
+
+/* Shards of another division, or left behind unfinished. -1: found, and its name taken. */
+static int llmpar__hf_is_stale(void *user, const char *name)
+{
+    llmpar__hf_stale *stale = (llmpar__hf_stale *)user;
+    static const char form[] = "model-00000-of-00000.safetensors";
+    int32_t part = 0, files = 0, i = 0;
+    for (; form[i] && (form[i] == '0' ? name[i] >= '0' && name[i] <= '9' : name[i] == form[i]); i++)
+        if (form[i] == '0') *(i < 12 ? &part : &files) = (i < 12 ? part : files) * 10 + (name[i] - '0');
+    if (form[i] || (name[i] && strcmp(name + i, ".part") && strcmp(name + i, ".part.tmp"))) return 0;
+    if (!name[i] && stale->writer->files > 1 && files == stale->writer->files && part >= 1 && part <= files) return 0;
+    snprintf(stale->name, sizeof stale->name, "%s", name);
+    return -1;
+}
+
+static llmpar_status llmpar__hf_remove(const llmpar_hf_writer *w, const char *name, llmpar_error *error)
+{
+    char *path = llmpar__hf_join(w->heap, w->directory, name, error);
+    llmpar_status status = path ? llmpar_file_remove(w->io, path, error) : LLMPAR_ERR_MEMORY;
+    llmpar_heap_free(w->heap, path);
+    return status;
+}
+
+static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *name, const char *text, size_t bytes, llmpar_error *error)
+{
+    char *path = llmpar__hf_join(w->heap, w->directory, name, error);
+    llmpar_writer *writer = NULL;
+    llmpar_status status = path ? llmpar_writer_open(w->heap, w->io, path, &writer, error) : LLMPAR_ERR_MEMORY;
+    if (!status) status = llmpar_writer_write(writer, text, bytes, error);
+    if (status) llmpar_writer_abandon(writer);
+    else status = llmpar_writer_commit(writer, error);
+    llmpar_heap_free(w->heap, path);
+    return status;
+}
+
+/* The index's JSON into text, or with NULL the bytes that it needs at most. */
+static size_t llmpar__hf_index_text(const llmpar_hf_writer *w, char *text, size_t capacity)
+{
+    size_t used = (size_t)snprintf(text, capacity, "{\n  \"metadata\": {\n    \"total_size\": %llu\n  },\n  \"weight_map\": {\n", (unsigned long long)w->total);
+    int32_t part = 0, end = 0;
+    uint64_t bytes;
+    for (int32_t i = 0; i < w->count; i++) {
+        if (i == end) {
+            end = llmpar__hf_file_end(w, i, &bytes);
+            part++;
+        }
+        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "    ");
+        used += llmpar_json_escape(w->tensor[i].name, strlen(w->tensor[i].name), text ? text + used : NULL, text ? capacity - used : 0);
+        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, ": \"model-%05d-of-%05d.safetensors\"%s\n", (int)part, (int)w->files, i + 1 < w->count ? "," : "");
+    }
+    return used + (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "  }\n}\n");
+}
+
+/* All shards are complete under their .part names. */
+static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error)
+{
+    size_t bytes = llmpar__hf_index_text(w, NULL, 0);
+    char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
+    llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
+    if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
+    if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_INDEX, error);
+    if (!status) status = llmpar_directory_sync(w->io, w->directory, error); /* gone for good before a shard of the old index is replaced */
+    for (int32_t part = 1; part <= w->files && !status; part++) {
+        char *from = llmpar__hf_part(w, part, ".part", error), *to = llmpar__hf_part(w, part, "", error);
+        status = from && to ? llmpar_file_rename(w->io, from, to, error) : LLMPAR_ERR_MEMORY;
+        llmpar_heap_free(w->heap, from);
+        llmpar_heap_free(w->heap, to);
+    }
+    if (!status) status = llmpar_directory_sync(w->io, w->directory, error);
+    if (!status) {
+        llmpar__hf_index_text(w, text, bytes + 1);
+        status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
+    }
+    llmpar_heap_free(w->heap, text);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error)
+{
+    llmpar__hf_stale stale;
+    llmpar_status status = writer->writer ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->directory);
+    while (!status && writer->next < writer->count) { /* only tensors without elements are left, or bytes are missing */
+        status = llmpar__hf_end_part(writer, error);
+        if (!status) status = llmpar__hf_begin_part(writer, error);
+    }
+    if (!status && writer->files > 1) status = llmpar__hf_end_part(writer, error);
+    /* Weights that find no room leave a config.json that stood here, and with it the old model, alone. */
+    if (!status && writer->config) status = llmpar__hf_put_text(writer, "config.json", writer->config, strlen(writer->config), error);
+    if (!status && writer->files > 1) status = llmpar__hf_publish(writer, error);
+    else if (!status) status = llmpar__hf_end_part(writer, error);
+    if (!status && writer->files == 1) status = llmpar__hf_remove(writer, LLMPAR__HF_INDEX, error);
+    stale.writer = writer;
+    for (int found = 1; found && !status;) {
+        stale.name[0] = 0;
+        status = llmpar_directory_list(writer->io, writer->directory, llmpar__hf_is_stale, &stale, error);
+        found = stale.name[0];
+        if (!status && found) status = llmpar__hf_remove(writer, stale.name, error);
+    }
+    if (!status) status = llmpar_directory_sync(writer->io, writer->directory, error);
+    if (!status) writer->parts = 0; /* nothing of them is ours to remove any more */
+    llmpar_hf_writer_abandon(writer);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_hf_writer_abandon(llmpar_hf_writer *writer)
+{
+    if (!writer) return;
+    llmpar_safetensors_writer_abandon(writer->writer);
+    for (int32_t part = 1; part <= writer->parts && writer->files > 1; part++) {
+        char *path = llmpar__hf_part(writer, part, ".part", NULL);
+        if (path) llmpar_file_remove(writer->io, path, NULL);
+        llmpar_heap_free(writer->heap, path);
+    }
+    llmpar_heap_free(writer->heap, writer->directory);
+    llmpar_heap_free(writer->heap, writer->config);
+    llmpar_heap_free(writer->heap, writer);
+}
+
+#undef LLMPAR__HF_SINGLE
+#undef LLMPAR__HF_INDEX
+#undef LLMPAR__HF_MAX_INDEX
+
+#endif /* LLMPAR_NO_IO */
 /* ==== src/model_io/hf.c ==== */
 
 #include <stdio.h>
@@ -20836,15 +22241,14 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
-    llmpar_mapped file;
     llmpar_error error;
-    char *path = llmpar__hf_path(ctx, directory, "config.json");
+    char *text = NULL, *path = llmpar__hf_path(ctx, directory, "config.json");
+    size_t bytes;
     if (!path) return LLMPAR_ERR_MEMORY;
-    memset(&file, 0, sizeof file);
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_file_map(path, &file, &error);
-    if (!status) status = llmpar_llama_config_parse(&ctx->heap, (const char *)file.data, file.bytes, path, out, &error);
-    llmpar_file_unmap(&file);
+    llmpar_status status = llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
+    if (!status) status = llmpar_llama_config_parse(&ctx->heap, text, bytes, path, out, &error);
+    llmpar_heap_free(&ctx->heap, text);
     llmpar_heap_free(&ctx->heap, path);
     return llmpar__hf_fail(ctx, status, &error);
 }
@@ -20860,96 +22264,203 @@ static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *te
     return text;
 }
 
-/* Every parameter is there with its shape, and nothing else. */
-static llmpar_status llmpar__hf_match(llmpar_fsdp *fsdp, const llmpar_safetensors *file)
+typedef struct llmpar__hf_load {
+    llmpar_fsdp *fsdp;
+    llmpar_ctx *ctx;
+    llmpar_hf_files *files;
+    llmpar_stream *stream;
+    void *raw, *wide;   /* pieces of a slice: as in the file, and in the shards' dtype; `wide` only where these differ */
+    int64_t capacity;   /* elements of both: half a slice, at most this many */
+} llmpar__hf_load;
+#define LLMPAR__HF_PIECE ((int64_t)128 << 10)
+#define LLMPAR__HF_EMBEDDING "model.embed_tokens.weight"
+
+/* Nobody goes on before all have come as far; where one did not, the others hear of it here. */
+static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
 {
-    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    int32_t matched = 0;
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++) {
-        const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-        for (int32_t i = 0; i < unit->param_count; i++) {
+    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
+    return status ? status : ctx->device->synchronize(ctx->device, stream);
+}
+
+static int llmpar__hf_is_shape(const llmpar_safetensor *tensor, const int64_t *shape, int32_t dims)
+{
+    int same = tensor->dims == dims;
+    for (int32_t d = 0; d < dims && same; d++) same = tensor->shape[d] == shape[d];
+    return same;
+}
+
+/* "model.layers.0.self_attn.rotary_emb.inv_freq": a buffer that follows from the configuration, and that transformers once wrote. */
+static int llmpar__hf_is_rotary_buffer(const char *name)
+{
+    static const char before[] = "model.layers.", behind[] = ".self_attn.rotary_emb.inv_freq";
+    size_t digits;
+    if (strncmp(name, before, sizeof before - 1)) return 0;
+    name += sizeof before - 1;
+    digits = strspn(name, "0123456789");
+    return digits && !strcmp(name + digits, behind);
+}
+
+/* to[count] = elements from `first` on of this rank's rectangle of a tensor, as they stand in the file. */
+static llmpar_status llmpar__hf_read(const llmpar__hf_load *load, const llmpar_safetensors *file, const llmpar_safetensor *source, const llmpar_dtensor *tensor, const llmpar_local *local, int64_t first, int64_t count, void *to)
+{
+    size_t size = llmpar_dtype_size(source->dtype);
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    for (int64_t done = 0, run; done < count && !status; done += run) {
+        int64_t from = llmpar_dtensor_run(tensor, local, first + done, &run);
+        if (run > count - done) run = count - done;
+        status = llmpar_safetensors_read(file, source, (size_t)from * size, (size_t)run * size, (char *)to + (size_t)done * size, &error);
+    }
+    return llmpar__hf_fail(load->ctx, status, &error);
+}
+
+/* A tied model's file may have the head once more, if it is the embedding: each rank compares the part that it holds. */
+static llmpar_status llmpar__hf_check_tied(const llmpar__hf_load *load, const llmpar_safetensors *file, const llmpar_safetensor *head)
+{
+    const llmpar_safetensors *other = NULL;
+    const llmpar_safetensor *embedding = llmpar_hf_files_find(load->files, LLMPAR__HF_EMBEDDING, &other);
+    int same = head->dtype == embedding->dtype && llmpar__hf_is_shape(head, embedding->shape, embedding->dims);
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp); u++) {
+        const llmpar_segment *segments;
+        int32_t count;
+        llmpar_fsdp_layout(load->fsdp, u, NULL, &segments, &count);
+        for (int32_t s = 0; s < count && same; s++) {
+            llmpar_dtensor tensor;
+            llmpar_local local;
+            if (strcmp(llmpar_fsdp_unit(load->fsdp, u)->params[segments[s].param].name, LLMPAR__HF_EMBEDDING)) continue;
+            llmpar_mesh *mesh = llmpar_fsdp_mesh(load->fsdp);
+            llmpar_fsdp_dtensor(load->fsdp, u, segments[s].param, &tensor);
+            llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+            size_t half = ((size_t)load->capacity + 1) / 2, size = llmpar_dtype_size(head->dtype);
+            for (int64_t done = 0, part; done < local.flat_count && same && !status; done += part) {
+                char *second = (char *)load->raw + half * size;
+                part = local.flat_count - done < (int64_t)half ? local.flat_count - done : (int64_t)half;
+                status = llmpar__hf_read(load, file, head, &tensor, &local, local.flat_begin + done, part, load->raw);
+                if (!status) status = llmpar__hf_read(load, other, embedding, &tensor, &local, local.flat_begin + done, part, second);
+                same = !status && !memcmp(load->raw, second, (size_t)part * size);
+            }
+            if (status) return status;
+        }
+    }
+    return same ? LLMPAR_OK : llmpar_fail(load->ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s differs from " LLMPAR__HF_EMBEDDING ", to which the configuration ties it", file->path, head->name);
+}
+
+/* Every parameter is there with its shape. *matched: their number. Sizes the pieces. */
+static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
+{
+    llmpar_ctx *ctx = load->ctx;
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(load->fsdp));
+    size_t raw = 1, wide = 0;
+    int64_t most = 1;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp); u++) {
+        const llmpar_unit *unit = llmpar_fsdp_unit(load->fsdp, u);
+        const llmpar_segment *segments;
+        int32_t count;
+        for (int32_t i = 0; i < unit->param_count; i++, ++*matched) {
             const llmpar_param *param = &unit->params[i];
-            const llmpar_safetensor *tensor = llmpar_safetensors_find(file, param->name);
-            if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", file->path, param->name);
-            int same = tensor->dims == param->dims;
-            for (int32_t d = 0; d < param->dims && same; d++) same = tensor->shape[d] == param->shape[d];
-            if (!same) {
+            const llmpar_safetensors *file = NULL;
+            const llmpar_safetensor *tensor = llmpar_hf_files_find(load->files, param->name, &file);
+            if (!tensor) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is missing", load->files->path, param->name);
+            if (!llmpar__hf_is_shape(tensor, param->shape, param->dims)) {
                 char got[200], expected[200];
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has shape %s, expected %s", file->path, param->name, llmpar__hf_shape(tensor->shape, tensor->dims, got, sizeof got),
                                    llmpar__hf_shape(param->shape, param->dims, expected, sizeof expected));
             }
             if (tensor->dtype != LLMPAR_F32 && tensor->dtype != LLMPAR_F64 && tensor->dtype != LLMPAR_BF16 && tensor->dtype != LLMPAR_F16)
                 return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s has dtype %s, expected a floating type", file->path, param->name, llmpar_dtype_name(tensor->dtype));
-            matched++;
+            if (llmpar_dtype_size(tensor->dtype) > raw) raw = llmpar_dtype_size(tensor->dtype);
+            if (tensor->dtype != dtype) wide = llmpar_dtype_size(dtype);
         }
+        llmpar_fsdp_layout(load->fsdp, u, NULL, &segments, &count);
+        for (int32_t s = 0; s < count; s++)
+            if (segments[s].count > most) most = segments[s].count;
     }
-    if (matched == file->count) return LLMPAR_OK;
-    for (int32_t t = 0; t < file->count; t++) {
-        int known = 0;
-        for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !known; u++)
-            for (int32_t i = 0; i < llmpar_fsdp_unit(fsdp, u)->param_count && !known; i++) known = !strcmp(file->tensor[t].name, llmpar_fsdp_unit(fsdp, u)->params[i].name);
-        if (!known) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is not part of this model (%d parameters, %d tensors in the file)", file->path, file->tensor[t].name, (int)matched, (int)file->count);
-    }
-    return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "%s: %d parameters, %d tensors", file->path, (int)matched, (int)file->count);
+    load->capacity = (most + 1) / 2 < LLMPAR__HF_PIECE ? (most + 1) / 2 : LLMPAR__HF_PIECE;
+    load->raw = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity + 1, raw);
+    load->wide = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity, wide);
+    return load->raw && load->wide ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
 }
 
-static llmpar_status llmpar__hf_load_unit(llmpar_fsdp *fsdp, const llmpar_safetensors *file, int32_t u, llmpar_stream *stream)
+/* Nothing else is there, but for what says the same once more. */
+static llmpar_status llmpar__hf_match_rest(const llmpar__hf_load *load, int32_t matched)
 {
-    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
-    llmpar_ctx *ctx = mesh->ctx;
-    const llmpar_unit *unit = llmpar_fsdp_unit(fsdp, u);
-    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
-    int64_t elements;
-    void *shard = llmpar_fsdp_shard(fsdp, u, &elements, NULL, NULL);
-    if (!shard) return ctx->error.status;
-    size_t bytes = (size_t)elements * llmpar_dtype_size(dtype);
-    void *host = llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to load unit %s (%lld elements)", file->path, unit->name, (long long)elements);
-    llmpar_status status = ctx->device->copy(ctx->device, stream, host, shard, bytes);
-    if (!status) status = ctx->device->synchronize(ctx->device, stream);
-    for (int32_t i = 0; i < unit->param_count && !status; i++) {
-        const llmpar_safetensor *source = llmpar_safetensors_find(file, unit->params[i].name);
-        llmpar_dtensor tensor;
-        llmpar_fsdp_dtensor(fsdp, u, i, &tensor);
-        const void *data = file->data + source->begin;
-        void *converted = NULL;
-        size_t count = source->bytes / llmpar_dtype_size(source->dtype);
-        if (source->dtype != dtype || (uintptr_t)data % 8) {
-            converted = llmpar_heap_alloc(&ctx->heap, count, llmpar_dtype_size(dtype));
-            if (!converted) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to convert %s", file->path, source->name);
-            else if (source->dtype == dtype) memcpy(converted, data, source->bytes);
-            else llmpar_convert(converted, dtype, data, source->dtype, count);
+    const llmpar_hf_files *files = load->files;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t f = 0; f < files->count && files->tensors > matched; f++)
+        for (int32_t t = 0; t < files->file[f]->count && !status; t++) {
+            const char *name = files->file[f]->tensor[t].name;
+            int known = llmpar__hf_is_rotary_buffer(name), embedding = 0;
+            for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && !known; u++)
+                for (int32_t i = 0; i < llmpar_fsdp_unit(load->fsdp, u)->param_count && !known; i++) {
+                    known = !strcmp(name, llmpar_fsdp_unit(load->fsdp, u)->params[i].name);
+                    embedding |= !strcmp(LLMPAR__HF_EMBEDDING, llmpar_fsdp_unit(load->fsdp, u)->params[i].name);
+                }
+            if (known) continue;
+            if (embedding && !strcmp(name, "lm_head.weight")) status = llmpar__hf_check_tied(load, files->file[f], &files->file[f]->tensor[t]);
+            else status = llmpar_fail(load->ctx, LLMPAR_ERR_FORMAT, "%s: tensor %s is not part of this model (%d parameters, %d tensors)", files->file[f]->path, name, (int)matched, (int)files->tensors);
         }
-        if (!status) llmpar_dtensor_cut(&tensor, mesh, converted ? converted : data, llmpar_fsdp_local(fsdp, u, i, host));
-        llmpar_heap_free(&ctx->heap, converted);
+    return status;
+}
+
+static llmpar_status llmpar__hf_load_unit(const llmpar__hf_load *load, int32_t u)
+{
+    llmpar_fsdp *fsdp = load->fsdp;
+    llmpar_device *device = load->ctx->device;
+    llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)); /* of the parameters that are updated */
+    size_t size = llmpar_dtype_size(dtype);
+    const llmpar_segment *segments;
+    int32_t count;
+    llmpar_status status = LLMPAR_OK;
+    char *shard = (char *)llmpar_fsdp_shard(fsdp, u, NULL, &segments, &count);
+    if (!shard) return load->ctx->error.status;
+    for (int32_t s = 0; s < count && !status; s++) {
+        llmpar_dtensor tensor;
+        llmpar_local local;
+        const llmpar_safetensors *file = NULL;
+        const llmpar_safetensor *source = llmpar_hf_files_find(load->files, llmpar_fsdp_unit(fsdp, u)->params[segments[s].param].name, &file);
+        llmpar_fsdp_dtensor(fsdp, u, segments[s].param, &tensor);
+        llmpar_dtensor_local(&tensor, mesh->degree, mesh->coordinate, &local);
+        for (int64_t done = 0, part; done < segments[s].count && !status; done += part) {
+            part = segments[s].count - done < load->capacity ? segments[s].count - done : load->capacity;
+            status = llmpar__hf_read(load, file, source, &tensor, &local, local.flat_begin + done, part, load->raw);
+            if (!status && source->dtype != dtype) llmpar_convert(load->wide, dtype, load->raw, source->dtype, (size_t)part);
+            if (!status) status = device->copy(device, load->stream, shard + (size_t)(segments[s].begin + done) * size, source->dtype != dtype ? load->wide : load->raw, (size_t)part * size);
+            if (!status) status = device->synchronize(device, load->stream);
+        }
     }
-    if (!status) status = ctx->device->copy(ctx->device, stream, shard, host, bytes);
-    if (!status) status = ctx->device->synchronize(ctx->device, stream);
-    llmpar_heap_free(&ctx->heap, host);
     llmpar_status done = llmpar_fsdp_shard_done(fsdp, u, !status);
     return status ? status : done;
 }
 
 LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory)
 {
-    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_safetensors *file = NULL;
-    llmpar_stream *stream = NULL;
+    llmpar__hf_load load;
+    int32_t matched = 0;
     llmpar_error error;
     llmpar_error_clear(&error);
-    char *path = llmpar__hf_path(ctx, directory, "model.safetensors"), *index = llmpar__hf_path(ctx, directory, "model.safetensors.index.json");
-    llmpar_status status = path && index ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
-    if (!status && !llmpar_is_file(path) && llmpar_is_file(index)) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "%s: a model in several files; expected one model.safetensors", index);
-    if (!status) status = llmpar__hf_fail(ctx, llmpar_safetensors_open(&ctx->heap, path, &file, &error), &error);
-    if (!status) status = llmpar__hf_match(fsdp, file);
-    if (!status) status = ctx->device->stream_create(ctx->device, "load", &stream);
-    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(fsdp, file, u, stream);
-    if (stream) ctx->device->stream_destroy(ctx->device, stream);
-    llmpar_safetensors_close(file);
-    llmpar_heap_free(&ctx->heap, index);
-    llmpar_heap_free(&ctx->heap, path);
+    memset(&load, 0, sizeof load);
+    load.fsdp = fsdp;
+    load.ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_device *device = load.ctx->device;
+    llmpar_status status = device->stream_create(device, "load", &load.stream);
+    if (!status) status = llmpar__hf_fail(load.ctx, llmpar_hf_files_open(&load.ctx->heap, load.ctx->io, directory, &load.files, &error), &error);
+    if (!status) status = llmpar__hf_match(&load, &matched);
+    if (!status) status = llmpar__hf_match_rest(&load, matched);
+    status = llmpar__hf_agree(load.ctx, load.stream, status, "load/check");
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(&load, u);
+    status = llmpar__hf_agree(load.ctx, load.stream, status, "load/read");
+    if (load.stream) device->stream_destroy(device, load.stream);
+    llmpar_heap_free(&load.ctx->heap, load.raw);
+    llmpar_heap_free(&load.ctx->heap, load.wide);
+    llmpar_hf_files_close(load.files);
     return status;
 }
+
+#undef LLMPAR__HF_PIECE
+#undef LLMPAR__HF_EMBEDDING
 
 /* ---- saving ---- */
 
@@ -20957,53 +22468,62 @@ struct llmpar_tensor_file {
     llmpar_fsdp *fsdp;
     llmpar_ctx *ctx;
     llmpar_stream *stream;
-    llmpar_safetensors_writer *writer; /* world rank 0 */
+    llmpar_dtype dtype;                /* of the file */
+    llmpar_safetensors_writer *writer; /* world rank 0: this, */
+    llmpar_hf_writer *directory;       /* or this with `tensors`, which it borrows */
+    llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
-    void *host;                        /* world rank 0: one tensor */
+    void *host, *narrow;               /* world rank 0: one tensor; a piece of it in the file's dtype, where that is another */
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
+#define LLMPAR__HF_NARROW ((size_t)64 << 10) /* elements */
 
-/* Nobody goes on before rank 0's part went well; where it did not, the others hear of it here. */
-static llmpar_status llmpar__hf_agree(llmpar_ctx *ctx, llmpar_stream *stream, llmpar_status status, const char *what)
-{
-    if (!status) status = llmpar_comm_barrier(ctx->comm, stream, what);
-    return status ? status : ctx->device->synchronize(ctx->device, stream);
-}
-
-static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path)
+/* World rank 0: the tensors' names and shapes, and the file or directory. */
+static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_error error;
     int32_t count = 0, at = 0;
     for (int32_t u = 0; u < file->count; u++) count += llmpar_fsdp_unit(file->fsdp, file->units[u])->param_count;
     llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(&ctx->heap, (size_t)count + 1, sizeof *tensors);
+    file->tensors = tensors;
     if (!tensors) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for the header", path);
     for (int32_t u = 0; u < file->count; u++) {
         const llmpar_unit *unit = llmpar_fsdp_unit(file->fsdp, file->units[u]);
         for (int32_t i = 0; i < unit->param_count; i++, at++) {
             tensors[at].name = unit->params[i].name;
-            tensors[at].dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
+            tensors[at].dtype = file->dtype;
             tensors[at].dims = unit->params[i].dims;
             for (int32_t d = 0; d < unit->params[i].dims; d++) tensors[at].shape[d] = unit->params[i].shape[d];
         }
     }
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_safetensors_writer_open(&ctx->heap, path, tensors, count, &file->writer, &error);
-    llmpar_heap_free(&ctx->heap, tensors);
+    if (!config) return llmpar__hf_fail(ctx, llmpar_safetensors_writer_open(&ctx->heap, ctx->io, path, tensors, count, &file->writer, &error), &error);
+    size_t bytes = llmpar_llama_config_write(config, NULL, 0);
+    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1);
+    if (!text) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", path);
+    llmpar_llama_config_write(config, text, bytes + 1);
+    llmpar_status status = llmpar_hf_writer_open(&ctx->heap, ctx->io, path, tensors, count, max_bytes, text, &file->directory, &error);
+    llmpar_heap_free(&ctx->heap, text);
     return llmpar__hf_fail(ctx, status, &error);
 }
 
-LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
+/* config: a directory, else a file. */
+static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, const llmpar_llama_config *config, const llmpar_hf_desc *desc, llmpar_tensor_file **out)
 {
     llmpar_mesh *mesh = llmpar_fsdp_mesh(fsdp);
     llmpar_ctx *ctx = mesh->ctx;
-    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp));
+    size_t size = llmpar_dtype_size(dtype);
     int64_t most = 1, scratch = 1;
     *out = NULL;
+    if (desc && desc->dtype != LLMPAR_DTYPE_DEFAULT && desc->dtype != LLMPAR_F32 && desc->dtype != LLMPAR_F64 && desc->dtype != LLMPAR_BF16 && desc->dtype != LLMPAR_F16)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%s: dtype %d, expected a floating type", path, (int)desc->dtype);
     llmpar_tensor_file *file = (llmpar_tensor_file *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *file);
     if (!file) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
     file->fsdp = fsdp;
     file->ctx = ctx;
+    file->dtype = desc && desc->dtype != LLMPAR_DTYPE_DEFAULT ? desc->dtype : dtype;
     file->count = units ? count : llmpar_fsdp_unit_count(fsdp);
     file->units = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)file->count + 1, sizeof *file->units);
     if (!file->units) {
@@ -21026,7 +22546,8 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
         file->host = llmpar_heap_alloc(&ctx->heap, (size_t)most, size);
-        status = file->host ? llmpar__hf_declare(file, path) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
+        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, LLMPAR__HF_NARROW, llmpar_dtype_size(file->dtype));
+        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
     if (status) {
@@ -21037,26 +22558,48 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     return LLMPAR_OK;
 }
 
+LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
+{
+    return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
+}
+
+/* World rank 0: the tensor in `host`. */
+static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, size_t count)
+{
+    llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
+    size_t piece = file->narrow ? LLMPAR__HF_NARROW : count;
+    llmpar_status status = LLMPAR_OK;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    for (size_t done = 0, part; done < count && !status; done += part) {
+        const void *data = (const char *)file->host + done * llmpar_dtype_size(from);
+        part = count - done < piece ? count - done : piece;
+        if (file->narrow) llmpar_convert(file->narrow, file->dtype, data, from, part);
+        if (file->narrow) data = file->narrow;
+        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, part * llmpar_dtype_size(file->dtype), &error);
+        else status = llmpar_safetensors_writer_write(file->writer, data, part * llmpar_dtype_size(file->dtype), &error);
+    }
+    return llmpar__hf_fail(file->ctx, status, &error);
+}
+
 LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int32_t unit, const void *shard)
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
-    llmpar_error error;
-    llmpar_error_clear(&error);
     if (file->next >= file->count || unit != file->units[file->next])
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
         llmpar_dtensor tensor;
-        size_t bytes = size;
+        size_t count = 1;
         llmpar_fsdp_dtensor(file->fsdp, unit, i, &tensor);
-        for (int32_t d = 0; d < tensor.dims; d++) bytes *= (size_t)tensor.shape[d];
+        for (int32_t d = 0; d < tensor.dims; d++) count *= (size_t)tensor.shape[d];
         status = llmpar_dtensor_full(&tensor, mesh, file->stream, llmpar_fsdp_local(file->fsdp, unit, i, (void *)(uintptr_t)shard), file->scratch, file->full);
-        if (!status && file->writer) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, bytes);
+        if (!status && file->host) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, count * size);
         if (!status) status = ctx->device->synchronize(ctx->device, file->stream);
-        if (!status && file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_write(file->writer, file->host, bytes, &error), &error);
+        if (!status && file->host) status = llmpar__hf_put(file, count);
     }
     return status;
 }
@@ -21068,7 +22611,9 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file)
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
     if (file->writer) status = llmpar__hf_fail(ctx, llmpar_safetensors_writer_commit(file->writer, &error), &error);
+    if (file->directory) status = llmpar__hf_fail(ctx, llmpar_hf_writer_commit(file->directory, &error), &error);
     file->writer = NULL;
+    file->directory = NULL;
     status = llmpar__hf_agree(ctx, file->stream, status, "save/commit");
     llmpar_tensor_file_abandon(file);
     return status;
@@ -21081,67 +22626,1509 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->full);
     llmpar_arena_free(llmpar_fsdp_arena(file->fsdp), file->scratch);
     llmpar_safetensors_writer_abandon(file->writer);
+    llmpar_hf_writer_abandon(file->directory);
+    llmpar_heap_free(&file->ctx->heap, file->tensors);
     llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_heap_free(&file->ctx->heap, file->narrow);
     llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
     llmpar_heap_free(&file->ctx->heap, file);
 }
 
-static llmpar_status llmpar__hf_write_config(llmpar_ctx *ctx, const llmpar_llama_config *config, const char *directory)
-{
-    llmpar_error error;
-    llmpar_writer *writer = NULL;
-    llmpar_status status = LLMPAR_OK;
-    llmpar_error_clear(&error);
-    size_t bytes = llmpar_llama_config_write(config, NULL, 0);
-    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes + 1), *path = llmpar__hf_path(ctx, directory, "config.json");
-    if (!text || !path) {
-        status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: out of memory for config.json", directory);
-    } else {
-        llmpar_llama_config_write(config, text, bytes + 1);
-        status = llmpar_writer_open(&ctx->heap, path, &writer, &error);
-        if (!status) status = llmpar_writer_write(writer, text, bytes, &error);
-        if (!status) {
-            status = llmpar_writer_commit(writer, &error);
-            writer = NULL;
-        }
-        llmpar_writer_abandon(writer);
-        status = llmpar__hf_fail(ctx, status, &error);
-    }
-    llmpar_heap_free(&ctx->heap, path);
-    llmpar_heap_free(&ctx->heap, text);
-    return status;
-}
-
-LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory)
+LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc)
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
     llmpar_tensor_file *file = NULL;
-    llmpar_status status = LLMPAR_OK;
-    llmpar_error error;
-    llmpar_error_clear(&error);
-    if (ctx->rank == 0) status = llmpar__hf_fail(ctx, llmpar_directory_ensure(directory, &error), &error);
-    char *path = status ? NULL : llmpar__hf_path(ctx, directory, "model.safetensors");
-    if (!status && !path) status = LLMPAR_ERR_MEMORY;
-    if (!status) status = llmpar_tensor_file_open(fsdp, path, NULL, 0, &file);
+    llmpar_status status = llmpar__hf_open(fsdp, directory, NULL, 0, config, desc, &file);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) {
         const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
         status = shard ? llmpar_tensor_file_write(file, u, shard) : ctx->error.status;
         llmpar_status done = shard ? llmpar_fsdp_shard_done(fsdp, u, 0) : LLMPAR_OK;
         if (!status) status = done;
     }
-    /* When there is no room for the weights, a config.json of another model that stood here still stands. */
-    if (!status && ctx->rank == 0) status = llmpar__hf_write_config(ctx, config, directory);
-    if (!status) {
-        status = llmpar_tensor_file_commit(file);
-        file = NULL;
-    }
+    if (!status) return llmpar_tensor_file_commit(file);
     llmpar_tensor_file_abandon(file);
-    llmpar_heap_free(&ctx->heap, path);
     return status;
 }
 
+#undef LLMPAR__HF_NARROW
+
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */
+/* ==== src/model_io/checkpoint_directory.c ==== */
+/* The directory of checkpoints, as one rank changes it. Power may fail anywhere: every line leaves what is complete complete.
+
+     step-8.tmp/ + files (each synced)  ->  sync step-8.tmp  ->  rename to step-8  ->  sync DIR  ->  latest (written aside, synced, renamed, DIR synced)  ->  older ones: renamed to .tmp, then removed */
+/* ==== src/model_io/checkpoint_internal.h ==== */
+/* checkpoint_internal: what saving (checkpoint.c), the directory (checkpoint_directory.c), the manifest and loading share. */
+#ifndef LLMPAR_CHECKPOINT_INTERNAL_H
+#define LLMPAR_CHECKPOINT_INTERNAL_H
+
+
+#define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
+#define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
+#define LLMPAR__CHECKPOINT_PATH 2048
+#define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
+
+/* Arrays of a parameter: itself, the optimizer's states, AdaLomo's moments. */
+enum { LLMPAR__ARRAY_PARAM, LLMPAR__ARRAY_STATE0, LLMPAR__ARRAY_STATE1, LLMPAR__ARRAY_MOMENT, LLMPAR__ARRAY_ROW, LLMPAR__ARRAY_COL, LLMPAR__ARRAY_KINDS };
+#define LLMPAR__ARRAYS 3 /* of one parameter, at most */
+typedef struct llmpar__array {
+    int32_t kind, dims;
+    int64_t shape[LLMPAR_MAX_DIMS];
+} llmpar__array;
+
+LLMPAR__PRIVATE const char *llmpar__array_name(int32_t kind);
+/* The arrays of a parameter; their number. The same on every rank. */
+LLMPAR__PRIVATE int32_t llmpar__arrays(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, llmpar__array out[LLMPAR__ARRAYS]);
+/* What a world rank holds of one (flat_count 0: nothing), is_owner: and writes. */
+LLMPAR__PRIVATE void llmpar__array_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, const llmpar__array *array, llmpar_local *out);
+/* A unit's memory on this rank, fetched if it is offloaded. */
+typedef struct llmpar__array_unit {
+    char *base[1 + LLMPAR_OPTIMIZER_STATES];
+    const llmpar_segment *segments;
+    int32_t count;
+} llmpar__array_unit;
+LLMPAR__PRIVATE llmpar_status llmpar__array_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar__array_unit *out);
+LLMPAR__PRIVATE llmpar_status llmpar__array_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* First element of what this rank holds of an array; NULL: nothing. */
+LLMPAR__PRIVATE char *llmpar__array_memory(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, const llmpar__array *array, const llmpar__array_unit *memory);
+
+/* All ranks end with the same status: OK if every rank comes with OK, else that of the lowest failed one, whose text all ranks get as theirs: "rank 3: TEXT". error may be NULL: then the rank's own. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag);
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag); /* of all ranks. Collective */
+/* values[count] of every rank into all[world][count]. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag);
+
+/* checkpoint_directory.c: rank 0's part. Local. */
+typedef struct llmpar__checkpoint_file { char name[32]; uint64_t bytes, xxh64; } llmpar__checkpoint_file;
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...) LLMPAR_PRINTF(3, 4);
+LLMPAR__PRIVATE int64_t llmpar__checkpoint_step(const char *name); /* of "step-8"; -1: another name */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error); /* as llmpar_checkpoint_newest */
+/* Makes DIR if need be, removes what crashes left, refuses a step that is there, makes step-N.tmp. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error);
+/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. *complete: step-N is there, whatever is returned. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error);
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error); /* a directory of files; a missing one is fine */
+
+/* manifest.c */
+typedef struct llmpar__manifest_part {
+    int32_t file;
+    llmpar_local local;
+} llmpar__manifest_part;
+typedef struct llmpar__manifest_tensor {
+    const char *name;
+    uint32_t kinds;                 /* bit by array kind */
+    int32_t dims;
+    int64_t shape[LLMPAR_MAX_DIMS];
+    const llmpar__manifest_part *part;
+    int32_t parts;
+} llmpar__manifest_tensor;
+typedef struct llmpar__manifest_file { const char *name; uint64_t bytes, xxh64; } llmpar__manifest_file;
+typedef struct llmpar__manifest {
+    llmpar_checkpoint_info info;
+    llmpar_dtype stored;
+    int32_t files, tensors;
+    llmpar__manifest_file *file;
+    llmpar__manifest_tensor *tensor;
+    llmpar__manifest_part *part;
+    llmpar_json *json;
+} llmpar__manifest;
+/* Writes `path` (synced under its name; its directory is not). files: of ranks with bytes 0 there are none; config: NULL, or its entry. */
+LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
+/* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
+LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
+LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
+
+#endif
+/* ---- src/model_io/checkpoint_directory.c goes on ---- */
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_IO)
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...)
+{
+    va_list list;
+    va_start(list, format);
+    int n = vsnprintf(out, LLMPAR__CHECKPOINT_PATH, format, list);
+    va_end(list);
+    return n >= 0 && n < LLMPAR__CHECKPOINT_PATH ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %d bytes", out, LLMPAR__CHECKPOINT_PATH - 1);
+}
+
+LLMPAR__PRIVATE_DEF int64_t llmpar__checkpoint_step(const char *name)
+{
+    int64_t step = 0;
+    if (strncmp(name, "step-", 5) || name[5] < '0' || name[5] > '9' || (name[5] == '0' && name[6])) return -1;
+    for (name += 5; *name; name++) {
+        if (*name < '0' || *name > '9' || step > (INT64_MAX - 9) / 10) return -1;
+        step = 10 * step + (*name - '0');
+    }
+    return step;
+}
+
+static llmpar_status llmpar__directory_error(llmpar_error *error, const char *what, const char *path, int number) { return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot %s: %s", path, what, strerror(number)); }
+
+/* ---- names in a directory ---- */
+
+typedef struct llmpar__directory_scan {
+    const llmpar_io *io;
+    const char *directory;
+    int64_t below, newest;   /* complete steps */
+    int removed;             /* files, by sweep */
+} llmpar__directory_scan;
+
+static int llmpar__directory_newest(void *user, const char *name)
+{
+    llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
+    int64_t step = llmpar__checkpoint_step(name);
+    if (step > scan->newest && step < scan->below) scan->newest = step;
+    return 0;
+}
+
+static int llmpar__directory_sweep(void *user, const char *name)
+{
+    llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
+    char path[LLMPAR__CHECKPOINT_PATH];
+    if (llmpar__checkpoint_path(path, NULL, "%s/%s", scan->directory, name)) return ENAMETOOLONG;
+    int number = scan->io->remove(scan->io->user, path);
+    scan->removed += !number;
+    return number;
+}
+
+static int llmpar__directory_list(const llmpar_io *io, const char *path, int (*entry)(void *user, const char *name), llmpar__directory_scan *scan)
+{
+    int number;
+    do number = io->list(io->user, path, entry, scan);
+    while (number == EINTR);
+    return number;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error)
+{
+    llmpar__directory_scan scan;
+    memset(&scan, 0, sizeof scan);
+    scan.below = below;
+    scan.newest = -1;
+    io = io ? io : llmpar_io_system();
+    int number = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE ? 0 : llmpar__directory_list(io, directory, llmpar__directory_newest, &scan);
+    *step = scan.newest;
+    return number ? llmpar__directory_error(error, "list it", directory, number) : LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error)
+{
+    llmpar__directory_scan scan;
+    memset(&scan, 0, sizeof scan);
+    scan.io = io = io ? io : llmpar_io_system();
+    scan.directory = path;
+    if (llmpar_file_kind(io, path) == LLMPAR_IO_NONE) return LLMPAR_OK;
+    int number;
+    do { /* a listing may miss entries while others are removed */
+        scan.removed = 0;
+        number = llmpar__directory_list(io, path, llmpar__directory_sweep, &scan);
+    } while (!number && scan.removed);
+    if (!number)
+        do number = io->remove(io->user, path);
+        while (number == EINTR);
+    return number ? llmpar__directory_error(error, "remove it", path, number) : LLMPAR_OK;
+}
+
+/* Any step-*.tmp that is there: the name of one, or "". */
+typedef struct llmpar__directory_left { char name[64]; } llmpar__directory_left;
+static int llmpar__directory_leftover(void *user, const char *name)
+{
+    size_t length = strlen(name);
+    char *out = ((llmpar__directory_left *)user)->name;
+    if (length < 5 || length >= sizeof ((llmpar__directory_left *)user)->name || strcmp(name + length - 4, ".tmp")) return 0;
+    memcpy(out, name, length - 4);
+    out[length - 4] = 0;
+    if (llmpar__checkpoint_step(out) < 0) out[0] = 0;
+    return out[0] != 0 ? -1 : 0;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
+{
+    char path[LLMPAR__CHECKPOINT_PATH];
+    llmpar__directory_left left;
+    io = io ? io : llmpar_io_system();
+    int fresh = llmpar_file_kind(io, directory) == LLMPAR_IO_NONE, number;
+    llmpar_status status = llmpar_directory_ensure(io, directory, error);
+    if (!status && fresh) { /* its own entry has to last too */
+        const char *slash = strrchr(directory, '/');
+        status = llmpar__checkpoint_path(path, error, "%.*s", !slash ? 1 : slash == directory ? 1 : (int)(slash - directory), slash ? directory : ".");
+        if (!status) status = llmpar_directory_sync(io, path, error);
+    }
+    while (!status) {
+        left.name[0] = 0;
+        do number = io->list(io->user, directory, llmpar__directory_leftover, &left);
+        while (number == EINTR);
+        if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
+        if (!left.name[0]) break;
+        status = llmpar__checkpoint_path(path, error, "%s/%s.tmp", directory, left.name);
+        if (!status) status = llmpar__checkpoint_remove(io, path, error);
+    }
+    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld", directory, (long long)step);
+    if (!status && llmpar_file_kind(io, path) != LLMPAR_IO_NONE)
+        status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
+    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld.tmp", directory, (long long)step);
+    if (status) return status;
+    do number = io->make_directory(io->user, path);
+    while (number == EINTR);
+    return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
+}
+
+static llmpar_status llmpar__checkpoint_latest(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error)
+{
+    char path[LLMPAR__CHECKPOINT_PATH], text[32];
+    llmpar_writer *writer = NULL;
+    int length = snprintf(text, sizeof text, "step-%lld\n", (long long)step);
+    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/latest", directory);
+    if (!status) status = llmpar_writer_open(heap, io, path, &writer, error);
+    if (!status) status = llmpar_writer_write(writer, text, (size_t)length, error);
+    if (!status) {
+        status = llmpar_writer_commit(writer, error);
+        writer = NULL;
+    }
+    llmpar_writer_abandon(writer);
+    return status;
+}
+
+/* All complete ones but the newest `keep`. */
+static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *directory, int64_t step, int32_t keep, llmpar_error *error)
+{
+    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t n = 1; !status; n++) { /* the one just written is the first */
+        status = llmpar__checkpoint_find(io, directory, step, &step, error);
+        if (status || step < 0) break;
+        if (n < keep) continue;
+        status = llmpar__checkpoint_path(from, error, "%s/step-%lld", directory, (long long)step);
+        if (!status) status = llmpar__checkpoint_path(to, error, "%s.tmp", from);
+        if (!status) status = llmpar_file_rename(io, from, to, error); /* at once: it never stands there in part */
+        if (!status) status = llmpar_directory_sync(io, directory, error);
+        if (!status) status = llmpar__checkpoint_remove(io, to, error);
+    }
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error)
+{
+    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
+    llmpar_error why;
+    llmpar_error_clear(&why);
+    io = io ? io : llmpar_io_system();
+    llmpar_status status = llmpar__checkpoint_path(to, error, "%s/step-%lld", directory, (long long)step);
+    if (!status) status = llmpar__checkpoint_path(from, error, "%s.tmp", to);
+    if (!status) status = llmpar_directory_sync(io, from, error);
+    if (!status) status = llmpar_file_rename(io, from, to, error);
+    if (status) return status;
+    *complete = 1;
+    status = llmpar_directory_sync(io, directory, &why);
+    if (!status) status = llmpar__checkpoint_latest(heap, io, directory, step, &why);
+    if (!status && keep) status = llmpar__checkpoint_prune(io, directory, step, keep, &why);
+    return status ? llmpar_error_set(error, status, "%s is complete, but: %s", to, why.text) : LLMPAR_OK;
+}
+
+#endif /* LLMPAR_NO_IO */
+/* ==== src/model_io/manifest.c ==== */
+/* The manifest of a checkpoint: written by rank 0, which works out every rank's part, and read with the suspicion that files deserve. Its last member is the XXH64 of the bytes before `,"xxh64"`. */
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_IO)
+
+#define LLMPAR__MANIFEST_TAIL 30 /* ,\n"xxh64":"0123456789abcdef"}\n */
+
+/* ---- writing ---- */
+
+typedef struct llmpar__manifest_out {
+    llmpar_writer *writer;
+    llmpar_error *error;
+    llmpar_status status; /* the first failure */
+} llmpar__manifest_out;
+
+static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
+{
+    char text[512];
+    va_list list;
+    va_start(list, format);
+    int n = vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    if (!out->status && (n < 0 || n >= (int)sizeof text)) out->status = llmpar_error_set(out->error, LLMPAR_ERR_INTERNAL, "manifest: a piece of %d bytes", n);
+    if (!out->status) out->status = llmpar_writer_write(out->writer, text, (size_t)n, out->error);
+}
+
+static void llmpar__manifest_put_name(llmpar__manifest_out *out, const char *name)
+{
+    char text[6 * LLMPAR__CHECKPOINT_NAME]; /* an escape is at most six bytes for one */
+    size_t n = llmpar_json_escape(name, strlen(name), text, sizeof text);
+    if (!out->status && n >= sizeof text) out->status = llmpar_error_set(out->error, LLMPAR_ERR_ARGUMENT, "manifest: name %.100s.. is too long", name);
+    if (!out->status) out->status = llmpar_writer_write(out->writer, text, n, out->error);
+}
+
+static void llmpar__manifest_put_extents(llmpar__manifest_out *out, const char *key, const int64_t *extents, int32_t dims)
+{
+    llmpar__manifest_put(out, "\"%s\":[", key);
+    for (int32_t d = 0; d < dims; d++) llmpar__manifest_put(out, "%s%lld", d ? "," : "", (long long)extents[d]);
+    llmpar__manifest_put(out, "]");
+}
+
+/* One entry: a tensor, those of its arrays that lie alike, and the parts. */
+static void llmpar__manifest_put_tensor(llmpar__manifest_out *out, const llmpar_fsdp *fsdp, int32_t unit, int32_t param, const llmpar__array *array, int32_t arrays, const int32_t *index, int32_t ranks, int first)
+{
+    llmpar__manifest_put(out, "%s\n{\"name\":", first ? "" : ",");
+    llmpar__manifest_put_name(out, llmpar_fsdp_unit(fsdp, unit)->params[param].name);
+    llmpar__manifest_put(out, ",\"arrays\":[");
+    for (int32_t a = 0; a < arrays; a++) llmpar__manifest_put(out, "%s\"%s\"", a ? "," : "", llmpar__array_name(array[a].kind));
+    llmpar__manifest_put(out, "],");
+    llmpar__manifest_put_extents(out, "shape", array->shape, array->dims);
+    llmpar__manifest_put(out, ",\"parts\":[");
+    const char *comma = "";
+    for (int32_t r = 0; r < ranks; r++) {
+        llmpar_local local;
+        llmpar__array_part(fsdp, r, unit, param, array, &local);
+        if (!local.is_owner || !local.flat_count) continue;
+        llmpar__manifest_put(out, "%s\n {\"file\":%d,", comma, (int)index[r]);
+        llmpar__manifest_put_extents(out, "offset", local.offset, array->dims);
+        llmpar__manifest_put(out, ",");
+        llmpar__manifest_put_extents(out, "shape", local.shape, array->dims);
+        llmpar__manifest_put(out, ",\"begin\":%lld,\"count\":%lld}", (long long)local.flat_begin, (long long)local.flat_count);
+        comma = ",";
+    }
+    llmpar__manifest_put(out, "]}");
+}
+
+static void llmpar__manifest_put_info(llmpar__manifest_out *out, const llmpar_checkpoint_info *info)
+{
+    llmpar__manifest_put(out, "{\"format\":\"llmpar checkpoint\",\"version\":%d,\"contract\":%d,\n\"step\":%lld,\"updates\":%lld,\n", LLMPAR__CHECKPOINT_VERSION, LLMPAR__CHECKPOINT_CONTRACT, (long long)info->step, (long long)info->updates);
+    llmpar__manifest_put(out, "\"batch\":%lld,\"seq_len\":%lld,\"seed\":\"%llu\",\"data_tokens\":%lld,\"canon\":%d,\n", (long long)info->batch, (long long)info->seq_len, (unsigned long long)info->seed, (long long)info->data_tokens, (int)info->canon);
+    if (info->scale.scale > 0)
+        llmpar__manifest_put(out, "\"loss_scale\":{\"scale\":%.17g,\"least\":%.17g,\"most\":%.17g,\"interval\":%lld,\"finite_steps\":%lld},\n", info->scale.scale, info->scale.least, info->scale.most, (long long)info->scale.interval,
+                             (long long)info->scale.finite_steps);
+    else llmpar__manifest_put(out, "\"loss_scale\":null,\n");
+    llmpar__manifest_put(out, "\"dtype\":\"%s\",\"stored\":\"%s\",\"optimizer\":\"%s\",\"zero\":%d,\n\"mesh\":{", llmpar_dtype_name(info->dtype), llmpar_dtype_name(llmpar_dtype_sum(info->dtype)), info->optimizer, (int)(info->zero - LLMPAR_ZERO_0));
+    for (int a = 0; a < LLMPAR_MESH_AXES; a++) llmpar__manifest_put(out, "%s\"%s\":%d", a ? "," : "", llmpar_axis_name((llmpar_axis)a), (int)info->degree[a]);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar__array array[LLMPAR__ARRAYS];
+    llmpar__manifest_out out;
+    int32_t files = 0, first = 1, *index = (int32_t *)llmpar_heap_alloc(&ctx->heap, (size_t)ctx->world, sizeof *index);
+    if (!index) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", path);
+    out.error = error;
+    out.writer = NULL;
+    out.status = llmpar_writer_open(&ctx->heap, ctx->io, path, &out.writer, error);
+    llmpar__manifest_put_info(&out, info);
+    llmpar__manifest_put(&out, "},\n\"files\":[");
+    for (int32_t r = 0; r <= ctx->world; r++) {
+        const llmpar__checkpoint_file *file = r < ctx->world ? &ranks[r] : config;
+        if (!file || !file->bytes) continue;
+        if (r < ctx->world) index[r] = files;
+        llmpar__manifest_put(&out, "%s\n{\"name\":\"%s\",\"bytes\":%llu,\"xxh64\":\"%016llx\"}", files ? "," : "", file->name, (unsigned long long)file->bytes, (unsigned long long)file->xxh64);
+        files++;
+    }
+    llmpar__manifest_put(&out, "],\n\"tensors\":[");
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp); u++)
+        for (int32_t p = 0; p < llmpar_fsdp_unit(fsdp, u)->param_count && !out.status; p++) {
+            int32_t arrays = llmpar__arrays(fsdp, optim, u, p, array), alike = arrays;
+            while (array[alike - 1].kind >= LLMPAR__ARRAY_ROW) alike--;
+            llmpar__manifest_put_tensor(&out, fsdp, u, p, array, alike, index, ctx->world, first);
+            first = 0;
+            for (int32_t a = alike; a < arrays; a++) llmpar__manifest_put_tensor(&out, fsdp, u, p, &array[a], 1, index, ctx->world, 0);
+        }
+    llmpar__manifest_put(&out, "]");
+    uint64_t sum = 0;
+    if (!out.status) llmpar_writer_sum(out.writer, NULL, &sum);
+    llmpar__manifest_put(&out, ",\n\"xxh64\":\"%016llx\"}\n", (unsigned long long)sum);
+    if (!out.status) out.status = llmpar_writer_settle(out.writer, error);
+    llmpar_writer_abandon(out.writer);
+    llmpar_heap_free(&ctx->heap, index);
+    return out.status;
+}
+
+/* ---- reading ---- */
+
+typedef struct llmpar__manifest_in {
+    const char *name;
+    llmpar_error *error;
+    llmpar_status status; /* the first failure: what comes behind is not looked at */
+} llmpar__manifest_in;
+
+static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...) LLMPAR_PRINTF(3, 4);
+static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at, const char *format, ...)
+{
+    char text[400];
+    va_list list;
+    if (in->status) return;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    in->status = llmpar_error_set(in->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: %s", in->name, at ? at->position : (size_t)0, text);
+}
+
+/* Exactly these members: 1. keys: separated by spaces. */
+static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *object, const char *what, const char *keys)
+{
+    size_t count = 0;
+    if (in->status) return 0;
+    if (!object || object->type != LLMPAR_JSON_OBJECT) {
+        llmpar__manifest_bad(in, object, "%s: expected an object", what);
+        return 0;
+    }
+    for (const char *at = keys; *at; count++) {
+        char key[32];
+        size_t length = strcspn(at, " ");
+        memcpy(key, at, length);
+        key[length] = 0;
+        if (!llmpar_json_get(object, key)) llmpar__manifest_bad(in, object, "%s: %s is missing", what, key);
+        at += length + (at[length] == ' ');
+    }
+    if (object->length == count || in->status) return !in->status;
+    for (const llmpar_json *m = object->child; m; m = m->next) {
+        const char *found = strstr(keys, m->key);
+        size_t length = strlen(m->key);
+        while (found && !((found == keys || found[-1] == ' ') && (found[length] == ' ' || !found[length]))) found = strstr(found + 1, m->key);
+        if (!found || !length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key);
+    }
+    return 0;
+}
+
+static int64_t llmpar__manifest_integer(llmpar__manifest_in *in, const llmpar_json *value, const char *what, int64_t low, int64_t high)
+{
+    if (in->status) return low;
+    if (value && value->type == LLMPAR_JSON_NUMBER && value->is_integer && value->integer >= low && value->integer <= high) return value->integer;
+    llmpar__manifest_bad(in, value, "%s: expected a whole number %lld .. %lld", what, (long long)low, (long long)high);
+    return low;
+}
+
+static int64_t llmpar__manifest_member(llmpar__manifest_in *in, const llmpar_json *object, const char *key, int64_t low, int64_t high) { return llmpar__manifest_integer(in, llmpar_json_get(object, key), key, low, high); }
+
+static double llmpar__manifest_positive(llmpar__manifest_in *in, const llmpar_json *object, const char *key)
+{
+    const llmpar_json *value = llmpar_json_get(object, key);
+    if (!in->status && value && value->type == LLMPAR_JSON_NUMBER && value->number > 0) return value->number;
+    llmpar__manifest_bad(in, value, "%s: expected a positive number", key);
+    return 1;
+}
+
+static const char *llmpar__manifest_string(llmpar__manifest_in *in, const llmpar_json *value, const char *what, size_t most)
+{
+    if (in->status) return "";
+    if (value && value->type == LLMPAR_JSON_STRING && value->length > 0 && value->length <= most && strlen(value->string) == value->length) return value->string;
+    llmpar__manifest_bad(in, value, "%s: expected a text of 1 .. %zu bytes", what, most);
+    return "";
+}
+
+/* Digits to a base, all of the text: 1. */
+static int llmpar__manifest_digits(const char *text, unsigned base, uint64_t *out)
+{
+    *out = 0;
+    for (; *text; text++) {
+        unsigned digit = *text >= '0' && *text <= '9' ? (unsigned)(*text - '0') : *text >= 'a' && *text <= 'f' ? (unsigned)(*text - 'a') + 10u : 99u;
+        if (digit >= base || *out > (UINT64_MAX - digit) / base) return 0;
+        *out = *out * base + digit;
+    }
+    return 1;
+}
+
+static llmpar_dtype llmpar__manifest_dtype(llmpar__manifest_in *in, const llmpar_json *root, const char *key)
+{
+    const char *name = llmpar__manifest_string(in, llmpar_json_get(root, key), key, 8);
+    for (int t = LLMPAR_F32; t <= LLMPAR_F16; t++)
+        if (!strcmp(name, llmpar_dtype_name((llmpar_dtype)t))) return (llmpar_dtype)t;
+    llmpar__manifest_bad(in, llmpar_json_get(root, key), "%s: expected f32, f64, bf16 or f16", key);
+    return LLMPAR_F32;
+}
+
+static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *root, llmpar_checkpoint_info *info)
+{
+    const llmpar_json *scale = llmpar_json_get(root, "loss_scale"), *mesh = llmpar_json_get(root, "mesh");
+    info->step = llmpar__manifest_member(in, root, "step", 0, INT64_MAX);
+    info->updates = llmpar__manifest_member(in, root, "updates", 0, info->step);
+    info->batch = llmpar__manifest_member(in, root, "batch", 0, INT64_MAX);
+    info->seq_len = llmpar__manifest_member(in, root, "seq_len", 0, INT64_MAX);
+    info->data_tokens = llmpar__manifest_member(in, root, "data_tokens", 0, INT64_MAX);
+    info->canon = (int32_t)llmpar__manifest_member(in, root, "canon", 0, 64);
+    info->zero = LLMPAR_ZERO_0 + (int32_t)llmpar__manifest_member(in, root, "zero", 0, 3);
+    if (!llmpar__manifest_digits(llmpar__manifest_string(in, llmpar_json_get(root, "seed"), "seed", 20), 10, &info->seed)) llmpar__manifest_bad(in, llmpar_json_get(root, "seed"), "seed: expected the digits of a number below 2^64");
+    info->dtype = llmpar__manifest_dtype(in, root, "dtype");
+    snprintf(info->optimizer, sizeof info->optimizer, "%s", llmpar__manifest_string(in, llmpar_json_get(root, "optimizer"), "optimizer", sizeof info->optimizer - 1));
+    if (scale && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
+        llmpar_error why;
+        llmpar_error_clear(&why);
+        info->scale.scale = llmpar__manifest_positive(in, scale, "scale");
+        info->scale.least = llmpar__manifest_positive(in, scale, "least");
+        info->scale.most = llmpar__manifest_positive(in, scale, "most");
+        info->scale.interval = llmpar__manifest_member(in, scale, "interval", 1, INT64_MAX);
+        info->scale.finite_steps = llmpar__manifest_member(in, scale, "finite_steps", 0, INT64_MAX);
+        if (!in->status && llmpar_loss_scale_check(&info->scale, &why)) llmpar__manifest_bad(in, scale, "%.300s", why.text);
+    }
+    if (llmpar__manifest_object(in, mesh, "mesh", "dp_replicate dp_shard cp pp tp"))
+        for (int a = 0; a < LLMPAR_MESH_AXES; a++) info->degree[a] = (int32_t)llmpar__manifest_member(in, mesh, llmpar_axis_name((llmpar_axis)a), 1, 1 << 20);
+}
+
+static const llmpar_json *llmpar__manifest_array(llmpar__manifest_in *in, const llmpar_json *value, const char *what)
+{
+    if (value && value->type == LLMPAR_JSON_ARRAY) return value->child;
+    llmpar__manifest_bad(in, value, "%s: expected an array", what);
+    return NULL;
+}
+
+static void llmpar__manifest_files(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m)
+{
+    for (const llmpar_json *f = llmpar__manifest_array(in, list, "files"); f && !in->status; f = f->next) {
+        llmpar__manifest_file *file = &m->file[m->files];
+        if (!llmpar__manifest_object(in, f, "file", "name bytes xxh64")) return;
+        const char *sum = llmpar__manifest_string(in, llmpar_json_get(f, "xxh64"), "xxh64", 16);
+        file->name = llmpar__manifest_string(in, llmpar_json_get(f, "name"), "name", 64);
+        file->bytes = (uint64_t)llmpar__manifest_member(in, f, "bytes", 1, INT64_MAX);
+        if (strlen(sum) != 16 || !llmpar__manifest_digits(sum, 16, &file->xxh64)) llmpar__manifest_bad(in, f, "xxh64: expected 16 digits");
+        if (strspn(file->name, "abcdefghijklmnopqrstuvwxyz0123456789-.") != strlen(file->name) || file->name[0] == '.' || !strcmp(file->name, "manifest.json")) llmpar__manifest_bad(in, f, "file name %.64s", file->name);
+        if (m->files && strcmp(m->file[m->files - 1].name, file->name) == 0) llmpar__manifest_bad(in, f, "file %s stands twice", file->name);
+        m->files++;
+    }
+}
+
+static void llmpar__manifest_extents(llmpar__manifest_in *in, const llmpar_json *list, const char *what, int32_t dims, int64_t out[LLMPAR_MAX_DIMS])
+{
+    const llmpar_json *e = llmpar__manifest_array(in, list, what);
+    if (!in->status && list->length != (size_t)dims) llmpar__manifest_bad(in, list, "%s: %zu extents, expected %d", what, list->length, (int)dims);
+    for (int32_t d = 0; d < dims && !in->status; d++, e = e->next) out[d] = llmpar__manifest_integer(in, e, what, 0, (int64_t)1 << 50);
+}
+
+/* Do two parts have an element in common? */
+static int llmpar__manifest_overlap(const llmpar_local *a, const llmpar_local *b, int32_t dims)
+{
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    int64_t volume;
+    int same = 1;
+    for (int32_t d = 0; d < dims; d++) {
+        if (a->offset[d] + a->shape[d] <= b->offset[d] || b->offset[d] + b->shape[d] <= a->offset[d]) return 0;
+        same = same && a->offset[d] == b->offset[d] && a->shape[d] == b->shape[d];
+    }
+    if (same) return a->flat_begin < b->flat_begin + b->flat_count && b->flat_begin < a->flat_begin + a->flat_count;
+    llmpar__mesh_common(a, b, dims, box, &volume);
+    return volume > 0;
+}
+
+static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m, llmpar__manifest_tensor *tensor, int64_t elements, llmpar__manifest_part *part)
+{
+    int64_t held = 0;
+    tensor->part = part;
+    for (const llmpar_json *p = llmpar__manifest_array(in, list, "parts"); p && !in->status; p = p->next, part++) {
+        llmpar_local *local = &part->local;
+        if (!llmpar__manifest_object(in, p, tensor->name, "file offset shape begin count")) return;
+        part->file = (int32_t)llmpar__manifest_member(in, p, "file", 0, (int64_t)m->files - 1);
+        llmpar__manifest_extents(in, llmpar_json_get(p, "offset"), "offset", tensor->dims, local->offset);
+        llmpar__manifest_extents(in, llmpar_json_get(p, "shape"), "shape", tensor->dims, local->shape);
+        for (int32_t d = 0; d < tensor->dims; d++)
+            if (local->shape[d] > tensor->shape[d] - local->offset[d]) llmpar__manifest_bad(in, p, "%.200s: the part is larger than the tensor in dim %d", tensor->name, (int)d);
+        if (in->status || !llmpar_extent_product(local->shape, tensor->dims, &local->elements)) return; /* it fits, as the tensor does */
+        local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
+        local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
+        if (tensor->parts && part->file <= part[-1].file) llmpar__manifest_bad(in, p, "%.200s: parts in files %d and %d, expected one a file, in their order", tensor->name, (int)part[-1].file, (int)part->file);
+        for (int32_t i = 0; i < tensor->parts && !in->status; i++)
+            if (llmpar__manifest_overlap(&tensor->part[i].local, local, tensor->dims)) llmpar__manifest_bad(in, p, "%.200s: the parts in %s and %s overlap", tensor->name, m->file[tensor->part[i].file].name, m->file[part->file].name);
+        held += in->status ? 0 : local->flat_count;
+        tensor->parts++;
+    }
+    if (held != elements) llmpar__manifest_bad(in, list, "%.200s: its parts have %lld elements, expected %lld", tensor->name, (long long)held, (long long)elements);
+}
+
+static void llmpar__manifest_tensors(llmpar__manifest_in *in, const llmpar_json *list, llmpar__manifest *m)
+{
+    llmpar__manifest_part *part = m->part;
+    for (const llmpar_json *t = llmpar__manifest_array(in, list, "tensors"); t && !in->status; t = t->next) {
+        llmpar__manifest_tensor *tensor = &m->tensor[m->tensors++];
+        int64_t elements = 0;
+        if (!llmpar__manifest_object(in, t, "tensor", "name arrays shape parts")) return;
+        tensor->name = llmpar__manifest_string(in, llmpar_json_get(t, "name"), "name", LLMPAR__CHECKPOINT_NAME - 8);
+        for (const llmpar_json *a = llmpar__manifest_array(in, llmpar_json_get(t, "arrays"), "arrays"); a && !in->status; a = a->next) {
+            const char *name = llmpar__manifest_string(in, a, "array", 16);
+            int32_t kind = 0;
+            while (kind < LLMPAR__ARRAY_KINDS && strcmp(name, llmpar__array_name(kind))) kind++;
+            if (kind == LLMPAR__ARRAY_KINDS) llmpar__manifest_bad(in, a, "%.200s: unknown array %.16s", tensor->name, name);
+            else if (tensor->kinds >> kind & 1u) llmpar__manifest_bad(in, a, "%.200s: array %s stands twice", tensor->name, name);
+            tensor->kinds |= 1u << kind;
+        }
+        const llmpar_json *shape = llmpar_json_get(t, "shape"), *parts = llmpar_json_get(t, "parts");
+        llmpar__manifest_array(in, shape, "shape");
+        if (!in->status && shape->length > LLMPAR_MAX_DIMS) llmpar__manifest_bad(in, shape, "%.200s: %zu dims, expected at most %d", tensor->name, shape->length, LLMPAR_MAX_DIMS);
+        if (in->status) return;
+        tensor->dims = (int32_t)shape->length;
+        llmpar__manifest_extents(in, shape, "shape", tensor->dims, tensor->shape);
+        if (!in->status && (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || elements > (int64_t)1 << 50)) llmpar__manifest_bad(in, shape, "%.200s: more than 2^50 elements", tensor->name);
+        if (!in->status) llmpar__manifest_parts(in, parts, m, tensor, elements, part);
+        part += tensor->parts;
+    }
+}
+
+/* Room for what the JSON holds. */
+static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json *files, const llmpar_json *tensors, llmpar__manifest *m, llmpar__manifest_in *in)
+{
+    size_t parts = 0, count_files = files ? files->length : 0, count_tensors = tensors ? tensors->length : 0;
+    for (const llmpar_json *t = tensors ? tensors->child : NULL; t; t = t->next) {
+        const llmpar_json *p = llmpar_json_get(t, "parts");
+        parts += p ? p->length : 0;
+    }
+    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, count_files + 1, sizeof *m->file);
+    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, count_tensors + 1, sizeof *m->tensor);
+    m->part = (llmpar__manifest_part *)llmpar_heap_zalloc(heap, parts + 1, sizeof *m->part);
+    if (m->file && m->tensor && m->part && count_files < (1u << 30) && count_tensors < (1u << 30) && parts < (1u << 30)) return LLMPAR_OK;
+    return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, count_files, count_tensors, parts);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *m, llmpar_error *error)
+{
+    char tail[LLMPAR__MANIFEST_TAIL + 1];
+    llmpar_json_desc desc;
+    llmpar_xxh64 sum;
+    llmpar__manifest_in in;
+    memset(m, 0, sizeof *m);
+    memset(&desc, 0, sizeof desc);
+    desc.max_depth = 8;
+    desc.unique_keys = 1;
+    desc.name = name;
+    in.name = name;
+    in.error = error;
+    in.status = LLMPAR_OK;
+    if (length < LLMPAR__MANIFEST_TAIL) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %zu bytes are no manifest", name, length);
+    llmpar_xxh64_begin(&sum);
+    llmpar_xxh64_add(&sum, text, length - LLMPAR__MANIFEST_TAIL);
+    snprintf(tail, sizeof tail, ",\n\"xxh64\":\"%016llx\"}\n", (unsigned long long)llmpar_xxh64_end(&sum));
+    if (memcmp(tail, text + length - LLMPAR__MANIFEST_TAIL, LLMPAR__MANIFEST_TAIL)) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: damaged: it does not end in its checksum %.16s", name, tail + 11);
+    llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &m->json, error);
+    if (status) return status;
+    const llmpar_json *root = m->json, *format = llmpar_json_get(root, "format");
+    if (!format || format->type != LLMPAR_JSON_STRING || strcmp(format->string, "llmpar checkpoint")) llmpar__manifest_bad(&in, root, "expected \"format\":\"llmpar checkpoint\"");
+    int64_t version = llmpar__manifest_member(&in, root, "version", 1, INT64_MAX), contract = llmpar__manifest_member(&in, root, "contract", 1, INT64_MAX);
+    if (!in.status && (version != LLMPAR__CHECKPOINT_VERSION || contract != LLMPAR__CHECKPOINT_CONTRACT))
+        return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "%s: version %lld, contract %lld, expected %d and %d", name, (long long)version, (long long)contract, LLMPAR__CHECKPOINT_VERSION, LLMPAR__CHECKPOINT_CONTRACT);
+    llmpar__manifest_object(&in, root, "manifest", "format version contract step updates batch seq_len seed data_tokens canon loss_scale dtype stored optimizer zero mesh files tensors xxh64");
+    if (in.status) return in.status;
+    llmpar__manifest_info(&in, root, &m->info);
+    m->stored = llmpar__manifest_dtype(&in, root, "stored");
+    if (m->stored != llmpar_dtype_sum(m->info.dtype)) llmpar__manifest_bad(&in, llmpar_json_get(root, "stored"), "stored: %s, expected %s", llmpar_dtype_name(m->stored), llmpar_dtype_name(llmpar_dtype_sum(m->info.dtype)));
+    const llmpar_json *files = llmpar_json_get(root, "files"), *tensors = llmpar_json_get(root, "tensors");
+    if (in.status || llmpar__manifest_room(heap, files, tensors, m, &in)) return in.status;
+    llmpar__manifest_files(&in, files, m);
+    llmpar__manifest_tensors(&in, tensors, m);
+    return in.status;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *m)
+{
+    llmpar_heap_free(heap, m->file);
+    llmpar_heap_free(heap, m->tensor);
+    llmpar_heap_free(heap, m->part);
+    llmpar_json_destroy(heap, m->json);
+    memset(m, 0, sizeof *m);
+}
+
+#undef LLMPAR__MANIFEST_TAIL
+
+#endif /* LLMPAR_NO_IO */
+/* ==== src/model_io/checkpoint.c ==== */
+/* Saving. A save in the background is the same with a copy between: everything that talks or takes memory happens on the rank's thread.
+
+     rank 0   step-N.tmp made |                                              | manifest, sync, rename, sync, latest, pruning |
+     all          agree       | [copy |] write, sync, checksum | agree, sums |                   agree                        |       */
+
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_IO)
+
+#define LLMPAR__CHECKPOINT_STAGING ((size_t)4 << 20)
+
+struct llmpar_checkpoint {
+    llmpar_fsdp *fsdp;
+    llmpar_optim *optim;
+    llmpar_ctx *ctx;
+    char *directory, *config;
+    int32_t keep, background;
+    /* The save under way. */
+    int busy;                             /* parts are written, or being written */
+    llmpar_checkpoint_info info;
+    llmpar_safetensors_writer *writer;    /* NULL: this rank owns nothing */
+    unsigned char *copy;                  /* in the background: of `bytes` bytes */
+    size_t bytes;                         /* of data */
+    pthread_t thread;
+    int running;                          /* the thread has to be joined */
+    int done;                             /* atomic: the part is written, or has failed */
+    llmpar_status status;                 /* of that; with `error` the thread's until done */
+    llmpar_error error;
+};
+
+/* ---- arrays ---- */
+
+LLMPAR__PRIVATE_DEF const char *llmpar__array_name(int32_t kind)
+{
+    static const char *const names[LLMPAR__ARRAY_KINDS] = {"param", "state0", "state1", "moment", "row", "col"};
+    return names[kind];
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__arrays(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, llmpar__array out[LLMPAR__ARRAYS])
+{
+    const llmpar_unit *u = llmpar_fsdp_unit(fsdp, unit);
+    const llmpar_param *p = &u->params[param];
+    int32_t count = 1;
+    memset(out, 0, LLMPAR__ARRAYS * sizeof *out);
+    if (!u->frozen)
+        for (int32_t i = 0; i < llmpar_fsdp_optimizer_states(fsdp); i++) out[count++].kind = LLMPAR__ARRAY_STATE0 + i;
+    int own = !u->frozen && optim && llmpar_optim_get_kind(optim) == LLMPAR_OPTIM_ADALOMO, factored = own && llmpar__adalomo_factored(p);
+    if (own && !factored) out[count++].kind = LLMPAR__ARRAY_MOMENT;
+    for (int32_t i = 0; i < count; i++) {
+        out[i].dims = p->dims;
+        for (int32_t d = 0; d < p->dims; d++) out[i].shape[d] = p->shape[d];
+    }
+    for (int32_t i = 0; i < 2 && factored; i++, count++) {
+        out[count].kind = LLMPAR__ARRAY_ROW + i;
+        out[count].dims = 1;
+        out[count].shape[0] = p->shape[i];
+    }
+    return count;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__array_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, const llmpar__array *array, llmpar_local *out)
+{
+    llmpar_fsdp_part(fsdp, rank, unit, param, out);
+    if (array->kind != LLMPAR__ARRAY_ROW && array->kind != LLMPAR__ARRAY_COL) return;
+    /* Whole wherever there is a part of the matrix; the rank that writes element 0 writes them. */
+    int has = out->flat_count > 0, first = out->is_owner && out->flat_begin == 0 && out->offset[0] == 0 && out->offset[1] == 0;
+    memset(out, 0, sizeof *out);
+    out->shape[0] = out->elements = array->shape[0];
+    out->flat_count = has ? out->elements : 0;
+    out->is_owner = has && first;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__array_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar__array_unit *out)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    memset(out, 0, sizeof *out);
+    out->base[0] = (char *)llmpar_fsdp_shard(fsdp, unit, NULL, &out->segments, &out->count);
+    if (!out->base[0]) return ctx->error.status;
+    for (int32_t i = 0; i < llmpar_fsdp_optimizer_states(fsdp) && !llmpar_fsdp_unit(fsdp, unit)->frozen; i++) {
+        out->base[1 + i] = (char *)llmpar_fsdp_optimizer_state(fsdp, unit, i);
+        if (out->base[1 + i]) continue;
+        llmpar_fsdp_shard_done(fsdp, unit, 0);
+        return ctx->error.status;
+    }
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__array_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed)
+{
+    llmpar_status status = llmpar_fsdp_shard_done(fsdp, unit, changed), states = llmpar_fsdp_optimizer_done(fsdp, unit, changed);
+    return status ? status : states;
+}
+
+LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, const llmpar__array *array, const llmpar__array_unit *memory)
+{
+    llmpar_optim_factors factors;
+    int32_t s = 0;
+    while (s < memory->count && memory->segments[s].param != param) s++;
+    if (s == memory->count) return NULL;
+    if (array->kind <= LLMPAR__ARRAY_STATE1) return memory->base[array->kind] + (size_t)memory->segments[s].begin * llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(fsdp)));
+    llmpar_optim_get_factors(optim, unit, s, &factors);
+    return (char *)(array->kind == LLMPAR__ARRAY_MOMENT ? factors.moment : array->kind == LLMPAR__ARRAY_ROW ? factors.row : factors.col);
+}
+
+/* ---- agreement ---- */
+
+/* One collective of int64 or bytes through device memory. op: 0 all-gather, 1 all-reduce max, 2 broadcast from root. */
+static llmpar_status llmpar__checkpoint_talk(llmpar_ctx *ctx, int op, int32_t root, const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
+{
+    llmpar_device *device = ctx->device;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    void *buffer = NULL;
+    size_t part = count * llmpar_dtype_size(dtype), whole = op == 0 ? part * (size_t)ctx->world : part;
+    memset(&call, 0, sizeof call);
+    llmpar_status status = device->alloc(device, whole, &buffer);
+    if (!status) status = device->stream_create(device, tag, &stream);
+    call.recv = buffer;
+    call.send = (char *)buffer + (op == 0 ? part * (size_t)ctx->rank : 0);
+    call.count = count;
+    call.dtype = dtype;
+    call.op = LLMPAR_MAX;
+    call.root = root;
+    call.tag = tag;
+    if (!status) status = device->copy(device, stream, (void *)(uintptr_t)call.send, send, part);
+    if (!status) status = op == 0 ? llmpar_all_gather(ctx->comm, stream, &call) : op == 1 ? llmpar_all_reduce(ctx->comm, stream, &call) : llmpar_broadcast(ctx->comm, stream, &call);
+    if (!status) status = device->copy(device, stream, recv, buffer, whole);
+    if (stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, stream);
+        if (!status) status = waited;
+        device->stream_destroy(device, stream);
+    }
+    device->free(device, buffer, whole);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag) { return llmpar__checkpoint_talk(ctx, 0, 0, values, all, count, LLMPAR_I64, tag); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag) { return llmpar__checkpoint_talk(ctx, 1, 0, value, value, 1, LLMPAR_I64, tag); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
+{
+    llmpar_error shared;
+    int64_t worst = status ? ctx->world - ctx->rank : 0;
+    memset(&shared, 0, sizeof shared);
+    llmpar_status talk = llmpar__checkpoint_largest(ctx, &worst, tag);
+    if (talk) return status ? status : talk;
+    if (!worst) return LLMPAR_OK;
+    int32_t root = (int32_t)(ctx->world - worst);
+    if (root == ctx->rank) snprintf(shared.text, sizeof shared.text, "%s", error ? error->text : ctx->error.text);
+    shared.status = status;
+    talk = llmpar__checkpoint_talk(ctx, 2, root, &shared, &shared, sizeof shared, LLMPAR_U8, tag);
+    if (talk) return talk;
+    return ctx->world > 1 ? llmpar_fail(ctx, shared.status, "rank %d: %s", (int)root, shared.text) : llmpar_fail(ctx, shared.status, "%s", shared.text);
+}
+
+/* ---- this rank's part ---- */
+
+/* What this rank writes, in the file's order; tensors NULL: only counted. names[count][LLMPAR__CHECKPOINT_NAME]. */
+static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_safetensor *tensors, char *names, int32_t *count)
+{
+    llmpar__array array[LLMPAR__ARRAYS];
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(c->fsdp));
+    *count = 0;
+    c->bytes = 0;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(c->fsdp); u++)
+        for (int32_t p = 0; p < llmpar_fsdp_unit(c->fsdp, u)->param_count; p++) {
+            const char *name = llmpar_fsdp_unit(c->fsdp, u)->params[p].name;
+            int32_t arrays = llmpar__arrays(c->fsdp, c->optim, u, p, array);
+            for (int32_t a = 0; a < arrays; a++) {
+                llmpar_local local;
+                llmpar__array_part(c->fsdp, c->ctx->rank, u, p, &array[a], &local);
+                if (!local.is_owner || !local.flat_count) continue;
+                c->bytes += (size_t)local.flat_count * llmpar_dtype_size(dtype);
+                if (tensors) {
+                    llmpar_safetensor *tensor = &tensors[*count];
+                    char *text = names + (size_t)*count * LLMPAR__CHECKPOINT_NAME;
+                    if (snprintf(text, LLMPAR__CHECKPOINT_NAME, "%s/%s", llmpar__array_name(array[a].kind), name) >= LLMPAR__CHECKPOINT_NAME)
+                        return llmpar_error_set(&c->error, LLMPAR_ERR_ARGUMENT, "checkpoint: tensor name %.100s..: expected less than %d bytes", name, LLMPAR__CHECKPOINT_NAME - 8);
+                    tensor->name = text;
+                    tensor->dtype = dtype;
+                    tensor->dims = 1;
+                    tensor->shape[0] = local.flat_count;
+                }
+                ++*count;
+            }
+        }
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__checkpoint_open(llmpar_checkpoint *c)
+{
+    llmpar_heap *heap = &c->ctx->heap;
+    char path[LLMPAR__CHECKPOINT_PATH];
+    int32_t count;
+    llmpar_status status = llmpar__checkpoint_declare(c, NULL, NULL, &count);
+    if (status || !count) return status;
+    llmpar_safetensor *tensors = (llmpar_safetensor *)llmpar_heap_zalloc(heap, (size_t)count, sizeof *tensors);
+    char *names = (char *)llmpar_heap_alloc(heap, (size_t)count, LLMPAR__CHECKPOINT_NAME);
+    if (!tensors || !names) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %d tensor names", (int)count);
+    if (!status) status = llmpar__checkpoint_declare(c, tensors, names, &count);
+    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/rank-%05d.safetensors", c->directory, (long long)c->info.step, (int)c->ctx->rank);
+    if (!status) status = llmpar_safetensors_writer_open(heap, c->ctx->io, path, tensors, count, &c->writer, &c->error);
+    llmpar_heap_free(heap, names);
+    llmpar_heap_free(heap, tensors);
+    return status;
+}
+
+/* This rank's arrays in the file's order: in the background into c->copy, else piece by piece into the file. */
+static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
+{
+    llmpar_ctx *ctx = c->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_stream *stream = NULL;
+    llmpar__array array[LLMPAR__ARRAYS];
+    llmpar__array_unit memory;
+    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(c->fsdp))), at = 0;
+    unsigned char *staging = c->copy ? NULL : (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__CHECKPOINT_STAGING);
+    if (!staging && !c->copy) return llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %zu bytes", LLMPAR__CHECKPOINT_STAGING);
+    llmpar_status status = device->stream_create(device, "checkpoint", &stream);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(c->fsdp) && !status; u++) {
+        status = llmpar__array_fetch(c->fsdp, u, &memory);
+        if (status) break;
+        for (int32_t p = 0; p < llmpar_fsdp_unit(c->fsdp, u)->param_count && !status; p++) {
+            int32_t arrays = llmpar__arrays(c->fsdp, c->optim, u, p, array);
+            for (int32_t a = 0; a < arrays && !status; a++) {
+                llmpar_local local;
+                llmpar__array_part(c->fsdp, ctx->rank, u, p, &array[a], &local);
+                if (!local.is_owner || !local.flat_count) continue;
+                const char *from = llmpar__array_memory(c->fsdp, c->optim, u, p, &array[a], &memory);
+                size_t bytes = (size_t)local.flat_count * size;
+                if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
+                at += bytes;
+                for (size_t done = 0; staging && done < bytes && !status;) {
+                    size_t part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                    status = device->copy(device, stream, staging, from + done, part);
+                    if (!status) status = device->synchronize(device, stream);
+                    if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);
+                    done += part;
+                }
+            }
+        }
+        llmpar_status waited = device->synchronize(device, stream), put = llmpar__array_done(c->fsdp, u, 0);
+        if (!status) status = waited ? waited : put;
+    }
+    if (stream) device->stream_destroy(device, stream);
+    llmpar_heap_free(&ctx->heap, staging);
+    if (status && !c->error.status) llmpar_error_set(&c->error, status, "%s", ctx->error.text);
+    return status;
+}
+
+static void *llmpar__checkpoint_thread(void *user)
+{
+    llmpar_checkpoint *c = (llmpar_checkpoint *)user;
+    c->status = llmpar_safetensors_writer_write(c->writer, c->copy, c->bytes, &c->error);
+    if (!c->status) c->status = llmpar_safetensors_writer_settle(c->writer, &c->error);
+    __atomic_store_n(&c->done, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static void llmpar__checkpoint_write(llmpar_checkpoint *c)
+{
+    c->status = llmpar__checkpoint_open(c);
+    if (!c->status && c->writer && c->background) {
+        c->copy = (unsigned char *)llmpar_heap_alloc(&c->ctx->heap, 1, c->bytes);
+        if (!c->copy) c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for a copy of %zu bytes", c->bytes);
+    }
+    if (!c->status && c->writer) c->status = llmpar__checkpoint_take(c);
+    if (!c->status && c->copy) {
+        c->done = 0;
+        int number = pthread_create(&c->thread, NULL, llmpar__checkpoint_thread, c);
+        c->running = number == 0;
+        if (c->running) return;
+        c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: cannot start a thread: %s", strerror(number));
+    }
+    if (!c->status && c->writer) c->status = llmpar_safetensors_writer_settle(c->writer, &c->error);
+    c->done = 1;
+}
+
+/* This rank's part of a save that is over, or is given up. */
+static void llmpar__checkpoint_drop(llmpar_checkpoint *c)
+{
+    if (c->running) pthread_join(c->thread, NULL);
+    llmpar_safetensors_writer_abandon(c->writer);
+    llmpar_heap_free(&c->ctx->heap, c->copy);
+    c->running = c->busy = 0;
+    c->writer = NULL;
+    c->copy = NULL;
+}
+
+/* ---- the whole ---- */
+
+static llmpar_status llmpar__checkpoint_config(llmpar_checkpoint *c, llmpar__checkpoint_file *out)
+{
+    char path[LLMPAR__CHECKPOINT_PATH];
+    llmpar_writer *writer = NULL;
+    llmpar_status status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/config.json", c->directory, (long long)c->info.step);
+    snprintf(out->name, sizeof out->name, "config.json");
+    if (!status) status = llmpar_writer_open(&c->ctx->heap, c->ctx->io, path, &writer, &c->error);
+    if (!status) status = llmpar_writer_write(writer, c->config, strlen(c->config), &c->error);
+    if (!status) status = llmpar_writer_settle(writer, &c->error);
+    if (!status) llmpar_writer_sum(writer, &out->bytes, &out->xxh64);
+    llmpar_writer_abandon(writer);
+    return status;
+}
+
+/* Rank 0, with every rank's bytes and sum: sums[world][2]. */
+static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64_t *sums)
+{
+    llmpar_heap *heap = &c->ctx->heap;
+    char path[LLMPAR__CHECKPOINT_PATH];
+    int complete = 0;
+    llmpar__checkpoint_file config, *files = (llmpar__checkpoint_file *)llmpar_heap_zalloc(heap, (size_t)c->ctx->world, sizeof *files);
+    llmpar_status status = files ? LLMPAR_OK : llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    for (int32_t r = 0; r < c->ctx->world && !status; r++) {
+        snprintf(files[r].name, sizeof files[r].name, "rank-%05d.safetensors", (int)r);
+        files[r].bytes = (uint64_t)sums[2 * r];
+        files[r].xxh64 = (uint64_t)sums[2 * r + 1];
+    }
+    if (!status && c->config) status = llmpar__checkpoint_config(c, &config);
+    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
+    if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
+    llmpar_heap_free(heap, files);
+    return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
+}
+
+/* All ranks have written, or failed to. */
+static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
+{
+    llmpar_ctx *ctx = c->ctx;
+    char path[LLMPAR__CHECKPOINT_PATH];
+    uint64_t bytes = 0, sum = 0;
+    int64_t mine[2];
+    if (c->running) pthread_join(c->thread, NULL);
+    c->running = 0;
+    llmpar_status status = c->status;
+    if (!status && c->writer) llmpar_safetensors_writer_sum(c->writer, &bytes, &sum);
+    llmpar__checkpoint_drop(c);
+    mine[0] = (int64_t)bytes;
+    mine[1] = (int64_t)sum;
+    int64_t *sums = (int64_t *)llmpar_heap_alloc(&ctx->heap, 2 * (size_t)ctx->world, sizeof *sums);
+    if (!sums && !status) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    status = llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint written");
+    if (!status) status = llmpar__checkpoint_gather(ctx, mine, sums, 2, "checkpoint sums");
+    int written = !status;
+    if (written && ctx->rank == 0) status = llmpar__checkpoint_commit(c, sums);
+    /* Nobody has a file open any more. */
+    if (status && ctx->rank == 0 && !llmpar__checkpoint_path(path, NULL, "%s/step-%lld.tmp", c->directory, (long long)c->info.step)) llmpar__checkpoint_remove(ctx->io, path, NULL);
+    llmpar_heap_free(&ctx->heap, sums);
+    return written ? llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint committed") : status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
+{
+    if (!c->busy) return LLMPAR_OK;
+    if (!wait) {
+        int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
+        llmpar_status status = llmpar__checkpoint_largest(c->ctx, &unfinished, "checkpoint done");
+        if (status || unfinished) return status;
+    }
+    return llmpar__checkpoint_end(c);
+}
+
+static void llmpar__checkpoint_fill(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
+{
+    const llmpar_mesh *mesh = llmpar_fsdp_mesh(c->fsdp);
+    llmpar_policy policy;
+    memset(&policy, 0, sizeof policy);
+    llmpar_fsdp_policy(c->fsdp, &policy);
+    c->info = *info;
+    c->info.updates = c->optim ? llmpar_optim_steps(c->optim) : 0;
+    c->info.dtype = llmpar_fsdp_dtype(c->fsdp);
+    memcpy(c->info.degree, mesh->degree, sizeof c->info.degree);
+    c->info.zero = policy.zero;
+    snprintf(c->info.optimizer, sizeof c->info.optimizer, "%s", c->optim ? llmpar_optim_name(llmpar_optim_get_kind(c->optim)) : "none");
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_save(llmpar_checkpoint *c, const llmpar_checkpoint_info *info)
+{
+    llmpar_status status = llmpar_checkpoint_poll(c, 1);
+    if (status) return status;
+    llmpar_error_clear(&c->error);
+    llmpar__checkpoint_fill(c, info);
+    if (c->ctx->rank == 0) status = llmpar__checkpoint_begin(c->ctx->io, c->directory, c->info.step, &c->error);
+    status = llmpar__checkpoint_agree(c->ctx, status, &c->error, "checkpoint begun");
+    if (status) return status;
+    c->busy = 1;
+    llmpar__checkpoint_write(c);
+    return c->background ? LLMPAR_OK : llmpar__checkpoint_end(c);
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_create(llmpar_fsdp *fsdp, llmpar_optim *optim, const llmpar_checkpoint_desc *desc, llmpar_checkpoint **out)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    *out = NULL;
+    if (!desc->directory || !desc->directory[0] || strlen(desc->directory) > 1000) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: directory of %zu bytes, expected 1 .. 1000", desc->directory ? strlen(desc->directory) : 0);
+    if (desc->keep < 0) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "checkpoint: keep = %d, expected 0 (all) or more", (int)desc->keep);
+    llmpar_checkpoint *c = (llmpar_checkpoint *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *c);
+    if (!c) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    c->fsdp = fsdp;
+    c->optim = optim;
+    c->ctx = ctx;
+    c->keep = desc->keep;
+    c->background = desc->background;
+    c->directory = llmpar_heap_strdup(&ctx->heap, desc->directory);
+    c->config = desc->config ? llmpar_heap_strdup(&ctx->heap, desc->config) : NULL;
+    if (!c->directory || (desc->config && !c->config)) {
+        llmpar_checkpoint_destroy(c);
+        return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
+    }
+    *out = c;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
+{
+    if (!c) return;
+    if (c->busy) llmpar_log(c->ctx, LLMPAR_LOG_WARNING, "checkpoint: %s/step-%lld was begun and never ended", c->directory, (long long)c->info.step);
+    llmpar__checkpoint_drop(c);
+    llmpar_heap_free(&c->ctx->heap, c->directory);
+    llmpar_heap_free(&c->ctx->heap, c->config);
+    llmpar_heap_free(&c->ctx->heap, c);
+}
+
+#undef LLMPAR__CHECKPOINT_STAGING
+
+#endif /* LLMPAR_NO_IO */
+/* ==== src/model_io/checkpoint_load.c ==== */
+/* Loading: verify everything, the files shared out over the ranks; then every rank takes the numbers of its own parts from the files that hold them.
+
+     ours, a range of a rectangle   |....====|====|==..|       the common boxes of our part and each of theirs are runs of rows in both;
+     theirs, by file                |==A==|=B==|==C====|       one run where the cuts agree                                                    */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_IO)
+
+#define LLMPAR__LOAD_PIECE ((size_t)4 << 20)    /* of a part, at once in memory */
+#define LLMPAR__LOAD_AHEAD ((size_t)64 << 10)   /* what short runs are read through */
+#define LLMPAR__LOAD_FILES 32                   /* open at once */
+#define LLMPAR__LOAD_MANIFEST ((size_t)1 << 30) /* bytes, at most */
+
+typedef struct llmpar__load_file { int32_t index; llmpar_safetensors *file; } llmpar__load_file;
+typedef struct llmpar__load {
+    llmpar_fsdp *fsdp;
+    llmpar_optim *optim;
+    llmpar_ctx *ctx;
+    const char *path;
+    llmpar__manifest manifest;
+    int states;                   /* 0: parameters alone are taken */
+    llmpar_error error;
+    llmpar__load_file open[LLMPAR__LOAD_FILES];
+    int32_t next;                 /* in `open`, to be replaced */
+    unsigned char *piece, *ahead; /* [LLMPAR__LOAD_PIECE], [LLMPAR__LOAD_AHEAD] */
+    const llmpar_safetensor *ahead_of;
+    size_t ahead_begin, ahead_bytes;
+} llmpar__load;
+
+/* ---- verification ---- */
+
+static llmpar_status llmpar__load_manifest(llmpar__load *load)
+{
+    char path[LLMPAR__CHECKPOINT_PATH], *text = NULL;
+    size_t bytes;
+    llmpar_heap *heap = &load->ctx->heap;
+    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/manifest.json", load->path);
+    if (!status) status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
+    if (!status) status = llmpar__manifest_parse(heap, text, bytes, path, &load->manifest, &load->error);
+    llmpar_heap_free(heap, text);
+    const char *slash = strrchr(load->path, '/');
+    int64_t named = llmpar__checkpoint_step(slash ? slash + 1 : load->path);
+    if (!status && named >= 0 && named != load->manifest.info.step)
+        status = llmpar_error_set(&load->error, LLMPAR_ERR_FORMAT, "%s: it is of step %lld, not of the step in its directory's name", path, (long long)load->manifest.info.step);
+    return status;
+}
+
+static int llmpar__load_known(void *user, const char *name)
+{
+    llmpar__load *load = (llmpar__load *)user;
+    for (int32_t f = 0; f < load->manifest.files; f++)
+        if (!strcmp(name, load->manifest.file[f].name)) return 0;
+    if (!strcmp(name, "manifest.json")) return 0;
+    llmpar_error_set(&load->error, LLMPAR_ERR_FORMAT, "%s/%.200s: a file that the manifest does not name", load->path, name);
+    return -1;
+}
+
+/* Size, checksum, and for a rank's file the tensors that the manifest says are in it. */
+static llmpar_status llmpar__load_verify(llmpar__load *load, int32_t f, unsigned char *buffer)
+{
+    const llmpar__manifest *m = &load->manifest;
+    llmpar_error *error = &load->error;
+    char path[LLMPAR__CHECKPOINT_PATH], name[LLMPAR__CHECKPOINT_NAME];
+    llmpar_safetensors *tensors = NULL;
+    llmpar_file file;
+    llmpar_xxh64 sum;
+    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/%s", load->path, m->file[f].name);
+    if (!status) status = llmpar_file_open(load->ctx->io, path, &file, error);
+    if (status) return status;
+    if (file.bytes != m->file[f].bytes) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, the manifest says %llu", path, (unsigned long long)file.bytes, (unsigned long long)m->file[f].bytes);
+    llmpar_xxh64_begin(&sum);
+    for (uint64_t at = 0; at < file.bytes && !status;) {
+        size_t part = file.bytes - at < LLMPAR__LOAD_PIECE ? (size_t)(file.bytes - at) : LLMPAR__LOAD_PIECE;
+        status = llmpar_file_read(&file, at, buffer, part, error);
+        if (!status) llmpar_xxh64_add(&sum, buffer, part);
+        at += part;
+    }
+    llmpar_file_close(&file);
+    if (!status && llmpar_xxh64_end(&sum) != m->file[f].xxh64)
+        status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: damaged: checksum %016llx, the manifest says %016llx", path, (unsigned long long)llmpar_xxh64_end(&sum), (unsigned long long)m->file[f].xxh64);
+    size_t length = strlen(path);
+    if (status || length < 12 || strcmp(path + length - 12, ".safetensors")) return status;
+    status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &tensors, error);
+    int32_t expected = 0;
+    for (int32_t t = 0; t < m->tensors && !status; t++)
+        for (int32_t p = 0; p < m->tensor[t].parts && !status; p++)
+            for (int32_t k = 0; k < LLMPAR__ARRAY_KINDS && m->tensor[t].part[p].file == f && !status; k++) {
+                if (!(m->tensor[t].kinds >> k & 1u)) continue;
+                snprintf(name, sizeof name, "%s/%s", llmpar__array_name(k), m->tensor[t].name);
+                const llmpar_safetensor *tensor = llmpar_safetensors_find(tensors, name);
+                expected++;
+                if (!tensor || tensor->dims != 1 || tensor->shape[0] != m->tensor[t].part[p].local.flat_count || tensor->dtype != m->stored)
+                    status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %s: expected it as %s[%lld]", path, name, llmpar_dtype_name(m->stored), (long long)m->tensor[t].part[p].local.flat_count);
+            }
+    if (!status && tensors->count != expected) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %d tensors, the manifest says %d", path, (int)tensors->count, (int)expected);
+    llmpar_safetensors_close(tensors);
+    return status;
+}
+
+/* The manifest's entry of an array, its kind taken from the entry's; *hint: where to look first. */
+static llmpar__manifest_tensor *llmpar__load_take(llmpar__load *load, const char *name, int32_t kind, int32_t *hint)
+{
+    for (int32_t i = 0; i < load->manifest.tensors; i++) {
+        int32_t at = *hint + i < load->manifest.tensors ? *hint + i : *hint + i - load->manifest.tensors;
+        llmpar__manifest_tensor *tensor = &load->manifest.tensor[at];
+        if (!(tensor->kinds >> kind & 1u) || strcmp(tensor->name, name)) continue;
+        *hint = at;
+        return tensor;
+    }
+    return NULL;
+}
+
+/* Does the checkpoint hold what this run has, and nothing else? Entries' kinds are cleared as they are found, and set again. */
+static llmpar_status llmpar__load_match(llmpar__load *load)
+{
+    llmpar__manifest *m = &load->manifest;
+    llmpar__array array[LLMPAR__ARRAYS];
+    llmpar_error *error = &load->error;
+    llmpar_dtype dtype = llmpar_dtype_sum(llmpar_fsdp_dtype(load->fsdp));
+    const char *own = load->optim ? llmpar_optim_name(llmpar_optim_get_kind(load->optim)) : "none";
+    int32_t hint = 0;
+    if (m->stored != dtype) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: numbers of type %s, this run has %s", load->path, llmpar_dtype_name(m->stored), llmpar_dtype_name(dtype));
+    if (load->states && strcmp(m->info.optimizer, own)) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "%s: optimizer %s, this run has %s", load->path, m->info.optimizer, own);
+    uint32_t *kinds = (uint32_t *)llmpar_heap_alloc(&load->ctx->heap, (size_t)m->tensors + 1, sizeof *kinds);
+    if (!kinds) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", load->path);
+    for (int32_t t = 0; t < m->tensors; t++) kinds[t] = m->tensor[t].kinds;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && !status; u++)
+        for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
+            const char *name = llmpar_fsdp_unit(load->fsdp, u)->params[p].name;
+            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            for (int32_t a = 0; a < arrays && !status; a++) {
+                llmpar__manifest_tensor *tensor = llmpar__load_take(load, name, array[a].kind, &hint);
+                int same = tensor && tensor->dims == array[a].dims;
+                for (int32_t d = 0; same && d < tensor->dims; d++) same = tensor->shape[d] == array[a].shape[d];
+                if (!tensor) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s is missing", load->path, llmpar__array_name(array[a].kind), name);
+                else if (!same) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s has another shape than here", load->path, llmpar__array_name(array[a].kind), name);
+                else tensor->kinds &= ~(1u << array[a].kind);
+            }
+        }
+    for (int32_t t = 0; t < m->tensors && !status; t++) {
+        uint32_t rest = load->states ? m->tensor[t].kinds : m->tensor[t].kinds & 1u << LLMPAR__ARRAY_PARAM;
+        int32_t kind = 0;
+        while (rest && !(rest >> kind & 1u)) kind++;
+        if (rest) status = llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: %s/%.200s is not part of this run, or stands twice", load->path, llmpar__array_name(kind), m->tensor[t].name);
+    }
+    for (int32_t t = 0; t < m->tensors; t++) m->tensor[t].kinds = kinds[t];
+    llmpar_heap_free(&load->ctx->heap, kinds);
+    return status;
+}
+
+static llmpar_status llmpar__load_check(llmpar__load *load)
+{
+    llmpar_ctx *ctx = load->ctx;
+    const llmpar_io *io = ctx->io ? ctx->io : llmpar_io_system();
+    llmpar_status status = llmpar__load_manifest(load);
+    if (!status) status = llmpar__load_match(load);
+    if (!status && ctx->rank == 0) {
+        int number = io->list(io->user, load->path, llmpar__load_known, load);
+        if (number) status = number < 0 ? LLMPAR_ERR_FORMAT : llmpar_error_set(&load->error, LLMPAR_ERR_IO, "%s: cannot list it: %s", load->path, strerror(number));
+    }
+    for (int32_t f = ctx->rank; f < load->manifest.files && !status; f += ctx->world) status = llmpar__load_verify(load, f, load->piece);
+    return status;
+}
+
+/* ---- numbers ---- */
+
+static llmpar_status llmpar__load_open(llmpar__load *load, int32_t index, const llmpar_safetensors **out)
+{
+    char path[LLMPAR__CHECKPOINT_PATH];
+    for (int i = 0; i < LLMPAR__LOAD_FILES; i++)
+        if (load->open[i].file && load->open[i].index == index) {
+            *out = load->open[i].file;
+            return LLMPAR_OK;
+        }
+    llmpar__load_file *slot = &load->open[load->next];
+    load->next = (load->next + 1) % LLMPAR__LOAD_FILES;
+    llmpar_safetensors_close(slot->file);
+    slot->file = NULL;
+    slot->index = index;
+    load->ahead_of = NULL;
+    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/%s", load->path, load->manifest.file[index].name);
+    if (!status) status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &slot->file, &load->error);
+    *out = slot->file;
+    return status;
+}
+
+/* A run; short ones come out of a stretch that is read ahead, up to `end`, which bounds what is needed of this tensor now. */
+static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, size_t end, unsigned char *to)
+{
+    if (bytes * 2 > LLMPAR__LOAD_AHEAD) return llmpar_safetensors_read(file, tensor, offset, bytes, to, &load->error);
+    if (load->ahead_of != tensor || offset < load->ahead_begin || offset + bytes > load->ahead_begin + load->ahead_bytes) {
+        load->ahead_of = tensor;
+        load->ahead_begin = offset;
+        load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
+        llmpar_status status = llmpar_safetensors_read(file, tensor, offset, load->ahead_bytes, load->ahead, &load->error);
+        if (status) {
+            load->ahead_of = NULL;
+            return status;
+        }
+    }
+    memcpy(to, load->ahead + (offset - load->ahead_begin), bytes);
+    return LLMPAR_OK;
+}
+
+/* Row-major index of a point inside a part's rectangle, counted from the part's first element. */
+static int64_t llmpar__load_index(const llmpar_local *part, int32_t dims, const int64_t *point)
+{
+    int64_t index = 0;
+    for (int32_t d = 0; d < dims; d++) index = index * part->shape[d] + (point[d] - part->offset[d]);
+    return index - part->flat_begin;
+}
+
+static llmpar_status llmpar__load_box(llmpar__load *load, const llmpar_safetensors *file, const llmpar_safetensor *tensor, const llmpar_local *theirs, const llmpar_local *ours, int32_t dims, const llmpar__box *box)
+{
+    size_t size = llmpar_dtype_size(load->manifest.stored);
+    int64_t point[LLMPAR_MAX_DIMS], last[LLMPAR_MAX_DIMS], run = 1;
+    int32_t outer = dims;
+    while (outer > 0) { /* dims from `outer` on are one run in both */
+        int32_t d = --outer;
+        run *= box->end[d] - box->begin[d];
+        if (box->end[d] - box->begin[d] != theirs->shape[d] || theirs->shape[d] != ours->shape[d]) break;
+    }
+    for (int32_t d = 0; d < dims; d++) {
+        point[d] = box->begin[d];
+        last[d] = box->end[d] - 1;
+    }
+    size_t end = (size_t)(llmpar__load_index(theirs, dims, last) + 1) * size;
+    for (;;) {
+        llmpar_status status = llmpar__load_run(load, file, tensor, (size_t)llmpar__load_index(theirs, dims, point) * size, (size_t)run * size, end, load->piece + (size_t)llmpar__load_index(ours, dims, point) * size);
+        if (status) return status;
+        int32_t d = outer - 1;
+        while (d >= 0 && ++point[d] == box->end[d]) {
+            point[d] = box->begin[d];
+            d--;
+        }
+        if (d < 0) return LLMPAR_OK;
+    }
+}
+
+/* `ours` of an array, no more than a piece, into load->piece. */
+static llmpar_status llmpar__load_piece(llmpar__load *load, const llmpar__manifest_tensor *tensor, int32_t kind, const llmpar_local *ours)
+{
+    char name[LLMPAR__CHECKPOINT_NAME];
+    llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES];
+    llmpar_status status = LLMPAR_OK;
+    snprintf(name, sizeof name, "%s/%s", llmpar__array_name(kind), tensor->name);
+    for (int32_t p = 0; p < tensor->parts && !status; p++) {
+        int64_t volume;
+        int32_t boxes = llmpar__mesh_common(&tensor->part[p].local, ours, tensor->dims, box, &volume);
+        const llmpar_safetensors *file;
+        if (!volume) continue;
+        status = llmpar__load_open(load, tensor->part[p].file, &file);
+        const llmpar_safetensor *source = status ? NULL : llmpar_safetensors_find(file, name);
+        if (!status && !source) status = llmpar_error_set(&load->error, LLMPAR_ERR_FORMAT, "%s: %s has gone", file->path, name);
+        for (int32_t b = 0; b < boxes && !status; b++) status = llmpar__load_box(load, file, source, &tensor->part[p].local, ours, tensor->dims, &box[b]);
+    }
+    return status;
+}
+
+static llmpar_status llmpar__load_array(llmpar__load *load, llmpar_stream *stream, int32_t unit, int32_t param, const llmpar__array *array, const llmpar__array_unit *memory, int32_t *hint)
+{
+    llmpar_device *device = load->ctx->device;
+    size_t size = llmpar_dtype_size(load->manifest.stored);
+    llmpar_local ours;
+    llmpar__array_part(load->fsdp, load->ctx->rank, unit, param, array, &ours);
+    char *to = llmpar__array_memory(load->fsdp, load->optim, unit, param, array, memory);
+    const llmpar__manifest_tensor *tensor = llmpar__load_take(load, llmpar_fsdp_unit(load->fsdp, unit)->params[param].name, array->kind, hint);
+    llmpar_status status = LLMPAR_OK;
+    int64_t count = ours.flat_count, most = (int64_t)(LLMPAR__LOAD_PIECE / size);
+    for (int64_t done = 0; done < count && !status; done += ours.flat_count, ours.flat_begin += ours.flat_count) {
+        ours.flat_count = count - done < most ? count - done : most;
+        status = llmpar__load_piece(load, tensor, array->kind, &ours);
+        if (!status) status = device->copy(device, stream, to + (size_t)done * size, load->piece, (size_t)ours.flat_count * size);
+        if (!status) status = device->synchronize(device, stream);
+    }
+    return status;
+}
+
+/* Every unit is taken and given back, also behind a failure: giving back is collective where parameters are whole. */
+static llmpar_status llmpar__load_numbers(llmpar__load *load)
+{
+    llmpar_ctx *ctx = load->ctx;
+    llmpar__array array[LLMPAR__ARRAYS];
+    llmpar__array_unit memory;
+    llmpar_stream *stream = NULL;
+    int32_t hint = 0;
+    llmpar_status status = ctx->device->stream_create(ctx->device, "load", &stream);
+    for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && stream; u++) {
+        llmpar_status fetched = llmpar__array_fetch(load->fsdp, u, &memory);
+        if (fetched) {
+            status = fetched;
+            break;
+        }
+        for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
+            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            for (int32_t a = 0; a < arrays && !status; a++) status = llmpar__load_array(load, stream, u, p, &array[a], &memory, &hint);
+        }
+        llmpar_status done = llmpar__array_done(load->fsdp, u, 1);
+        if (!status) status = done;
+    }
+    if (stream) ctx->device->stream_destroy(ctx->device, stream);
+    for (int i = 0; i < LLMPAR__LOAD_FILES; i++) llmpar_safetensors_close(load->open[i].file);
+    if (status && !load->error.status) llmpar_error_set(&load->error, status, "%s", ctx->error.text);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info)
+{
+    llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    memset(info, 0, sizeof *info);
+    llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
+    unsigned char *buffer = (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD);
+    llmpar_status status = load && buffer ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
+    if (!status) {
+        load->fsdp = fsdp;
+        load->optim = optim;
+        load->ctx = ctx;
+        load->path = path;
+        load->states = optim || llmpar_fsdp_optimizer_states(fsdp);
+        load->piece = buffer;
+        load->ahead = buffer + LLMPAR__LOAD_PIECE;
+        status = llmpar__load_check(load);
+    }
+    status = llmpar__checkpoint_agree(ctx, status, load ? &load->error : &error, "checkpoint verified");
+    if (!status && accept) status = llmpar__checkpoint_agree(ctx, accept(user, path, &load->manifest.info), NULL, "checkpoint accepted");
+    if (!status) {
+        status = llmpar__load_numbers(load);
+        status = llmpar__checkpoint_agree(ctx, status, &load->error, "checkpoint loaded");
+    }
+    if (!status && optim) llmpar_optim_set_steps(optim, load->manifest.info.updates);
+    if (!status) *info = load->manifest.info;
+    if (load) llmpar__manifest_destroy(&ctx->heap, &load->manifest);
+    llmpar_heap_free(&ctx->heap, buffer);
+    llmpar_heap_free(&ctx->heap, load);
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *directory, int64_t below, int64_t *step)
+{
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    *step = -1;
+    llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
+    status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoints listed");
+    return status ? status : llmpar__checkpoint_largest(ctx, step, "newest checkpoint");
+}
+
+#undef LLMPAR__LOAD_PIECE
+#undef LLMPAR__LOAD_AHEAD
+#undef LLMPAR__LOAD_FILES
+#undef LLMPAR__LOAD_MANIFEST
+
+#endif /* LLMPAR_NO_IO */
 
 /* ==== src/run/launch.c ==== */
 /* launch: rank threads, their contexts, and the root error.
@@ -21521,6 +24508,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         ctx->error.rank = i;
         ctx->log = desc.log;
         ctx->log_user = desc.log_user;
+        ctx->io = desc.io;
     }
 
     if (ranks == 1) {
@@ -21705,6 +24693,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
     mpi.unchecked = desc.unchecked;
     ctx.log = desc.log;
     ctx.log_user = desc.log_user;
+    ctx.io = desc.io;
     if (!llmpar_mpi_world_create(&ctx.heap, &mpi, &world, error)) {
         uint64_t state = llmpar__launch_float_state();
         ctx.rank = llmpar_mpi_world_rank(world);
@@ -21763,7 +24752,8 @@ struct llmpar_trainer {
     int32_t *staging;               /* host [T + 1], then [2][local * T] */
     llmpar_micro *micro;            /* [grad_accum] */
     llmpar_stream *stream;
-    int64_t steps;
+    int64_t steps, resumed;         /* made; of these before this run */
+    llmpar_checkpoint *checkpoint;  /* NULL: none */
     char *gradients;                /* path of the next step's gradients, or NULL */
     llmpar_tensor_file *gradient_file;
     void *log;                      /* FILE of the JSON lines, world rank 0 */
@@ -21784,6 +24774,11 @@ LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, cons
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
 /* *value becomes the largest of all ranks'. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
+
+LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was before any error: the rank's place stays */
+/* trainer_checkpoint.c: the directory, and where desc.resume says so the state from there. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_resume(llmpar_trainer *trainer);
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_poll(llmpar_trainer *trainer, int wait);
 
 /* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
@@ -21839,6 +24834,7 @@ static llmpar_status llmpar__recipe_numbers(const llmpar_trainer_desc *d, llmpar
     if (!(d->lr > 0) || !llmpar_isfinite_f64(d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr = %g, expected a positive number", d->lr);
     if (!(d->lr_min >= 0 && d->lr_min <= d->lr)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0 .. lr = %g", d->lr_min, d->lr);
     if (d->warmup < 0 || d->total_steps < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: warmup = %lld, total_steps = %lld, expected 0 or more", (long long)d->warmup, (long long)d->total_steps);
+    if (d->checkpoint_every < 0 || d->keep < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every = %d, keep = %d, expected 0 or more", (int)d->checkpoint_every, (int)d->keep);
     if ((int)d->exact < 0 || (int)d->exact > LLMPAR_EXACT_REQUIRE) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: exact = %d, expected one of llmpar_exact", (int)d->exact);
     if (!llmpar_is_pow2(d->canon) || d->canon > 64) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: canon = %d, expected a power of two up to 64", (int)d->canon);
     return LLMPAR_OK;
@@ -21850,6 +24846,9 @@ static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_
     if (d->dtype != LLMPAR_F16 && (d->loss_scale.scale != 0 || d->loss_scale.least != 0 || d->loss_scale.most != 0 || d->loss_scale.interval))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: loss_scale with dtype %s, expected none: only f16 needs one", llmpar_dtype_name(d->dtype));
     if (d->lr_schedule == LLMPAR_LR_CONSTANT && d->lr_min > 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: lr_min = %g, expected 0: a constant schedule ends where it was", d->lr_min);
+    if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
+    if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
@@ -21896,7 +24895,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (d->batch % cuts)
         return llmpar_error_set(error, LLMPAR_ERR_MESH, "trainer: batch = %lld is not divisible by %d data ranks (dp_replicate %d x dp_shard %d) x grad_accum %d = %lld", (long long)d->batch, (int)mesh->dp_ranks,
                                 (int)mesh->degree[LLMPAR_AXIS_DP_REPLICATE], (int)mesh->degree[LLMPAR_AXIS_DP_SHARD], (int)d->grad_accum, (long long)cuts);
-    if (d->seq_len > config->max_positions)
+    if (d->seq_len > config->max_positions && config->rope_scaling.kind != LLMPAR_ROPE_DYNAMIC) /* which is for longer ones */
         return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: seq_len = %lld, expected at most the model's max_position_embeddings = %d", (long long)d->seq_len, (int)config->max_positions);
     if (d->data && config->vocab < 256) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "trainer: bytes as tokens need a vocabulary of at least 256, the model has %d", (int)config->vocab);
     return d->exact == LLMPAR_EXACT_REQUIRE ? llmpar__recipe_exact(d, mesh, error) : LLMPAR_OK;
@@ -21971,6 +24970,20 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     return LLMPAR_OK;
 }
 
+static llmpar_status llmpar__recipe_training(llmpar_trainer *t)
+{
+    if (t->desc.trace && !t->count_only) {
+        llmpar_status status = llmpar_trace_create(t->ctx, 0, &t->trace);
+        if (status) return status;
+        llmpar_fsdp_set_trace(t->fsdp, t->trace);
+    }
+    /* The optimizer on the shards, the step's tokens. */
+    llmpar_status status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
+    if (!status) status = llmpar__recipe_buffers(t);
+    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
+    return status;
+}
+
 static llmpar_status llmpar__recipe(llmpar_trainer *t)
 {
     llmpar_llama_apply_desc apply;
@@ -22008,17 +25021,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     if (trains && !status) status = llmpar__recipe_schedule(t, &fsdp, 1, &t->eval);
     if (trains && !status && !t->count_only) status = llmpar__metrics_peak(t);
     if (!status) status = llmpar_fsdp_create(t->mesh, units, count, &fsdp, &t->fsdp);
-    if (status || !trains) return status;
-    if (t->desc.trace && !t->count_only) {
-        status = llmpar_trace_create(t->ctx, 0, &t->trace);
-        if (status) return status;
-        llmpar_fsdp_set_trace(t->fsdp, t->trace);
-    }
-    /* The optimizer on the shards, the step's tokens. */
-    if (!status) status = llmpar_optim_create(t->fsdp, &t->desc.optim, &t->optim);
-    if (!status) status = llmpar__recipe_buffers(t);
-    if (!status) llmpar_arena_get_usage(llmpar_fsdp_arena(t->fsdp), &t->memory.init);
-    return status;
+    if (status) return status;
+    if (trains) status = llmpar__recipe_training(t);
+    return status || t->count_only ? status : llmpar__trainer_resume(t);
 }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__recipe_block_units(llmpar_llama *model)
@@ -22070,6 +25075,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
     copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
     copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->checkpoint, &t->desc.checkpoint);
+    copied &= llmpar__recipe_copy(&ctx->heap, desc->resume, &t->desc.resume);
     llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
@@ -22100,6 +25107,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     if (!t) return;
     llmpar_heap *heap = &t->ctx->heap;
     llmpar__metrics_close(t);
+    llmpar_checkpoint_destroy(t->checkpoint);
     llmpar_tensor_file_abandon(t->gradient_file);
     if (t->stream) t->ctx->device->synchronize(t->ctx->device, t->stream); /* its failure was reported where it happened */
     if (t->fsdp) {
@@ -22120,16 +25128,19 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.checkpoint);
+    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.resume);
     llmpar_heap_free(heap, t);
 }
 
+LLMPAR_DEF int64_t llmpar_trainer_steps(const llmpar_trainer *t) { return t->steps; }
 LLMPAR_DEF llmpar_fsdp *llmpar_trainer_fsdp(llmpar_trainer *t) { return t->fsdp; }
 LLMPAR_DEF const llmpar_schedule *llmpar_trainer_schedule(const llmpar_trainer *t) { return t->train; }
 LLMPAR_DEF const llmpar_data *llmpar_trainer_data(const llmpar_trainer *t) { return t->desc.data ? &t->data : NULL; }
 LLMPAR_DEF llmpar_status llmpar_trainer_schedule_bytes(const llmpar_trainer *t, uint64_t *bytes) { return llmpar_fsdp_bytes(t->fsdp, t->train, t->micro, bytes); }
 LLMPAR_DEF void llmpar_trainer_memory(const llmpar_trainer *t, llmpar_memory *out) { *out = t->memory; }
 LLMPAR_DEF llmpar_status llmpar_load_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_load(t->fsdp, directory); }
-LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory); }
+LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory) { return llmpar_hf_save(t->fsdp, llmpar_llama_get_config(t->model), directory, NULL); }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer.c ==== */
@@ -22218,8 +25229,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *t, const 
     return t->gradients ? LLMPAR_OK : llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
 }
 
-/* As it was before any error: the rank's place stays. */
-static void llmpar__trainer_forget(llmpar_error *error)
+LLMPAR__PRIVATE_DEF void llmpar__trainer_forget(llmpar_error *error)
 {
     llmpar_error old = *error;
     llmpar_error_clear(error);
@@ -22245,11 +25255,13 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     memset(&step, 0, sizeof step);
     memset(&run, 0, sizeof run);
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
+    llmpar_status status = llmpar__trainer_poll(t, 0);
+    if (status) return status;
     double begin = llmpar__run_seconds();
     step.step = t->steps + 1;
     step.lr = llmpar_lr(&t->lr, step.step);
     step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
-    llmpar_status status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
+    status = llmpar__trainer_tokens(t, t->steps * t->desc.batch, 0, 0, &run.tokens);
     if (!status && t->gradients) {
         status = llmpar__trainer_gradient_file(t);
         llmpar_heap_free(&t->ctx->heap, t->gradients); /* asked for once, also if it cannot be opened */
@@ -22301,7 +25313,8 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);
     else if (step.skipped) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: no token counts, nothing was updated", (long long)step.step);
     if (out) *out = step;
-    return llmpar__metrics_step(t, &step);
+    status = llmpar__metrics_step(t, &step);
+    return !status && t->desc.checkpoint_every && t->steps % t->desc.checkpoint_every == 0 ? llmpar_trainer_checkpoint(t) : status;
 }
 
 static llmpar_status llmpar__trainer_trace_text(void *user, const char *text, size_t bytes)
@@ -22319,7 +25332,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_save_trace(llmpar_trainer *t)
     llmpar_status status = LLMPAR_OK;
     llmpar_error_clear(&error);
     if (!t->trace) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no trace was asked for");
-    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->desc.trace, &t->trace_file, &error);
+    if (!t->ctx->rank) status = llmpar_writer_open(&t->ctx->heap, t->ctx->io, t->desc.trace, &t->trace_file, &error);
     if (!status) status = llmpar_trace_write(t->trace, t->ctx->comm, llmpar__trainer_trace_text, t);
     if (!status && t->trace_file) {
         status = llmpar_writer_commit(t->trace_file, &error);
@@ -22349,6 +25362,193 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
     }
     if (!status) *loss = sum / (double)tokens;
     return status;
+}
+
+#endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
+/* ==== src/run/trainer_checkpoint.c ==== */
+/* Checkpoints of a trainer: what a run has to agree on to go on, and which checkpoint it goes on from. */
+
+#include <stdio.h>
+#include <string.h>
+
+
+#if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
+
+static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info *out)
+{
+    memset(out, 0, sizeof *out);
+    out->step = t->steps;
+    out->batch = t->desc.batch;
+    out->seq_len = t->desc.seq_len;
+    out->seed = llmpar_llama_seed(t->model);
+    out->data_tokens = t->desc.data ? t->data.train_count : 0;
+    out->canon = t->desc.canon;
+    if (t->desc.dtype == LLMPAR_F16) out->scale = t->scale;
+}
+
+/* config.json's text on the heap. */
+static char *llmpar__resume_config(llmpar_ctx *ctx, const llmpar_llama_config *config)
+{
+    size_t bytes = llmpar_llama_config_write(config, NULL, 0) + 1;
+    char *text = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
+    if (text) llmpar_llama_config_write(config, text, bytes);
+    else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory for config.json");
+    return text;
+}
+
+/* An error that the caller has lived with must not stand for this call's. */
+static llmpar_status llmpar__resume_report(llmpar_trainer *t, const llmpar_error *earlier, llmpar_status status)
+{
+    if (!status) t->ctx->error = *earlier;
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *t)
+{
+    llmpar_checkpoint_info info;
+    llmpar_error earlier = t->ctx->error;
+    if (!t->checkpoint) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no directory of checkpoints was given");
+    llmpar__trainer_forget(&t->ctx->error);
+    llmpar__resume_info(t, &info);
+    return llmpar__resume_report(t, &earlier, llmpar_checkpoint_save(t->checkpoint, &info));
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_poll(llmpar_trainer *t, int wait)
+{
+    llmpar_error earlier = t->ctx->error;
+    if (!t->checkpoint || t->count_only) return LLMPAR_OK;
+    llmpar__trainer_forget(&t->ctx->error);
+    return llmpar__resume_report(t, &earlier, llmpar_checkpoint_poll(t->checkpoint, wait));
+}
+
+LLMPAR_DEF llmpar_status llmpar_trainer_finish(llmpar_trainer *t) { return llmpar__trainer_poll(t, 1); }
+
+/* Is a whole checkpoint of this run? */
+static llmpar_status llmpar__resume_accept(void *user, const char *path, const llmpar_checkpoint_info *info)
+{
+    llmpar_trainer *t = (llmpar_trainer *)user;
+    llmpar_ctx *ctx = t->ctx;
+    llmpar_llama_config config;
+    llmpar_checkpoint_info own;
+    llmpar__resume_info(t, &own);
+    if (t->train && (info->batch != own.batch || info->seq_len != own.seq_len || info->seed != own.seed || info->data_tokens != own.data_tokens))
+        return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "%s: batch %lld, seq_len %lld, seed %llu, %lld tokens of text; this run has %lld, %lld, %llu, %lld: its data would come in another order", path, (long long)info->batch,
+                           (long long)info->seq_len, (unsigned long long)info->seed, (long long)info->data_tokens, (long long)own.batch, (long long)own.seq_len, (unsigned long long)own.seed, (long long)own.data_tokens);
+    llmpar_status status = llmpar_hf_config(ctx, path, &config);
+    if (status) return status;
+    char *theirs = llmpar__resume_config(ctx, &config), *ours = theirs ? llmpar__resume_config(ctx, llmpar_llama_get_config(t->model)) : NULL;
+    if (!ours) status = LLMPAR_ERR_MEMORY;
+    else if (strcmp(theirs, ours)) status = llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "%s/config.json: it is of another model than this run's", path);
+    llmpar_heap_free(&ctx->heap, ours);
+    llmpar_heap_free(&ctx->heap, theirs);
+    return status;
+}
+
+static llmpar_status llmpar__resume_load(llmpar_trainer *t, const char *path)
+{
+    llmpar_checkpoint_info info;
+    char line[LLMPAR__CHECKPOINT_PATH + 200];
+    llmpar_status status = llmpar_checkpoint_load(t->fsdp, t->optim, path, llmpar__resume_accept, t, &info);
+    if (status) return status;
+    t->steps = t->resumed = info.step;
+    if (t->desc.dtype == LLMPAR_F16 && info.scale.scale > 0) t->scale = info.scale;
+    if (t->train && info.canon != t->desc.canon) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "%s: sums were made of %d canonical pieces, here of %d: the bits will not be those of one run", path, (int)info.canon, (int)t->desc.canon);
+    snprintf(line, sizeof line, "resumed: %s, written on dp_replicate %d x dp_shard %d x tp %d", path, (int)info.degree[LLMPAR_AXIS_DP_REPLICATE], (int)info.degree[LLMPAR_AXIS_DP_SHARD], (int)info.degree[LLMPAR_AXIS_TP]);
+    if (t->ctx->rank == 0) t->desc.sink(t->desc.sink_user, LLMPAR_SINK_METRICS, line);
+    return LLMPAR_OK;
+}
+
+/* step-N, which is damaged, becomes step-N.damaged, so that the run can write that step again. Rank 0. */
+static llmpar_status llmpar__resume_set_aside(llmpar_trainer *t, int64_t step, llmpar_error *error)
+{
+    char from[LLMPAR__CHECKPOINT_PATH], to[LLMPAR__CHECKPOINT_PATH];
+    llmpar_status status = llmpar__checkpoint_path(from, error, "%s/step-%lld", t->desc.checkpoint, (long long)step);
+    if (!status) status = llmpar__checkpoint_path(to, error, "%s.damaged", from);
+    for (int n = 2; !status && llmpar_file_kind(t->ctx->io, to) != LLMPAR_IO_NONE; n++) status = llmpar__checkpoint_path(to, error, "%s.damaged.%d", from, n);
+    if (!status) status = llmpar_file_rename(t->ctx->io, from, to, error);
+    return status ? status : llmpar_directory_sync(t->ctx->io, t->desc.checkpoint, error);
+}
+
+static llmpar_status llmpar__resume_auto(llmpar_trainer *t)
+{
+    llmpar_ctx *ctx = t->ctx;
+    char path[LLMPAR__CHECKPOINT_PATH];
+    int64_t step = INT64_MAX, newest = -1;
+    llmpar_error earlier = ctx->error, error;
+    llmpar_error_clear(&error);
+    llmpar_status status;
+    for (;;) {
+        llmpar__trainer_forget(&ctx->error);
+        status = llmpar_checkpoint_newest(ctx, t->desc.checkpoint, step, &step);
+        if (status) return status;
+        if (newest < 0) newest = step;
+        if (step < 0 && newest >= 0) return llmpar_fail(ctx, LLMPAR_ERR_FORMAT, "%s: no checkpoint is whole (the warnings say why)", t->desc.checkpoint);
+        if (step < 0) break; /* a new run */
+        status = llmpar__checkpoint_path(path, &ctx->error, "%s/step-%lld", t->desc.checkpoint, (long long)step);
+        if (!status) status = llmpar__resume_load(t, path);
+        if (!status) break;
+        if (status != LLMPAR_ERR_FORMAT && status != LLMPAR_ERR_IO) return status;
+        llmpar_log(ctx, LLMPAR_LOG_WARNING, "step-%lld is damaged, the one before is tried: %s", (long long)step, ctx->error.text);
+    }
+    while (newest > step && !status) {
+        if (ctx->rank == 0) status = llmpar__resume_set_aside(t, newest, &error);
+        status = llmpar__checkpoint_agree(ctx, status, &error, "damaged checkpoint set aside");
+        if (!status) status = llmpar_checkpoint_newest(ctx, t->desc.checkpoint, INT64_MAX, &newest);
+    }
+    return llmpar__resume_report(t, &earlier, status);
+}
+
+/* DIR itself, or what DIR/latest names. */
+static llmpar_status llmpar__resume_named(llmpar_trainer *t, const char *directory, char path[LLMPAR__CHECKPOINT_PATH], llmpar_error *error)
+{
+    char *text = NULL;
+    size_t bytes;
+    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/manifest.json", directory);
+    if (!status && llmpar_file_kind(t->ctx->io, path) == LLMPAR_IO_FILE) return llmpar__checkpoint_path(path, error, "%s", directory);
+    if (!status) status = llmpar__checkpoint_path(path, error, "%s/latest", directory);
+    if (!status && llmpar_file_kind(t->ctx->io, path) != LLMPAR_IO_FILE) status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: no checkpoint: neither manifest.json nor latest is there", directory);
+    if (!status) status = llmpar_file_load(&t->ctx->heap, t->ctx->io, path, 64, &text, &bytes, error);
+    if (!status && bytes && text[bytes - 1] == '\n') text[bytes - 1] = 0;
+    if (!status && llmpar__checkpoint_step(text) < 0) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: expected one line \"step-N\"", path);
+    if (!status) status = llmpar__checkpoint_path(path, error, "%s/%s", directory, text);
+    llmpar_heap_free(&t->ctx->heap, text);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
+{
+    llmpar_ctx *ctx = t->ctx;
+    llmpar_checkpoint_desc desc;
+    llmpar_status status = LLMPAR_OK;
+    const char *resume = t->desc.resume;
+    char path[LLMPAR__CHECKPOINT_PATH], own[LLMPAR__CHECKPOINT_PATH];
+    memset(&desc, 0, sizeof desc);
+    desc.directory = t->desc.checkpoint;
+    desc.keep = t->desc.keep;
+    desc.background = t->desc.checkpoint_background;
+    if (t->desc.checkpoint) {
+        char *config = llmpar__resume_config(ctx, llmpar_llama_get_config(t->model));
+        desc.config = config;
+        status = config ? llmpar_checkpoint_create(t->fsdp, t->optim, &desc, &t->checkpoint) : LLMPAR_ERR_MEMORY;
+        llmpar_heap_free(&ctx->heap, config);
+    }
+    if (status) return status;
+    if (resume && !strcmp(resume, "auto")) return llmpar__resume_auto(t);
+    if (resume) {
+        llmpar_error error;
+        llmpar_error_clear(&error);
+        if (llmpar__checkpoint_step(resume) >= 0 && t->desc.checkpoint) status = llmpar__checkpoint_path(path, &error, "%s/%s", t->desc.checkpoint, resume);
+        else status = llmpar__resume_named(t, resume, path, &error);
+        status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoint named");
+        if (!status) status = llmpar__resume_load(t, path);
+    }
+    /* Nothing is overwritten: a step that this run will come to must not be there. Found now rather than then. */
+    int64_t newest = -1;
+    if (!status && t->desc.checkpoint) status = llmpar_checkpoint_newest(ctx, t->desc.checkpoint, INT64_MAX, &newest);
+    if (status || newest < 0 || (resume && newest <= t->steps)) return status;
+    snprintf(own, sizeof own, "%s/step-%lld", t->desc.checkpoint, (long long)newest);
+    if (!resume) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%.1000s: it is there already: expected resume, or a directory without checkpoints", own);
+    return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "%.1000s: newer than step %lld, from which this run goes on: expected it moved away, or another directory to write to", own, (long long)t->steps);
 }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
@@ -22421,9 +25621,31 @@ static void llmpar__metrics_usage(FILE *file, const char *name, const uint64_t b
     fprintf(file, "\"total\":%llu}", (unsigned long long)total);
 }
 
+/* A resumed run goes on behind its own lines: those of later steps, and one that a crash cut short, go. */
+static FILE *llmpar__metrics_resume(const llmpar_trainer *t)
+{
+    FILE *file = llmpar_is_file(t->desc.log) ? fopen(t->desc.log, "r+") : fopen(t->desc.log, "a");
+    long keep = 0, step = -1;
+    for (int c = 0, at = 0; file && llmpar_is_file(t->desc.log);) {
+        static const char head[] = "{\"step\":";
+        long number = 0;
+        for (at = 0; head[at] && (c = fgetc(file)) == head[at];) at++;
+        while (!head[at] && (c = fgetc(file)) >= '0' && c <= '9' && number < 100000000000000000) number = 10 * number + (c - '0');
+        while (c != '\n' && c != EOF) c = fgetc(file);
+        if (c == EOF || head[at] || number > t->resumed || number <= step) break;
+        step = number;
+        keep = ftell(file);
+    }
+    if (file && llmpar_is_file(t->desc.log) && (fflush(file) || ftruncate(fileno(file), keep) || fseek(file, keep, SEEK_SET))) {
+        fclose(file);
+        return NULL;
+    }
+    return file;
+}
+
 static llmpar_status llmpar__metrics_log(llmpar_trainer *t, const llmpar_step *step)
 {
-    if (!t->log) t->log = fopen(t->desc.log, "w");
+    if (!t->log) t->log = t->resumed ? llmpar__metrics_resume(t) : fopen(t->desc.log, "w");
     FILE *file = (FILE *)t->log;
     llmpar_arena_usage usage;
     if (!file) return llmpar_fail(t->ctx, LLMPAR_ERR_IO, "%s: cannot open for writing: %s", t->desc.log, strerror(errno));
@@ -22449,7 +25671,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     if (t->ctx->rank) return LLMPAR_OK;
     double gib = (double)step->memory / (1024.0 * 1024.0 * 1024.0), percent = 100.0 * step->mfu;
     long long tps = (long long)(step->tokens_per_second + 0.5);
-    if (t->desc.log_every > 0 && (step->step == 1 || step->step % t->desc.log_every == 0)) {
+    if (t->desc.log_every > 0 && (step->step == t->resumed + 1 || step->step % t->desc.log_every == 0)) {
         snprintf(line, sizeof line, "step: %5lld  loss: %8.5f  grad_norm: %8.4f  memory: %6.3fGiB  tps: %lld  tflops: %.4f  mfu: %.2f%%", (long long)step->step, step->loss, step->grad_norm, gib, tps, step->tflops, percent);
         t->desc.sink(t->desc.sink_user, LLMPAR_SINK_METRICS, line);
     }
@@ -22533,7 +25755,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/memory.c ==== */
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -22569,18 +25790,6 @@ static llmpar_status llmpar__memory_largest(llmpar_ctx *ctx, const char *tag, in
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value) { return llmpar__memory_largest(ctx, tag, value, 1); }
 
-typedef struct llmpar__memory_text { char *text; size_t capacity, used; } llmpar__memory_text;
-static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__memory_put(llmpar__memory_text *out, const char *format, ...)
-{
-    va_list list;
-    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
-    va_start(list, format);
-    int n = vsnprintf(room ? out->text + out->used : NULL, room, format, list);
-    va_end(list);
-    if (n > 0) out->used += (size_t)n;
-}
-
 /* memory in bytes, the smallest .. the largest of 4 ranks
                           after init   before the optimizer                   peak
      parameters              1048576                1048576                1048576
@@ -22602,23 +25811,19 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
         }
     llmpar_status status = ctx ? llmpar__memory_largest(ctx, "memory", values, 2 * CELLS) : LLMPAR_OK;
     int32_t world = ctx ? ctx->world : 1;
-    llmpar__memory_text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.used = 0;
-    if (capacity) text[0] = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
     if (status || (ctx && ctx->rank)) return status;
-    llmpar__memory_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
+    llmpar__text_put(&out, "memory in bytes%s%d rank%s\n%-16s%25s%25s%25s\n", world > 1 ? ", the smallest .. the largest of " : ", ", (int)world, world > 1 ? "s" : "", "", "after init", "before the optimizer", "peak");
     for (int row = 0; row < ROWS; row++) {
-        llmpar__memory_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
+        llmpar__text_put(&out, "%-16s", row < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)row) : "together");
         for (int column = 0; column < COLUMNS; column++) {
             long long high = values[row * COLUMNS + column], low = -values[CELLS + row * COLUMNS + column];
             char cell[48];
             if (low == high) snprintf(cell, sizeof cell, "%lld", high);
             else snprintf(cell, sizeof cell, "%lld .. %lld", low, high);
-            llmpar__memory_put(&out, "%25s", cell);
+            llmpar__text_put(&out, "%25s", cell);
         }
-        llmpar__memory_put(&out, "\n");
+        llmpar__text_put(&out, "\n");
     }
     return LLMPAR_OK;
 }
