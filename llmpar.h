@@ -1955,10 +1955,10 @@ LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #endif
 /* ==== src/model/llama.h ==== */
-/* llama: a Llama 3 as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
+/* llama: a Llama 3, or a near relative (llmpar_family), as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
 
    One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
-     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
+     x[Ns,D] -> rmsnorm -> (gather) -> q,k,v (+ bias, norm over heads) -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
    Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
 #ifndef LLMPAR_LLAMA_H
 #define LLMPAR_LLAMA_H
@@ -1984,7 +1984,7 @@ LLMPAR_API llmpar_status llmpar_llama_clone(llmpar_ctx *ctx, const llmpar_llama 
 LLMPAR_API void llmpar_llama_destroy(llmpar_llama *model); /* NULL is fine; after the fsdp object made from its units; local */
 LLMPAR_API const llmpar_llama_config *llmpar_llama_get_config(const llmpar_llama *model); /* local */
 LLMPAR_API uint64_t llmpar_llama_seed(const llmpar_llama *model);                         /* local */
-/* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
+/* The units, owned by the model. Their `recompute`: SELECTIVE keeps all but the norms' outputs of the blocks (the two ends keep what they keep, and attention the normalised q and k), FULL is for any unit but the last; set it before the units are handed to FSDP. To replace a unit's callbacks: llmpar_llama_apply, which sets them; change them here; then llmpar_parallelize. Local. */
 LLMPAR_API llmpar_unit *llmpar_llama_units(llmpar_llama *model, int32_t *count);
 
 /* How the model meets a mesh. */
@@ -1995,7 +1995,7 @@ typedef struct llmpar_llama_apply_desc {
     int64_t positions;           /* longest T; RoPE tables are made for it */
 } llmpar_llama_apply_desc;
 
-/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide. Collective over tp. Again with the same communicator and values (and no more
+/* Sets placements, instruction lists and RoPE tables for the tp communicator (one rank: no parallelism). LLMPAR_ERR_MESH names what tp does not divide, LLMPAR_ERR_UNSUPPORTED a sliding window shorter than the positions. Collective over tp. Again with the same communicator and values (and no more
    positions): nothing happens, so a user may call it before llmpar_parallelize does; with others: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc);
 LLMPAR_API const llmpar_tp *llmpar_llama_tp(const llmpar_llama *model); /* local */
@@ -2267,7 +2267,7 @@ typedef struct llmpar_hf_desc {
     llmpar_dtype dtype;      /* of the file: F32, F64, BF16, F16; default: that of the shards, which is the sum type. Narrower: rounded to nearest */
 } llmpar_hf_desc;
 
-/* Writes config.json and the weights from world rank 0 as llmpar_hf_writer does (hf_files.h); never more than one tensor whole on a rank. desc NULL: defaults. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
+/* Writes config.json and the weights from world rank 0 as llmpar_hf_writer does (hf_files.h); never more than one tensor whole in a rank's device memory. desc NULL: defaults. When rank 0 fails, the others return LLMPAR_ERR_PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_config *config, const char *directory, const llmpar_hf_desc *desc);
 
 /* A safetensors file of whole tensors, one a parameter, from buffers laid out like the shards (parameters, gradients, moments). Units come in order 0, 1, ..: another one is
@@ -10648,6 +10648,8 @@ LLMPAR__PRIVATE size_t llmpar__llama_take(size_t *at, int64_t elements, size_t s
 /* block.c: the rows of one half */
 LLMPAR__PRIVATE llmpar_status llmpar__block_sizes(void *user, const llmpar_micro *micro, llmpar_dtype dtype, llmpar_unit_sizes *out);
 LLMPAR__PRIVATE const llmpar__op_row *llmpar__block_ops(int mlp, int backward, int32_t *count);
+/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
+LLMPAR__PRIVATE void llmpar__llama_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand);
 /* The unit that holds half `half` of the model, and the place of the half's first parameter in it. */
 LLMPAR__PRIVATE int32_t llmpar__llama_home(const llmpar_llama *model, int32_t half, int32_t *param);
 /* edges.c: embedding (parameter 0: the table) and head (0: norm; 1 or borrowed 0: the output projection) */
@@ -10763,17 +10765,6 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->workspace_bytes = g->workspace_bytes;
 }
 
-static void llmpar__session_row(const llmpar__session *g, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
-{
-    memset(operand, 0, sizeof *operand);
-    operand->a = a;
-    operand->b = w;
-    operand->count = llmpar_tp_count(&g->tp, grains);
-    operand->begin = llmpar_tp_begin(&g->tp, grains);
-    operand->grain = grain;
-    operand->lda = operand->ldb = operand->count * grain;
-}
-
 static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
@@ -10793,10 +10784,10 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
             w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
-        llmpar__session_row(g, NULL, NULL, c->heads, s->e, &row);
+        llmpar__llama_row(&g->tp, NULL, NULL, c->heads, s->e, &row);
         w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->heads, &row, 1, g->dtype);
         if (w > most) most = w;
-        llmpar__session_row(g, NULL, NULL, c->intermediate, 1, &row);
+        llmpar__llama_row(&g->tp, NULL, NULL, c->intermediate, 1, &row);
         w = llmpar_tp_partial_workspace(&g->tp, LLMPAR_GEMM_NT, rows, s->d, c->intermediate, &row, 1, g->dtype);
         if (w > most) most = w;
         llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
@@ -10851,23 +10842,6 @@ static void llmpar__session_close(llmpar__session *g)
     llmpar_heap_free(&g->model->ctx->heap, g->host);
 }
 
-static llmpar_status llmpar__session_rope(const llmpar__session *g, void *x, int64_t heads, int64_t ld, int64_t position, int64_t count)
-{
-    llmpar_rope_args args;
-    memset(&args, 0, sizeof args);
-    args.batch = 1;
-    args.t = count;
-    args.heads = heads;
-    args.head_dim = g->s.e;
-    args.ld = ld;
-    args.position = position;
-    args.x = x;
-    args.cosine = g->model->cosine;
-    args.sine = g->model->sine;
-    args.dtype = g->dtype;
-    return g->device->rope(g->device, g->stream, &args);
-}
-
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
 static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
@@ -10887,9 +10861,21 @@ static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t la
 /* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
 static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
 {
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, heads * g->s.e, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    llmpar_rope_args rope;
+    memset(&rope, 0, sizeof rope);
+    rope.batch = 1;
+    rope.t = count;
+    rope.heads = heads;
+    rope.head_dim = g->s.e;
+    rope.ld = heads * g->s.e;
+    rope.position = position;
+    rope.x = out;
+    rope.cosine = g->model->cosine;
+    rope.sine = g->model->sine;
+    rope.dtype = g->dtype;
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
     if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
-    return status ? status : llmpar__session_rope(g, out, heads, heads * g->s.e, position, count);
+    return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
 static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, int64_t position, int64_t count)
@@ -10911,7 +10897,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
     if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
-    llmpar__session_row(g, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
@@ -10926,7 +10912,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
-    llmpar__session_row(g, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    llmpar__llama_row(&g->tp, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
@@ -12259,14 +12245,16 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char
     int length = snprintf(probe, sizeof probe, "%s/.llmpar-probe.tmp", path), handle, number;
     if (length < 0 || (size_t)length >= sizeof probe) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: path longer than %zu bytes", path, sizeof probe - 20);
     io = llmpar__file_io(io);
-    number = io->make_directory(io->user, path);
+    do number = io->make_directory(io->user, path);
+    while (number == EINTR);
     if (number && number != EEXIST) return llmpar__file_error(error, path, "cannot create the directory", number);
     if (number && llmpar_file_kind(io, path) != LLMPAR_IO_FOLDER) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: expected a directory, got a file", path);
     /* access() answers yes to root on read-only media: only a file that was really made proves it. */
     number = llmpar__file_begin(io, probe, LLMPAR_IO_WRITE, &handle);
     if (number) return llmpar__file_error(error, path, "cannot write in the directory", number);
     llmpar__file_end(io, handle);
-    number = io->remove(io->user, probe);
+    do number = io->remove(io->user, probe);
+    while (number == EINTR);
     return number ? llmpar__file_error(error, probe, "cannot remove", number) : LLMPAR_OK;
 }
 
@@ -20894,8 +20882,7 @@ static void llmpar__block_ffn(const llmpar__block_half *b, const llmpar_unit_cal
     operand[1].b = llmpar__block_param(b, call, LLMPAR__UP);
 }
 
-/* A row-parallel product's one operand: a[N, grains*grain] w[D, grains*grain]^T. */
-static void llmpar__block_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
+LLMPAR__PRIVATE_DEF void llmpar__llama_row(const llmpar_tp *tp, const void *a, const void *w, int64_t grains, int64_t grain, llmpar_tp_operand *operand)
 {
     memset(operand, 0, sizeof *operand);
     operand->a = a;
@@ -20940,9 +20927,9 @@ static size_t llmpar__block_workspace(const llmpar__block_half *b, llmpar_device
     w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->h * s->e, s->dtype);
     w[n++] = llmpar__llama_linear_workspace(b->model, s->n, s->k * s->e, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NT, s->n, s->f, s->d, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->heads, s->e, &row);
+    llmpar__llama_row(tp, NULL, NULL, c->heads, s->e, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->heads, &row, 1, s->dtype);
-    llmpar__block_row(tp, NULL, NULL, c->intermediate, 1, &row);
+    llmpar__llama_row(tp, NULL, NULL, c->intermediate, 1, &row);
     w[n++] = llmpar_tp_partial_workspace(tp, LLMPAR_GEMM_NT, s->n, s->d, c->intermediate, &row, 1, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->f, s->d, s->dtype);
     w[n++] = llmpar_tp_product_workspace(tp, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, s->dtype);
@@ -21070,7 +21057,7 @@ static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 static llmpar_status llmpar__block_rows(const llmpar__block_half *b, const llmpar_unit_call *call, const char *a, int p, int64_t grains, int64_t grain)
 {
     llmpar_tp_operand row;
-    llmpar__block_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
+    llmpar__llama_row(b->tp, a, llmpar__block_param(b, call, p), grains, grain, &row);
     return llmpar_tp_partial(b->tp, call->stream, LLMPAR_GEMM_NT, b->s.n, b->s.d, grains, &row, 1, b->s.dtype, b->part, call->workspace, call->workspace_bytes);
 }
 
@@ -21957,31 +21944,25 @@ LLMPAR_DEF llmpar_status llmpar_hf_files_open(llmpar_heap *heap, const llmpar_io
 {
     char *single = llmpar__hf_join(heap, directory, LLMPAR__HF_SINGLE, error), *index = llmpar__hf_join(heap, directory, LLMPAR__HF_INDEX, error);
     llmpar_hf_files *files = (llmpar_hf_files *)llmpar_heap_zalloc(heap, 1, sizeof *files);
-    llmpar_status status = LLMPAR_OK;
+    int sharded = single && index && llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
+    llmpar_safetensors **file = sharded ? NULL : (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *file);
+    llmpar_status status = single && index && files && (sharded || file) ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", directory);
     *out = NULL;
-    if (!single || !index || !files) {
-        llmpar_heap_free(heap, files);
-        files = NULL;
-        status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a path", directory);
-    } else {
-        int sharded = llmpar_file_kind(io, single) == LLMPAR_IO_NONE && llmpar_file_kind(io, index) != LLMPAR_IO_NONE;
-        files->heap = heap;
-        files->path = sharded ? index : single;
-        if (sharded) {
-            index = NULL;
-            status = llmpar__hf_open_shards(files, io, directory, error);
-        } else {
-            single = NULL;
-            files->file = (llmpar_safetensors **)llmpar_heap_zalloc(heap, 1, sizeof *files->file);
-            status = files->file ? llmpar_safetensors_open(heap, io, files->path, &files->file[0], error) : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory", files->path);
-            if (!status) {
-                files->count = 1;
-                files->tensors = files->file[0]->count;
-            }
-        }
+    llmpar_heap_free(heap, sharded ? single : index);
+    if (!files) {
+        llmpar_heap_free(heap, sharded ? index : single);
+        llmpar_heap_free(heap, (void *)file);
+        return status;
     }
-    llmpar_heap_free(heap, single);
-    llmpar_heap_free(heap, index);
+    files->heap = heap;
+    files->path = sharded ? index : single;
+    files->file = file;
+    if (!status && sharded) status = llmpar__hf_open_shards(files, io, directory, error);
+    else if (!status) status = llmpar_safetensors_open(heap, io, files->path, &file[0], error);
+    if (!status && !sharded) {
+        files->count = 1;
+        files->tensors = files->file[0]->count;
+    }
     if (status) llmpar_hf_files_close(files);
     else *out = files;
     return status;
@@ -22459,7 +22440,6 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     return status;
 }
 
-#undef LLMPAR__HF_PIECE
 #undef LLMPAR__HF_EMBEDDING
 
 /* ---- saving ---- */
@@ -22473,10 +22453,9 @@ struct llmpar_tensor_file {
     llmpar_hf_writer *directory;       /* or this with `tensors`, which it borrows */
     llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
-    void *host, *narrow;               /* world rank 0: one tensor; a piece of it in the file's dtype, where that is another */
+    void *host, *narrow;               /* world rank 0: a piece of a tensor, small enough to stay in the cache; the same in the file's dtype, where that is another */
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
-#define LLMPAR__HF_NARROW ((size_t)64 << 10) /* elements */
 
 /* World rank 0: the tensors' names and shapes, and the file or directory. */
 static llmpar_status llmpar__hf_declare(llmpar_tensor_file *file, const char *path, const llmpar_llama_config *config, uint64_t max_bytes)
@@ -22545,9 +22524,9 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)most * size, "whole tensor", &file->full);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
-        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)most, size);
-        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, LLMPAR__HF_NARROW, llmpar_dtype_size(file->dtype));
-        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for one tensor", path);
+        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, size);
+        if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, llmpar_dtype_size(file->dtype));
+        status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
     if (status) {
@@ -22563,21 +22542,24 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *
     return llmpar__hf_open(fsdp, path, units, count, NULL, NULL, out);
 }
 
-/* World rank 0: the tensor in `host`. */
-static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, size_t count)
+/* World rank 0: the tensor in `full`. */
+static llmpar_status llmpar__hf_put(llmpar_tensor_file *file, int64_t count)
 {
+    llmpar_device *device = file->ctx->device;
     llmpar_dtype from = llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp));
-    size_t piece = file->narrow ? LLMPAR__HF_NARROW : count;
     llmpar_status status = LLMPAR_OK;
     llmpar_error error;
     llmpar_error_clear(&error);
-    for (size_t done = 0, part; done < count && !status; done += part) {
-        const void *data = (const char *)file->host + done * llmpar_dtype_size(from);
-        part = count - done < piece ? count - done : piece;
-        if (file->narrow) llmpar_convert(file->narrow, file->dtype, data, from, part);
-        if (file->narrow) data = file->narrow;
-        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, part * llmpar_dtype_size(file->dtype), &error);
-        else status = llmpar_safetensors_writer_write(file->writer, data, part * llmpar_dtype_size(file->dtype), &error);
+    for (int64_t done = 0, part; done < count && !status; done += part) {
+        const void *data = file->narrow ? file->narrow : file->host;
+        part = count - done < LLMPAR__HF_PIECE ? count - done : LLMPAR__HF_PIECE;
+        size_t bytes = (size_t)part * llmpar_dtype_size(file->dtype);
+        status = device->copy(device, file->stream, file->host, (const char *)file->full + (size_t)done * llmpar_dtype_size(from), (size_t)part * llmpar_dtype_size(from));
+        if (!status) status = device->synchronize(device, file->stream);
+        if (status) return status;
+        if (file->narrow) llmpar_convert(file->narrow, file->dtype, file->host, from, (size_t)part);
+        if (file->directory) status = llmpar_hf_writer_write(file->directory, data, bytes, &error);
+        else status = llmpar_safetensors_writer_write(file->writer, data, bytes, &error);
     }
     return llmpar__hf_fail(file->ctx, status, &error);
 }
@@ -22586,18 +22568,16 @@ LLMPAR_DEF llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 {
     llmpar_ctx *ctx = file->ctx;
     llmpar_mesh *mesh = llmpar_fsdp_mesh(file->fsdp);
-    size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(file->fsdp)));
     if (file->next >= file->count || unit != file->units[file->next])
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "save: unit %d, expected %s%d", (int)unit, file->next < file->count ? "unit " : "no more than ", file->next < file->count ? (int)file->units[file->next] : (int)file->count);
     file->next++;
     llmpar_status status = LLMPAR_OK;
     for (int32_t i = 0; i < llmpar_fsdp_unit(file->fsdp, unit)->param_count && !status; i++) {
         llmpar_dtensor tensor;
-        size_t count = 1;
+        int64_t count = 1;
         llmpar_fsdp_dtensor(file->fsdp, unit, i, &tensor);
-        for (int32_t d = 0; d < tensor.dims; d++) count *= (size_t)tensor.shape[d];
+        for (int32_t d = 0; d < tensor.dims; d++) count *= tensor.shape[d];
         status = llmpar_dtensor_full(&tensor, mesh, file->stream, llmpar_fsdp_local(file->fsdp, unit, i, (void *)(uintptr_t)shard), file->scratch, file->full);
-        if (!status && file->host) status = ctx->device->copy(ctx->device, file->stream, file->host, file->full, count * size);
         if (!status) status = ctx->device->synchronize(ctx->device, file->stream);
         if (!status && file->host) status = llmpar__hf_put(file, count);
     }
@@ -22651,7 +22631,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
     return status;
 }
 
-#undef LLMPAR__HF_NARROW
+#undef LLMPAR__HF_PIECE
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO */
 /* ==== src/model_io/checkpoint_directory.c ==== */
@@ -22737,6 +22717,7 @@ typedef struct llmpar__manifest {
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
 /* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
+LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
 LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
 
 #endif
@@ -22781,6 +22762,14 @@ typedef struct llmpar__directory_scan {
     int removed;             /* files, by sweep */
 } llmpar__directory_scan;
 
+static int llmpar__directory_unlink(const llmpar_io *io, const char *path)
+{
+    int number;
+    do number = io->remove(io->user, path);
+    while (number == EINTR);
+    return number;
+}
+
 static int llmpar__directory_newest(void *user, const char *name)
 {
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
@@ -22794,7 +22783,7 @@ static int llmpar__directory_sweep(void *user, const char *name)
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
     char path[LLMPAR__CHECKPOINT_PATH];
     if (llmpar__checkpoint_path(path, NULL, "%s/%s", scan->directory, name)) return ENAMETOOLONG;
-    int number = scan->io->remove(scan->io->user, path);
+    int number = llmpar__directory_unlink(scan->io, path);
     scan->removed += !number;
     return number;
 }
@@ -22825,15 +22814,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_remove(const llmpar_io *io,
     memset(&scan, 0, sizeof scan);
     scan.io = io = io ? io : llmpar_io_system();
     scan.directory = path;
-    if (llmpar_file_kind(io, path) == LLMPAR_IO_NONE) return LLMPAR_OK;
     int number;
     do { /* a listing may miss entries while others are removed */
         scan.removed = 0;
         number = llmpar__directory_list(io, path, llmpar__directory_sweep, &scan);
     } while (!number && scan.removed);
-    if (!number)
-        do number = io->remove(io->user, path);
-        while (number == EINTR);
+    if (number == ENOENT) return LLMPAR_OK;
+    if (!number || number == ENOTDIR) number = llmpar__directory_unlink(io, path);
     return number ? llmpar__directory_error(error, "remove it", path, number) : LLMPAR_OK;
 }
 
@@ -22954,24 +22941,27 @@ typedef struct llmpar__manifest_out {
     llmpar_status status; /* the first failure */
 } llmpar__manifest_out;
 
+static void llmpar__manifest_add(llmpar__manifest_out *out, const char *text)
+{
+    if (!out->status) out->status = llmpar_writer_write(out->writer, text, strlen(text), out->error);
+}
+
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
 static void llmpar__manifest_put(llmpar__manifest_out *out, const char *format, ...)
 {
-    char text[512];
+    char text[512]; /* numbers and words of known length */
     va_list list;
     va_start(list, format);
-    int n = vsnprintf(text, sizeof text, format, list);
+    vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    if (!out->status && (n < 0 || n >= (int)sizeof text)) out->status = llmpar_error_set(out->error, LLMPAR_ERR_INTERNAL, "manifest: a piece of %d bytes", n);
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, (size_t)n, out->error);
+    llmpar__manifest_add(out, text);
 }
 
 static void llmpar__manifest_put_name(llmpar__manifest_out *out, const char *name)
 {
-    char text[6 * LLMPAR__CHECKPOINT_NAME]; /* an escape is at most six bytes for one */
-    size_t n = llmpar_json_escape(name, strlen(name), text, sizeof text);
-    if (!out->status && n >= sizeof text) out->status = llmpar_error_set(out->error, LLMPAR_ERR_ARGUMENT, "manifest: name %.100s.. is too long", name);
-    if (!out->status) out->status = llmpar_writer_write(out->writer, text, n, out->error);
+    char text[6 * LLMPAR__CHECKPOINT_NAME]; /* an escape is at most six bytes for one, and a name that is longer has no file to be in */
+    llmpar_json_escape(name, strlen(name), text, sizeof text);
+    llmpar__manifest_add(out, text);
 }
 
 static void llmpar__manifest_put_extents(llmpar__manifest_out *out, const char *key, const int64_t *extents, int32_t dims)
@@ -23076,12 +23066,12 @@ static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at,
     in->status = llmpar_error_set(in->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: %s", in->name, at ? at->position : (size_t)0, text);
 }
 
-/* Exactly these members: 1. keys: separated by spaces. */
+/* Exactly these members: 1. keys: separated by spaces. What is looked up by one of them behind this is there, unless something has failed. */
 static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *object, const char *what, const char *keys)
 {
     size_t count = 0;
     if (in->status) return 0;
-    if (!object || object->type != LLMPAR_JSON_OBJECT) {
+    if (object->type != LLMPAR_JSON_OBJECT) {
         llmpar__manifest_bad(in, object, "%s: expected an object", what);
         return 0;
     }
@@ -23098,7 +23088,7 @@ static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *o
         const char *found = strstr(keys, m->key);
         size_t length = strlen(m->key);
         while (found && !((found == keys || found[-1] == ' ') && (found[length] == ' ' || !found[length]))) found = strstr(found + 1, m->key);
-        if (!found || !length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key);
+        if (!found || !length || length != m->key_length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key); /* at least one is, a NUL in its name or not */
     }
     return 0;
 }
@@ -23116,7 +23106,7 @@ static int64_t llmpar__manifest_member(llmpar__manifest_in *in, const llmpar_jso
 static double llmpar__manifest_positive(llmpar__manifest_in *in, const llmpar_json *object, const char *key)
 {
     const llmpar_json *value = llmpar_json_get(object, key);
-    if (!in->status && value && value->type == LLMPAR_JSON_NUMBER && value->number > 0) return value->number;
+    if (!in->status && value->type == LLMPAR_JSON_NUMBER && value->number > 0) return value->number;
     llmpar__manifest_bad(in, value, "%s: expected a positive number", key);
     return 1;
 }
@@ -23124,7 +23114,7 @@ static double llmpar__manifest_positive(llmpar__manifest_in *in, const llmpar_js
 static const char *llmpar__manifest_string(llmpar__manifest_in *in, const llmpar_json *value, const char *what, size_t most)
 {
     if (in->status) return "";
-    if (value && value->type == LLMPAR_JSON_STRING && value->length > 0 && value->length <= most && strlen(value->string) == value->length) return value->string;
+    if (value->type == LLMPAR_JSON_STRING && value->length > 0 && value->length <= most && strlen(value->string) == value->length) return value->string;
     llmpar__manifest_bad(in, value, "%s: expected a text of 1 .. %zu bytes", what, most);
     return "";
 }
@@ -23163,7 +23153,7 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
     if (!llmpar__manifest_digits(llmpar__manifest_string(in, llmpar_json_get(root, "seed"), "seed", 20), 10, &info->seed)) llmpar__manifest_bad(in, llmpar_json_get(root, "seed"), "seed: expected the digits of a number below 2^64");
     info->dtype = llmpar__manifest_dtype(in, root, "dtype");
     snprintf(info->optimizer, sizeof info->optimizer, "%s", llmpar__manifest_string(in, llmpar_json_get(root, "optimizer"), "optimizer", sizeof info->optimizer - 1));
-    if (scale && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
+    if (!in->status && scale->type != LLMPAR_JSON_NULL && llmpar__manifest_object(in, scale, "loss_scale", "scale least most interval finite_steps")) {
         llmpar_error why;
         llmpar_error_clear(&why);
         info->scale.scale = llmpar__manifest_positive(in, scale, "scale");
@@ -23179,7 +23169,8 @@ static void llmpar__manifest_info(llmpar__manifest_in *in, const llmpar_json *ro
 
 static const llmpar_json *llmpar__manifest_array(llmpar__manifest_in *in, const llmpar_json *value, const char *what)
 {
-    if (value && value->type == LLMPAR_JSON_ARRAY) return value->child;
+    if (in->status) return NULL;
+    if (value->type == LLMPAR_JSON_ARRAY) return value->child;
     llmpar__manifest_bad(in, value, "%s: expected an array", what);
     return NULL;
 }
@@ -23204,6 +23195,12 @@ static void llmpar__manifest_extents(llmpar__manifest_in *in, const llmpar_json 
     const llmpar_json *e = llmpar__manifest_array(in, list, what);
     if (!in->status && list->length != (size_t)dims) llmpar__manifest_bad(in, list, "%s: %zu extents, expected %d", what, list->length, (int)dims);
     for (int32_t d = 0; d < dims && !in->status; d++, e = e->next) out[d] = llmpar__manifest_integer(in, e, what, 0, (int64_t)1 << 50);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__manifest_is_shard(const char *name)
+{
+    size_t length = strlen(name);
+    return length > 12 && !strcmp(name + length - 12, ".safetensors");
 }
 
 /* Do two parts have an element in common? */
@@ -23233,7 +23230,9 @@ static void llmpar__manifest_parts(llmpar__manifest_in *in, const llmpar_json *l
         llmpar__manifest_extents(in, llmpar_json_get(p, "shape"), "shape", tensor->dims, local->shape);
         for (int32_t d = 0; d < tensor->dims; d++)
             if (local->shape[d] > tensor->shape[d] - local->offset[d]) llmpar__manifest_bad(in, p, "%.200s: the part is larger than the tensor in dim %d", tensor->name, (int)d);
-        if (in->status || !llmpar_extent_product(local->shape, tensor->dims, &local->elements)) return; /* it fits, as the tensor does */
+        if (!in->status && !llmpar__manifest_is_shard(m->file[part->file].name)) llmpar__manifest_bad(in, p, "%.200s: a part in %s, expected a .safetensors file", tensor->name, m->file[part->file].name);
+        if (in->status) return;
+        llmpar_extent_product(local->shape, tensor->dims, &local->elements); /* it fits, as the tensor does */
         local->flat_begin = llmpar__manifest_member(in, p, "begin", 0, local->elements);
         local->flat_count = llmpar__manifest_member(in, p, "count", 1, local->elements - local->flat_begin);
         if (tensor->parts && part->file <= part[-1].file) llmpar__manifest_bad(in, p, "%.200s: parts in files %d and %d, expected one a file, in their order", tensor->name, (int)part[-1].file, (int)part->file);
@@ -23276,16 +23275,16 @@ static void llmpar__manifest_tensors(llmpar__manifest_in *in, const llmpar_json 
 /* Room for what the JSON holds. */
 static llmpar_status llmpar__manifest_room(llmpar_heap *heap, const llmpar_json *files, const llmpar_json *tensors, llmpar__manifest *m, llmpar__manifest_in *in)
 {
-    size_t parts = 0, count_files = files ? files->length : 0, count_tensors = tensors ? tensors->length : 0;
-    for (const llmpar_json *t = tensors ? tensors->child : NULL; t; t = t->next) {
+    size_t parts = 0;
+    for (const llmpar_json *t = tensors->child; t; t = t->next) {
         const llmpar_json *p = llmpar_json_get(t, "parts");
         parts += p ? p->length : 0;
     }
-    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, count_files + 1, sizeof *m->file);
-    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, count_tensors + 1, sizeof *m->tensor);
+    m->file = (llmpar__manifest_file *)llmpar_heap_zalloc(heap, files->length + 1, sizeof *m->file);
+    m->tensor = (llmpar__manifest_tensor *)llmpar_heap_zalloc(heap, tensors->length + 1, sizeof *m->tensor);
     m->part = (llmpar__manifest_part *)llmpar_heap_zalloc(heap, parts + 1, sizeof *m->part);
-    if (m->file && m->tensor && m->part && count_files < (1u << 30) && count_tensors < (1u << 30) && parts < (1u << 30)) return LLMPAR_OK;
-    return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, count_files, count_tensors, parts);
+    if (m->file && m->tensor && m->part) return LLMPAR_OK;
+    return in->status = llmpar_error_set(in->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu files, %zu tensors, %zu parts", in->name, files->length, tensors->length, parts);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *m, llmpar_error *error)
@@ -23351,7 +23350,7 @@ LLMPAR__PRIVATE_DEF void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__man
 
 #if !defined(LLMPAR_NO_IO)
 
-#define LLMPAR__CHECKPOINT_STAGING ((size_t)4 << 20)
+#define LLMPAR__CHECKPOINT_STAGING ((size_t)512 << 10) /* stays in a cache between copy, checksum and write */
 
 struct llmpar_checkpoint {
     llmpar_fsdp *fsdp;
@@ -23781,7 +23780,7 @@ LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
 
 #if !defined(LLMPAR_NO_IO)
 
-#define LLMPAR__LOAD_PIECE ((size_t)4 << 20)    /* of a part, at once in memory */
+#define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
 #define LLMPAR__LOAD_AHEAD ((size_t)64 << 10)   /* what short runs are read through */
 #define LLMPAR__LOAD_FILES 32                   /* open at once */
 #define LLMPAR__LOAD_MANIFEST ((size_t)1 << 30) /* bytes, at most */
@@ -23853,8 +23852,7 @@ static llmpar_status llmpar__load_verify(llmpar__load *load, int32_t f, unsigned
     llmpar_file_close(&file);
     if (!status && llmpar_xxh64_end(&sum) != m->file[f].xxh64)
         status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: damaged: checksum %016llx, the manifest says %016llx", path, (unsigned long long)llmpar_xxh64_end(&sum), (unsigned long long)m->file[f].xxh64);
-    size_t length = strlen(path);
-    if (status || length < 12 || strcmp(path + length - 12, ".safetensors")) return status;
+    if (status || !llmpar__manifest_is_shard(m->file[f].name)) return status;
     status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &tensors, error);
     int32_t expected = 0;
     for (int32_t t = 0; t < m->tensors && !status; t++)
