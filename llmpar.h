@@ -22644,6 +22644,8 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 #define LLMPAR_CHECKPOINT_INTERNAL_H
 
 
+#if !defined(LLMPAR_NO_IO)
+
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
 #define LLMPAR__CHECKPOINT_PATH 2048
@@ -22719,6 +22721,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const ll
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
 LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
 LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
+
+#endif /* LLMPAR_NO_IO */
 
 #endif
 /* ---- src/model_io/checkpoint_directory.c goes on ---- */
@@ -23066,6 +23070,16 @@ static void llmpar__manifest_bad(llmpar__manifest_in *in, const llmpar_json *at,
     in->status = llmpar_error_set(in->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: %s", in->name, at ? at->position : (size_t)0, text);
 }
 
+static int llmpar__manifest_listed(const char *keys, const llmpar_json *member)
+{
+    for (const char *at = keys; *at;) {
+        size_t length = strcspn(at, " ");
+        if (length == member->key_length && !memcmp(at, member->key, length)) return 1;
+        at += length + (at[length] == ' ');
+    }
+    return 0;
+}
+
 /* Exactly these members: 1. keys: separated by spaces. What is looked up by one of them behind this is there, unless something has failed. */
 static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *object, const char *what, const char *keys)
 {
@@ -23084,12 +23098,8 @@ static int llmpar__manifest_object(llmpar__manifest_in *in, const llmpar_json *o
         at += length + (at[length] == ' ');
     }
     if (object->length == count || in->status) return !in->status;
-    for (const llmpar_json *m = object->child; m; m = m->next) {
-        const char *found = strstr(keys, m->key);
-        size_t length = strlen(m->key);
-        while (found && !((found == keys || found[-1] == ' ') && (found[length] == ' ' || !found[length]))) found = strstr(found + 1, m->key);
-        if (!found || !length || length != m->key_length) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key); /* at least one is, a NUL in its name or not */
-    }
+    for (const llmpar_json *m = object->child; m; m = m->next)
+        if (!llmpar__manifest_listed(keys, m)) llmpar__manifest_bad(in, m, "%s: unknown member %.100s", what, m->key);
     return 0;
 }
 
@@ -23774,6 +23784,7 @@ LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
      ours, a range of a rectangle   |....====|====|==..|       the common boxes of our part and each of theirs are runs of rows in both;
      theirs, by file                |==A==|=B==|==C====|       one run where the cuts agree                                                    */
 
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -23929,7 +23940,9 @@ static llmpar_status llmpar__load_check(llmpar__load *load)
     llmpar_status status = llmpar__load_manifest(load);
     if (!status) status = llmpar__load_match(load);
     if (!status && ctx->rank == 0) {
-        int number = io->list(io->user, load->path, llmpar__load_known, load);
+        int number;
+        do number = io->list(io->user, load->path, llmpar__load_known, load);
+        while (number == EINTR);
         if (number) status = number < 0 ? LLMPAR_ERR_FORMAT : llmpar_error_set(&load->error, LLMPAR_ERR_IO, "%s: cannot list it: %s", load->path, strerror(number));
     }
     for (int32_t f = ctx->rank; f < load->manifest.files && !status; f += ctx->world) status = llmpar__load_verify(load, f, load->piece);
