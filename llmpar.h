@@ -12184,7 +12184,8 @@ LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *
 {
     int number;
     io = llmpar__file_io(io);
-    number = io->list(io->user, path, entry, user);
+    do number = io->list(io->user, path, entry, user);
+    while (number == EINTR);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
 }
 
@@ -22648,8 +22649,8 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 
 #define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
 #define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
-#define LLMPAR__CHECKPOINT_PATH 2048
 #define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
+#define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
 
 /* Arrays of a parameter: itself, the optimizer's states, AdaLomo's moments. */
 enum { LLMPAR__ARRAY_PARAM, LLMPAR__ARRAY_STATE0, LLMPAR__ARRAY_STATE1, LLMPAR__ARRAY_MOMENT, LLMPAR__ARRAY_ROW, LLMPAR__ARRAY_COL, LLMPAR__ARRAY_KINDS };
@@ -22741,7 +22742,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECK
     va_start(list, format);
     int n = vsnprintf(out, LLMPAR__CHECKPOINT_PATH, format, list);
     va_end(list);
-    return n >= 0 && n < LLMPAR__CHECKPOINT_PATH ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %d bytes", out, LLMPAR__CHECKPOINT_PATH - 1);
+    return (unsigned)n < LLMPAR__CHECKPOINT_PATH ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %d bytes", out, LLMPAR__CHECKPOINT_PATH - 1);
 }
 
 LLMPAR__PRIVATE_DEF int64_t llmpar__checkpoint_step(const char *name)
@@ -22786,7 +22787,8 @@ static int llmpar__directory_sweep(void *user, const char *name)
 {
     llmpar__directory_scan *scan = (llmpar__directory_scan *)user;
     char path[LLMPAR__CHECKPOINT_PATH];
-    if (llmpar__checkpoint_path(path, NULL, "%s/%s", scan->directory, name)) return ENAMETOOLONG;
+    if (strlen(name) >= LLMPAR__CHECKPOINT_NAME) return ENAMETOOLONG; /* whoever put it there */
+    snprintf(path, sizeof path, "%s/%s", scan->directory, name);
     int number = llmpar__directory_unlink(scan->io, path);
     scan->removed += !number;
     return number;
@@ -22850,8 +22852,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
     llmpar_status status = llmpar_directory_ensure(io, directory, error);
     if (!status && fresh) { /* its own entry has to last too */
         const char *slash = strrchr(directory, '/');
-        status = llmpar__checkpoint_path(path, error, "%.*s", !slash ? 1 : slash == directory ? 1 : (int)(slash - directory), slash ? directory : ".");
-        if (!status) status = llmpar_directory_sync(io, path, error);
+        snprintf(path, sizeof path, "%.*s", !slash ? 1 : slash == directory ? 1 : (int)(slash - directory), slash ? directory : ".");
+        status = llmpar_directory_sync(io, path, error);
     }
     while (!status) {
         left.name[0] = 0;
@@ -22859,14 +22861,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, 
         while (number == EINTR);
         if (number > 0) return llmpar__directory_error(error, "list it", directory, number);
         if (!left.name[0]) break;
-        status = llmpar__checkpoint_path(path, error, "%s/%s.tmp", directory, left.name);
-        if (!status) status = llmpar__checkpoint_remove(io, path, error);
+        snprintf(path, sizeof path, "%s/%s.tmp", directory, left.name);
+        status = llmpar__checkpoint_remove(io, path, error);
     }
-    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld", directory, (long long)step);
+    snprintf(path, sizeof path, "%s/step-%lld", directory, (long long)step);
     if (!status && llmpar_file_kind(io, path) != LLMPAR_IO_NONE)
         status = llmpar_error_set(error, LLMPAR_ERR_IO, "%s: it is there already, and nothing is overwritten: expected a directory of this run alone, or a resume from its newest step", path);
-    if (!status) status = llmpar__checkpoint_path(path, error, "%s/step-%lld.tmp", directory, (long long)step);
     if (status) return status;
+    snprintf(path, sizeof path, "%s/step-%lld.tmp", directory, (long long)step);
     do number = io->make_directory(io->user, path);
     while (number == EINTR);
     return number ? llmpar__directory_error(error, "create the directory", path, number) : LLMPAR_OK;
@@ -22877,8 +22879,8 @@ static llmpar_status llmpar__checkpoint_latest(llmpar_heap *heap, const llmpar_i
     char path[LLMPAR__CHECKPOINT_PATH], text[32];
     llmpar_writer *writer = NULL;
     int length = snprintf(text, sizeof text, "step-%lld\n", (long long)step);
-    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/latest", directory);
-    if (!status) status = llmpar_writer_open(heap, io, path, &writer, error);
+    snprintf(path, sizeof path, "%s/latest", directory);
+    llmpar_status status = llmpar_writer_open(heap, io, path, &writer, error);
     if (!status) status = llmpar_writer_write(writer, text, (size_t)length, error);
     if (!status) {
         status = llmpar_writer_commit(writer, error);
@@ -22897,9 +22899,9 @@ static llmpar_status llmpar__checkpoint_prune(const llmpar_io *io, const char *d
         status = llmpar__checkpoint_find(io, directory, step, &step, error);
         if (status || step < 0) break;
         if (n < keep) continue;
-        status = llmpar__checkpoint_path(from, error, "%s/step-%lld", directory, (long long)step);
-        if (!status) status = llmpar__checkpoint_path(to, error, "%s.tmp", from);
-        if (!status) status = llmpar_file_rename(io, from, to, error); /* at once: it never stands there in part */
+        snprintf(from, sizeof from, "%s/step-%lld", directory, (long long)step);
+        snprintf(to, sizeof to, "%s/step-%lld.tmp", directory, (long long)step);
+        status = llmpar_file_rename(io, from, to, error); /* at once: it never stands there in part */
         if (!status) status = llmpar_directory_sync(io, directory, error);
         if (!status) status = llmpar__checkpoint_remove(io, to, error);
     }
@@ -22912,9 +22914,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, 
     llmpar_error why;
     llmpar_error_clear(&why);
     io = io ? io : llmpar_io_system();
-    llmpar_status status = llmpar__checkpoint_path(to, error, "%s/step-%lld", directory, (long long)step);
-    if (!status) status = llmpar__checkpoint_path(from, error, "%s.tmp", to);
-    if (!status) status = llmpar_directory_sync(io, from, error);
+    snprintf(to, sizeof to, "%s/step-%lld", directory, (long long)step);
+    snprintf(from, sizeof from, "%s/step-%lld.tmp", directory, (long long)step);
+    llmpar_status status = llmpar_directory_sync(io, from, error);
     if (!status) status = llmpar_file_rename(io, from, to, error);
     if (status) return status;
     *complete = 1;
@@ -23509,7 +23511,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmp
 
 /* ---- this rank's part ---- */
 
-/* What this rank writes, in the file's order; tensors NULL: only counted. names[count][LLMPAR__CHECKPOINT_NAME]. */
+/* What this rank writes, in the file's order; tensors NULL: only counted, and the names' lengths checked. names[count][LLMPAR__CHECKPOINT_NAME]. */
 static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_safetensor *tensors, char *names, int32_t *count)
 {
     llmpar__array array[LLMPAR__ARRAYS];
@@ -23520,6 +23522,8 @@ static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_saf
         for (int32_t p = 0; p < llmpar_fsdp_unit(c->fsdp, u)->param_count; p++) {
             const char *name = llmpar_fsdp_unit(c->fsdp, u)->params[p].name;
             int32_t arrays = llmpar__arrays(c->fsdp, c->optim, u, p, array);
+            if (strlen(name) >= LLMPAR__CHECKPOINT_NAME - 8)
+                return llmpar_error_set(&c->error, LLMPAR_ERR_ARGUMENT, "checkpoint: tensor name %.100s..: expected less than %d bytes", name, LLMPAR__CHECKPOINT_NAME - 8);
             for (int32_t a = 0; a < arrays; a++) {
                 llmpar_local local;
                 llmpar__array_part(c->fsdp, c->ctx->rank, u, p, &array[a], &local);
@@ -23528,8 +23532,7 @@ static llmpar_status llmpar__checkpoint_declare(llmpar_checkpoint *c, llmpar_saf
                 if (tensors) {
                     llmpar_safetensor *tensor = &tensors[*count];
                     char *text = names + (size_t)*count * LLMPAR__CHECKPOINT_NAME;
-                    if (snprintf(text, LLMPAR__CHECKPOINT_NAME, "%s/%s", llmpar__array_name(array[a].kind), name) >= LLMPAR__CHECKPOINT_NAME)
-                        return llmpar_error_set(&c->error, LLMPAR_ERR_ARGUMENT, "checkpoint: tensor name %.100s..: expected less than %d bytes", name, LLMPAR__CHECKPOINT_NAME - 8);
+                    snprintf(text, LLMPAR__CHECKPOINT_NAME, "%s/%s", llmpar__array_name(array[a].kind), name);
                     tensor->name = text;
                     tensor->dtype = dtype;
                     tensor->dims = 1;
@@ -23552,7 +23555,7 @@ static llmpar_status llmpar__checkpoint_open(llmpar_checkpoint *c)
     char *names = (char *)llmpar_heap_alloc(heap, (size_t)count, LLMPAR__CHECKPOINT_NAME);
     if (!tensors || !names) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %d tensor names", (int)count);
     if (!status) status = llmpar__checkpoint_declare(c, tensors, names, &count);
-    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/rank-%05d.safetensors", c->directory, (long long)c->info.step, (int)c->ctx->rank);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/rank-%05d.safetensors", c->directory, (long long)c->info.step, (int)c->ctx->rank);
     if (!status) status = llmpar_safetensors_writer_open(heap, c->ctx->io, path, tensors, count, &c->writer, &c->error);
     llmpar_heap_free(heap, names);
     llmpar_heap_free(heap, tensors);
@@ -23584,12 +23587,12 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 size_t bytes = (size_t)local.flat_count * size;
                 if (c->copy) status = device->copy(device, stream, c->copy + at, from, bytes);
                 at += bytes;
-                for (size_t done = 0; staging && done < bytes && !status;) {
-                    size_t part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
+                for (size_t done = 0, part; staging && done < bytes; done += part) {
+                    part = bytes - done < LLMPAR__CHECKPOINT_STAGING ? bytes - done : LLMPAR__CHECKPOINT_STAGING;
                     status = device->copy(device, stream, staging, from + done, part);
                     if (!status) status = device->synchronize(device, stream);
                     if (!status) status = llmpar_safetensors_writer_write(c->writer, staging, part, &c->error);
-                    done += part;
+                    if (status) break;
                 }
             }
         }
@@ -23623,9 +23626,9 @@ static void llmpar__checkpoint_write(llmpar_checkpoint *c)
         c->done = 0;
         int number = pthread_create(&c->thread, NULL, llmpar__checkpoint_thread, c);
         c->running = number == 0;
-        if (c->running) return;
-        c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: cannot start a thread: %s", strerror(number));
+        if (number) c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: cannot start a thread: %s", strerror(number)); /* no memory for its stack, or too many */
     }
+    if (c->running) return;
     if (!c->status && c->writer) c->status = llmpar_safetensors_writer_settle(c->writer, &c->error);
     c->done = 1;
 }
@@ -23647,9 +23650,9 @@ static llmpar_status llmpar__checkpoint_config(llmpar_checkpoint *c, llmpar__che
 {
     char path[LLMPAR__CHECKPOINT_PATH];
     llmpar_writer *writer = NULL;
-    llmpar_status status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/config.json", c->directory, (long long)c->info.step);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/config.json", c->directory, (long long)c->info.step);
     snprintf(out->name, sizeof out->name, "config.json");
-    if (!status) status = llmpar_writer_open(&c->ctx->heap, c->ctx->io, path, &writer, &c->error);
+    llmpar_status status = llmpar_writer_open(&c->ctx->heap, c->ctx->io, path, &writer, &c->error);
     if (!status) status = llmpar_writer_write(writer, c->config, strlen(c->config), &c->error);
     if (!status) status = llmpar_writer_settle(writer, &c->error);
     if (!status) llmpar_writer_sum(writer, &out->bytes, &out->xxh64);
@@ -23671,7 +23674,7 @@ static llmpar_status llmpar__checkpoint_commit(llmpar_checkpoint *c, const int64
         files[r].xxh64 = (uint64_t)sums[2 * r + 1];
     }
     if (!status && c->config) status = llmpar__checkpoint_config(c, &config);
-    if (!status) status = llmpar__checkpoint_path(path, &c->error, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp/manifest.json", c->directory, (long long)c->info.step);
     if (!status) status = llmpar__manifest_write(c->fsdp, c->optim, &c->info, c->config ? &config : NULL, files, path, &c->error);
     llmpar_heap_free(heap, files);
     return status ? status : llmpar__checkpoint_publish(heap, c->ctx->io, c->directory, c->info.step, c->keep, &complete, &c->error);
@@ -23698,7 +23701,8 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     int written = !status;
     if (written && ctx->rank == 0) status = llmpar__checkpoint_commit(c, sums);
     /* Nobody has a file open any more. */
-    if (status && ctx->rank == 0 && !llmpar__checkpoint_path(path, NULL, "%s/step-%lld.tmp", c->directory, (long long)c->info.step)) llmpar__checkpoint_remove(ctx->io, path, NULL);
+    snprintf(path, sizeof path, "%s/step-%lld.tmp", c->directory, (long long)c->info.step);
+    if (status && ctx->rank == 0) llmpar__checkpoint_remove(ctx->io, path, NULL);
     llmpar_heap_free(&ctx->heap, sums);
     return written ? llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint committed") : status;
 }
@@ -23819,8 +23823,10 @@ static llmpar_status llmpar__load_manifest(llmpar__load *load)
     char path[LLMPAR__CHECKPOINT_PATH], *text = NULL;
     size_t bytes;
     llmpar_heap *heap = &load->ctx->heap;
-    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/manifest.json", load->path);
-    if (!status) status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
+    const size_t most = LLMPAR__CHECKPOINT_PATH - LLMPAR__CHECKPOINT_NAME - 1;
+    if (strlen(load->path) > most) return llmpar_error_set(&load->error, LLMPAR_ERR_ARGUMENT, "%.200s..: a path of more than %zu bytes", load->path, most);
+    snprintf(path, sizeof path, "%s/manifest.json", load->path);
+    llmpar_status status = llmpar_file_load(heap, load->ctx->io, path, LLMPAR__LOAD_MANIFEST, &text, &bytes, &load->error);
     if (!status) status = llmpar__manifest_parse(heap, text, bytes, path, &load->manifest, &load->error);
     llmpar_heap_free(heap, text);
     const char *slash = strrchr(load->path, '/');
@@ -23849,8 +23855,8 @@ static llmpar_status llmpar__load_verify(llmpar__load *load, int32_t f, unsigned
     llmpar_safetensors *tensors = NULL;
     llmpar_file file;
     llmpar_xxh64 sum;
-    llmpar_status status = llmpar__checkpoint_path(path, error, "%s/%s", load->path, m->file[f].name);
-    if (!status) status = llmpar_file_open(load->ctx->io, path, &file, error);
+    snprintf(path, sizeof path, "%s/%s", load->path, m->file[f].name);
+    llmpar_status status = llmpar_file_open(load->ctx->io, path, &file, error);
     if (status) return status;
     if (file.bytes != m->file[f].bytes) status = llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: %llu bytes, the manifest says %llu", path, (unsigned long long)file.bytes, (unsigned long long)m->file[f].bytes);
     llmpar_xxh64_begin(&sum);
@@ -23965,8 +23971,8 @@ static llmpar_status llmpar__load_open(llmpar__load *load, int32_t index, const 
     slot->file = NULL;
     slot->index = index;
     load->ahead_of = NULL;
-    llmpar_status status = llmpar__checkpoint_path(path, &load->error, "%s/%s", load->path, load->manifest.file[index].name);
-    if (!status) status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &slot->file, &load->error);
+    snprintf(path, sizeof path, "%s/%s", load->path, load->manifest.file[index].name);
+    llmpar_status status = llmpar_safetensors_open(&load->ctx->heap, load->ctx->io, path, &slot->file, &load->error);
     *out = slot->file;
     return status;
 }
@@ -23975,7 +23981,7 @@ static llmpar_status llmpar__load_open(llmpar__load *load, int32_t index, const 
 static llmpar_status llmpar__load_run(llmpar__load *load, const llmpar_safetensors *file, const llmpar_safetensor *tensor, size_t offset, size_t bytes, size_t end, unsigned char *to)
 {
     if (bytes * 2 > LLMPAR__LOAD_AHEAD) return llmpar_safetensors_read(file, tensor, offset, bytes, to, &load->error);
-    if (load->ahead_of != tensor || offset < load->ahead_begin || offset + bytes > load->ahead_begin + load->ahead_bytes) {
+    if (load->ahead_of != tensor || offset + bytes > load->ahead_begin + load->ahead_bytes) { /* within a tensor offsets rise: of the pieces, of the boxes in one, of the runs in a box */
         load->ahead_of = tensor;
         load->ahead_begin = offset;
         load->ahead_bytes = end - offset < LLMPAR__LOAD_AHEAD ? end - offset : LLMPAR__LOAD_AHEAD;
@@ -24052,15 +24058,15 @@ static llmpar_status llmpar__load_array(llmpar__load *load, llmpar_stream *strea
     llmpar__array_part(load->fsdp, load->ctx->rank, unit, param, array, &ours);
     char *to = llmpar__array_memory(load->fsdp, load->optim, unit, param, array, memory);
     const llmpar__manifest_tensor *tensor = llmpar__load_take(load, llmpar_fsdp_unit(load->fsdp, unit)->params[param].name, array->kind, hint);
-    llmpar_status status = LLMPAR_OK;
     int64_t count = ours.flat_count, most = (int64_t)(LLMPAR__LOAD_PIECE / size);
-    for (int64_t done = 0; done < count && !status; done += ours.flat_count, ours.flat_begin += ours.flat_count) {
+    for (int64_t done = 0; done < count; done += ours.flat_count, ours.flat_begin += ours.flat_count) {
         ours.flat_count = count - done < most ? count - done : most;
-        status = llmpar__load_piece(load, tensor, array->kind, &ours);
+        llmpar_status status = llmpar__load_piece(load, tensor, array->kind, &ours);
         if (!status) status = device->copy(device, stream, to + (size_t)done * size, load->piece, (size_t)ours.flat_count * size);
         if (!status) status = device->synchronize(device, stream);
+        if (status) return status;
     }
-    return status;
+    return LLMPAR_OK;
 }
 
 /* Every unit is taken and given back, also behind a failure: giving back is collective where parameters are whole. */

@@ -314,7 +314,8 @@ LLMPAR_DEF llmpar_status llmpar_directory_list(const llmpar_io *io, const char *
 {
     int number;
     io = llmpar__file_io(io);
-    number = io->list(io->user, path, entry, user);
+    do number = io->list(io->user, path, entry, user);
+    while (number == EINTR);
     return number > 0 ? llmpar__file_error(error, path, "cannot list the directory", number) : LLMPAR_OK;
 }
 
