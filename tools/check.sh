@@ -96,6 +96,7 @@ if [ -z "$full" ]; then
 else
     phase plant $make test-plant
     LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
+    LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase resume-full $make test TEST="test_checkpoint test_checkpoint_crash"
     LLMPAR_TEST_SOAK=300 phase soak $make test TEST=test_stuck
     phase mpi-full $make $jobs test-mpi-full
     phase aarch64 $make $jobs test-aarch64
