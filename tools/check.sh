@@ -54,7 +54,7 @@ beside compile $make check-compile
 # All configurations at once keep the processors busy. A warning is a failure; what cannot be built here is reported by its own phase.
 # In the further builds of the same code not all programs run; in check-full they do.
 all=$($make -s print-suite)
-some="test_base test_comm test_gemm test_half test_half_products test_fsdp test_fsdp_fail test_schedule test_model test_optim test_stream test_stream_ranks"
+some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model test_checkpoint"
 raced="test_cpu test_comm test_stream test_stream_ranks test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_inside test_checkpoint_resume"
 checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of the others together
 [ -z "$full" ] || some=$all raced=$all checked=$all
@@ -82,10 +82,10 @@ phase trace tests/need.sh python3 python3 -- sh tests/trace.sh
 phase parity tests/verify_parity.sh
 phase bad_input behind bad_input
 phase package behind package
-beside gdb $make test-gdb
-phase grade $make test-grade
-phase gdb behind gdb
+beside grade $make test-grade
+phase gdb $make test-gdb
 LLMPAR_TEST_QUICK=1 phase exact $make test-exact
+phase grade behind grade
 phase mpi $make $jobs test-mpi
 phase elastic tests/elastic.sh # also with the processes that mpi has built
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
