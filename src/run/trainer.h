@@ -101,7 +101,7 @@ LLMPAR_API llmpar_status llmpar_trainer_checkpoint(llmpar_trainer *trainer);
 LLMPAR_API llmpar_status llmpar_trainer_finish(llmpar_trainer *trainer);
 /* Mean loss over the held-out sequences (all, or the first max_sequences if > 0). The same bits on every mesh. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_eval(llmpar_trainer *trainer, int64_t max_sequences, double *loss);
-/* The next step also writes its gradients (before clipping; HF names) to a safetensors file. path is copied. Collective. */
+/* The next step also writes its gradients (before clipping, with dtype F16 times the step's loss_scale; HF names) to a safetensors file. path is copied. Collective. */
 LLMPAR_API llmpar_status llmpar_trainer_save_gradients(llmpar_trainer *trainer, const char *path);
 /* This rank's memory at the three marks. Local. */
 LLMPAR_API void llmpar_trainer_memory(const llmpar_trainer *trainer, llmpar_memory *out);
