@@ -99,9 +99,9 @@ $(MPI_EXAMPLES): build/%_mpi: examples/%.c build/examples/llmpar_mpi.o $(wildcar
 	@mkdir -p $(@D)
 	$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -I. $< build/examples/llmpar_mpi.o -o $@ $(LDLIBS)
 
-$(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o
+$(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o bench/bench.h
 	@mkdir -p $(@D)
-	$(CC) -O2 -g -Ibuild/dev $^ -o $@ $(LDLIBS)
+	$(CC) -O2 -g -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 
 demo: build/demo
 	build/demo $(if $(DATA),--data $(DATA))

@@ -7,6 +7,7 @@
    is the figure where a machine is busy: waiting ranks make neighbouring steps differ by more than what is measured. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
+#include "bench.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,25 +15,6 @@
 #include <time.h>
 
 enum { MOST = 4000 };
-
-static double bench_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int bench_compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double bench_median(double *values, int count)
-{
-    qsort(values, (size_t)count, sizeof *values, bench_compare);
-    return values[count / 2];
-}
 
 static llmpar_status bench_sequence(void *user, int64_t index, int32_t *tokens)
 {

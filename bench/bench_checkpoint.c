@@ -6,6 +6,7 @@
    and loads; medians. Saving is all of llmpar_checkpoint_save: checksums, syncs, manifest, rename. Loading is all of llmpar_checkpoint_load: every file is read for its checksum and for its numbers. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
+#include "bench.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,25 +21,6 @@ typedef struct bench_job {
     int rounds;
     double save[ROUNDS], load[ROUNDS], one[ROUNDS], two[ROUNDS], background[ROUNDS]; /* seconds */
 } bench_job;
-
-static double bench_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int bench_compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double bench_median(double *values, int count)
-{
-    qsort(values, (size_t)count, sizeof *values, bench_compare);
-    return values[count / 2];
-}
 
 static void bench_run(const char *command)
 {

@@ -6,6 +6,7 @@
    nothing else runs) and, in brackets, the median; memcpy by one thread beside it. Ranks beyond the processors share them: 4 ranks on 2 processors cannot be as fast. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
+#include "bench.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,19 +15,6 @@
 
 enum { ROUNDS = 9, SIZES = 10 };
 static const size_t bench_sizes[SIZES] = { 4, 64, 1024, 4096, 16384, 65536, 1048576, 4194304, 16777216, 67108864 };
-
-static double bench_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int bench_compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
 
 typedef llmpar_status (*bench_collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 

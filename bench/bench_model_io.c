@@ -6,6 +6,7 @@
    Rounds are interleaved, and the best of three counts on either side. */
 #define _DEFAULT_SOURCE 1
 #include "llmpar.h"
+#include "bench.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -16,13 +17,6 @@
 
 enum { ROUNDS = 3 };
 typedef struct setting { const char *folder; long mib; double seconds[4]; /* the best: write, save, read, load */ } setting;
-
-static double bench_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void bench_forget(const char *path)
 {
