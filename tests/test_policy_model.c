@@ -472,15 +472,15 @@ static llmpar_status check_head(llmpar_ctx *ctx, void *user)
     llmpar_llama_config config;
     llmpar_mesh *mesh = NULL;
     llmpar_mesh_desc mesh_desc = { 0 };
-    int64_t logits = (int64_t)128256 * 8192 * 2;
-    size_t total[3];
+    int64_t logits = (int64_t)128256 * 8192 * 2, bytes[4] = { 1, (int64_t)64 << 20, 0, logits };
+    size_t total[4];
     (void)user;
     CHECK_OK(llmpar_llama_preset("1b", &config, &ctx->error));
     CHECK_INT(config.vocab, 128256);
     llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
-    for (int k = 0; k < 3 && !status; k++) {
+    for (int k = 0; k < 4 && !status; k++) {
         llmpar_llama *model = NULL;
-        llmpar_llama_desc desc = { .config = &config, .logits_bytes = k == 0 ? 1 : k == 1 ? 0 : logits };
+        llmpar_llama_desc desc = { .config = &config, .logits_bytes = bytes[k] };
         llmpar_llama_apply_desc apply = { .dtype = LLMPAR_BF16, .positions = 8192 };
         llmpar_unit_sizes sizes;
         llmpar_micro micro;
@@ -500,7 +500,9 @@ static llmpar_status check_head(llmpar_ctx *ctx, void *user)
     if (status) return status;
     CHECK(total[1] - total[0] <= (size_t)64 << 20);
     CHECK(total[1] - total[0] > (size_t)60 << 20);
-    CHECK(total[2] - total[0] > (size_t)logits - ((size_t)1 << 20));
+    CHECK(total[2] - total[0] <= (size_t)256 << 20); /* the default */
+    CHECK(total[2] - total[0] > (size_t)240 << 20);
+    CHECK(total[3] - total[0] > (size_t)logits - ((size_t)1 << 20));
     return LLMPAR_OK;
 }
 

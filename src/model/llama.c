@@ -117,7 +117,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->seed = desc->seed;
     model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
     model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
-    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
+    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)256 << 20;
     for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
         int bias = p >= (int)LLMPAR__BQ && p <= (int)LLMPAR__BV, norm = p == LLMPAR__QNORM || p == LLMPAR__KNORM;
         model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
