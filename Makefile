@@ -46,7 +46,7 @@ help:
 	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
 	@echo 'make test-docs     runs the commands of docs/ and compares what they print; links, pictures'
-	@echo 'make bench         the benchmarks    make clean: removes build/'
+	@echo 'make bench         the benchmarks (BENCH=gemm: one part: peak gemm ops attention comm train generate ..)    make clean: removes build/'
 
 # ---- generated headers ----
 
@@ -99,15 +99,21 @@ $(MPI_EXAMPLES): build/%_mpi: examples/%.c build/examples/llmpar_mpi.o $(wildcar
 	@mkdir -p $(@D)
 	$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -I. $< build/examples/llmpar_mpi.o -o $@ $(LDLIBS)
 
-$(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o bench/bench.h
+$(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o $(wildcard bench/*.h)
 	@mkdir -p $(@D)
-	$(CC) -O2 -g -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+	$(CC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 
 demo: build/demo
 	build/demo $(if $(DATA),--data $(DATA))
 
-bench: $(BENCHES)
-	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
+# BENCH=gemm: one part. A part is the program of its name, train the one of train_step.c; its table comes to the terminal and as JSON to bench/results/.
+BENCH = peak gemm ops attention comm train generate check longest_sequence model_io checkpoint
+bench_program = build/bench/$(or $(patsubst bench/%.c,%,$(firstword $(wildcard bench/bench_$(1).c bench/$(1).c bench/$(1)_step.c))),$(error bench: no part "$(1)", expected peak, gemm, ops, attention, comm, train, generate, check, longest_sequence, model_io or checkpoint))
+bench_machine = $(shell sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1 | tr 'A-Z' 'a-z' | grep -oE 'xeon|epyc|ryzen|core|graviton|neoverse' | head -n 1)
+bench_file = bench/results/$(shell date -u +%Y-%m-%d)-$(or $(bench_machine),$(shell uname -m))
+
+bench: $(if $(filter bench,$(MAKECMDGOALS)),$(foreach part,$(BENCH),$(call bench_program,$(part))))
+	@$(foreach part,$(BENCH),echo "== $(part)" && BENCH_JSON=$(bench_file)-$(part).json $(call bench_program,$(part)) &&) true
 
 # ---- the suite: the implementation is compiled once a configuration and linked by all tests ----
 
