@@ -31,7 +31,7 @@ typedef struct settings {
 static void usage(void)
 {
     puts("usage: train_llama --model NAME|DIR --data FILE [options]\n"
-         "  --model NAME|DIR    tiny, 15m, 110m, 1b (new weights), or a Hugging Face directory (its weights)\n"
+         "  --model NAME|DIR    tiny, 15m, 110m, 300m, 1b (new weights), or a Hugging Face directory (its weights)\n"
          "  --data FILE         text; its bytes are the tokens (the last 5 % are held out)\n"
          "mesh (the world is their product; ranks are threads, or under mpirun the processes of build/train_llama_mpi)\n"
          "  --dp-replicate N    copies of the sharded model (default 1)\n"

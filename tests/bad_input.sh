@@ -306,7 +306,7 @@ train 1 'arena: communication *over the limit (limit 1024' --memory-limit 1K --r
 
 # ---- models and data that are not there ----
 
-train 2 '--model: no directory of that name; llama preset: "enormous" is unknown, expected tiny, 15m, 110m or 1b' --model enormous
+train 2 '--model: no directory of that name; llama preset: "enormous" is unknown, expected tiny, 15m, 110m, 300m or 1b' --model enormous
 train 2 '--model: no directory of that name; llama preset: "" is unknown, expected tiny' --model ''
 train 1 "$files/nowhere: cannot open: No such file" --data "$files/nowhere"
 train 1 "$files: expected a regular file, got a directory" --data "$files" --dp-shard 2

@@ -49,7 +49,7 @@ static llmpar_status parse(const field *changes, int count, llmpar_llama_config 
 
 TEST(presets)
 {
-    static const struct { const char *name; long long params; } table[] = { { "tiny", 853120 }, { "15m", 15191712 }, { "110m", 109529856 }, { "1b", 1235814400 } };
+    static const struct { const char *name; long long params; } table[] = { { "tiny", 853120 }, { "15m", 15191712 }, { "110m", 109529856 }, { "300m", 305439744 }, { "1b", 1235814400 } };
     llmpar_llama_config c;
     size_t i;
     for (i = 0; i < sizeof table / sizeof table[0]; i++) {
@@ -60,7 +60,7 @@ TEST(presets)
     }
     llmpar_error_clear(&err);
     CHECK_STATUS(llmpar_llama_preset("7b", &c, &err), LLMPAR_ERR_CONFIG);
-    CHECK_TEXT(err.text, "\"7b\" is unknown, expected tiny, 15m, 110m or 1b");
+    CHECK_TEXT(err.text, "\"7b\" is unknown, expected tiny, 15m, 110m, 300m or 1b");
     llmpar_error_clear(&err);
     CHECK_STATUS(llmpar_llama_preset(NULL, &c, &err), LLMPAR_ERR_CONFIG);
 }

@@ -46,7 +46,7 @@ typedef struct llmpar_llama_config {
     int32_t sliding_window; /* MISTRAL: a position sees this many, itself included; 0: all. Attention is always whole: llmpar_llama_apply refuses sequences longer than the window */
 } llmpar_llama_config;
 
-/* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
+/* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "300m", "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
 LLMPAR_API llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error);
 
 /* Reads a Hugging Face config.json: text[length], `name` for messages (NULL: "config.json"). Defaults are those of transformers' class for the model_type (llama, mistral, qwen2, qwen3). A field that would change the

@@ -16,7 +16,7 @@ typedef struct llmpar_llama llmpar_llama;
 
 /* Exactly one of preset and config. */
 typedef struct llmpar_llama_desc {
-    const char *preset;                 /* "tiny", "15m", "110m", "1b" */
+    const char *preset;                 /* "tiny", "15m", "110m", "300m", "1b" */
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
     int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
