@@ -1,6 +1,7 @@
 /* train_step: one training step (forward, backward, clipping, AdamW) of a Llama on several meshes: tokens a second, GFLOP/s as a part of the multiply-add peak, communication that nothing hides, peak memory.
 
-     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--profile] [--json FILE]
+     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--overlap] [--profile] [--json FILE]
+     train_step --model M --seq T --dtype D --layout L [--batch N] --serve     for bench/peers/run.py
 
    A layout is dpN, tpN or AxB (dp_shard x tp), and tN behind it: threads a rank (default 1). Without options: every model, length and dtype on 1x1, 1x1t2, dp2, tp2 and 2x2. Two sequences a step (--batch; dp8: eight), so that what one
    rank does is what several do. The layouts named together stay in memory together and take turns, step by step, each after one that is not counted: their ratio is one of neighbours.
@@ -28,7 +29,7 @@ typedef struct settings {
     llmpar_dtype dtype;
     enum bench_kind peak;
     int64_t seq, batch;
-    int steps, profile, overlap;
+    int steps, profile, overlap, serve;
 } settings;
 
 /* What one kind of call took: of gemm one kind a shape. */
@@ -43,6 +44,7 @@ typedef struct rank {
     double communication, sampled, peak; /* of the last step: seconds in collectives, seconds of sampling, sum of the samples */
     int samples;
     uint64_t memory;
+    double loss;
     kind kinds[MOST_KINDS];
     int kind_count;
 } rank;
@@ -54,7 +56,7 @@ struct team {
     int ranks, cores, sample; /* sample: measure the peak inside steps */
     int turn, quit, arrived;  /* under the mutex */
     int failed;
-    double flops;             /* a step's */
+    double flops, seconds;    /* a step's; the last one's */
     rank *rank;
     double rate[MOST_STEPS], peak[MOST_STEPS], communication[MOST_STEPS]; /* FLOPs a second, the peak beside, seconds over seconds */
 };
@@ -324,6 +326,7 @@ static llmpar_status train_rank(llmpar_ctx *ctx, void *user)
         status = llmpar_trainer_step(trainer, &step);
         r->end = bench_now();
         r->memory = step.memory;
+        r->loss = step.loss;
     }
     if (status) {
         pthread_mutex_lock(&baton);
@@ -376,14 +379,14 @@ static void turn(team *t, int i)
     int samples = 0;
     of.kind = t->s->peak;
     of.threads = t->cores;
-    if (!t->sample) before = bench_fma(&of) + bench_fma(&of) + bench_fma(&of);
+    if (!t->sample && !t->s->serve) before = bench_fma(&of) + bench_fma(&of) + bench_fma(&of);
     pthread_mutex_lock(&baton);
     t->arrived = 0;
     t->turn++;
     pthread_cond_broadcast(&moved);
     pthread_mutex_unlock(&baton);
     await(t);
-    if (!t->sample) peak = (before + bench_fma(&of) + bench_fma(&of) + bench_fma(&of)) / 6;
+    if (!t->sample && !t->s->serve) peak = (before + bench_fma(&of) + bench_fma(&of) + bench_fma(&of)) / 6;
     for (int r = 0; r < t->ranks; r++) {
         rank *p = &t->rank[r];
         if (p->begin < begin) begin = p->begin;
@@ -394,8 +397,9 @@ static void turn(team *t, int i)
         samples = p->samples;
     }
     if (t->sample) peak /= samples;
+    t->seconds = end - begin - sampled;
     if (i < 0) return;
-    double seconds = end - begin - sampled;
+    double seconds = t->seconds;
     t->rate[i] = t->flops / seconds;
     t->peak[i] = peak;
     t->communication[i] = communication / seconds;
@@ -450,6 +454,19 @@ static const team *team_named(const team *teams, int count, const char *name)
     return NULL;
 }
 
+/* bench/peers/run.py: each line "step" on stdin is one step, and its seconds the answer. */
+static void serve(team *t)
+{
+    char line[100];
+    printf("ready %.6f loss %.4f\n", t->seconds, t->rank[0].loss);
+    fflush(stdout);
+    while (fgets(line, sizeof line, stdin) && !strncmp(line, "step", 4)) {
+        turn(t, -1);
+        printf("%.6f loss %.4f\n", t->seconds, t->rank[0].loss);
+        fflush(stdout);
+    }
+}
+
 static void run_together(bench_results *results, const settings *s, const layout *layouts, int layout_count)
 {
     static team teams[MOST_LAYOUTS];
@@ -462,17 +479,18 @@ static void run_together(bench_results *results, const settings *s, const layout
         t->layout = layouts[i];
         t->s = s;
         t->ranks = layouts[i].shard * layouts[i].tp;
-        t->sample = t->ranks * layouts[i].threads <= cores;
-        t->cores = t->sample ? t->ranks * layouts[i].threads : cores;
+        t->cores = t->ranks * layouts[i].threads <= cores ? t->ranks * layouts[i].threads : cores;
+        t->sample = t->ranks * layouts[i].threads <= cores && !s->serve;
         t->flops = llmpar_llama_flops_per_token(&s->config, s->seq) * (double)(s->seq * s->batch);
         t->rank = (rank *)calloc((size_t)t->ranks, sizeof *t->rank);
         if (!t->rank || pthread_create(&t->thread, NULL, train_team, t)) { fprintf(stderr, "train_step: no memory or no thread\n"); exit(1); }
         await(t);
         turn(t, -1);
     }
-    for (int step = 0; step < s->steps; step++)
+    if (s->serve) serve(&teams[0]);
+    for (int step = 0; step < s->steps && !s->serve; step++)
         for (int i = 0; i < layout_count; i++) turn(&teams[i], step);
-    for (int i = 0; i < layout_count; i++) {
+    for (int i = 0; i < layout_count && !s->serve; i++) {
         team *t = &teams[i];
         double rate[MOST_STEPS], peak[MOST_STEPS + 1], communication[MOST_STEPS], bytes = 0;
         memcpy(rate, t->rate, sizeof rate);
@@ -502,6 +520,7 @@ static void run_together(bench_results *results, const settings *s, const layout
     }
     const team *one = team_named(teams, layout_count, "1x1"), *two = team_named(teams, layout_count, "1x1t2"), *dp2 = team_named(teams, layout_count, "dp2"), *dp8 = team_named(teams, layout_count, "dp8");
     int bars = !strcmp(s->model, "110m") && s->seq >= 1024 && s->dtype == LLMPAR_F32;
+    if (s->serve) one = two = dp2 = dp8 = NULL;
     if (one && two) print_ratio(results, head, two, one, s->steps, bars ? 1.85 : 0);
     for (int i = 0; i < layout_count; i++)
         if (two && teams[i].ranks == 2 && teams[i].cores == 2) print_ratio(results, head, &teams[i], two, s->steps, bars ? 0.92 : 0);
@@ -592,6 +611,7 @@ int main(int argc, char **argv)
         const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(option, "--profile")) { s.profile = 1; continue; }
         if (!strcmp(option, "--overlap")) { s.overlap = 1; continue; }
+        if (!strcmp(option, "--serve")) { s.serve = 1; continue; }
         if (strncmp(option, "--", 2)) fail("arguments", option, "an option");
         if (!value) fail(option, "", "a value");
         i++;
@@ -602,8 +622,9 @@ int main(int argc, char **argv)
         else if (!strcmp(option, "--batch")) s.batch = parse_number(option, value, 1024);
         else if (!strcmp(option, "--steps")) s.steps = (int)parse_number(option, value, MOST_STEPS);
         else if (!strcmp(option, "--dtype")) dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : (llmpar_dtype)fail(option, value, "f32 or bf16");
-        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --profile, --overlap or --json");
+        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --profile, --overlap, --serve or --json");
     }
+    if (s.serve && (!model || !layouts || strchr(layouts, ',') || strchr(seq, ',') || !dtype)) fail("--serve", "", "one --model, --seq, --dtype and --layout with it");
     for (int m = 0; m < 3; m++) {
         if (model && m > 0) break;
         s.model = model ? model : all[m];

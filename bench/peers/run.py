@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""A step of training here and in what one would take instead: the same model, tokens, batch and precision, step by step in turns, in one run.
+
+  bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--groups process,fsdp,tp] [--json FILE]
+
+  process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads, and beside our own portable kernels
+  fsdp     dp-shard 2 beside FSDP2 over gloo, 2 processes of 1 thread     tp   tp 2 beside DTensor over gloo, 2 processes of 1 thread
+
+PYTHON is the interpreter that has PyTorch (default: this one). A peer that is not there, or fails, is skipped by name. Ratios are of neighbours:
+median over the rounds of (a peer's seconds / the mean of ours before and after). Memory is the most that the processes of one side were resident with
+at once (VmHWM, added up), their libraries included; ours without the libraries that are not there."""
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+CORES = len(os.sched_getaffinity(0))
+
+
+def children(pid):
+    found = [pid]
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            for child in f.read().split():
+                found += children(int(child))
+    except OSError:
+        pass
+    return found
+
+
+class Side:
+    """One program that makes steps on request."""
+
+    def __init__(self, name, command, env=None):
+        self.name, self.seconds, self.loss, self.failed = name, [], [], None
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, env=dict(os.environ, **(env or {})))
+        self.ready = False
+
+    def read(self):
+        line = self.process.stdout.readline()
+        words = line.replace("ready ", "").split()
+        if len(words) < 3:
+            self.failed = (self.process.stderr.read().strip().splitlines() or ["ended without a word"])[-1]
+            self.process.wait()
+            return None
+        self.loss.append(float(words[2]))
+        return float(words[0])
+
+    def wait_ready(self):
+        self.ready = self.read() is not None
+        return self.ready
+
+    def step(self):
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        seconds = self.read()
+        if seconds is not None:
+            self.seconds.append(seconds)
+        return seconds
+
+    def memory(self):
+        total = 0
+        for pid in children(self.process.pid):
+            with open(f"/proc/{pid}/status") as f:
+                total += sum(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+        return total
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def ours(options, layout, level=None):
+    command = [os.path.join(ROOT, "build/bench/train_step"), "--model", options.model, "--seq", str(options.seq), "--dtype", options.dtype, "--layout", layout, "--batch", str(options.batch), "--serve"]
+    return Side(f"llmpar {layout}{' ' + level if level else ''}", command + (["--level", level] if level else []))
+
+
+def torch(options, script, mode, *rest):
+    dtype = "autocast" if options.dtype == "bf16" and script == "train_torch.py" else options.dtype
+    return Side(f"PyTorch {mode}", [os.environ.get("PYTHON", sys.executable), script, mode, options.model, str(options.seq), str(options.batch), dtype, *rest], {"OMP_NUM_THREADS": rest[0] if script == "train_torch.py" else "1"})
+
+
+def group(options, which):
+    """Ours, and the others with the bar of their time and of our memory beside theirs."""
+    if which == "process":
+        two = str(min(2, CORES))
+        return ours(options, "1x1t" + two), [(torch(options, "train_torch.py", mode, two), 1.2, 0.6) for mode in ("eager", "compile")] + [(ours(options, "1x1t" + two, "portable"), None, None)]
+    return ours(options, {"fsdp": "dp2", "tp": "tp2"}[which]), [(torch(options, "train_torch_sharded.py", which, "2"), 2.0, 0.6)]
+
+
+def have_torch():
+    return subprocess.run([os.environ.get("PYTHON", sys.executable), "-c", "import torch"], capture_output=True).returncode == 0
+
+
+def quartiles(values):
+    values = sorted(values)
+    return values[len(values) // 4], values[len(values) - 1 - len(values) // 4]
+
+
+def run(options, which, rows):
+    head = f"{options.model} {options.dtype} T {options.seq} B {options.batch}"
+    us, others = group(options, which)
+    sides = [us] + [side for side, _, _ in others]
+    for side in sides:
+        if not side.wait_ready():
+            print(f"  {side.name}: skipped: {side.failed}", flush=True)
+    alive = [o for o in others if o[0].ready]
+    if us.ready and alive:
+        before = us.step()
+        ratios = {side.name: [] for side, _, _ in alive}
+        for _ in range(options.rounds):
+            theirs = [(side, side.step()) for side, _, _ in alive if side.ready]
+            after = us.step()
+            for side, seconds in theirs:
+                if seconds is None:
+                    side.ready = False
+                else:
+                    ratios[side.name].append(2 * seconds / (before + after))
+            before = after
+        our_memory = us.memory()
+        for side, bar, memory_bar in alive:
+            if not side.ready:
+                print(f"  {side.name}: failed in a step: {side.failed}", flush=True)
+                continue
+            ratio, (bad, good), seconds, mine = statistics.median(ratios[side.name]), quartiles(ratios[side.name]), statistics.median(side.seconds), statistics.median(us.seconds)
+            row = {"name": f"{head}: step of {side.name}, of {us.name}", "value": seconds, "unit": "s", "bound": mine, "of": us.name, "ratio": round(ratio, 4), "quartiles": [round(bad, 4), round(good, 4)]}
+            if bar:
+                row.update(bar=f">= {bar}", met=ratio >= bar)
+            rows.append(row)
+            print(f"  {row['name']:<60} {seconds:8.3f} s of {mine:8.3f} s  {ratio:5.2f} x ({bad:.2f} .. {good:.2f})" + (f"   bar >= {bar}: {'met' if ratio >= bar else 'NOT met'}" if bar else ""), flush=True)
+            if not memory_bar:
+                continue
+            theirs = side.memory()
+            row = {"name": f"{head}: memory of {us.name}, of {side.name}", "value": our_memory / 1e6, "unit": "MB", "bound": theirs / 1e6, "of": side.name, "ratio": round(our_memory / theirs, 4), "bar": f"<= {memory_bar}", "met": our_memory <= memory_bar * theirs}
+            rows.append(row)
+            print(f"  {row['name']:<60} {our_memory / 1e6:8.0f} MB of {theirs / 1e6:8.0f} MB {our_memory / theirs:4.2f} x   bar <= {memory_bar}: {'met' if row['met'] else 'NOT met'}", flush=True)
+            print(f"    losses: {side.name} {' '.join(f'{x:.3f}' for x in side.loss[:4])} .., {us.name} {' '.join(f'{x:.3f}' for x in us.loss[:4])} ..", flush=True)
+    for side in sides:
+        side.end()
+
+
+def first_line(command):
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip().split("\n")[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("15m", "110m", "300m"), default="110m")
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--groups", default="process,fsdp,tp")
+    parser.add_argument("--json", default=os.environ.get("BENCH_JSON"))
+    options = parser.parse_args()
+    if not os.path.exists(os.path.join(ROOT, "build/bench/train_step")):
+        sys.exit("bench/peers/run.py: build/bench/train_step is missing: make build/bench/train_step")
+    rows = []
+    version = "none"
+    if have_torch():
+        version = first_line([os.environ.get("PYTHON", sys.executable), "-c", "import torch; print(torch.__version__)"])
+    print(f"PyTorch {version}", flush=True)
+    for which in options.groups.split(","):
+        if which not in ("process", "fsdp", "tp"):
+            sys.exit(f"bench/peers/run.py: --groups: expected process, fsdp, tp, got {which}")
+        run(options, which, rows)
+    if options.json:
+        with open("/proc/cpuinfo") as f:
+            processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "?")
+        with open(options.json, "w") as f:
+            head = {"part": "peers", "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "processor": processor, "cores": CORES, "pytorch": version,
+                    "commit": first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]), "command": " ".join(sys.argv)}
+            f.write(json.dumps(head, indent=0)[:-2] + ',\n"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]\n}\n")
+
+
+main()
