@@ -1,201 +1,252 @@
-/* bench_ops: the CPU operations beside gemm on one core, level by level, in CPU seconds (best of several). Attention in GFLOP/s, counted causally
-   (2 T^2 E a head forward, 2.5 times that backward), beside the gemm of the same run; the others in elements a nanosecond.
+/* bench_ops: the operations that wait for memory, beside the triad a = b + s c on as many threads: bytes that have to move (each operand read once, each
+   result written once) over time. The arrays of a call lie in memory, 100 MB and more behind the last call's; "L2": they stay in the second-level cache, on one thread, where arithmetic may
+   be what limits, and so does the triad.
 
-     bench_ops [level] */
+     bench_ops [--json FILE] [level] [f32|bf16] [name of an operation] */
+#include "bench.h"
 #include "llmpar.h"
+#include "peak.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+enum { DIM = 768, COLD_ROWS = 1024, WARM_ROWS = 24, POOL_MB = 256, PAIRS = 21, VOCAB = 32000 };
+enum { NORM, NORM_BACKWARD, ROPE, SWIGLU, SWIGLU_BACKWARD, XENT_MAX, XENT_SUM, XENT_BACKWARD, EMBEDDING, EMBEDDING_BACKWARD, ADD, SCALE, TO_HALF, FROM_HALF, TREE2, TREE4, TREE8, COPY_ROWS, ADAMW, SGD, SQUARE_SUM, LARGEST, FACTOR_SUM, ADALOMO_SQUARE, ADALOMO, OPERATIONS };
+/* bytes an element: arrays of the dtype read and written, and as many of f32 */
+static const struct { const char *name; double values; int f32_only; } operation[OPERATIONS] = {
+    {"rmsnorm, residual", 4, 0}, {"rmsnorm backward", 4, 0}, {"rope", 2, 0}, {"swiglu", 3, 0}, {"swiglu backward", 6, 0}, {"xent max", 1, 0}, {"xent sum", 1, 0}, {"xent backward", 2, 0}, {"embedding", 2, 0}, {"embedding backward", 2, 0},
+    {"add", 3, 0}, {"scale", 2, 0}, {"cast to bf16", 1.5, 1}, {"cast from bf16", 1.5, 1}, {"tree sum of 2", 3, 1}, {"tree sum of 4", 5, 1}, {"tree sum of 8", 9, 1}, {"copy rows", 2, 0}, {"adamw", 7, 1}, {"sgd with momentum", 5, 1}, {"square sum", 1, 1},
+    {"largest", 1, 1}, {"factor sum", 1, 1}, {"adalomo square", 1, 1}, {"adalomo", 3, 1},
+};
 
-static double seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-static float *numbers(size_t n)
-{
-    float *x = (float *)malloc(n * sizeof *x);
-    uint32_t state = 1;
-    for (size_t i = 0; i < n; i++) {
-        state = state * 1664525u + 1013904223u;
-        x[i] = (float)(state >> 8) / 16777216.0f - 0.5f;
-    }
-    return x;
-}
-/* best of 5 runs of `repeat` calls: seconds a call */
-#define TIME(seconds_a_call, repeat, call) do { \
-        seconds_a_call = 1e9; \
-        for (int run_ = 0; run_ < 5; run_++) { \
-            double start_ = seconds(); \
-            for (int i_ = 0; i_ < (repeat); i_++) if (call) { fprintf(stderr, "bench_ops: %s\n", device->error->text); exit(1); } \
-            start_ = (seconds() - start_) / (repeat); \
-            if (start_ < seconds_a_call) seconds_a_call = start_; \
-        } } while (0)
+typedef struct ops_case {
+    llmpar_device *device;
+    char *pool;
+    float *w;                   /* DIM weights, or factors of columns; then of rows */
+    int32_t *ids;
+    void *workspace;
+    size_t workspace_bytes, at, span;
+    int op, repeat;
+    int64_t rows;
+    llmpar_dtype dtype;
+} ops_case;
 
-static void bench_attention(llmpar_device *device, int64_t t, int64_t heads, int64_t kv_heads, int64_t e)
+static void ops_call(ops_case *c, char *base)
 {
-    size_t nq = (size_t)(t * heads * e), nk = (size_t)(t * kv_heads * e);
-    float *q = numbers(nq), *k = numbers(nk), *v = numbers(nk), *out = numbers(nq), *lse = numbers((size_t)(t * heads)), *dout = numbers(nq), *dq = numbers(nq), *dk = numbers(nk), *dv = numbers(nk);
-    double forward, backward, decode, flops = 2.0 * (double)t * (double)t * (double)e * (double)heads;
-    llmpar_attention_backward_args g;
-    llmpar_attention_args *a = &g.forward;
-    memset(&g, 0, sizeof g);
-    a->batch = 1; a->tq = a->tk = a->tk_stride = t; a->heads = heads; a->kv_heads = kv_heads; a->head_dim = e;
-    a->q = q; a->k = k; a->v = v; a->out = out; a->lse = lse;
-    a->ldq = a->ldo = heads * e; a->ldk = a->ldv = kv_heads * e; a->scale = 0.125; a->dtype = LLMPAR_F32;
-    g.dout = dout; g.dq = dq; g.dk = dk; g.dv = dv;
-    a->workspace_bytes = device->attention_backward_workspace(device, &g);
-    if (a->workspace_bytes < device->attention_workspace(device, a)) a->workspace_bytes = device->attention_workspace(device, a);
-    a->workspace = malloc(a->workspace_bytes);
-    TIME(forward, 1, device->attention(device, NULL, a));
-    TIME(backward, 1, device->attention_backward(device, NULL, &g));
-    a->tq = 1;
-    TIME(decode, 10, device->attention(device, NULL, a));
-    printf("  attention T %3ld, %ld/%ld heads of %3ld: forward %6.1f  backward %6.1f GFLOP/s, one query row %5.0f us\n", (long)t, (long)heads, (long)kv_heads, (long)e, flops / forward * 1e-9, 2.5 * flops / backward * 1e-9, decode * 1e6);
-    free(a->workspace); free(q); free(k); free(v); free(out); free(lse); free(dout); free(dq); free(dk); free(dv);
-}
-
-static void bench_gemm(llmpar_device *device)
-{
-    int64_t m = 384;
-    float *a = numbers((size_t)(m * m)), *b = numbers((size_t)(m * m)), *c = numbers((size_t)(m * m));
-    llmpar_gemm_segment segment;
-    llmpar_gemm_args g;
-    double s;
-    memset(&segment, 0, sizeof segment);
-    memset(&g, 0, sizeof g);
-    segment.a = a; segment.b = b; segment.lda = segment.ldb = segment.k = m;
-    g.m = g.n = g.ldc = m; g.c = c; g.segments = &segment; g.segment_count = g.pieces = 1; g.kind = LLMPAR_GEMM_NN; g.dtype = LLMPAR_F32;
-    g.workspace_bytes = device->gemm_workspace(device, &g);
-    g.workspace = malloc(g.workspace_bytes + 1);
-    TIME(s, 1, device->gemm(device, NULL, &g));
-    printf("%s: gemm %.1f GFLOP/s\n", device->name, 2.0 * (double)m * (double)m * (double)m / s * 1e-9);
-    free(g.workspace); free(a); free(b); free(c);
-}
-
-static void bench_rows(llmpar_device *device)
-{
-    enum { ROWS = 512, DIM = 512, N = ROWS * DIM };
-    float *x = numbers(4 * N), *y = numbers(4 * N), *z = numbers(4 * N), *w = numbers(4 * N);
-    double s;
-    {
+    llmpar_device *d = c->device;
+    int64_t n = c->rows * DIM;
+    int xent = c->op == XENT_MAX || c->op == XENT_SUM || c->op == XENT_BACKWARD;
+    size_t size = llmpar_dtype_size(c->dtype), step = (size_t)n * size;
+    char *x[9];
+    double largest = 4;
+    llmpar_status status = LLMPAR_OK;
+    for (int i = 0; i < 9; i++) x[i] = base + (size_t)i * step;
+    float *row_values = c->w + 2 * VOCAB;
+    if (c->op == NORM) {
         llmpar_rmsnorm_args a;
-        llmpar_rmsnorm_backward_args b;
         memset(&a, 0, sizeof a);
-        memset(&b, 0, sizeof b);
-        a.rows = ROWS; a.dim = DIM; a.x = x; a.w = w; a.y = y; a.rstd = z; a.eps = 1e-5; a.dtype = LLMPAR_F32;
-        b.tokens.batch = b.tokens.leaves = 4; b.tokens.t = b.tokens.t_total = ROWS / 4; b.tokens.canon = 8; b.dim = DIM;
-        b.dy = y; b.x = x; b.w = w; b.rstd = z; b.dx = x + N; b.dw_leaves = y + N; b.dtype = LLMPAR_F32;
-        TIME(s, 8, device->rmsnorm(device, NULL, &a));
-        printf("  rmsnorm %.2f", N / s * 1e-9);
-        TIME(s, 8, device->rmsnorm_backward(device, NULL, &b));
-        printf(" backward %.2f", N / s * 1e-9);
-    }
-    {
+        a.rows = c->rows; a.dim = DIM; a.x = x[0]; a.residual = x[1]; a.sum = x[2]; a.y = x[3]; a.w = c->w; a.rstd = row_values; a.eps = 1e-5; a.dtype = c->dtype;
+        status = d->rmsnorm(d, NULL, &a);
+    } else if (c->op == NORM_BACKWARD) {
+        llmpar_rmsnorm_backward_args a;
+        memset(&a, 0, sizeof a);
+        a.tokens.batch = a.tokens.leaves = 1; a.tokens.t = a.tokens.t_total = c->rows; a.tokens.canon = 8; a.dim = DIM; a.dtype = c->dtype;
+        a.dy = x[0]; a.x = x[1]; a.dresidual = x[2]; a.dx = x[3]; a.w = c->w; a.rstd = row_values; a.dw_leaves = c->w + VOCAB;
+        status = d->rmsnorm_backward(d, NULL, &a);
+    } else if (c->op == ROPE) {
         llmpar_rope_args a;
         memset(&a, 0, sizeof a);
-        a.batch = 1; a.t = ROWS; a.heads = 8; a.ld = DIM; a.head_dim = DIM / 8; a.x = x; a.cosine = z; a.sine = w; a.dtype = LLMPAR_F32;
-        TIME(s, 8, device->rope(device, NULL, &a));
-        printf("  rope %.2f", N / s * 1e-9);
-    }
-    {
+        a.batch = 1; a.t = c->rows; a.heads = DIM / 64; a.ld = DIM; a.head_dim = 64; a.x = x[0]; a.cosine = (float *)c->workspace; a.sine = (float *)c->workspace + 32 * COLD_ROWS; a.dtype = c->dtype;
+        status = d->rope(d, NULL, &a);
+    } else if (c->op == SWIGLU) {
         llmpar_swiglu_args a;
-        llmpar_swiglu_backward_args b;
         memset(&a, 0, sizeof a);
-        memset(&b, 0, sizeof b);
-        a.rows = b.rows = ROWS; a.dim = a.ld_in = a.ld_out = b.dim = b.ld_in = b.ld_out = DIM; a.dtype = b.dtype = LLMPAR_F32;
-        a.gate = z; a.up = w; a.h = y;
-        b.gate = z; b.up = w; b.dh = y; b.dgate = x; b.dup = x + N; b.h = y + N;
-        TIME(s, 8, device->swiglu(device, NULL, &a));
-        printf("  swiglu %.2f", N / s * 1e-9);
-        TIME(s, 8, device->swiglu_backward(device, NULL, &b));
-        printf(" backward %.2f\n", N / s * 1e-9);
-    }
-    {
+        a.rows = c->rows; a.dim = a.ld_in = a.ld_out = DIM; a.gate = x[0]; a.up = x[1]; a.h = x[2]; a.dtype = c->dtype;
+        status = d->swiglu(d, NULL, &a);
+    } else if (c->op == SWIGLU_BACKWARD) { /* as the model does: all in place */
+        llmpar_swiglu_backward_args a;
+        memset(&a, 0, sizeof a);
+        a.rows = c->rows; a.dim = a.ld_in = a.ld_out = DIM; a.gate = a.dgate = x[0]; a.up = a.dup = x[1]; a.dh = a.h = x[2]; a.dtype = c->dtype;
+        status = d->swiglu_backward(d, NULL, &a);
+    } else if (xent) {
         llmpar_xent_backward_args g;
         llmpar_xent_args *a = &g.forward;
-        int32_t targets[N / 4096];
         memset(&g, 0, sizeof g);
-        for (int i = 0; i < N / 4096; i++) targets[i] = i;
-        a->rows = N / 4096; a->ld = a->v_local = a->v_total = 4096; a->canon = 8; a->logits = z; a->targets = targets; a->max = x; a->target_logit = x + 64; a->sum = x + 128; a->dtype = LLMPAR_F32;
+        a->v_local = a->v_total = a->ld = c->rows == WARM_ROWS ? n : VOCAB; a->rows = n / a->ld; a->canon = 8; a->logits = x[0]; a->targets = c->ids; a->max = row_values; a->target_logit = row_values + 64; a->sum = row_values + 128; a->dtype = c->dtype;
         g.scale = 1;
-        TIME(s, 8, device->xent_max(device, NULL, a));
-        printf("  xent max %.2f", N / s * 1e-9);
-        TIME(s, 8, device->xent_sum(device, NULL, a));
-        printf(" sum %.2f", N / s * 1e-9);
-        TIME(s, 8, device->xent_backward(device, NULL, &g));
-        printf(" backward %.2f", N / s * 1e-9);
-    }
-    {
+        status = c->op == XENT_MAX ? d->xent_max(d, NULL, a) : c->op == XENT_SUM ? d->xent_sum(d, NULL, a) : d->xent_backward(d, NULL, &g);
+    } else if (c->op == EMBEDDING) {
+        llmpar_embedding_args a;
+        memset(&a, 0, sizeof a);
+        a.rows = a.v_local = c->rows; a.dim = DIM; a.ids = c->ids; a.table = x[0]; a.out = x[1]; a.dtype = c->dtype;
+        status = d->embedding(d, NULL, &a);
+    } else if (c->op == EMBEDDING_BACKWARD) { /* of a table as large as the batch */
         llmpar_embedding_backward_args a;
-        int32_t ids[ROWS];
         memset(&a, 0, sizeof a);
-        for (int i = 0; i < ROWS; i++) ids[i] = (int32_t)((uint32_t)i * 2654435761u >> 24);
-        a.tokens.batch = a.tokens.leaves = 4; a.tokens.t = a.tokens.t_total = ROWS / 4; a.tokens.canon = 8; a.dim = DIM; a.v_local = 256; a.ids = ids; a.dout = x; a.dtable = y; a.dtype = LLMPAR_F32;
-        a.workspace_bytes = device->embedding_backward_workspace(device, &a);
-        a.workspace = malloc(a.workspace_bytes);
-        TIME(s, 8, device->embedding_backward(device, NULL, &a));
-        printf("  embedding backward %.2f\n", N / s * 1e-9);
-        free(a.workspace);
-    }
-    {
-        const void *in[8];
-        llmpar_tree_sum_args a;
-        memset(&a, 0, sizeof a);
-        for (int i = 0; i < 8; i++) in[i] = (i < 4 ? x : y) + i % 4 * N;
-        a.in = in; a.count = N; a.out = z; a.dtype = LLMPAR_F32;
-        for (a.n = 2; a.n <= 8; a.n *= 2) {
-            TIME(s, 4, device->tree_sum(device, NULL, &a));
-            printf("  tree_sum of %d: %.2f", (int)a.n, N / s * 1e-9);
-        }
-    }
-    {
+        a.tokens.batch = a.tokens.leaves = 1; a.tokens.t = a.tokens.t_total = c->rows; a.tokens.canon = 8; a.dim = DIM; a.v_local = c->rows; a.ids = c->ids; a.dout = x[0]; a.dtable = x[1] + (c->dtype == LLMPAR_BF16 ? step : 0); a.dtype = c->dtype;
+        a.workspace = c->workspace; a.workspace_bytes = c->workspace_bytes;
+        status = d->embedding_backward(d, NULL, &a);
+    } else if (c->op == ADD) {
+        llmpar_add_args a;
+        a.count = (size_t)n; a.a = x[0]; a.b = x[1]; a.out = x[2]; a.dtype = c->dtype;
+        status = d->add(d, NULL, &a);
+    } else if (c->op == SCALE) {
+        llmpar_scale_args a;
+        a.count = (size_t)n; a.x = x[0]; a.factor = -1; a.dtype = c->dtype;
+        status = d->scale(d, NULL, &a);
+    } else if (c->op == TO_HALF || c->op == FROM_HALF) {
         llmpar_cast_args a;
-        llmpar_square_sum_args q;
-        int64_t accumulator[72] = { 0 };
-        a.count = q.count = N; a.in = x; a.in_dtype = LLMPAR_F32; a.out = y; a.out_dtype = LLMPAR_BF16;
-        TIME(s, 4, device->cast(device, NULL, &a));
-        printf("  cast to bf16 %.2f", N / s * 1e-9);
-        q.x = x; q.accumulator = accumulator; q.dtype = LLMPAR_F32;
-        TIME(s, 4, device->square_sum(device, NULL, &q));
-        printf("  square_sum %.2f", N / s * 1e-9);
-    }
-    {
+        a.count = (size_t)n; a.in = x[0]; a.out = x[1]; a.in_dtype = c->op == TO_HALF ? LLMPAR_F32 : LLMPAR_BF16; a.out_dtype = c->op == TO_HALF ? LLMPAR_BF16 : LLMPAR_F32;
+        status = d->cast(d, NULL, &a);
+    } else if (c->op == TREE2 || c->op == TREE4 || c->op == TREE8) {
+        llmpar_tree_sum_args a;
+        a.in = (const void *const *)x; a.n = c->op == TREE2 ? 2 : c->op == TREE4 ? 4 : 8; a.count = (size_t)n; a.out = x[a.n]; a.dtype = c->dtype;
+        status = d->tree_sum(d, NULL, &a);
+    } else if (c->op == COPY_ROWS) {
+        llmpar_copy_rows_args a;
+        a.rows = c->rows; a.width = a.ld_in = a.ld_out = DIM; a.size = size; a.in = x[0]; a.out = x[1];
+        status = d->copy_rows(d, NULL, &a);
+    } else if (c->op == ADAMW) {
         llmpar_adamw_args a;
-        float *m = numbers(N), *v = (float *)calloc(N, sizeof *v), *g = numbers(N);
         memset(&a, 0, sizeof a);
-        a.count = N; a.p = x; a.g = g; a.m = m; a.v = v; a.lr = 1e-3; a.beta1 = 0.9; a.beta2 = 0.95; a.eps = 1e-8; a.correction1 = a.correction2 = 0.5; a.grad_scale = 1; a.dtype = LLMPAR_F32;
-        TIME(s, 4, device->adamw(device, NULL, &a));
-        printf("  adamw %.2f\n", N / s * 1e-9);
-        free(m); free(v); free(g);
+        a.count = (size_t)n; a.p = x[0]; a.g = x[1]; a.m = x[2]; a.v = x[3]; a.lr = 1e-6; a.beta1 = 0.9; a.beta2 = 0.95; a.eps = 1e-8; a.correction1 = a.correction2 = 0.5; a.grad_scale = 1; a.dtype = c->dtype;
+        status = d->adamw(d, NULL, &a);
+    } else if (c->op == SGD) {
+        llmpar_sgd_args a;
+        memset(&a, 0, sizeof a);
+        a.count = (size_t)n; a.p = x[0]; a.g = x[1]; a.m = x[2]; a.lr = 1e-6; a.momentum = 0.9; a.grad_scale = 1; a.dtype = c->dtype;
+        status = d->sgd(d, NULL, &a);
+    } else if (c->op == SQUARE_SUM) {
+        int64_t accumulator[LLMPAR_EXACT_SUM_LIMBS] = { 0 };
+        llmpar_square_sum_args a;
+        a.count = (size_t)n; a.x = x[0]; a.accumulator = accumulator; a.dtype = c->dtype;
+        status = d->square_sum(d, NULL, &a);
+    } else if (c->op == LARGEST) {
+        llmpar_largest_args a;
+        a.count = (size_t)n; a.x = x[0]; a.largest = &largest; a.dtype = c->dtype;
+        status = d->largest(d, NULL, &a);
+    } else if (c->op == FACTOR_SUM) {
+        static int64_t sums[COLD_ROWS + DIM];
+        llmpar_factor_sum_args a;
+        memset(&a, 0, sizeof a);
+        memset(sums, 0, sizeof sums);
+        a.count = n; a.cols = DIM; a.g = x[0]; a.row_sums = sums; a.col_sums = sums + COLD_ROWS; a.row_bits = a.col_bits = 40; a.largest = &largest; a.grad_scale = 1; a.dtype = c->dtype;
+        status = d->factor_sum(d, NULL, &a);
+    } else {
+        int64_t squares[LLMPAR_EXACT_SUM_LIMBS] = { 0 };
+        llmpar_adalomo_args a;
+        memset(&a, 0, sizeof a);
+        a.count = a.elements = n; a.cols = DIM; a.p = x[0]; a.g = x[1]; a.row_factor = row_values; a.col_factor = c->w; a.update_squares = squares; a.param_squares = squares; a.lr = 1e-6; a.grad_scale = 1; a.beta = 0.9; a.eps = 1e-30; a.dtype = c->dtype;
+        status = c->op == ADALOMO ? d->adalomo(d, NULL, &a) : d->adalomo_square(d, NULL, &a);
     }
-    free(x); free(y); free(z); free(w);
+    if (status) { fprintf(stderr, "bench_ops: %s: %s\n", operation[c->op].name, d->error->text); exit(1); }
+}
+
+static double ops_run(void *user)
+{
+    ops_case *c = (ops_case *)user;
+    double bytes = operation[c->op].values * (double)(c->rows * DIM) * (double)llmpar_dtype_size(c->dtype), start = bench_now();
+    if (c->dtype == LLMPAR_BF16 && c->op == EMBEDDING_BACKWARD) bytes *= 1.5; /* the gradient is f32 */
+    for (int i = 0; i < c->repeat; i++) {
+        if (c->repeat == 1) {
+            c->at += c->span;
+            if (c->at + c->span > (size_t)POOL_MB << 20) c->at = 0;
+        }
+        ops_call(c, c->pool + c->at);
+    }
+    return bytes * c->repeat / (bench_now() - start);
+}
+
+/* The triad in three arrays of the size that the operations have there. */
+static double ops_cached(void *user)
+{
+    bench_walk walk;
+    double start = bench_now(), bytes = 0, seconds;
+    walk.base = (char *)user;
+    walk.bytes = (size_t)3 * WARM_ROWS * DIM * sizeof(float);
+    do {
+        for (int i = 0; i < 8; i++) {
+            if (bench_memory_wide()) bench_triad_wide(&walk); else bench_triad_plain(&walk);
+            bytes += (double)walk.bytes;
+        }
+        seconds = bench_now() - start;
+    } while (seconds < BENCH_SLICE);
+    return bytes / seconds;
+}
+
+static void ops_fill(char *pool, llmpar_dtype dtype)
+{
+    uint32_t state = 1;
+    size_t size = llmpar_dtype_size(dtype);
+    for (size_t i = 0; i < ((size_t)POOL_MB << 20) / size; i++) {
+        state = state * 1664525u + 1013904223u;
+        float x = (float)(state >> 8) / 16777216.0f + 0.001f; /* positive: AdamW's v is */
+        if (dtype == LLMPAR_F32) ((float *)(void *)pool)[i] = x;
+        else ((uint16_t *)(void *)pool)[i] = llmpar_f32_to_bf16(x);
+    }
 }
 
 int main(int argc, char **argv)
 {
+    bench_results results;
     llmpar_cpu_level only = LLMPAR_CPU_DEFAULT;
-    if (argc > 1 && !llmpar_cpu_level_parse(argv[1], &only)) { fprintf(stderr, "bench_ops: no level \"%s\": portable, avx2, avx512\n", argv[1]); return 2; }
-    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
-        llmpar_heap heap;
-        llmpar_error error;
-        llmpar_cpu_desc desc;
-        llmpar_device *device = NULL;
-        if (only != LLMPAR_CPU_DEFAULT && level != (int)only) continue;
-        llmpar_heap_init(&heap, NULL);
-        llmpar_error_clear(&error);
-        memset(&desc, 0, sizeof desc);
-        desc.level = (llmpar_cpu_level)level;
-        if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "bench_ops: %s\n", error.text); return 1; }
-        bench_gemm(device);
-        bench_attention(device, 512, 8, 2, 64);
-        bench_attention(device, 512, 4, 2, 128);
-        bench_attention(device, 256, 8, 4, 32);
-        bench_rows(device);
-        llmpar_cpu_destroy(device);
+    const char *name = NULL, *type = NULL;
+    char *pool = NULL;
+    float *w = (float *)calloc(3 * VOCAB, sizeof *w);
+    int32_t *ids = (int32_t *)calloc(VOCAB, sizeof *ids);
+    bench_open(&results, "ops", &argc, argv);
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "f32") || !strcmp(argv[i], "bf16")) type = argv[i];
+        else if (!llmpar_cpu_level_parse(argv[i], &only)) name = argv[i];
     }
+    if (posix_memalign((void **)&pool, 1 << 21, (size_t)POOL_MB << 20) || !w || !ids) return 1;
+    for (int i = 0; i < 3 * VOCAB; i++) w[i] = 1 + (float)(i % 17) / 16;
+    for (int i = 0; i < VOCAB; i++) ids[i] = (int32_t)((uint32_t)i * 709u % WARM_ROWS); /* some tokens are frequent */
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
+        if (only == LLMPAR_CPU_DEFAULT ? level == (int)LLMPAR_CPU_PORTABLE && llmpar_cpu_best_level() != LLMPAR_CPU_PORTABLE : level != (int)only) continue;
+        for (int threads = 1; threads <= bench_cores(); threads = threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {
+            bench_memory_of memory = bench_memory(256, threads);
+            llmpar_heap heap;
+            llmpar_error error;
+            llmpar_cpu_desc desc;
+            ops_case c;
+            memset(&c, 0, sizeof c);
+            memset(&desc, 0, sizeof desc);
+            llmpar_heap_init(&heap, NULL);
+            llmpar_error_clear(&error);
+            desc.level = (llmpar_cpu_level)level;
+            desc.threads = threads;
+            if (llmpar_cpu_create(&heap, &error, &desc, &c.device)) { fprintf(stderr, "bench_ops: %s\n", error.text); return 1; }
+            c.pool = pool;
+            c.w = w;
+            c.ids = ids;
+            c.workspace_bytes = 1 << 20;
+            c.workspace = calloc(1, c.workspace_bytes);
+            for (int i = 0; i < 64 * COLD_ROWS; i++) ((float *)c.workspace)[i] = i < 32 * COLD_ROWS ? 0.8f : 0.6f;
+            for (int half = 0; half < 2; half++) {
+                c.dtype = half ? LLMPAR_BF16 : LLMPAR_F32;
+                if (type && strcmp(type, llmpar_dtype_name(c.dtype))) continue;
+                for (c.op = 0; c.op < OPERATIONS; c.op++)
+                    for (int warm = 0; warm < 2; warm++) {
+                        char line[120];
+                        bench_ratio r;
+                        if ((half && operation[c.op].f32_only) || (name && strcmp(name, operation[c.op].name)) || (warm && (threads > 1 || c.op == TREE8))) continue;
+                        ops_fill(pool, c.dtype);
+                        for (int i = 0; i < VOCAB; i++) ids[i] = (int32_t)((uint32_t)i * 709u % (warm ? WARM_ROWS : COLD_ROWS));
+                        c.rows = warm ? WARM_ROWS : half ? 2 * COLD_ROWS : COLD_ROWS;
+                        c.span = (size_t)(c.rows * DIM) * 9 * llmpar_dtype_size(c.dtype);
+                        c.at = 0;
+                        c.repeat = warm ? 100 : 1;
+                        r = warm ? bench_pairs(ops_cached, pool + c.span, ops_run, &c, PAIRS) : bench_pairs(bench_triad, &memory, ops_run, &c, PAIRS);
+                        snprintf(line, sizeof line, "%s %s %s%s, %d thread%s", llmpar_cpu_level_name((llmpar_cpu_level)level), llmpar_dtype_name(c.dtype), operation[c.op].name, warm ? ", L2" : "", threads, threads > 1 ? "s" : "");
+                        bench_row(&results, line, "GB/s", 1e-9, warm ? "triad in L2" : "triad", r, warm || level != (int)llmpar_cpu_best_level() ? 0 : 0.8);
+                    }
+            }
+            llmpar_cpu_destroy(c.device);
+            free(c.workspace);
+            free(memory.base);
+        }
+    }
+    bench_close(&results);
+    free(pool);
+    free(w);
+    free(ids);
     return 0;
 }

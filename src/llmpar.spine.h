@@ -229,6 +229,7 @@ LLMPAR_EXTERN_C_END
 #include "cpu/xent.c"
 #include "cpu/elementwise.c"
 #include "cpu/optim.c"
+#include "cpu/squares.c"
 #include "cpu/adalomo.c"
 #include "cpu/kernels_portable.c"
 #include "cpu/kernels_avx2.c"

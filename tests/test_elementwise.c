@@ -406,6 +406,43 @@ TEST(square_sum)
     free(x);
 }
 
+/* The fast sums of squares against one addition a number, limb by limb: exponents as near and as far as they get, blocks of one value (what is rounded off has one sign then), the largest number a block can be made of, zeros,
+   denormal numbers, and what is not finite. */
+TEST(square_sum_exact)
+{
+    enum { N = 3 * 4096 + 77 };
+    static const int spreads[14] = { 0, 1, 5, 17, 18, 19, 20, 21, 38, 39, 40, 41, 60, 254 };
+    float *x = (float *)malloc((N + 16) * sizeof *x);
+    for (int round = 0; round < test_rounds(600); round++) {
+        llmpar_exact_sum want;
+        int64_t at = ops_below(16), n = round % 3 ? 1 + ops_below(N) : 4096 * (1 + ops_below(3));
+        uint32_t spread = (uint32_t)spreads[ops_below(14)], top = spread + (uint32_t)ops_below(255 - (int64_t)spread), same = ops_bits() & 0x807fffffu;
+        int kind = (int)ops_below(6); /* 0: one fraction; 1: only the largest; 2: zeros between; 3: another top half-way; 4: one number that is not finite */
+        memset(&want, 0, sizeof want);
+        for (int64_t i = 0; i < n; i++) {
+            uint32_t exponent = top - (uint32_t)(kind < 2 ? 0 : ops_below((int64_t)spread + 1)), bits;
+            if (kind == 3 && i > n / 2) exponent = spread + (top + 7) % (255 - spread) - (uint32_t)ops_below((int64_t)spread + 1);
+            bits = exponent << 23 | (kind == 0 ? same : kind == 1 ? 0x7fffffu : ops_bits() & 0x807fffffu);
+            if (kind == 0 && i % 5 == 0) bits -= spread << 23;
+            if (kind == 2 && i % 3) bits = 0;
+            if (kind == 4 && i == n / 2) bits = 0x7f800000u | (ops_bits() & 0x80000001u);
+            memcpy(x + at + i, &bits, sizeof bits);
+            llmpar_exact_sum_add(&want, (double)x[at + i] * (double)x[at + i]);
+        }
+        /* Squares of infinities are +inf, and a NaN's is one. */
+        llmpar_exact_sum_carry(&want);
+        for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
+            llmpar_device *d = ops_device((llmpar_cpu_level)level, 1 + round % 3);
+            int64_t accumulator[LLMPAR_EXACT_SUM_LIMBS] = { 0 };
+            llmpar_square_sum_args a;
+            a.count = (size_t)n; a.x = x + at; a.accumulator = accumulator; a.dtype = LLMPAR_F32;
+            CHECK_OK(d->square_sum(d, NULL, &a));
+            if (memcmp(accumulator, &want, sizeof want)) TEST_FAIL("square_sum at %s: round %d, %ld numbers, spread %u below %u, kind %d", llmpar_cpu_level_name((llmpar_cpu_level)level), round, (long)n, spread, top, kind);
+        }
+    }
+    free(x);
+}
+
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(tree_sum_and_max), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(devices_close))
+TEST_LIST(T_(tree_sum_and_max), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(square_sum_exact), T_(devices_close))

@@ -1,5 +1,6 @@
 /* kernels_avx2: every kernel for AVX2 with fma. */
 #include "cpu/kernels_internal.h"
+#include "cpu/squares_internal.h"
 
 #define LLMPAR__VLEVEL avx2
 #define LLMPAR__VDOUBLE 0
@@ -15,6 +16,7 @@
 #include "cpu/xent.inc"
 #include "cpu/elementwise.inc"
 #include "cpu/optim.inc"
+#include "cpu/squares.inc"
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
 #undef LLMPAR__ATTENTION_COLUMNS

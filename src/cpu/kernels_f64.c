@@ -1,5 +1,6 @@
 /* kernels_f64: every kernel at f64, the level of finite differences. */
 #include "cpu/kernels_internal.h"
+#include "cpu/squares_internal.h"
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VDOUBLE 1
@@ -15,6 +16,7 @@
 #include "cpu/xent.inc"
 #include "cpu/elementwise.inc"
 #include "cpu/optim.inc"
+#include "cpu/squares.inc"
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
 #undef LLMPAR__ATTENTION_COLUMNS

@@ -31,6 +31,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__V(name) LLMPAR__VPASTE(llmpar__v_##name##_, LLMPAR__VLEVEL)   /* a vector function: LLMPAR__V(load)(p) */
 #define LLMPAR__VREAL LLMPAR__VPASTE(llmpar__real_, LLMPAR__VLEVEL)           /* float or double */
 #define LLMPAR__VEC LLMPAR__VPASTE(llmpar__vec_, LLMPAR__VLEVEL)              /* LLMPAR__VLANES of them */
+#define LLMPAR__VWIDE LLMPAR__VPASTE(llmpar__wide_, LLMPAR__VLEVEL)           /* half as many doubles */
 #define LLMPAR__VBITS LLMPAR__VPASTE(llmpar__bits_, LLMPAR__VLEVEL)           /* the unsigned integers of the same shape */
 #define LLMPAR__VLANES LLMPAR__VPASTE(LLMPAR__VLANES_, LLMPAR__VLEVEL)
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
@@ -97,6 +98,7 @@ typedef double llmpar__loose_portable_f64 __attribute__((vector_size(16), aligne
 typedef uint64_t llmpar__bits_portable_f64 __attribute__((vector_size(16)));
 typedef uint64_t llmpar__bit_portable_f64;
 typedef float llmpar__real_portable;
+typedef double llmpar__wide_portable __attribute__((vector_size(16)));
 typedef float llmpar__vec_portable __attribute__((vector_size(16)));
 typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
@@ -113,6 +115,12 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
 #include "cpu/vector_portable.inc"
+static inline llmpar__wide_portable llmpar__v_load_wide_portable(const float *p)
+{
+    llmpar__wide_portable y = { (double)p[0], (double)p[1] };
+    return y;
+}
+static inline llmpar__wide_portable llmpar__v_fma_wide_portable(llmpar__wide_portable a, llmpar__wide_portable b, llmpar__wide_portable c) { return a * b + c; }
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
@@ -123,11 +131,14 @@ static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable 
 typedef float llmpar__real_avx2;
 typedef uint32_t llmpar__bit_avx2;
 typedef __m256 llmpar__vec_avx2;
+typedef __m256d llmpar__wide_avx2;
 typedef uint32_t llmpar__bits_avx2 __attribute__((vector_size(32)));
 #define LLMPAR__VLEVEL avx2
 LLMPAR__VINLINE __m256 llmpar__v_splat_avx2(float x) { return _mm256_set1_ps(x); }
 LLMPAR__VINLINE __m256i llmpar__v_mask_avx2(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 LLMPAR__VINLINE __m256 llmpar__v_load_avx2(const float *p) { return _mm256_loadu_ps(p); }
+LLMPAR__VINLINE __m256d llmpar__v_load_wide_avx2(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+LLMPAR__VINLINE __m256d llmpar__v_fma_wide_avx2(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 LLMPAR__VINLINE void llmpar__v_store_avx2(float *p, __m256 x) { _mm256_storeu_ps(p, x); }
 LLMPAR__VINLINE __m256 llmpar__v_load_n_avx2(const float *p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, llmpar__v_mask_avx2(n)); }
 LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
@@ -146,6 +157,8 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_more_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_less_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_min_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 /* out[8, 8] = in[8, 8] transposed */
 LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const float *in, int64_t ld_in)
@@ -175,11 +188,14 @@ LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const 
 typedef float llmpar__real_avx512;
 typedef uint32_t llmpar__bit_avx512;
 typedef __m512 llmpar__vec_avx512;
+typedef __m512d llmpar__wide_avx512;
 typedef uint32_t llmpar__bits_avx512 __attribute__((vector_size(64)));
 #define LLMPAR__VLEVEL avx512
 LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x); }
 LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
 LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
+LLMPAR__VINLINE __m512d llmpar__v_load_wide_avx512(const float *p) { return _mm512_maskz_cvtps_pd((__mmask8)0xff, _mm256_loadu_ps(p)); }
+LLMPAR__VINLINE __m512d llmpar__v_fma_wide_avx512(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
 LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
 LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x) { _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x); }
@@ -194,6 +210,8 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
     __m512d y = _mm512_castps_pd(x);
     return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 0)), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 1))));
 }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_more_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_max_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_less_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_min_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
 LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
