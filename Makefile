@@ -103,6 +103,12 @@ $(BENCHES): build/bench/%: bench/%.c build/plain/llmpar.o $(wildcard bench/*.h)
 	@mkdir -p $(@D)
 	$(CC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 
+# The MPI side of bench_comm, where there is an MPI.
+build/bench/bench_comm: | $(if $(shell command -v $(MPICC)),build/bench/peer_open_mpi)
+build/bench/peer_open_mpi: bench/peers/open_mpi.c build/mpi/llmpar.o bench/bench.h bench/comm.h
+	@mkdir -p $(@D)
+	$(MPICC) -O2 -g -D_GNU_SOURCE -DLLMPAR_USE_MPI -DLLMPAR__IMPLEMENTED -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+
 demo: build/demo
 	build/demo $(if $(DATA),--data $(DATA))
 

@@ -1,88 +1,207 @@
-/* What the collectives of the rank threads cost: time of one call and bytes a second, 2 and 4 ranks, 4 bytes to 64 MB.
+/* bench_comm: the collectives of the rank threads beside Open MPI's between as many processes, in one run; and llmpar's MPI communicator beside the same MPI's own functions.
 
-     make build/bench/bench_comm && build/bench/bench_comm [ranks]
+     bench_comm [--json FILE] [--ranks N] [--own]     N: 2. --own: rank threads alone
 
-   GB/s = size of the result on one rank / time of the slowest rank. Each size runs 9 times; the best is printed (what the machine can do when
-   nothing else runs) and, in brackets, the median; memcpy by one thread beside it. Ranks beyond the processors share them: 4 ranks on 2 processors cannot be as fast. */
-#define _DEFAULT_SOURCE 1
+   A reading: every rank rewrites its send buffer, all meet, and the call is timed on the rank where it takes longest; GB/s = size of the larger buffer / time. Readings of both sides take turns, so a machine
+   that slows down slows both. The processes (peers/open_mpi.c) sleep in a pipe while the threads work, the threads while the processes do. Where mpirun or the peer program is missing the threads are measured alone. */
 #include "llmpar.h"
-#include "bench.h"
+#include "comm.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
 
-enum { ROUNDS = 9, SIZES = 10 };
-static const size_t bench_sizes[SIZES] = { 4, 64, 1024, 4096, 16384, 65536, 1048576, 4194304, 16777216, 67108864 };
+typedef struct comm_peer { char folder[64]; int command[2], reply, ranks; pid_t pid; } comm_peer;
+typedef struct comm_bench { comm_peer *peer; bench_results *results; } comm_bench;
 
-typedef llmpar_status (*bench_collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
+/* ---- the processes ---- */
 
-/* Seconds a call: the best round and the median one; the same on all ranks. */
-static llmpar_status bench_one(llmpar_ctx *ctx, bench_collective collective, const llmpar_collective *call, size_t bytes, double seconds[2])
+static int peer_ask(comm_peer *peer, const comm_command *command, double *seconds)
 {
-    int calls = bytes < 65536 ? 500 : bytes < 4194304 ? 20 : bytes < 67108864 ? 4 : 1;
-    double round[ROUNDS];
-    llmpar_status st = collective(ctx->comm, NULL, call);
-    for (int r = 0; r < ROUNDS && !st; r++) {
-        st = llmpar_comm_barrier(ctx->comm, NULL, "bench");
-        double start = bench_now(), mine;
-        for (int i = 0; i < calls && !st; i++) st = collective(ctx->comm, NULL, call);
-        mine = (bench_now() - start) / calls;
-        llmpar_collective slowest;
-        memset(&slowest, 0, sizeof slowest);
-        slowest.send = &mine;
-        slowest.recv = &round[r];
-        slowest.count = 1;
-        slowest.dtype = LLMPAR_F64;
-        slowest.op = LLMPAR_MAX;
-        if (!st) st = llmpar_all_reduce(ctx->comm, NULL, &slowest);
+    for (int i = 0; i < peer->ranks; i++)
+        if (write(peer->command[i], command, sizeof *command) != (ssize_t)sizeof *command) return 0;
+    struct pollfd wait;
+    wait.fd = peer->reply;
+    wait.events = POLLIN;
+    for (int tries = 0; tries < 600; tries++) { /* a minute */
+        int ready = poll(&wait, 1, 100);
+        if (ready > 0) return read(peer->reply, seconds, sizeof *seconds) == (ssize_t)sizeof *seconds;
+        if (waitpid(peer->pid, NULL, WNOHANG) == peer->pid) {
+            peer->pid = 0;
+            return 0;
+        }
     }
-    qsort(round, ROUNDS, sizeof round[0], bench_compare);
-    seconds[0] = round[0];
-    seconds[1] = round[ROUNDS / 2];
-    return st;
+    return 0;
 }
 
-static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
+static void peer_stop(comm_peer *peer)
 {
-    size_t most = bench_sizes[SIZES - 1], n = (size_t)ctx->world;
-    char *send = (char *)malloc(most), *recv = (char *)malloc(most);
-    llmpar_status st = LLMPAR_OK;
-    (void)user;
-    memset(send, 0, most);
-    memset(recv, 0, most);
-    if (ctx->rank == 0) printf("%d ranks\n%10s%33s%33s%33s%15s\n", (int)n, "bytes", "all_reduce f32", "reduce_scatter f32", "all_gather", "memcpy");
-    for (int s = 0; s < SIZES && !st; s++) {
-        size_t bytes = bench_sizes[s], part = bytes / 4 / n;
-        double reduce[2] = { 0, 0 }, scatter[2] = { 0, 0 }, gather[2] = { 0, 0 };
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = send;
-        call.recv = recv;
-        call.dtype = LLMPAR_F32;
-        call.tag = "bench";
-        call.count = bytes / 4;
-        st = bench_one(ctx, llmpar_all_reduce, &call, bytes, reduce);
-        call.count = part;
-        if (!st && part) st = bench_one(ctx, llmpar_reduce_scatter, &call, bytes, scatter);
-        if (!st && part) st = bench_one(ctx, llmpar_all_gather, &call, bytes, gather);
-        if (ctx->rank || st) continue;
-        double start = bench_now();
-        int copies = bytes < 65536 ? 1000 : 3;
-        for (int i = 0; i < copies; i++) {
-            memcpy(recv, send, bytes);
-            __asm__ __volatile__("" : : "r"(recv) : "memory");
-        }
-        double copy = (bench_now() - start) / copies;
-        const double *const column[3] = { reduce, scatter, gather };
-        printf("%10lu", (unsigned long)bytes);
-        for (int c = 0; c < 3; c++)
-            if (column[c][0] > 0) printf("%11.2f us %6.2f (%.2f) GB/s", 1e6 * column[c][0], 1e-9 * (double)bytes / column[c][0], 1e-9 * (double)bytes / column[c][1]);
-            else printf("%33s", "");
-        printf(" %9.2f GB/s\n", 1e-9 * (double)bytes / copy);
-        fflush(stdout);
+    comm_command command;
+    char path[100];
+    memset(&command, 0, sizeof command);
+    command.stop = 1;
+    for (int i = 0; i < peer->ranks && peer->pid; i++)
+        if (write(peer->command[i], &command, sizeof command) < 0) break;
+    if (peer->pid) waitpid(peer->pid, NULL, 0);
+    for (int i = 0; i <= peer->ranks; i++) {
+        snprintf(path, sizeof path, "%s/%d", peer->folder, i);
+        unlink(path);
     }
+    rmdir(peer->folder);
+}
+
+/* Pipes 0 .. ranks-1 carry commands, pipe `ranks` the seconds. Opened for both directions, so that nobody waits for the other side to open. */
+static int peer_start(comm_peer *peer, const char *self, int ranks)
+{
+    char program[4096], path[100], number[16];
+    const char *slash = strrchr(self, '/');
+    comm_command command;
+    double seconds;
+    memset(peer, 0, sizeof *peer);
+    snprintf(program, sizeof program, "%.*speer_open_mpi", slash ? (int)(slash - self + 1) : 0, self);
+    if (access(program, X_OK) || ranks != 2 || system("command -v mpirun >/dev/null 2>&1")) return 0;
+    snprintf(peer->folder, sizeof peer->folder, "/tmp/bench_comm.XXXXXX");
+    if (!mkdtemp(peer->folder)) return 0;
+    peer->ranks = ranks;
+    for (int i = 0; i <= ranks; i++) {
+        snprintf(path, sizeof path, "%s/%d", peer->folder, i);
+        if (mkfifo(path, 0600)) return 0;
+        int file = open(path, O_RDWR | O_CLOEXEC);
+        if (i < ranks) peer->command[i] = file;
+        else peer->reply = file;
+    }
+    snprintf(number, sizeof number, "%d", ranks);
+    peer->pid = fork();
+    if (!peer->pid) {
+        setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 1);
+        setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 1);
+        int nothing = open("/dev/null", O_RDONLY);
+        dup2(nothing, 0);
+        execlp("mpirun", "mpirun", "-n", number, program, peer->folder, (char *)NULL);
+        _exit(127);
+    }
+    if (peer->pid < 0) peer->pid = 0;
+    memset(&command, 0, sizeof command);
+    command.op = COMM_ALL_REDUCE;
+    command.bytes = 4;
+    command.calls = 1;
+    if (peer->pid && peer_ask(peer, &command, &seconds)) return 1;
+    peer_stop(peer);
+    return 0;
+}
+
+/* ---- the threads ---- */
+
+/* Seconds a call of the slowest rank, the same on all. */
+static llmpar_status comm_one(llmpar_ctx *ctx, int op, float *send, float *recv, size_t bytes, double *seconds)
+{
+    llmpar_collective call, slowest;
+    int calls = comm_calls(bytes);
+    size_t n = (size_t)ctx->world;
+    double mine = 0;
+    llmpar_status st = LLMPAR_OK;
+    memset(&call, 0, sizeof call);
+    memset(&slowest, 0, sizeof slowest);
+    call.send = send;
+    call.recv = recv;
+    call.dtype = LLMPAR_F32;
+    call.tag = "bench";
+    call.count = op == COMM_ALL_REDUCE ? bytes / 4 : bytes / 4 / n;
+    for (int i = 0; i < calls && !st; i++) {
+        comm_rewrite(send, comm_mine(op, bytes, ctx->world), (float)(i + ctx->rank));
+        st = llmpar_comm_barrier(ctx->comm, NULL, "bench");
+        double start = bench_now();
+        if (!st) st = (op == COMM_ALL_REDUCE ? llmpar_all_reduce : op == COMM_ALL_GATHER ? llmpar_all_gather : llmpar_reduce_scatter)(ctx->comm, NULL, &call);
+        mine += bench_now() - start;
+    }
+    mine /= calls;
+    slowest.send = &mine;
+    slowest.recv = seconds;
+    slowest.count = 1;
+    slowest.dtype = LLMPAR_F64;
+    slowest.op = LLMPAR_MAX;
+    slowest.tag = "slowest";
+    return st ? st : llmpar_all_reduce(ctx->comm, NULL, &slowest);
+}
+
+static double comm_bar(int op, size_t bytes)
+{
+    if (op == COMM_ALL_REDUCE) return bytes >= 16777216 ? 4 : bytes == 1048576 ? 1 : 0;
+    if (op == COMM_ALL_GATHER) return bytes >= 16777216 ? 1.5 : 0;
+    return 0;
+}
+
+static llmpar_status comm_rank(llmpar_ctx *ctx, void *user)
+{
+    comm_bench *bench = (comm_bench *)user;
+    comm_peer *peer = bench->peer;
+    double work[32], bound[33];
+    float *send = NULL, *recv = NULL;
+    llmpar_status st = LLMPAR_OK;
+    if (posix_memalign((void **)(void *)&send, 4096, COMM_MOST) || posix_memalign((void **)(void *)&recv, 4096, COMM_MOST)) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "bench_comm: out of memory");
+    memset(send, 0, COMM_MOST);
+    memset(recv, 0, COMM_MOST);
+    for (int op = 0; op < COMM_OPS && !st; op++)
+        for (int s = 0; s < COMM_SIZES && !st; s++) {
+            size_t bytes = comm_sizes[s];
+            int rounds = comm_rounds(bytes);
+            comm_command command;
+            char name[80];
+            memset(&command, 0, sizeof command);
+            command.op = op;
+            command.bytes = bytes;
+            command.calls = comm_calls(bytes);
+            if (op != COMM_ALL_REDUCE && bytes < 1024) continue;
+            for (int r = -1; r <= rounds && !st; r++) { /* bound, work, bound, .., bound; the first of each is not counted */
+                double seconds = 1, theirs = 1;
+                if (r < rounds) st = comm_one(ctx, op, send, recv, bytes, &seconds);
+                if (!ctx->rank && peer && !peer_ask(peer, &command, &theirs)) st = llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "bench_comm: the processes do not answer");
+                if (r < rounds && r >= 0) work[r] = (double)bytes / seconds;
+                bound[r + 1] = (double)bytes / theirs;
+                if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "turn");
+            }
+            if (ctx->rank || st) continue;
+            snprintf(name, sizeof name, "%s, %s, %d threads", comm_op_names[op], comm_size_names[s], (int)ctx->world);
+            if (peer) bench_row(bench->results, name, "GB/s", 1e-9, "Open MPI", bench_pairs_of(work, bound, rounds), comm_bar(op, bytes));
+            else bench_value(bench->results, name, "GB/s", 1e-9 * bench_median(work, rounds));
+            if (bytes > 4) continue;
+            double us = 1e6 * (double)bytes / (peer ? bench->results->lines[bench->results->count - 1].value * 1e9 : bench_median(work, rounds)), most = 3;
+            bench_ratio limit;
+            memset(&limit, 0, sizeof limit);
+            limit.work = us;
+            limit.bound = most;
+            limit.ratio = limit.good = limit.bad = us / most;
+            snprintf(name, sizeof name, "%s, %s, %d threads, time", comm_op_names[op], comm_size_names[s], (int)ctx->world);
+            bench_row(bench->results, name, "us", 1, "3 us", limit, -1);
+        }
+    /* The same MPI's own functions beside llmpar's communicator on it. */
+    for (int op = COMM_ALL_GATHER; op < COMM_OPS && !st && peer && !ctx->rank; op++)
+        for (int s = 0; s < COMM_SIZES && !st; s++) {
+            size_t bytes = comm_sizes[s];
+            int rounds = comm_rounds(bytes);
+            comm_command command;
+            char name[80];
+            memset(&command, 0, sizeof command);
+            command.op = op;
+            command.bytes = bytes;
+            command.calls = comm_calls(bytes);
+            if (bytes < 65536) continue;
+            for (int r = -1; r <= rounds && !st; r++) {
+                double seconds = 1, theirs = 1;
+                command.who = 1;
+                if (r < rounds && !peer_ask(peer, &command, &seconds)) st = llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "bench_comm: the processes do not answer");
+                command.who = 0;
+                if (!st && !peer_ask(peer, &command, &theirs)) st = llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "bench_comm: the processes do not answer");
+                if (r < rounds && r >= 0) work[r] = (double)bytes / seconds;
+                bound[r + 1] = (double)bytes / theirs;
+            }
+            snprintf(name, sizeof name, "%s, %s, 2 MPI processes", comm_op_names[op], comm_size_names[s]);
+            if (!st) bench_row(bench->results, name, "GB/s", 1e-9, op == COMM_ALL_GATHER ? "MPI_Allgather" : "MPI_Reduce_scatter_block", bench_pairs_of(work, bound, rounds), op == COMM_ALL_GATHER ? 0.9 : 0.8);
+        }
+    if (!st) st = llmpar_comm_barrier(ctx->comm, NULL, "end");
     free(send);
     free(recv);
     return st;
@@ -90,16 +209,31 @@ static llmpar_status bench_rank(llmpar_ctx *ctx, void *user)
 
 int main(int argc, char **argv)
 {
-    int first = argc > 1 ? atoi(argv[1]) : 2, last = argc > 1 ? first : 4;
-    for (int ranks = first; ranks <= last; ranks += 2) {
-        llmpar_launch_desc desc;
-        llmpar_error error;
-        memset(&desc, 0, sizeof desc);
-        desc.ranks = ranks;
-        if (llmpar_launch(&desc, bench_rank, NULL, &error)) {
-            fprintf(stderr, "bench_comm: %s\n", error.text);
-            return 1;
-        }
+    bench_results results;
+    comm_bench bench;
+    comm_peer peer;
+    llmpar_launch_desc desc;
+    llmpar_error error;
+    int own = 0, ranks = 2;
+    bench_open(&results, "comm", &argc, argv);
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--own")) own = 1;
+        else if (!strcmp(argv[i], "--ranks") && i + 1 < argc && atoi(argv[i + 1]) > 1) ranks = atoi(argv[++i]);
+        else { fprintf(stderr, "bench_comm: unexpected argument \"%s\"\n", argv[i]); return 2; }
     }
+    signal(SIGPIPE, SIG_IGN);
+    bench.results = &results;
+    bench.peer = !own && peer_start(&peer, argv[0], ranks) ? &peer : NULL;
+    if (!bench.peer && !own && ranks == 2) printf("  Open MPI: skipped (no mpirun, or build/bench/peer_open_mpi was not built: it needs mpicc)\n");
+    memset(&desc, 0, sizeof desc);
+    desc.ranks = ranks;
+    desc.transport = LLMPAR_TRANSPORT_THREADS;
+    llmpar_status st = llmpar_launch(&desc, comm_rank, &bench, &error);
+    if (bench.peer) peer_stop(&peer);
+    if (st) {
+        fprintf(stderr, "bench_comm: %s\n", error.text);
+        return 1;
+    }
+    bench_close(&results);
     return 0;
 }

@@ -228,6 +228,7 @@ LLMPAR_EXTERN_C_END
 #include "cpu/embedding.c"
 #include "cpu/xent.c"
 #include "cpu/elementwise.c"
+#include "cpu/tree_sum.c"
 #include "cpu/optim.c"
 #include "cpu/squares.c"
 #include "cpu/adalomo.c"

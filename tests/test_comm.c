@@ -463,7 +463,10 @@ static llmpar_status with_a_bad_device(llmpar_ctx *ctx, void *user)
 {
     (void)user;
     llmpar_device bad = *ctx->device;
-    if (ctx->rank == 1) bad.tree_sum = bad_sum;
+    if (ctx->rank == 1) {
+        bad.tree_sum = bad_sum;
+        bad.tree_sum_to = NULL;
+    }
     llmpar_device *before = ctx->comm->device;
     ctx->comm->device = &bad;
     float *x = (float *)calloc(3000, sizeof *x);

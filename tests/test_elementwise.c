@@ -51,6 +51,62 @@ TEST(tree_sum_and_max)
     }
 }
 
+/* One tree to several places: over every tail, at odd addresses, in place, of one operand a copy of bytes; and what the table does without the slot. */
+TEST(tree_sum_to_several)
+{
+    static const size_t counts[] = { 0, 1, 3, 15, 16, 17, 133, 16384, 16384 + 5, 3 * 16384 + 1021 }; /* 16,384 floats are a task */
+    enum { MOST = 3 * 16384 + 1021, OPERANDS = 5 };
+    static float at[2 * OPERANDS][MOST + 40], want[MOST];
+    for (int threads = 1; threads <= 3; threads++) for (int n = 1; n <= OPERANDS; n++) for (int outs = 1; outs <= OPERANDS; outs++) for (int in_place = 0; in_place < 2; in_place++)
+        for (size_t c = 0; c < sizeof counts / sizeof counts[0]; c++) {
+            llmpar_device table = *ops_device(LLMPAR_CPU_PORTABLE, threads);
+            size_t count = counts[c];
+            const void *in[OPERANDS];
+            void *out[OPERANDS];
+            llmpar_tree_sum_args sum;
+            llmpar_tree_sum_to_args to;
+            if (count > 1000 && (n + outs) % 3) continue;
+            for (int j = 0; j < 2 * OPERANDS; j++)
+                for (size_t i = 0; i < count + 40; i++) at[j][i] = (float)((i * 7919 + (size_t)j * 104729) % 10007) * (j % 2 ? 1e-3f : 10.0f);
+            for (int j = 0; j < n; j++) in[j] = at[j] + 7 + 3 * j;
+            for (int j = 0; j < outs; j++) out[j] = in_place && j < n ? (void *)(uintptr_t)in[j] : at[OPERANDS + j] + 5 + j;
+            memset(&sum, 0, sizeof sum);
+            sum.in = in; sum.n = n; sum.count = count; sum.out = want; sum.dtype = LLMPAR_F32;
+            CHECK_OK(table.tree_sum(&table, NULL, &sum));
+            to.in = in; to.n = n; to.outs = outs; to.count = count; to.out = out; to.dtype = LLMPAR_F32;
+            if (n > 1 && c % 2 && !in_place) table.tree_sum_to = NULL;
+            if (n > 1 && c % 4 == 2 && !in_place) table.size = (uint32_t)offsetof(llmpar_device, tree_sum_to);
+            CHECK_OK(llmpar_device_tree_sum_to(&table, &to));
+            for (int j = 0; j < outs; j++) {
+                int own = in_place && j < n;
+                const float *got = (const float *)out[j];
+                CHECK_BYTES(got, want, count * sizeof *got);
+                float before = own ? at[j][6 + 3 * j] : at[OPERANDS + j][4 + j], after = got[count];
+                int row = own ? j : OPERANDS + j;
+                size_t first = own ? 6 + 3 * (size_t)j : 4 + (size_t)j;
+                CHECK_NEAR(before, (float)((first * 7919 + (size_t)row * 104729) % 10007) * (row % 2 ? 1e-3f : 10.0f), 0);
+                CHECK_NEAR(after, (float)(((first + 1 + count) * 7919 + (size_t)row * 104729) % 10007) * (row % 2 ? 1e-3f : 10.0f), 0);
+            }
+        }
+    for (int outs = 1; outs <= 3; outs++) for (size_t bytes = 0; bytes < 70000; bytes = bytes * 3 + 1) for (int empty = 0; empty < 2; empty++) {
+        static unsigned char from[70007], to_bytes[3][70010];
+        llmpar_device table = *ops_device(LLMPAR_CPU_PORTABLE, 2);
+        const void *in = from + 3;
+        void *out[3];
+        llmpar_tree_sum_to_args to;
+        for (size_t i = 0; i < sizeof from; i++) from[i] = (unsigned char)(i * 31 >> 2);
+        memset(to_bytes, 0xee, sizeof to_bytes);
+        for (int j = 0; j < outs; j++) out[j] = to_bytes[j] + j + 1;
+        to.in = &in; to.n = 1; to.outs = outs; to.count = bytes; to.out = out; to.dtype = LLMPAR_U8;
+        if (empty) table.tree_sum_to = NULL;
+        CHECK_OK(llmpar_device_tree_sum_to(&table, &to));
+        for (int j = 0; j < outs; j++) {
+            CHECK_BYTES(out[j], in, bytes);
+            CHECK(to_bytes[j][j] == 0xee && to_bytes[j][(size_t)j + 1 + bytes] == 0xee);
+        }
+    }
+}
+
 TEST(add_scale_cast_copy)
 {
     ops_way ways[4];
@@ -445,4 +501,4 @@ TEST(square_sum_exact)
 
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(tree_sum_and_max), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(square_sum_exact), T_(devices_close))
+TEST_LIST(T_(tree_sum_and_max), T_(tree_sum_to_several), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(square_sum_exact), T_(devices_close))

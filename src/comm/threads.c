@@ -3,20 +3,23 @@
    A collective, on every rank (n ranks, this one is r):
      publish   what I am about to do, and where my buffers are, in my slot of the communicator
      barrier   from here on all slots are complete; compare them: all ranks do the same thing, or all report both sides and nothing has moved
-     work      read the peers' buffers directly; nobody leaves the collective meanwhile, so they stay where they are
+     work      read and write the peers' buffers directly; nobody leaves the collective meanwhile, so they stay where they are
      barrier   buffers belong to their owners again
    Up to LLMPAR__THREADS_INLINE bytes travel inside the slot: then the second barrier is not needed, because a rank has two slots and uses them in turns.
 
    All-reduce: rank r alone reads slice r of all inputs, and writes its sum to slice r of everybody's output. So in place (recv == send) is safe: what is overwritten
-   was read by nobody else. The slice is done in pieces that stay in the cache between the sum and the copies.
+   was read by nobody else. The sum goes to all outputs in one pass (tree_sum_to): every line of memory moves once.
        send 0  |s0|s1|s2|s3|     rank 2 reads s2 of all,  recv 0 |  |  |S2|  |
        send 1  |s0|s1|s2|s3|  -> S2 = (s2+s2)+(s2+s2)  -> recv 1 |  |  |S2|  |
        ..                        and writes it to all     ..
 
+   All-gather in the same way: a rank writes its part to everybody's output, and reads nobody's. A line that a peer has just written is the dearest to read, one's own the cheapest. Broadcast: rank r hands
+   slice r of the root's buffer to everybody. Reduce-scatter and all-to-all have one reader a result: it reads.
+
    Order of sums: element by element, the device's tree_sum over the contributions in rank order. That is the whole contract; slices and pieces cut elements, never sums.
 
    Device and streams: the whole collective is one host call on the stream (device->host_call), so it takes its place among the stream's operations on a device
-   that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the large copies are the device's tree_sum, max and copy with stream NULL,
+   that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the copies are the device's tree_sum_to, tree_sum, max and copy with stream NULL,
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 #include "comm/threads_internal.h"
@@ -24,7 +27,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice that are summed and passed on at a time */
+#define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
+#define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
 /* The argument of the host call. */
 typedef struct llmpar__threads_job {
@@ -80,8 +84,36 @@ static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmp
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
 {
+    llmpar_tree_sum_to_args args;
     if (!bytes || out == in) return LLMPAR_OK;
-    return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+    if (bytes <= LLMPAR__THREADS_INLINE) return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+    args.in = &in;
+    args.out = &out;
+    args.n = args.outs = 1;
+    args.count = bytes;
+    args.dtype = LLMPAR_U8;
+    return llmpar_device_tree_sum_to(tc->comm.device, &args);
+}
+
+/* in[bytes] to `outs` of tc->outputs. */
+static llmpar_status llmpar__threads_spread(llmpar__threads_comm *tc, const void *in, int32_t outs, size_t bytes)
+{
+    llmpar_tree_sum_to_args args;
+    args.in = &in;
+    args.n = 1;
+    args.out = tc->outputs;
+    args.outs = outs;
+    args.count = bytes;
+    args.dtype = LLMPAR_U8;
+    return outs && bytes ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
+}
+
+/* This rank's slice [begin, end) of `total` things of `item` bytes. */
+static void llmpar__threads_share(const llmpar__threads_comm *tc, size_t total, size_t item, size_t *begin, size_t *end)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, grain = LLMPAR__THREADS_GRAIN / item, grains = (total + grain - 1) / grain;
+    *begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
+    *end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
 }
 
 /* The data of rank i: in its slot, or where its send pointer says. */
@@ -93,11 +125,22 @@ static const char *llmpar__threads_source(const llmpar__threads_slot *slots, int
 /* All-reduce of large buffers: my slice of all, to all. */
 static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots)
 {
-    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), total = call->what.count * call->what.blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
-    size_t grain = 256 / item, grains = (total + grain - 1) / grain; /* slices begin at whole cache lines of aligned buffers */
-    size_t begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
-    size_t end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), begin, end, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     llmpar_status st = LLMPAR_OK;
+    llmpar__threads_share(tc, call->what.count * call->what.blocks, item, &begin, &end);
+    if (call->what.reduce != LLMPAR_MAX) {
+        llmpar_tree_sum_to_args args;
+        for (size_t i = 0; i < n; i++) {
+            tc->inputs[i] = (const char *)slots[i].call.send + begin * item;
+            tc->outputs[i] = (char *)slots[(r + i) % n].call.recv + begin * item; /* mine first: what the others are copied from where the device sums to one place only */
+        }
+        args.in = tc->inputs;
+        args.out = tc->outputs;
+        args.n = args.outs = (int32_t)n;
+        args.count = end - begin;
+        args.dtype = (llmpar_dtype)call->what.dtype;
+        return llmpar_device_tree_sum_to(tc->comm.device, &args);
+    }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
         size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
         char *mine = (char *)call->recv + at * item;
@@ -128,9 +171,18 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_ALL_GATHER:
-        for (size_t k = 0; k < n; k++) { /* each rank begins with its own: not all at the same peer */
+        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
+            const char *from = (const char *)call->send + b * part;
+            int32_t outs = 0;
+            for (size_t i = 0; i < n; i++) {
+                char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
+                if (to != from) tc->outputs[outs++] = to;
+            }
+            st = llmpar__threads_spread(tc, from, outs, part);
+        }
+        for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
-            const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
+            const char *from = (const char *)slots[i].payload;
             for (size_t b = 0; b < call->what.blocks && !st; b++) {
                 char *to = recv + (b * n + i) * part;
                 if (i != r || to != (const char *)call->send + b * part) st = llmpar__threads_copy(tc, to, from + b * part, part);
@@ -138,8 +190,19 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_BROADCAST:
+        if (!in_slot) {
+            const llmpar__threads_call *root = &slots[call->what.root].call;
+            size_t begin, end;
+            int32_t outs = 0;
+            llmpar__threads_share(tc, part * call->what.blocks, 1, &begin, &end);
+            for (size_t i = 0; i < n; i++) {
+                char *to = (char *)slots[(r + i) % n].call.recv;
+                if (to && to != root->send) tc->outputs[outs++] = to + begin;
+            }
+            return llmpar__threads_spread(tc, (const char *)root->send + begin, outs, end - begin);
+        }
         if (!recv || recv == call->send) return LLMPAR_OK;
-        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->what.root, in_slot), part * call->what.blocks);
+        return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
     case LLMPAR_CALL_ALL_TO_ALL:
         for (size_t k = 0; k < n; k++) {
             size_t i = (r + k) % n;
@@ -271,6 +334,7 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
     llmpar__threads_group_release(tc->group);
     llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
+    llmpar_heap_free(heap, tc->outputs);
     llmpar_heap_free(heap, tc);
 }
 
@@ -281,14 +345,16 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
     const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
+    void **outputs = (void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *outputs);
     if (tc) {
         tc->comm.axis = group->axis;
         tc->comm.ranks = group->ranks;
     }
-    if (!tc || !inputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
+    if (!tc || !inputs || !outputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
         llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %s: out of memory", group->axis);
         llmpar_heap_free(heap, tc);
         llmpar_heap_free(heap, inputs);
+        llmpar_heap_free(heap, outputs);
         llmpar__threads_group_release(group);
         return LLMPAR_ERR_MEMORY;
     }
@@ -297,6 +363,7 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     tc->group = group;
     tc->world_rank = group->world_rank[rank];
     tc->inputs = inputs;
+    tc->outputs = outputs;
     llmpar_comm *comm = &tc->comm;
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
@@ -397,3 +464,4 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 }
 
 #undef LLMPAR__THREADS_PIECE
+#undef LLMPAR__THREADS_GRAIN

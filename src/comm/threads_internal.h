@@ -97,7 +97,8 @@ typedef struct llmpar__threads_comm {
     int32_t world_rank;
     uint32_t number;       /* meetings begun: the parity picks the slot */
     llmpar_record *record; /* owned by the world communicator, NULL in others */
-    const void **inputs;   /* [ranks] scratch for the reductions */
+    const void **inputs;   /* [ranks] scratch */
+    void **outputs;        /* [ranks] scratch */
     llmpar_order order;    /* calls on different streams run in the order in which they were issued, as on every other rank */
 } llmpar__threads_comm;
 

@@ -269,6 +269,8 @@ LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
 LLMPAR__CPU_RUN(xent_backward, llmpar_xent_backward_args)
 
+static llmpar_status llmpar__cpu_run_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args) { return llmpar__cpu_tree_sum_to(llmpar__stream_view(device), args); }
+
 static void llmpar__cpu_fill_table(llmpar_device *table)
 {
     table->alloc = llmpar__cpu_alloc;
@@ -302,6 +304,7 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->stream_thread = llmpar__cpu_stream_thread;
     table->thread_error = llmpar__stream_thread_error;
     table->threads_running = llmpar__stream_threads_running;
+    table->tree_sum_to = llmpar__cpu_run_tree_sum_to;
 }
 
 #undef LLMPAR__CPU_OPERATIONS

@@ -73,8 +73,10 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
-/* elementwise.c: tree_sum, max, add, scale, cast, copy_rows */
+/* tree_sum.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+/* elementwise.c: max, add, scale, cast, copy_rows */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);

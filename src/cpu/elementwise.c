@@ -1,9 +1,8 @@
-/* elementwise: tree_sum, max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
+/* elementwise: max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
    work is cut into chunks for the workers at will. */
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
 
-static const llmpar__kernel llmpar__elementwise_tree_kernels[4] = LLMPAR__VKERNELS(elementwise_tree);
 static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
 static const llmpar__kernel llmpar__elementwise_add_kernels[4] = LLMPAR__VKERNELS(elementwise_add);
 static const llmpar__kernel llmpar__elementwise_scale_kernels[4] = LLMPAR__VKERNELS(elementwise_scale);
@@ -12,21 +11,6 @@ static void llmpar__elementwise_run(llmpar_device *device, const llmpar__kernel 
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)count, LLMPAR__ELEMENTWISE_CHUNK));
-}
-
-/* Integer addition is associative (modulo 2^64), so a plain sum has the tree's bits. Signed as unsigned: overflow wraps. */
-static void llmpar__elementwise_tree_u64(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, end = begin + LLMPAR__ELEMENTWISE_CHUNK;
-    uint64_t *out = (uint64_t *)a->out;
-    (void)worker;
-    if (end > a->count) end = a->count;
-    for (size_t i = begin; i < end; i++) {
-        uint64_t sum = 0;
-        for (int32_t j = 0; j < a->n; j++) sum += ((const uint64_t *)a->in[j])[i];
-        out[i] = sum;
-    }
 }
 
 static void llmpar__elementwise_max_i64(void *arg, int64_t task, int32_t worker)
@@ -41,19 +25,6 @@ static void llmpar__elementwise_max_i64(void *arg, int64_t task, int32_t worker)
         for (int32_t j = 1; j < a->n; j++) most = llmpar__v_max(most, ((const int64_t *)a->in[j])[i]);
         out[i] = most;
     }
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args)
-{
-    (void)stream;
-    if (args->n < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "tree_sum: n = %d, expected at least 1", (int)args->n);
-    if (args->dtype == LLMPAR_I64 || args->dtype == LLMPAR_U64) {
-        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_tree_u64, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
-        return LLMPAR_OK;
-    }
-    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "tree_sum: dtype %s, expected f32, f64, i64 or u64", llmpar_dtype_name(args->dtype));
-    llmpar__elementwise_run(device, llmpar__elementwise_tree_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args)

@@ -59,7 +59,6 @@ LLMPAR__VDECLARE(xent_rows_backward)
 /* elementwise, optim: elements a task */
 enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
 typedef struct llmpar__elementwise_job { const llmpar_add_args *add; const llmpar_scale_args *scale; llmpar__half half; } llmpar__elementwise_job; /* one of the two */
-LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)

@@ -20,6 +20,26 @@ LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
     return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
 }
 
+LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
+{
+    llmpar_tree_sum_args sum;
+    size_t bytes = args->count * llmpar_dtype_size(args->dtype);
+    llmpar_status status = LLMPAR_OK;
+    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
+    if (!bytes || args->outs < 1) return LLMPAR_OK;
+    sum.in = args->in;
+    sum.n = args->n;
+    sum.count = args->count;
+    sum.out = args->out[0];
+    sum.dtype = args->dtype;
+    if (args->n > 1) status = device->tree_sum(device, NULL, &sum);
+    for (int32_t i = args->n > 1; i < args->outs && !status; i++) {
+        const void *from = args->n > 1 ? sum.out : args->in[0];
+        if (args->out[i] != from) status = device->copy(device, NULL, args->out[i], from, bytes);
+    }
+    return status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
 {
     llmpar_status status = LLMPAR_OK;

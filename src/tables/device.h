@@ -149,6 +149,8 @@ typedef struct llmpar_xent_loss_args { int64_t rows; const void *max, *target_lo
 
 /* out[i] = balanced tree over j < n of in[j][i], i < count. out may equal any one in[j]. dtypes F32, F64, I64, U64; n >= 1. */
 typedef struct llmpar_tree_sum_args { const void *const *in; int32_t n; size_t count; void *out; llmpar_dtype dtype; } llmpar_tree_sum_args;
+/* out[0..outs-1][i] = the same; every out may equal one in[j], no two are the same. n = 1 is a copy, of any dtype. */
+typedef struct llmpar_tree_sum_to_args { const void *const *in; int32_t n, outs; size_t count; void *const *out; llmpar_dtype dtype; } llmpar_tree_sum_to_args;
 /* out[i] = max over j of in[j][i]; F32, F64, I64. NaN wins. */
 typedef struct llmpar_tree_sum_args llmpar_max_args;
 /* out = a + b; out may equal a or b. */
@@ -261,6 +263,9 @@ struct llmpar_device {
     llmpar_error *(*thread_error)(llmpar_device *device);
     /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
     int32_t (*threads_running)(llmpar_device *device);
+    /* tree_sum with several results, at once and on the calling thread, done on return: every operand is read once and every line is written while it is at hand. Empty: tree_sum with stream NULL, and copies of
+       its result. Whoever replaces tree_sum in a table replaces or empties this one too. */
+    llmpar_status (*tree_sum_to)(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -269,6 +274,9 @@ LLMPAR_API llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmp
 LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own);
 /* threads_running with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
+
+/* tree_sum_to with its fallback. Local. */
+LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 
 /* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
    rank's own thread. Where no stream can have a thread it is a plain host_call. */
