@@ -220,6 +220,7 @@ LLMPAR_EXTERN_C_END
 #include "base/xxh64.c"
 
 #include "cpu/half.c"
+#include "cpu/gemm_thin.c"
 #include "cpu/gemm.c"
 #include "cpu/attention.c"
 #include "cpu/norm.c"

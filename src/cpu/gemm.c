@@ -14,6 +14,7 @@
 
    BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
    workspace, and each is rounded into c once, when its last part is done. */
+#include "cpu/gemm_thin_internal.h"
 #include "cpu/half_internal.h"
 
 #include "base/size.h"
@@ -569,8 +570,14 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
     llmpar__cpu cpu = *(llmpar__cpu *)device->state;
     llmpar__gemm_run run;
     size_t bytes;
-    llmpar__gemm_prepare(&run, &cpu, args);
     bytes = args->workspace ? args->workspace_bytes : 0;
+    if (llmpar__gemm_thin_takes(&cpu, args)) {
+        size_t need = llmpar__gemm_thin_workspace(&cpu, args);
+        if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
+        llmpar__gemm_thin(&cpu, args);
+        return LLMPAR_OK;
+    }
+    llmpar__gemm_prepare(&run, &cpu, args);
     if (bytes < llmpar__gemm_bytes(&run))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
     llmpar__gemm_lay_out(&run, args->workspace);
@@ -628,6 +635,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
 #if !defined(LLMPAR_NO_SIMD)
     if (args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0) {
         llmpar__gemm_run run;
+        if (llmpar__gemm_thin_takes((const llmpar__cpu *)device->state, args)) return llmpar__gemm_thin_workspace((const llmpar__cpu *)device->state, args);
         llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
         return llmpar__gemm_bytes(&run);
     }

@@ -101,9 +101,9 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     widths[3] = s->v;
     llmpar_tp_operand row;
     llmpar_attention_args attention;
-    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
-    for (int pass = 0; pass < 2; pass++) {
-        int64_t rows = pass ? g->rows : 1;
+    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. Few rows are multiplied in another way than many, and need more the more there are. */
+    for (int pass = 0; pass < 3; pass++) {
+        int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 4; i++) {
             w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;

@@ -1,0 +1,440 @@
+/* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
+   memory, so everything serves one purpose: each byte is read once, in order, without a pause.
+
+     b: 2 * LANES rows, 64 bytes of each at a time                                 c[m, n .. n + 2 * LANES]: chains in registers, lanes are n
+        |--####....----------|                                                     x[k][m] * | word of k of LANES rows |
+        |--####....----------|   -- LANES x 16 words are transposed into L1 -->              | ...                     |
+        |--####....----------|      while the chains take them, the same rows
+        |--####....----------|      are fetched some lines further on (....)
+
+   A chain goes on from memory after each 16 words, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a
+   product of many rows. */
+#include "cpu/gemm_thin_internal.h"
+
+#include "base/size.h"
+
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
+#if !defined(LLMPAR_NO_SIMD)
+
+enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
+enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+#define LLMPAR__THIN_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
+#define LLMPAR__THIN_COLUMNS 32 /* distance of two rows of sums; PANELS vectors at most */
+#if defined(__clang__)
+#define LLMPAR__THIN_UNROLL _Pragma("unroll")
+#else
+#define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef struct llmpar__gemm_thin_span {
+    const char *w;                    /* rows of b, ld bytes apart */
+    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
+    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
+    int64_t ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
+    int32_t rows, kind;
+    const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
+    int64_t next_ld;
+} llmpar__gemm_thin_span;
+
+typedef struct llmpar__gemm_thin_level {
+    int64_t lanes;
+    void (*span)(const llmpar__gemm_thin_span *span);
+} llmpar__gemm_thin_level;
+
+#if defined(__x86_64__)
+
+/* In each 128-bit lane four rows become four columns. */
+#define LLMPAR__THIN_FOUR(unpacklo, unpackhi, shuffle, a, b, c, d, store) do { \
+    y0 = unpacklo(a, b); y1 = unpacklo(c, d); y2 = unpackhi(a, b); y3 = unpackhi(c, d); \
+    store(0, shuffle(y0, y1, 0x44)); store(1, shuffle(y0, y1, 0xee)); store(2, shuffle(y2, y3, 0x44)); store(3, shuffle(y2, y3, 0xee)); \
+} while (0)
+
+#define LLMPAR__THIN_LOAD_8(r) _mm256_loadu_ps((const float *)(const void *)(in + (r) * ld))
+#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * 8, v)
+#define LLMPAR__THIN_TRANSPOSE_8() \
+    __m256 y0, y1, y2, y3, a0, a1, a2, a3, b0, b1, b2, b3; \
+    int j = 0; \
+    a0 = LLMPAR__THIN_LOAD_8(0); b0 = LLMPAR__THIN_LOAD_8(4); a1 = LLMPAR__THIN_LOAD_8(1); b1 = LLMPAR__THIN_LOAD_8(5); \
+    a2 = LLMPAR__THIN_LOAD_8(2); b2 = LLMPAR__THIN_LOAD_8(6); a3 = LLMPAR__THIN_LOAD_8(3); b3 = LLMPAR__THIN_LOAD_8(7); \
+    y0 = _mm256_permute2f128_ps(a0, b0, 0x20); b0 = _mm256_permute2f128_ps(a0, b0, 0x31); a0 = y0; \
+    y0 = _mm256_permute2f128_ps(a1, b1, 0x20); b1 = _mm256_permute2f128_ps(a1, b1, 0x31); a1 = y0; \
+    y0 = _mm256_permute2f128_ps(a2, b2, 0x20); b2 = _mm256_permute2f128_ps(a2, b2, 0x31); a2 = y0; \
+    y0 = _mm256_permute2f128_ps(a3, b3, 0x20); b3 = _mm256_permute2f128_ps(a3, b3, 0x31); a3 = y0; \
+    LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, a0, a1, a2, a3, LLMPAR__THIN_STORE_8); \
+    j = 4; \
+    LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, b0, b1, b2, b3, LLMPAR__THIN_STORE_8)
+
+__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_thin_avx_bf16(__m256 word, const int i)
+{
+    __m128i low = _mm256_castsi256_si128(_mm256_castps_si256(word)), high = _mm256_extractf128_si256(_mm256_castps_si256(word), 1);
+    if (i) return _mm256_and_ps(word, _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000u)));
+    return _mm256_castsi256_ps(_mm256_insertf128_si256(_mm256_castsi128_si256(_mm_slli_epi32(low, 16)), _mm_slli_epi32(high, 16), 1));
+}
+/* First the portable level, with the bits of gemm_portable.inc; it has no conversion of F16. */
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx_##part
+#define LLMPAR__THIN_TARGET __attribute__((target("avx")))
+#define LLMPAR__THIN_VECTOR __m256
+#define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) (word)
+#include "cpu/gemm_thin.inc"
+
+#define LLMPAR__THIN_AVX2 target("avx2,fma,f16c")
+__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_bf16(__m256 word, const int i)
+{
+    __m256i bits = _mm256_castps_si256(word);
+    return _mm256_castsi256_ps(i ? _mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000u)) : _mm256_slli_epi32(bits, 16));
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_f16(__m256 word, const int i)
+{
+    __m256i bits = _mm256_castps_si256(word);
+    bits = i ? _mm256_srli_epi32(bits, 16) : _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx2_##part
+#define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX2))
+#define LLMPAR__THIN_VECTOR __m256
+#define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
+#include "cpu/gemm_thin.inc"
+
+#define LLMPAR__THIN_AVX512 target("avx512f,avx512vl,avx2,fma,f16c")
+/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
+#define LLMPAR__THIN_LOW(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
+#define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
+#define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
+#define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
+#define LLMPAR__THIN_LOAD_16(r) _mm512_loadu_ps((const void *)(in + (r) * ld))
+#define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (j + (t)) * 16), v)
+/* Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together. Rows r, r + 4, r + 8, r + 12 give vectors whose quarters are four words of each. */
+__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
+{
+    __m512 x[4][4], y0, y1, y2, y3;
+    int r, j;
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < 4; r++) {
+        __m512 a = LLMPAR__THIN_LOAD_16(r), b = LLMPAR__THIN_LOAD_16(r + 4), c = LLMPAR__THIN_LOAD_16(r + 8), d = LLMPAR__THIN_LOAD_16(r + 12);
+        y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44);
+        y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44);
+        y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee);
+        y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+        x[r][0] = LLMPAR__THIN_QUARTERS(y0, y1, 0x88);
+        x[r][1] = LLMPAR__THIN_QUARTERS(y0, y1, 0xdd);
+        x[r][2] = LLMPAR__THIN_QUARTERS(y2, y3, 0x88);
+        x[r][3] = LLMPAR__THIN_QUARTERS(y2, y3, 0xdd);
+    }
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < 4; r++) {
+        j = 4 * r;
+        LLMPAR__THIN_FOUR(LLMPAR__THIN_LOW, LLMPAR__THIN_HIGH, LLMPAR__THIN_SHUFFLE, x[0][r], x[1][r], x[2][r], x[3][r], LLMPAR__THIN_STORE_16);
+    }
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
+{
+    __m512i bits = _mm512_castps_si512(word);
+    return _mm512_castsi512_ps(i ? _mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000u)) : _mm512_maskz_slli_epi32(0xffff, bits, 16));
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_f16(__m512 word, const int i)
+{
+    __m512i bits = _mm512_castps_si512(word);
+    if (i) bits = _mm512_maskz_srli_epi32(0xffff, bits, 16);
+    return _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, bits));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx512_##part
+#define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX512))
+#define LLMPAR__THIN_VECTOR __m512
+#define LLMPAR__THIN_LANES 16
+#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm512_set1_ps(*(p))
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
+#include "cpu/gemm_thin.inc"
+
+#undef LLMPAR__THIN_FOUR
+#undef LLMPAR__THIN_LOAD_8
+#undef LLMPAR__THIN_STORE_8
+#undef LLMPAR__THIN_TRANSPOSE_8
+#undef LLMPAR__THIN_AVX2
+#undef LLMPAR__THIN_AVX512
+#undef LLMPAR__THIN_LOW
+#undef LLMPAR__THIN_HIGH
+#undef LLMPAR__THIN_SHUFFLE
+#undef LLMPAR__THIN_QUARTERS
+#undef LLMPAR__THIN_LOAD_16
+#undef LLMPAR__THIN_STORE_16
+
+/* lanes = 0: nothing for this type here. */
+static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    llmpar__gemm_thin_level none = { 0, NULL }, avx = { 8, llmpar__gemm_thin_avx_span }, avx2 = { 8, llmpar__gemm_thin_avx2_span }, avx512 = { 16, llmpar__gemm_thin_avx512_span };
+    if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
+    if (cpu->level == LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
+    if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx") ? avx : none;
+}
+
+#else /* aarch64 */
+
+__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out)
+{
+    float32x4_t a = vld1q_f32((const float *)(const void *)in), b = vld1q_f32((const float *)(const void *)(in + ld)), c = vld1q_f32((const float *)(const void *)(in + 2 * ld)), d = vld1q_f32((const float *)(const void *)(in + 3 * ld));
+    float32x4x2_t ac = vzipq_f32(a, c), bd = vzipq_f32(b, d), low = vzipq_f32(ac.val[0], bd.val[0]), high = vzipq_f32(ac.val[1], bd.val[1]);
+    vst1q_f32(out, low.val[0]);
+    vst1q_f32(out + 4, low.val[1]);
+    vst1q_f32(out + 8, high.val[0]);
+    vst1q_f32(out + 12, high.val[1]);
+}
+static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_bf16(float32x4_t word, const int i)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(word);
+    return vreinterpretq_f32_u32(i ? vandq_u32(bits, vdupq_n_u32(0xffff0000u)) : vshlq_n_u32(bits, 16));
+}
+static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_f16(float32x4_t word, const int i)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(word);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(i ? vshrq_n_u32(bits, 16) : bits)));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_neon_##part
+#define LLMPAR__THIN_TARGET
+#define LLMPAR__THIN_VECTOR float32x4_t
+#define LLMPAR__THIN_LANES 4
+#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_READ(p) vld1q_f32(p)
+#define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
+#define LLMPAR__THIN_SPREAD(p) vdupq_n_f32(*(p))
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
+#include "cpu/gemm_thin.inc"
+
+static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    llmpar__gemm_thin_level neon = { 4, llmpar__gemm_thin_neon_span };
+    (void)cpu;
+    (void)dtype;
+    return neon;
+}
+
+#endif
+
+/* ---- tasks ---- */
+
+typedef struct llmpar__gemm_thin_run {
+    const llmpar_gemm_args *args;
+    llmpar__gemm_thin_level level;
+    llmpar__half half, half_out;
+    int64_t k, panels;                /* all segments together; columns in vectors */
+    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 2, 4 or 8; levels: partial sums that wait at any time */
+    int32_t shares;                   /* tasks */
+    float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
+} llmpar__gemm_thin_run;
+
+/* A span: elements [begin, begin + k) of a segment, rows of b of one or two panels. */
+typedef struct llmpar__gemm_thin_place { int64_t panel, panels, begin, k; int32_t segment; } llmpar__gemm_thin_place;
+
+static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
+
+static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int32_t s, p, last = (int32_t)args->m % 8;
+    memset(run, 0, sizeof *run);
+    run->args = args;
+    run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    run->kind = args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : args->dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32;
+    run->rows = (int32_t)args->m - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+    run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
+    for (s = 0; s < args->segment_count; s++) run->k += args->segments[s].k;
+    for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    llmpar__gemm_thin_run run;
+    llmpar__gemm_thin_prepare(&run, cpu, args);
+    return llmpar__gemm_thin_round(run.k * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+}
+
+/* x[k][rows of a block] of every block of rows, as f32. */
+static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
+{
+    enum { PART = 64 };
+    const llmpar_gemm_args *args = run->args;
+    float wide[8][PART];
+    int64_t at = 0, k, i;
+    int32_t s, row, r;
+    memset(wide, 0, sizeof wide);
+    for (s = 0; s < args->segment_count; at += args->segments[s++].k) {
+        const llmpar_gemm_segment *segment = &args->segments[s];
+        for (row = 0; row < run->rows; row += 8) {
+            int32_t rows = run->rows - row < 8 ? run->rows - row : 8, valid = args->m - row < 8 ? (int32_t)args->m - row : 8;
+            float *out = run->x + row * run->k + at * rows;
+            for (k = 0; k < segment->k; k += PART) {
+                int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
+                const float *in[8];
+                for (r = 0; r < rows; r++) in[r] = r < valid ? (const float *)llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]) : wide[r];
+                for (; r < 8; r++) in[r] = wide[r];
+                if (rows == 8)
+                    for (i = 0; i < count; i++, out += 8)
+                        for (r = 0; r < 8; r++) out[r] = in[r][i];
+                else
+                    for (i = 0; i < count; i++)
+                        for (r = 0; r < rows; r++) *out++ = in[r][i];
+            }
+        }
+    }
+}
+
+/* The span after `at` of the same panels; 0: there is none. A segment without terms has no span. */
+static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place *at)
+{
+    at->begin += at->k;
+    at->k = 0;
+    while (at->segment < run->args->segment_count && at->begin == run->args->segments[at->segment].k) {
+        at->segment++;
+        at->begin = 0;
+    }
+    if (at->segment == run->args->segment_count) return 0;
+    at->k = run->args->segments[at->segment].k - at->begin;
+    return 1;
+}
+
+static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
+    return (const char *)segment->b + (at->panel * run->level.lanes * segment->ldb + at->begin) * run->half.size;
+}
+
+static int64_t llmpar__gemm_thin_columns(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    int64_t left = run->args->n - at->panel * run->level.lanes, most = at->panels * run->level.lanes;
+    return left < most ? left : most;
+}
+
+/* First panel of task `share`. */
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->panels, run->shares); }
+
+static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
+    const llmpar_gemm_args *args = run->args;
+    int64_t end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    float *sums = run->sums + worker * (1 + run->levels) * size, *stack = sums + size;
+    llmpar__gemm_thin_place at, next;
+    int32_t r;
+    memset(&at, 0, sizeof at);
+    for (at.panel = llmpar__gemm_thin_begin(run, task); at.panel < end; at.panel += at.panels) {
+        int64_t columns, x = 0;
+        int32_t piece = 0, depth = 0, done;
+        int more;
+        at.panels = end - at.panel < LLMPAR__THIN_PANELS ? end - at.panel : (int64_t)LLMPAR__THIN_PANELS;
+        at.segment = 0;
+        at.begin = at.k = 0;
+        columns = llmpar__gemm_thin_columns(run, &at);
+        more = llmpar__gemm_thin_next(run, &at);
+        for (piece = 0; piece < args->pieces; piece++) {
+            memset(sums, 0, (size_t)size * sizeof *sums);
+            for (r = 0; args->accumulate && r < args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)args->c + r * args->ldc + at.panel * run->level.lanes, (size_t)columns * sizeof(float));
+            while (more && args->segments[at.segment].piece == piece) {
+                llmpar__gemm_thin_span span;
+                span.w = llmpar__gemm_thin_address(run, &at);
+                span.ld = args->segments[at.segment].ldb * run->half.size;
+                span.k = at.k;
+                span.x = run->x;
+                span.x_k = run->k;
+                span.x_done = x;
+                span.sums = sums;
+                span.columns = columns;
+                span.rows = run->rows;
+                span.kind = run->kind;
+                x += at.k;
+                next = at;
+                more = llmpar__gemm_thin_next(run, &next);
+                span.next = span.w;
+                span.next_ld = span.ld;
+                if (more || at.panel + at.panels < end) {
+                    llmpar__gemm_thin_place then = next;
+                    if (!more) {
+                        then.panel += then.panels;
+                        then.segment = 0;
+                        then.begin = 0;
+                        llmpar__gemm_thin_next(run, &then);
+                    }
+                    span.next = llmpar__gemm_thin_address(run, &then);
+                    span.next_ld = args->segments[then.segment].ldb * run->half.size;
+                }
+                run->level.span(&span);
+                at = next;
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; depth > 0 && (done % 2 == 0 || piece == args->pieces - 1); done /= 2) {
+                depth--;
+                for (i = 0; i < size; i++) sums[i] = stack[depth * size + i] + sums[i];
+            }
+            if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
+        }
+        for (r = 0; r < args->m; r++) {
+            int64_t c = r * args->ldc + at.panel * run->level.lanes;
+            if (run->half_out.narrow) llmpar__half_write(&run->half_out, args->c, c, columns, sums + r * LLMPAR__THIN_COLUMNS);
+            else memcpy((float *)args->c + c, sums + r * LLMPAR__THIN_COLUMNS, (size_t)columns * sizeof(float));
+        }
+    }
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    llmpar__gemm_thin_run run;
+    char *at = (char *)args->workspace;
+    int32_t threads = llmpar__pool_threads(cpu);
+    llmpar__gemm_thin_prepare(&run, cpu, args);
+    at += (64 - (uintptr_t)at % 64) % 64;
+    run.x = (float *)(void *)at;
+    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.k * run.rows));
+    run.shares = (int32_t)(threads == 1 ? 1 : run.panels < 4 * threads ? (run.panels < threads ? run.panels : threads) : 4 * threads);
+    if ((double)args->n * (double)run.k * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
+    llmpar__gemm_thin_pack(&run);
+    llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
+}
+
+#undef LLMPAR__THIN_PER_WORD
+#undef LLMPAR__THIN_COLUMNS
+#undef LLMPAR__THIN_SERIAL
+#undef LLMPAR__THIN_UNROLL
+
+#else
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
+LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }
+
+#endif
