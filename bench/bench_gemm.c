@@ -1,162 +1,193 @@
-/* bench_gemm: the matrix product on one core, level by level, beside the arithmetic peak of that level measured in the same run
-   (the level's own instructions on registers alone). Prints GFLOP/s and the part of the peak; then what 8 exact pieces cost over one, and what
-   the product of BF16 operands into BF16 reaches of the f32 one, which does the same arithmetic.
+/* bench_gemm: the matrix product beside the arithmetic peak of its dispatch level, taken before and after each run (bench.h, peak.h); one core, but for
+   the lines that say otherwise, and 8 exact pieces, but for those that compare with one.
 
-     bench_gemm [level [kind m n k]]      kinds: nt nn tn */
+     bench_gemm [--json FILE] [LEVEL]                            the table, of the best level and of AVX2
+     bench_gemm [--json FILE] LEVEL KIND M N K [PIECES [DTYPE [THREADS]]]   one shape; KIND nt, nn or tn; DTYPE f32, bf16 or f16 */
 #include "llmpar.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-static double seconds_of(clockid_t clock)
-{
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-static double seconds(void) { return seconds_of(CLOCK_MONOTONIC); }
-
-/* ---- peak: independent chains in registers, enough to hide the latency ---- */
-
-/* The chains are written one by one: an array of them may end up in memory. */
-#define PEAK(name, target, vector, lanes, spread, step) \
-    target static double name(long rounds, volatile float *sink) \
-    { \
-        vector x = spread(1.0f + 1e-7f * sink[0]), y = spread(1e-7f), CHAINS_OF(x); \
-        double start = seconds(); \
-        for (long round = 0; round < rounds; round++) { CHAINS_STEP(step) } \
-        start = seconds() - start; \
-        s0 = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7)) + ((s8 + s9) + (s10 + s11)); \
-        for (int i = 0; i < lanes; i++) sink[0] += ((float *)&s0)[i]; \
-        return 2.0 * lanes * 12 * (double)rounds / start * 1e-9; \
-    }
-#define CHAINS_OF(x) s0 = x, s1 = s0 + x, s2 = s1 + x, s3 = s2 + x, s4 = s3 + x, s5 = s4 + x, s6 = s5 + x, s7 = s6 + x, s8 = s7 + x, s9 = s8 + x, s10 = s9 + x, s11 = s10 + x
-#define CHAINS_STEP(step) \
-    s0 = step(x, s0, y); s1 = step(x, s1, y); s2 = step(x, s2, y); s3 = step(x, s3, y); s4 = step(x, s4, y); s5 = step(x, s5, y); \
-    s6 = step(x, s6, y); s7 = step(x, s7, y); s8 = step(x, s8, y); s9 = step(x, s9, y); s10 = step(x, s10, y); s11 = step(x, s11, y);
-#if defined(__x86_64__)
-#define MULTIPLY_ADD_4(a, b, c) _mm_add_ps(_mm_mul_ps(a, b), c)
-#define MULTIPLY_ADD_8(a, b, c) _mm256_add_ps(_mm256_mul_ps(a, b), c)
-PEAK(peak_sse2, , __m128, 4, _mm_set1_ps, MULTIPLY_ADD_4)
-PEAK(peak_avx, __attribute__((target("avx"))), __m256, 8, _mm256_set1_ps, MULTIPLY_ADD_8)
-PEAK(peak_avx2, __attribute__((target("avx2,fma"))), __m256, 8, _mm256_set1_ps, _mm256_fmadd_ps)
-PEAK(peak_avx512, __attribute__((target("avx512f"))), __m512, 16, _mm512_set1_ps, _mm512_fmadd_ps)
-static double peak(llmpar_cpu_level level)
-{
-    volatile float sink[1] = { 0 };
-    if (level == LLMPAR_CPU_AVX512) return peak_avx512(100000, sink);
-    if (level == LLMPAR_CPU_AVX2) return peak_avx2(200000, sink);
-    return __builtin_cpu_supports("avx") ? peak_avx(100000, sink) : peak_sse2(100000, sink);
-}
-#else
-#define FMA_NEON(a, b, c) vfmaq_f32(c, a, b)
-PEAK(peak_neon, , float32x4_t, 4, vdupq_n_f32, FMA_NEON)
-static double peak(llmpar_cpu_level level)
-{
-    volatile float sink[1] = { 0 };
-    (void)level;
-    return peak_neon(100000, sink);
-}
-#endif
-
-/* ---- products ---- */
+#include "peak.h"
 
 static const char *const kind_names[] = { "?", "nt", "nn", "tn" };
 
-static char *matrix(llmpar_device *device, llmpar_dtype dtype, int64_t count)
+/* One product, ready to be run again and again. */
+typedef struct product {
+    llmpar_device *device;
+    llmpar_gemm_args args;
+    llmpar_gemm_segment segments[64];
+    char *a, *b;
+    double flops;
+} product;
+
+static void *need(llmpar_device *device, size_t bytes)
 {
     void *memory = NULL;
-    if (device->alloc(device, (size_t)count * llmpar_dtype_size(dtype), &memory)) exit(1);
+    if (device->alloc(device, bytes, &memory)) { fprintf(stderr, "%s\n", device->error->text); exit(1); }
+    return memory;
+}
+
+static char *matrix(llmpar_device *device, llmpar_dtype dtype, int64_t count)
+{
+    void *memory = need(device, (size_t)count * llmpar_dtype_size(dtype));
     for (int64_t i = 0; i < count; i++) {
         float x = (float)((i * 2654435761u) % 1000) * 1e-3f - 0.5f;
         if (dtype == LLMPAR_F32) ((float *)memory)[i] = x;
-        else ((uint16_t *)memory)[i] = llmpar_f32_to_bf16(x);
+        else ((uint16_t *)memory)[i] = dtype == LLMPAR_BF16 ? llmpar_f32_to_bf16(x) : llmpar_f32_to_f16(x);
     }
     return (char *)memory;
 }
 
-/* Best of several runs, in GFLOP/s; the summed dim in `pieces` equal pieces. Raises *top to the best peak seen between the runs, because clocks move. */
-static double measure(llmpar_device *device, llmpar_cpu_level level, llmpar_gemm_kind kind, llmpar_dtype dtype, int64_t m, int64_t n, int64_t k, int32_t pieces, double budget, double *top)
+/* The summed dim in `pieces` equal pieces. */
+static void product_begin(product *p, llmpar_device *device, llmpar_gemm_kind kind, llmpar_dtype dtype, int64_t m, int64_t n, int64_t k, int32_t pieces)
 {
-    char *a = matrix(device, dtype, m * k), *b = matrix(device, dtype, n * k), *c = matrix(device, dtype, m * n);
     int64_t size = (int64_t)llmpar_dtype_size(dtype);
-    llmpar_gemm_segment *segments = (llmpar_gemm_segment *)calloc((size_t)pieces, sizeof *segments);
-    llmpar_gemm_args args;
-    double best = 1e30, best_shared = 1e30, begin = seconds();
-    memset(&args, 0, sizeof args);
-    args.m = m;
-    args.n = n;
-    args.c = c;
-    args.ldc = n;
-    args.segments = segments;
-    args.segment_count = args.pieces = pieces;
-    args.kind = kind;
-    args.dtype = dtype;
+    memset(p, 0, sizeof *p);
+    p->device = device;
+    p->a = matrix(device, dtype, m * k);
+    p->b = matrix(device, dtype, n * k);
+    p->flops = 2.0 * (double)m * (double)n * (double)k;
+    p->args.m = m;
+    p->args.n = n;
+    p->args.c = need(device, (size_t)(m * n) * sizeof(float));
+    p->args.ldc = n;
+    p->args.segments = p->segments;
+    p->args.segment_count = p->args.pieces = pieces;
+    p->args.kind = kind;
+    p->args.dtype = dtype;
     for (int32_t i = 0; i < pieces; i++) {
+        llmpar_gemm_segment *s = &p->segments[i];
         int64_t first = llmpar_piece_begin(i, k, pieces);
-        segments[i].piece = i;
-        segments[i].k = llmpar_piece_begin(i + 1, k, pieces) - first;
-        segments[i].lda = kind == LLMPAR_GEMM_TN ? m : k;
-        segments[i].ldb = kind == LLMPAR_GEMM_NT ? k : n;
-        segments[i].a = a + (kind == LLMPAR_GEMM_TN ? first * m : first) * size;
-        segments[i].b = b + (kind == LLMPAR_GEMM_NT ? first : first * n) * size;
+        s->piece = i;
+        s->k = llmpar_piece_begin(i + 1, k, pieces) - first;
+        s->lda = kind == LLMPAR_GEMM_TN ? m : k;
+        s->ldb = kind == LLMPAR_GEMM_NT ? k : n;
+        s->a = p->a + (kind == LLMPAR_GEMM_TN ? first * m : first) * size;
+        s->b = p->b + (kind == LLMPAR_GEMM_NT ? first : first * n) * size;
     }
-    args.workspace_bytes = device->gemm_workspace(device, &args);
-    if (device->alloc(device, args.workspace_bytes, &args.workspace)) exit(1);
-    for (int round = 0; round < 3 || seconds() - begin < budget; round++) {
-        double now = peak(level), start = seconds(), own = seconds_of(CLOCK_THREAD_CPUTIME_ID);
-        if (now > *top) *top = now;
-        if (device->gemm(device, NULL, &args)) { fprintf(stderr, "%s\n", device->error->text); exit(1); }
-        own = seconds_of(CLOCK_THREAD_CPUTIME_ID) - own;
-        start = seconds() - start;
-        if (own > 0.97 * start && start < best) best = start;
-        if (own < best_shared) best_shared = own;
+    p->args.workspace_bytes = device->gemm_workspace(device, &p->args);
+    p->args.workspace = need(device, p->args.workspace_bytes);
+}
+
+static void product_end(product *p)
+{
+    p->device->free(p->device, p->args.workspace, p->args.workspace_bytes);
+    p->device->free(p->device, p->args.c, (size_t)(p->args.m * p->args.n) * sizeof(float));
+    p->device->free(p->device, p->a, 0);
+    p->device->free(p->device, p->b, 0);
+}
+
+/* FLOPs a second. Small products are repeated until a reading lasts a millisecond. */
+static double product_rate(void *user)
+{
+    product *p = (product *)user;
+    double start = bench_now(), seconds, flops = 0;
+    do {
+        if (p->device->gemm(p->device, NULL, &p->args)) { fprintf(stderr, "%s\n", p->device->error->text); exit(1); }
+        flops += p->flops;
+        seconds = bench_now() - start;
+    } while (seconds < BENCH_SLICE);
+    return flops / seconds;
+}
+
+/* Enough pairs for a quiet median, in about half a second, but at least 5. */
+static int pair_count(double flops, int threads)
+{
+    double seconds = flops / (1e11 * threads) + 2e-3, count = 0.4 / seconds;
+    return count < 5 ? 5 : count > 101 ? 101 : (int)count | 1;
+}
+
+typedef struct cpu_of { llmpar_heap heap; llmpar_error error; llmpar_device *device; const char *level; int threads; } cpu_of;
+
+static void cpu_begin(cpu_of *cpu, llmpar_cpu_level level, int threads)
+{
+    llmpar_cpu_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.level = level;
+    desc.threads = threads;
+    llmpar_heap_init(&cpu->heap, NULL);
+    llmpar_error_clear(&cpu->error);
+    if (llmpar_cpu_create(&cpu->heap, &cpu->error, &desc, &cpu->device)) { fprintf(stderr, "%s\n", cpu->error.text); exit(1); }
+    cpu->level = llmpar_cpu_level_name(level);
+    cpu->threads = threads;
+}
+
+static void against_peak(bench_results *results, cpu_of *cpu, llmpar_gemm_kind kind, llmpar_dtype dtype, int64_t m, int64_t n, int64_t k, int32_t pieces, double bar)
+{
+    bench_fma_of peak = { bench_fma_kind(cpu->level, dtype == LLMPAR_BF16), cpu->threads };
+    char name[120];
+    product p;
+    product_begin(&p, cpu->device, kind, dtype, m, n, k, pieces);
+    snprintf(name, sizeof name, "%s %s %s %lld x %lld x %lld, %d piece%s%s", cpu->level, llmpar_dtype_name(dtype), kind_names[kind], (long long)m, (long long)n, (long long)k, (int)pieces,
+             pieces == 1 ? "" : "s", cpu->threads == 2 ? ", 2 threads" : "");
+    bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(peak.kind), bench_pairs(bench_fma, &peak, product_rate, &p, pair_count(p.flops, cpu->threads)), bar);
+    product_end(&p);
+}
+
+/* The rate of `of` as a part of that of `bound`. */
+static void beside(bench_results *results, const char *name, const char *bound_name, product *of, product *bound, double bar)
+{
+    bench_row(results, name, "GFLOP/s", 1e-9, bound_name, bench_pairs(product_rate, bound, product_rate, of, pair_count(of->flops + bound->flops, 1)), bar);
+    product_end(of);
+    product_end(bound);
+}
+
+static void table(bench_results *results, llmpar_cpu_level level, int short_one)
+{
+    static const int64_t rows[] = { 128, 256, 512, 2048 }, weights[][2] = { { 768, 768 }, { 768, 2048 }, { 2048, 768 }, { 2048, 2048 }, { 2048, 8192 }, { 8192, 2048 } };
+    static const int64_t odd[][3] = { { 131, 769, 773 }, { 257, 2053, 769 }, { 509, 773, 2039 }, { 2053, 2039, 2063 } };
+    cpu_of cpu, two;
+    double bar = level >= LLMPAR_CPU_AVX512 ? 0.92 : 0.85;
+    int bf16_units = level >= LLMPAR_CPU_AVX512 && bench_fma_kind(llmpar_cpu_level_name(level), 1) == BENCH_AVX512_BF16;
+    cpu_begin(&cpu, level, 1);
+    cpu_begin(&two, level, 2);
+    for (size_t m = short_one ? 2 : 0; m < sizeof rows / sizeof rows[0]; m++)
+        for (size_t w = 0; w < sizeof weights / sizeof weights[0]; w++)
+            for (int kind = 1; kind <= 3; kind++)
+                if (!short_one || w == 0 || w == 3) against_peak(results, &cpu, (llmpar_gemm_kind)kind, LLMPAR_F32, rows[m], weights[w][1], weights[w][0], 8, bar);
+    for (size_t o = 0; o < sizeof odd / sizeof odd[0]; o++)
+        for (int kind = 1; kind <= 3; kind++) against_peak(results, &cpu, (llmpar_gemm_kind)kind, LLMPAR_F32, odd[o][0], odd[o][1], odd[o][2], 8, 0.80);
+    for (int kind = 1; kind <= 3; kind++) {
+        for (int large = 0; large < 2; large++) {
+            int64_t m = large ? 2048 : 512, d = large ? 2048 : 768;
+            char name[120];
+            product eight, one;
+            against_peak(results, &cpu, (llmpar_gemm_kind)kind, LLMPAR_BF16, m, d, d, 8, bf16_units ? 0.75 : 0.85);
+            product_begin(&eight, cpu.device, (llmpar_gemm_kind)kind, LLMPAR_F32, m, d, d, 8);
+            product_begin(&one, cpu.device, (llmpar_gemm_kind)kind, LLMPAR_F32, m, d, d, 1);
+            snprintf(name, sizeof name, "%s %s %lld x %lld x %lld, 8 pieces", cpu.level, kind_names[kind], (long long)m, (long long)d, (long long)d);
+            beside(results, name, "1 piece", &eight, &one, 0.95);
+        }
+        if (bench_cores() >= 2) {
+            char name[120];
+            product both, one;
+            against_peak(results, &two, (llmpar_gemm_kind)kind, LLMPAR_F32, 2048, 2048, 2048, 8, bar);
+            product_begin(&both, two.device, (llmpar_gemm_kind)kind, LLMPAR_F32, 1024, 768, 768, 8);
+            product_begin(&one, cpu.device, (llmpar_gemm_kind)kind, LLMPAR_F32, 1024, 768, 768, 8);
+            snprintf(name, sizeof name, "%s %s 1024 x 768 x 768, 2 threads", cpu.level, kind_names[kind]);
+            beside(results, name, "1 thread", &both, &one, 1.85);
+        }
     }
-    if (best == 1e30) best = best_shared; /* on a busy machine no run had the core for itself: the thread's own time, which is coarser */
-    device->free(device, args.workspace, args.workspace_bytes);
-    device->free(device, a, (size_t)(m * k * size));
-    device->free(device, b, (size_t)(n * k * size));
-    device->free(device, c, (size_t)(m * n * size));
-    free(segments);
-    return 2.0 * (double)m * (double)n * (double)k / best * 1e-9;
+    llmpar_cpu_destroy(cpu.device);
+    llmpar_cpu_destroy(two.device);
 }
 
 int main(int argc, char **argv)
 {
-    static const int64_t shapes[][3] = { { 1536, 1536, 1536 }, { 1024, 1024, 4096 }, { 4096, 512, 512 }, { 256, 256, 256 }, { 12, 2048, 2048 }, { 1, 2048, 2048 } };
-    llmpar_cpu_level only = LLMPAR_CPU_DEFAULT;
-    if (argc > 1 && !llmpar_cpu_level_parse(argv[1], &only)) { fprintf(stderr, "bench_gemm: expected portable, avx2 or avx512, got %s\n", argv[1]); return 1; }
-    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
-        llmpar_heap heap;
-        llmpar_error error;
-        llmpar_cpu_desc desc;
-        llmpar_device *device;
-        double top = 0;
-        if (only && level != (int)only) continue;
-        memset(&desc, 0, sizeof desc);
-        desc.level = (llmpar_cpu_level)level;
-        llmpar_heap_init(&heap, NULL);
-        llmpar_error_clear(&error);
-        if (llmpar_cpu_create(&heap, &error, &desc, &device)) { fprintf(stderr, "%s\n", error.text); return 1; }
-        printf("%s\n  kind     m     n     k   1 piece      peak  of peak  8 pieces    cost      bf16  of f32\n", device->name);
-        for (size_t s = 0; s < sizeof shapes / sizeof shapes[0]; s++)
-            for (int kind = 1; kind <= 3; kind++) {
-                double one, eight, half;
-                int64_t m = argc > 5 ? atoll(argv[3]) : shapes[s][0], n = argc > 5 ? atoll(argv[4]) : shapes[s][1], k = argc > 5 ? atoll(argv[5]) : shapes[s][2];
-                if (argc > 5 && (s > 0 || strcmp(argv[2], kind_names[kind]))) continue;
-                one = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
-                eight = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_F32, m, n, k, 8, argc > 5 ? 1.0 : 0.1, &top);
-                half = measure(device, desc.level, (llmpar_gemm_kind)kind, LLMPAR_BF16, m, n, k, 1, argc > 5 ? 1.0 : 0.1, &top);
-                printf("  %4s %5d %5d %5d %9.1f %9.1f %7.1f%% %9.1f %6.1f%% %9.1f %6.1f%%\n", kind_names[kind], (int)m, (int)n, (int)k, one, top, 100 * one / top, eight, 100 * (one / eight - 1), half, 100 * half / one);
-            }
-        llmpar_cpu_destroy(device);
+    bench_results results;
+    llmpar_cpu_level level = llmpar_cpu_best_level();
+    bench_open(&results, "gemm", &argc, argv);
+    if (argc > 1 && !llmpar_cpu_level_parse(argv[1], &level)) { fprintf(stderr, "bench_gemm: expected portable, avx2, avx512 or avx512bf16, got %s\n", argv[1]); return 2; }
+    if (argc > 5) {
+        cpu_of cpu;
+        int kind = 1;
+        llmpar_dtype dtype = argc > 7 && strcmp(argv[7], "f32") ? strcmp(argv[7], "bf16") ? LLMPAR_F16 : LLMPAR_BF16 : LLMPAR_F32;
+        while (kind < 3 && strcmp(argv[2], kind_names[kind])) kind++;
+        cpu_begin(&cpu, level, argc > 8 ? atoi(argv[8]) : 1);
+        against_peak(&results, &cpu, (llmpar_gemm_kind)kind, dtype, atoll(argv[3]), atoll(argv[4]), atoll(argv[5]), argc > 6 ? atoi(argv[6]) : 8, 0);
+        llmpar_cpu_destroy(cpu.device);
+    } else {
+        table(&results, level, argc > 1 && level < LLMPAR_CPU_AVX512);
+        if (argc == 1 && level > LLMPAR_CPU_AVX2) table(&results, LLMPAR_CPU_AVX2, 1);
     }
+    bench_close(&results);
     return 0;
 }

@@ -221,6 +221,7 @@ LLMPAR_EXTERN_C_END
 
 #include "cpu/half.c"
 #include "cpu/gemm_thin.c"
+#include "cpu/gemm_kernel.c"
 #include "cpu/gemm.c"
 #include "cpu/attention.c"
 #include "cpu/norm.c"

@@ -1,5 +1,5 @@
 /* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+   them over the pool; gemm_kernel.c packs and has the inner loops.
 
    c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
    most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
@@ -15,16 +15,12 @@
    BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
    workspace, and each is rounded into c once, when its last part is done. */
 #include "cpu/gemm_thin_internal.h"
+#include "cpu/gemm_internal.h"
 #include "cpu/half_internal.h"
 
 #include "base/size.h"
 
 #include <string.h>
-#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
-#include <immintrin.h>
-#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
-#include <arm_neon.h>
-#endif
 
 /* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
 #if defined(__aarch64__)
@@ -64,144 +60,6 @@ typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half ha
 
 #if !defined(LLMPAR_NO_SIMD)
 
-typedef struct llmpar__gemm_step {
-    int64_t k;
-    int32_t depth;        /* partial tiles on the stack before the step */
-    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
-    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
-    int32_t save;         /* what is pushed is needed in a later part */
-} llmpar__gemm_step;
-
-/* One tile of c during one part of the summed dim. */
-typedef struct llmpar__gemm_tile {
-    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
-    float *c;
-    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
-    int64_t ldc;
-    const llmpar__gemm_step *steps;
-    int64_t step_count;
-    int rows, columns;                 /* that exist */
-    int load, store;                   /* the first step starts from c; the last step's result goes to c */
-} llmpar__gemm_tile;
-
-/* What the packing functions of gemm_kernel.inc do, and their words. */
-typedef struct llmpar__gemm_packing {
-    const void *in;
-    float *out;
-    int64_t ld, k, valid, panels, distance;
-    int transposed;
-} llmpar__gemm_packing;
-
-typedef struct llmpar__gemm_kernel {
-    int64_t rows, columns;             /* of a full tile */
-    void (*pack_a)(const llmpar__gemm_packing *packing);
-    void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*tile)(const llmpar__gemm_tile *tile);
-} llmpar__gemm_kernel;
-
-#if defined(__x86_64__)
-
-/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
-#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
-    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
-    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
-} while (0)
-#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
-/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
-#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
-#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
-#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
-    __m512 v_ = (v); \
-    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
-    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
-    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
-    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
-} while (0)
-
-/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed.
-   First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#include "cpu/gemm_kernel.inc"
-
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#include "cpu/gemm_kernel.inc"
-
-typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m512
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
-#define LLMPAR__GEMM_LANES 16
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
-#include "cpu/gemm_kernel.inc"
-
-#undef LLMPAR__GEMM_TRANSPOSE_X86
-#undef LLMPAR__GEMM_512_loadu_ps
-#undef LLMPAR__GEMM_512_unpacklo_ps
-#undef LLMPAR__GEMM_512_unpackhi_ps
-#undef LLMPAR__GEMM_512_shuffle_ps
-#undef LLMPAR__GEMM_STORE_2
-#undef LLMPAR__GEMM_STORE_4
-
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
-{
-    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
-    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
-    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
-    if (level == LLMPAR_CPU_AVX512) return avx512;
-    if (level == LLMPAR_CPU_AVX2) return avx2;
-    return avx;
-}
-
-#else /* aarch64: its vector unit and fma are always there */
-
-typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
-#define LLMPAR__GEMM_TARGET
-#define LLMPAR__GEMM_VECTOR float32x4_t
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
-#define LLMPAR__GEMM_LANES 4
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
-#include "cpu/gemm_kernel.inc"
-
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
-{
-    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
-    (void)level;
-    return neon;
-}
-
-#endif
-
 /* ---- blocks ---- */
 
 /* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
@@ -237,7 +95,7 @@ typedef struct llmpar__gemm_run {
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24 };
 /* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
 enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
@@ -284,11 +142,11 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     int outlives; /* tiles that are no part of c outlive a part */
     memset(run, 0, sizeof *run);
     run->args = args;
-    run->kernel = llmpar__gemm_choose(cpu->level);
+    run->kernel = llmpar__gemm_kernel_of(cpu->level);
     run->threads = llmpar__pool_threads(cpu);
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
     for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
-    run->thin = args->m <= 2 * run->kernel.rows;
+    run->thin = args->m <= LLMPAR__GEMM_THIN_M;
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
@@ -409,7 +267,7 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 /* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there; a panel of B that lies as it is packed, where it goes. */
 static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
 {
-    enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
+    enum { ROW = 80, LD = ROW + 16, ROWS = 48, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
     float scratch[STRIP * STRIP_LD]; /* the same as ROWS * LD */
     llmpar__gemm_packing part = *packing;
     int64_t panel, panels = packing->transposed ? ROWS / width : STRIP_LD / width, k, i;
@@ -488,7 +346,7 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     }
 }
 
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, llmpar__gemm_walk *walk, int32_t worker)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
@@ -510,9 +368,35 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
     tile.load = run->load;
     tile.store = run->store;
-    run->kernel.tile(&tile);
+    llmpar__gemm_run_tile(&run->kernel, &tile, walk);
     if (run->own_tiles && run->last)
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+}
+
+/* What packing the next group will read: one task's share of it, to be asked for while the tiles of the current one are computed. The chunks are dealt out to the tasks. */
+static llmpar__gemm_walk llmpar__gemm_walk_of(const llmpar__gemm_run *run, int64_t task, int64_t tasks)
+{
+    const llmpar_gemm_args *args = run->args;
+    int64_t width = run->kernel.columns, at = run->j0 + run->group_end * width, columns = run->j0 + run->n - at, c = task * run->chunk_count / tasks, row_bytes, rows, ld, share, shares, first, end;
+    const llmpar__gemm_chunk *chunk = &run->chunks[c];
+    llmpar__gemm_walk walk;
+    memset(&walk, 0, sizeof walk);
+    if (columns > run->group_panels * width) columns = run->group_panels * width;
+    if (columns <= 0 || !run->chunk_count || !chunk->k) return walk;
+    ld = args->segments[chunk->segment].ldb * run->half.size;
+    walk.at = (const char *)args->segments[chunk->segment].b + (args->kind == LLMPAR_GEMM_NT ? at * ld + chunk->begin * run->half.size : chunk->begin * ld + at * run->half.size);
+    rows = args->kind == LLMPAR_GEMM_NT ? columns : chunk->k;
+    row_bytes = (args->kind == LLMPAR_GEMM_NT ? chunk->k : columns) * run->half.size;
+    walk.row = (row_bytes + (int64_t)((uintptr_t)walk.at % 64) + 63) / 64;
+    walk.jump = ld - walk.row * 64;
+    share = task - (c * tasks + run->chunk_count - 1) / run->chunk_count;
+    shares = ((c + 1) * tasks + run->chunk_count - 1) / run->chunk_count - (task - share);
+    first = llmpar_piece_begin(share, rows * walk.row, shares);
+    end = llmpar_piece_begin(share + 1, rows * walk.row, shares);
+    walk.at += first / walk.row * ld + first % walk.row * 64;
+    walk.left = walk.row - first % walk.row;
+    walk.lines = end - first;
+    return walk;
 }
 
 /* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
@@ -521,19 +405,22 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
     int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
+    llmpar__gemm_walk walk = llmpar__gemm_walk_of(run, task, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
     if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
     for (; i < i_end; i++)
-        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
+        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, &walk, worker);
 }
 
-/* One panel of B, packed here, with the one or two panels of A. */
-static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+/* One panel of B, packed here, with the few panels of A. */
+static void llmpar__gemm_narrow_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->kernel.columns * run->block_k;
+    llmpar__gemm_walk walk;
     int64_t i;
+    memset(&walk, 0, sizeof walk);
     llmpar__gemm_pack(run, 1, task, 1, b);
-    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, &walk, worker);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
@@ -549,7 +436,7 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     while (llmpar__gemm_next_part(run)) {
         if (run->thin) {
             llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
-            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+            llmpar__pool_run(cpu, llmpar__gemm_narrow_task, run, run->b_panels);
             continue;
         }
         for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {

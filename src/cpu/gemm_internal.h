@@ -1,0 +1,73 @@
+/* gemm_internal: what the matrix product's blocks (gemm.c) and its kernels (gemm_kernel.c) share: steps, tiles, panels. */
+#ifndef LLMPAR_GEMM_INTERNAL_H
+#define LLMPAR_GEMM_INTERNAL_H
+
+#include "cpu/cpu_internal.h"
+
+#if !defined(LLMPAR_NO_SIMD)
+
+typedef struct llmpar__gemm_step {
+    int64_t k;
+    int32_t depth;        /* partial tiles on the stack before the step */
+    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
+    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
+    int32_t save;         /* what is pushed is needed in a later part */
+} llmpar__gemm_step;
+
+/* One tile of c during one part of the summed dim. */
+typedef struct llmpar__gemm_tile {
+    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
+    float *c;
+    float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
+    int64_t ldc;
+    const llmpar__gemm_step *steps;
+    int64_t step_count;
+    int rows, columns;                 /* that exist */
+    int load, store;                   /* the first step starts from c; the last step's result goes to c */
+} llmpar__gemm_tile;
+
+/* What is to be packed next, asked for into L2 while tiles are computed, a line every 4 k: rows of `row` lines, `jump` bytes from the end of one to the next. */
+typedef struct llmpar__gemm_walk {
+    const char *at;
+    int64_t left, row, jump;           /* lines left of the current row */
+    int64_t lines;                     /* left in all; none: nothing is asked for */
+} llmpar__gemm_walk;
+
+/* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
+typedef struct llmpar__gemm_chains {
+    const float *a, *b;
+    int64_t k;
+    const float *from;                 /* where the chains start, [rows, tile columns]; NULL: +0 */
+    int64_t from_step;                 /* bytes from row to row */
+    const float *slot, *slot_saved;    /* partial tiles to be added at the end, each list from its top down; first those of `slot` */
+    int64_t merges, merges_saved, slot_bytes;
+    float *to;
+    int64_t to_step;
+    llmpar__gemm_walk *walk;
+} llmpar__gemm_chains;
+
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
+typedef struct llmpar__gemm_packing {
+    const void *in;
+    float *out;
+    int64_t ld, k, valid, panels, distance;
+    int transposed;
+} llmpar__gemm_packing;
+
+typedef struct llmpar__gemm_kernel {
+    int64_t rows, columns;             /* of a full tile */
+    void (*pack_a)(const llmpar__gemm_packing *packing);
+    void (*pack_b)(const llmpar__gemm_packing *packing);
+    void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
+} llmpar__gemm_kernel;
+
+enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
+
+LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level);
+/* All steps of the part. */
+LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile, llmpar__gemm_walk *walk);
+
+#endif
+
+#endif

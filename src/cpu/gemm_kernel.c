@@ -1,0 +1,329 @@
+/* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
+#include "cpu/gemm_internal.h"
+
+#include <stddef.h>
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
+#if !defined(LLMPAR_NO_SIMD)
+
+/* ---- packing ---- */
+
+#if defined(__x86_64__)
+
+#define LLMPAR__GEMM_AVX __attribute__((target("avx")))
+#define LLMPAR__GEMM_TWO(p, q) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(q), 1)
+
+/* out[k * width + r] = in[r * ld + k], r < 8, k < 4: in each half of a vector four rows of four become four columns. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int width)
+{
+    __m256 x0 = LLMPAR__GEMM_TWO(in, in + 4 * ld), x1 = LLMPAR__GEMM_TWO(in + ld, in + 5 * ld), x2 = LLMPAR__GEMM_TWO(in + 2 * ld, in + 6 * ld), x3 = LLMPAR__GEMM_TWO(in + 3 * ld, in + 7 * ld);
+    __m256 y0 = _mm256_unpacklo_ps(x0, x1), y1 = _mm256_unpacklo_ps(x2, x3), y2 = _mm256_unpackhi_ps(x0, x1), y3 = _mm256_unpackhi_ps(x2, x3);
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(y0, y1, 0x44));
+    _mm256_storeu_ps(out + width, _mm256_shuffle_ps(y0, y1, 0xee));
+    _mm256_storeu_ps(out + 2 * width, _mm256_shuffle_ps(y2, y3, 0x44));
+    _mm256_storeu_ps(out + 3 * width, _mm256_shuffle_ps(y2, y3, 0xee));
+}
+
+/* The same of 4 rows. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int width)
+{
+    __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + ld), x2 = _mm_loadu_ps(in + 2 * ld), x3 = _mm_loadu_ps(in + 3 * ld);
+    __m128 y0 = _mm_unpacklo_ps(x0, x1), y1 = _mm_unpacklo_ps(x2, x3), y2 = _mm_unpackhi_ps(x0, x1), y3 = _mm_unpackhi_ps(x2, x3);
+    _mm_storeu_ps(out, _mm_shuffle_ps(y0, y1, 0x44));
+    _mm_storeu_ps(out + width, _mm_shuffle_ps(y0, y1, 0xee));
+    _mm_storeu_ps(out + 2 * width, _mm_shuffle_ps(y2, y3, 0x44));
+    _mm_storeu_ps(out + 3 * width, _mm_shuffle_ps(y2, y3, 0xee));
+}
+
+/* Rows [0, full) of a panel, k < 16. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
+{
+    int r, i, ahead;
+    for (r = 0; r + 8 <= width; r += 8) { /* a line of eight rows after the other: with rows a power of two apart all lines meet in one set of L1 */
+        for (ahead = 0; ahead < 8; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
+        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_8(in + r * ld + i, ld, out + i * width + r, width);
+    }
+    if (r < width) {
+        for (ahead = 0; ahead < 4; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
+        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_4(in + r * ld + i, ld, out + i * width + r, width);
+    }
+}
+
+/* One k of a panel: `width` floats. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_copy(const float *in, float *out, const int width)
+{
+    int j;
+    for (j = 0; j + 24 <= width; j += 24) {
+        __m256 x0 = _mm256_loadu_ps(in + j), x1 = _mm256_loadu_ps(in + j + 8), x2 = _mm256_loadu_ps(in + j + 16);
+        _mm256_storeu_ps(out + j, x0);
+        _mm256_storeu_ps(out + j + 8, x1);
+        _mm256_storeu_ps(out + j + 16, x2);
+    }
+    for (; j + 8 <= width; j += 8) _mm256_storeu_ps(out + j, _mm256_loadu_ps(in + j));
+    for (; j + 4 <= width; j += 4) _mm_storeu_ps(out + j, _mm_loadu_ps(in + j));
+}
+
+#undef LLMPAR__GEMM_TWO
+
+#else
+
+#define LLMPAR__GEMM_AVX
+static inline void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
+{
+    int r, i;
+    for (r = 0; r < width; r++)
+        for (i = 0; i < 16; i++) out[i * width + r] = in[r * ld + i];
+}
+static inline void llmpar__gemm_copy(const float *in, float *out, const int width) { memcpy(out, in, sizeof(float) * (size_t)width); }
+
+#endif
+
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
+{
+    const float *in = (const float *)packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
+    int r;
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + 16 <= k; i += 16) llmpar__gemm_transpose(rows + i, ld, out + i * width, width);
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
+        }
+    } else {
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) {
+                const float *from = in + i * ld + panel * width;
+                for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
+                llmpar__gemm_copy(from, packing->out + panel * distance + i * width, width);
+            }
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+    }
+}
+
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 8); }
+#if defined(__x86_64__)
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_4(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 4); }
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_24(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 24); }
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 48); }
+#else
+static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 12); }
+#endif
+#undef LLMPAR__GEMM_AVX
+
+/* ---- chains ---- */
+
+#define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, 8, 9, 10)
+#define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, 11, 12, 13)
+#define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, 14, 15, 16) X(i, 3, 17, 18, 19)
+#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, 20, 21, 22) X(i, 5, 23, 24, 25) X(i, 6, 26, 27, 28) X(i, 7, 29, 30, 31)
+
+#if defined(__x86_64__)
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
+
+/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
+#define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
+#define LLMPAR__GEMM_32_REGISTERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
+#define LLMPAR__GEMM_ZERO_Y(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ZERO_Z(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
+/* With 16 registers: rows 0 to 3. */
+#define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, 4, 5, 6)
+#define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, 7, 8, 9)
+#define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, 10, 11, 12) X(i, 3, 13, 14, 15)
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
+#define LLMPAR__GEMM_Z "ymm"
+#define LLMPAR__GEMM_VECTOR_BYTES "32"
+#define LLMPAR__GEMM_A_BYTES "16"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_READ_B(i)
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
+#include "cpu/gemm_x86.inc"
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx2_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
+#define LLMPAR__GEMM_Z "ymm"
+#define LLMPAR__GEMM_VECTOR_BYTES "32"
+#define LLMPAR__GEMM_A_BYTES "16"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
+#include "cpu/gemm_x86.inc"
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx512_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+#define LLMPAR__GEMM_Z "zmm"
+#define LLMPAR__GEMM_VECTOR_BYTES "64"
+#define LLMPAR__GEMM_A_BYTES "32"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
+#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
+#include "cpu/gemm_x86.inc"
+
+#pragma GCC diagnostic pop
+#undef LLMPAR__GEMM_16_REGISTERS
+#undef LLMPAR__GEMM_32_REGISTERS
+#undef LLMPAR__GEMM_ZERO_Y
+#undef LLMPAR__GEMM_ZERO_Z
+#undef LLMPAR__GEMM_EACH_ROW_1Y
+#undef LLMPAR__GEMM_EACH_ROW_2Y
+#undef LLMPAR__GEMM_EACH_ROW_4Y
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel avx = { 4, 24, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 } };
+    if (level == LLMPAR_CPU_AVX512) return avx512;
+    if (level == LLMPAR_CPU_AVX2) return avx2;
+    return avx;
+}
+
+#else /* aarch64: its vector unit and fma are always there */
+
+/* The accumulators are variables, not an array, which compilers keep in memory. */
+#define LLMPAR__GEMM_DECLARE_ROW(i, r, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
+#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
+#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
+#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
+#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
+#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
+#define LLMPAR__GEMM_FUNCTION(count, rows) \
+static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) \
+{ \
+    const float *a = chains->a, *b = chains->b, *from, *slot; \
+    llmpar__gemm_walk *walk = chains->walk; \
+    float *to; \
+    float32x4_t spread, b0, b1, b2; \
+    int64_t i; \
+    rows(LLMPAR__GEMM_DECLARE_ROW, 0) \
+    if (chains->from) { rows(LLMPAR__GEMM_READ_ROW, 0) } \
+    else { rows(LLMPAR__GEMM_ZERO_ROW, 0) } \
+    for (i = 0; i < chains->k; i++, a += 8, b += 12) { \
+        if (i % 4 == 0) { \
+            __builtin_prefetch(walk->at); \
+            walk->at += 64; \
+            if (--walk->left == 0) { \
+                walk->left = walk->row; \
+                walk->at += walk->jump; \
+            } \
+        } \
+        __builtin_prefetch(b + 96); \
+        b0 = vld1q_f32(b); \
+        b1 = vld1q_f32(b + 4); \
+        b2 = vld1q_f32(b + 8); \
+        rows(LLMPAR__GEMM_LINK_ROW, 0) \
+    } \
+    for (i = 0, slot = chains->slot; i < chains->merges; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
+    for (i = 0, slot = chains->slot_saved; i < chains->merges_saved; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
+    rows(LLMPAR__GEMM_WRITE_ROW, 0) \
+}
+LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_DECLARE_ROW
+#undef LLMPAR__GEMM_ZERO_ROW
+#undef LLMPAR__GEMM_READ_ROW
+#undef LLMPAR__GEMM_LINK_ROW
+#undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_FUNCTION
+
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level)
+{
+    llmpar__gemm_kernel neon = { 8, 12, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 } };
+    (void)level;
+    return neon;
+}
+
+#endif
+
+#undef LLMPAR__GEMM_EACH_ROW_1
+#undef LLMPAR__GEMM_EACH_ROW_2
+#undef LLMPAR__GEMM_EACH_ROW_4
+#undef LLMPAR__GEMM_EACH_ROW_8
+
+/* ---- a tile ---- */
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile, llmpar__gemm_walk *walk)
+{
+    float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
+    int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
+    int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? kernel->columns : tile->ldc;
+    llmpar__gemm_chains chains;
+    llmpar__gemm_walk idle;
+    if (is_edge && tile->load) {
+        memset(edge, 0, (size_t)(size * 4));
+        for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
+    }
+    for (r = 0; r < tile->rows && tile->store && !is_edge; r++) { /* c comes from memory while the chains run */
+        int64_t ahead;
+        for (ahead = 0; ahead < width; ahead += 64) __builtin_prefetch((char *)(c + r * ldc) + ahead, 1);
+        __builtin_prefetch((char *)(c + r * ldc) + width - 1, 1);
+    }
+    chains.a = tile->a;
+    chains.b = tile->b;
+    chains.slot_bytes = size * (int64_t)sizeof(float);
+    chains.walk = walk;
+    idle.at = (const char *)tile->b;
+    idle.left = idle.row = 1;
+    idle.jump = -64;
+    idle.lines = 0;
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        int64_t fresh = step->merges - step->merges_saved;
+        if (walk->lines <= 0) chains.walk = &idle;
+        walk->lines -= step->k / 4;
+        chains.k = step->k;
+        chains.from = s == 0 && tile->load ? c : NULL;
+        chains.from_step = ldc * (int64_t)sizeof(float);
+        chains.merges = fresh;
+        chains.slot = tile->stack + (step->depth - 1) * size;
+        chains.merges_saved = step->merges_saved;
+        chains.slot_saved = tile->saved + (step->depth - 1 - fresh) * size;
+        chains.to = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * size;
+        chains.to_step = width;
+        if (s == tile->step_count - 1 && tile->store) {
+            chains.to = c;
+            chains.to_step = ldc * (int64_t)sizeof(float);
+        }
+        kernel->chains[variant](&chains);
+        chains.a += step->k * kernel->rows;
+        chains.b += step->k * kernel->columns;
+    }
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
+}
+
+#endif /* LLMPAR_NO_SIMD */
