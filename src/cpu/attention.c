@@ -10,6 +10,7 @@
    A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
    chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
    that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
+   Scores are in units of ln 2, because exp2 takes less arithmetic than exp: q is multiplied by scale / ln 2 on the way in, lse by ln 2 on the way out.
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
@@ -38,9 +39,9 @@ static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKER
 /* Bytes for one worker. Rows are padded to 16 elements, so that the answer is the same at every level. */
 static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int backward)
 {
-    int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
-    if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
-    else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
+    int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
+    if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 2 * left + 3 * block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q and dout twice, dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 

@@ -4,7 +4,8 @@
 
 #define LLMPAR__VLEVEL avx2
 #define LLMPAR__VDOUBLE 0
-#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
 #include "cpu/vector_math.inc"
 #include "cpu/norm.inc"
@@ -19,5 +20,6 @@
 #include "cpu/squares.inc"
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
