@@ -45,6 +45,7 @@ typedef struct rank {
     int samples;
     uint64_t memory;
     double loss;
+    char memory_table[2000];
     kind kinds[MOST_KINDS];
     int kind_count;
 } rank;
@@ -283,6 +284,13 @@ static int take(team *t)
     return !quit;
 }
 
+static void print_memory(const llmpar_trainer *trainer, rank *r)
+{
+    llmpar_memory memory;
+    llmpar_trainer_memory(trainer, &memory);
+    llmpar_memory_print(NULL, &memory, r->memory_table, sizeof r->memory_table);
+}
+
 static llmpar_status train_rank(llmpar_ctx *ctx, void *user)
 {
     team *t = (team *)user;
@@ -327,6 +335,7 @@ static llmpar_status train_rank(llmpar_ctx *ctx, void *user)
         r->end = bench_now();
         r->memory = step.memory;
         r->loss = step.loss;
+        if (s->profile && !status) print_memory(trainer, r);
     }
     if (status) {
         pthread_mutex_lock(&baton);
@@ -423,6 +432,7 @@ static void print_profile(team *t)
     }
     qsort(r->kinds, (size_t)r->kind_count, sizeof r->kinds[0], kind_compare);
     printf("  %s: rank 0, last step: %.3f s; gemm and attention %.1f %%, other calls %.1f %%, outside of calls %.1f %%\n", t->layout.name, seconds, 100 * arithmetic / seconds, 100 * memory / seconds, 100 * (1 - known / seconds));
+    fputs(r->memory_table, stdout);
     printf("    %-36s %6s %10s %7s %10s %9s %9s\n", "", "calls", "ms", "share", "GFLOP/s", "of peak", "GB/s");
     for (int i = 0; i < r->kind_count; i++) {
         kind *k = &r->kinds[i];

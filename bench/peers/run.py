@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A step of training here and in what one would take instead: the same model, tokens, batch and precision, step by step in turns, in one run.
 
-  bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--groups process,fsdp,tp] [--json FILE]
+  bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--groups process,fsdp,tp,portable] [--json FILE]
 
-  process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads, and beside our own portable kernels
+  process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads     portable  beside our own portable kernels
   fsdp     dp-shard 2 beside FSDP2 over gloo, 2 processes of 1 thread     tp   tp 2 beside DTensor over gloo, 2 processes of 1 thread
 
 PYTHON is the interpreter that has PyTorch (default: this one). A peer that is not there, or fails, is skipped by name. Ratios are of neighbours:
@@ -88,9 +88,11 @@ def torch(options, script, mode, *rest):
 
 def group(options, which):
     """Ours, and the others with the bar of their time and of our memory beside theirs."""
+    two = str(min(2, CORES))
     if which == "process":
-        two = str(min(2, CORES))
-        return ours(options, "1x1t" + two), [(torch(options, "train_torch.py", mode, two), 1.2, 0.6) for mode in ("eager", "compile")] + [(ours(options, "1x1t" + two, "portable"), None, None)]
+        return ours(options, "1x1t" + two), [(torch(options, "train_torch.py", mode, two), 1.2, 0.6) for mode in ("eager", "compile")]
+    if which == "portable":
+        return ours(options, "1x1t" + two), [(ours(options, "1x1t" + two, "portable"), None, None)]
     return ours(options, {"fsdp": "dp2", "tp": "tp2"}[which]), [(torch(options, "train_torch_sharded.py", which, "2"), 2.0, 0.6)]
 
 
@@ -157,7 +159,7 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--groups", default="process,fsdp,tp")
+    parser.add_argument("--groups", default="process,fsdp,tp,portable")
     parser.add_argument("--json", default=os.environ.get("BENCH_JSON"))
     options = parser.parse_args()
     if not os.path.exists(os.path.join(ROOT, "build/bench/train_step")):
@@ -168,8 +170,8 @@ def main():
         version = first_line([os.environ.get("PYTHON", sys.executable), "-c", "import torch; print(torch.__version__)"])
     print(f"PyTorch {version}", flush=True)
     for which in options.groups.split(","):
-        if which not in ("process", "fsdp", "tp"):
-            sys.exit(f"bench/peers/run.py: --groups: expected process, fsdp, tp, got {which}")
+        if which not in ("process", "fsdp", "tp", "portable"):
+            sys.exit(f"bench/peers/run.py: --groups: expected process, fsdp, tp, portable, got {which}")
         run(options, which, rows)
     if options.json:
         with open("/proc/cpuinfo") as f:
