@@ -41,7 +41,7 @@ static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int
 {
     int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
     if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
-    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 2 * left + 3 * block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q and dout twice, dq */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 3 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout, dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
