@@ -20,7 +20,7 @@ typedef struct settings {
     long tp, tokens, threads;
     unsigned long seed;
     double temperature, top_p;
-    int print_ids, bytes;
+    int print_ids, bytes, pin;
 } settings;
 
 static void usage(void)
@@ -34,7 +34,8 @@ static void usage(void)
          "  --top-p X           nucleus sampling, 0 < X <= 1 (default 1: off)\n"
          "  --seed N            of sampling (default 0)\n"
          "  --tp N              tensor-parallel ranks (default 1)\n"
-         "  --threads N         workers inside a rank (default 1)\n"
+         "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
+         "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
          "  --ids               print prompt and generated ids on one line instead of text\n"
          "  --help");
 }
@@ -123,11 +124,12 @@ static int read_prompt(settings *s)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {{"model", 1, 0, 'm'}, {"prompt", 1, 0, 'p'}, {"prompt-ids", 1, 0, 'i'}, {"tokens", 1, 0, 'n'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'q'},
-                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"ids", 0, 0, 'I'},    {"help", 0, 0, 'h'},        {0, 0, 0, 0}};
+                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"pin", 1, 0, 'N'}, {"ids", 0, 0, 'I'},    {"help", 0, 0, 'h'},        {0, 0, 0, 0}};
+    static const char *const pins[] = {"auto", "on", "off"};
     settings s;
     memset(&s, 0, sizeof s);
     s.tokens = 128;
-    s.tp = s.threads = 1;
+    s.tp = 1;
     int bad = 0;
     for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (c) {
@@ -140,6 +142,7 @@ int main(int argc, char **argv)
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
         case 'T': bad = option_long("--tp", optarg, 1, 4096, &s.tp); break;
         case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
+        case 'N': bad = option_word("--pin", optarg, pins, 3, &s.pin); break;
         case 'I': s.print_ids = 1; break;
         case 'h': usage(); return 0;
         default: bad = 2; /* getopt_long has said what */
@@ -158,6 +161,7 @@ int main(int argc, char **argv)
     memset(&launch, 0, sizeof launch);
     launch.ranks = (int32_t)s.tp;
     launch.threads = (int32_t)s.threads;
+    launch.pin = (llmpar_pin)s.pin;
     launch.log = quiet_log;
     llmpar_status status = llmpar_launch(&launch, generate, &s, &error);
     free(s.ids);

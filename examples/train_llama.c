@@ -22,7 +22,7 @@ typedef struct settings {
     long dp_replicate, dp_shard, tp, seq_len, batch, grad_accum, steps, threads, warmup, log_every;
     unsigned long seed;
     double lr, deadline;
-    int print_schedule, print_memory, check;
+    int print_schedule, print_memory, check, pin;
     llmpar_trainer_desc policy;
     llmpar_llama_desc shape;
     llmpar_hf_desc save_as;
@@ -37,7 +37,8 @@ static void usage(void)
          "  --dp-replicate N    copies of the sharded model (default 1)\n"
          "  --dp-shard N        ranks that share parameters, gradients and optimizer state (default 1)\n"
          "  --tp N              tensor-parallel ranks (default 1)\n"
-         "  --threads N         workers inside a rank (default 1)\n"
+         "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
+         "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
          "training\n"
          "  --seq-len N         tokens a sequence (default 256)\n"
          "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
@@ -200,16 +201,16 @@ static llmpar_status train(llmpar_ctx *ctx, void *user)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"seq-len", 1, 0, 'T'},
+        {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"pin", 1, 0, 'N'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
         POLICY_OPTIONS, CHECKPOINT_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
         {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
-    static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"};
+    static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"}, *const pins[] = {"auto", "on", "off"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
     int word = 0;
     settings s;
     memset(&s, 0, sizeof s);
-    s.dp_replicate = s.dp_shard = s.tp = s.threads = s.grad_accum = 1;
+    s.dp_replicate = s.dp_shard = s.tp = s.grad_accum = 1;
     s.seq_len = 256;
     s.steps = 100;
     s.warmup = -1;
@@ -226,6 +227,7 @@ int main(int argc, char **argv)
         case 'f': bad = option_long("--dp-shard", optarg, 1, 4096, &s.dp_shard); break;
         case 't': bad = option_long("--tp", optarg, 1, 4096, &s.tp); break;
         case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
+        case 'N': bad = option_word("--pin", optarg, pins, 3, &s.pin); break;
         case 'T': bad = option_long("--seq-len", optarg, 1, 1 << 24, &s.seq_len); break;
         case 'B': bad = option_long("--batch", optarg, 1, 1 << 30, &s.batch); break;
         case 'a': bad = option_long("--grad-accum", optarg, 1, 1 << 16, &s.grad_accum); break;
@@ -269,6 +271,7 @@ int main(int argc, char **argv)
     memset(&launch, 0, sizeof launch);
     launch.ranks = (int32_t)(s.dp_replicate * s.dp_shard * s.tp);
     launch.threads = (int32_t)s.threads;
+    launch.pin = (llmpar_pin)s.pin;
     launch.deadline = s.deadline > 0 ? s.deadline : -1;
     launch.unchecked = !s.check;
     launch.record = s.record;

@@ -330,7 +330,7 @@ static int read_configuration(const char *name, const char *text, const char *mo
     c->name = name;
     c->text = text;
     c->model = model;
-    c->dp_replicate = c->dp_shard = c->tp = c->threads = c->grad_accum = 1;
+    c->dp_replicate = c->dp_shard = c->tp = c->grad_accum = 1; /* threads: 0, the cores / the ranks */
     c->words = strdup(text);
     if (!c->words) return option_error("verify_parity: out of memory");
     for (char *at = c->words, *next; *at; at = next) {

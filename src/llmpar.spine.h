@@ -114,6 +114,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "base/status.h"
 #include "base/heap.h"
 #include "base/size.h"
+#include "base/processors.h"
 #include "base/dtype.h"
 #include "base/math.h"
 #include "base/exact_sum.h"
@@ -245,6 +246,7 @@ LLMPAR_EXTERN_C_END
 
 #include "base/status.c"
 #include "base/heap.c"
+#include "base/processors.c"
 
 #include "tables/device.c"
 #include "tables/ctx.c"

@@ -1,10 +1,13 @@
 /* launch: the ranks' surroundings, which error is the root, and that nothing is left behind. */
-#define _DEFAULT_SOURCE 1
+#define _GNU_SOURCE 1
 #include "test.h"
 
 #include <pthread.h>
 #if defined(__linux__)
+#include <dirent.h>
+#include <sched.h>
 #include <sys/prctl.h>
+#include <unistd.h>
 #endif
 
 static int checked;
@@ -62,6 +65,93 @@ TEST(ranks_and_names)
     CHECK(!strcmp(out.name[0], before));
     CHECK_OK(llmpar_launch(NULL, look, &out, NULL));
 }
+
+/* Where threads run, and how many there are. */
+#if defined(__linux__)
+typedef struct places { cpu_set_t self[16], worker[16]; int workers[16], threads; } places;
+
+static llmpar_status where(llmpar_ctx *ctx, void *user)
+{
+    places *out = (places *)user;
+    char prefix[32], path[300], name[32];
+    int length = snprintf(prefix, sizeof prefix, "%s", ""), r = ctx->rank;
+    prctl(PR_GET_NAME, prefix, 0, 0, 0);
+    length = (int)strlen(prefix);
+    snprintf(prefix + length, sizeof prefix - (size_t)length, " w");
+    sched_getaffinity(0, sizeof out->self[r], &out->self[r]);
+    DIR *tasks = opendir("/proc/self/task");
+    out->workers[r] = 0;
+    CHECK_OK(llmpar_comm_barrier(ctx->comm, NULL, "all are there"));
+    usleep(20000); /* a worker names and places itself first of all, but it does so when it runs */
+    for (struct dirent *entry; tasks && (entry = readdir(tasks));) {
+        snprintf(path, sizeof path, "/proc/self/task/%s/comm", entry->d_name);
+        FILE *file = fopen(path, "r");
+        if (file && fgets(name, sizeof name, file) && !strncmp(name, prefix, (size_t)length + 2) && atoi(name + length + 2) == 1) sched_getaffinity(atoi(entry->d_name), sizeof out->worker[r], &out->worker[r]);
+        if (file && !strncmp(name, prefix, (size_t)length + 2)) out->workers[r]++;
+        if (file) fclose(file);
+    }
+    if (tasks) closedir(tasks);
+    return llmpar_comm_barrier(ctx->comm, NULL, "all have looked");
+}
+
+TEST(threads_and_places)
+{
+    static places out;
+    cpu_set_t mine, now;
+    CHECK_INT(sched_getaffinity(0, sizeof mine, &mine), 0);
+    int processors = CPU_COUNT(&mine);
+    for (int ranks = 1; ranks <= 3; ranks++)
+        for (int pin = LLMPAR_PIN_DEFAULT; pin <= LLMPAR_PIN_OFF; pin++)
+            for (int threads = 0; threads <= 2; threads++) {
+                llmpar_launch_desc desc = { .ranks = ranks, .threads = threads, .pin = (llmpar_pin)pin };
+                llmpar_error error;
+                memset(&out, 0, sizeof out);
+                if (threads * ranks > 16) continue;
+                CHECK_OK(llmpar_launch(&desc, where, &out, &error));
+                CHECK_INT(sched_getaffinity(0, sizeof now, &now), 0);
+                CHECK(CPU_EQUAL(&mine, &now)); /* the caller's thread is where it was */
+                int workers = out.workers[0];
+                CHECK(threads ? workers == threads - 1 : workers + 1 <= (processors > ranks ? processors / ranks : 1));
+                if (!threads && processors == 2) CHECK_INT(workers, ranks == 1 ? 1 : 0);
+                int all = (workers + 1) * ranks, pinned = CPU_COUNT(&out.self[0]) == 1 && processors > 1;
+                if (pin == LLMPAR_PIN_OFF || all > processors) CHECK(processors == 1 || !pinned);
+                if (processors > 1 && all <= processors && pin == LLMPAR_PIN_ON) CHECK(pinned);
+                if (processors > 1 && all == processors && pin == LLMPAR_PIN_DEFAULT) CHECK(pinned);
+                cpu_set_t taken;
+                CPU_ZERO(&taken);
+                for (int r = 0; r < ranks; r++) {
+                    CHECK_INT(out.workers[r], workers);
+                    if (!pinned) {
+                        CHECK(CPU_EQUAL(&out.self[r], &mine));
+                        if (workers) CHECK(CPU_EQUAL(&out.worker[r], &mine));
+                        continue;
+                    }
+                    CPU_AND(&now, &taken, &out.self[r]);
+                    CHECK(CPU_COUNT(&out.self[r]) == 1 && !CPU_COUNT(&now)); /* one of its own */
+                    CPU_OR(&taken, &taken, &out.self[r]);
+                    if (!workers) continue;
+                    CPU_AND(&now, &taken, &out.worker[r]);
+                    CHECK(CPU_COUNT(&out.worker[r]) == 1 && !CPU_COUNT(&now));
+                    CPU_OR(&taken, &taken, &out.worker[r]);
+                }
+            }
+    CPU_ZERO(&now); /* what the process may use, not what the machine has */
+    for (int i = 0; i < CPU_SETSIZE && !CPU_COUNT(&now); i++)
+        if (CPU_ISSET(i, &mine)) CPU_SET(i, &now);
+    CHECK_INT(sched_setaffinity(0, sizeof now, &now), 0);
+    llmpar_launch_desc one = { .ranks = 1 };
+    memset(&out, 0, sizeof out);
+    CHECK_OK(llmpar_launch(&one, where, &out, NULL));
+    CHECK_INT(out.workers[0], 0);
+    llmpar_launch_desc lockstep = { .ranks = 1, .lockstep = 1 };
+    CHECK_INT(sched_setaffinity(0, sizeof mine, &mine), 0);
+    CHECK_OK(llmpar_launch(&lockstep, where, &out, NULL));
+    CHECK_INT(out.workers[0], 0);
+    CHECK(CPU_EQUAL(&out.self[0], &mine));
+}
+#else
+TEST(threads_and_places) { TEST_SKIP("Linux only"); }
+#endif
 
 static llmpar_status fails(llmpar_ctx *ctx, void *user)
 {
@@ -129,6 +219,10 @@ TEST(bad_descs)
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "threads = -3");
     desc.threads = 0;
+    desc.pin = (llmpar_pin)3;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "pin = 3");
+    desc.pin = LLMPAR_PIN_DEFAULT;
     desc.deadline = 0.0 / (desc.threads * 1.0);
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "the deadline is not a number");
@@ -268,4 +362,4 @@ TEST(nested_launch)
     CHECK_OK(llmpar_launch(&desc, nested, NULL, NULL));
 }
 
-TEST_LIST(T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+TEST_LIST(T_(ranks_and_names), T_(threads_and_places), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))

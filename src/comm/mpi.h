@@ -36,6 +36,8 @@ typedef struct llmpar_mpi_desc {
 LLMPAR__MPI_API llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error);
 LLMPAR__MPI_API int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world);  /* local */
 LLMPAR__MPI_API int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world); /* local */
+/* Threads for this rank: the cores it is bound to, or else those of the machine / the ranks there; 1 where MPI leaves a process one thread. Local. */
+LLMPAR__MPI_API int32_t llmpar_mpi_world_threads(const llmpar_mpi_world *world);
 /* 1 where MPI provides MPI_THREAD_SERIALIZED on all ranks. Local. */
 LLMPAR__MPI_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
 /* The communicator of all ranks; its calls are in the world's record, as those of its splits. error: where its failures leave their text; its `where` (the mesh coordinate) is shown to the other ranks. Local. */

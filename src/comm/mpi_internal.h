@@ -56,7 +56,7 @@ struct llmpar_mpi_world {
     llmpar_heap *heap;
     llmpar_mpi_desc desc;            /* resolved */
     MPI_Comm data, control;
-    int32_t rank, ranks, serialized, attended, crowded; /* attended: all ranks have helpers; crowded: more ranks than processors on this node */
+    int32_t rank, ranks, serialized, attended, crowded, threads; /* attended: all ranks have helpers; crowded: more ranks than processors on this node; threads: this rank's share of its cores */
     uint64_t next_context;
     llmpar_record *record;           /* of this rank's collectives */
     pthread_mutex_t lock;            /* around every MPI call and everything below up to `inbox` */

@@ -12,6 +12,8 @@
    so that a rank which was itself stopped does not blame the others when it goes on. Where MPI provides less than MPI_THREAD_SERIALIZED there is no helper and silence says nothing. */
 #include "comm/mpi_internal.h"
 
+#include "base/processors.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -380,11 +382,24 @@ static void llmpar__mpi_neighbours(llmpar_mpi_world *world)
 {
     MPI_Comm node = MPI_COMM_NULL;
     int here = world->ranks;
+    llmpar__processors mine, all;
+    llmpar__processors_allowed(&mine);
+    all = mine;
     if (!MPI_Comm_split_type(world->data, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node) && node != MPI_COMM_NULL) {
         MPI_Comm_size(node, &here);
+        if (MPI_Allreduce(mine.mask, all.mask, LLMPAR__PROCESSORS_WORDS, MPI_UINT64_T, MPI_BOR, node)) all = mine;
         MPI_Comm_free(&node);
     }
-    world->crowded = here > (int)sysconf(_SC_NPROCESSORS_ONLN);
+    /* Processes that mpirun has bound have their processors to themselves; others share them. */
+    int32_t cores = llmpar__processors_cores(&mine, NULL), processors = mine.count;
+    if (mine.mask_known) {
+        processors = 0;
+        for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) processors += __builtin_popcountll((unsigned long long)all.mask[i]);
+    }
+    if (llmpar__processors_quota() < cores) cores = llmpar__processors_quota();
+    world->crowded = here > processors;
+    world->threads = memcmp(mine.mask, all.mask, sizeof mine.mask) ? cores : cores / here;
+    if (world->threads < 1) world->threads = 1;
 }
 
 static void llmpar__mpi_free(llmpar_mpi_world *world)
@@ -479,6 +494,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 
 LLMPAR_DEF int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world) { return world->rank; }
 LLMPAR_DEF int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world) { return world->ranks; }
+LLMPAR_DEF int32_t llmpar_mpi_world_threads(const llmpar_mpi_world *world) { return world->serialized ? world->threads : 1; }
 LLMPAR_DEF int llmpar_mpi_world_serialized(const llmpar_mpi_world *world) { return world->serialized; }
 
 /* ---- who is where ---- */

@@ -13,6 +13,7 @@ typedef struct llmpar_threads_desc {
     int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
     double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none. Not in lockstep, where a debugger may stop the clock */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */
+    int32_t crowded;       /* 1: there are more threads than processors, so a rank that waits gives its processor away at once; default: it looks for some microseconds first */
 } llmpar_threads_desc;
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */

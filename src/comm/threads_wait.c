@@ -20,9 +20,9 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #define LLMPAR__THREADS_YIELDS 4
+#define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
 static double llmpar__threads_now(void)
@@ -73,8 +73,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     world->desc = *desc;
     llmpar_error_clear(&world->failure);
     pthread_mutex_init(&world->lock, NULL);
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    world->spins = processors >= desc->ranks ? 30 : 4;
+    world->spins = desc->crowded ? 4 : LLMPAR__THREADS_SPINS;
     world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
@@ -545,4 +544,5 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
 }
 
 #undef LLMPAR__THREADS_YIELDS
+#undef LLMPAR__THREADS_SPINS
 #undef LLMPAR__THREADS_GRACE

@@ -335,8 +335,11 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     cpu->state.heap = heap;
     cpu->state.level = level;
     cpu->state.f16c = llmpar__half_has_f16c();
+    cpu->state.processors = desc ? desc->processors : NULL;
+    cpu->state.threads = threads;
+    cpu->state.crowded = desc ? desc->crowded : 0;
     if (threads > 1) {
-        llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
+        llmpar_status status = llmpar__pool_create(&cpu->state, error, &cpu->state.pool);
         if (status) {
             llmpar_heap_free(heap, cpu);
             return status;

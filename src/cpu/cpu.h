@@ -17,6 +17,9 @@ LLMPAR_API int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out);
 typedef struct llmpar_cpu_desc {
     int32_t threads;          /* workers of this rank, the caller's thread included; default 1; results do not depend on it */
     llmpar_cpu_level level;   /* default: best */
+    const int32_t *processors; /* [threads] borrowed: worker i stays on processor i of these, and what streams have of threads of their own on any of them; the caller's thread stays where it is. Default none: the
+                                 system puts them where it likes */
+    int32_t crowded;          /* 1: there are more threads than processors, so who waits gives its processor away at once; default: it looks for some microseconds first */
 } llmpar_cpu_desc;
 
 /* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.

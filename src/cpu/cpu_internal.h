@@ -12,12 +12,17 @@ typedef struct llmpar__cpu {
     int f16c;                  /* the processor converts F16 (half.c) */
     struct llmpar__pool *pool; /* NULL: one thread */
     struct llmpar__queues *queues; /* of the streams with threads; NULL: there was none yet */
+    const int32_t *processors; /* [threads] borrowed; NULL: no thread has its place */
+    int32_t threads;
+    int32_t crowded;
 } llmpar__cpu;
 
 /* Threads (pool.c). The caller's name; "r3" and "gather" give "r3 gather"; what a new thread does first: its name, and the floating-point control of every other. */
 LLMPAR__PRIVATE void llmpar__thread_get_name(char name[16]);
 LLMPAR__PRIVATE void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix);
 LLMPAR__PRIVATE void llmpar__thread_begin(const char *name);
+/* The calling thread goes to the processor of this worker; worker < 0: to any of the rank's. Nothing where there are none. */
+LLMPAR__PRIVATE void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker);
 
 /* Streams with threads (stream.c). All but view, thread_error and threads_running are for the rank's own thread. */
 struct llmpar__queue;
@@ -44,8 +49,8 @@ LLMPAR__PRIVATE int32_t llmpar__stream_threads_running(llmpar_device *device);
    not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
 LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
 LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
-/* threads >= 2, the caller's included. Owned by the caller; destroy takes NULL and joins. */
-LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out);
+/* Of cpu->threads >= 2, the caller's included; cpu outlives it. Owned by the caller; destroy takes NULL and joins. */
+LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out);
 LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 
 /* Slots: gemm.c */

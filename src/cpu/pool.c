@@ -1,5 +1,6 @@
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
-   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
+   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+#include "base/processors.h"
 #include "cpu/cpu_internal.h"
 
 #include <pthread.h>
@@ -9,7 +10,8 @@
 #include <sys/prctl.h>
 #endif
 
-#define LLMPAR__POOL_SPINS 200
+#define LLMPAR__POOL_SPINS 1000 /* 15 to 60 us: most of what a rank does alone between two runs is over by then, and waking a thread takes as long */
+#define LLMPAR__POOL_CROWDED_SPINS 20
 #define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
 
 typedef struct llmpar__pool_worker {
@@ -20,9 +22,9 @@ typedef struct llmpar__pool_worker {
 } llmpar__pool_worker;
 
 struct llmpar__pool {
-    llmpar_heap *heap;
+    const llmpar__cpu *cpu;
     llmpar__pool_worker *workers; /* [threads - 1]; owned */
-    int32_t threads, started;
+    int32_t threads, started, spins;
     pthread_mutex_t mutex;
     pthread_cond_t start, done;
     /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
@@ -85,6 +87,19 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 #endif
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker)
+{
+    llmpar__processors all;
+    if (!cpu->processors) return;
+    if (worker >= 0) {
+        llmpar__processors_stay_on(cpu->processors[worker]);
+        return;
+    }
+    memset(&all, 0, sizeof all);
+    for (int32_t i = 0; i < cpu->threads; i++) all.mask[cpu->processors[i] / 64] |= (uint64_t)1 << (cpu->processors[i] % 64);
+    llmpar__processors_stay(&all);
+}
+
 static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
 {
     for (;;) {
@@ -100,9 +115,10 @@ static void *llmpar__pool_main(void *arg)
     struct llmpar__pool *pool = self->pool;
     uint32_t seen = 0;
     llmpar__thread_begin(self->name);
+    llmpar__thread_place(pool->cpu, self->index);
     for (;;) {
         int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < pool->spins) {
             llmpar__pool_pause();
             spins++;
         }
@@ -141,12 +157,14 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->start);
     pthread_mutex_destroy(&pool->mutex);
-    llmpar_heap_free(pool->heap, pool->workers);
-    llmpar_heap_free(pool->heap, pool);
+    llmpar_heap_free(pool->cpu->heap, pool->workers);
+    llmpar_heap_free(pool->cpu->heap, pool);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out)
 {
+    llmpar_heap *heap = cpu->heap;
+    int32_t threads = cpu->threads;
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
     pthread_attr_t attributes;
     char base[16], suffix[16];
@@ -154,7 +172,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
     int failed = 0;
     *out = NULL;
     if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    pool->heap = heap;
+    pool->cpu = cpu;
+    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
     pool->threads = threads;
     pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
     if (!pool->workers) {
@@ -202,7 +221,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
     __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
     llmpar__pool_release(pool);
     llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < pool->spins) {
         llmpar__pool_pause();
         spins++;
     }
@@ -220,4 +239,5 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 }
 
 #undef LLMPAR__POOL_SPINS
+#undef LLMPAR__POOL_CROWDED_SPINS
 #undef LLMPAR__POOL_STACK

@@ -114,6 +114,7 @@ static void *llmpar__stream_main(void *arg)
 {
     struct llmpar__queue *q = (struct llmpar__queue *)arg;
     llmpar__thread_begin(q->name);
+    llmpar__thread_place(&q->cpu, q->cpu.pool ? 0 : -1); /* with the pool comes the place of its first worker */
     pthread_mutex_lock(&q->all->lock);
     q->self = pthread_self();
     q->known = 1;

@@ -18,6 +18,7 @@
 #include <sys/prctl.h>
 #endif
 
+#include "base/processors.h"
 #include "comm/threads.h"
 #include "cpu/cpu.h"
 #include "tables/device.h"
@@ -45,6 +46,8 @@ typedef struct llmpar__launch_job {
     llmpar_threads_world *world;
     llmpar__launch_rank *rank;
     char record[LLMPAR__LAUNCH_PATH + 1]; /* directory, "" = none */
+    int32_t *processors;  /* [ranks][threads] where each thread stays; NULL: where it likes. Owned */
+    int32_t crowded;      /* more threads than processors */
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
@@ -217,6 +220,11 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = job->desc.threads;
     cpu.level = job->level;
+    cpu.crowded = job->crowded;
+    if (job->processors) {
+        cpu.processors = job->processors + (size_t)ctx->rank * (size_t)job->desc.threads;
+        llmpar__processors_stay_on(cpu.processors[0]);
+    }
     llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
     if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
     if (!st) st = llmpar__launch_agree(ctx);
@@ -247,7 +255,28 @@ static void llmpar__launch_leave(llmpar__launch_job *job)
     for (int32_t i = 0; i < job->desc.ranks; i++) free(job->rank[i].returned);
     llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
     llmpar_heap_free(&heap, job->rank);
+    llmpar_heap_free(&heap, job->processors);
     llmpar_heap_free(&heap, job);
+}
+
+/* How many threads a rank has where the desc does not say, and where each of the job's stays. 0: out of memory. */
+static int llmpar__launch_places(llmpar__launch_job *job)
+{
+    llmpar_launch_desc *desc = &job->desc;
+    llmpar__processors allowed;
+    llmpar__processors_allowed(&allowed);
+    int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
+    if (!order) return 0;
+    int32_t cores = llmpar__processors_cores(&allowed, order);
+    if (!desc->threads) {
+        int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
+        desc->threads = desc->lockstep || usable < desc->ranks ? 1 : usable / desc->ranks;
+    }
+    int64_t all = (int64_t)desc->threads * desc->ranks;
+    job->crowded = all > allowed.count;
+    if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
+    else job->processors = order;
+    return 1;
 }
 
 static void *llmpar__launch_thread(void *arg)
@@ -270,13 +299,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
-    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
+    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
     if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
     if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
-    if (!desc->threads) desc->threads = 1;
+    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
     *level = llmpar_cpu_best_level();
@@ -338,12 +367,17 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->rank = rank;
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
+    if (!llmpar__launch_places(job)) {
+        llmpar__launch_leave(job);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
+    }
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
     threads.lockstep = desc.lockstep;
     threads.deadline = desc.deadline;
     threads.unchecked = desc.unchecked;
+    threads.crowded = job->crowded;
     st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
         llmpar__launch_leave(job);
@@ -364,7 +398,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 
     if (ranks == 1) {
         uint64_t state = llmpar__launch_float_state();
+        llmpar__processors before;
+        if (job->processors) llmpar__processors_allowed(&before);
         llmpar__launch_run(&rank[0]);
+        if (job->processors) llmpar__processors_stay(&before);
         llmpar__launch_float_restore(state);
         started = 1;
     } else {

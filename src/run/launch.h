@@ -10,11 +10,17 @@
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
 
+/* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.
+   ON: wherever ranks x threads are not more than these; two such jobs on one machine get in each other's way. Never with more threads than processors, in lockstep, where the system has no such call (macOS), or
+   in MPI processes, which mpirun binds (ON is refused there). The caller's thread, where it runs a rank, goes back to where it was. */
+typedef enum llmpar_pin { LLMPAR_PIN_DEFAULT = 0, LLMPAR_PIN_ON = 1, LLMPAR_PIN_OFF = 2 } llmpar_pin;
+
 typedef struct llmpar_launch_desc {
     int32_t ranks;                /* 0 = the MPI processes there are, or 1. One rank, and an MPI process, runs on the caller's thread */
     llmpar_transport transport;
     const llmpar_mpi_desc *mpi;   /* own communicator and more; its deadline and unchecked are those below. Not NULL: ranks are MPI processes */
-    int32_t threads;              /* workers inside a rank; default 1 */
+    int32_t threads;              /* workers inside a rank; default 0 = the cores this process may use / the ranks of this machine, at least 1 (1 in lockstep). Results do not depend on it */
+    llmpar_pin pin;               /* does each thread stay on a processor of its own; default: where the job's threads fill the machine */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
     const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
     double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */

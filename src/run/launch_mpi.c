@@ -28,6 +28,7 @@ static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *w
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = desc->threads;
+    cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
     llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
     return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
@@ -72,6 +73,7 @@ static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *w
     if (desc->ranks && desc->ranks != ctx->world)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
     if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
+    if (desc->pin == LLMPAR_PIN_ON) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; MPI processes are bound by mpirun (--bind-to core)");
     if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))
         return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
                            (int)desc->threads);
@@ -135,6 +137,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
         uint64_t state = llmpar__launch_float_state();
         ctx.rank = llmpar_mpi_world_rank(world);
         ctx.world = llmpar_mpi_world_ranks(world);
+        if (!desc.threads) desc.threads = llmpar_mpi_world_threads(world);
         orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
         llmpar__launch_float_restore(state);
         llmpar_mpi_world_destroy(world);
