@@ -93,7 +93,7 @@ static inline void everywhere(const char *name, void (*run)(int shape), int shap
     memset(log_bits, 0, sizeof log_bits);
     memset(log_room, 0, sizeof log_room);
 }
-static const int64_t dims[8] = { 1, 7, 16, 33, 130, 517, 1030, 2049 }; /* kernels widen 512 elements at a time */
+static const int64_t dims[8] = { 1, 7, 16, 33, 130, 517, 1030, 2049 }; /* kernels widen 1,024 elements at a time */
 enum { DIMS = 8 };
 static inline void *workspace_of(size_t bytes, char **memory) /* exactly so many, at an odd place, poison behind them */
 {

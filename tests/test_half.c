@@ -149,7 +149,7 @@ TEST(norm_tokens) { everywhere("rmsnorm over tokens", run_norm_tokens, 5); }
 
 static void run_rope(int shape)
 {
-    static const int64_t halves[6] = { 1, 3, 8, 17, 64, 700 };
+    static const int64_t halves[6] = { 1, 3, 8, 17, 64, 1100 };
     int64_t e = 2 * halves[shape], heads = 3, batch = 2, t = 4, rows = batch * t, ld = heads * e + 3;
     float *x = values(rows * heads * e, 1), *cosine = values((t + 2) * e / 2, 1), *sine = values((t + 2) * e / 2, 1);
     for (int inverse = 0; inverse < 2; inverse++) {

@@ -105,10 +105,10 @@ static norm norm_part(const norm *n, int64_t b0, int64_t b1, int64_t t0, int64_t
 
 TEST(norm_levels_threads_and_aliases)
 {
-    static const int64_t dims[5] = { 1, 16, 33, 130, 517 };
+    static const int64_t dims[6] = { 1, 16, 33, 130, 517, 4133 }; /* the last: more columns than chains find room for at a time */
     ops_way ways[4];
     int count = ops_ways(ways);
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         norm n = norm_make(4, 9, 2, 8, dims[i]), r = norm_make(4, 9, 2, 8, dims[i]);
         int64_t size = 36 * dims[i];
         for (int w = 0; w < count; w++) for (int threads = 1; threads <= 3; threads++) for (int residual = 0; residual < 4; residual++) {

@@ -80,7 +80,7 @@ static void llmpar__elementwise_cast(void *arg, int64_t task, int32_t worker)
     if (job->in.widen && a->out_dtype == LLMPAR_F32) job->in.widen((float *)(void *)out, in, end - begin);
     else if (job->out.narrow && a->in_dtype == LLMPAR_F32) job->out.narrow(out, (const float *)(const void *)in, end - begin);
     else if (job->in.widen && job->out.narrow && a->in_dtype != a->out_dtype) {
-        float scratch[LLMPAR__HALF_PART];
+        float scratch[LLMPAR__HALF_ROOM];
         for (; begin < end; begin += LLMPAR__HALF_PART) {
             int64_t n = llmpar__v_min(LLMPAR__HALF_PART, end - begin);
             llmpar__half_read(&job->in, a->in, begin, n, scratch);

@@ -1,4 +1,4 @@
-/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. Conversions wait for memory, so AVX-512 has no code of its own. */
+/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. */
 #include "cpu/half_internal.h"
 
 #include "cpu/vector.h"
@@ -73,6 +73,61 @@ LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
 #undef LLMPAR__HALF_WIDEN
 #undef LLMPAR__HALF_NARROW
 #undef LLMPAR__HALF_AVX2
+
+/* Sixteens; the maskz forms only because gcc 12 warns about its own header's plain ones in C++. */
+#define LLMPAR__HALF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define LLMPAR__HALF_ALL ((__mmask16)0xffff)
+
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_factors_from_bf16(__m256i half) { return _mm512_maskz_slli_epi32(LLMPAR__HALF_ALL, _mm512_maskz_cvtepu16_epi32(LLMPAR__HALF_ALL, half), 16); }
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_bf16(__m256i half)
+{
+    __m512i bits = llmpar__half_16_factors_from_bf16(half);
+    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x00400000));
+}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar__half_16_to_bf16(__m512i bits)
+{
+    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+    __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(LLMPAR__HALF_ALL, bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_maskz_cvtepi32_epi16(LLMPAR__HALF_ALL, _mm512_maskz_srli_epi32(LLMPAR__HALF_ALL, up, 16));
+}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_f16(__m256i half) { return _mm512_castps_si512(_mm512_maskz_cvtph_ps(LLMPAR__HALF_ALL, half)); }
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar__half_16_to_f16(__m512i bits) { return _mm512_maskz_cvtps_ph(LLMPAR__HALF_ALL, _mm512_castsi512_ps(bits), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#define LLMPAR__HALF_WIDEN(name, from_half) \
+    LLMPAR__HALF_AVX512 static void name(float *out, const void *in, int64_t count) \
+    { \
+        const uint16_t *from = (const uint16_t *)in; \
+        int64_t i = 0; \
+        for (; i + 16 <= count; i += 16) _mm512_storeu_si512((void *)(out + i), from_half(_mm256_loadu_si256((const __m256i *)(const void *)(from + i)))); \
+        if (i < count) { \
+            __mmask16 rest = (__mmask16)((1u << (count - i)) - 1u); \
+            _mm512_mask_storeu_epi32((void *)(out + i), rest, from_half(_mm256_maskz_loadu_epi16(rest, from + i))); \
+        } \
+    }
+#define LLMPAR__HALF_NARROW(name, to_half) \
+    LLMPAR__HALF_AVX512 static void name(void *out, const float *in, int64_t count) \
+    { \
+        uint16_t *to = (uint16_t *)out; \
+        int64_t i = 0; \
+        for (; i + 16 <= count; i += 16) _mm256_storeu_si256((__m256i *)(void *)(to + i), to_half(_mm512_loadu_si512((const void *)(in + i)))); \
+        if (i < count) { \
+            __mmask16 rest = (__mmask16)((1u << (count - i)) - 1u); \
+            _mm256_mask_storeu_epi16(to + i, rest, to_half(_mm512_maskz_loadu_epi32(rest, in + i))); \
+        } \
+    }
+LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx512, llmpar__half_16_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx512, llmpar__half_16_factors_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx512, llmpar__half_16_from_f16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx512, llmpar__half_16_to_bf16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx512, llmpar__half_16_to_f16)
+
+#undef LLMPAR__HALF_WIDEN
+#undef LLMPAR__HALF_NARROW
+#undef LLMPAR__HALF_AVX512
+#undef LLMPAR__HALF_ALL
 #endif
 
 LLMPAR__PRIVATE_DEF int llmpar__half_has_f16c(void)
@@ -98,20 +153,19 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
         half.widen = llmpar__half_widen_f16;
         half.narrow = llmpar__half_narrow_f16;
     }
-#if LLMPAR__VX86
-    if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
-        if (dtype == LLMPAR_BF16) {
-            half.widen = llmpar__half_widen_bf16_avx2;
-            half.narrow = llmpar__half_narrow_bf16_avx2;
-        } else if (dtype == LLMPAR_F16) {
-            half.widen = llmpar__half_widen_f16_avx2;
-            half.narrow = llmpar__half_narrow_f16_avx2;
-        }
-    }
-#endif
     half.widen_factors = half.widen;
 #if LLMPAR__VX86
-    if (half.widen == llmpar__half_widen_bf16_avx2) half.widen_factors = llmpar__half_widen_factors_bf16_avx2;
+    if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
+        int wide = (int)cpu->level >= (int)LLMPAR_CPU_AVX512;
+        if (dtype == LLMPAR_BF16) {
+            half.widen = wide ? llmpar__half_widen_bf16_avx512 : llmpar__half_widen_bf16_avx2;
+            half.narrow = wide ? llmpar__half_narrow_bf16_avx512 : llmpar__half_narrow_bf16_avx2;
+            half.widen_factors = wide ? llmpar__half_widen_factors_bf16_avx512 : llmpar__half_widen_factors_bf16_avx2;
+        } else if (dtype == LLMPAR_F16) {
+            half.widen_factors = half.widen = wide ? llmpar__half_widen_f16_avx512 : llmpar__half_widen_f16_avx2;
+            half.narrow = wide ? llmpar__half_narrow_f16_avx512 : llmpar__half_narrow_f16_avx2;
+        }
+    }
 #endif
     (void)cpu;
     return half;

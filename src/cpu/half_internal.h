@@ -9,14 +9,14 @@
 
 #include "cpu/cpu_internal.h"
 
-enum { LLMPAR__HALF_PART = 512 };
+enum { LLMPAR__HALF_PART = 1024, LLMPAR__HALF_ROOM = 1024 + 80 }; /* scratch for a part; several at a distance of 4 KiB would wait for each other (loads and stores are told apart by 12 bits of the address first) */
 
 /* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
 typedef struct llmpar__half {
     int64_t size;                                               /* bytes of an element in memory */
     void (*widen)(float *out, const void *in, int64_t count);   /* NULL, as is narrow: F32 or F64, which kernels use where they lie */
     void (*narrow)(void *out, const float *in, int64_t count);
-    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: the product makes it quiet */
+    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: arithmetic, or narrow, makes it quiet */
 } llmpar__half;
 
 LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype);
@@ -29,7 +29,7 @@ static __attribute__((noinline, unused)) const void *llmpar__half_read(const llm
 {
     const char *at = (const char *)base + index * half->size;
     if (!half->widen) return at;
-    half->widen(scratch, at, count);
+    half->widen_factors(scratch, at, count);
     return scratch;
 }
 /* Where a kernel puts what goes to element `index` of base and on; write takes it there. */

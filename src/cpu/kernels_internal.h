@@ -5,11 +5,26 @@
 #include "cpu/vector.h"
 
 /* norm */
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; llmpar__half half; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; llmpar__half half; } llmpar__norm_backward_job;
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; const void *w; llmpar__half half; } llmpar__norm_job; /* w: widened, or NULL */
+typedef struct llmpar__norm_backward_job {
+    const llmpar_rmsnorm_backward_args *args;
+    int64_t step;
+    const void *w;           /* widened, or NULL */
+    int64_t leaf, piece, pieces, column, columns, stride; /* a run's first leaf, its pieces and columns of dw */
+    void *chains;            /* [leaves of the run][pieces][stride], of the sum type */
+    int with_dx;
+    llmpar__half half;
+} llmpar__norm_backward_job;
 LLMPAR__VDECLARE_NARROW(norm_forward)
 LLMPAR__VDECLARE_NARROW(norm_dx)
-LLMPAR__VDECLARE_NARROW(norm_dw)
+LLMPAR__VDECLARE_NARROW(norm_piece)
+LLMPAR__VDECLARE_NARROW(norm_tree)
+/* The rows of a sequence that lie in the piece and in this shard. */
+static inline void llmpar__norm_piece_rows(const llmpar_tokens *tokens, int64_t piece, int64_t *t0, int64_t *t1)
+{
+    *t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+    *t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+}
 
 /* rope */
 typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; llmpar__half half; } llmpar__rope_job;
