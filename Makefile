@@ -43,6 +43,7 @@ help:
 	@echo 'make check-compile every compiler, standard and order of includes    make check-budget: lines, bytes, compile time'
 	@echo 'make coverage      branches of the readers of foreign files that their tests take'
 	@echo 'make install       headers, pkg-config file, CMake package, documents (PREFIX=/usr/local, DESTDIR=); make uninstall'
+	@echo 'make test-bf16     a part of the suite with the instruction for BF16 products emulated on AVX-512'
 	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
 	@echo 'make test-docs     runs the commands of docs/ and compares what they print; links, pictures'
@@ -160,6 +161,7 @@ $(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(a
 $(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
 $(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))
 $(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
+$(eval $(call configuration,bf16,build/dev,$(CC),-O1 -g,$(CC) -O1 -g $(WARN) -DLLMPAR_BF16_EMULATED -x c))
 $(eval $(call configuration,musl,build/dev,musl-gcc,-O1 -g -static,musl-gcc -O2 -g $(WARN) -x c))
 
 $(eval $(call configuration,mpi,build/dev,$(MPICC) -DLLMPAR_USE_MPI,-O1 -g,$(MPICC) -DLLMPAR_USE_MPI $(OPT) -g $(WARN) -x c))
@@ -216,6 +218,9 @@ test-aarch64:
 	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='$(AARCH64)' PORT=aarch64 RUNNER=qemu-aarch64
 test-aarch64-portable:
 	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='test_gemm test_ops' PORT=aarch64_portable RUNNER=qemu-aarch64
+# The level avx512bf16 on a processor that has AVX-512 but no BF16 units.
+test-bf16:
+	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_half test_half_products test_tp test_model test_launch)'
 test-musl:
 	@tests/need.sh musl-gcc musl-tools -- $(MAKE) --no-print-directory run-ported SUITE='$(MUSL)' PORT=musl
 run-ported:
@@ -325,6 +330,6 @@ clean:
 	rm -rf build
 
 .PHONY: print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
-	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
-	$(foreach c,plain header cxx asan tsan separate aarch64 aarch64_portable musl,build-$(c) run-$(c))
+	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
+	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -304,7 +304,7 @@ static void usage(void)
          "  --help\n"
          "configuration: NAME=VALUE,NAME=VALUE ..; a comma inside a value is written +, as in offload=optimizer=file+params=host. Names are options of train_llama:\n"
          "  dp-replicate, dp-shard, tp, threads, grad-accum, and of the policy: sp zero reshard prefetch no-sync accumulate exact dtype reduce-dtype recompute freeze offload offload-dir overlap memory-limit optimizer clip\n"
-         "  loss-scale wrap logits-bytes; further cpu=portable|avx2|avx512, and model=DIR instead of --model, for the same model in other files\n"
+         "  loss-scale wrap logits-bytes; further cpu=portable|avx2|avx512|avx512bf16, and model=DIR instead of --model, for the same model in other files\n"
          "bound: distances are |b - a| / |a| in Euclidean norms (relative) and max|b - a| / max|a| (largest). Where a and b add in the same order and the same types, the bound is 0: the same bits. Else it is\n"
          "  c u sqrt(1 + h), c = 8 (gradients: 16), u = store + sqrt(K) sum / 2: store and sum are the unit roundoffs of the narrower type and of the type its sums have (bf16 2^-8, f16 2^-11, f32 2^-24, f64 2^-53; sums below f32 in f32), K the\n"
          "  longest sum, h the halves of blocks that the number has come through. docs/parity.md has the reason and what was measured.\n"

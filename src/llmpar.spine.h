@@ -65,7 +65,7 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
-    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level. Bits may differ between levels, never between
+    Environment: LLMPAR_CPU=portable|avx2|avx512|avx512bf16 forces a dispatch level. Bits may differ between levels, never between
     meshes of one level.
 
 llmpar DOES NOT

@@ -83,10 +83,12 @@ static inline void both(const char *name, void (*run)(int shape), int shape, llm
     else for (int64_t i = 0; i < log_count[0]; i++)
         if (log_bits[0][i] != log_bits[1][i]) { TEST_FAIL("%s %d, %s %s, %d threads: result %ld of %ld is %08x, want %08x", name, shape, llmpar_cpu_level_name(level), llmpar_dtype_name(half), threads, (long)i, (long)log_count[0], log_bits[1][i], log_bits[0][i]); return; }
 }
+static int pairs_differ; /* the case is a product: BF16 units add in pairs, not as its f32 self does (test_gemm has their order) */
 static inline void everywhere(const char *name, void (*run)(int shape), int shapes)
 {
     for (int type = 0; type < 2; type++) for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) for (int shape = 0; shape < shapes; shape++) {
         half = type ? LLMPAR_F16 : LLMPAR_BF16;
+        if (pairs_differ && half == LLMPAR_BF16 && level == (int)LLMPAR_CPU_AVX512BF16) continue;
         both(name, run, shape, (llmpar_cpu_level)level, 1 + shape % 3);
     }
     free(log_bits[0]); free(log_bits[1]);

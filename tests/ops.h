@@ -26,7 +26,7 @@ static inline double *ops_random(int64_t n, double scale)
 
 static llmpar_heap ops_heap;
 static llmpar_error ops_error;
-static llmpar_device *ops_devices[4][4];
+static llmpar_device *ops_devices[5][4];
 
 static inline llmpar_device *ops_device(llmpar_cpu_level level, int threads)
 {
@@ -43,7 +43,7 @@ static inline llmpar_device *ops_device(llmpar_cpu_level level, int threads)
 }
 static inline void ops_close(void)
 {
-    for (int i = 0; i < 4; i++) for (int j = 0; j < 4; j++) llmpar_cpu_destroy(ops_devices[i][j]);
+    for (int i = 0; i < 5; i++) for (int j = 0; j < 4; j++) llmpar_cpu_destroy(ops_devices[i][j]);
     CHECK_INT(ops_heap.live, 0);
 }
 
@@ -54,7 +54,7 @@ static inline int ops_ways(ops_way ways[4])
     int n = 0;
     ways[n].level = LLMPAR_CPU_PORTABLE;
     ways[n++].dtype = LLMPAR_F64;
-    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level() && level <= (int)LLMPAR_CPU_AVX512; level++) { /* what is above differs in products alone */
         ways[n].level = (llmpar_cpu_level)level;
         ways[n++].dtype = LLMPAR_F32;
     }

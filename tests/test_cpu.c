@@ -27,15 +27,15 @@ static void machine_end(machine *w)
 TEST(levels)
 {
     llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
-    for (int i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
+    for (int i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++) {
         CHECK(llmpar_cpu_level_parse(llmpar_cpu_level_name((llmpar_cpu_level)i), &level));
         CHECK_INT(level, i);
     }
     CHECK(!llmpar_cpu_level_parse("avx", &level));
     CHECK(!llmpar_cpu_level_parse("", &level));
     CHECK(!llmpar_cpu_level_parse("?", &level));
-    CHECK_INT(level, LLMPAR_CPU_AVX512);
-    CHECK(llmpar_cpu_best_level() >= LLMPAR_CPU_PORTABLE && llmpar_cpu_best_level() <= LLMPAR_CPU_AVX512);
+    CHECK_INT(level, LLMPAR_CPU_AVX512BF16);
+    CHECK(llmpar_cpu_best_level() >= LLMPAR_CPU_PORTABLE && llmpar_cpu_best_level() <= LLMPAR_CPU_AVX512BF16);
     CHECK(strcmp(llmpar_cpu_level_name(LLMPAR_CPU_DEFAULT), "?") == 0);
 }
 
@@ -83,6 +83,7 @@ TEST(creation)
     refuse(LLMPAR_CPU_DEFAULT, 100000, LLMPAR_ERR_ARGUMENT, "got 100000");
     refuse((llmpar_cpu_level)77, 1, LLMPAR_ERR_ARGUMENT, "77");
     if (llmpar_cpu_best_level() < LLMPAR_CPU_AVX512) refuse(LLMPAR_CPU_AVX512, 1, LLMPAR_ERR_UNSUPPORTED, "avx512");
+    if (llmpar_cpu_best_level() < LLMPAR_CPU_AVX512BF16) refuse(LLMPAR_CPU_AVX512BF16, 1, LLMPAR_ERR_UNSUPPORTED, "avx512bf16");
 }
 
 TEST(out_of_memory)

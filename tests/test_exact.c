@@ -209,10 +209,10 @@ TEST(policies_adalomo) { policies(LLMPAR_F32, LLMPAR_OPTIM_ADALOMO, 0, draws(1))
 /* Each dispatch level is the same on every mesh, and with workers inside a rank; levels may differ from each other. */
 TEST(levels)
 {
-    static const char *const level[] = {"portable", "avx2", "avx512"};
+    static const char *const level[] = {"portable", "avx2", "avx512", "avx512bf16"};
     static const int at[] = {0, 3, 6, 9};
     llmpar_llama_config config = train_config(1);
-    for (int i = 0; i < 3 && i + 1 <= (int)llmpar_cpu_best_level(); i++) {
+    for (int i = 0; i < 4 && i + 1 <= (int)llmpar_cpu_best_level(); i++) {
         train_result want;
         reference(&config, level[i], LLMPAR_F32, &want);
         for (unsigned k = 0; k < sizeof at / sizeof at[0]; k++) {

@@ -20,14 +20,20 @@ static uint32_t random_bits(void)
 static int random_below(int n) { return (int)(random_bits() % (uint32_t)n); }
 static double random_value(void) { return (double)random_bits() / 1073741824.0 - 1.0; }
 
-static size_t element_size(const problem *p) { return p->args.dtype == LLMPAR_F64 ? 8 : 4; }
-static double get(const void *base, int64_t i, llmpar_dtype dtype) { return dtype == LLMPAR_F64 ? ((const double *)base)[i] : (double)((const float *)base)[i]; }
-static void set(void *base, int64_t i, llmpar_dtype dtype, double v) { if (dtype == LLMPAR_F64) ((double *)base)[i] = v; else ((float *)base)[i] = (float)v; }
+/* BF16 operands come with sums in F32 here; their rounding has tests of its own (test_half_products). */
+static llmpar_dtype sum_dtype(const problem *p) { return llmpar_dtype_sum(p->args.dtype); }
+static double get(const void *base, int64_t i, llmpar_dtype dtype) { return dtype == LLMPAR_F64 ? ((const double *)base)[i] : dtype == LLMPAR_BF16 ? (double)llmpar_bf16_to_f32(((const uint16_t *)base)[i]) : (double)((const float *)base)[i]; }
+static void set(void *base, int64_t i, llmpar_dtype dtype, double v)
+{
+    if (dtype == LLMPAR_F64) ((double *)base)[i] = v;
+    else if (dtype == LLMPAR_BF16) ((uint16_t *)base)[i] = llmpar_f32_to_bf16((float)v);
+    else ((float *)base)[i] = (float)v;
+}
 
 /* rows x width random elements at an odd address, distance ld; the gaps hold NaN, which must never reach a result */
 static void *random_matrix(problem *p, int64_t rows, int64_t width, int64_t ld)
 {
-    size_t count = (size_t)(rows > 0 ? (rows - 1) * ld + width : 0) + 16, size = element_size(p);
+    size_t count = (size_t)(rows > 0 ? (rows - 1) * ld + width : 0) + 16, size = llmpar_dtype_size(p->args.dtype);
     char *memory = (char *)malloc(count * size);
     void *base = memory + size * (size_t)random_below(5);
     int64_t i, j;
@@ -43,6 +49,7 @@ static void problem_begin(problem *p, llmpar_gemm_kind kind, llmpar_dtype dtype,
     memset(p, 0, sizeof *p);
     p->args.kind = kind;
     p->args.dtype = dtype;
+    p->args.out_dtype = llmpar_dtype_sum(dtype);
     p->args.m = m;
     p->args.n = n;
     p->args.pieces = pieces;
@@ -93,18 +100,20 @@ static double tree(const double *leaf, int64_t n, int f32)
 static double element_a(const problem *p, const llmpar_gemm_segment *s, int64_t i, int64_t k) { return get(s->a, p->args.kind == LLMPAR_GEMM_TN ? k * s->lda + i : i * s->lda + k, p->args.dtype); }
 static double element_b(const problem *p, const llmpar_gemm_segment *s, int64_t j, int64_t k) { return get(s->b, p->args.kind == LLMPAR_GEMM_NT ? j * s->ldb + k : k * s->ldb + j, p->args.dtype); }
 
-/* Element (i, j) in the contract's order; fused: one rounding a step, as the levels with fma. `start` is c before the call. */
-static double reference(const problem *p, int fused, int64_t i, int64_t j, double start)
+/* Element (i, j) in the contract's order; fused: one rounding a step, as the levels with fma; pairs: of every two k of a segment the odd one is added first,
+   as units for BF16 do. `start` is c before the call. */
+static double reference(const problem *p, int fused, int pairs, int64_t i, int64_t j, double start)
 {
     static double leaf[4096];
-    int f32 = p->args.dtype == LLMPAR_F32;
+    int f32 = p->args.dtype != LLMPAR_F64;
     int32_t piece, s = 0;
     for (piece = 0; piece < p->args.pieces; piece++) {
         double sum = p->args.accumulate ? start : 0;
         for (; s < p->args.segment_count && p->segments[s].piece == piece; s++) {
             int64_t k;
             for (k = 0; k < p->segments[s].k; k++) {
-                double a = element_a(p, &p->segments[s], i, k), b = element_b(p, &p->segments[s], j, k);
+                int64_t at = pairs && (k ^ 1) < p->segments[s].k ? k ^ 1 : k;
+                double a = element_a(p, &p->segments[s], i, at), b = element_b(p, &p->segments[s], j, at);
                 if (f32 && fused) sum = (double)fmaf((float)a, (float)b, (float)sum);
                 else if (f32) { volatile float product = (float)a * (float)b; sum = (double)(product + (float)sum); }
                 else if (fused) sum = fma(a, b, sum);
@@ -119,8 +128,9 @@ static double reference(const problem *p, int fused, int64_t i, int64_t j, doubl
 #if defined(__aarch64__)
 static int level_is_fused(llmpar_cpu_level level, llmpar_dtype dtype) { (void)level; (void)dtype; return 1; }
 #else
-static int level_is_fused(llmpar_cpu_level level, llmpar_dtype dtype) { return dtype == LLMPAR_F32 && level != LLMPAR_CPU_PORTABLE; }
+static int level_is_fused(llmpar_cpu_level level, llmpar_dtype dtype) { return dtype != LLMPAR_F64 && level != LLMPAR_CPU_PORTABLE; }
 #endif
+static int level_has_pairs(llmpar_cpu_level level, llmpar_dtype dtype) { return level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16; }
 
 typedef struct machine { llmpar_heap heap; llmpar_error error; llmpar_device *device; llmpar_stream *stream; } machine;
 
@@ -160,7 +170,7 @@ static void run(machine *w, const llmpar_gemm_args *args)
 /* Result of p in fresh memory of m rows with the given ld and offset; neighbours must survive. The caller frees *memory. */
 static void *run_poisoned(machine *w, const problem *p, int64_t ldc, int offset, const void *start, void **memory)
 {
-    size_t size = element_size(p), count = (size_t)(p->args.m * ldc) + 64;
+    size_t size = llmpar_dtype_size(sum_dtype(p)), count = (size_t)(p->args.m * ldc) + 64;
     unsigned char *bytes = (unsigned char *)malloc(count * size);
     unsigned char *c = bytes + size * (size_t)(32 + offset);
     llmpar_gemm_args args = p->args;
@@ -183,21 +193,21 @@ static void *run_poisoned(machine *w, const problem *p, int64_t ldc, int offset,
 /* p at this level equals the reference in every bit. */
 static void check_bytes(machine *w, llmpar_cpu_level level, problem *p)
 {
-    int fused = level_is_fused(level, p->args.dtype);
+    int fused = level_is_fused(level, p->args.dtype), pairs = level_has_pairs(level, p->args.dtype);
     int64_t i, j, ldc = p->args.n + random_below(5);
-    size_t size = element_size(p);
+    size_t size = llmpar_dtype_size(sum_dtype(p));
     void *memory, *start = NULL;
     const void *c;
     if (p->args.accumulate) {
         start = malloc((size_t)(p->args.m * p->args.n) * size + 1);
-        for (i = 0; i < p->args.m * p->args.n; i++) set(start, i, p->args.dtype, random_value());
+        for (i = 0; i < p->args.m * p->args.n; i++) set(start, i, sum_dtype(p), random_value());
     }
     c = run_poisoned(w, p, ldc, random_below(9), start, &memory);
     for (i = 0; i < p->args.m; i++)
         for (j = 0; j < p->args.n; j++) {
-            double got = get(c, i * ldc + j, p->args.dtype), want = reference(p, fused, i, j, start ? get(start, i * p->args.n + j, p->args.dtype) : 0.0);
+            double got = get(c, i * ldc + j, sum_dtype(p)), want = reference(p, fused, pairs, i, j, start ? get(start, i * p->args.n + j, sum_dtype(p)) : 0.0);
             if (memcmp(&got, &want, sizeof got)) {
-                TEST_FAIL("%s kind %d m=%d n=%d pieces=%d segments=%d accumulate=%d: c[%d,%d] got %.9g, want %.9g", w->device->name, (int)p->args.kind, (int)p->args.m, (int)p->args.n, (int)p->args.pieces,
+                TEST_FAIL("%s %s kind %d m=%d n=%d pieces=%d segments=%d accumulate=%d: c[%d,%d] got %.9g, want %.9g", w->device->name, llmpar_dtype_name(p->args.dtype), (int)p->args.kind, (int)p->args.m, (int)p->args.n, (int)p->args.pieces,
                     (int)p->args.segment_count, p->args.accumulate, (int)i, (int)j, got, want);
                 i = p->args.m;
                 break;
@@ -248,12 +258,33 @@ TEST(random_shapes)
             problem p;
             int32_t pieces = piece_counts[random_below(12)];
             int64_t m = random_below(3) == 0 ? 1 + random_below(90) : 1 + random_below(30), n = random_below(3) == 0 ? 1 + random_below(150) : 1 + random_below(50);
-            problem_random(&p, (llmpar_gemm_kind)(1 + round % 3), round % 8 == 7 ? LLMPAR_F64 : LLMPAR_F32, m, n, pieces, pieces == 1 ? 300 : 40);
+            problem_random(&p, (llmpar_gemm_kind)(1 + round % 3), round % 8 == 7 ? LLMPAR_F64 : round % 8 == 5 ? LLMPAR_BF16 : LLMPAR_F32, m, n, pieces, pieces == 1 ? 300 : 40);
             p.args.accumulate = pieces == 1 && random_below(2);
             check_bytes(&w, (llmpar_cpu_level)level, &p);
             problem_end(&p);
         }
         machine_end(&w);
+    }
+}
+
+/* More of everything than one tile, one panel or one group has, and primes, so that every block has an edge. */
+TEST(primes)
+{
+    static const int64_t primes[] = { 17, 29, 47, 53, 97, 101, 131, 193, 211 };
+    FOR_LEVELS(level) {
+        machine one, two;
+        machine_begin(&one, (llmpar_cpu_level)level, 1);
+        machine_begin(&two, (llmpar_cpu_level)level, 2);
+        for (int round = 0; round < test_rounds(10); round++) {
+            problem p;
+            int32_t pieces = 1 + random_below(16);
+            problem_random(&p, (llmpar_gemm_kind)(1 + round % 3), round % 2 ? LLMPAR_BF16 : LLMPAR_F32, primes[random_below(9)], primes[random_below(9)], pieces, pieces == 1 ? 211 : 31);
+            p.args.accumulate = pieces == 1 && random_below(2);
+            check_bytes(round % 4 < 2 ? &one : &two, (llmpar_cpu_level)level, &p);
+            problem_end(&p);
+        }
+        machine_end(&one);
+        machine_end(&two);
     }
 }
 
@@ -566,4 +597,4 @@ TEST(bad_arguments)
     machine_end(&w);
 }
 
-TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments))
+TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(primes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments))

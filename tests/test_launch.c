@@ -236,7 +236,7 @@ TEST(bad_descs)
     desc.record = NULL;
     desc.cpu = "avx3";
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_CONFIG);
-    CHECK_TEXT(error.text, "cpu \"avx3\" is not a dispatch level (portable, avx2, avx512");
+    CHECK_TEXT(error.text, "cpu \"avx3\" is not a dispatch level (portable, avx2, avx512, avx512bf16");
     CHECK_STATUS(llmpar_launch(&desc, NULL, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_INT(called, 0);
     desc.cpu = NULL;

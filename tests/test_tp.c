@@ -84,6 +84,7 @@ static llmpar_status run_rank(llmpar_ctx *ctx, void *user)
 static llmpar_status launch(const job *j, llmpar_error *error)
 {
     llmpar_launch_desc desc = { .ranks = j->ranks, .check = test_no_leak };
+    if (j->dtype == LLMPAR_BF16 && llmpar_cpu_best_level() == LLMPAR_CPU_AVX512BF16) desc.cpu = "avx512"; /* step() has no pairs; test_gemm has */
     return llmpar_launch(&desc, run_rank, (void *)j, error);
 }
 

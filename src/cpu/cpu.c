@@ -34,7 +34,7 @@ LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return LLMPAR_CPU_AVX512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return llmpar__gemm_has_bf16() ? LLMPAR_CPU_AVX512BF16 : LLMPAR_CPU_AVX512;
     return LLMPAR_CPU_AVX2;
 #else
     return LLMPAR_CPU_PORTABLE;
@@ -47,6 +47,7 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
     case LLMPAR_CPU_PORTABLE: return "portable";
     case LLMPAR_CPU_AVX2: return "avx2";
     case LLMPAR_CPU_AVX512: return "avx512";
+    case LLMPAR_CPU_AVX512BF16: return "avx512bf16";
     case LLMPAR_CPU_DEFAULT: break;
     }
     return "?";
@@ -55,7 +56,7 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
 LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
 {
     int i;
-    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
+    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++) {
         if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
             *out = (llmpar_cpu_level)i;
             return 1;
@@ -324,7 +325,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     *out = NULL;
     if (desc && desc->level != LLMPAR_CPU_DEFAULT) level = desc->level;
     if (desc && desc->threads != 0) threads = desc->threads;
-    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
+    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512BF16) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
     if ((int)level > (int)best)
         return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "cpu: level %s was asked for, this processor or build has at most %s", llmpar_cpu_level_name(level), llmpar_cpu_level_name(best));
     if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)

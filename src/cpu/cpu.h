@@ -5,11 +5,12 @@
 #include "base/heap.h"
 #include "tables/device.h"
 
-typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3 } llmpar_cpu_level;
+typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
+    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
 
 /* Best level of this processor. Local, thread-safe. */
 LLMPAR_API llmpar_cpu_level llmpar_cpu_best_level(void);
-/* "portable", "avx2", "avx512"; "?" otherwise. */
+/* "portable", "avx2", "avx512", "avx512bf16"; "?" otherwise. */
 LLMPAR_API const char *llmpar_cpu_level_name(llmpar_cpu_level level);
 /* Parses a name as LLMPAR_CPU has it; 0 if unknown. */
 LLMPAR_API int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out);

@@ -53,6 +53,8 @@ LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
 LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out);
 LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 
+/* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
+LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots: gemm.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);

@@ -12,7 +12,9 @@
    balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
    inside a piece leaves the chain in c and the next part goes on from there, which no bit shows.
 
-   BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
+   BF16 and F16 are widened while they are packed, so the tiles know f32 alone; but where there are BF16 units, a link of a chain is two k of BF16. They
+   are paired from each segment's begin, and an odd one at its end with zero, so that no cut into parts shows. Below, k counts links, but for what is
+   said to count elements. Where c is stored below f32, tiles work on f32 ones of their own in the
    workspace, and each is rounded into c once, when its last part is done. */
 #include "cpu/gemm_thin_internal.h"
 #include "cpu/gemm_internal.h"
@@ -63,11 +65,12 @@ typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half ha
 /* ---- blocks ---- */
 
 /* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
-typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
+typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in elements */ llmpar__gemm_chunk;
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
+    int64_t unit;                         /* elements of a link */
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that are packed at a time */
@@ -89,7 +92,7 @@ typedef struct llmpar__gemm_run {
     int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
-    int64_t segment_done;                 /* k of `segment` already taken */
+    int64_t segment_done;                 /* elements of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
@@ -111,12 +114,12 @@ static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t u
 }
 
 /* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
-static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
+static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t unit, int64_t part)
 {
     int64_t k = 0, boundary = part;
     int32_t s, deepest = 0;
     for (s = 0; s < args->segment_count; s++) {
-        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
+        for (k += (args->segments[s].k + unit - 1) / unit; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
             int32_t depth = 0, p;
             for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
             if (depth > deepest) deepest = depth;
@@ -142,14 +145,15 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     int outlives; /* tiles that are no part of c outlive a part */
     memset(run, 0, sizeof *run);
     run->args = args;
-    run->kernel = llmpar__gemm_kernel_of(cpu->level);
+    run->kernel = llmpar__gemm_kernel_of(cpu->level, args->dtype);
+    run->unit = run->kernel.pairs ? 2 : 1;
     run->threads = llmpar__pool_threads(cpu);
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
-    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
+    for (s = 0; s < args->segment_count; s++) total += (args->segments[s].k + run->unit - 1) / run->unit;
     run->thin = args->m <= LLMPAR__GEMM_THIN_M;
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
-    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
+    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->unit, run->block_k);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     outlives = run->levels_saved || (parts > 1 && run->half_out.narrow);
@@ -230,13 +234,14 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
             run->segment_done = 0;
         } else if (run->k < run->block_k) {
             llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
-            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
+            int64_t left = segment->k - run->segment_done, room = (run->block_k - run->k) * run->unit, links;
             chunk->segment = run->segment;
             chunk->begin = run->segment_done;
             chunk->k = left < room ? left : room;
             run->segment_done += chunk->k;
-            run->k += chunk->k;
-            step_k += chunk->k;
+            links = (chunk->k + run->unit - 1) / run->unit;
+            run->k += links;
+            step_k += links;
         } else { /* the part is full */
             run->inside = step_k > 0;
             break;
@@ -324,9 +329,9 @@ static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t fir
         packing.k = chunk->k;
         packing.ld = is_b ? segment->ldb : segment->lda;
         packing.in = (const char *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at) * run->half.size;
-        if (run->half.widen) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
+        if (run->half.widen && !run->kernel.pairs) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
         else pack(&packing);
-        packing.out += chunk->k * width;
+        packing.out += (chunk->k + run->unit - 1) / run->unit * width;
     }
 }
 

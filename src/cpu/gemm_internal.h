@@ -51,12 +51,13 @@ typedef struct llmpar__gemm_chains {
 typedef struct llmpar__gemm_packing {
     const void *in;
     float *out;
-    int64_t ld, k, valid, panels, distance;
+    int64_t ld, k, valid, panels, distance; /* ld and k in elements of `in` */
     int transposed;
 } llmpar__gemm_packing;
 
 typedef struct llmpar__gemm_kernel {
     int64_t rows, columns;             /* of a full tile */
+    int pairs;                         /* a link of the chain takes two k of BF16, which are packed side by side as a float is; else one k of F32 */
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
@@ -64,7 +65,8 @@ typedef struct llmpar__gemm_kernel {
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
 
-LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level);
+/* For operands of dtype. */
+LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
 /* All steps of the part. */
 LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile, llmpar__gemm_walk *walk);
 

@@ -11,6 +11,28 @@
 
 #if !defined(LLMPAR_NO_SIMD)
 
+/* ---- BF16 units ---- */
+
+/* A test build may define LLMPAR_BF16_EMULATED: vdpbf16ps is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones,
+   which the real one takes and leaves as zeros. */
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
+#define LLMPAR__GEMM_BF16 1
+#else
+#define LLMPAR__GEMM_BF16 0
+#endif
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
+{
+#if LLMPAR__GEMM_BF16 && defined(LLMPAR_BF16_EMULATED)
+    return 1;
+#elif LLMPAR__GEMM_BF16
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
 /* ---- packing ---- */
 
 #if defined(__x86_64__)
@@ -123,6 +145,78 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #endif
 #undef LLMPAR__GEMM_AVX
 
+#if LLMPAR__GEMM_BF16
+
+#define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
+#define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
+
+static inline float llmpar__gemm_pair(const uint16_t *low, const uint16_t *high)
+{
+    uint32_t bits = (uint32_t)*low | (high ? (uint32_t)*high << 16 : 0);
+    float pair;
+    memcpy(&pair, &bits, sizeof pair);
+    return pair;
+}
+
+/* BF16 as it is stored becomes pairs: the even k low, the odd one high; an odd k at the end has a zero beside it. */
+static inline __attribute__((always_inline)) __attribute__((target("avx2"))) void llmpar__gemm_pack_pairs(const llmpar__gemm_packing *packing, const int width)
+{
+    const uint16_t *in = (const uint16_t *)packing->in;
+    int64_t ld = packing->ld, pairs = packing->k / 2, links = (packing->k + 1) / 2, panel, i;
+    int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+    int r;
+    for (panel = 0; panel < packing->panels; panel++) {
+        const uint16_t *rows = in + panel * width * row_step;
+        float *out = packing->out + panel * packing->distance;
+        int64_t valid = packing->valid - panel * width;
+        i = 0;
+        if (valid >= width && packing->transposed) {
+            for (; i + 8 <= pairs; i += 8)
+                for (r = 0; r < width; r += 8) { /* 8 rows of 8 pairs */
+                    const uint16_t *at = rows + r * ld + 2 * i;
+                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
+                    int j;
+                    for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
+                    LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 3, _mm256_unpackhi_epi64(y2, y3));
+                    at += 8;
+                    x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 4, _mm256_unpacklo_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 5, _mm256_unpackhi_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
+                }
+        } else if (valid >= width) {
+            for (; i < pairs; i++)
+                for (r = 0; r < width; r += 8) {
+                    const uint16_t *at = rows + 2 * i * ld + r;
+                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
+                    if (r % 32 == 0) {
+                        __builtin_prefetch(at + 16 * ld);
+                        __builtin_prefetch(at + 17 * ld);
+                    }
+                    _mm256_storeu_si256((__m256i *)(void *)(out + i * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+                }
+        }
+        for (; i < links; i++)
+            for (r = 0; r < width; r++) {
+                const uint16_t *at = rows + r * row_step + 2 * i * k_step;
+                out[i * width + r] = r < valid ? llmpar__gemm_pair(at, i < pairs ? at + k_step : NULL) : 0.0f;
+            }
+    }
+}
+
+__attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 8); }
+__attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 48); }
+#undef LLMPAR__GEMM_TWO_PAIRS
+#undef LLMPAR__GEMM_STORE_PAIRS
+
+#endif
+
 /* ---- chains ---- */
 
 #define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, 8, 9, 10)
@@ -188,6 +282,31 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
 #include "cpu/gemm_x86.inc"
 
+#if LLMPAR__GEMM_BF16
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_bf16_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+#define LLMPAR__GEMM_Z "zmm"
+#define LLMPAR__GEMM_VECTOR_BYTES "64"
+#define LLMPAR__GEMM_A_BYTES "32"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
+#define LLMPAR__GEMM_PRODUCT(i, v, s) \
+    "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
+    "vfmadd231ps %%zmm4, %%zmm5, %%zmm" #s "\n\t" \
+    "vpslld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm3, %%zmm5\n\t" \
+    "vfmadd231ps %%zmm4, %%zmm5, %%zmm" #s "\n\t"
+#else
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
+#endif
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
+#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
+#include "cpu/gemm_x86.inc"
+#endif
+
 #pragma GCC diagnostic pop
 #undef LLMPAR__GEMM_16_REGISTERS
 #undef LLMPAR__GEMM_32_REGISTERS
@@ -196,12 +315,17 @@ static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__
 #undef LLMPAR__GEMM_EACH_ROW_1Y
 #undef LLMPAR__GEMM_EACH_ROW_2Y
 #undef LLMPAR__GEMM_EACH_ROW_4Y
-LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level)
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 } };
-    if (level == LLMPAR_CPU_AVX512) return avx512;
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 } };
+#if LLMPAR__GEMM_BF16
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 } };
+    if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
+#endif
+    (void)dtype;
+    if (level >= LLMPAR_CPU_AVX512) return avx512;
     if (level == LLMPAR_CPU_AVX2) return avx2;
     return avx;
 }
@@ -257,10 +381,11 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
 #undef LLMPAR__GEMM_WRITE_ROW
 #undef LLMPAR__GEMM_FUNCTION
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level)
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 } };
     (void)level;
+    (void)dtype;
     return neon;
 }
 
@@ -325,5 +450,11 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
 }
+
+#undef LLMPAR__GEMM_BF16
+
+#else
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
 
 #endif /* LLMPAR_NO_SIMD */

@@ -191,7 +191,8 @@ static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, 
 {
     llmpar__gemm_thin_level none = { 0, NULL }, avx = { 8, llmpar__gemm_thin_avx_span }, avx2 = { 8, llmpar__gemm_thin_avx2_span }, avx512 = { 16, llmpar__gemm_thin_avx512_span };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
-    if (cpu->level == LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
+    if (cpu->level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return none; /* there a chain takes two k at a time */
+    if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx") ? avx : none;

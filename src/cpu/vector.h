@@ -75,7 +75,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F64) return 0;
-    return cpu->level == LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
+    return cpu->level >= LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
 }
 static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }

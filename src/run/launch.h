@@ -22,7 +22,7 @@ typedef struct llmpar_launch_desc {
     int32_t threads;              /* workers inside a rank; default 0 = the cores this process may use / the ranks of this machine, at least 1 (1 in lockstep). Results do not depend on it */
     llmpar_pin pin;               /* does each thread stay on a processor of its own; default: where the job's threads fill the machine */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
-    const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
+    const char *cpu;              /* "portable", "avx2", "avx512", "avx512bf16"; default: environment LLMPAR_CPU, else the best */
     double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
     const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
