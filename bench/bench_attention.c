@@ -8,10 +8,14 @@
 
 typedef struct work { llmpar_device *device; llmpar_attention_backward_args args; double flops; int backward; } work;
 
+/* All tensors of a measurement lie in one block, as a model's do in its arena. */
+static char *arena;
+static size_t arena_at, arena_size;
 static void *room(size_t bytes)
 {
-    void *memory = NULL;
-    if (posix_memalign(&memory, 4096, bytes)) { fprintf(stderr, "bench_attention: no memory\n"); exit(1); }
+    void *memory = arena + arena_at;
+    arena_at += (bytes + 4095) / 4096 * 4096;
+    if (arena_at > arena_size) { fprintf(stderr, "bench_attention: an arena of %zu MB is too small\n", arena_size >> 20); exit(1); }
     return memory;
 }
 
@@ -65,9 +69,7 @@ static void measure(bench_results *results, llmpar_device *device, const char *l
         snprintf(name, sizeof name, "%s %s T %d E %d heads %d/%d %s, %d thread%s", level, w.backward ? "backward" : "forward", (int)t, (int)e, (int)heads, (int)kv, llmpar_dtype_name(dtype), threads, threads > 1 ? "s" : "");
         bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(peak.kind), bench_pairs(bench_fma, &peak, attention, &w, pairs), bar);
     }
-    free(a->workspace);
-    free(a->lse);
-    for (int i = 0; i < 8; i++) free(memory[i]);
+    arena_at = 0;
 }
 
 int main(int argc, char **argv)
@@ -100,6 +102,9 @@ int main(int argc, char **argv)
         if (only == LLMPAR_CPU_DEFAULT && threads > 1 && level != (int)llmpar_cpu_best_level()) continue;
         llmpar_heap_init(&heap, NULL);
         llmpar_error_clear(&error);
+        arena_size = (size_t)256 << 20;
+        arena = (char *)llmpar_heap_alloc(&heap, arena_size, 1);
+        if (!arena) { fprintf(stderr, "bench_attention: no memory\n"); return 1; }
         memset(&desc, 0, sizeof desc);
         desc.level = (llmpar_cpu_level)level;
         desc.threads = threads;
@@ -112,6 +117,7 @@ int main(int argc, char **argv)
             measure(&results, device, llmpar_cpu_level_name((llmpar_cpu_level)level), threads, d[0], heads, kv, d[3], half ? LLMPAR_BF16 : LLMPAR_F32, pairs, d[0] == 2048 && !half && level > (int)LLMPAR_CPU_PORTABLE ? 0.7 : 0);
         }
         llmpar_cpu_destroy(device);
+        llmpar_heap_free(&heap, arena);
     }
     bench_close(&results);
     return 0;
