@@ -1,7 +1,8 @@
 /* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows with weights larger than the caches, then whole tokens.
    Each beside the speed at which memory is read, measured right before and after.
 
-     bench_generate [--json FILE] [products [ROWS N K DTYPE THREADS]] */
+     bench_generate [--json FILE] [products [ROWS N K DTYPE THREADS]]
+     bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile] */
 #include "llmpar.h"
 
 #include "bench.h"
@@ -97,12 +98,257 @@ static void products(bench_results *results, int argc, char **argv)
     }
 }
 
+/* ---- whole tokens ---- */
+
+enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24 };
+
+typedef struct kind { const char *name; long calls; double seconds; } kind;
+
+typedef struct rank {
+    bench_memory_of memory;
+    double before, after;                                        /* of the prompt; when the last token was done with */
+    double seconds[MOST_TOKENS], bound[MOST_TOKENS + 1];         /* a token's; reading around it */
+    double peak, sampled;                                        /* during the prompt: sum of the samples; seconds that they took */
+    int tokens, samples, depth;
+    kind kinds[MOST_KINDS];
+} rank;
+
+typedef struct generation {
+    llmpar_llama_config config;
+    const char *model, *level;
+    llmpar_dtype dtype;
+    int ranks, threads, prompt, tokens, profile;
+    enum bench_kind peak;
+    rank rank[MOST_RANKS];
+} generation;
+
+static __thread rank *self;
+static __thread const generation *job;
+static llmpar_device real; /* the slots behind the wrappers */
+
+static void count(const char *name, double seconds)
+{
+    for (int i = 0; i < MOST_KINDS; i++) {
+        kind *k = &self->kinds[i];
+        if (k->name && strcmp(k->name, name)) continue;
+        k->name = name;
+        k->calls++;
+        k->seconds += seconds;
+        return;
+    }
+}
+
+/* The peak of arithmetic is measured inside the prompt, wherever it comes to an attention. */
+static void sample(void)
+{
+    bench_fma_of of;
+    double start = bench_now();
+    if (self->tokens || self->samples >= 60) return;
+    of.kind = job->peak;
+    of.threads = job->threads;
+    self->peak += bench_fma(&of);
+    self->samples++;
+    self->sampled += bench_now() - start;
+}
+
+#define WRAP(slot, type, before) \
+    static llmpar_status generate_##slot(llmpar_device *device, llmpar_stream *stream, const type *args) \
+    { \
+        before; \
+        double start = bench_now(); \
+        llmpar_status status = real.slot(device, stream, args); \
+        if (self && self->tokens) count(#slot, bench_now() - start); \
+        return status; \
+    }
+WRAP(gemm, llmpar_gemm_args, (void)0)
+WRAP(attention, llmpar_attention_args, sample())
+WRAP(rmsnorm, llmpar_rmsnorm_args, (void)0)
+WRAP(rope, llmpar_rope_args, (void)0)
+WRAP(swiglu, llmpar_swiglu_args, (void)0)
+WRAP(add, llmpar_add_args, (void)0)
+WRAP(tree_sum, llmpar_tree_sum_args, (void)0)
+WRAP(cast, llmpar_cast_args, (void)0)
+WRAP(embedding, llmpar_embedding_args, if (self && self->before == 0) self->before = bench_now()) /* a prompt begins here: parameters are gathered */
+
+/* All ranks read at once, each with its threads. */
+static llmpar_status generate_token(void *user, int32_t id)
+{
+    double now = bench_now();
+    (void)user;
+    (void)id;
+    if (self->tokens == 0) self->before = now - self->before - self->sampled; /* the prompt and its first token */
+    else self->seconds[self->tokens - 1] = now - self->after;
+    self->bound[self->tokens++] = bench_read(&self->memory);
+    self->after = bench_now();
+    return LLMPAR_OK;
+}
+
+static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
+{
+    generation *g = (generation *)user;
+    llmpar_mesh *mesh = NULL;
+    llmpar_llama *model = NULL;
+    llmpar_fsdp *fsdp = NULL;
+    llmpar_mesh_desc mesh_desc;
+    llmpar_llama_desc model_desc;
+    llmpar_llama_apply_desc apply;
+    llmpar_fsdp_desc fsdp_desc;
+    llmpar_generate_desc desc;
+    int32_t units = 0, made = 0, *prompt = (int32_t *)calloc((size_t)g->prompt, sizeof *prompt), ids[MOST_TOKENS];
+    llmpar_unit *unit = NULL;
+    self = &g->rank[ctx->rank];
+    job = g;
+    if (!prompt) return LLMPAR_ERR_MEMORY;
+    for (int i = 0; i < g->prompt; i++) prompt[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)g->config.vocab);
+    self->memory = bench_memory(256, g->threads);
+    real = *ctx->device;
+    memset(&mesh_desc, 0, sizeof mesh_desc);
+    memset(&model_desc, 0, sizeof model_desc);
+    memset(&apply, 0, sizeof apply);
+    memset(&fsdp_desc, 0, sizeof fsdp_desc);
+    memset(&desc, 0, sizeof desc);
+    mesh_desc.tp = g->ranks;
+    model_desc.config = &g->config;
+    apply.dtype = fsdp_desc.dtype = g->dtype;
+    apply.positions = g->prompt + g->tokens;
+    llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
+    if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
+    if (!status) status = llmpar_llama_apply(model, mesh->comm[LLMPAR_AXIS_TP], &apply);
+    if (!status) unit = llmpar_llama_units(model, &units);
+    for (int32_t u = 0; u < units; u++) unit[u].frozen = 1; /* no f32 masters */
+    if (!status) status = llmpar_fsdp_create(mesh, unit, units, &fsdp_desc, &fsdp);
+#define SLOT(name) ctx->device->name = generate_##name;
+    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding)
+#undef SLOT
+    desc.prompt = prompt;
+    desc.prompt_count = g->prompt;
+    desc.tokens = g->tokens;
+    desc.on_token = generate_token;
+    if (!status) status = llmpar_llama_generate(model, fsdp, &desc, ids, &made);
+#define SLOT(name) ctx->device->name = real.name;
+    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding)
+#undef SLOT
+    llmpar_fsdp_destroy(fsdp);
+    llmpar_llama_destroy(model);
+    llmpar_mesh_destroy(mesh);
+    free(self->memory.base);
+    free(prompt);
+    return status;
+}
+
+static void generate(bench_results *results, generation *g)
+{
+    const llmpar_llama_config *c = &g->config;
+    llmpar_launch_desc desc;
+    llmpar_error error;
+    char name[120], layout[32];
+    double heads = (double)c->heads * c->head_dim, kv = (double)c->kv_heads * c->head_dim;
+    double block = (double)c->hidden * (2 * heads + 2 * kv + 3.0 * c->intermediate), head = (double)c->vocab * c->hidden, size = (double)llmpar_dtype_size(g->dtype);
+    double work[MOST_TOKENS], bound[MOST_TOKENS + 1], flops, peak = 0;
+    memset(g->rank, 0, sizeof g->rank);
+    memset(&desc, 0, sizeof desc);
+    desc.ranks = g->ranks;
+    desc.threads = g->threads;
+    desc.cpu = g->level;
+    if (llmpar_launch(&desc, generate_rank, g, &error)) { fprintf(stderr, "bench_generate: %s\n", error.text); exit(1); }
+    rank *r = &g->rank[0];
+    if (g->ranks > 1) snprintf(layout, sizeof layout, "tp %d", g->ranks);
+    else snprintf(layout, sizeof layout, "%d thread%s", g->threads, g->threads > 1 ? "s" : "");
+    /* each weight is read once a token, and the cache up to the token's own position */
+    for (int i = 0; i + 1 < r->tokens; i++) work[i] = (block * c->layers + head + 2 * kv * c->layers * (g->prompt + i + 1)) * size / r->seconds[i];
+    for (int i = 0; i < r->tokens; i++) {
+        bound[i] = 0;
+        for (int k = 0; k < g->ranks; k++) bound[i] += g->rank[k].bound[i];
+    }
+    snprintf(name, sizeof name, "%s %s, %s: tokens after %d", g->model, llmpar_dtype_name(g->dtype), layout, g->prompt);
+    double seconds = bench_median(r->seconds, r->tokens - 1);
+    bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs_of(work, bound, r->tokens - 1), 0.85);
+    snprintf(name, sizeof name, "%s %s, %s: tokens a second", g->model, llmpar_dtype_name(g->dtype), layout);
+    bench_value(results, name, "1/s", 1 / seconds);
+    if (g->profile) {
+        printf("    of a token's %.3f ms, rank 0:", 1e3 * seconds);
+        for (int i = 0; i < MOST_KINDS && r->kinds[i].name; i++) printf("  %s %ld x %.1f us = %.3f ms", r->kinds[i].name, r->kinds[i].calls / (r->tokens - 1), 1e6 * r->kinds[i].seconds / (double)r->kinds[i].calls, 1e3 * r->kinds[i].seconds / (r->tokens - 1));
+        printf("\n");
+    }
+    /* the last row alone meets the head; attention is causal */
+    flops = 2 * block * c->layers * g->prompt + 2 * head + 2 * heads * c->layers * (double)g->prompt * (g->prompt + 1.0);
+    for (int k = 0; k < g->ranks; k++) peak += g->rank[k].samples ? g->rank[k].peak / g->rank[k].samples : 0;
+    if (g->prompt > 16) {
+        work[0] = flops / r->before;
+        bound[0] = bound[1] = peak;
+        snprintf(name, sizeof name, "%s %s, %s: prompt of %d", g->model, llmpar_dtype_name(g->dtype), layout, g->prompt);
+        bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(g->peak), bench_pairs_of(work, bound, 1), 0.7);
+    }
+}
+
+static void options(int argc, char **argv, generation *g, const char **model, const char **dtype, const char **layout)
+{
+    for (int i = 0; i < argc; i++) {
+        const char *name = argv[i], *value = argv[i + 1];
+        if (!strcmp(name, "--profile")) { g->profile = 1; continue; }
+        if (!value) { fprintf(stderr, "bench_generate: %s: expected a value\n", name); exit(2); }
+        if (!strcmp(name, "--model")) *model = value;
+        else if (!strcmp(name, "--dtype")) *dtype = value;
+        else if (!strcmp(name, "--layout")) *layout = value;
+        else if (!strcmp(name, "--level")) g->level = value;
+        else if (!strcmp(name, "--prompt")) g->prompt = atoi(value);
+        else if (!strcmp(name, "--tokens")) g->tokens = atoi(value);
+        else { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", name); exit(2); }
+        i++;
+    }
+    if (g->tokens < 3 || g->tokens > MOST_TOKENS || g->prompt < 1) { fprintf(stderr, "bench_generate: expected 3 to %d tokens and a prompt of at least 1\n", (int)MOST_TOKENS); exit(2); }
+}
+
+/* The shape of TinyLlama 1.1B. */
+static void shape_of(const char *model, llmpar_llama_config *c)
+{
+    llmpar_error error;
+    if (strcmp(model, "1.1b")) {
+        if (llmpar_llama_preset(model, c, &error)) { fprintf(stderr, "bench_generate: %s\n", error.text); exit(2); }
+        if (c->max_positions < 4096) c->max_positions = 4096;
+        return;
+    }
+    if (llmpar_llama_preset("110m", c, &error)) exit(1);
+    c->hidden = 2048;
+    c->intermediate = 5632;
+    c->layers = 22;
+    c->heads = 32;
+    c->kv_heads = 4;
+    c->head_dim = 64;
+    c->max_positions = 4096;
+    c->tied = 0;
+}
+
 int main(int argc, char **argv)
 {
+    static const char *const models[] = { "110m", "1.1b" }, *const dtypes[] = { "f32", "bf16" }, *const layouts[] = { "1x1", "1x1t2", "tp2" };
+    static generation g;
     bench_results results;
+    const char *model = NULL, *dtype = NULL, *layout = NULL, *what = NULL;
     bench_open(&results, "generate", &argc, argv);
-    if (argc > 1 && strcmp(argv[1], "products")) { fprintf(stderr, "bench_generate: unexpected argument \"%s\"\n", argv[1]); return 2; }
-    products(&results, argc - 2, argv + 2);
+    if (argc > 1 && argv[1][0] != '-') what = argv[1];
+    if (what && strcmp(what, "products") && strcmp(what, "tokens")) { fprintf(stderr, "bench_generate: unexpected argument \"%s\", expected products or tokens\n", what); return 2; }
+    if (!what || !strcmp(what, "products")) products(&results, what ? argc - 2 : 0, argv + 2);
+    if (what && !strcmp(what, "products")) { bench_close(&results); return 0; }
+    g.prompt = 256;
+    g.tokens = 16;
+    g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
+    options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);
+    for (int m = 0; m < 2; m++)
+        for (int d = 0; d < 2; d++)
+            for (int l = 0; l < 3; l++) {
+                const char *shape = model ? model : models[m], *type = dtype ? dtype : dtypes[d], *form = layout ? layout : layouts[l];
+                if ((model && m) || (dtype && d) || (layout && l)) continue;
+                g.model = shape;
+                shape_of(shape, &g.config);
+                g.dtype = !strcmp(type, "bf16") ? LLMPAR_BF16 : !strcmp(type, "f16") ? LLMPAR_F16 : LLMPAR_F32;
+                g.ranks = !strncmp(form, "tp", 2) ? atoi(form + 2) : 1;
+                g.threads = !strncmp(form, "1x1t", 4) ? atoi(form + 4) : 1;
+                g.peak = bench_fma_kind(g.level, g.dtype == LLMPAR_BF16);
+                if (g.ranks < 1 || g.ranks > MOST_RANKS || g.threads < 1) { fprintf(stderr, "bench_generate: layout %s, expected 1x1, 1x1tN or tpN\n", form); return 2; }
+                if (g.ranks * g.threads > bench_cores()) continue;
+                generate(&results, &g);
+            }
     bench_close(&results);
     return 0;
 }
