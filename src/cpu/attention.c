@@ -34,6 +34,11 @@ LLMPAR__PRIVATE_DEF int64_t llmpar__attention_slots(int64_t n)
 }
 
 static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
+#if LLMPAR__VX86
+static const llmpar__kernel llmpar__attention_decode_kernels[4] = { NULL, llmpar__attention_decode_portable, llmpar__attention_decode_avx2, llmpar__attention_decode_avx512 };
+#else
+static const llmpar__kernel llmpar__attention_decode_kernels[4] = { NULL, llmpar__attention_decode_portable, llmpar__attention_decode_portable, llmpar__attention_decode_portable };
+#endif
 static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);
 
 /* Bytes for one worker. Rows are padded to 16 elements, so that the answer is the same at every level. */
@@ -91,6 +96,11 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
         job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
         job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
     }
+    job.decode = NULL;
+    job.decode_columns = 0;
+    /* all scores of 16 rows take no more than the tiled path's keys and values */
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
+    if (job.decode) kernels = llmpar__attention_decode_kernels;
     job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
 }

@@ -22,30 +22,18 @@
 
 #if !defined(LLMPAR_NO_SIMD)
 
-enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
-enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
 #define LLMPAR__THIN_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
-#define LLMPAR__THIN_COLUMNS 32 /* distance of two rows of sums; PANELS vectors at most */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
 #else
 #define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-typedef struct llmpar__gemm_thin_span {
-    const char *w;                    /* rows of b, ld bytes apart */
-    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
-    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
-    int64_t ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
-    int32_t rows, kind;
-    const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    int64_t next_ld;
-} llmpar__gemm_thin_span;
-
 typedef struct llmpar__gemm_thin_level {
     int64_t lanes;
-    void (*span)(const llmpar__gemm_thin_span *span);
+    llmpar__gemm_thin_fn span;
 } llmpar__gemm_thin_level;
 
 #if defined(__x86_64__)
@@ -191,7 +179,6 @@ static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, 
 {
     llmpar__gemm_thin_level none = { 0, NULL }, avx = { 8, llmpar__gemm_thin_avx_span }, avx2 = { 8, llmpar__gemm_thin_avx2_span }, avx512 = { 16, llmpar__gemm_thin_avx512_span };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
-    if (cpu->level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return none; /* there a chain takes two k at a time */
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
     __builtin_cpu_init();
@@ -261,21 +248,29 @@ static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_ro
 
 static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int32_t s, p, last = (int32_t)args->m % 8;
+    int32_t s, p;
     memset(run, 0, sizeof *run);
     run->args = args;
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
-    run->kind = args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : args->dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32;
-    run->rows = (int32_t)args->m - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+    run->kind = llmpar__gemm_thin_kind(args->dtype);
+    run->rows = llmpar__gemm_thin_filled(args->m);
     run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
     for (s = 0; s < args->segment_count; s++) run->k += args->segments[s].k;
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns)
+{
+    llmpar__gemm_thin_level level = llmpar__gemm_thin_choose(cpu, dtype);
+    *columns = LLMPAR__THIN_PANELS * level.lanes;
+    return level.span;
+}
+
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
+    if (cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16) return 0; /* there a product's chain takes two k at a time */
     return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
 }
 
@@ -428,12 +423,12 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 }
 
 #undef LLMPAR__THIN_PER_WORD
-#undef LLMPAR__THIN_COLUMNS
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
 
 #else
 
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns) { (void)cpu; (void)dtype; *columns = 0; return NULL; }
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }

@@ -4,6 +4,30 @@
 
 #include "cpu/half_internal.h"
 
+enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 32 }; /* of one call at most; the second is also the distance of two rows of sums */
+enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+
+/* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
+typedef struct llmpar__gemm_thin_span {
+    const char *w;                    /* rows of b, ld bytes apart */
+    const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
+    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
+    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
+    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
+    int32_t rows, kind;
+} llmpar__gemm_thin_span;
+typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
+
+/* The function for this type at this level, and how many columns it takes at most. NULL: there is none. */
+LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns);
+/* How many rows of x stand for `rows`, 1 .. 16: the last block is filled up. */
+static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
+{
+    int32_t last = (int32_t)rows % 8;
+    return (int32_t)rows - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+}
+static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
+
 /* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
 LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args);

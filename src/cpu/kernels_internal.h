@@ -2,6 +2,7 @@
 #ifndef LLMPAR_KERNELS_INTERNAL_H
 #define LLMPAR_KERNELS_INTERNAL_H
 
+#include "cpu/gemm_thin_internal.h"
 #include "cpu/vector.h"
 
 /* norm */
@@ -42,8 +43,15 @@ typedef struct llmpar__attention_job {
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
     llmpar__half half, half_dkv; /* of dk and dv */
     int64_t ld_dk, ld_dv;
+    llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
+    int64_t decode_columns;
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
+LLMPAR__VDECLARE_AT(attention_decode, portable)
+#if LLMPAR__VX86
+LLMPAR__VDECLARE_AT(attention_decode, avx2)
+LLMPAR__VDECLARE_AT(attention_decode, avx512)
+#endif
 LLMPAR__VDECLARE(attention_backward)
 /* First position after the document that position i belongs to; *begin is its first. */
 LLMPAR__PRIVATE int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin);
