@@ -351,7 +351,7 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     }
 }
 
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, llmpar__gemm_walk *walk, int32_t worker)
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
@@ -373,35 +373,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
     tile.load = run->load;
     tile.store = run->store;
-    llmpar__gemm_run_tile(&run->kernel, &tile, walk);
+    llmpar__gemm_run_tile(&run->kernel, &tile);
     if (run->own_tiles && run->last)
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
-}
-
-/* What packing the next group will read: one task's share of it, to be asked for while the tiles of the current one are computed. The chunks are dealt out to the tasks. */
-static llmpar__gemm_walk llmpar__gemm_walk_of(const llmpar__gemm_run *run, int64_t task, int64_t tasks)
-{
-    const llmpar_gemm_args *args = run->args;
-    int64_t width = run->kernel.columns, at = run->j0 + run->group_end * width, columns = run->j0 + run->n - at, c = task * run->chunk_count / tasks, row_bytes, rows, ld, share, shares, first, end;
-    const llmpar__gemm_chunk *chunk = &run->chunks[c];
-    llmpar__gemm_walk walk;
-    memset(&walk, 0, sizeof walk);
-    if (columns > run->group_panels * width) columns = run->group_panels * width;
-    if (columns <= 0 || !run->chunk_count || !chunk->k) return walk;
-    ld = args->segments[chunk->segment].ldb * run->half.size;
-    walk.at = (const char *)args->segments[chunk->segment].b + (args->kind == LLMPAR_GEMM_NT ? at * ld + chunk->begin * run->half.size : chunk->begin * ld + at * run->half.size);
-    rows = args->kind == LLMPAR_GEMM_NT ? columns : chunk->k;
-    row_bytes = (args->kind == LLMPAR_GEMM_NT ? chunk->k : columns) * run->half.size;
-    walk.row = (row_bytes + (int64_t)((uintptr_t)walk.at % 64) + 63) / 64;
-    walk.jump = ld - walk.row * 64;
-    share = task - (c * tasks + run->chunk_count - 1) / run->chunk_count;
-    shares = ((c + 1) * tasks + run->chunk_count - 1) / run->chunk_count - (task - share);
-    first = llmpar_piece_begin(share, rows * walk.row, shares);
-    end = llmpar_piece_begin(share + 1, rows * walk.row, shares);
-    walk.at += first / walk.row * ld + first % walk.row * 64;
-    walk.left = walk.row - first % walk.row;
-    walk.lines = end - first;
-    return walk;
 }
 
 /* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
@@ -410,10 +384,9 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
     int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
-    llmpar__gemm_walk walk = llmpar__gemm_walk_of(run, task, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
     if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
     for (; i < i_end; i++)
-        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, &walk, worker);
+        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
 /* One panel of B, packed here, with the few panels of A. */
@@ -421,11 +394,9 @@ static void llmpar__gemm_narrow_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->kernel.columns * run->block_k;
-    llmpar__gemm_walk walk;
     int64_t i;
-    memset(&walk, 0, sizeof walk);
     llmpar__gemm_pack(run, 1, task, 1, b);
-    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, &walk, worker);
+    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)

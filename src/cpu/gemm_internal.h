@@ -26,11 +26,11 @@ typedef struct llmpar__gemm_tile {
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
 } llmpar__gemm_tile;
 
-/* What is to be packed next, asked for into L2 while tiles are computed, a line every 4 k: rows of `row` lines, `jump` bytes from the end of one to the next. */
+/* Where c is, or a saved tile, asked for into L2 while the chains run, a line every 4 k: rows of `row` lines, `jump` bytes from the end of one to the next. A long step goes on to the
+   rows of the tiles below. All at once, at the tile's begin, they would stand in the way of the panels. */
 typedef struct llmpar__gemm_walk {
     const char *at;
     int64_t left, row, jump;           /* lines left of the current row */
-    int64_t lines;                     /* left in all; none: nothing is asked for */
 } llmpar__gemm_walk;
 
 /* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
@@ -68,7 +68,7 @@ enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
 /* For operands of dtype. */
 LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
 /* All steps of the part. */
-LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile, llmpar__gemm_walk *walk);
+LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
 
 #endif
 

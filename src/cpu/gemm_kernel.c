@@ -398,8 +398,15 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 
 /* ---- a tile ---- */
 
+/* The upper halves of the registers are clean again for what follows. */
+#if defined(__x86_64__)
+__attribute__((target("avx"))) static void llmpar__gemm_rest(void) { __asm__ __volatile__("vzeroupper" : : : "memory"); }
+#else
+static void llmpar__gemm_rest(void) { }
+#endif
+
 /* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile, llmpar__gemm_walk *walk)
+LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile)
 {
     float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
     int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
@@ -407,29 +414,26 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
-    llmpar__gemm_walk idle;
+    llmpar__gemm_walk walk;
     if (is_edge && tile->load) {
         memset(edge, 0, (size_t)(size * 4));
         for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
     }
-    for (r = 0; r < tile->rows && tile->store && !is_edge; r++) { /* c comes from memory while the chains run */
-        int64_t ahead;
-        for (ahead = 0; ahead < width; ahead += 64) __builtin_prefetch((char *)(c + r * ldc) + ahead, 1);
-        __builtin_prefetch((char *)(c + r * ldc) + width - 1, 1);
-    }
     chains.a = tile->a;
     chains.b = tile->b;
     chains.slot_bytes = size * (int64_t)sizeof(float);
-    chains.walk = walk;
-    idle.at = (const char *)tile->b;
-    idle.left = idle.row = 1;
-    idle.jump = -64;
-    idle.lines = 0;
+    chains.walk = &walk;
+    walk.at = (const char *)tile->saved; /* what is saved, first; c next */
+    walk.left = walk.row = 1;
+    walk.jump = 0;
     for (s = 0; s < tile->step_count; s++) {
         const llmpar__gemm_step *step = &tile->steps[s];
         int64_t fresh = step->merges - step->merges_saved;
-        if (walk->lines <= 0) chains.walk = &idle;
-        walk->lines -= step->k / 4;
+        if (tile->store && (s == 1 || tile->step_count == 1)) {
+            walk.at = (const char *)tile->c;
+            walk.left = walk.row = (width + (int64_t)((uintptr_t)walk.at % 64) + 63) / 64;
+            walk.jump = tile->ldc * (int64_t)sizeof(float) - walk.row * 64;
+        }
         chains.k = step->k;
         chains.from = s == 0 && tile->load ? c : NULL;
         chains.from_step = ldc * (int64_t)sizeof(float);
@@ -447,6 +451,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
         chains.a += step->k * kernel->rows;
         chains.b += step->k * kernel->columns;
     }
+    llmpar__gemm_rest();
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
 }
