@@ -34,6 +34,7 @@ help:
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make test-tsan     the suite under ThreadSanitizer'
+	@echo 'make test-valgrind samples of the kernels under valgrind (AVX2)'
 	@echo 'make test-fuzz     the parsers on their corpus and on FUZZ=8 seconds of mutations each (clang, libFuzzer)'
 	@echo 'make test-header   the suite on the committed header (clang); test-cxx: compiled as C++; test-separate: module by module'
 	@echo 'make grade COMM=file.c   a communicator of your own against the conformance suite; OP=file.c: operations; ASSIGNMENT=1_collectives FILE=file.c'
@@ -221,6 +222,15 @@ test-aarch64-portable:
 # The level avx512bf16 on a processor that has AVX-512 but no BF16 units.
 test-bf16:
 	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_half test_half_products test_tp test_model test_launch)'
+
+# The AVX2 path of the kernels, as valgrind sees it.
+VALGRIND := test_kernels test_elementwise test_half test_ops test_gemm test_attention
+build-valgrind: $(VALGRIND:%=build/plain/%)
+test-valgrind:
+	@tests/need.sh valgrind valgrind -- $(MAKE) --no-print-directory run-valgrind
+run-valgrind: build-valgrind
+	@tests/valgrind.sh build/plain
+
 test-musl:
 	@tests/need.sh musl-gcc musl-tools -- $(MAKE) --no-print-directory run-ported SUITE='$(MUSL)' PORT=musl
 run-ported:
@@ -330,6 +340,6 @@ clean:
 	rm -rf build
 
 .PHONY: print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
-	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported clean FORCE \
+	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -1,7 +1,7 @@
 /* The same bits on every mesh (docs/exact.md): losses, gradient norms, gradients and saved weights of five steps on any mesh of thread ranks are
    those of one rank, whatever the sequence parallelism, ZeRO stage, prefetch depth and number of micro-batches.
 
-   By default a sample in which every mesh meets every number of micro-batches with two opposite sets of the other options; LLMPAR_TEST_QUICK=1 takes one of the two,
+   By default a sample in which every mesh meets every number of micro-batches with two opposite sets of the other options, at one dispatch level of the processor or the other; LLMPAR_TEST_QUICK=1 takes one of the two,
    LLMPAR_TEST_FULL=1 every combination. Compiled with LLMPAR_USE_MPI, under mpirun: the meshes of as many ranks as there are processes, each compared with one rank on the process's own thread. */
 #include "train.h"
 
@@ -59,18 +59,24 @@ static void compare(train_job *job, const char *name, const train_result *want)
     free(got);
 }
 
+/* The dispatch levels of this processor in turn; runs are compared with one rank of the same level. */
+enum { MOST_LEVELS = 8 };
+static unsigned levels_here(void) { return (unsigned)((int)llmpar_cpu_best_level() - (int)LLMPAR_CPU_PORTABLE) + 1; }
+static const char *level_name(unsigned level) { return llmpar_cpu_level_name((llmpar_cpu_level)((unsigned)LLMPAR_CPU_PORTABLE + level)); }
+
 /* options: bit 0 sp, bit 1 zero 0, bit 2 prefetch 1. */
-static void compare_options(const llmpar_llama_config *config, const mesh_shape *mesh, const batch_cut *cut, unsigned options, const train_result *want)
+static void compare_options(const llmpar_llama_config *config, const char *cpu, const mesh_shape *mesh, const batch_cut *cut, unsigned options, const train_result *want)
 {
     char name[160];
     train_job job = job_of(config, mesh);
+    job.cpu = cpu;
     job.sp = options & 1;
     job.zero = options & 2 ? 0 : 3;
     job.prefetch = options >> 2 & 1;
     job.accum = cut->accum;
     job.no_sync = cut->no_sync;
     job.exact = LLMPAR_EXACT_REQUIRE;
-    snprintf(name, sizeof name, "%s %s%s sp %d zero %d prefetch %d", config->tied ? "tied" : "untied", mesh->name, cut->name, (int)job.sp, (int)job.zero, (int)job.prefetch);
+    snprintf(name, sizeof name, "%s %s %s%s sp %d zero %d prefetch %d", config->tied ? "tied" : "untied", cpu, mesh->name, cut->name, (int)job.sp, (int)job.zero, (int)job.prefetch);
     compare(&job, name, want);
 }
 
@@ -103,20 +109,22 @@ TEST(trains)
 
 static void matrix(int tied)
 {
-    train_result want;
+    train_result want[MOST_LEVELS];
     llmpar_llama_config config = train_config(tied);
     int full = wants("LLMPAR_TEST_FULL"), quick = wants("LLMPAR_TEST_QUICK"), before = compared;
+    unsigned levels = levels_here();
     double begin = test_clock();
-    reference(&config, NULL, LLMPAR_F32, &want);
+    for (unsigned level = 0; level < levels; level++) reference(&config, level_name(level), LLMPAR_F32, &want[level]);
     for (unsigned m = 0; m < MESHES; m++)
         for (unsigned c = 0; c < CUTS; c++)
             for (unsigned options = 0; options < 8; options++) {
                 unsigned chosen = (3 * m + 5 * c + 2 * (unsigned)tied) % 8;
                 if (!full && options != chosen && (quick || options != (chosen ^ 7))) continue;
-                compare_options(&config, &meshes[m], &cuts[c], options, &want);
+                for (unsigned level = 0; level < levels; level++)
+                    if (full || level == (m + c + (unsigned)tied + (options == chosen)) % levels) compare_options(&config, level_name(level), &meshes[m], &cuts[c], options, &want[level]);
             }
     printf("  %s: %d runs, %.1f s\n", tied ? "tied" : "untied", compared - before, test_clock() - begin);
-    train_result_free(&want);
+    for (unsigned level = 0; level < levels; level++) train_result_free(&want[level]);
 }
 
 TEST(matrix_tied) { matrix(1); }
@@ -172,10 +180,12 @@ static void policies(llmpar_dtype dtype, llmpar_optim_kind optim, int chain, int
     int before = compared, accum = chain ? 4 : 0;
     drawn = (uint64_t)dtype * 1000 + (uint64_t)optim * 10 + (uint64_t)chain;
     for (int tied = 0; tied < 2; tied++) {
+        const char *cpu = level_name(((unsigned)tied + (unsigned)dtype + (unsigned)optim + (unsigned)chain) % levels_here());
         train_result want;
         llmpar_llama_config config = train_config(tied);
         train_job job = job_of(&config, &meshes[0]);
         job.dtype = dtype;
+        job.cpu = cpu;
         job.policy.optim.kind = optim;
         job.policy.chain = chain;
         job.accum = accum;
@@ -187,6 +197,7 @@ static void policies(llmpar_dtype dtype, llmpar_optim_kind optim, int chain, int
                 char name[256];
                 train_job other = job_of(&config, &meshes[m]);
                 other.dtype = dtype;
+                other.cpu = cpu;
                 other.policy.optim.kind = optim;
                 other.policy.chain = chain;
                 draw_policy(&other, &meshes[m], accum, name, sizeof name);
@@ -209,19 +220,18 @@ TEST(policies_adalomo) { policies(LLMPAR_F32, LLMPAR_OPTIM_ADALOMO, 0, draws(1))
 /* Each dispatch level is the same on every mesh, and with workers inside a rank; levels may differ from each other. */
 TEST(levels)
 {
-    static const char *const level[] = {"portable", "avx2", "avx512", "avx512bf16"};
     static const int at[] = {0, 3, 6, 9};
     llmpar_llama_config config = train_config(1);
-    for (int i = 0; i < 4 && i + 1 <= (int)llmpar_cpu_best_level(); i++) {
+    for (unsigned i = 0; i < levels_here(); i++) {
         train_result want;
-        reference(&config, level[i], LLMPAR_F32, &want);
+        reference(&config, level_name(i), LLMPAR_F32, &want);
         for (unsigned k = 0; k < sizeof at / sizeof at[0]; k++) {
             char name[160];
             train_job job = job_of(&config, &meshes[at[k]]);
-            job.cpu = level[i];
+            job.cpu = level_name(i);
             job.threads = k % 2 ? 1 : 2;
             job.sp = job.prefetch = k > 1;
-            snprintf(name, sizeof name, "%s %s %d threads", level[i], meshes[at[k]].name, (int)job.threads);
+            snprintf(name, sizeof name, "%s %s %d threads", level_name(i), meshes[at[k]].name, (int)job.threads);
             compare(&job, name, &want);
         }
         train_result_free(&want);

@@ -112,6 +112,7 @@ TEST(norm_levels_threads_and_aliases)
         norm n = norm_make(4, 9, 2, 8, dims[i]), r = norm_make(4, 9, 2, 8, dims[i]);
         int64_t size = 36 * dims[i];
         for (int w = 0; w < count; w++) for (int threads = 1; threads <= 3; threads++) for (int residual = 0; residual < 4; residual++) {
+            if (dims[i] > 1000 && (threads == 2 || residual % 2 == 0)) continue;
             norm_forward(&n, ways[w], threads, residual == 3 ? 2 : residual);
             norm_backward(&n, ways[w], threads, residual);
             if (residual == 0) continue;

@@ -74,6 +74,7 @@ LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header SUITE="$some"
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase separate $make $jobs test-separate # the planted faults are in such builds too
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase cxx $make $jobs test-cxx
 phase examples $make all
+phase valgrind $make test-valgrind
 # Each of these is one command after the other: two at a time.
 beside package $make test-package
 beside bad_input sh tests/bad_input.sh
