@@ -114,7 +114,6 @@ LLMPAR_EXTERN_C_BEGIN
 #include "base/status.h"
 #include "base/heap.h"
 #include "base/size.h"
-#include "base/processors.h"
 #include "base/dtype.h"
 #include "base/math.h"
 #include "base/exact_sum.h"

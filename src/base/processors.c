@@ -1,4 +1,4 @@
-#include "base/processors.h"
+#include "base/processors_internal.h"
 
 #include <fcntl.h>
 #include <stdio.h>

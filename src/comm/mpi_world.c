@@ -12,7 +12,7 @@
    so that a rank which was itself stopped does not blame the others when it goes on. Where MPI provides less than MPI_THREAD_SERIALIZED there is no helper and silence says nothing. */
 #include "comm/mpi_internal.h"
 
-#include "base/processors.h"
+#include "base/processors_internal.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
-#include "base/processors.h"
+#include "base/processors_internal.h"
 #include "cpu/cpu_internal.h"
 
 #include <pthread.h>

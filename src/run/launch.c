@@ -18,7 +18,7 @@
 #include <sys/prctl.h>
 #endif
 
-#include "base/processors.h"
+#include "base/processors_internal.h"
 #include "comm/threads.h"
 #include "cpu/cpu.h"
 #include "tables/device.h"

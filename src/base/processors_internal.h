@@ -1,6 +1,6 @@
-/* processors: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
-#ifndef LLMPAR_PROCESSORS_H
-#define LLMPAR_PROCESSORS_H
+/* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
+#ifndef LLMPAR_PROCESSORS_INTERNAL_H
+#define LLMPAR_PROCESSORS_INTERNAL_H
 
 #include "base/platform.h"
 
