@@ -363,7 +363,7 @@ TEST(refusals)
 {
     llmpar_device *device = ops_device(LLMPAR_CPU_PORTABLE, 1);
     int32_t bad[4] = { 0, 0, 1, 1 };
-    char workspace[1 << 17];
+    char workspace[1 << 18];
     float x[64] = { 0 };
     llmpar_attention_args a;
     memset(&a, 0, sizeof a);

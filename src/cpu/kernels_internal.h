@@ -32,7 +32,7 @@ typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; ll
 LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
-enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 96, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
+enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
 #define LLMPAR__ATTENTION_LOG2E 1.4426950408889634 /* 1 / ln 2: scores are in units of ln 2 */
 #define LLMPAR__ATTENTION_LN2 0.6931471805599453
 typedef struct llmpar__attention_job {

@@ -41,7 +41,9 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
+#define LLMPAR__VUNROLL_TWICE _Pragma("unroll 2")
 #else
+#define LLMPAR__VUNROLL_TWICE _Pragma("GCC unroll 2")
 #define LLMPAR__VUNROLL _Pragma("GCC unroll 16")
 #endif
 
