@@ -362,4 +362,4 @@ TEST(nested_launch)
     CHECK_OK(llmpar_launch(&desc, nested, NULL, NULL));
 }
 
-TEST_LIST(T_(ranks_and_names), T_(threads_and_places), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+TEST_LIST(T_(threads_and_places), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
