@@ -4,7 +4,8 @@
 #
 # #include "room/module.h" and .c are replaced by the file's text the first time and dropped afterwards. .inc templates,
 # which are included several times, stand once at the end of the header: it includes itself for each use. Templates included
-# line after line go together, because compilers count the lines of every inclusion. Own includes are written from src/ and
+# line after line go together, and one alone of at most 100 lines is copied to each use, because compilers read the whole
+# header at every inclusion (60 ms each). Own includes are written from src/ and
 # so contain a slash: <system.h> and "llmpar.h" pass through. lines=1 adds #line directives, so that compilers, gdb and
 # coverage name the file under src/.
 
@@ -68,13 +69,27 @@ function own_include(line, place,    name) {
 }
 
 # Defines which group of templates this file shows when it is included again.
-function use_templates(names) {
+function use_templates(names,    name) {
+    name = substr(names, 2)
+    if (name !~ / / && line_count(src "/" name) <= 100) {
+        inline_file(src "/" name, 1)
+        return
+    }
     if (!(names in seen)) {
         seen[names] = ++groups
         group[groups] = names
     }
     print "#define LLMPAR__TEMPLATE " seen[names] " /*" names " */"
     print "#include LLMPAR_HEADER"
+}
+
+function line_count(path,    line, count) {
+    if (!(path in counted)) {
+        while ((getline line < path) > 0) count++
+        close(path)
+        counted[path] = count
+    }
+    return counted[path]
 }
 
 # Only ever printed on a line of its own; a dropped include costs nothing in the committed header.

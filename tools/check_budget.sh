@@ -33,8 +33,8 @@ line()
     printf '%-36s %9s of %9s  %s\n' "$1" "$2" "$3" "$verdict"
 }
 
-line "llmpar.h, lines" "$lines" 28500
-line "llmpar.h, bytes" "$bytes" 1572864
+line "llmpar.h, lines" "$lines" 30500
+line "llmpar.h, bytes" "$bytes" 1677722
 line "declarations, lines" "$declarations" 2500
 line "implementation at -O2, 0.1 s" "$tenths" 100
 exit $failed

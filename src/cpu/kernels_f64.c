@@ -11,6 +11,7 @@
 #include "cpu/norm.inc"
 #include "cpu/rope.inc"
 #include "cpu/attention.inc"
+#include "cpu/attention_decode.inc"
 #include "cpu/attention_backward.inc"
 #include "cpu/swiglu.inc"
 #include "cpu/embedding.inc"
