@@ -67,7 +67,7 @@ OPTIONS (define before the #include; where not said otherwise, in the file with 
     LLMPAR_NO_SIMD          ... of the vector kernels: portable C alone
                             (LLMPAR_NO_... never removes a declaration: a call of what is left out fails to link)
 
-    Environment: LLMPAR_CPU=portable|avx2|avx512 forces a dispatch level. Bits may differ between levels, never between
+    Environment: LLMPAR_CPU=portable|avx2|avx512|avx512bf16 forces a dispatch level. Bits may differ between levels, never between
     meshes of one level.
 
 llmpar DOES NOT
@@ -694,6 +694,8 @@ typedef struct llmpar_xent_loss_args { int64_t rows; const void *max, *target_lo
 
 /* out[i] = balanced tree over j < n of in[j][i], i < count. out may equal any one in[j]. dtypes F32, F64, I64, U64; n >= 1. */
 typedef struct llmpar_tree_sum_args { const void *const *in; int32_t n; size_t count; void *out; llmpar_dtype dtype; } llmpar_tree_sum_args;
+/* out[0..outs-1][i] = the same; every out may equal one in[j], no two are the same. n = 1 is a copy, of any dtype. */
+typedef struct llmpar_tree_sum_to_args { const void *const *in; int32_t n, outs; size_t count; void *const *out; llmpar_dtype dtype; } llmpar_tree_sum_to_args;
 /* out[i] = max over j of in[j][i]; F32, F64, I64. NaN wins. */
 typedef struct llmpar_tree_sum_args llmpar_max_args;
 /* out = a + b; out may equal a or b. */
@@ -806,6 +808,9 @@ struct llmpar_device {
     llmpar_error *(*thread_error)(llmpar_device *device);
     /* How many of the rank's threads, its own included, are not waiting in the device for another one. Empty: 1. From any thread. */
     int32_t (*threads_running)(llmpar_device *device);
+    /* tree_sum with several results, at once and on the calling thread, done on return: every operand is read once and every line is written while it is at hand. Empty: tree_sum with stream NULL, and copies of
+       its result. Whoever replaces tree_sum in a table replaces or empties this one too. */
+    llmpar_status (*tree_sum_to)(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -814,6 +819,9 @@ LLMPAR_API llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmp
 LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own);
 /* threads_running with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
+
+/* tree_sum_to with its fallback. Local. */
+LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 
 /* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
    rank's own thread. Where no stream can have a thread it is a plain host_call. */
@@ -1034,11 +1042,12 @@ LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
 #define LLMPAR_CPU_H
 
 
-typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3 } llmpar_cpu_level;
+typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
+    LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
 
 /* Best level of this processor. Local, thread-safe. */
 LLMPAR_API llmpar_cpu_level llmpar_cpu_best_level(void);
-/* "portable", "avx2", "avx512"; "?" otherwise. */
+/* "portable", "avx2", "avx512", "avx512bf16"; "?" otherwise. */
 LLMPAR_API const char *llmpar_cpu_level_name(llmpar_cpu_level level);
 /* Parses a name as LLMPAR_CPU has it; 0 if unknown. */
 LLMPAR_API int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out);
@@ -1046,6 +1055,9 @@ LLMPAR_API int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out);
 typedef struct llmpar_cpu_desc {
     int32_t threads;          /* workers of this rank, the caller's thread included; default 1; results do not depend on it */
     llmpar_cpu_level level;   /* default: best */
+    const int32_t *processors; /* [threads] borrowed: worker i stays on processor i of these, and what streams have of threads of their own on any of them; the caller's thread stays where it is. Default none: the
+                                 system puts them where it likes */
+    int32_t crowded;          /* 1: there are more threads than processors, so who waits gives its processor away at once; default: it looks for some microseconds first */
 } llmpar_cpu_desc;
 
 /* heap and error are borrowed and belong to the rank. LLMPAR_ERR_UNSUPPORTED if the processor lacks the level. Worker threads are named as the caller's thread with "w1" .. appended.
@@ -1070,6 +1082,7 @@ typedef struct llmpar_threads_desc {
     int32_t lockstep;      /* 1: one rank runs at a time, switching only at collectives */
     double deadline;       /* seconds a collective may wait for its peers before it reports LLMPAR_ERR_TIMEOUT with who is where; default 0 = none. Not in lockstep, where a debugger may stop the clock */
     int32_t unchecked;     /* 1: the ranks do not compare their calls */
+    int32_t crowded;       /* 1: there are more threads than processors, so a rank that waits gives its processor away at once; default: it looks for some microseconds first */
 } llmpar_threads_desc;
 
 /* heap: of the launching thread, used only in create and destroy (and for splits under a lock). Local. */
@@ -1127,6 +1140,8 @@ typedef struct llmpar_mpi_desc {
 LLMPAR__MPI_API llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar_mpi_desc *desc, llmpar_mpi_world **out, llmpar_error *error);
 LLMPAR__MPI_API int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world);  /* local */
 LLMPAR__MPI_API int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world); /* local */
+/* Threads for this rank: the cores it is bound to, or else those of the machine / the ranks there; 1 where MPI leaves a process one thread. Local. */
+LLMPAR__MPI_API int32_t llmpar_mpi_world_threads(const llmpar_mpi_world *world);
 /* 1 where MPI provides MPI_THREAD_SERIALIZED on all ranks. Local. */
 LLMPAR__MPI_API int llmpar_mpi_world_serialized(const llmpar_mpi_world *world);
 /* The communicator of all ranks; its calls are in the world's record, as those of its splits. error: where its failures leave their text; its `where` (the mesh coordinate) is shown to the other ranks. Local. */
@@ -1921,7 +1936,7 @@ typedef struct llmpar_llama_config {
     int32_t sliding_window; /* MISTRAL: a position sees this many, itself included; 0: all. Attention is always whole: llmpar_llama_apply refuses sequences longer than the window */
 } llmpar_llama_config;
 
-/* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
+/* "tiny" (bytes, < 1 M parameters), "15m", "110m" (llama2.c's stories models), "300m", "1b" (Llama 3.2 1B). LLMPAR_ERR_CONFIG lists the names. */
 LLMPAR_API llmpar_status llmpar_llama_preset(const char *name, llmpar_llama_config *out, llmpar_error *error);
 
 /* Reads a Hugging Face config.json: text[length], `name` for messages (NULL: "config.json"). Defaults are those of transformers' class for the model_type (llama, mistral, qwen2, qwen3). A field that would change the
@@ -1970,11 +1985,11 @@ typedef struct llmpar_llama llmpar_llama;
 
 /* Exactly one of preset and config. */
 typedef struct llmpar_llama_desc {
-    const char *preset;                 /* "tiny", "15m", "110m", "1b" */
+    const char *preset;                 /* "tiny", "15m", "110m", "300m", "1b" */
     const llmpar_llama_config *config;  /* copied */
     uint64_t seed;                      /* initialisation; default 0 */
     int32_t wrap;                       /* what FSDP gathers at once: 1 .. 8 blocks a unit (default 1), or LLMPAR_WRAP_HALF: attention and MLP are units of their own. Same bits */
-    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 64 MiB. More are computed in parts, and again in backward: same bits */
+    int64_t logits_bytes;               /* logits of one micro-batch that a rank holds at once; default 256 MiB. More are computed in parts, and again in backward: same bits */
 } llmpar_llama_desc;
 
 /* The units exist from here on: embed, layers.0 .. (wrap: layers.0.attention, layers.0.mlp .., layers.0-3 ..), head. Collective only in that all ranks give the same desc. */
@@ -2347,13 +2362,19 @@ LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
 
+/* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.
+   ON: wherever ranks x threads are not more than these; two such jobs on one machine get in each other's way. Never with more threads than processors, in lockstep, where the system has no such call (macOS), or
+   in MPI processes, which mpirun binds (ON is refused there). The caller's thread, where it runs a rank, goes back to where it was. */
+typedef enum llmpar_pin { LLMPAR_PIN_DEFAULT = 0, LLMPAR_PIN_ON = 1, LLMPAR_PIN_OFF = 2 } llmpar_pin;
+
 typedef struct llmpar_launch_desc {
     int32_t ranks;                /* 0 = the MPI processes there are, or 1. One rank, and an MPI process, runs on the caller's thread */
     llmpar_transport transport;
     const llmpar_mpi_desc *mpi;   /* own communicator and more; its deadline and unchecked are those below. Not NULL: ranks are MPI processes */
-    int32_t threads;              /* workers inside a rank; default 1 */
+    int32_t threads;              /* workers inside a rank; default 0 = the cores this process may use / the ranks of this machine, at least 1 (1 in lockstep). Results do not depend on it */
+    llmpar_pin pin;               /* does each thread stay on a processor of its own; default: where the job's threads fill the machine */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
-    const char *cpu;              /* "portable", "avx2", "avx512"; default: environment LLMPAR_CPU, else the best */
+    const char *cpu;              /* "portable", "avx2", "avx512", "avx512bf16"; default: environment LLMPAR_CPU, else the best */
     double deadline;              /* seconds a collective waits for its peers before it reports who is where; default 0 = 600 (a rank may be late: it writes a file); negative = for ever */
     int32_t unchecked;            /* 1 (check level 0): the ranks do not compare what they call; default 0: every mismatch is reported by both sides before data moves */
     const char *record;           /* directory: when the job fails, every rank's last collectives are written to DIR/llmpar_rank_N.json; default: environment LLMPAR_RECORD, else none */
@@ -3438,7 +3459,7 @@ LLMPAR_DEF uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state)
 #undef LLMPAR__XXH64_P5
 
 /* ==== src/cpu/half.c ==== */
-/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. Conversions wait for memory, so AVX-512 has no code of its own. */
+/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. */
 /* ==== src/cpu/half_internal.h ==== */
 /* half: BF16 and F16 in memory. They are types of storage alone: a kernel computes in f32 on parts that are widened into scratch on its stack, and each store rounds once.
    So a kernel is written once, with the bits of its f32 self, and takes one part, the whole row where it lies, when nothing is to be widened:
@@ -3463,12 +3484,17 @@ typedef struct llmpar__cpu {
     int f16c;                  /* the processor converts F16 (half.c) */
     struct llmpar__pool *pool; /* NULL: one thread */
     struct llmpar__queues *queues; /* of the streams with threads; NULL: there was none yet */
+    const int32_t *processors; /* [threads] borrowed; NULL: no thread has its place */
+    int32_t threads;
+    int32_t crowded;
 } llmpar__cpu;
 
 /* Threads (pool.c). The caller's name; "r3" and "gather" give "r3 gather"; what a new thread does first: its name, and the floating-point control of every other. */
 LLMPAR__PRIVATE void llmpar__thread_get_name(char name[16]);
 LLMPAR__PRIVATE void llmpar__thread_make_name(char name[16], const char base[16], const char *suffix);
 LLMPAR__PRIVATE void llmpar__thread_begin(const char *name);
+/* The calling thread goes to the processor of this worker; worker < 0: to any of the rank's. Nothing where there are none. */
+LLMPAR__PRIVATE void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker);
 
 /* Streams with threads (stream.c). All but view, thread_error and threads_running are for the rank's own thread. */
 struct llmpar__queue;
@@ -3495,10 +3521,12 @@ LLMPAR__PRIVATE int32_t llmpar__stream_threads_running(llmpar_device *device);
    not fixed, so a task's result must not depend on it. Tasks only write memory of their own. */
 LLMPAR__PRIVATE void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg, int64_t task, int32_t worker), void *arg, int64_t tasks);
 LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
-/* threads >= 2, the caller's included. Owned by the caller; destroy takes NULL and joins. */
-LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out);
+/* Of cpu->threads >= 2, the caller's included; cpu outlives it. Owned by the caller; destroy takes NULL and joins. */
+LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out);
 LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 
+/* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
+LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots: gemm.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
@@ -3524,14 +3552,16 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
-/* elementwise.c: tree_sum, max, add, scale, cast, copy_rows */
+/* tree_sum.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+/* elementwise.c: max, add, scale, cast, copy_rows */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
-/* optim.c: adamw, sgd, square_sum */
+/* optim.c: adamw, sgd; squares.c: square_sum */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
@@ -3545,14 +3575,14 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_
 #endif
 /* ---- src/cpu/half_internal.h goes on ---- */
 
-enum { LLMPAR__HALF_PART = 512 };
+enum { LLMPAR__HALF_PART = 1024, LLMPAR__HALF_ROOM = 1024 + 80 }; /* scratch for a part; several at a distance of 4 KiB would wait for each other (loads and stores are told apart by 12 bits of the address first) */
 
 /* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
 typedef struct llmpar__half {
     int64_t size;                                               /* bytes of an element in memory */
     void (*widen)(float *out, const void *in, int64_t count);   /* NULL, as is narrow: F32 or F64, which kernels use where they lie */
     void (*narrow)(void *out, const float *in, int64_t count);
-    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: the product makes it quiet */
+    void (*widen_factors)(float *out, const void *in, int64_t count); /* widen, but a signalling NaN may stay one: arithmetic, or narrow, makes it quiet */
 } llmpar__half;
 
 LLMPAR__PRIVATE llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_dtype dtype);
@@ -3565,7 +3595,7 @@ static __attribute__((noinline, unused)) const void *llmpar__half_read(const llm
 {
     const char *at = (const char *)base + index * half->size;
     if (!half->widen) return at;
-    half->widen(scratch, at, count);
+    half->widen_factors(scratch, at, count);
     return scratch;
 }
 /* Where a kernel puts what goes to element `index` of base and on; write takes it there. */
@@ -3612,6 +3642,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__V(name) LLMPAR__VPASTE(llmpar__v_##name##_, LLMPAR__VLEVEL)   /* a vector function: LLMPAR__V(load)(p) */
 #define LLMPAR__VREAL LLMPAR__VPASTE(llmpar__real_, LLMPAR__VLEVEL)           /* float or double */
 #define LLMPAR__VEC LLMPAR__VPASTE(llmpar__vec_, LLMPAR__VLEVEL)              /* LLMPAR__VLANES of them */
+#define LLMPAR__VWIDE LLMPAR__VPASTE(llmpar__wide_, LLMPAR__VLEVEL)           /* half as many doubles */
 #define LLMPAR__VBITS LLMPAR__VPASTE(llmpar__bits_, LLMPAR__VLEVEL)           /* the unsigned integers of the same shape */
 #define LLMPAR__VLANES LLMPAR__VPASTE(LLMPAR__VLANES_, LLMPAR__VLEVEL)
 #define LLMPAR__VTARGET LLMPAR__VPASTE(LLMPAR__VTARGET_, LLMPAR__VLEVEL)
@@ -3621,7 +3652,9 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
 #define LLMPAR__VUNROLL _Pragma("unroll")
+#define LLMPAR__VUNROLL_TWICE _Pragma("unroll 2")
 #else
+#define LLMPAR__VUNROLL_TWICE _Pragma("GCC unroll 2")
 #define LLMPAR__VUNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -3655,7 +3688,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
     if (dtype == LLMPAR_F64) return 0;
-    return cpu->level == LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
+    return cpu->level >= LLMPAR_CPU_AVX512 ? 3 : cpu->level == LLMPAR_CPU_AVX2 ? 2 : 1;
 }
 static inline int64_t llmpar__v_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t llmpar__v_max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -3678,6 +3711,7 @@ typedef double llmpar__loose_portable_f64 __attribute__((vector_size(16), aligne
 typedef uint64_t llmpar__bits_portable_f64 __attribute__((vector_size(16)));
 typedef uint64_t llmpar__bit_portable_f64;
 typedef float llmpar__real_portable;
+typedef double llmpar__wide_portable __attribute__((vector_size(16)));
 typedef float llmpar__vec_portable __attribute__((vector_size(16)));
 typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
@@ -3685,8 +3719,56 @@ typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VSPREAD(x) { x, x }
-#define LLMPAR__TEMPLATE 1 /* cpu/vector_portable.inc */
-#include LLMPAR_HEADER
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   more_bits and less_bits are max and min of unsigned integers;
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    if (n >= LLMPAR__VLANES) return x;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__V(more_bits)(LLMPAR__VBITS a, LLMPAR__VBITS b) { return ((LLMPAR__VBITS)(a > b) & a) | (~(LLMPAR__VBITS)(a > b) & b); }
+LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__V(less_bits)(LLMPAR__VBITS a, LLMPAR__VBITS b) { return ~LLMPAR__V(more_bits)(~a, ~b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
+}
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
     llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
@@ -3694,8 +3776,62 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 }
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
-#define LLMPAR__TEMPLATE 1 /* cpu/vector_portable.inc */
-#include LLMPAR_HEADER
+/* ==== src/cpu/vector_portable.inc ==== */
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
+   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
+   more_bits and less_bits are max and min of unsigned integers;
+   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+{
+    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
+    return y;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
+LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+{
+    LLMPAR__VEC y = { 0 };
+    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
+    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+{
+    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
+    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+{
+    if (n >= LLMPAR__VLANES) return x;
+    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
+    return other;
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
+LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__V(more_bits)(LLMPAR__VBITS a, LLMPAR__VBITS b) { return ((LLMPAR__VBITS)(a > b) & a) | (~(LLMPAR__VBITS)(a > b) & b); }
+LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__V(less_bits)(LLMPAR__VBITS a, LLMPAR__VBITS b) { return ~LLMPAR__V(more_bits)(~a, ~b); }
+LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
+{
+    LLMPAR__VREAL y = x[0];
+    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
+    return y;
+}
+LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
+{
+    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
+}
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VSPREAD
+static inline llmpar__wide_portable llmpar__v_load_wide_portable(const float *p)
+{
+    llmpar__wide_portable y = { (double)p[0], (double)p[1] };
+    return y;
+}
+static inline llmpar__wide_portable llmpar__v_fma_wide_portable(llmpar__wide_portable a, llmpar__wide_portable b, llmpar__wide_portable c) { return a * b + c; }
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
@@ -3706,11 +3842,14 @@ static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable 
 typedef float llmpar__real_avx2;
 typedef uint32_t llmpar__bit_avx2;
 typedef __m256 llmpar__vec_avx2;
+typedef __m256d llmpar__wide_avx2;
 typedef uint32_t llmpar__bits_avx2 __attribute__((vector_size(32)));
 #define LLMPAR__VLEVEL avx2
 LLMPAR__VINLINE __m256 llmpar__v_splat_avx2(float x) { return _mm256_set1_ps(x); }
 LLMPAR__VINLINE __m256i llmpar__v_mask_avx2(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 LLMPAR__VINLINE __m256 llmpar__v_load_avx2(const float *p) { return _mm256_loadu_ps(p); }
+LLMPAR__VINLINE __m256d llmpar__v_load_wide_avx2(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+LLMPAR__VINLINE __m256d llmpar__v_fma_wide_avx2(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 LLMPAR__VINLINE void llmpar__v_store_avx2(float *p, __m256 x) { _mm256_storeu_ps(p, x); }
 LLMPAR__VINLINE __m256 llmpar__v_load_n_avx2(const float *p, int64_t n) { return n >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, llmpar__v_mask_avx2(n)); }
 LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
@@ -3729,6 +3868,8 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_more_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_max_epu32((__m256i)a, (__m256i)b); }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_less_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_min_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 /* out[8, 8] = in[8, 8] transposed */
 LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const float *in, int64_t ld_in)
@@ -3758,11 +3899,14 @@ LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const 
 typedef float llmpar__real_avx512;
 typedef uint32_t llmpar__bit_avx512;
 typedef __m512 llmpar__vec_avx512;
+typedef __m512d llmpar__wide_avx512;
 typedef uint32_t llmpar__bits_avx512 __attribute__((vector_size(64)));
 #define LLMPAR__VLEVEL avx512
 LLMPAR__VINLINE __m512 llmpar__v_splat_avx512(float x) { return _mm512_set1_ps(x); }
 LLMPAR__VINLINE __mmask16 llmpar__v_mask_avx512(int64_t n) { return (__mmask16)(n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u); }
 LLMPAR__VINLINE __m512 llmpar__v_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
+LLMPAR__VINLINE __m512d llmpar__v_load_wide_avx512(const float *p) { return _mm512_maskz_cvtps_pd((__mmask8)0xff, _mm256_loadu_ps(p)); }
+LLMPAR__VINLINE __m512d llmpar__v_fma_wide_avx512(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 LLMPAR__VINLINE void llmpar__v_store_avx512(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
 LLMPAR__VINLINE __m512 llmpar__v_load_n_avx512(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(llmpar__v_mask_avx512(n), p); }
 LLMPAR__VINLINE void llmpar__v_store_n_avx512(float *p, int64_t n, __m512 x) { _mm512_mask_storeu_ps(p, llmpar__v_mask_avx512(n), x); }
@@ -3777,6 +3921,8 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
     __m512d y = _mm512_castps_pd(x);
     return llmpar__v_larger_lane_avx2(_mm256_max_ps(_mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 0)), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd((__mmask8)0xff, y, 1))));
 }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_more_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_max_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_less_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_min_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
 LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
@@ -3855,6 +4001,61 @@ LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
 #undef LLMPAR__HALF_WIDEN
 #undef LLMPAR__HALF_NARROW
 #undef LLMPAR__HALF_AVX2
+
+/* Sixteens; the maskz forms only because gcc 12 warns about its own header's plain ones in C++. */
+#define LLMPAR__HALF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define LLMPAR__HALF_ALL ((__mmask16)0xffff)
+
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_factors_from_bf16(__m256i half) { return _mm512_maskz_slli_epi32(LLMPAR__HALF_ALL, _mm512_maskz_cvtepu16_epi32(LLMPAR__HALF_ALL, half), 16); }
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_bf16(__m256i half)
+{
+    __m512i bits = llmpar__half_16_factors_from_bf16(half);
+    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x00400000));
+}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar__half_16_to_bf16(__m512i bits)
+{
+    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
+    __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(LLMPAR__HALF_ALL, bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_maskz_cvtepi32_epi16(LLMPAR__HALF_ALL, _mm512_maskz_srli_epi32(LLMPAR__HALF_ALL, up, 16));
+}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_f16(__m256i half) { return _mm512_castps_si512(_mm512_maskz_cvtph_ps(LLMPAR__HALF_ALL, half)); }
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar__half_16_to_f16(__m512i bits) { return _mm512_maskz_cvtps_ph(LLMPAR__HALF_ALL, _mm512_castsi512_ps(bits), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#define LLMPAR__HALF_WIDEN(name, from_half) \
+    LLMPAR__HALF_AVX512 static void name(float *out, const void *in, int64_t count) \
+    { \
+        const uint16_t *from = (const uint16_t *)in; \
+        int64_t i = 0; \
+        for (; i + 16 <= count; i += 16) _mm512_storeu_si512((void *)(out + i), from_half(_mm256_loadu_si256((const __m256i *)(const void *)(from + i)))); \
+        if (i < count) { \
+            __mmask16 rest = (__mmask16)((1u << (count - i)) - 1u); \
+            _mm512_mask_storeu_epi32((void *)(out + i), rest, from_half(_mm256_maskz_loadu_epi16(rest, from + i))); \
+        } \
+    }
+#define LLMPAR__HALF_NARROW(name, to_half) \
+    LLMPAR__HALF_AVX512 static void name(void *out, const float *in, int64_t count) \
+    { \
+        uint16_t *to = (uint16_t *)out; \
+        int64_t i = 0; \
+        for (; i + 16 <= count; i += 16) _mm256_storeu_si256((__m256i *)(void *)(to + i), to_half(_mm512_loadu_si512((const void *)(in + i)))); \
+        if (i < count) { \
+            __mmask16 rest = (__mmask16)((1u << (count - i)) - 1u); \
+            _mm256_mask_storeu_epi16(to + i, rest, to_half(_mm512_maskz_loadu_epi32(rest, in + i))); \
+        } \
+    }
+LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx512, llmpar__half_16_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx512, llmpar__half_16_factors_from_bf16)
+LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx512, llmpar__half_16_from_f16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx512, llmpar__half_16_to_bf16)
+LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx512, llmpar__half_16_to_f16)
+
+#undef LLMPAR__HALF_WIDEN
+#undef LLMPAR__HALF_NARROW
+#undef LLMPAR__HALF_AVX512
+#undef LLMPAR__HALF_ALL
 #endif
 
 LLMPAR__PRIVATE_DEF int llmpar__half_has_f16c(void)
@@ -3880,41 +4081,73 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
         half.widen = llmpar__half_widen_f16;
         half.narrow = llmpar__half_narrow_f16;
     }
-#if LLMPAR__VX86
-    if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
-        if (dtype == LLMPAR_BF16) {
-            half.widen = llmpar__half_widen_bf16_avx2;
-            half.narrow = llmpar__half_narrow_bf16_avx2;
-        } else if (dtype == LLMPAR_F16) {
-            half.widen = llmpar__half_widen_f16_avx2;
-            half.narrow = llmpar__half_narrow_f16_avx2;
-        }
-    }
-#endif
     half.widen_factors = half.widen;
 #if LLMPAR__VX86
-    if (half.widen == llmpar__half_widen_bf16_avx2) half.widen_factors = llmpar__half_widen_factors_bf16_avx2;
+    if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
+        int wide = (int)cpu->level >= (int)LLMPAR_CPU_AVX512;
+        if (dtype == LLMPAR_BF16) {
+            half.widen = wide ? llmpar__half_widen_bf16_avx512 : llmpar__half_widen_bf16_avx2;
+            half.narrow = wide ? llmpar__half_narrow_bf16_avx512 : llmpar__half_narrow_bf16_avx2;
+            half.widen_factors = wide ? llmpar__half_widen_factors_bf16_avx512 : llmpar__half_widen_factors_bf16_avx2;
+        } else if (dtype == LLMPAR_F16) {
+            half.widen_factors = half.widen = wide ? llmpar__half_widen_f16_avx512 : llmpar__half_widen_f16_avx2;
+            half.narrow = wide ? llmpar__half_narrow_f16_avx512 : llmpar__half_narrow_f16_avx2;
+        }
+    }
 #endif
     (void)cpu;
     return half;
 }
-/* ==== src/cpu/gemm.c ==== */
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.inc is the inner loop, compiled once a vector width.
+/* ==== src/cpu/gemm_thin.c ==== */
+/* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
+   memory, so everything serves one purpose: each byte is read once, in order, without a pause.
 
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+     b: 2 * LANES rows, 64 bytes of each at a time                                 c[m, n .. n + 2 * LANES]: chains in registers, lanes are n
+        |--####....----------|                                                     x[k][m] * | word of k of LANES rows |
+        |--####....----------|   -- LANES x 16 words are transposed into L1 -->              | ...                     |
+        |--####....----------|      while the chains take them, the same rows
+        |--####....----------|      are fetched some lines further on (....)
 
-      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
-      parts         |        part 0         |        part 1        |part 2 |
-      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+   A chain goes on from memory after each 16 words, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a
+   product of many rows. */
+/* ==== src/cpu/gemm_thin_internal.h ==== */
+/* gemm_thin: products of few rows with weights as they lie, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
+#ifndef LLMPAR_GEMM_THIN_INTERNAL_H
+#define LLMPAR_GEMM_THIN_INTERNAL_H
 
-   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
-   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
-   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows.
 
-   BF16 and F16 are widened while they are packed, so the tiles know f32 alone. Where c is stored below f32, tiles work on f32 ones of their own in the
-   workspace, and each is rounded into c once, when its last part is done. */
+enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 32 }; /* of one call at most; the second is also the distance of two rows of sums */
+enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+
+/* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
+typedef struct llmpar__gemm_thin_span {
+    const char *w;                    /* rows of b, ld bytes apart */
+    const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
+    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
+    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
+    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
+    int32_t rows, kind;
+} llmpar__gemm_thin_span;
+typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
+
+/* The function for this type at this level, and how many columns it takes at most. NULL: there is none. */
+LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns);
+/* How many rows of x stand for `rows`, 1 .. 16: the last block is filled up. */
+static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
+{
+    int32_t last = (int32_t)rows % 8;
+    return (int32_t)rows - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+}
+static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
+
+/* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
+LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
+LLMPAR__PRIVATE size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
+/* args->workspace has that many bytes. */
+LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args);
+
+#endif
+/* ---- src/cpu/gemm_thin.c goes on ---- */
 
 
 #include <string.h>
@@ -3924,44 +4157,431 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
 #include <arm_neon.h>
 #endif
 
-/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
-#if defined(__aarch64__)
-#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
-#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
+#if !defined(LLMPAR_NO_SIMD)
+
+enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
+#define LLMPAR__THIN_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
+#if defined(__clang__)
+#define LLMPAR__THIN_UNROLL _Pragma("unroll")
 #else
-#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
-#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
+#define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
+typedef struct llmpar__gemm_thin_level {
+    int64_t lanes;
+    llmpar__gemm_thin_fn span;
+} llmpar__gemm_thin_level;
 
-#define LLMPAR__GEMM_REAL double
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
-#define LLMPAR__GEMM_LOAD(base, i) ((const double *)(base))[i]
-#define LLMPAR__GEMM_STORE(base, i, value) ((double *)(base))[i] = (value)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#if defined(__x86_64__)
+
+/* In each 128-bit lane four rows become four columns. */
+#define LLMPAR__THIN_FOUR(unpacklo, unpackhi, shuffle, a, b, c, d, store) do { \
+    y0 = unpacklo(a, b); y1 = unpacklo(c, d); y2 = unpackhi(a, b); y3 = unpackhi(c, d); \
+    store(0, shuffle(y0, y1, 0x44)); store(1, shuffle(y0, y1, 0xee)); store(2, shuffle(y2, y3, 0x44)); store(3, shuffle(y2, y3, 0xee)); \
+} while (0)
+
+#define LLMPAR__THIN_LOAD_8(r) _mm256_loadu_ps((const float *)(const void *)(in + (r) * ld))
+#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * 8, v)
+#define LLMPAR__THIN_TRANSPOSE_8() \
+    __m256 y0, y1, y2, y3, a0, a1, a2, a3, b0, b1, b2, b3; \
+    int j = 0; \
+    a0 = LLMPAR__THIN_LOAD_8(0); b0 = LLMPAR__THIN_LOAD_8(4); a1 = LLMPAR__THIN_LOAD_8(1); b1 = LLMPAR__THIN_LOAD_8(5); \
+    a2 = LLMPAR__THIN_LOAD_8(2); b2 = LLMPAR__THIN_LOAD_8(6); a3 = LLMPAR__THIN_LOAD_8(3); b3 = LLMPAR__THIN_LOAD_8(7); \
+    y0 = _mm256_permute2f128_ps(a0, b0, 0x20); b0 = _mm256_permute2f128_ps(a0, b0, 0x31); a0 = y0; \
+    y0 = _mm256_permute2f128_ps(a1, b1, 0x20); b1 = _mm256_permute2f128_ps(a1, b1, 0x31); a1 = y0; \
+    y0 = _mm256_permute2f128_ps(a2, b2, 0x20); b2 = _mm256_permute2f128_ps(a2, b2, 0x31); a2 = y0; \
+    y0 = _mm256_permute2f128_ps(a3, b3, 0x20); b3 = _mm256_permute2f128_ps(a3, b3, 0x31); a3 = y0; \
+    LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, a0, a1, a2, a3, LLMPAR__THIN_STORE_8); \
+    j = 4; \
+    LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, b0, b1, b2, b3, LLMPAR__THIN_STORE_8)
+
+__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_thin_avx_bf16(__m256 word, const int i)
+{
+    __m128i low = _mm256_castsi256_si128(_mm256_castps_si256(word)), high = _mm256_extractf128_si256(_mm256_castps_si256(word), 1);
+    if (i) return _mm256_and_ps(word, _mm256_castsi256_ps(_mm256_set1_epi32((int)0xffff0000u)));
+    return _mm256_castsi256_ps(_mm256_insertf128_si256(_mm256_castsi128_si256(_mm_slli_epi32(low, 16)), _mm_slli_epi32(high, 16), 1));
+}
+/* First the portable level, with the bits of gemm_portable.inc; it has no conversion of F16. */
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx_##part
+#define LLMPAR__THIN_TARGET __attribute__((target("avx")))
+#define LLMPAR__THIN_VECTOR __m256
+#define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) (word)
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
 #include LLMPAR_HEADER
 
-#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
-#define LLMPAR__GEMM_REAL float
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
-#define LLMPAR__GEMM_LOAD(base, i) ((const float *)(base))[i]
-#define LLMPAR__GEMM_STORE(base, i, value) ((float *)(base))[i] = (value)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#define LLMPAR__THIN_AVX2 target("avx2,fma,f16c")
+__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_bf16(__m256 word, const int i)
+{
+    __m256i bits = _mm256_castps_si256(word);
+    return _mm256_castsi256_ps(i ? _mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000u)) : _mm256_slli_epi32(bits, 16));
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_f16(__m256 word, const int i)
+{
+    __m256i bits = _mm256_castps_si256(word);
+    bits = i ? _mm256_srli_epi32(bits, 16) : _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx2_##part
+#define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX2))
+#define LLMPAR__THIN_VECTOR __m256
+#define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
 #include LLMPAR_HEADER
 
-#define LLMPAR__GEMM_REAL float
-#define LLMPAR__GEMM_ROW llmpar__gemm_row_half
-#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
-#define LLMPAR__GEMM_LOAD(base, i) (job->args->dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(((const uint16_t *)(base))[i]) : llmpar_f16_to_f32(((const uint16_t *)(base))[i]))
-#define LLMPAR__GEMM_STORE(base, i, value) do { float value_ = (value); if (job->half_out.narrow) llmpar__half_write(&job->half_out, base, i, 1, &value_); else ((float *)(base))[i] = value_; } while (0)
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_portable.inc */
+#define LLMPAR__THIN_AVX512 target("avx512f,avx512vl,avx2,fma,f16c")
+/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
+#define LLMPAR__THIN_LOW(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
+#define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
+#define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
+#define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
+#define LLMPAR__THIN_LOAD_16(r) _mm512_loadu_ps((const void *)(in + (r) * ld))
+#define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (j + (t)) * 16), v)
+/* Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together. Rows r, r + 4, r + 8, r + 12 give vectors whose quarters are four words of each. */
+__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
+{
+    __m512 x[4][4], y0, y1, y2, y3;
+    int r, j;
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < 4; r++) {
+        __m512 a = LLMPAR__THIN_LOAD_16(r), b = LLMPAR__THIN_LOAD_16(r + 4), c = LLMPAR__THIN_LOAD_16(r + 8), d = LLMPAR__THIN_LOAD_16(r + 12);
+        y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44);
+        y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44);
+        y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee);
+        y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+        x[r][0] = LLMPAR__THIN_QUARTERS(y0, y1, 0x88);
+        x[r][1] = LLMPAR__THIN_QUARTERS(y0, y1, 0xdd);
+        x[r][2] = LLMPAR__THIN_QUARTERS(y2, y3, 0x88);
+        x[r][3] = LLMPAR__THIN_QUARTERS(y2, y3, 0xdd);
+    }
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < 4; r++) {
+        j = 4 * r;
+        LLMPAR__THIN_FOUR(LLMPAR__THIN_LOW, LLMPAR__THIN_HIGH, LLMPAR__THIN_SHUFFLE, x[0][r], x[1][r], x[2][r], x[3][r], LLMPAR__THIN_STORE_16);
+    }
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
+{
+    __m512i bits = _mm512_castps_si512(word);
+    return _mm512_castsi512_ps(i ? _mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000u)) : _mm512_maskz_slli_epi32(0xffff, bits, 16));
+}
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_f16(__m512 word, const int i)
+{
+    __m512i bits = _mm512_castps_si512(word);
+    if (i) bits = _mm512_maskz_srli_epi32(0xffff, bits, 16);
+    return _mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_cvtepi32_epi16(0xffff, bits));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx512_##part
+#define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX512))
+#define LLMPAR__THIN_VECTOR __m512
+#define LLMPAR__THIN_LANES 16
+#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
+#define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
+#define LLMPAR__THIN_SPREAD(p) _mm512_set1_ps(*(p))
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
 #include LLMPAR_HEADER
+
+#undef LLMPAR__THIN_FOUR
+#undef LLMPAR__THIN_LOAD_8
+#undef LLMPAR__THIN_STORE_8
+#undef LLMPAR__THIN_TRANSPOSE_8
+#undef LLMPAR__THIN_AVX2
+#undef LLMPAR__THIN_AVX512
+#undef LLMPAR__THIN_LOW
+#undef LLMPAR__THIN_HIGH
+#undef LLMPAR__THIN_SHUFFLE
+#undef LLMPAR__THIN_QUARTERS
+#undef LLMPAR__THIN_LOAD_16
+#undef LLMPAR__THIN_STORE_16
+
+/* lanes = 0: nothing for this type here. */
+static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    llmpar__gemm_thin_level none = { 0, NULL }, avx = { 8, llmpar__gemm_thin_avx_span }, avx2 = { 8, llmpar__gemm_thin_avx2_span }, avx512 = { 16, llmpar__gemm_thin_avx512_span };
+    if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
+    if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
+    if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx") ? avx : none;
+}
+
+#else /* aarch64 */
+
+__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out)
+{
+    float32x4_t a = vld1q_f32((const float *)(const void *)in), b = vld1q_f32((const float *)(const void *)(in + ld)), c = vld1q_f32((const float *)(const void *)(in + 2 * ld)), d = vld1q_f32((const float *)(const void *)(in + 3 * ld));
+    float32x4x2_t ac = vzipq_f32(a, c), bd = vzipq_f32(b, d), low = vzipq_f32(ac.val[0], bd.val[0]), high = vzipq_f32(ac.val[1], bd.val[1]);
+    vst1q_f32(out, low.val[0]);
+    vst1q_f32(out + 4, low.val[1]);
+    vst1q_f32(out + 8, high.val[0]);
+    vst1q_f32(out + 12, high.val[1]);
+}
+static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_bf16(float32x4_t word, const int i)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(word);
+    return vreinterpretq_f32_u32(i ? vandq_u32(bits, vdupq_n_u32(0xffff0000u)) : vshlq_n_u32(bits, 16));
+}
+static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_f16(float32x4_t word, const int i)
+{
+    uint32x4_t bits = vreinterpretq_u32_f32(word);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(i ? vshrq_n_u32(bits, 16) : bits)));
+}
+#define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_neon_##part
+#define LLMPAR__THIN_TARGET
+#define LLMPAR__THIN_VECTOR float32x4_t
+#define LLMPAR__THIN_LANES 4
+#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_READ(p) vld1q_f32(p)
+#define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
+#define LLMPAR__THIN_SPREAD(p) vdupq_n_f32(*(p))
+#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
+#define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
+#define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
+#include LLMPAR_HEADER
+
+static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
+{
+    llmpar__gemm_thin_level neon = { 4, llmpar__gemm_thin_neon_span };
+    (void)cpu;
+    (void)dtype;
+    return neon;
+}
+
 #endif
 
-/* ---- kernels ---- */
+/* ---- tasks ---- */
+
+typedef struct llmpar__gemm_thin_run {
+    const llmpar_gemm_args *args;
+    llmpar__gemm_thin_level level;
+    llmpar__half half, half_out;
+    int64_t k, panels;                /* all segments together; columns in vectors */
+    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 2, 4 or 8; levels: partial sums that wait at any time */
+    int32_t shares;                   /* tasks */
+    float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
+} llmpar__gemm_thin_run;
+
+/* A span: elements [begin, begin + k) of a segment, rows of b of one or two panels. */
+typedef struct llmpar__gemm_thin_place { int64_t panel, panels, begin, k; int32_t segment; } llmpar__gemm_thin_place;
+
+static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
+
+static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    int32_t s, p;
+    memset(run, 0, sizeof *run);
+    run->args = args;
+    run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
+    run->half = llmpar__half_of(cpu, args->dtype);
+    run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
+    run->kind = llmpar__gemm_thin_kind(args->dtype);
+    run->rows = llmpar__gemm_thin_filled(args->m);
+    run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
+    for (s = 0; s < args->segment_count; s++) run->k += args->segments[s].k;
+    for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
+}
+
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns)
+{
+    llmpar__gemm_thin_level level = llmpar__gemm_thin_choose(cpu, dtype);
+    *columns = LLMPAR__THIN_PANELS * level.lanes;
+    return level.span;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    if (cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16) return 0; /* there a product's chain takes two k at a time */
+    return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
+}
+
+LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    llmpar__gemm_thin_run run;
+    llmpar__gemm_thin_prepare(&run, cpu, args);
+    return llmpar__gemm_thin_round(run.k * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+}
+
+/* x[k][rows of a block] of every block of rows, as f32. */
+static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
+{
+    enum { PART = 64 };
+    const llmpar_gemm_args *args = run->args;
+    float wide[8][PART];
+    int64_t at = 0, k, i;
+    int32_t s, row, r;
+    memset(wide, 0, sizeof wide);
+    for (s = 0; s < args->segment_count; at += args->segments[s++].k) {
+        const llmpar_gemm_segment *segment = &args->segments[s];
+        for (row = 0; row < run->rows; row += 8) {
+            int32_t rows = run->rows - row < 8 ? run->rows - row : 8, valid = args->m - row < 8 ? (int32_t)args->m - row : 8;
+            float *out = run->x + row * run->k + at * rows;
+            for (k = 0; k < segment->k; k += PART) {
+                int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
+                const float *in[8];
+                for (r = 0; r < rows; r++) in[r] = r < valid ? (const float *)llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]) : wide[r];
+                for (; r < 8; r++) in[r] = wide[r];
+                if (rows == 8)
+                    for (i = 0; i < count; i++, out += 8)
+                        for (r = 0; r < 8; r++) out[r] = in[r][i];
+                else
+                    for (i = 0; i < count; i++)
+                        for (r = 0; r < rows; r++) *out++ = in[r][i];
+            }
+        }
+    }
+}
+
+/* The span after `at` of the same panels; 0: there is none. A segment without terms has no span. */
+static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place *at)
+{
+    at->begin += at->k;
+    at->k = 0;
+    while (at->segment < run->args->segment_count && at->begin == run->args->segments[at->segment].k) {
+        at->segment++;
+        at->begin = 0;
+    }
+    if (at->segment == run->args->segment_count) return 0;
+    at->k = run->args->segments[at->segment].k - at->begin;
+    return 1;
+}
+
+static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
+    return (const char *)segment->b + (at->panel * run->level.lanes * segment->ldb + at->begin) * run->half.size;
+}
+
+static int64_t llmpar__gemm_thin_columns(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    int64_t left = run->args->n - at->panel * run->level.lanes, most = at->panels * run->level.lanes;
+    return left < most ? left : most;
+}
+
+/* First panel of task `share`. */
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->panels, run->shares); }
+
+static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
+    const llmpar_gemm_args *args = run->args;
+    int64_t end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    float *sums = run->sums + worker * (1 + run->levels) * size, *stack = sums + size;
+    llmpar__gemm_thin_place at, next;
+    int32_t r;
+    memset(&at, 0, sizeof at);
+    for (at.panel = llmpar__gemm_thin_begin(run, task); at.panel < end; at.panel += at.panels) {
+        int64_t columns, x = 0;
+        int32_t piece = 0, depth = 0, done;
+        int more;
+        at.panels = end - at.panel < LLMPAR__THIN_PANELS ? end - at.panel : (int64_t)LLMPAR__THIN_PANELS;
+        at.segment = 0;
+        at.begin = at.k = 0;
+        columns = llmpar__gemm_thin_columns(run, &at);
+        more = llmpar__gemm_thin_next(run, &at);
+        for (piece = 0; piece < args->pieces; piece++) {
+            memset(sums, 0, (size_t)size * sizeof *sums);
+            for (r = 0; args->accumulate && r < args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)args->c + r * args->ldc + at.panel * run->level.lanes, (size_t)columns * sizeof(float));
+            while (more && args->segments[at.segment].piece == piece) {
+                llmpar__gemm_thin_span span;
+                span.w = llmpar__gemm_thin_address(run, &at);
+                span.ld = args->segments[at.segment].ldb * run->half.size;
+                span.k = at.k;
+                span.x = run->x;
+                span.x_k = run->k;
+                span.x_done = x;
+                span.sums = sums;
+                span.columns = columns;
+                span.rows = run->rows;
+                span.kind = run->kind;
+                x += at.k;
+                next = at;
+                more = llmpar__gemm_thin_next(run, &next);
+                span.next = span.w;
+                span.next_ld = span.ld;
+                if (more || at.panel + at.panels < end) {
+                    llmpar__gemm_thin_place then = next;
+                    if (!more) {
+                        then.panel += then.panels;
+                        then.segment = 0;
+                        then.begin = 0;
+                        llmpar__gemm_thin_next(run, &then);
+                    }
+                    span.next = llmpar__gemm_thin_address(run, &then);
+                    span.next_ld = args->segments[then.segment].ldb * run->half.size;
+                }
+                run->level.span(&span);
+                at = next;
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; depth > 0 && (done % 2 == 0 || piece == args->pieces - 1); done /= 2) {
+                depth--;
+                for (i = 0; i < size; i++) sums[i] = stack[depth * size + i] + sums[i];
+            }
+            if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
+        }
+        for (r = 0; r < args->m; r++) {
+            int64_t c = r * args->ldc + at.panel * run->level.lanes;
+            if (run->half_out.narrow) llmpar__half_write(&run->half_out, args->c, c, columns, sums + r * LLMPAR__THIN_COLUMNS);
+            else memcpy((float *)args->c + c, sums + r * LLMPAR__THIN_COLUMNS, (size_t)columns * sizeof(float));
+        }
+    }
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args)
+{
+    llmpar__gemm_thin_run run;
+    char *at = (char *)args->workspace;
+    int32_t threads = llmpar__pool_threads(cpu);
+    llmpar__gemm_thin_prepare(&run, cpu, args);
+    at += (64 - (uintptr_t)at % 64) % 64;
+    run.x = (float *)(void *)at;
+    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.k * run.rows));
+    run.shares = (int32_t)(threads == 1 ? 1 : run.panels < 4 * threads ? (run.panels < threads ? run.panels : threads) : 4 * threads);
+    if ((double)args->n * (double)run.k * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
+    llmpar__gemm_thin_pack(&run);
+    llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
+}
+
+#undef LLMPAR__THIN_PER_WORD
+#undef LLMPAR__THIN_SERIAL
+#undef LLMPAR__THIN_UNROLL
+
+#else
+
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns) { (void)cpu; (void)dtype; *columns = 0; return NULL; }
+LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
+LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
+LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }
+
+#endif
+/* ==== src/cpu/gemm_kernel.c ==== */
+/* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
+/* ==== src/cpu/gemm_internal.h ==== */
+/* gemm_internal: what the matrix product's blocks (gemm.c) and its kernels (gemm_kernel.c) share: steps, tiles, panels. */
+#ifndef LLMPAR_GEMM_INTERNAL_H
+#define LLMPAR_GEMM_INTERNAL_H
+
 
 #if !defined(LLMPAR_NO_SIMD)
 
@@ -3985,136 +4605,732 @@ typedef struct llmpar__gemm_tile {
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
 } llmpar__gemm_tile;
 
-/* What the packing functions of gemm_kernel.inc do, and their words. */
+/* Where c is, or a saved tile, asked for into L2 while the chains run, a line every 4 k: rows of `row` lines, `jump` bytes from the end of one to the next. A long step goes on to the
+   rows of the tiles below. All at once, at the tile's begin, they would stand in the way of the panels. */
+typedef struct llmpar__gemm_walk {
+    const char *at;
+    int64_t left, row, jump;           /* lines left of the current row */
+} llmpar__gemm_walk;
+
+/* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
+typedef struct llmpar__gemm_chains {
+    const float *a, *b;
+    int64_t k;
+    const float *from;                 /* where the chains start, [rows, tile columns]; NULL: +0 */
+    int64_t from_step;                 /* bytes from row to row */
+    const float *slot, *slot_saved;    /* partial tiles to be added at the end, each list from its top down; first those of `slot` */
+    int64_t merges, merges_saved, slot_bytes;
+    float *to;
+    int64_t to_step;
+    llmpar__gemm_walk *walk;
+} llmpar__gemm_chains;
+
+/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
+   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
 typedef struct llmpar__gemm_packing {
     const void *in;
     float *out;
-    int64_t ld, k, valid, panels, distance;
+    int64_t ld, k, valid, panels, distance; /* ld and k in elements of `in` */
     int transposed;
 } llmpar__gemm_packing;
 
 typedef struct llmpar__gemm_kernel {
     int64_t rows, columns;             /* of a full tile */
+    int pairs;                         /* a link of the chain takes two k of BF16, which are packed side by side as a float is; else one k of F32 */
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*tile)(const llmpar__gemm_tile *tile);
+    void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
 } llmpar__gemm_kernel;
+
+enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
+
+/* For operands of dtype. */
+LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
+/* All steps of the part. */
+LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
+
+#endif
+
+#endif
+/* ---- src/cpu/gemm_kernel.c goes on ---- */
+
+#include <stddef.h>
+#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+#include <immintrin.h>
+#elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
+
+#if !defined(LLMPAR_NO_SIMD)
+
+/* ---- BF16 units ---- */
+
+/* A test build may define LLMPAR_BF16_EMULATED: vdpbf16ps is replaced by AVX-512 instructions that do the same, but for numbers below the normal ones,
+   which the real one takes and leaves as zeros. */
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10) || defined(LLMPAR_BF16_EMULATED))
+#define LLMPAR__GEMM_BF16 1
+#else
+#define LLMPAR__GEMM_BF16 0
+#endif
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
+{
+#if LLMPAR__GEMM_BF16 && defined(LLMPAR_BF16_EMULATED)
+    return 1;
+#elif LLMPAR__GEMM_BF16
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+    return 0;
+#endif
+}
+
+/* ---- packing ---- */
 
 #if defined(__x86_64__)
 
-/* In each 128-bit lane: four rows of four become four columns, which are stored where their k belongs. */
-#define LLMPAR__GEMM_TRANSPOSE_X86(prefix, vector, in, ld, out, width, store) do { \
-    vector x0_ = prefix##_loadu_ps(in), x1_ = prefix##_loadu_ps((in) + (ld)), x2_ = prefix##_loadu_ps((in) + 2 * (ld)), x3_ = prefix##_loadu_ps((in) + 3 * (ld)); \
-    vector y0_ = prefix##_unpacklo_ps(x0_, x1_), y1_ = prefix##_unpacklo_ps(x2_, x3_), y2_ = prefix##_unpackhi_ps(x0_, x1_), y3_ = prefix##_unpackhi_ps(x2_, x3_); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0x44), out, width); \
-    store(prefix##_shuffle_ps(y0_, y1_, 0xee), (out) + (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0x44), (out) + 2 * (width), width); \
-    store(prefix##_shuffle_ps(y2_, y3_, 0xee), (out) + 3 * (width), width); \
-} while (0)
-#define LLMPAR__GEMM_STORE_2(v, out, width) do { __m256 v_ = (v); _mm_storeu_ps(out, _mm256_castps256_ps128(v_)); _mm_storeu_ps((out) + 4 * (width), _mm256_extractf128_ps(v_, 1)); } while (0)
-/* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
-#define LLMPAR__GEMM_512_loadu_ps(p) _mm512_loadu_ps(p)
-#define LLMPAR__GEMM_512_unpacklo_ps(a, b) _mm512_maskz_unpacklo_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_unpackhi_ps(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
-#define LLMPAR__GEMM_512_shuffle_ps(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
-#define LLMPAR__GEMM_STORE_4(v, out, width) do { \
-    __m512 v_ = (v); \
-    _mm_storeu_ps(out, _mm512_maskz_extractf32x4_ps(0xf, v_, 0)); \
-    _mm_storeu_ps((out) + 4 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 1)); \
-    _mm_storeu_ps((out) + 8 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 2)); \
-    _mm_storeu_ps((out) + 12 * (width), _mm512_maskz_extractf32x4_ps(0xf, v_, 3)); \
-} while (0)
+#define LLMPAR__GEMM_AVX __attribute__((target("avx")))
+#define LLMPAR__GEMM_TWO(p, q) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(q), 1)
 
-/* A step of the chain is written as its instructions: left to itself gcc 12 copies accumulators between registers, which costs a tenth of the speed.
-   First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-typedef __m256 llmpar__gemm_loose8 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx2_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m256
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose8
-#define LLMPAR__GEMM_LANES 8
-#define LLMPAR__GEMM_ROWS 6
-#define LLMPAR__GEMM_SPREAD(x) _mm256_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(_mm256, __m256, in, ld, out, width, LLMPAR__GEMM_STORE_2)
-#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-typedef __m512 llmpar__gemm_loose16 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_avx512_##part
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f,avx512vl,avx2,fma")))
-#define LLMPAR__GEMM_VECTOR __m512
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose16
-#define LLMPAR__GEMM_LANES 16
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) _mm512_set1_ps(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) LLMPAR__GEMM_TRANSPOSE_X86(LLMPAR__GEMM_512, __m512, in, ld, out, width, LLMPAR__GEMM_STORE_4)
-#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
-
-#undef LLMPAR__GEMM_TRANSPOSE_X86
-#undef LLMPAR__GEMM_512_loadu_ps
-#undef LLMPAR__GEMM_512_unpacklo_ps
-#undef LLMPAR__GEMM_512_unpackhi_ps
-#undef LLMPAR__GEMM_512_shuffle_ps
-#undef LLMPAR__GEMM_STORE_2
-#undef LLMPAR__GEMM_STORE_4
-
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+/* out[k * width + r] = in[r * ld + k], r < 8, k < 4: in each half of a vector four rows of four become four columns. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int width)
 {
-    llmpar__gemm_kernel avx = { 6, 16, llmpar__gemm_avx_pack_a, llmpar__gemm_avx_pack_b, llmpar__gemm_avx_tile };
-    llmpar__gemm_kernel avx2 = { 6, 16, llmpar__gemm_avx2_pack_a, llmpar__gemm_avx2_pack_b, llmpar__gemm_avx2_tile };
-    llmpar__gemm_kernel avx512 = { 12, 32, llmpar__gemm_avx512_pack_a, llmpar__gemm_avx512_pack_b, llmpar__gemm_avx512_tile };
-    if (level == LLMPAR_CPU_AVX512) return avx512;
+    __m256 x0 = LLMPAR__GEMM_TWO(in, in + 4 * ld), x1 = LLMPAR__GEMM_TWO(in + ld, in + 5 * ld), x2 = LLMPAR__GEMM_TWO(in + 2 * ld, in + 6 * ld), x3 = LLMPAR__GEMM_TWO(in + 3 * ld, in + 7 * ld);
+    __m256 y0 = _mm256_unpacklo_ps(x0, x1), y1 = _mm256_unpacklo_ps(x2, x3), y2 = _mm256_unpackhi_ps(x0, x1), y3 = _mm256_unpackhi_ps(x2, x3);
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(y0, y1, 0x44));
+    _mm256_storeu_ps(out + width, _mm256_shuffle_ps(y0, y1, 0xee));
+    _mm256_storeu_ps(out + 2 * width, _mm256_shuffle_ps(y2, y3, 0x44));
+    _mm256_storeu_ps(out + 3 * width, _mm256_shuffle_ps(y2, y3, 0xee));
+}
+
+/* The same of 4 rows. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int width)
+{
+    __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + ld), x2 = _mm_loadu_ps(in + 2 * ld), x3 = _mm_loadu_ps(in + 3 * ld);
+    __m128 y0 = _mm_unpacklo_ps(x0, x1), y1 = _mm_unpacklo_ps(x2, x3), y2 = _mm_unpackhi_ps(x0, x1), y3 = _mm_unpackhi_ps(x2, x3);
+    _mm_storeu_ps(out, _mm_shuffle_ps(y0, y1, 0x44));
+    _mm_storeu_ps(out + width, _mm_shuffle_ps(y0, y1, 0xee));
+    _mm_storeu_ps(out + 2 * width, _mm_shuffle_ps(y2, y3, 0x44));
+    _mm_storeu_ps(out + 3 * width, _mm_shuffle_ps(y2, y3, 0xee));
+}
+
+/* Rows [0, full) of a panel, k < 16. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
+{
+    int r, i, ahead;
+    for (r = 0; r + 8 <= width; r += 8) { /* a line of eight rows after the other: with rows a power of two apart all lines meet in one set of L1 */
+        for (ahead = 0; ahead < 8; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
+        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_8(in + r * ld + i, ld, out + i * width + r, width);
+    }
+    if (r < width) {
+        for (ahead = 0; ahead < 4; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
+        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_4(in + r * ld + i, ld, out + i * width + r, width);
+    }
+}
+
+/* One k of a panel: `width` floats. */
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_copy(const float *in, float *out, const int width)
+{
+    int j;
+    for (j = 0; j + 24 <= width; j += 24) {
+        __m256 x0 = _mm256_loadu_ps(in + j), x1 = _mm256_loadu_ps(in + j + 8), x2 = _mm256_loadu_ps(in + j + 16);
+        _mm256_storeu_ps(out + j, x0);
+        _mm256_storeu_ps(out + j + 8, x1);
+        _mm256_storeu_ps(out + j + 16, x2);
+    }
+    for (; j + 8 <= width; j += 8) _mm256_storeu_ps(out + j, _mm256_loadu_ps(in + j));
+    for (; j + 4 <= width; j += 4) _mm_storeu_ps(out + j, _mm_loadu_ps(in + j));
+}
+
+#undef LLMPAR__GEMM_TWO
+
+#else
+
+#define LLMPAR__GEMM_AVX
+static inline void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
+{
+    int r, i;
+    for (r = 0; r < width; r++)
+        for (i = 0; i < 16; i++) out[i * width + r] = in[r * ld + i];
+}
+static inline void llmpar__gemm_copy(const float *in, float *out, const int width) { memcpy(out, in, sizeof(float) * (size_t)width); }
+
+#endif
+
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
+{
+    const float *in = (const float *)packing->in;
+    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
+    int r;
+    if (full > packing->panels) full = packing->panels;
+    if (packing->transposed) {
+        for (panel = 0; panel < full; panel++) {
+            const float *rows = in + panel * width * ld;
+            float *out = packing->out + panel * distance;
+            for (i = 0; i + 16 <= k; i += 16) llmpar__gemm_transpose(rows + i, ld, out + i * width, width);
+            for (; i < k; i++)
+                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
+        }
+    } else {
+        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
+            for (panel = 0; panel < full; panel++) {
+                const float *from = in + i * ld + panel * width;
+                for (r = 0; r < width; r += 16) __builtin_prefetch(from + 8 * ld + r);
+                llmpar__gemm_copy(from, packing->out + panel * distance + i * width, width);
+            }
+    }
+    if (full < packing->panels) {
+        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        float *out = packing->out + full * distance;
+        for (i = 0; i < k; i++)
+            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+    }
+}
+
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 8); }
+#if defined(__x86_64__)
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_4(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 4); }
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_24(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 24); }
+LLMPAR__GEMM_AVX static void llmpar__gemm_pack_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 48); }
+#else
+static void llmpar__gemm_pack_12(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_panels(packing, 12); }
+#endif
+#undef LLMPAR__GEMM_AVX
+
+#if LLMPAR__GEMM_BF16
+
+#define LLMPAR__GEMM_TWO_PAIRS(p) _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(p))), _mm_loadu_si128((const __m128i *)(const void *)((p) + 4 * ld)), 1)
+#define LLMPAR__GEMM_STORE_PAIRS(out, i, v) _mm256_storeu_si256((__m256i *)(void *)((out) + (i) * width + r), v)
+
+static inline float llmpar__gemm_pair(const uint16_t *low, const uint16_t *high)
+{
+    uint32_t bits = (uint32_t)*low | (high ? (uint32_t)*high << 16 : 0);
+    float pair;
+    memcpy(&pair, &bits, sizeof pair);
+    return pair;
+}
+
+/* BF16 as it is stored becomes pairs: the even k low, the odd one high; an odd k at the end has a zero beside it. */
+static inline __attribute__((always_inline)) __attribute__((target("avx2"))) void llmpar__gemm_pack_pairs(const llmpar__gemm_packing *packing, const int width)
+{
+    const uint16_t *in = (const uint16_t *)packing->in;
+    int64_t ld = packing->ld, pairs = packing->k / 2, links = (packing->k + 1) / 2, panel, i;
+    int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+    int r;
+    for (panel = 0; panel < packing->panels; panel++) {
+        const uint16_t *rows = in + panel * width * row_step;
+        float *out = packing->out + panel * packing->distance;
+        int64_t valid = packing->valid - panel * width;
+        i = 0;
+        if (valid >= width && packing->transposed) {
+            for (; i + 8 <= pairs; i += 8)
+                for (r = 0; r < width; r += 8) { /* 8 rows of 8 pairs */
+                    const uint16_t *at = rows + r * ld + 2 * i;
+                    __m256i x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    __m256i y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
+                    int j;
+                    for (j = 0; j < 8; j++) __builtin_prefetch(at + j * ld + 128);
+                    LLMPAR__GEMM_STORE_PAIRS(out, i, _mm256_unpacklo_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 1, _mm256_unpackhi_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 2, _mm256_unpacklo_epi64(y2, y3));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 3, _mm256_unpackhi_epi64(y2, y3));
+                    at += 8;
+                    x0 = LLMPAR__GEMM_TWO_PAIRS(at), x1 = LLMPAR__GEMM_TWO_PAIRS(at + ld), x2 = LLMPAR__GEMM_TWO_PAIRS(at + 2 * ld), x3 = LLMPAR__GEMM_TWO_PAIRS(at + 3 * ld);
+                    y0 = _mm256_unpacklo_epi32(x0, x1), y1 = _mm256_unpacklo_epi32(x2, x3), y2 = _mm256_unpackhi_epi32(x0, x1), y3 = _mm256_unpackhi_epi32(x2, x3);
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 4, _mm256_unpacklo_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 5, _mm256_unpackhi_epi64(y0, y1));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 6, _mm256_unpacklo_epi64(y2, y3));
+                    LLMPAR__GEMM_STORE_PAIRS(out, i + 7, _mm256_unpackhi_epi64(y2, y3));
+                }
+        } else if (valid >= width) {
+            for (; i < pairs; i++)
+                for (r = 0; r < width; r += 8) {
+                    const uint16_t *at = rows + 2 * i * ld + r;
+                    __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)), high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(at + ld)));
+                    if (r % 32 == 0) {
+                        __builtin_prefetch(at + 16 * ld);
+                        __builtin_prefetch(at + 17 * ld);
+                    }
+                    _mm256_storeu_si256((__m256i *)(void *)(out + i * width + r), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+                }
+        }
+        for (; i < links; i++)
+            for (r = 0; r < width; r++) {
+                const uint16_t *at = rows + r * row_step + 2 * i * k_step;
+                out[i * width + r] = r < valid ? llmpar__gemm_pair(at, i < pairs ? at + k_step : NULL) : 0.0f;
+            }
+    }
+}
+
+__attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_8(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 8); }
+__attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llmpar__gemm_packing *packing) { llmpar__gemm_pack_pairs(packing, 48); }
+#undef LLMPAR__GEMM_TWO_PAIRS
+#undef LLMPAR__GEMM_STORE_PAIRS
+
+#endif
+
+/* ---- chains ---- */
+
+#define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, 8, 9, 10)
+#define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, 11, 12, 13)
+#define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, 14, 15, 16) X(i, 3, 17, 18, 19)
+#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, 20, 21, 22) X(i, 5, 23, 24, 25) X(i, 6, 26, 27, 28) X(i, 7, 29, 30, 31)
+
+#if defined(__x86_64__)
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
+
+/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
+#define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
+#define LLMPAR__GEMM_32_REGISTERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
+#define LLMPAR__GEMM_ZERO_Y(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ZERO_Z(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
+/* With 16 registers: rows 0 to 3. */
+#define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, 4, 5, 6)
+#define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, 7, 8, 9)
+#define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, 10, 11, 12) X(i, 3, 13, 14, 15)
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
+#define LLMPAR__GEMM_Z "ymm"
+#define LLMPAR__GEMM_VECTOR_BYTES "32"
+#define LLMPAR__GEMM_A_BYTES "16"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_READ_B(i)
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
+#include LLMPAR_HEADER
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx2_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
+#define LLMPAR__GEMM_Z "ymm"
+#define LLMPAR__GEMM_VECTOR_BYTES "32"
+#define LLMPAR__GEMM_A_BYTES "16"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
+#include LLMPAR_HEADER
+
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx512_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+#define LLMPAR__GEMM_Z "zmm"
+#define LLMPAR__GEMM_VECTOR_BYTES "64"
+#define LLMPAR__GEMM_A_BYTES "32"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
+#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
+#include LLMPAR_HEADER
+
+#if LLMPAR__GEMM_BF16
+#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_bf16_chains_##rows
+#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+#define LLMPAR__GEMM_Z "zmm"
+#define LLMPAR__GEMM_VECTOR_BYTES "64"
+#define LLMPAR__GEMM_A_BYTES "32"
+#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
+#define LLMPAR__GEMM_PRODUCT(i, v, s) \
+    "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
+    "vfmadd231ps %%zmm4, %%zmm5, %%zmm" #s "\n\t" \
+    "vpslld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm3, %%zmm5\n\t" \
+    "vfmadd231ps %%zmm4, %%zmm5, %%zmm" #s "\n\t"
+#else
+#define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
+#endif
+#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
+#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
+#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
+#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
+#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
+#include LLMPAR_HEADER
+#endif
+
+#pragma GCC diagnostic pop
+#undef LLMPAR__GEMM_16_REGISTERS
+#undef LLMPAR__GEMM_32_REGISTERS
+#undef LLMPAR__GEMM_ZERO_Y
+#undef LLMPAR__GEMM_ZERO_Z
+#undef LLMPAR__GEMM_EACH_ROW_1Y
+#undef LLMPAR__GEMM_EACH_ROW_2Y
+#undef LLMPAR__GEMM_EACH_ROW_4Y
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
+{
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 } };
+#if LLMPAR__GEMM_BF16
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 } };
+    if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
+#endif
+    (void)dtype;
+    if (level >= LLMPAR_CPU_AVX512) return avx512;
     if (level == LLMPAR_CPU_AVX2) return avx2;
     return avx;
 }
 
 #else /* aarch64: its vector unit and fma are always there */
 
-typedef float32x4_t llmpar__gemm_loose4 __attribute__((aligned(4), may_alias));
-#define LLMPAR__GEMM_NAME(part) llmpar__gemm_neon_##part
-#define LLMPAR__GEMM_TARGET
-#define LLMPAR__GEMM_VECTOR float32x4_t
-#define LLMPAR__GEMM_LOOSE llmpar__gemm_loose4
-#define LLMPAR__GEMM_LANES 4
-#define LLMPAR__GEMM_ROWS 12
-#define LLMPAR__GEMM_SPREAD(x) vdupq_n_f32(x)
-#define LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
-#define LLMPAR__GEMM_TRANSPOSE(in, ld, out, width) do { int r_, k_; for (r_ = 0; r_ < 4; r_++) for (k_ = 0; k_ < 4; k_++) (out)[k_ * (width) + r_] = (in)[r_ * (ld) + k_]; } while (0)
-#define LLMPAR__TEMPLATE 3 /* cpu/gemm_kernel.inc */
-#include LLMPAR_HEADER
+/* The accumulators are variables, not an array, which compilers keep in memory. */
+#define LLMPAR__GEMM_DECLARE_ROW(i, r, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
+#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
+#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
+#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
+#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
+#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
+#define LLMPAR__GEMM_FUNCTION(count, rows) \
+static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) \
+{ \
+    const float *a = chains->a, *b = chains->b, *from, *slot; \
+    llmpar__gemm_walk *walk = chains->walk; \
+    float *to; \
+    float32x4_t spread, b0, b1, b2; \
+    int64_t i; \
+    rows(LLMPAR__GEMM_DECLARE_ROW, 0) \
+    if (chains->from) { rows(LLMPAR__GEMM_READ_ROW, 0) } \
+    else { rows(LLMPAR__GEMM_ZERO_ROW, 0) } \
+    for (i = 0; i < chains->k; i++, a += 8, b += 12) { \
+        if (i % 4 == 0) { \
+            __builtin_prefetch(walk->at); \
+            walk->at += 64; \
+            if (--walk->left == 0) { \
+                walk->left = walk->row; \
+                walk->at += walk->jump; \
+            } \
+        } \
+        __builtin_prefetch(b + 96); \
+        b0 = vld1q_f32(b); \
+        b1 = vld1q_f32(b + 4); \
+        b2 = vld1q_f32(b + 8); \
+        rows(LLMPAR__GEMM_LINK_ROW, 0) \
+    } \
+    for (i = 0, slot = chains->slot; i < chains->merges; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
+    for (i = 0, slot = chains->slot_saved; i < chains->merges_saved; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
+    rows(LLMPAR__GEMM_WRITE_ROW, 0) \
+}
+LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_DECLARE_ROW
+#undef LLMPAR__GEMM_ZERO_ROW
+#undef LLMPAR__GEMM_READ_ROW
+#undef LLMPAR__GEMM_LINK_ROW
+#undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_FUNCTION
 
-static llmpar__gemm_kernel llmpar__gemm_choose(llmpar_cpu_level level)
+LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 12, 8, llmpar__gemm_neon_pack_a, llmpar__gemm_neon_pack_b, llmpar__gemm_neon_tile };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 } };
     (void)level;
+    (void)dtype;
     return neon;
 }
 
 #endif
 
+#undef LLMPAR__GEMM_EACH_ROW_1
+#undef LLMPAR__GEMM_EACH_ROW_2
+#undef LLMPAR__GEMM_EACH_ROW_4
+#undef LLMPAR__GEMM_EACH_ROW_8
+
+/* ---- a tile ---- */
+
+/* The upper halves of the registers are clean again for what follows. */
+#if defined(__x86_64__)
+__attribute__((target("avx"))) static void llmpar__gemm_rest(void) { __asm__ __volatile__("vzeroupper" : : : "memory"); }
+#else
+static void llmpar__gemm_rest(void) { }
+#endif
+
+/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
+LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile)
+{
+    float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
+    int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
+    int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
+    float *c = is_edge ? edge : tile->c;
+    int64_t ldc = is_edge ? kernel->columns : tile->ldc;
+    llmpar__gemm_chains chains;
+    llmpar__gemm_walk walk;
+    if (is_edge && tile->load) {
+        memset(edge, 0, (size_t)(size * 4));
+        for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
+    }
+    chains.a = tile->a;
+    chains.b = tile->b;
+    chains.slot_bytes = size * (int64_t)sizeof(float);
+    chains.walk = &walk;
+    walk.at = (const char *)tile->saved; /* what is saved, first; c next */
+    walk.left = walk.row = 1;
+    walk.jump = 0;
+    for (s = 0; s < tile->step_count; s++) {
+        const llmpar__gemm_step *step = &tile->steps[s];
+        int64_t fresh = step->merges - step->merges_saved;
+        if (tile->store && (s == 1 || tile->step_count == 1)) {
+            walk.at = (const char *)tile->c;
+            walk.left = walk.row = (width + (int64_t)((uintptr_t)walk.at % 64) + 63) / 64;
+            walk.jump = tile->ldc * (int64_t)sizeof(float) - walk.row * 64;
+        }
+        chains.k = step->k;
+        chains.from = s == 0 && tile->load ? c : NULL;
+        chains.from_step = ldc * (int64_t)sizeof(float);
+        chains.merges = fresh;
+        chains.slot = tile->stack + (step->depth - 1) * size;
+        chains.merges_saved = step->merges_saved;
+        chains.slot_saved = tile->saved + (step->depth - 1 - fresh) * size;
+        chains.to = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * size;
+        chains.to_step = width;
+        if (s == tile->step_count - 1 && tile->store) {
+            chains.to = c;
+            chains.to_step = ldc * (int64_t)sizeof(float);
+        }
+        kernel->chains[variant](&chains);
+        chains.a += step->k * kernel->rows;
+        chains.b += step->k * kernel->columns;
+    }
+    llmpar__gemm_rest();
+    if (is_edge && tile->store)
+        for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
+}
+
+#undef LLMPAR__GEMM_BF16
+
+#else
+
+LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
+
+#endif /* LLMPAR_NO_SIMD */
+/* ==== src/cpu/gemm.c ==== */
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
+   them over the pool; gemm_kernel.c packs and has the inner loops.
+
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
+   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+
+      segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
+      parts         |        part 0         |        part 1        |part 2 |
+      steps         |  push      | merge,|cut: c|c:  push          |merge, merge: c|
+
+   A step is a stretch of one piece inside a part. A piece that ends is added to the complete subtrees on its left (a binary counter makes the
+   balanced tree of llmpar_tree_split) and pushed on the tile's stack of partial tiles; the last one leaves the total in c. A part that ends
+   inside a piece leaves the chain in c and the next part goes on from there, which no bit shows.
+
+   BF16 and F16 are widened while they are packed, so the tiles know f32 alone; but where there are BF16 units, a link of a chain is two k of BF16. They
+   are paired from each segment's begin, and an odd one at its end with zero, so that no cut into parts shows. Below, k counts links, but for what is
+   said to count elements. Where c is stored below f32, tiles work on f32 ones of their own in the
+   workspace, and each is rounded into c once, when its last part is done. */
+
+
+#include <string.h>
+
+/* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
+#if defined(__aarch64__)
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) __builtin_fmaf(a, b, sum)
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) __builtin_fma(a, b, sum)
+#else
+#define LLMPAR__GEMM_CHAIN_F32(a, b, sum) ((a) * (b) + (sum))
+#define LLMPAR__GEMM_CHAIN_F64(a, b, sum) ((a) * (b) + (sum))
+#endif
+
+typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half half, half_out; } llmpar__gemm_rows; /* what the plain loops get; of a and b, of c */
+
+#define LLMPAR__GEMM_REAL double
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f64
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F64
+#define LLMPAR__GEMM_LOAD(base, i) ((const double *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((double *)(base))[i] = (value)
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar__gemm_rows *job = (const llmpar__gemm_rows *)arg;
+    const llmpar_gemm_args *args = job->args;
+    int64_t c = i * args->ldc, j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? ((const LLMPAR__GEMM_REAL *)args->c)[c + j0 + j] : 0; /* a c that is summed on is of this type */
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = LLMPAR__GEMM_LOAD(segment->a, i * a_row + k * a_k);
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) LLMPAR__GEMM_STORE(args->c, c + j0 + j, stack[0][j]);
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_LOAD
+#undef LLMPAR__GEMM_STORE
+
+#if !defined(__aarch64__) || defined(LLMPAR_NO_SIMD)
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_f32
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) ((const float *)(base))[i]
+#define LLMPAR__GEMM_STORE(base, i, value) ((float *)(base))[i] = (value)
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar__gemm_rows *job = (const llmpar__gemm_rows *)arg;
+    const llmpar_gemm_args *args = job->args;
+    int64_t c = i * args->ldc, j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? ((const LLMPAR__GEMM_REAL *)args->c)[c + j0 + j] : 0; /* a c that is summed on is of this type */
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = LLMPAR__GEMM_LOAD(segment->a, i * a_row + k * a_k);
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) LLMPAR__GEMM_STORE(args->c, c + j0 + j, stack[0][j]);
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_LOAD
+#undef LLMPAR__GEMM_STORE
+
+#define LLMPAR__GEMM_REAL float
+#define LLMPAR__GEMM_ROW llmpar__gemm_row_half
+#define LLMPAR__GEMM_MULTIPLY_ADD LLMPAR__GEMM_CHAIN_F32
+#define LLMPAR__GEMM_LOAD(base, i) (job->args->dtype == LLMPAR_BF16 ? llmpar_bf16_to_f32(((const uint16_t *)(base))[i]) : llmpar_f16_to_f32(((const uint16_t *)(base))[i]))
+#define LLMPAR__GEMM_STORE(base, i, value) do { float value_ = (value); if (job->half_out.narrow) llmpar__half_write(&job->half_out, base, i, 1, &value_); else ((float *)(base))[i] = value_; } while (0)
+/* ==== src/cpu/gemm_portable.inc ==== */
+/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
+   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
+   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
+
+/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
+static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
+{
+    enum { COLUMNS = 8 };
+    const llmpar__gemm_rows *job = (const llmpar__gemm_rows *)arg;
+    const llmpar_gemm_args *args = job->args;
+    int64_t c = i * args->ldc, j0;
+    (void)worker;
+    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
+        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
+        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
+        int32_t piece, s = 0;
+        for (piece = 0; piece < args->pieces; piece++) {
+            LLMPAR__GEMM_REAL *sum = stack[depth++];
+            int32_t done;
+            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? ((const LLMPAR__GEMM_REAL *)args->c)[c + j0 + j] : 0; /* a c that is summed on is of this type */
+            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
+                const llmpar_gemm_segment *segment = &args->segments[s];
+                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
+                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
+                int64_t k;
+                for (k = 0; k < segment->k; k++) {
+                    LLMPAR__GEMM_REAL x = LLMPAR__GEMM_LOAD(segment->a, i * a_row + k * a_k);
+                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
+                }
+            }
+            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
+            for (done = piece + 1; done % 2 == 0; done /= 2) {
+                depth--;
+                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
+            }
+        }
+        for (; depth > 1; depth--)
+            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
+        for (j = 0; j < columns; j++) LLMPAR__GEMM_STORE(args->c, c + j0 + j, stack[0][j]);
+    }
+}
+
+#undef LLMPAR__GEMM_REAL
+#undef LLMPAR__GEMM_ROW
+#undef LLMPAR__GEMM_MULTIPLY_ADD
+#undef LLMPAR__GEMM_LOAD
+#undef LLMPAR__GEMM_STORE
+#endif
+
+/* ---- kernels ---- */
+
+#if !defined(LLMPAR_NO_SIMD)
+
 /* ---- blocks ---- */
 
 /* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
-typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } llmpar__gemm_chunk;
+typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in elements */ llmpar__gemm_chunk;
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
+    int64_t unit;                         /* elements of a link */
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
     int64_t group_panels;                 /* of B that are packed at a time */
@@ -4136,13 +5352,13 @@ typedef struct llmpar__gemm_run {
     int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
-    int64_t segment_done;                 /* k of `segment` already taken */
+    int64_t segment_done;                 /* elements of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 192, LLMPAR__GEMM_BUNDLE_M = 96 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24 };
 /* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
 enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
@@ -4158,12 +5374,12 @@ static int64_t llmpar__gemm_even_blocks(int64_t extent, int64_t limit, int64_t u
 }
 
 /* How deep a stack is where a part ends, at most: after p pieces it holds as many partial tiles as p has one bits. */
-static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t part)
+static int32_t llmpar__gemm_depth_between_parts(const llmpar_gemm_args *args, int64_t unit, int64_t part)
 {
     int64_t k = 0, boundary = part;
     int32_t s, deepest = 0;
     for (s = 0; s < args->segment_count; s++) {
-        for (k += args->segments[s].k; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
+        for (k += (args->segments[s].k + unit - 1) / unit; boundary < k; boundary += part) { /* inside this segment's piece, or at its beginning */
             int32_t depth = 0, p;
             for (p = args->segments[s].piece; p > 0; p /= 2) depth += p % 2;
             if (depth > deepest) deepest = depth;
@@ -4189,14 +5405,15 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     int outlives; /* tiles that are no part of c outlive a part */
     memset(run, 0, sizeof *run);
     run->args = args;
-    run->kernel = llmpar__gemm_choose(cpu->level);
+    run->kernel = llmpar__gemm_kernel_of(cpu->level, args->dtype);
+    run->unit = run->kernel.pairs ? 2 : 1;
     run->threads = llmpar__pool_threads(cpu);
     for (n = args->pieces - 1; n > 0; n /= 2) run->levels++;
-    for (s = 0; s < args->segment_count; s++) total += args->segments[s].k;
-    run->thin = args->m <= 2 * run->kernel.rows;
+    for (s = 0; s < args->segment_count; s++) total += (args->segments[s].k + run->unit - 1) / run->unit;
+    run->thin = args->m <= LLMPAR__GEMM_THIN_M;
     run->block_k = run->thin ? llmpar__gemm_even_blocks(total, LLMPAR__GEMM_THIN_K, 1) : llmpar__gemm_part(total, args->pieces);
     parts = run->block_k ? (total + run->block_k - 1) / run->block_k : 0;
-    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->block_k);
+    if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->unit, run->block_k);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     outlives = run->levels_saved || (parts > 1 && run->half_out.narrow);
@@ -4277,13 +5494,14 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
             run->segment_done = 0;
         } else if (run->k < run->block_k) {
             llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
-            int64_t left = segment->k - run->segment_done, room = run->block_k - run->k;
+            int64_t left = segment->k - run->segment_done, room = (run->block_k - run->k) * run->unit, links;
             chunk->segment = run->segment;
             chunk->begin = run->segment_done;
             chunk->k = left < room ? left : room;
             run->segment_done += chunk->k;
-            run->k += chunk->k;
-            step_k += chunk->k;
+            links = (chunk->k + run->unit - 1) / run->unit;
+            run->k += links;
+            step_k += links;
         } else { /* the part is full */
             run->inside = step_k > 0;
             break;
@@ -4314,7 +5532,7 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 /* Packs BF16 or F16: a piece of the operand is widened into scratch that stays in L1, and packed from there; a panel of B that lies as it is packed, where it goes. */
 static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const llmpar__half *half, int64_t width, void (*pack)(const llmpar__gemm_packing *packing))
 {
-    enum { ROW = 128, LD = ROW + 16, ROWS = 32, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
+    enum { ROW = 80, LD = ROW + 16, ROWS = 48, STRIP = 16, STRIP_LD = 288 }; /* of k, and of rows, of a transposed operand; of k of the other, its row */
     float scratch[STRIP * STRIP_LD]; /* the same as ROWS * LD */
     llmpar__gemm_packing part = *packing;
     int64_t panel, panels = packing->transposed ? ROWS / width : STRIP_LD / width, k, i;
@@ -4371,9 +5589,9 @@ static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t fir
         packing.k = chunk->k;
         packing.ld = is_b ? segment->ldb : segment->lda;
         packing.in = (const char *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at) * run->half.size;
-        if (run->half.widen) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
+        if (run->half.widen && !run->kernel.pairs) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
         else pack(&packing);
-        packing.out += chunk->k * width;
+        packing.out += (chunk->k + run->unit - 1) / run->unit * width;
     }
 }
 
@@ -4415,7 +5633,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
     tile.load = run->load;
     tile.store = run->store;
-    run->kernel.tile(&tile);
+    llmpar__gemm_run_tile(&run->kernel, &tile);
     if (run->own_tiles && run->last)
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
@@ -4431,8 +5649,8 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
         for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
 }
 
-/* One panel of B, packed here, with the one or two panels of A. */
-static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
+/* One panel of B, packed here, with the few panels of A. */
+static void llmpar__gemm_narrow_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->kernel.columns * run->block_k;
@@ -4454,7 +5672,7 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     while (llmpar__gemm_next_part(run)) {
         if (run->thin) {
             llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
-            llmpar__pool_run(cpu, llmpar__gemm_thin_task, run, run->b_panels);
+            llmpar__pool_run(cpu, llmpar__gemm_narrow_task, run, run->b_panels);
             continue;
         }
         for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
@@ -4475,8 +5693,14 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
     llmpar__cpu cpu = *(llmpar__cpu *)device->state;
     llmpar__gemm_run run;
     size_t bytes;
-    llmpar__gemm_prepare(&run, &cpu, args);
     bytes = args->workspace ? args->workspace_bytes : 0;
+    if (llmpar__gemm_thin_takes(&cpu, args)) {
+        size_t need = llmpar__gemm_thin_workspace(&cpu, args);
+        if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
+        llmpar__gemm_thin(&cpu, args);
+        return LLMPAR_OK;
+    }
+    llmpar__gemm_prepare(&run, &cpu, args);
     if (bytes < llmpar__gemm_bytes(&run))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
     llmpar__gemm_lay_out(&run, args->workspace);
@@ -4534,6 +5758,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
 #if !defined(LLMPAR_NO_SIMD)
     if (args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0) {
         llmpar__gemm_run run;
+        if (llmpar__gemm_thin_takes((const llmpar__cpu *)device->state, args)) return llmpar__gemm_thin_workspace((const llmpar__cpu *)device->state, args);
         llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
         return llmpar__gemm_bytes(&run);
     }
@@ -4585,6 +5810,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
    A row's bits depend on its own query and on the keys of its document up to itself, never on the rows beside it: each element of a product is one
    chain, and a column that a row may not see weighs +0 in every sum, which is the same as being left out (results have +0 added at the end, so
    that a chain that underflowed to -0 cannot tell). So a decode step gives the bits of the whole sequence, and a document those it has alone.
+   Scores are in units of ln 2, because exp2 takes less arithmetic than exp: q is multiplied by scale / ln 2 on the way in, lse by ln 2 on the way out.
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
 /* ==== src/cpu/kernels_internal.h ==== */
 /* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
@@ -4593,18 +5819,35 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
 
 
 /* norm */
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; llmpar__half half; } llmpar__norm_job;
-typedef struct llmpar__norm_backward_job { const llmpar_rmsnorm_backward_args *args; int64_t step, blocks; llmpar__half half; } llmpar__norm_backward_job;
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; const void *w; llmpar__half half; } llmpar__norm_job; /* w: widened, or NULL */
+typedef struct llmpar__norm_backward_job {
+    const llmpar_rmsnorm_backward_args *args;
+    int64_t step;
+    const void *w;           /* widened, or NULL */
+    int64_t leaf, piece, pieces, column, columns, stride; /* a run's first leaf, its pieces and columns of dw */
+    void *chains;            /* [leaves of the run][pieces][stride], of the sum type */
+    int with_dx;
+    llmpar__half half;
+} llmpar__norm_backward_job;
 LLMPAR__VDECLARE_NARROW(norm_forward)
 LLMPAR__VDECLARE_NARROW(norm_dx)
-LLMPAR__VDECLARE_NARROW(norm_dw)
+LLMPAR__VDECLARE_NARROW(norm_piece)
+LLMPAR__VDECLARE_NARROW(norm_tree)
+/* The rows of a sequence that lie in the piece and in this shard. */
+static inline void llmpar__norm_piece_rows(const llmpar_tokens *tokens, int64_t piece, int64_t *t0, int64_t *t1)
+{
+    *t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
+    *t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+}
 
 /* rope */
 typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; llmpar__half half; } llmpar__rope_job;
 LLMPAR__VDECLARE_NARROW(rope_rotate)
 
 /* attention */
-enum { LLMPAR__ATTENTION_TILE = 64 }; /* keys a tile, and query rows a block */
+enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
+#define LLMPAR__ATTENTION_LOG2E 1.4426950408889634 /* 1 / ln 2: scores are in units of ln 2 */
+#define LLMPAR__ATTENTION_LN2 0.6931471805599453
 typedef struct llmpar__attention_job {
     const llmpar_attention_args *args;
     const llmpar_attention_backward_args *backward; /* NULL in forward */
@@ -4613,8 +5856,15 @@ typedef struct llmpar__attention_job {
     int by_task;           /* no more tasks than workers: parts of the workspace go by task */
     llmpar__half half, half_dkv; /* of dk and dv */
     int64_t ld_dk, ld_dv;
+    llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
+    int64_t decode_columns;
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
+LLMPAR__VDECLARE_AT(attention_decode, portable)
+#if LLMPAR__VX86
+LLMPAR__VDECLARE_AT(attention_decode, avx2)
+LLMPAR__VDECLARE_AT(attention_decode, avx512)
+#endif
 LLMPAR__VDECLARE(attention_backward)
 /* First position after the document that position i belongs to; *begin is its first. */
 LLMPAR__PRIVATE int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin);
@@ -4647,7 +5897,6 @@ LLMPAR__VDECLARE(xent_rows_backward)
 /* elementwise, optim: elements a task */
 enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
 typedef struct llmpar__elementwise_job { const llmpar_add_args *add; const llmpar_scale_args *scale; llmpar__half half; } llmpar__elementwise_job; /* one of the two */
-LLMPAR__VDECLARE(elementwise_tree)
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
@@ -4676,14 +5925,19 @@ LLMPAR__PRIVATE_DEF int64_t llmpar__attention_slots(int64_t n)
 }
 
 static const llmpar__kernel llmpar__attention_forward_kernels[4] = LLMPAR__VKERNELS(attention_forward);
+#if LLMPAR__VX86
+static const llmpar__kernel llmpar__attention_decode_kernels[4] = { NULL, llmpar__attention_decode_portable, llmpar__attention_decode_avx2, llmpar__attention_decode_avx512 };
+#else
+static const llmpar__kernel llmpar__attention_decode_kernels[4] = { NULL, llmpar__attention_decode_portable, llmpar__attention_decode_portable, llmpar__attention_decode_portable };
+#endif
 static const llmpar__kernel llmpar__attention_backward_kernels[4] = LLMPAR__VKERNELS(attention_backward);
 
 /* Bytes for one worker. Rows are padded to 16 elements, so that the answer is the same at every level. */
 static size_t llmpar__attention_worker_bytes(const llmpar_attention_args *a, int backward)
 {
-    int64_t tile = LLMPAR__ATTENTION_TILE, e = llmpar_round_up(a->head_dim, 16), t = llmpar_round_up(a->tk, tile), count;
-    if (!backward) count = t * e * 2 + tile * e * 2;                                     /* keys, values; a block of q and out */
-    else count = t * e * (6 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + t * 2; /* q, dout, dq, keys twice, values; dk and dv a slot; lse, D */
+    int64_t tile = LLMPAR__ATTENTION_TILE, block = LLMPAR__ATTENTION_BLOCK, e = llmpar_round_up(a->head_dim, 16), left = block * llmpar_round_up(a->head_dim, tile), t = llmpar_round_up(a->tk, tile), count;
+    if (!backward) count = t * e * 2 + block * tile + left + block * e;                      /* keys, values; of a block: scores, q, out */
+    else count = t * e * (3 + 2 * llmpar__attention_slots(a->heads / a->kv_heads)) + 2 * block * tile + 3 * left + block * e; /* keys twice, values; dk and dv a slot; of a block: scores, dS, q twice, dout, dq */
     return (size_t)count * llmpar_dtype_size(llmpar_dtype_sum(a->dtype)); /* BF16 and F16 are widened on the way in */
 }
 
@@ -4733,6 +5987,11 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
         job.ld_dk = backward->ld_dkv ? backward->ld_dkv : a->ldk;
         job.ld_dv = backward->ld_dkv ? backward->ld_dkv : a->ldv;
     }
+    job.decode = NULL;
+    job.decode_columns = 0;
+    /* all scores of 16 rows take no more than the tiled path's keys and values */
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
+    if (job.decode) kernels = llmpar__attention_decode_kernels;
     job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
 }
@@ -4765,20 +6024,64 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention_backward(llmpar_device *
 
 static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_forward);
 static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dx);
-static const llmpar__kernel llmpar__norm_dw_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dw);
+static const llmpar__kernel llmpar__norm_piece_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_piece);
+static const llmpar__kernel llmpar__norm_tree_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_tree);
+
+enum { LLMPAR__NORM_WIDE = 4096, LLMPAR__NORM_CHAINS = 16384 }; /* on the caller's stack: weights that are widened once a call, and doubles that hold chains of dw */
+
+static const void *llmpar__norm_widen(const llmpar__half *half, const void *w, int64_t dim, float *wide)
+{
+    if (!half->widen || dim > LLMPAR__NORM_WIDE) return NULL;
+    half->widen_factors(wide, w, dim);
+    return wide;
+}
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__norm_job job;
+    float wide[LLMPAR__NORM_WIDE];
     llmpar_status status = llmpar__v_check(device, "rmsnorm", args->dtype);
     (void)stream;
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
     job.half = llmpar__half_of(cpu, args->dtype);
+    job.w = llmpar__norm_widen(&job.half, args->w, args->dim, wide);
     llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
+}
+
+/* dw of all leaves, some leaves or columns at a time, so that their chains find room. dx goes along if whole rows are taken: a row comes from memory once. Returns whether it did. */
+static int llmpar__norm_dw(llmpar__cpu *cpu, llmpar__norm_backward_job *job, double *chains)
+{
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar_tokens *tokens = &a->tokens;
+    int64_t room = LLMPAR__NORM_CHAINS * (int64_t)sizeof *chains / (a->dtype == LLMPAR_F64 ? 8 : 4), last = tokens->canon - 1, leaves, t0, t1;
+    int kernel = llmpar__v_index(cpu, a->dtype);
+    for (job->piece = 0; job->piece < last; job->piece++) {
+        llmpar__norm_piece_rows(tokens, job->piece, &t0, &t1);
+        if (t0 < t1) break;
+    }
+    for (; last > job->piece; last--) {
+        llmpar__norm_piece_rows(tokens, last, &t0, &t1);
+        if (t0 < t1) break;
+    }
+    job->pieces = last + 1 - job->piece;
+    job->stride = llmpar__v_min(llmpar__v_blocks(a->dim, 32) * 32, room / job->pieces / 32 * 32);
+    if (!job->stride) return -1;
+    job->with_dx = job->stride >= a->dim;
+    job->chains = chains;
+    leaves = llmpar__v_max(1, room / (job->pieces * job->stride));
+    for (job->leaf = 0; job->leaf < tokens->leaves; job->leaf += leaves) {
+        int64_t count = llmpar__v_min(leaves, tokens->leaves - job->leaf);
+        for (job->column = 0; job->column < a->dim; job->column += job->stride) {
+            job->columns = llmpar__v_min(job->stride, a->dim - job->column);
+            llmpar__pool_run(cpu, llmpar__norm_piece_kernels[kernel], job, count * job->pieces);
+            llmpar__pool_run(cpu, llmpar__norm_tree_kernels[kernel], job, count);
+        }
+    }
+    return job->with_dx;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args)
@@ -4786,21 +6089,26 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     const llmpar_tokens *tokens = &args->tokens;
     llmpar__norm_backward_job job;
-    int kernel = llmpar__v_index(cpu, args->dtype);
+    float wide[LLMPAR__NORM_WIDE];
+    double chains[LLMPAR__NORM_CHAINS];
     llmpar_status status = llmpar__v_check(device, "rmsnorm_backward", args->dtype);
+    int done = 0;
     (void)stream;
     if (status || args->dim <= 0) return status;
+    memset(&job, 0, sizeof job);
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
-    job.blocks = llmpar__v_blocks(args->dim, 64);
     job.half = llmpar__half_of(cpu, args->dtype);
-    /* dw first: dx may take the place of dy. */
+    job.w = llmpar__norm_widen(&job.half, args->w, args->dim, wide);
     if (args->dw_leaves && tokens->leaves > 0) {
         if (tokens->canon < 1 || tokens->batch % tokens->leaves)
             return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
-        llmpar__pool_run(cpu, llmpar__norm_dw_kernels[kernel], &job, tokens->leaves * job.blocks);
+        done = llmpar__norm_dw(cpu, &job, chains); /* before dx, which may take the place of dy */
+        if (done < 0) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "rmsnorm_backward: %lld pieces of the sequence, expected at most %d", (long long)job.pieces, (int)(LLMPAR__NORM_CHAINS / 32));
     }
-    llmpar__pool_run(cpu, llmpar__norm_dx_kernels[kernel], &job, llmpar__v_blocks(tokens->batch * tokens->t, job.step));
+    if (done) return LLMPAR_OK;
+    job.with_dx = 1;
+    llmpar__pool_run(cpu, llmpar__norm_dx_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(tokens->batch * tokens->t, job.step));
     return LLMPAR_OK;
 }
 /* ==== src/cpu/rope.c ==== */
@@ -4999,10 +6307,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, l
     return LLMPAR_OK;
 }
 /* ==== src/cpu/elementwise.c ==== */
-/* elementwise: tree_sum, max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
+/* elementwise: max, add, scale, cast, copy_rows. Nothing here depends on more than one position of its operands, so the
    work is cut into chunks for the workers at will. */
 
-static const llmpar__kernel llmpar__elementwise_tree_kernels[4] = LLMPAR__VKERNELS(elementwise_tree);
 static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
 static const llmpar__kernel llmpar__elementwise_add_kernels[4] = LLMPAR__VKERNELS(elementwise_add);
 static const llmpar__kernel llmpar__elementwise_scale_kernels[4] = LLMPAR__VKERNELS(elementwise_scale);
@@ -5011,21 +6318,6 @@ static void llmpar__elementwise_run(llmpar_device *device, const llmpar__kernel 
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)count, LLMPAR__ELEMENTWISE_CHUNK));
-}
-
-/* Integer addition is associative (modulo 2^64), so a plain sum has the tree's bits. Signed as unsigned: overflow wraps. */
-static void llmpar__elementwise_tree_u64(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, end = begin + LLMPAR__ELEMENTWISE_CHUNK;
-    uint64_t *out = (uint64_t *)a->out;
-    (void)worker;
-    if (end > a->count) end = a->count;
-    for (size_t i = begin; i < end; i++) {
-        uint64_t sum = 0;
-        for (int32_t j = 0; j < a->n; j++) sum += ((const uint64_t *)a->in[j])[i];
-        out[i] = sum;
-    }
 }
 
 static void llmpar__elementwise_max_i64(void *arg, int64_t task, int32_t worker)
@@ -5040,19 +6332,6 @@ static void llmpar__elementwise_max_i64(void *arg, int64_t task, int32_t worker)
         for (int32_t j = 1; j < a->n; j++) most = llmpar__v_max(most, ((const int64_t *)a->in[j])[i]);
         out[i] = most;
     }
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args)
-{
-    (void)stream;
-    if (args->n < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "tree_sum: n = %d, expected at least 1", (int)args->n);
-    if (args->dtype == LLMPAR_I64 || args->dtype == LLMPAR_U64) {
-        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_tree_u64, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
-        return LLMPAR_OK;
-    }
-    if (args->dtype != LLMPAR_F32 && args->dtype != LLMPAR_F64) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "tree_sum: dtype %s, expected f32, f64, i64 or u64", llmpar_dtype_name(args->dtype));
-    llmpar__elementwise_run(device, llmpar__elementwise_tree_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args)
@@ -5108,7 +6387,7 @@ static void llmpar__elementwise_cast(void *arg, int64_t task, int32_t worker)
     if (job->in.widen && a->out_dtype == LLMPAR_F32) job->in.widen((float *)(void *)out, in, end - begin);
     else if (job->out.narrow && a->in_dtype == LLMPAR_F32) job->out.narrow(out, (const float *)(const void *)in, end - begin);
     else if (job->in.widen && job->out.narrow && a->in_dtype != a->out_dtype) {
-        float scratch[LLMPAR__HALF_PART];
+        float scratch[LLMPAR__HALF_ROOM];
         for (; begin < end; begin += LLMPAR__HALF_PART) {
             int64_t n = llmpar__v_min(LLMPAR__HALF_PART, end - begin);
             llmpar__half_read(&job->in, a->in, begin, n, scratch);
@@ -5155,282 +6434,351 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
     (void)device;
     return LLMPAR_OK;
 }
-/* ==== src/cpu/optim.c ==== */
-/* optim: AdamW (Loshchilov & Hutter 2019) and SGD element by element, and the order-free sum of squares that the gradient norm needs. */
+/* ==== src/cpu/tree_sum.c ==== */
+/* tree_sum: the balanced tree over whole buffers, to one place or to several at once.
 
-static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_adamw);
+   All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or so on their way. So the loop names every line some time before it is needed, the
+   lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). Additions alone have the same bits in vectors of any
+   width, so there is one level for all. */
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_status status = llmpar__v_check_wide(device, "adamw", args->dtype);
-    (void)stream;
-    if (!status) llmpar__pool_run(cpu, llmpar__optim_adamw_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
-    return status;
-}
+#include <string.h>
 
-static const llmpar__kernel llmpar__optim_sgd_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_sgd);
+#define LLMPAR__TREE_LINE 64u
+#define LLMPAR__TREE_AHEAD 512u /* bytes; 1,024 is the same, 4,096 slower: beyond the first-level cache's ways */
+#define LLMPAR__TREE_STEP 65536u /* bytes of each operand a task */
+#define LLMPAR__TREE_AT(place, j) (*(const place *)(const void *)((const char *)in[j] + at))
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args)
-{
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar_status status = llmpar__v_check(device, "sgd", args->dtype);
-    (void)stream;
-    if (!status) llmpar__pool_run(cpu, llmpar__optim_sgd_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
-    return status;
-}
+typedef struct llmpar__tree_job {
+    const void *const *in; /* [n] */
+    void *const *out;      /* [outs] */
+    int32_t n, outs;
+    size_t bytes;
+} llmpar__tree_job;
 
-/* Each task sums into an accumulator of its own; accumulators are integers, so how many there are does not show. */
-enum { LLMPAR__OPTIM_PARTS = 16 };
-typedef struct llmpar__optim_square_job { const llmpar_square_sum_args *args; size_t step; llmpar_exact_sum part[LLMPAR__OPTIM_PARTS]; } llmpar__optim_square_job;
+#define LLMPAR__TREE(name) llmpar__tree_f32_##name
+#define LLMPAR__TREE_ITEM float
+/* ==== src/cpu/tree_sum.inc ==== */
+/* The loops of tree_sum.c for one element type. Parameters: LLMPAR__TREE(name), LLMPAR__TREE_ITEM. */
 
-static void llmpar__optim_square(void *arg, int64_t task, int32_t worker)
-{
-    llmpar__optim_square_job *job = (llmpar__optim_square_job *)arg;
-    llmpar_exact_sum *part = &job->part[task];
-    size_t begin = (size_t)task * job->step, end = begin + job->step;
-    (void)worker;
-    if (end > job->args->count) end = job->args->count;
-    memset(part, 0, sizeof *part);
-    if (job->args->dtype == LLMPAR_F32) llmpar_exact_sum_add_squares_f32(part, (const float *)job->args->x + begin, end - begin);
-    else for (size_t i = begin; i < end; i++) {
-        double x = ((const double *)job->args->x)[i];
-        llmpar_exact_sum_add(part, x * x);
-        if (!((i + 1) & 0xfffffffu)) llmpar_exact_sum_carry(part);
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(item) __attribute__((may_alias));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(vector) __attribute__((vector_size(16)));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(loose) __attribute__((vector_size(16), aligned(__alignof__(LLMPAR__TREE_ITEM)), may_alias));
+
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+#define LLMPAR__TREE_SUM(name, type, place) \
+    static __attribute__((noinline)) type LLMPAR__TREE(name)(const void *const *in, int32_t n, size_t at) \
+    { \
+        type sum[32], s; \
+        int depth = 0; \
+        for (int32_t j = 0; j < n; j++) { \
+            s = LLMPAR__TREE_AT(place, j); \
+            for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s; \
+            sum[depth++] = s; \
+        } \
+        s = sum[--depth]; \
+        while (depth) s = sum[--depth] + s; \
+        return s; \
     }
-    llmpar_exact_sum_carry(part);
-}
+LLMPAR__TREE_SUM(of_vectors, LLMPAR__TREE(vector), LLMPAR__TREE(loose))
+LLMPAR__TREE_SUM(of_items, LLMPAR__TREE_ITEM, LLMPAR__TREE(item))
+#undef LLMPAR__TREE_SUM
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args)
+static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
 {
-    llmpar__optim_square_job job;
-    llmpar_exact_sum *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
-    llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
-    int64_t tasks;
-    (void)stream;
-    if (status || !args->count) return status;
-    tasks = llmpar__v_min(LLMPAR__OPTIM_PARTS, llmpar__v_blocks((int64_t)args->count, 4096));
-    job.args = args;
-    job.step = (size_t)llmpar__v_blocks((int64_t)args->count, tasks);
-    tasks = llmpar__v_blocks((int64_t)args->count, (int64_t)job.step);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__optim_square, &job, tasks);
-    for (int64_t i = 0; i < tasks; i++) llmpar_exact_sum_merge(accumulator, &job.part[i]);
-    llmpar_exact_sum_carry(accumulator);
-    return LLMPAR_OK;
-}
-/* ==== src/cpu/adalomo.c ==== */
-/* adalomo: the operations of AdaLomo (device.h). Plain loops, the same at every level: they wait for memory. */
-
-enum { LLMPAR__ADALOMO_BLOCK = 1024, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 256 };
-
-/* 2^e, -1022 <= e <= 1023. */
-static double llmpar__adalomo_power(int32_t e)
-{
-    uint64_t bits = (uint64_t)(e + 1023) << 52;
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* The exponent e of factor_sum; 0: the number is too large, or none. */
-static int llmpar__adalomo_exponent(double largest, double grad_scale, llmpar_dtype dtype, int32_t *e)
-{
-    double x = dtype == LLMPAR_F64 ? largest * grad_scale : (double)((float)largest * (float)grad_scale);
-    uint64_t bits;
-    if (x < 0) x = -x;
-    if (!(x < llmpar__adalomo_power(1000))) return 0;
-    memcpy(&bits, &x, sizeof bits);
-    *e = (int32_t)(bits >> 52) - 1022;
-    if (*e < -1000) *e = -1000;
-    return 1;
-}
-
-#define LLMPAR__ADALOMO_REAL float
-#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f32
-#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f32
-#define LLMPAR__TEMPLATE 4 /* cpu/adalomo.inc */
-#include LLMPAR_HEADER
-#define LLMPAR__ADALOMO_REAL double
-#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f64
-#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f64
-#define LLMPAR__TEMPLATE 4 /* cpu/adalomo.inc */
-#include LLMPAR_HEADER
-
-/* ---- largest ---- */
-
-/* As integers the absolute values are in order, infinity above all numbers and NaN above infinity. */
-typedef struct llmpar__adalomo_largest_job { const llmpar_largest_args *args; int64_t step; double part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_largest_job;
-
-static void llmpar__adalomo_largest(void *arg, int64_t task, int32_t worker)
-{
-    llmpar__adalomo_largest_job *job = (llmpar__adalomo_largest_job *)arg;
-    int64_t begin = task * job->step, end = llmpar__v_min((int64_t)job->args->count, begin + job->step);
+    const llmpar__tree_job *job = (const llmpar__tree_job *)arg;
+    const void *const *in = job->in;
+    void *const *out = job->out;
+    int32_t n = job->n, outs = job->outs;
+    size_t i = (size_t)task * LLMPAR__TREE_STEP, end = job->bytes - i < LLMPAR__TREE_STEP ? job->bytes : i + LLMPAR__TREE_STEP;
     (void)worker;
-    if (job->args->dtype == LLMPAR_F32) {
-        uint32_t most = 0, bits;
-        float x;
-        for (int64_t i = begin; i < end; i++) {
-            memcpy(&bits, (const float *)job->args->x + i, sizeof bits);
-            bits &= 0x7fffffffu;
-            most = bits > most ? bits : most;
+    for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
+        LLMPAR__TREE(vector) s[4];
+        if (i + LLMPAR__TREE_AHEAD < end) {
+            for (int32_t j = 0; j < n; j++) __builtin_prefetch((const char *)in[j] + i + LLMPAR__TREE_AHEAD, 0, 3);
+            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
         }
-        memcpy(&x, &most, sizeof x);
-        job->part[task] = (double)x;
-    } else {
-        uint64_t most = 0, bits;
-        for (int64_t i = begin; i < end; i++) {
-            memcpy(&bits, (const double *)job->args->x + i, sizeof bits);
-            bits &= UINT64_C(0x7fffffffffffffff);
-            most = bits > most ? bits : most;
+        for (size_t v = 0; v < 4; v++) {
+            size_t at = i + 16 * v;
+            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
+            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
+            else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
         }
-        memcpy(&job->part[task], &most, sizeof most);
+        for (int32_t j = 0; j < outs; j++) {
+            LLMPAR__TREE(loose) *o = (LLMPAR__TREE(loose) *)(void *)((char *)out[j] + i);
+            o[0] = s[0];
+            o[1] = s[1];
+            o[2] = s[2];
+            o[3] = s[3];
+        }
+    }
+    for (; i < end; i += sizeof(LLMPAR__TREE_ITEM)) {
+        LLMPAR__TREE_ITEM s = LLMPAR__TREE(of_items)(in, n, i);
+        for (int32_t j = 0; j < outs; j++) *(LLMPAR__TREE(item) *)(void *)((char *)out[j] + i) = s;
     }
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args)
-{
-    llmpar__adalomo_largest_job job;
-    llmpar_status status = llmpar__v_check(device, "largest", args->dtype);
-    (void)stream;
-    if (status || !args->count) return status;
-    job.args = args;
-    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks((int64_t)args->count, LLMPAR__ADALOMO_PARTS));
-    int64_t tasks = llmpar__v_blocks((int64_t)args->count, job.step);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_largest, &job, tasks);
-    for (int64_t i = 0; i < tasks; i++)
-        if (!(*args->largest >= job.part[i]) && *args->largest == *args->largest) *args->largest = job.part[i];
-    return LLMPAR_OK;
-}
+#undef LLMPAR__TREE
+#undef LLMPAR__TREE_ITEM
+#define LLMPAR__TREE(name) llmpar__tree_f64_##name
+#define LLMPAR__TREE_ITEM double
+/* ==== src/cpu/tree_sum.inc ==== */
+/* The loops of tree_sum.c for one element type. Parameters: LLMPAR__TREE(name), LLMPAR__TREE_ITEM. */
 
-/* ---- rows and columns ---- */
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(item) __attribute__((may_alias));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(vector) __attribute__((vector_size(16)));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(loose) __attribute__((vector_size(16), aligned(__alignof__(LLMPAR__TREE_ITEM)), may_alias));
 
-/* A task takes a block of columns: their sums are its own, those of the rows it adds to. Which task is first does not show in integers. */
-typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; double down; } llmpar__adalomo_sum_job;
-
-static void llmpar__adalomo_sum(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
-    int64_t begin = task * LLMPAR__ADALOMO_COLUMNS, end = llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS);
-    (void)worker;
-    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, job->down);
-    else llmpar__adalomo_sums_f64(job->args, begin, end, job->down);
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
-{
-    llmpar__adalomo_sum_job job;
-    int32_t e;
-    llmpar_status status = llmpar__v_check(device, "factor_sum", args->dtype);
-    (void)stream;
-    if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
-    job.args = args;
-    job.down = llmpar__adalomo_power(-e);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
-    return LLMPAR_OK;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args)
-{
-    int32_t e = 0;
-    llmpar_status status = llmpar__v_check(device, "factor_moment", args->dtype);
-    (void)stream;
-    if (status || args->count <= 0) return status;
-    double power = 0, unit;
-    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__adalomo_power(e);
-    else { /* NaN */
-        uint64_t bits = UINT64_C(0x7ff8000000000000);
-        memcpy(&power, &bits, sizeof power);
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+#define LLMPAR__TREE_SUM(name, type, place) \
+    static __attribute__((noinline)) type LLMPAR__TREE(name)(const void *const *in, int32_t n, size_t at) \
+    { \
+        type sum[32], s; \
+        int depth = 0; \
+        for (int32_t j = 0; j < n; j++) { \
+            s = LLMPAR__TREE_AT(place, j); \
+            for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s; \
+            sum[depth++] = s; \
+        } \
+        s = sum[--depth]; \
+        while (depth) s = sum[--depth] + s; \
+        return s; \
     }
-    unit = llmpar__adalomo_power(-args->bits) * power * power / (double)args->terms;
-    if (args->dtype == LLMPAR_F32) llmpar__adalomo_moments_f32(args, unit);
-    else llmpar__adalomo_moments_f64(args, unit);
-    return LLMPAR_OK;
-}
+LLMPAR__TREE_SUM(of_vectors, LLMPAR__TREE(vector), LLMPAR__TREE(loose))
+LLMPAR__TREE_SUM(of_items, LLMPAR__TREE_ITEM, LLMPAR__TREE(item))
+#undef LLMPAR__TREE_SUM
 
-/* ---- the update ---- */
-
-typedef struct llmpar__adalomo_square_job { const llmpar_adalomo_args *args; int64_t step; llmpar_exact_sum part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_square_job;
-
-static void llmpar__adalomo_square(void *arg, int64_t task, int32_t worker)
+static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
 {
-    llmpar__adalomo_square_job *job = (llmpar__adalomo_square_job *)arg;
-    int64_t begin = task * job->step, end = llmpar__v_min(job->args->count, begin + job->step);
+    const llmpar__tree_job *job = (const llmpar__tree_job *)arg;
+    const void *const *in = job->in;
+    void *const *out = job->out;
+    int32_t n = job->n, outs = job->outs;
+    size_t i = (size_t)task * LLMPAR__TREE_STEP, end = job->bytes - i < LLMPAR__TREE_STEP ? job->bytes : i + LLMPAR__TREE_STEP;
     (void)worker;
-    memset(&job->part[task], 0, sizeof job->part[task]);
-    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_squares_f32(job->args, begin, end, &job->part[task]);
-    else llmpar__adalomo_squares_f64(job->args, begin, end, &job->part[task]);
-    llmpar_exact_sum_carry(&job->part[task]);
+    for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
+        LLMPAR__TREE(vector) s[4];
+        if (i + LLMPAR__TREE_AHEAD < end) {
+            for (int32_t j = 0; j < n; j++) __builtin_prefetch((const char *)in[j] + i + LLMPAR__TREE_AHEAD, 0, 3);
+            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
+        }
+        for (size_t v = 0; v < 4; v++) {
+            size_t at = i + 16 * v;
+            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
+            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
+            else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
+        }
+        for (int32_t j = 0; j < outs; j++) {
+            LLMPAR__TREE(loose) *o = (LLMPAR__TREE(loose) *)(void *)((char *)out[j] + i);
+            o[0] = s[0];
+            o[1] = s[1];
+            o[2] = s[2];
+            o[3] = s[3];
+        }
+    }
+    for (; i < end; i += sizeof(LLMPAR__TREE_ITEM)) {
+        LLMPAR__TREE_ITEM s = LLMPAR__TREE(of_items)(in, n, i);
+        for (int32_t j = 0; j < outs; j++) *(LLMPAR__TREE(item) *)(void *)((char *)out[j] + i) = s;
+    }
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
-{
-    llmpar__adalomo_square_job job;
-    llmpar_exact_sum *sum = (llmpar_exact_sum *)(void *)args->update_squares;
-    llmpar_status status = llmpar__v_check(device, "adalomo_square", args->dtype);
-    (void)stream;
-    if (status || args->count <= 0) return status;
-    job.args = args;
-    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_PARTS));
-    int64_t tasks = llmpar__v_blocks(args->count, job.step);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_square, &job, tasks);
-    for (int64_t i = 0; i < tasks && sum; i++) llmpar_exact_sum_merge(sum, &job.part[i]);
-    if (sum) llmpar_exact_sum_carry(sum);
-    return LLMPAR_OK;
-}
+#undef LLMPAR__TREE
+#undef LLMPAR__TREE_ITEM
+#define LLMPAR__TREE(name) llmpar__tree_u64_##name /* and signed ones: overflow wraps */
+#define LLMPAR__TREE_ITEM uint64_t
+/* ==== src/cpu/tree_sum.inc ==== */
+/* The loops of tree_sum.c for one element type. Parameters: LLMPAR__TREE(name), LLMPAR__TREE_ITEM. */
 
-typedef struct llmpar__adalomo_apply_job { const llmpar_adalomo_args *args; double keep, minus; } llmpar__adalomo_apply_job;
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(item) __attribute__((may_alias));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(vector) __attribute__((vector_size(16)));
+typedef LLMPAR__TREE_ITEM LLMPAR__TREE(loose) __attribute__((vector_size(16), aligned(__alignof__(LLMPAR__TREE_ITEM)), may_alias));
 
-static void llmpar__adalomo_apply(void *arg, int64_t task, int32_t worker)
+/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
+   from the right, which is the split at the largest power of two below n. */
+#define LLMPAR__TREE_SUM(name, type, place) \
+    static __attribute__((noinline)) type LLMPAR__TREE(name)(const void *const *in, int32_t n, size_t at) \
+    { \
+        type sum[32], s; \
+        int depth = 0; \
+        for (int32_t j = 0; j < n; j++) { \
+            s = LLMPAR__TREE_AT(place, j); \
+            for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s; \
+            sum[depth++] = s; \
+        } \
+        s = sum[--depth]; \
+        while (depth) s = sum[--depth] + s; \
+        return s; \
+    }
+LLMPAR__TREE_SUM(of_vectors, LLMPAR__TREE(vector), LLMPAR__TREE(loose))
+LLMPAR__TREE_SUM(of_items, LLMPAR__TREE_ITEM, LLMPAR__TREE(item))
+#undef LLMPAR__TREE_SUM
+
+static void LLMPAR__TREE(task)(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar__adalomo_apply_job *job = (const llmpar__adalomo_apply_job *)arg;
-    int64_t begin = task * LLMPAR__ADALOMO_CHUNK, end = llmpar__v_min(job->args->count, begin + LLMPAR__ADALOMO_CHUNK);
+    const llmpar__tree_job *job = (const llmpar__tree_job *)arg;
+    const void *const *in = job->in;
+    void *const *out = job->out;
+    int32_t n = job->n, outs = job->outs;
+    size_t i = (size_t)task * LLMPAR__TREE_STEP, end = job->bytes - i < LLMPAR__TREE_STEP ? job->bytes : i + LLMPAR__TREE_STEP;
     (void)worker;
-    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_apply_f32(job->args, begin, end, job->keep, job->minus);
-    else llmpar__adalomo_apply_f64(job->args, begin, end, job->keep, job->minus);
+    for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
+        LLMPAR__TREE(vector) s[4];
+        if (i + LLMPAR__TREE_AHEAD < end) {
+            for (int32_t j = 0; j < n; j++) __builtin_prefetch((const char *)in[j] + i + LLMPAR__TREE_AHEAD, 0, 3);
+            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
+        }
+        for (size_t v = 0; v < 4; v++) {
+            size_t at = i + 16 * v;
+            if (n == 2) s[v] = LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1);
+            else if (n == 4) s[v] = (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 0) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 1)) + (LLMPAR__TREE_AT(LLMPAR__TREE(loose), 2) + LLMPAR__TREE_AT(LLMPAR__TREE(loose), 3));
+            else s[v] = LLMPAR__TREE(of_vectors)(in, n, at);
+        }
+        for (int32_t j = 0; j < outs; j++) {
+            LLMPAR__TREE(loose) *o = (LLMPAR__TREE(loose) *)(void *)((char *)out[j] + i);
+            o[0] = s[0];
+            o[1] = s[1];
+            o[2] = s[2];
+            o[3] = s[3];
+        }
+    }
+    for (; i < end; i += sizeof(LLMPAR__TREE_ITEM)) {
+        LLMPAR__TREE_ITEM s = LLMPAR__TREE(of_items)(in, n, i);
+        for (int32_t j = 0; j < outs; j++) *(LLMPAR__TREE(item) *)(void *)((char *)out[j] + i) = s;
+    }
 }
 
-static double llmpar__adalomo_rms(const int64_t *squares, int64_t elements)
+#undef LLMPAR__TREE
+#undef LLMPAR__TREE_ITEM
+
+/* One operand: a copy, of bytes. */
+typedef uint64_t llmpar__tree_bytes __attribute__((vector_size(16), aligned(1), may_alias));
+
+static void llmpar__tree_copy(void *arg, int64_t task, int32_t worker)
 {
-    return llmpar_sqrt_f64(llmpar_exact_sum_value((const llmpar_exact_sum *)(const void *)squares) / (double)elements);
+    const llmpar__tree_job *job = (const llmpar__tree_job *)arg;
+    const char *in = (const char *)job->in[0];
+    void *const *out = job->out;
+    int32_t outs = job->outs;
+    size_t i = (size_t)task * LLMPAR__TREE_STEP, end = job->bytes - i < LLMPAR__TREE_STEP ? job->bytes : i + LLMPAR__TREE_STEP;
+    (void)worker;
+    for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
+        const llmpar__tree_bytes *p = (const llmpar__tree_bytes *)(const void *)(in + i);
+        if (i + LLMPAR__TREE_AHEAD < end) {
+            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 3);
+            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
+        }
+        llmpar__tree_u64_vector a = p[0], b = p[1], c = p[2], d = p[3];
+        for (int32_t j = 0; j < outs; j++) {
+            llmpar__tree_bytes *o = (llmpar__tree_bytes *)(void *)((char *)out[j] + i);
+            o[0] = a;
+            o[1] = b;
+            o[2] = c;
+            o[3] = d;
+        }
+    }
+    for (int32_t j = 0; j < outs && i < end; j++) memmove((char *)out[j] + i, in + i, end - i);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
+/* `sums` is not for copies: an operand alone has to be of a type that has sums. */
+static llmpar_status llmpar__tree_run(llmpar_device *device, const llmpar_tree_sum_to_args *args, int sums)
 {
-    llmpar__adalomo_apply_job job;
-    llmpar_status status = llmpar__v_check(device, "adalomo", args->dtype);
-    (void)stream;
-    if (status || args->count <= 0) return status;
-    double update = llmpar__adalomo_rms(args->update_squares, args->elements), param = llmpar__adalomo_rms(args->param_squares, args->elements), rate = args->lr * (param < 1e-3 ? 1e-3 : param);
-    job.args = args;
-    job.keep = 1 - rate * args->decay;
-    job.minus = -rate / (update < 1 ? 1 : update);
-    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_apply, &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_CHUNK));
+    void (*fn)(void *arg, int64_t task, int32_t worker);
+    llmpar__tree_job job;
+    if (args->n < 1) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "tree_sum: n = %d, expected at least 1", (int)args->n);
+    if (args->dtype == LLMPAR_F32) fn = llmpar__tree_f32_task;
+    else if (args->dtype == LLMPAR_F64) fn = llmpar__tree_f64_task;
+    else if (args->dtype == LLMPAR_I64 || args->dtype == LLMPAR_U64) fn = llmpar__tree_u64_task;
+    else if (args->n == 1 && !sums) fn = llmpar__tree_copy;
+    else return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "tree_sum: dtype %s, expected f32, f64, i64 or u64", llmpar_dtype_name(args->dtype));
+    if (args->n == 1) fn = llmpar__tree_copy;
+    job.in = args->in;
+    job.out = args->out;
+    job.n = args->n;
+    job.outs = args->outs;
+    job.bytes = args->count * llmpar_dtype_size(args->dtype);
+    llmpar__pool_run((llmpar__cpu *)device->state, fn, &job, (int64_t)((job.bytes + LLMPAR__TREE_STEP - 1) / LLMPAR__TREE_STEP));
     return LLMPAR_OK;
 }
-/* ==== src/cpu/kernels_portable.c ==== */
-/* kernels_portable: every kernel on any processor. */
 
-#define LLMPAR__VLEVEL portable
-#define LLMPAR__VDOUBLE 0
-#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
-#define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
-#include LLMPAR_HEADER
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args) { return llmpar__tree_run(device, args, 0); }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args)
+{
+    llmpar_tree_sum_to_args to;
+    (void)stream;
+    to.in = args->in;
+    to.n = args->n;
+    to.count = args->count;
+    to.out = &args->out;
+    to.outs = 1;
+    to.dtype = args->dtype;
+    return llmpar__tree_run(device, &to, 1);
+}
+
+#undef LLMPAR__TREE_LINE
+#undef LLMPAR__TREE_AHEAD
+#undef LLMPAR__TREE_STEP
+#undef LLMPAR__TREE_AT
 /* ==== src/cpu/kernels_avx2.c ==== */
 /* kernels_avx2: every kernel for AVX2 with fma. */
+/* ==== src/cpu/squares_internal.h ==== */
+/* squares: what squares.c and its kernel (squares.inc) tell each other. */
+#ifndef LLMPAR_SQUARES_INTERNAL_H
+#define LLMPAR_SQUARES_INTERNAL_H
+
+
+/* A block's largest and smallest exponent decide how it is added: two words hold exponents that lie up to 20 apart, three 42; what is wider, or not finite, goes number by number (base/exact_sum.c). */
+enum {
+    LLMPAR__SQUARES_BLOCK = 2048,      /* numbers a block, which the first-level cache holds, with the next one, between the look at the exponents and the sum */
+    LLMPAR__SQUARES_LOG_ADDITIONS = 8, /* of a lane to one word: over 4 registers of 2 lanes at least */
+    LLMPAR__SQUARES_WORDS = 3,
+    LLMPAR__SQUARES_TWO = 28 - LLMPAR__SQUARES_LOG_ADDITIONS,
+    LLMPAR__SQUARES_THREE = 54 - 3 * LLMPAR__SQUARES_LOG_ADDITIONS / 2,
+    LLMPAR__SQUARES_BLOCKS = 1 << 20   /* between flushes: a block adds less than 2^32 to `high` and to `low` */
+};
+
+/* Words of the same place over many blocks: integers, in units. */
+typedef struct llmpar__squares_window {
+    int top, blocks;
+    double start[LLMPAR__SQUARES_WORDS], unit[LLMPAR__SQUARES_WORDS];
+    int64_t high[LLMPAR__SQUARES_WORDS], low[LLMPAR__SQUARES_WORDS]; /* high counts 2^26 units */
+} llmpar__squares_window;
+
+typedef struct llmpar__squares_job {
+    const void *value;
+    int64_t count, step;
+    llmpar_exact_sum *sums; /* [tasks] */
+} llmpar__squares_job;
+
+/* Makes the window fit a block whose absolute values, as bits, are at most `largest` and, where not zero, at least `least`. Returns the words to use, 0: neither. */
+LLMPAR__PRIVATE int llmpar__squares_choose(llmpar__squares_window *window, llmpar_exact_sum *sum, uint32_t largest, uint32_t least);
+LLMPAR__PRIVATE void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum);
+/* Adds value[i]^2, i < count. The bits are those of llmpar_exact_sum_add_squares_f32 at every level. */
+LLMPAR__PRIVATE void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count);
+
+/* f64 has no kernel of this kind. */
+#if LLMPAR__VX86
+LLMPAR__VDECLARE_AT(squares, portable) LLMPAR__VDECLARE_AT(squares, avx2) LLMPAR__VDECLARE_AT(squares, avx512)
+#define LLMPAR__SQUARES_KERNELS { NULL, llmpar__squares_portable, llmpar__squares_avx2, llmpar__squares_avx512 }
+#else
+LLMPAR__VDECLARE_AT(squares, portable)
+#define LLMPAR__SQUARES_KERNELS { NULL, llmpar__squares_portable, llmpar__squares_portable, llmpar__squares_portable }
+#endif
+
+#endif
+/* ---- src/cpu/kernels_avx2.c goes on ---- */
 
 #define LLMPAR__VLEVEL avx2
 #define LLMPAR__VDOUBLE 0
-#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
 /* ==== src/cpu/kernels_avx512.c ==== */
@@ -5438,12 +6786,32 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
 
 #define LLMPAR__VLEVEL avx512
 #define LLMPAR__VDOUBLE 0
-#define LLMPAR__ATTENTION_COLUMNS 4 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 4 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+#if defined(__OPTIMIZE__) && !defined(__clang__) && defined(__x86_64__)
+#pragma GCC optimize ("O1") /* what processors without AVX2 take: twice as fast to compile, some hundredths slower */
+#endif
+/* ==== src/cpu/kernels_portable.c ==== */
+/* kernels_portable: every kernel on any processor. */
+
+#define LLMPAR__VLEVEL portable
+#define LLMPAR__VDOUBLE 0
+#define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f32
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
 
@@ -5505,8 +6873,12 @@ LLMPAR_DEF void llmpar_error_clear(llmpar_error *error)
 }
 /* ==== src/base/heap.c ==== */
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 /* What lies just below every pointer that was handed out:
 
@@ -5519,11 +6891,22 @@ typedef struct llmpar__heap_header {
 } llmpar__heap_header;
 
 #define LLMPAR__HEAP_ALIGN 64
+#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
 
+/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
+   (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
 static void *llmpar__heap_malloc(void *user, size_t bytes)
 {
+    void *memory = malloc(bytes);
     (void)user;
-    return malloc(bytes);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
+        uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+        int kept = errno;
+        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
+    }
+#endif
+    return memory;
 }
 
 static void llmpar__heap_release(void *user, void *memory, size_t bytes)
@@ -5587,6 +6970,143 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 }
 
 #undef LLMPAR__HEAP_ALIGN
+#undef LLMPAR__HEAP_LARGE
+/* ==== src/base/processors.c ==== */
+/* ==== src/base/processors_internal.h ==== */
+/* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
+#ifndef LLMPAR_PROCESSORS_INTERNAL_H
+#define LLMPAR_PROCESSORS_INTERNAL_H
+
+
+enum { LLMPAR__PROCESSORS_WORDS = 128 }; /* of 64 processors; the kernel's limit is 8,192 */
+
+typedef struct llmpar__processors {
+    uint64_t mask[LLMPAR__PROCESSORS_WORDS]; /* as the system numbers them; all zero where it does not say */
+    int32_t count;                           /* >= 1 */
+    int32_t mask_known;
+} llmpar__processors;
+
+/* Those the calling thread may run on. */
+LLMPAR__PRIVATE void llmpar__processors_allowed(llmpar__processors *out);
+/* Their cores: a core that runs several threads at once has one set of arithmetic units. order[count] (may be NULL): one processor of each core first, then the others. */
+LLMPAR__PRIVATE int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order);
+/* Processors that the control group's quota of time amounts to, rounded up; INT32_MAX: there is none. */
+LLMPAR__PRIVATE int32_t llmpar__processors_quota(void);
+/* The calling thread runs on these only: 1. 0: the system cannot, or will not. */
+LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
+LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);
+
+#endif
+/* ---- src/base/processors.c goes on ---- */
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
+LLMPAR__PRIVATE_DEF void llmpar__processors_allowed(llmpar__processors *out)
+{
+    memset(out, 0, sizeof *out);
+#if defined(__linux__)
+    if (syscall(SYS_sched_getaffinity, 0, sizeof out->mask, out->mask) < 0) memset(out->mask, 0, sizeof out->mask);
+    for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) out->count += __builtin_popcountll((unsigned long long)out->mask[i]);
+#endif
+    out->mask_known = out->count > 0;
+    if (!out->count) {
+        long online = sysconf(_SC_NPROCESSORS_ONLN);
+        out->count = online < 1 ? 1 : online > 64 * LLMPAR__PROCESSORS_WORDS ? 64 * LLMPAR__PROCESSORS_WORDS : (int32_t)online;
+    }
+}
+
+static int llmpar__processors_has(const llmpar__processors *set, long i) { return i >= 0 && i < 64 * LLMPAR__PROCESSORS_WORDS && (set->mask[i / 64] >> (i % 64) & 1); }
+
+/* The beginning of a file, as text; "" if there is none. */
+static void llmpar__processors_read(const char *path, char *out, size_t size)
+{
+    int file = open(path, O_RDONLY);
+    ssize_t bytes = file < 0 ? 0 : read(file, out, size - 1);
+    if (file >= 0) close(file);
+    out[bytes > 0 ? bytes : 0] = 0;
+}
+
+/* A number at *text, which moves behind it; -1: there is none. */
+static long llmpar__processors_number(const char **text)
+{
+    long value = -1;
+    for (; **text >= '0' && **text <= '9' && value < 100000000; ++*text) value = (value < 0 ? 0 : value * 10) + (**text - '0');
+    return value;
+}
+
+/* Is a processor with a smaller number in the set on the same core? The system's list of a core's processors is "0,4" or "0-1". */
+static int llmpar__processors_second(const llmpar__processors *set, long processor)
+{
+    char path[96], text[200];
+    const char *at = text;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/topology/thread_siblings_list", processor);
+    llmpar__processors_read(path, text, sizeof text);
+    while (*at >= '0' && *at <= '9') {
+        long first = llmpar__processors_number(&at), last = first;
+        if (*at == '-') {
+            at++;
+            last = llmpar__processors_number(&at);
+        }
+        for (; first <= last && first < processor; first++)
+            if (llmpar__processors_has(set, first)) return 1;
+        if (*at == ',') at++;
+    }
+    return 0;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order)
+{
+    int32_t cores = 0, seconds = 0;
+    uint64_t second[LLMPAR__PROCESSORS_WORDS];
+    memset(second, 0, sizeof second);
+    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS; i++) {
+        if (!llmpar__processors_has(set, i)) continue;
+        if (llmpar__processors_second(set, i)) second[i / 64] |= (uint64_t)1 << (i % 64);
+        else {
+            if (order) order[cores] = (int32_t)i;
+            cores++;
+        }
+    }
+    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS && order; i++)
+        if (second[i / 64] >> (i % 64) & 1) order[cores + seconds++] = (int32_t)i;
+    return cores ? cores : set->count;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__processors_quota(void)
+{
+    char text[64];
+    const char *at = text;
+    llmpar__processors_read("/sys/fs/cgroup/cpu.max", text, sizeof text); /* "150000 100000": one processor and a half; "max 100000": no quota */
+    long quota = llmpar__processors_number(&at);
+    if (quota <= 0 || *at++ != ' ') return INT32_MAX;
+    long period = llmpar__processors_number(&at);
+    return period > 0 ? (int32_t)((quota + period - 1) / period) : INT32_MAX;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)
+{
+#if defined(__linux__)
+    return syscall(SYS_sched_setaffinity, 0, sizeof set->mask, set->mask) == 0;
+#else
+    (void)set;
+    return 0;
+#endif
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
+{
+    llmpar__processors one;
+    memset(&one, 0, sizeof one);
+    one.mask[processor / 64] = (uint64_t)1 << (processor % 64);
+    one.count = 1;
+    return llmpar__processors_stay(&one);
+}
 
 /* ==== src/tables/device.c ==== */
 /* device: the optional slots with their fallbacks. */
@@ -5608,6 +7128,26 @@ LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpa
 LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 {
     return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
+{
+    llmpar_tree_sum_args sum;
+    size_t bytes = args->count * llmpar_dtype_size(args->dtype);
+    llmpar_status status = LLMPAR_OK;
+    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
+    if (!bytes || args->outs < 1) return LLMPAR_OK;
+    sum.in = args->in;
+    sum.n = args->n;
+    sum.count = args->count;
+    sum.out = args->out[0];
+    sum.dtype = args->dtype;
+    if (args->n > 1) status = device->tree_sum(device, NULL, &sum);
+    for (int32_t i = args->n > 1; i < args->outs && !status; i++) {
+        const void *from = args->n > 1 ? sum.out : args->in[0];
+        if (args->out[i] != from) status = device->copy(device, NULL, args->out[i], from, bytes);
+    }
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
@@ -6823,6 +8363,500 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
 #undef LLMPAR__TRACE_TEXT
 #undef LLMPAR__TRACE_LINE
 
+/* ==== src/cpu/optim.c ==== */
+/* optim: AdamW (Loshchilov & Hutter 2019) and SGD, element by element. */
+
+static const llmpar__kernel llmpar__optim_adamw_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_adamw);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_status status = llmpar__v_check_wide(device, "adamw", args->dtype);
+    (void)stream;
+    if (!status) llmpar__pool_run(cpu, llmpar__optim_adamw_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
+    return status;
+}
+
+static const llmpar__kernel llmpar__optim_sgd_kernels[4] = LLMPAR__VKERNELS_NARROW(optim_sgd);
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args)
+{
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_status status = llmpar__v_check(device, "sgd", args->dtype);
+    (void)stream;
+    if (!status) llmpar__pool_run(cpu, llmpar__optim_sgd_kernels[llmpar__v_index(cpu, args->dtype)], (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__OPTIM_CHUNK));
+    return status;
+}
+/* ==== src/cpu/squares.c ==== */
+/* squares: the order-free, exact sum of squares (base/exact_sum.h) that gradient norms and AdaLomo need, as fast as memory gives the numbers. */
+
+static const llmpar__kernel llmpar__squares_kernels[4] = LLMPAR__SQUARES_KERNELS;
+
+/* A sum of units: exact, although a double holds only 53 of its bits. */
+static void llmpar__squares_deposit(llmpar_exact_sum *sum, int64_t units, double unit)
+{
+    llmpar_exact_sum_add(sum, (double)(units >> 32) * (unit * 4294967296.0));
+    llmpar_exact_sum_add(sum, (double)(units & 0xFFFFFFFF) * unit);
+}
+
+/* 2^exponent */
+static double llmpar__squares_power(int exponent)
+{
+    uint64_t bits = (uint64_t)(exponent + 1023) << 52;
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum)
+{
+    for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
+        if (window->high[w] || window->low[w]) {
+            llmpar__squares_deposit(sum, window->high[w], window->unit[w] * 67108864.0);
+            llmpar__squares_deposit(sum, window->low[w], window->unit[w]);
+        }
+        window->high[w] = window->low[w] = 0;
+    }
+    window->blocks = 0;
+}
+
+/* Floats of exponents e <= top (e >= 1, 127 for 1): squares are below 2^(2 top - 252) and multiples of 2^(2 e - 300). A word is a register that starts at 2^k (later ones, which take terms of both signs, in the middle of
+   [2^k, 2^(k + 1))) with room for 2^L terms, L = LOG_ADDITIONS, before it leaves that range: so its unit stays 2^(k - 52), and what an addition rounds off is at most half of that and goes to the next word.
+     word 0: k = 2 top - 252 + L;  word 1: 2 top - 304 + 2 L, unit 2^(2 top - 356 + 2 L), nothing is rounded off if e >= top - 28 + L;  word 2: unit 2^(2 top - 408 + 3 L), e >= top - 54 + 3/2 L */
+LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, llmpar_exact_sum *sum, uint32_t largest, uint32_t least)
+{
+    int most = (int)(largest >> 23), fewest = (int)(least >> 23), spread, below;
+    most = most ? most : 1;
+    fewest = fewest ? fewest : 1;
+    if (most == 255) return 0;
+    spread = most - fewest;
+    below = window->top - fewest;
+    if (most > window->top || window->blocks >= LLMPAR__SQUARES_BLOCKS || (below > LLMPAR__SQUARES_TWO && spread <= LLMPAR__SQUARES_TWO) || (below > LLMPAR__SQUARES_THREE && spread <= LLMPAR__SQUARES_THREE)) {
+        int k;
+        llmpar__squares_flush(window, sum);
+        window->top = most + (spread < LLMPAR__SQUARES_TWO); /* room for the next block's */
+        below = window->top - fewest;
+        k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
+        for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
+            window->start[w] = llmpar__squares_power(k) * (w ? 1.5 : 1.0);
+            window->unit[w] = llmpar__squares_power(k - 52);
+            k += LLMPAR__SQUARES_LOG_ADDITIONS - 52;
+        }
+    }
+    if (below > LLMPAR__SQUARES_THREE) return 0;
+    window->blocks++;
+    return below > LLMPAR__SQUARES_TWO ? 3 : 2;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count)
+{
+    llmpar__squares_job job;
+    job.value = value;
+    job.count = job.step = count;
+    job.sums = sum;
+    llmpar__squares_kernels[llmpar__v_index(cpu, LLMPAR_F32)](&job, 0, 0);
+}
+
+/* f64: the rounded square, added exactly. */
+static void llmpar__squares_f64(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__squares_job *job = (const llmpar__squares_job *)arg;
+    int64_t begin = task * job->step, end = llmpar__v_min(job->count, begin + job->step);
+    (void)worker;
+    for (int64_t i = begin; i < end; i++) {
+        double x = ((const double *)job->value)[i];
+        llmpar_exact_sum_add(&job->sums[task], x * x);
+        if (!((i + 1) & 0xfffffff)) llmpar_exact_sum_carry(&job->sums[task]);
+    }
+    llmpar_exact_sum_carry(&job->sums[task]);
+}
+
+/* Each task sums into an accumulator of its own; accumulators are integers, so how many there are does not show. */
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args)
+{
+    enum { PARTS = 16 };
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
+    llmpar_exact_sum part[PARTS], *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
+    llmpar__squares_job job;
+    llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
+    int64_t tasks;
+    (void)stream;
+    if (status || !args->count) return status;
+    tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
+    job.value = args->x;
+    job.count = (int64_t)args->count;
+    job.step = llmpar__v_blocks(job.count, tasks);
+    job.sums = part;
+    tasks = llmpar__v_blocks(job.count, job.step);
+    memset(part, 0, (size_t)tasks * sizeof *part);
+    llmpar__pool_run(cpu, args->dtype == LLMPAR_F64 ? llmpar__squares_f64 : llmpar__squares_kernels[llmpar__v_index(cpu, args->dtype)], &job, tasks);
+    for (int64_t i = 0; i < tasks; i++) llmpar_exact_sum_merge(accumulator, &part[i]);
+    llmpar_exact_sum_carry(accumulator);
+    return LLMPAR_OK;
+}
+/* ==== src/cpu/adalomo.c ==== */
+/* adalomo: the operations of AdaLomo (device.h). Plain loops, the same at every level: they wait for memory. */
+
+enum { LLMPAR__ADALOMO_BLOCK = 1024, LLMPAR__ADALOMO_CHUNK = 8192, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 256 };
+
+/* 2^e, -1022 <= e <= 1023. */
+static double llmpar__adalomo_power(int32_t e)
+{
+    uint64_t bits = (uint64_t)(e + 1023) << 52;
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The exponent e of factor_sum; 0: the number is too large, or none. */
+static int llmpar__adalomo_exponent(double largest, double grad_scale, llmpar_dtype dtype, int32_t *e)
+{
+    double x = dtype == LLMPAR_F64 ? largest * grad_scale : (double)((float)largest * (float)grad_scale);
+    uint64_t bits;
+    if (x < 0) x = -x;
+    if (!(x < llmpar__adalomo_power(1000))) return 0;
+    memcpy(&bits, &x, sizeof bits);
+    *e = (int32_t)(bits >> 52) - 1022;
+    if (*e < -1000) *e = -1000;
+    return 1;
+}
+
+#define LLMPAR__ADALOMO_REAL float
+#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f32
+#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f32
+/* ==== src/cpu/adalomo.inc ==== */
+/* Loops of adalomo.c. Parameters: LLMPAR__ADALOMO_REAL, LLMPAR__ADALOMO_FN(name), LLMPAR__ADALOMO_SQRT. */
+
+/* u of elements [from, from + n) of the call's part, which lie in one row, from column `col` on. */
+static inline void LLMPAR__ADALOMO_FN(direction)(const llmpar_adalomo_args *a, int64_t from, int64_t n, LLMPAR__ADALOMO_REAL *u)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g + from, scale = (real)a->grad_scale;
+    if (a->row_factor) {
+        int64_t row = (a->begin + from) / a->cols;
+        const real r = ((const real *)a->row_factor)[row], *c = (const real *)a->col_factor + (a->begin + from - row * a->cols);
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale * r * c[i];
+    } else {
+        const real *m = (const real *)a->moment + from;
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale / LLMPAR__ADALOMO_SQRT(m[i]);
+    }
+}
+
+/* Elements from `from` on that lie in one row, before `end`. */
+static inline int64_t LLMPAR__ADALOMO_FN(run)(const llmpar_adalomo_args *a, int64_t from, int64_t end)
+{
+    int64_t n = llmpar__v_min(end - from, LLMPAR__ADALOMO_BLOCK);
+    return a->row_factor ? llmpar__v_min(n, a->cols - (a->begin + from) % a->cols) : n;
+}
+
+static void LLMPAR__ADALOMO_FN(squares)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, llmpar_exact_sum *sum)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *m = (real *)a->moment, scale = (real)a->grad_scale, beta = (real)a->beta, rest = (real)(1 - a->beta), eps = (real)a->eps;
+    const real *g = (const real *)a->g;
+    if (!a->row_factor)
+        for (int64_t i = begin; i < end; i++) m[i] = beta * m[i] + rest * (g[i] * scale * (g[i] * scale) + eps);
+    for (int64_t i = begin, n; i < end && a->update_squares; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        if (sizeof(real) == 4) llmpar_exact_sum_add_squares_f32(sum, (const float *)(const void *)u, (size_t)n);
+        else {
+            for (int64_t k = 0; k < n; k++) llmpar_exact_sum_add(sum, (double)u[k] * (double)u[k]);
+            llmpar_exact_sum_carry(sum);
+        }
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(apply)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, double keep, double minus)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *p = (real *)a->p, k = (real)keep, step = (real)minus;
+    for (int64_t i = begin, n; i < end; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        for (int64_t j = 0; j < n; j++) p[i + j] = p[i + j] * k + step * u[j];
+    }
+}
+
+/* Columns [first, last) of the rectangle, over all rows of the part. */
+static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, double down)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g, scale = (real)a->grad_scale;
+    int64_t end = a->begin + a->count;
+    double by_row = llmpar__adalomo_power(a->row_bits), by_col = llmpar__adalomo_power(a->col_bits);
+    for (int64_t row = a->begin / a->cols; row * a->cols < end; row++) {
+        int64_t from = llmpar__v_max(row * a->cols + first, a->begin), to = llmpar__v_min(row * a->cols + last, end), sum = 0;
+        for (int64_t i = from; i < to; i++) {
+            double y = (double)(g[i - a->begin] * scale) * down, square = y * y;
+            int64_t some = y != 0;
+            sum += (int64_t)(square * by_row) + some;
+            a->col_sums[i - row * a->cols] += (int64_t)(square * by_col) + some;
+        }
+        if (from < to) __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(moments)(const llmpar_factor_moment_args *a, double unit)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real *m = (real *)a->moment, *f = (real *)a->factor;
+    double mean = 0;
+    for (int64_t i = 0; i < a->count; i++) {
+        m[i] = (real)(a->beta * (double)m[i] + (1 - a->beta) * ((double)a->sums[i] * unit + a->eps));
+        mean += (double)m[i];
+    }
+    mean = a->by_mean ? mean / (double)a->count : 1;
+    for (int64_t i = 0; i < a->count; i++) f[i] = (real)llmpar_sqrt_f64(mean / (double)m[i]);
+}
+
+#undef LLMPAR__ADALOMO_REAL
+#undef LLMPAR__ADALOMO_FN
+#undef LLMPAR__ADALOMO_SQRT
+#define LLMPAR__ADALOMO_REAL double
+#define LLMPAR__ADALOMO_FN(name) llmpar__adalomo_##name##_f64
+#define LLMPAR__ADALOMO_SQRT llmpar_sqrt_f64
+/* ==== src/cpu/adalomo.inc ==== */
+/* Loops of adalomo.c. Parameters: LLMPAR__ADALOMO_REAL, LLMPAR__ADALOMO_FN(name), LLMPAR__ADALOMO_SQRT. */
+
+/* u of elements [from, from + n) of the call's part, which lie in one row, from column `col` on. */
+static inline void LLMPAR__ADALOMO_FN(direction)(const llmpar_adalomo_args *a, int64_t from, int64_t n, LLMPAR__ADALOMO_REAL *u)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g + from, scale = (real)a->grad_scale;
+    if (a->row_factor) {
+        int64_t row = (a->begin + from) / a->cols;
+        const real r = ((const real *)a->row_factor)[row], *c = (const real *)a->col_factor + (a->begin + from - row * a->cols);
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale * r * c[i];
+    } else {
+        const real *m = (const real *)a->moment + from;
+        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale / LLMPAR__ADALOMO_SQRT(m[i]);
+    }
+}
+
+/* Elements from `from` on that lie in one row, before `end`. */
+static inline int64_t LLMPAR__ADALOMO_FN(run)(const llmpar_adalomo_args *a, int64_t from, int64_t end)
+{
+    int64_t n = llmpar__v_min(end - from, LLMPAR__ADALOMO_BLOCK);
+    return a->row_factor ? llmpar__v_min(n, a->cols - (a->begin + from) % a->cols) : n;
+}
+
+static void LLMPAR__ADALOMO_FN(squares)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, llmpar_exact_sum *sum)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *m = (real *)a->moment, scale = (real)a->grad_scale, beta = (real)a->beta, rest = (real)(1 - a->beta), eps = (real)a->eps;
+    const real *g = (const real *)a->g;
+    if (!a->row_factor)
+        for (int64_t i = begin; i < end; i++) m[i] = beta * m[i] + rest * (g[i] * scale * (g[i] * scale) + eps);
+    for (int64_t i = begin, n; i < end && a->update_squares; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        if (sizeof(real) == 4) llmpar_exact_sum_add_squares_f32(sum, (const float *)(const void *)u, (size_t)n);
+        else {
+            for (int64_t k = 0; k < n; k++) llmpar_exact_sum_add(sum, (double)u[k] * (double)u[k]);
+            llmpar_exact_sum_carry(sum);
+        }
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(apply)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, double keep, double minus)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real u[LLMPAR__ADALOMO_BLOCK], *p = (real *)a->p, k = (real)keep, step = (real)minus;
+    for (int64_t i = begin, n; i < end; i += n) {
+        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
+        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
+        for (int64_t j = 0; j < n; j++) p[i + j] = p[i + j] * k + step * u[j];
+    }
+}
+
+/* Columns [first, last) of the rectangle, over all rows of the part. */
+static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, double down)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    const real *g = (const real *)a->g, scale = (real)a->grad_scale;
+    int64_t end = a->begin + a->count;
+    double by_row = llmpar__adalomo_power(a->row_bits), by_col = llmpar__adalomo_power(a->col_bits);
+    for (int64_t row = a->begin / a->cols; row * a->cols < end; row++) {
+        int64_t from = llmpar__v_max(row * a->cols + first, a->begin), to = llmpar__v_min(row * a->cols + last, end), sum = 0;
+        for (int64_t i = from; i < to; i++) {
+            double y = (double)(g[i - a->begin] * scale) * down, square = y * y;
+            int64_t some = y != 0;
+            sum += (int64_t)(square * by_row) + some;
+            a->col_sums[i - row * a->cols] += (int64_t)(square * by_col) + some;
+        }
+        if (from < to) __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
+    }
+}
+
+static void LLMPAR__ADALOMO_FN(moments)(const llmpar_factor_moment_args *a, double unit)
+{
+    typedef LLMPAR__ADALOMO_REAL real;
+    real *m = (real *)a->moment, *f = (real *)a->factor;
+    double mean = 0;
+    for (int64_t i = 0; i < a->count; i++) {
+        m[i] = (real)(a->beta * (double)m[i] + (1 - a->beta) * ((double)a->sums[i] * unit + a->eps));
+        mean += (double)m[i];
+    }
+    mean = a->by_mean ? mean / (double)a->count : 1;
+    for (int64_t i = 0; i < a->count; i++) f[i] = (real)llmpar_sqrt_f64(mean / (double)m[i]);
+}
+
+#undef LLMPAR__ADALOMO_REAL
+#undef LLMPAR__ADALOMO_FN
+#undef LLMPAR__ADALOMO_SQRT
+
+/* ---- largest ---- */
+
+/* As integers the absolute values are in order, infinity above all numbers and NaN above infinity. */
+typedef struct llmpar__adalomo_largest_job { const llmpar_largest_args *args; int64_t step; double part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_largest_job;
+
+static void llmpar__adalomo_largest(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__adalomo_largest_job *job = (llmpar__adalomo_largest_job *)arg;
+    int64_t begin = task * job->step, end = llmpar__v_min((int64_t)job->args->count, begin + job->step);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) {
+        uint32_t most = 0, bits;
+        float x;
+        for (int64_t i = begin; i < end; i++) {
+            memcpy(&bits, (const float *)job->args->x + i, sizeof bits);
+            bits &= 0x7fffffffu;
+            most = bits > most ? bits : most;
+        }
+        memcpy(&x, &most, sizeof x);
+        job->part[task] = (double)x;
+    } else {
+        uint64_t most = 0, bits;
+        for (int64_t i = begin; i < end; i++) {
+            memcpy(&bits, (const double *)job->args->x + i, sizeof bits);
+            bits &= UINT64_C(0x7fffffffffffffff);
+            most = bits > most ? bits : most;
+        }
+        memcpy(&job->part[task], &most, sizeof most);
+    }
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args)
+{
+    llmpar__adalomo_largest_job job;
+    llmpar_status status = llmpar__v_check(device, "largest", args->dtype);
+    (void)stream;
+    if (status || !args->count) return status;
+    job.args = args;
+    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks((int64_t)args->count, LLMPAR__ADALOMO_PARTS));
+    int64_t tasks = llmpar__v_blocks((int64_t)args->count, job.step);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_largest, &job, tasks);
+    for (int64_t i = 0; i < tasks; i++)
+        if (!(*args->largest >= job.part[i]) && *args->largest == *args->largest) *args->largest = job.part[i];
+    return LLMPAR_OK;
+}
+
+/* ---- rows and columns ---- */
+
+/* A task takes a block of columns: their sums are its own, those of the rows it adds to. Which task is first does not show in integers. */
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; double down; } llmpar__adalomo_sum_job;
+
+static void llmpar__adalomo_sum(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
+    int64_t begin = task * LLMPAR__ADALOMO_COLUMNS, end = llmpar__v_min(job->args->cols, begin + LLMPAR__ADALOMO_COLUMNS);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_sums_f32(job->args, begin, end, job->down);
+    else llmpar__adalomo_sums_f64(job->args, begin, end, job->down);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
+{
+    llmpar__adalomo_sum_job job;
+    int32_t e;
+    llmpar_status status = llmpar__v_check(device, "factor_sum", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
+    job.args = args;
+    job.down = llmpar__adalomo_power(-e);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_sum, &job, llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS));
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args)
+{
+    int32_t e = 0;
+    llmpar_status status = llmpar__v_check(device, "factor_moment", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    double power = 0, unit;
+    if (llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) power = llmpar__adalomo_power(e);
+    else { /* NaN */
+        uint64_t bits = UINT64_C(0x7ff8000000000000);
+        memcpy(&power, &bits, sizeof power);
+    }
+    unit = llmpar__adalomo_power(-args->bits) * power * power / (double)args->terms;
+    if (args->dtype == LLMPAR_F32) llmpar__adalomo_moments_f32(args, unit);
+    else llmpar__adalomo_moments_f64(args, unit);
+    return LLMPAR_OK;
+}
+
+/* ---- the update ---- */
+
+typedef struct llmpar__adalomo_square_job { const llmpar_adalomo_args *args; int64_t step; llmpar_exact_sum part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_square_job;
+
+static void llmpar__adalomo_square(void *arg, int64_t task, int32_t worker)
+{
+    llmpar__adalomo_square_job *job = (llmpar__adalomo_square_job *)arg;
+    int64_t begin = task * job->step, end = llmpar__v_min(job->args->count, begin + job->step);
+    (void)worker;
+    memset(&job->part[task], 0, sizeof job->part[task]);
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_squares_f32(job->args, begin, end, &job->part[task]);
+    else llmpar__adalomo_squares_f64(job->args, begin, end, &job->part[task]);
+    llmpar_exact_sum_carry(&job->part[task]);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
+{
+    llmpar__adalomo_square_job job;
+    llmpar_exact_sum *sum = (llmpar_exact_sum *)(void *)args->update_squares;
+    llmpar_status status = llmpar__v_check(device, "adalomo_square", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    job.args = args;
+    job.step = llmpar__v_max(LLMPAR__ADALOMO_CHUNK, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_PARTS));
+    int64_t tasks = llmpar__v_blocks(args->count, job.step);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_square, &job, tasks);
+    for (int64_t i = 0; i < tasks && sum; i++) llmpar_exact_sum_merge(sum, &job.part[i]);
+    if (sum) llmpar_exact_sum_carry(sum);
+    return LLMPAR_OK;
+}
+
+typedef struct llmpar__adalomo_apply_job { const llmpar_adalomo_args *args; double keep, minus; } llmpar__adalomo_apply_job;
+
+static void llmpar__adalomo_apply(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__adalomo_apply_job *job = (const llmpar__adalomo_apply_job *)arg;
+    int64_t begin = task * LLMPAR__ADALOMO_CHUNK, end = llmpar__v_min(job->args->count, begin + LLMPAR__ADALOMO_CHUNK);
+    (void)worker;
+    if (job->args->dtype == LLMPAR_F32) llmpar__adalomo_apply_f32(job->args, begin, end, job->keep, job->minus);
+    else llmpar__adalomo_apply_f64(job->args, begin, end, job->keep, job->minus);
+}
+
+static double llmpar__adalomo_rms(const int64_t *squares, int64_t elements)
+{
+    return llmpar_sqrt_f64(llmpar_exact_sum_value((const llmpar_exact_sum *)(const void *)squares) / (double)elements);
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args)
+{
+    llmpar__adalomo_apply_job job;
+    llmpar_status status = llmpar__v_check(device, "adalomo", args->dtype);
+    (void)stream;
+    if (status || args->count <= 0) return status;
+    double update = llmpar__adalomo_rms(args->update_squares, args->elements), param = llmpar__adalomo_rms(args->param_squares, args->elements), rate = args->lr * (param < 1e-3 ? 1e-3 : param);
+    job.args = args;
+    job.keep = 1 - rate * args->decay;
+    job.minus = -rate / (update < 1 ? 1 : update);
+    llmpar__pool_run((llmpar__cpu *)device->state, llmpar__adalomo_apply, &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_CHUNK));
+    return LLMPAR_OK;
+}
 /* ==== src/cpu/cpu.c ==== */
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
    only the failure that sticks to it, and an event only the failure of what was recorded; until the stream gets a thread of its own, which
@@ -6858,7 +8892,7 @@ LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return LLMPAR_CPU_AVX512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return llmpar__gemm_has_bf16() ? LLMPAR_CPU_AVX512BF16 : LLMPAR_CPU_AVX512;
     return LLMPAR_CPU_AVX2;
 #else
     return LLMPAR_CPU_PORTABLE;
@@ -6871,6 +8905,7 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
     case LLMPAR_CPU_PORTABLE: return "portable";
     case LLMPAR_CPU_AVX2: return "avx2";
     case LLMPAR_CPU_AVX512: return "avx512";
+    case LLMPAR_CPU_AVX512BF16: return "avx512bf16";
     case LLMPAR_CPU_DEFAULT: break;
     }
     return "?";
@@ -6879,7 +8914,7 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
 LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
 {
     int i;
-    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512; i++) {
+    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++) {
         if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
             *out = (llmpar_cpu_level)i;
             return 1;
@@ -7093,6 +9128,8 @@ LLMPAR__CPU_RUN(xent_sum, llmpar_xent_args)
 LLMPAR__CPU_RUN(xent_loss, llmpar_xent_loss_args)
 LLMPAR__CPU_RUN(xent_backward, llmpar_xent_backward_args)
 
+static llmpar_status llmpar__cpu_run_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args) { return llmpar__cpu_tree_sum_to(llmpar__stream_view(device), args); }
+
 static void llmpar__cpu_fill_table(llmpar_device *table)
 {
     table->alloc = llmpar__cpu_alloc;
@@ -7126,6 +9163,7 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->stream_thread = llmpar__cpu_stream_thread;
     table->thread_error = llmpar__stream_thread_error;
     table->threads_running = llmpar__stream_threads_running;
+    table->tree_sum_to = llmpar__cpu_run_tree_sum_to;
 }
 
 #undef LLMPAR__CPU_OPERATIONS
@@ -7145,7 +9183,7 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     *out = NULL;
     if (desc && desc->level != LLMPAR_CPU_DEFAULT) level = desc->level;
     if (desc && desc->threads != 0) threads = desc->threads;
-    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
+    if ((int)level < (int)LLMPAR_CPU_PORTABLE || (int)level > (int)LLMPAR_CPU_AVX512BF16) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "cpu: unknown level %d", (int)level);
     if ((int)level > (int)best)
         return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "cpu: level %s was asked for, this processor or build has at most %s", llmpar_cpu_level_name(level), llmpar_cpu_level_name(best));
     if (threads < 1 || threads > LLMPAR__CPU_MAX_THREADS)
@@ -7156,8 +9194,11 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
     cpu->state.heap = heap;
     cpu->state.level = level;
     cpu->state.f16c = llmpar__half_has_f16c();
+    cpu->state.processors = desc ? desc->processors : NULL;
+    cpu->state.threads = threads;
+    cpu->state.crowded = desc ? desc->crowded : 0;
     if (threads > 1) {
-        llmpar_status status = llmpar__pool_create(heap, error, threads, &cpu->state.pool);
+        llmpar_status status = llmpar__pool_create(&cpu->state, error, &cpu->state.pool);
         if (status) {
             llmpar_heap_free(heap, cpu);
             return status;
@@ -7188,7 +9229,7 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 #undef LLMPAR__CPU_MAX_THREADS
 /* ==== src/cpu/pool.c ==== */
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
-   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps, so more threads than cores stay polite. */
+   Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
 
 #include <pthread.h>
 #include <stdio.h>
@@ -7197,7 +9238,8 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 #include <sys/prctl.h>
 #endif
 
-#define LLMPAR__POOL_SPINS 200
+#define LLMPAR__POOL_SPINS 1000 /* 15 to 60 us: most of what a rank does alone between two runs is over by then, and waking a thread takes as long */
+#define LLMPAR__POOL_CROWDED_SPINS 20
 #define LLMPAR__POOL_STACK ((size_t)2 << 20) /* musl's default of 128 KiB is too little for tiles on the stack */
 
 typedef struct llmpar__pool_worker {
@@ -7208,9 +9250,9 @@ typedef struct llmpar__pool_worker {
 } llmpar__pool_worker;
 
 struct llmpar__pool {
-    llmpar_heap *heap;
+    const llmpar__cpu *cpu;
     llmpar__pool_worker *workers; /* [threads - 1]; owned */
-    int32_t threads, started;
+    int32_t threads, started, spins;
     pthread_mutex_t mutex;
     pthread_cond_t start, done;
     /* the current run: written by the caller before `generation` moves, constant until `active` is 0 again */
@@ -7273,6 +9315,19 @@ LLMPAR__PRIVATE_DEF void llmpar__thread_begin(const char *name)
 #endif
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__thread_place(const llmpar__cpu *cpu, int32_t worker)
+{
+    llmpar__processors all;
+    if (!cpu->processors) return;
+    if (worker >= 0) {
+        llmpar__processors_stay_on(cpu->processors[worker]);
+        return;
+    }
+    memset(&all, 0, sizeof all);
+    for (int32_t i = 0; i < cpu->threads; i++) all.mask[cpu->processors[i] / 64] |= (uint64_t)1 << (cpu->processors[i] % 64);
+    llmpar__processors_stay(&all);
+}
+
 static void llmpar__pool_take(struct llmpar__pool *pool, int32_t worker)
 {
     for (;;) {
@@ -7288,9 +9343,10 @@ static void *llmpar__pool_main(void *arg)
     struct llmpar__pool *pool = self->pool;
     uint32_t seen = 0;
     llmpar__thread_begin(self->name);
+    llmpar__thread_place(pool->cpu, self->index);
     for (;;) {
         int spins = 0;
-        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < LLMPAR__POOL_SPINS) {
+        while (__atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen && spins < pool->spins) {
             llmpar__pool_pause();
             spins++;
         }
@@ -7329,12 +9385,14 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_destroy(struct llmpar__pool *pool)
     pthread_cond_destroy(&pool->done);
     pthread_cond_destroy(&pool->start);
     pthread_mutex_destroy(&pool->mutex);
-    llmpar_heap_free(pool->heap, pool->workers);
-    llmpar_heap_free(pool->heap, pool);
+    llmpar_heap_free(pool->cpu->heap, pool->workers);
+    llmpar_heap_free(pool->cpu->heap, pool);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_error *error, int32_t threads, struct llmpar__pool **out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out)
 {
+    llmpar_heap *heap = cpu->heap;
+    int32_t threads = cpu->threads;
     struct llmpar__pool *pool = (struct llmpar__pool *)llmpar_heap_zalloc(heap, 1, sizeof *pool);
     pthread_attr_t attributes;
     char base[16], suffix[16];
@@ -7342,7 +9400,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__pool_create(llmpar_heap *heap, llmpar_
     int failed = 0;
     *out = NULL;
     if (!pool) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "cpu: no memory for a pool of %d threads", (int)threads);
-    pool->heap = heap;
+    pool->cpu = cpu;
+    pool->spins = cpu->crowded ? LLMPAR__POOL_CROWDED_SPINS : LLMPAR__POOL_SPINS;
     pool->threads = threads;
     pool->workers = (llmpar__pool_worker *)llmpar_heap_zalloc(heap, (size_t)(threads - 1), sizeof *pool->workers);
     if (!pool->workers) {
@@ -7390,7 +9449,7 @@ LLMPAR__PRIVATE_DEF void llmpar__pool_run(llmpar__cpu *cpu, void (*fn)(void *arg
     __atomic_store_n(&pool->active, pool->threads - 1, __ATOMIC_RELAXED);
     llmpar__pool_release(pool);
     llmpar__pool_take(pool, 0);
-    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < LLMPAR__POOL_SPINS) {
+    while (__atomic_load_n(&pool->active, __ATOMIC_ACQUIRE) && spins < pool->spins) {
         llmpar__pool_pause();
         spins++;
     }
@@ -7408,6 +9467,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 }
 
 #undef LLMPAR__POOL_SPINS
+#undef LLMPAR__POOL_CROWDED_SPINS
 #undef LLMPAR__POOL_STACK
 /* ==== src/cpu/stream.c ==== */
 /* stream: streams with threads of their own. What is enqueued on such a stream waits in a ring, and the stream's thread runs it in order:
@@ -7525,6 +9585,7 @@ static void *llmpar__stream_main(void *arg)
 {
     struct llmpar__queue *q = (struct llmpar__queue *)arg;
     llmpar__thread_begin(q->name);
+    llmpar__thread_place(&q->cpu, q->cpu.pool ? 0 : -1); /* with the pool comes the place of its first worker */
     pthread_mutex_lock(&q->all->lock);
     q->self = pthread_self();
     q->known = 1;
@@ -7821,12 +9882,14 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VDOUBLE 1
-#define LLMPAR__ATTENTION_COLUMNS 2 /* vectors of a register tile */
+#define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#define LLMPAR__TEMPLATE 5 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc */
+#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
 
@@ -7946,7 +10009,8 @@ typedef struct llmpar__threads_comm {
     int32_t world_rank;
     uint32_t number;       /* meetings begun: the parity picks the slot */
     llmpar_record *record; /* owned by the world communicator, NULL in others */
-    const void **inputs;   /* [ranks] scratch for the reductions */
+    const void **inputs;   /* [ranks] scratch */
+    void **outputs;        /* [ranks] scratch */
     llmpar_order order;    /* calls on different streams run in the order in which they were issued, as on every other rank */
 } llmpar__threads_comm;
 
@@ -7980,9 +10044,9 @@ LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #define LLMPAR__THREADS_YIELDS 4
+#define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
 
 static double llmpar__threads_now(void)
@@ -8033,8 +10097,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     world->desc = *desc;
     llmpar_error_clear(&world->failure);
     pthread_mutex_init(&world->lock, NULL);
-    long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    world->spins = processors >= desc->ranks ? 30 : 4;
+    world->spins = desc->crowded ? 4 : LLMPAR__THREADS_SPINS;
     world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
@@ -8505,6 +10568,7 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
 }
 
 #undef LLMPAR__THREADS_YIELDS
+#undef LLMPAR__THREADS_SPINS
 #undef LLMPAR__THREADS_GRACE
 /* ==== src/comm/threads.c ==== */
 /* threads: collectives between the rank threads of one process.
@@ -8512,27 +10576,31 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
    A collective, on every rank (n ranks, this one is r):
      publish   what I am about to do, and where my buffers are, in my slot of the communicator
      barrier   from here on all slots are complete; compare them: all ranks do the same thing, or all report both sides and nothing has moved
-     work      read the peers' buffers directly; nobody leaves the collective meanwhile, so they stay where they are
+     work      read and write the peers' buffers directly; nobody leaves the collective meanwhile, so they stay where they are
      barrier   buffers belong to their owners again
    Up to LLMPAR__THREADS_INLINE bytes travel inside the slot: then the second barrier is not needed, because a rank has two slots and uses them in turns.
 
    All-reduce: rank r alone reads slice r of all inputs, and writes its sum to slice r of everybody's output. So in place (recv == send) is safe: what is overwritten
-   was read by nobody else. The slice is done in pieces that stay in the cache between the sum and the copies.
+   was read by nobody else. The sum goes to all outputs in one pass (tree_sum_to): every line of memory moves once.
        send 0  |s0|s1|s2|s3|     rank 2 reads s2 of all,  recv 0 |  |  |S2|  |
        send 1  |s0|s1|s2|s3|  -> S2 = (s2+s2)+(s2+s2)  -> recv 1 |  |  |S2|  |
        ..                        and writes it to all     ..
 
+   All-gather in the same way: a rank writes its part to everybody's output, and reads nobody's. A line that a peer has just written is the dearest to read, one's own the cheapest. Broadcast: rank r hands
+   slice r of the root's buffer to everybody. Reduce-scatter and all-to-all have one reader a result: it reads.
+
    Order of sums: element by element, the device's tree_sum over the contributions in rank order. That is the whole contract; slices and pieces cut elements, never sums.
 
    Device and streams: the whole collective is one host call on the stream (device->host_call), so it takes its place among the stream's operations on a device
-   that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the large copies are the device's tree_sum, max and copy with stream NULL,
+   that runs late as well as on one that runs inside the call, as the CPU does. Inside the host function the arithmetic and the copies are the device's tree_sum_to, tree_sum, max and copy with stream NULL,
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 
 #include <stdio.h>
 #include <string.h>
 
-#define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice that are summed and passed on at a time */
+#define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
+#define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
 /* The argument of the host call. */
 typedef struct llmpar__threads_job {
@@ -8588,8 +10656,36 @@ static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmp
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
 {
+    llmpar_tree_sum_to_args args;
     if (!bytes || out == in) return LLMPAR_OK;
-    return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+    if (bytes <= LLMPAR__THREADS_INLINE) return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
+    args.in = &in;
+    args.out = &out;
+    args.n = args.outs = 1;
+    args.count = bytes;
+    args.dtype = LLMPAR_U8;
+    return llmpar_device_tree_sum_to(tc->comm.device, &args);
+}
+
+/* in[bytes] to `outs` of tc->outputs. */
+static llmpar_status llmpar__threads_spread(llmpar__threads_comm *tc, const void *in, int32_t outs, size_t bytes)
+{
+    llmpar_tree_sum_to_args args;
+    args.in = &in;
+    args.n = 1;
+    args.out = tc->outputs;
+    args.outs = outs;
+    args.count = bytes;
+    args.dtype = LLMPAR_U8;
+    return outs && bytes ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
+}
+
+/* This rank's slice [begin, end) of `total` things of `item` bytes. */
+static void llmpar__threads_share(const llmpar__threads_comm *tc, size_t total, size_t item, size_t *begin, size_t *end)
+{
+    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, grain = LLMPAR__THREADS_GRAIN / item, grains = (total + grain - 1) / grain;
+    *begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
+    *end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
 }
 
 /* The data of rank i: in its slot, or where its send pointer says. */
@@ -8601,11 +10697,22 @@ static const char *llmpar__threads_source(const llmpar__threads_slot *slots, int
 /* All-reduce of large buffers: my slice of all, to all. */
 static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpar__threads_call *call, const llmpar__threads_slot *slots)
 {
-    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), total = call->what.count * call->what.blocks, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
-    size_t grain = 256 / item, grains = (total + grain - 1) / grain; /* slices begin at whole cache lines of aligned buffers */
-    size_t begin = llmpar__threads_min(total, grains / n * r * grain + llmpar__threads_min(r, grains % n) * grain);
-    size_t end = llmpar__threads_min(total, grains / n * (r + 1) * grain + llmpar__threads_min(r + 1, grains % n) * grain);
+    size_t item = llmpar_dtype_size((llmpar_dtype)call->what.dtype), begin, end, n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
     llmpar_status st = LLMPAR_OK;
+    llmpar__threads_share(tc, call->what.count * call->what.blocks, item, &begin, &end);
+    if (call->what.reduce != LLMPAR_MAX) {
+        llmpar_tree_sum_to_args args;
+        for (size_t i = 0; i < n; i++) {
+            tc->inputs[i] = (const char *)slots[i].call.send + begin * item;
+            tc->outputs[i] = (char *)slots[(r + i) % n].call.recv + begin * item; /* mine first: what the others are copied from where the device sums to one place only */
+        }
+        args.in = tc->inputs;
+        args.out = tc->outputs;
+        args.n = args.outs = (int32_t)n;
+        args.count = end - begin;
+        args.dtype = (llmpar_dtype)call->what.dtype;
+        return llmpar_device_tree_sum_to(tc->comm.device, &args);
+    }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
         size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
         char *mine = (char *)call->recv + at * item;
@@ -8636,9 +10743,18 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_ALL_GATHER:
-        for (size_t k = 0; k < n; k++) { /* each rank begins with its own: not all at the same peer */
+        for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
+            const char *from = (const char *)call->send + b * part;
+            int32_t outs = 0;
+            for (size_t i = 0; i < n; i++) {
+                char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
+                if (to != from) tc->outputs[outs++] = to;
+            }
+            st = llmpar__threads_spread(tc, from, outs, part);
+        }
+        for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
-            const char *from = llmpar__threads_source(slots, (int32_t)i, in_slot);
+            const char *from = (const char *)slots[i].payload;
             for (size_t b = 0; b < call->what.blocks && !st; b++) {
                 char *to = recv + (b * n + i) * part;
                 if (i != r || to != (const char *)call->send + b * part) st = llmpar__threads_copy(tc, to, from + b * part, part);
@@ -8646,8 +10762,19 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         }
         return st;
     case LLMPAR_CALL_BROADCAST:
+        if (!in_slot) {
+            const llmpar__threads_call *root = &slots[call->what.root].call;
+            size_t begin, end;
+            int32_t outs = 0;
+            llmpar__threads_share(tc, part * call->what.blocks, 1, &begin, &end);
+            for (size_t i = 0; i < n; i++) {
+                char *to = (char *)slots[(r + i) % n].call.recv;
+                if (to && to != root->send) tc->outputs[outs++] = to + begin;
+            }
+            return llmpar__threads_spread(tc, (const char *)root->send + begin, outs, end - begin);
+        }
         if (!recv || recv == call->send) return LLMPAR_OK;
-        return llmpar__threads_copy(tc, recv, llmpar__threads_source(slots, call->what.root, in_slot), part * call->what.blocks);
+        return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
     case LLMPAR_CALL_ALL_TO_ALL:
         for (size_t k = 0; k < n; k++) {
             size_t i = (r + k) % n;
@@ -8779,6 +10906,7 @@ static void llmpar__threads_destroy(llmpar_comm *comm)
     llmpar__threads_group_release(tc->group);
     llmpar_record_destroy(tc->record);
     llmpar_heap_free(heap, tc->inputs);
+    llmpar_heap_free(heap, tc->outputs);
     llmpar_heap_free(heap, tc);
 }
 
@@ -8789,14 +10917,16 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
 {
     llmpar__threads_comm *tc = (llmpar__threads_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
     const void **inputs = (const void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *inputs);
+    void **outputs = (void **)llmpar_heap_alloc(heap, (size_t)group->ranks, sizeof *outputs);
     if (tc) {
         tc->comm.axis = group->axis;
         tc->comm.ranks = group->ranks;
     }
-    if (!tc || !inputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
+    if (!tc || !inputs || !outputs || (group->ranks > 1 && llmpar_record_attach(record, &tc->comm, group->world_rank))) {
         llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %s: out of memory", group->axis);
         llmpar_heap_free(heap, tc);
         llmpar_heap_free(heap, inputs);
+        llmpar_heap_free(heap, outputs);
         llmpar__threads_group_release(group);
         return LLMPAR_ERR_MEMORY;
     }
@@ -8805,6 +10935,7 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     tc->group = group;
     tc->world_rank = group->world_rank[rank];
     tc->inputs = inputs;
+    tc->outputs = outputs;
     llmpar_comm *comm = &tc->comm;
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
@@ -8905,6 +11036,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 }
 
 #undef LLMPAR__THREADS_PIECE
+#undef LLMPAR__THREADS_GRAIN
 /* ==== src/comm/mpi_world.c ==== */
 /* mpi_world: the processes of a job: set-up, control messages, and how a failure reaches everybody.
 
@@ -8975,7 +11107,7 @@ struct llmpar_mpi_world {
     llmpar_heap *heap;
     llmpar_mpi_desc desc;            /* resolved */
     MPI_Comm data, control;
-    int32_t rank, ranks, serialized, attended, crowded; /* attended: all ranks have helpers; crowded: more ranks than processors on this node */
+    int32_t rank, ranks, serialized, attended, crowded, threads; /* attended: all ranks have helpers; crowded: more ranks than processors on this node; threads: this rank's share of its cores */
     uint64_t next_context;
     llmpar_record *record;           /* of this rank's collectives */
     pthread_mutex_t lock;            /* around every MPI call and everything below up to `inbox` */
@@ -9059,6 +11191,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 
 #endif
 /* ---- src/comm/mpi_world.c goes on ---- */
+
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -9427,11 +11560,24 @@ static void llmpar__mpi_neighbours(llmpar_mpi_world *world)
 {
     MPI_Comm node = MPI_COMM_NULL;
     int here = world->ranks;
+    llmpar__processors mine, all;
+    llmpar__processors_allowed(&mine);
+    all = mine;
     if (!MPI_Comm_split_type(world->data, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node) && node != MPI_COMM_NULL) {
         MPI_Comm_size(node, &here);
+        if (MPI_Allreduce(mine.mask, all.mask, LLMPAR__PROCESSORS_WORDS, MPI_UINT64_T, MPI_BOR, node)) all = mine;
         MPI_Comm_free(&node);
     }
-    world->crowded = here > (int)sysconf(_SC_NPROCESSORS_ONLN);
+    /* Processes that mpirun has bound have their processors to themselves; others share them. */
+    int32_t cores = llmpar__processors_cores(&mine, NULL), processors = mine.count;
+    if (mine.mask_known) {
+        processors = 0;
+        for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) processors += __builtin_popcountll((unsigned long long)all.mask[i]);
+    }
+    if (llmpar__processors_quota() < cores) cores = llmpar__processors_quota();
+    world->crowded = here > processors;
+    world->threads = memcmp(mine.mask, all.mask, sizeof mine.mask) ? cores : cores / here;
+    if (world->threads < 1) world->threads = 1;
 }
 
 static void llmpar__mpi_free(llmpar_mpi_world *world)
@@ -9526,6 +11672,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
 
 LLMPAR_DEF int32_t llmpar_mpi_world_rank(const llmpar_mpi_world *world) { return world->rank; }
 LLMPAR_DEF int32_t llmpar_mpi_world_ranks(const llmpar_mpi_world *world) { return world->ranks; }
+LLMPAR_DEF int32_t llmpar_mpi_world_threads(const llmpar_mpi_world *world) { return world->serialized ? world->threads : 1; }
 LLMPAR_DEF int llmpar_mpi_world_serialized(const llmpar_mpi_world *world) { return world->serialized; }
 
 /* ---- who is where ---- */
@@ -10777,9 +12924,9 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     widths[3] = s->v;
     llmpar_tp_operand row;
     llmpar_attention_args attention;
-    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. */
-    for (int pass = 0; pass < 2; pass++) {
-        int64_t rows = pass ? g->rows : 1;
+    /* Every row count up to `rows` is used: the prompt's chunks and single tokens. Few rows are multiplied in another way than many, and need more the more there are. */
+    for (int pass = 0; pass < 3; pass++) {
+        int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 4; i++) {
             w = i < 2 ? llmpar__llama_linear_workspace(g->model, rows, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, rows, widths[i], s->d, g->dtype);
             if (w > most) most = w;
@@ -19447,6 +21594,7 @@ static const llmpar__config_preset llmpar__config_presets[] = {
     { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
+    { "300m", { 32000, 1024, 3072, 20, 16, 16, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "1b", { 128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 500000.0, { LLMPAR_ROPE_LLAMA3, 8192, 32.0, 1.0, 4.0, 0, 0, 0, 0 }, 1, 128000, 1, { 128001 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } }
 };
 #define LLMPAR__CONFIG_PRESETS (sizeof llmpar__config_presets / sizeof llmpar__config_presets[0])
@@ -20300,7 +22448,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama
     model->seed = desc->seed;
     model->wrap = desc->wrap == LLMPAR_WRAP_HALF ? 1 : desc->wrap ? 2 * desc->wrap : 2;
     model->unit_count = (2 * config.layers + model->wrap - 1) / model->wrap + 2;
-    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)64 << 20;
+    model->logits_bytes = desc->logits_bytes ? desc->logits_bytes : (int64_t)256 << 20;
     for (int p = 0; p < (int)LLMPAR__BLOCK_PARAMS; p++) {
         int bias = p >= (int)LLMPAR__BQ && p <= (int)LLMPAR__BV, norm = p == LLMPAR__QNORM || p == LLMPAR__KNORM;
         model->place[p] = (bias && config.family != LLMPAR_FAMILY_QWEN2) || (norm && config.family != LLMPAR_FAMILY_QWEN3) ? -1 : model->block_params++;
@@ -24211,6 +26359,8 @@ typedef struct llmpar__launch_job {
     llmpar_threads_world *world;
     llmpar__launch_rank *rank;
     char record[LLMPAR__LAUNCH_PATH + 1]; /* directory, "" = none */
+    int32_t *processors;  /* [ranks][threads] where each thread stays; NULL: where it likes. Owned */
+    int32_t crowded;      /* more threads than processors */
     int32_t references; /* atomic: the rank threads and the caller */
 } llmpar__launch_job;
 
@@ -24383,6 +26533,11 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = job->desc.threads;
     cpu.level = job->level;
+    cpu.crowded = job->crowded;
+    if (job->processors) {
+        cpu.processors = job->processors + (size_t)ctx->rank * (size_t)job->desc.threads;
+        llmpar__processors_stay_on(cpu.processors[0]);
+    }
     llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
     if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
     if (!st) st = llmpar__launch_agree(ctx);
@@ -24413,7 +26568,28 @@ static void llmpar__launch_leave(llmpar__launch_job *job)
     for (int32_t i = 0; i < job->desc.ranks; i++) free(job->rank[i].returned);
     llmpar_threads_world_destroy(job->world); /* gives back to job->heap: its count is no longer looked at */
     llmpar_heap_free(&heap, job->rank);
+    llmpar_heap_free(&heap, job->processors);
     llmpar_heap_free(&heap, job);
+}
+
+/* How many threads a rank has where the desc does not say, and where each of the job's stays. 0: out of memory. */
+static int llmpar__launch_places(llmpar__launch_job *job)
+{
+    llmpar_launch_desc *desc = &job->desc;
+    llmpar__processors allowed;
+    llmpar__processors_allowed(&allowed);
+    int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
+    if (!order) return 0;
+    int32_t cores = llmpar__processors_cores(&allowed, order);
+    if (!desc->threads) {
+        int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
+        desc->threads = desc->lockstep || usable < desc->ranks ? 1 : usable / desc->ranks;
+    }
+    int64_t all = (int64_t)desc->threads * desc->ranks;
+    job->crowded = all > allowed.count;
+    if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
+    else job->processors = order;
+    return 1;
 }
 
 static void *llmpar__launch_thread(void *arg)
@@ -24436,13 +26612,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
 {
     if (desc->ranks < 0 || desc->ranks > LLMPAR__LAUNCH_MAX_RANKS)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, expected 0 (all there are) to %d", (int)desc->ranks, LLMPAR__LAUNCH_MAX_RANKS);
-    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (one) to 1024", (int)desc->threads);
+    if (desc->threads < 0 || desc->threads > 1024) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: threads = %d inside a rank, expected 0 (cores / ranks) to 1024", (int)desc->threads);
     if (desc->deadline != desc->deadline) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: the deadline is not a number, expected seconds, 0 (%g) or negative (none)", LLMPAR__LAUNCH_DEADLINE);
     if (desc->deadline <= 0) desc->deadline = desc->deadline < 0 ? 0 : LLMPAR__LAUNCH_DEADLINE; /* from here on 0 is none */
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
     if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
-    if (!desc->threads) desc->threads = 1;
+    if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
     *level = llmpar_cpu_best_level();
@@ -24504,12 +26680,17 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->rank = rank;
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
+    if (!llmpar__launch_places(job)) {
+        llmpar__launch_leave(job);
+        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
+    }
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
     threads.lockstep = desc.lockstep;
     threads.deadline = desc.deadline;
     threads.unchecked = desc.unchecked;
+    threads.crowded = job->crowded;
     st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
         llmpar__launch_leave(job);
@@ -24530,7 +26711,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 
     if (ranks == 1) {
         uint64_t state = llmpar__launch_float_state();
+        llmpar__processors before;
+        if (job->processors) llmpar__processors_allowed(&before);
         llmpar__launch_run(&rank[0]);
+        if (job->processors) llmpar__processors_stay(&before);
         llmpar__launch_float_restore(state);
         started = 1;
     } else {
@@ -24608,6 +26792,7 @@ static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *w
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = desc->threads;
+    cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
     llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
     return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
@@ -24652,6 +26837,7 @@ static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *w
     if (desc->ranks && desc->ranks != ctx->world)
         return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but there are %d MPI processes (mpirun -n %d)", (int)desc->ranks, (int)ctx->world, (int)desc->ranks);
     if (desc->lockstep && ctx->world > 1) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for MPI processes");
+    if (desc->pin == LLMPAR_PIN_ON) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; MPI processes are bound by mpirun (--bind-to core)");
     if (desc->threads > 1 && !llmpar_mpi_world_serialized(world))
         return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
                            (int)desc->threads);
@@ -24715,6 +26901,7 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
         uint64_t state = llmpar__launch_float_state();
         ctx.rank = llmpar_mpi_world_rank(world);
         ctx.world = llmpar_mpi_world_ranks(world);
+        if (!desc.threads) desc.threads = llmpar_mpi_world_threads(world);
         orderly = llmpar__launch_rank_of(&ctx, world, &desc, level, st, fn, user, error);
         llmpar__launch_float_restore(state);
         llmpar_mpi_world_destroy(world);
@@ -26091,376 +28278,288 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 */
 #elif LLMPAR__TEMPLATE == 1
 #undef LLMPAR__TEMPLATE
-/* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
-   load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
-   other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
-   larger_lane is the largest lane, any lane if one is NaN; transpose is of 8 x 8. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(splat)(LLMPAR__VREAL x)
+/* ==== src/cpu/gemm_thin.inc ==== */
+/* gemm_thin kernel of one vector width, included by gemm_thin.c once a width. Parameters:
+     LLMPAR__THIN_NAME(part)          name of a function of this width
+     LLMPAR__THIN_TARGET              attributes that allow the instructions
+     LLMPAR__THIN_VECTOR              LLMPAR__THIN_LANES floats, or as many words of 32 bits
+     LLMPAR__THIN_MANY                there are 32 registers of it, not 16
+     LLMPAR__THIN_READ(p), LLMPAR__THIN_WRITE(p, v)   at an aligned place
+     LLMPAR__THIN_SPREAD(p)           *p in every lane
+     LLMPAR__THIN_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__THIN_BF16(word, i), LLMPAR__THIN_F16(word, i)   the lower (i = 0) or upper half of every lane as f32
+   A function LLMPAR__THIN_NAME(transpose)(in, ld, out) stands before: out[LANES words][LANES rows] = in[LANES rows][LANES words], rows ld bytes apart. */
+
+/* The slot of a storage format: element i of the `LLMPAR__THIN_PER_WORD` that a word of each row holds. kind and i are constants. */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET LLMPAR__THIN_VECTOR LLMPAR__THIN_NAME(element)(const int kind, LLMPAR__THIN_VECTOR word, const int i)
 {
-    LLMPAR__VEC y = LLMPAR__VSPREAD(x);
-    return y;
+    if (kind == LLMPAR__THIN_KIND_BF16) return LLMPAR__THIN_BF16(word, i);
+    if (kind == LLMPAR__THIN_KIND_F16) return LLMPAR__THIN_F16(word, i);
+    return word;
 }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load)(const LLMPAR__VREAL *p) { return (LLMPAR__VEC)*(const LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p; }
-LLMPAR__VINLINE void LLMPAR__V(store)(LLMPAR__VREAL *p, LLMPAR__VEC x) { *(LLMPAR__VPASTE(llmpar__loose_, LLMPAR__VLEVEL) *)p = x; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(load_n)(const LLMPAR__VREAL *p, int64_t n)
+
+/* sums[rows][COLUMNS], `panels` vectors of each row, go on over k elements: x[k][rows], words[panel][WORDS][LANES]. Every lane is one chain.
+   Meanwhile a line each of the panels' rows at `ahead` is fetched: evenly, since a burst would keep the processor from reading what has come. */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(chains)(float *sums, const float *x, const float *words, int64_t k, const int kind, const int rows, const int panels, const char *ahead, int64_t ahead_ld)
 {
-    LLMPAR__VEC y = { 0 };
-    if (n >= LLMPAR__VLANES) return LLMPAR__V(load)(p);
-    if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
-    return y;
+    LLMPAR__THIN_VECTOR sum[8][LLMPAR__THIN_PANELS], word[LLMPAR__THIN_PANELS], v[LLMPAR__THIN_PANELS];
+    int r, p, i, fetched = 0;
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < rows; r++) {
+        LLMPAR__THIN_UNROLL
+        for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_READ(sums + r * LLMPAR__THIN_COLUMNS + p * LLMPAR__THIN_LANES);
+    }
+    for (; k > 0; k -= LLMPAR__THIN_PER_WORD(kind), words += LLMPAR__THIN_LANES) {
+        LLMPAR__THIN_UNROLL
+        for (p = 0; p < panels; p++) if (fetched < LLMPAR__THIN_LANES) __builtin_prefetch(ahead + p * LLMPAR__THIN_LANES * ahead_ld);
+        ahead += ahead_ld;
+        fetched++;
+        LLMPAR__THIN_UNROLL
+        for (p = 0; p < panels; p++) word[p] = LLMPAR__THIN_READ(words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES));
+        LLMPAR__THIN_UNROLL
+        for (i = 0; i < 2; i++) {
+            if (i >= LLMPAR__THIN_PER_WORD(kind) || (i > 0 && i >= k)) continue;
+            LLMPAR__THIN_UNROLL
+            for (p = 0; p < panels; p++) v[p] = LLMPAR__THIN_NAME(element)(kind, word[p], i);
+            LLMPAR__THIN_UNROLL
+            for (r = 0; r < rows; r++) {
+                LLMPAR__THIN_VECTOR factor = LLMPAR__THIN_SPREAD(x + r);
+                LLMPAR__THIN_UNROLL
+                for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_MULTIPLY_ADD(factor, v[p], sum[r][p]);
+            }
+            x += rows;
+        }
+    }
+    LLMPAR__THIN_UNROLL
+    for (r = 0; r < rows; r++) {
+        LLMPAR__THIN_UNROLL
+        for (p = 0; p < panels; p++) LLMPAR__THIN_WRITE(sums + r * LLMPAR__THIN_COLUMNS + p * LLMPAR__THIN_LANES, sum[r][p]);
+    }
 }
-LLMPAR__VINLINE void LLMPAR__V(store_n)(LLMPAR__VREAL *p, int64_t n, LLMPAR__VEC x)
+
+/* Chains for all rows of x, of one kind of weights. */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, int64_t done, int64_t k, const float *words, const int kind, const char *ahead, int64_t ahead_ld)
 {
-    if (n >= LLMPAR__VLANES) LLMPAR__V(store)(p, x);
-    else if (n > 0) memcpy(p, &x, (size_t)n * sizeof *p);
+    int row;
+    for (row = 0; row < span->rows; row += 8) {
+        int rows = span->rows - row < 8 ? span->rows - row : 8; /* 1, 2, 4 or 8 */
+        const float *x = span->x + row * span->x_k + (span->x_done + done) * rows;
+        float *sums = span->sums + row * LLMPAR__THIN_COLUMNS;
+        if (rows == 1) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 1, 2, ahead, ahead_ld);
+        else if (rows == 2) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 2, 2, ahead, ahead_ld);
+        else if (rows == 4) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 4, 2, ahead, ahead_ld);
+#if LLMPAR__THIN_MANY
+        else LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 8, 2, ahead, ahead_ld);
+#else
+        else {
+            LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 8, 1, ahead, ahead_ld);
+            LLMPAR__THIN_NAME(chains)(sums + LLMPAR__THIN_LANES, x, words + LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES, k, kind, 8, 1, ahead, ahead_ld);
+        }
+#endif
+    }
 }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VEC other)
+
+/* WORDS words of one or two panels at a time: rows become columns in L1, then every row of x takes them. */
+LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_span *span)
 {
-    if (n >= LLMPAR__VLANES) return x;
-    if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
-    return other;
+    float words[LLMPAR__THIN_PANELS * LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES] __attribute__((aligned(64)));
+    float edge[LLMPAR__THIN_LANES * LLMPAR__THIN_WORDS] __attribute__((aligned(64)));
+    int64_t size = span->kind == LLMPAR__THIN_KIND_F32 ? 4 : 2, step = LLMPAR__THIN_WORDS * 4 / size, bytes = span->k * size, distance = bytes < LLMPAR__THIN_AHEAD ? bytes : (int64_t)LLMPAR__THIN_AHEAD, done;
+    int p, i;
+    if (span->columns <= LLMPAR__THIN_LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
+    for (done = 0; done < span->k; done += step) {
+        int64_t k = span->k - done < step ? span->k - done : step, over = done * size + distance - bytes;
+        const char *ahead = over < 0 ? span->w + done * size + distance : span->next + over / 64 * 64;
+        int64_t ahead_ld = over < 0 ? span->ld : span->next_ld;
+        for (p = 0; p * LLMPAR__THIN_LANES < span->columns; p++) {
+            const char *in = span->w + p * LLMPAR__THIN_LANES * span->ld + done * size;
+            float *out = words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES);
+            int64_t ld = span->ld, columns = span->columns - p * LLMPAR__THIN_LANES;
+            if (k < step || columns < LLMPAR__THIN_LANES) {
+                memset(edge, 0, sizeof edge);
+                for (i = 0; i < LLMPAR__THIN_LANES && i < columns; i++) memcpy(edge + i * LLMPAR__THIN_WORDS, in + i * ld, (size_t)(k * size));
+                in = (const char *)edge;
+                ld = LLMPAR__THIN_WORDS * 4;
+            }
+            for (i = 0; i < LLMPAR__THIN_WORDS; i += LLMPAR__THIN_LANES) LLMPAR__THIN_NAME(transpose)(in + i * 4, ld, out + i * LLMPAR__THIN_LANES);
+        }
+        if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_F32, ahead, ahead_ld);
+        else if (span->kind == LLMPAR__THIN_KIND_BF16) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
+        else LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_F16, ahead, ahead_ld);
+    }
 }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(larger)(LLMPAR__VEC a, LLMPAR__VEC b) { return LLMPAR__V(select)((LLMPAR__VBITS)(a > b), a, b); }
-LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(larger_lane)(LLMPAR__VEC x)
-{
-    LLMPAR__VREAL y = x[0];
-    for (int k = 1; k < LLMPAR__VLANES; k++) y = y > x[k] ? y : x[k];
-    return y;
-}
-LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, const LLMPAR__VREAL *in, int64_t ld_in)
-{
-    for (int i = 0; i < 8; i++) for (int j = 0; j < 8; j++) out[j * ld_out + i] = in[i * ld_in + j];
-}
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VSPREAD
+
+#undef LLMPAR__THIN_NAME
+#undef LLMPAR__THIN_TARGET
+#undef LLMPAR__THIN_VECTOR
+#undef LLMPAR__THIN_LANES
+#undef LLMPAR__THIN_MANY
+#undef LLMPAR__THIN_READ
+#undef LLMPAR__THIN_WRITE
+#undef LLMPAR__THIN_SPREAD
+#undef LLMPAR__THIN_MULTIPLY_ADD
+#undef LLMPAR__THIN_BF16
+#undef LLMPAR__THIN_F16
 #elif LLMPAR__TEMPLATE == 2
 #undef LLMPAR__TEMPLATE
-/* ==== src/cpu/gemm_portable.inc ==== */
-/* gemm_portable: the specification of a matrix product, in plain loops. Everything faster computes these sums in this order.
-   Parameters: LLMPAR__GEMM_REAL the element type, LLMPAR__GEMM_ROW the name of the function that is made,
-   LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum) one step of a chain, LLMPAR__GEMM_LOAD(base, i) element i of a, b or c as the element type, LLMPAR__GEMM_STORE(base, i, value) of c. */
+/* ==== src/cpu/gemm_x86.inc ==== */
+/* gemm_x86: the chains of a register tile, as instructions. Included by gemm_kernel.c once a vector width. The whole loop over k is one asm statement, because
+   what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
+   A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
+   Parameters, text but for the first:
+     LLMPAR__GEMM_CHAINS                 name(rows): the function for so many rows
+     LLMPAR__GEMM_TARGET, LLMPAR__GEMM_CLOBBERS
+     LLMPAR__GEMM_Z                      "ymm" or "zmm"
+     LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
+     LLMPAR__GEMM_A_BYTES                of one k of the panel of A
+     LLMPAR__GEMM_ZERO(s)                vector s becomes +0
+     LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
+     LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B
+     LLMPAR__GEMM_ROWS_1(X, i), _2, _4   X(i, row, s0, s1, s2) for each row: its three accumulators; and _8 where there are as many registers */
 
-/* Row `i` of c. A few columns at a time, so that their chains, which do not touch each other, overlap in the processor. */
-static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
-{
-    enum { COLUMNS = 8 };
-    const llmpar__gemm_rows *job = (const llmpar__gemm_rows *)arg;
-    const llmpar_gemm_args *args = job->args;
-    int64_t c = i * args->ldc, j0;
-    (void)worker;
-    for (j0 = 0; j0 < args->n; j0 += COLUMNS) {
-        LLMPAR__GEMM_REAL stack[32][COLUMNS]; /* partial sums of whole subtrees; pieces < 2^31 */
-        int depth = 0, j, columns = args->n - j0 < COLUMNS ? (int)(args->n - j0) : (int)COLUMNS;
-        int32_t piece, s = 0;
-        for (piece = 0; piece < args->pieces; piece++) {
-            LLMPAR__GEMM_REAL *sum = stack[depth++];
-            int32_t done;
-            for (j = 0; j < COLUMNS; j++) sum[j] = args->accumulate && j < columns ? ((const LLMPAR__GEMM_REAL *)args->c)[c + j0 + j] : 0; /* a c that is summed on is of this type */
-            for (; s < args->segment_count && args->segments[s].piece == piece; s++) {
-                const llmpar_gemm_segment *segment = &args->segments[s];
-                int64_t a_row = args->kind == LLMPAR_GEMM_TN ? 1 : segment->lda, a_k = args->kind == LLMPAR_GEMM_TN ? segment->lda : 1;
-                int64_t b_column = args->kind == LLMPAR_GEMM_NT ? segment->ldb : 1, b_k = args->kind == LLMPAR_GEMM_NT ? 1 : segment->ldb;
-                int64_t k;
-                for (k = 0; k < segment->k; k++) {
-                    LLMPAR__GEMM_REAL x = LLMPAR__GEMM_LOAD(segment->a, i * a_row + k * a_k);
-                    for (j = 0; j < columns; j++) sum[j] = LLMPAR__GEMM_MULTIPLY_ADD(x, LLMPAR__GEMM_LOAD(segment->b, (j0 + j) * b_column + k * b_k), sum[j]);
-                }
-            }
-            /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
-            for (done = piece + 1; done % 2 == 0; done /= 2) {
-                depth--;
-                for (j = 0; j < COLUMNS; j++) stack[depth - 1][j] = stack[depth - 1][j] + stack[depth][j];
-            }
-        }
-        for (; depth > 1; depth--)
-            for (j = 0; j < COLUMNS; j++) stack[depth - 2][j] = stack[depth - 2][j] + stack[depth - 1][j];
-        for (j = 0; j < columns; j++) LLMPAR__GEMM_STORE(args->c, c + j0 + j, stack[0][j]);
-    }
+#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) \
+    "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
+    "vmovups 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s2 "\n\t" "add %%rcx, %%rax\n\t"
+#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) \
+    "vmovups %%" LLMPAR__GEMM_Z #s0 ", (%%rax)\n\t" "vmovups %%" LLMPAR__GEMM_Z #s1 ", " LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" \
+    "vmovups %%" LLMPAR__GEMM_Z #s2 ", 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" "add %%rcx, %%rax\n\t"
+#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_ZERO(s0) LLMPAR__GEMM_ZERO(s1) LLMPAR__GEMM_ZERO(s2)
+#define LLMPAR__GEMM_MERGE_ONE(r, v, s) "vaddps (3*" #r "+" #v ")*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s ", %%" LLMPAR__GEMM_Z #s "\n\t"
+#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_MERGE_ONE(r, 0, s0) LLMPAR__GEMM_MERGE_ONE(r, 1, s1) LLMPAR__GEMM_MERGE_ONE(r, 2, s2)
+#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) \
+    "vbroadcastss " #i "*" LLMPAR__GEMM_A_BYTES "+4*" #r "(%%rsi), %%" LLMPAR__GEMM_Z "3\n\t" \
+    LLMPAR__GEMM_PRODUCT(i, 0, s0) LLMPAR__GEMM_PRODUCT(i, 1, s1) LLMPAR__GEMM_PRODUCT(i, 2, s2)
+/* One k. The panel of B comes from L2: what will be wanted 8 k later is asked for. */
+#define LLMPAR__GEMM_PREFETCH_B(i) \
+    "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" \
+    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" ".endif\n\t"
+#define LLMPAR__GEMM_LINK(i, rows) LLMPAR__GEMM_READ_B(i) LLMPAR__GEMM_PREFETCH_B(i) rows(LLMPAR__GEMM_LINK_ROW, i)
+
+/* rsi, rdi: the panels; rdx: k; r10: the walk, r8 where it is, r9 lines left in its row. */
+#define LLMPAR__GEMM_FUNCTION(count, rows) \
+LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_CHAINS(count)(const llmpar__gemm_chains *chains) \
+{ \
+    __asm__ __volatile__( \
+        "mov %c[from](%[chains]), %%rax\n\t" \
+        "mov %c[from_step](%[chains]), %%rcx\n\t" \
+        "test %%rax, %%rax\n\t" \
+        "jz 1f\n\t" \
+        rows(LLMPAR__GEMM_READ_ROW, 0) \
+        "jmp 2f\n" \
+    "1:\n\t" \
+        rows(LLMPAR__GEMM_ZERO_ROW, 0) \
+    "2:\n\t" \
+        "mov %c[a](%[chains]), %%rsi\n\t" \
+        "mov %c[b](%[chains]), %%rdi\n\t" \
+        "mov %c[k](%[chains]), %%rdx\n\t" \
+        "mov %c[walk](%[chains]), %%r10\n\t" \
+        "mov %c[at](%%r10), %%r8\n\t" \
+        "mov %c[left](%%r10), %%r9\n\t" \
+        "mov %%rdx, %%rcx\n\t" \
+        "shr $2, %%rcx\n\t" \
+        "jz 4f\n\t" \
+        ".p2align 5\n" \
+    "3:\n\t" \
+        LLMPAR__GEMM_LINK(0, rows) \
+        "prefetcht0 1024(%%rsi)\n\t" \
+        LLMPAR__GEMM_LINK(1, rows) \
+        "prefetcht1 (%%r8)\n\t" \
+        "add $64, %%r8\n\t" \
+        "dec %%r9\n\t" \
+        "jz 11f\n" \
+    "12:\n\t" \
+        LLMPAR__GEMM_LINK(2, rows) \
+        ".if " LLMPAR__GEMM_A_BYTES " > 16\n\t" \
+        "prefetcht0 1024+64(%%rsi)\n\t" \
+        ".endif\n\t" \
+        LLMPAR__GEMM_LINK(3, rows) \
+        "add $4*" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
+        "add $4*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 3b\n" \
+        "mov %%r8, %c[at](%%r10)\n\t" \
+        "mov %%r9, %c[left](%%r10)\n" \
+    "4:\n\t" \
+        "and $3, %%rdx\n\t" \
+        "jz 6f\n" \
+    "5:\n\t" \
+        LLMPAR__GEMM_LINK(0, rows) \
+        "add $" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
+        "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
+        "dec %%rdx\n\t" \
+        "jnz 5b\n" \
+    "6:\n\t" \
+        "mov %c[merges](%[chains]), %%rcx\n\t" \
+        "mov %c[slot](%[chains]), %%rax\n\t" \
+        "test %%rcx, %%rcx\n\t" \
+        "jz 8f\n" \
+    "7:\n\t" \
+        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
+        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 7b\n" \
+    "8:\n\t" \
+        "mov %c[merges_saved](%[chains]), %%rcx\n\t" \
+        "mov %c[slot_saved](%[chains]), %%rax\n\t" \
+        "test %%rcx, %%rcx\n\t" \
+        "jz 10f\n" \
+    "9:\n\t" \
+        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
+        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 9b\n" \
+    "10:\n\t" \
+        "mov %c[to](%[chains]), %%rax\n\t" \
+        "mov %c[to_step](%[chains]), %%rcx\n\t" \
+        rows(LLMPAR__GEMM_WRITE_ROW, 0) \
+        "jmp 13f\n" \
+    "11:\n\t" \
+        "mov %c[row](%%r10), %%r9\n\t" \
+        "add %c[jump](%%r10), %%r8\n\t" \
+        "jmp 12b\n" \
+    "13:\n\t" \
+        : \
+        : [chains] "r"(chains), [a] "i"(offsetof(llmpar__gemm_chains, a)), [b] "i"(offsetof(llmpar__gemm_chains, b)), [k] "i"(offsetof(llmpar__gemm_chains, k)), \
+          [from] "i"(offsetof(llmpar__gemm_chains, from)), [from_step] "i"(offsetof(llmpar__gemm_chains, from_step)), \
+          [to] "i"(offsetof(llmpar__gemm_chains, to)), [to_step] "i"(offsetof(llmpar__gemm_chains, to_step)), \
+          [slot] "i"(offsetof(llmpar__gemm_chains, slot)), [merges] "i"(offsetof(llmpar__gemm_chains, merges)), \
+          [slot_saved] "i"(offsetof(llmpar__gemm_chains, slot_saved)), [merges_saved] "i"(offsetof(llmpar__gemm_chains, merges_saved)), \
+          [slot_bytes] "i"(offsetof(llmpar__gemm_chains, slot_bytes)), \
+          [walk] "i"(offsetof(llmpar__gemm_chains, walk)), [at] "i"(offsetof(llmpar__gemm_walk, at)), [left] "i"(offsetof(llmpar__gemm_walk, left)), \
+          [row] "i"(offsetof(llmpar__gemm_walk, row)), [jump] "i"(offsetof(llmpar__gemm_walk, jump)) \
+        : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
 }
 
-#undef LLMPAR__GEMM_REAL
-#undef LLMPAR__GEMM_ROW
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_LOAD
-#undef LLMPAR__GEMM_STORE
-#elif LLMPAR__TEMPLATE == 3
-#undef LLMPAR__TEMPLATE
-/* ==== src/cpu/gemm_kernel.inc ==== */
-/* gemm_kernel: packing, and the register tile of one vector width. Included by gemm.c once a width. Parameters:
-     LLMPAR__GEMM_NAME(part)         name of a function of this width
-     LLMPAR__GEMM_TARGET             attributes that allow the instructions
-     LLMPAR__GEMM_VECTOR             vector of LLMPAR__GEMM_LANES floats; LLMPAR__GEMM_LOOSE: the same, aligned like a float
-     LLMPAR__GEMM_ROWS               rows of a tile; it has 2 * LANES columns, so 2 * ROWS accumulators, and some registers must be left
-     LLMPAR__GEMM_SPREAD(x)          x in every lane
-     LLMPAR__GEMM_MULTIPLY_ADD(a, b, sum)
-     LLMPAR__GEMM_TRANSPOSE(in, ld, out, width)   out[k * width + r] = in[r * ld + k], r < 4, k < LANES */
-
-#define LLMPAR__GEMM_COLUMNS (2 * LLMPAR__GEMM_LANES)
-#define LLMPAR__GEMM_AT(pointer) (*(LLMPAR__GEMM_LOOSE *)(void *)(pointer))
-#define LLMPAR__GEMM_READ(pointer) (*(const LLMPAR__GEMM_LOOSE *)(const void *)(pointer))
-
-/* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
-   in the last panel, are zero: they fill the tile and are never stored. transposed: in[panels * width, k], else in[k, panels * width]. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(pack)(const llmpar__gemm_packing *packing, const int width)
-{
-    const float *in = (const float *)packing->in;
-    int64_t ld = packing->ld, k = packing->k, distance = packing->distance, full = packing->valid / width, panel, i;
-    int r;
-    if (full > packing->panels) full = packing->panels;
-    if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + LLMPAR__GEMM_LANES <= k; i += LLMPAR__GEMM_LANES) {
-                for (r = 0; r + 4 <= width; r += 4) {
-                    int ahead;
-                    for (ahead = 0; ahead < 4; ahead++) __builtin_prefetch(rows + (r + ahead) * ld + i + 64);
-                    LLMPAR__GEMM_TRANSPOSE(rows + r * ld + i, ld, out + i * width + r, width);
-                }
-                for (; r < width; r++) {
-                    int lane;
-                    for (lane = 0; lane < LLMPAR__GEMM_LANES; lane++) out[(i + lane) * width + r] = rows[r * ld + i + lane];
-                }
-            }
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
-    } else {
-        for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
-            for (panel = 0; panel < full; panel++) {
-                __builtin_prefetch(in + (i + 8) * ld + panel * width);
-                if (width > 16) __builtin_prefetch(in + (i + 8) * ld + panel * width + 16);
-                memcpy(packing->out + panel * distance + i * width, in + i * ld + panel * width, sizeof(float) * (size_t)width);
-            }
-    }
-    if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
-        float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
-    }
-}
-
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_a)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_ROWS); }
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(pack_b)(const llmpar__gemm_packing *packing) { LLMPAR__GEMM_NAME(pack)(packing, LLMPAR__GEMM_COLUMNS); }
-
-/* Keeps gcc from loading the next k so early that accumulators are moved out of its way. */
-#define LLMPAR__GEMM_IN_ORDER() __asm__ __volatile__("" : : : "memory")
-
-/* One k of a tile: sum[r, :] gets a[k, r] * b[k, :]. Both panels come from L2, so what the next k will need is asked for. */
-#define LLMPAR__GEMM_LINK(i) do { \
-    __builtin_prefetch(b + ((i) + 8) * LLMPAR__GEMM_COLUMNS); \
-    if (LLMPAR__GEMM_COLUMNS > 16) __builtin_prefetch(b + ((i) + 8) * LLMPAR__GEMM_COLUMNS + 16); \
-    if ((i) % 2 == 0 || LLMPAR__GEMM_ROWS > 8) __builtin_prefetch(a + ((i) + 32) * LLMPAR__GEMM_ROWS); \
-    LLMPAR__GEMM_VECTOR b0 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS), b1 = LLMPAR__GEMM_READ(b + (i) * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES); \
-    for (r = 0; r < rows; r++) { \
-        LLMPAR__GEMM_VECTOR x = LLMPAR__GEMM_SPREAD(a[(i) * LLMPAR__GEMM_ROWS + r]); \
-        sum[r][0] = LLMPAR__GEMM_MULTIPLY_ADD(x, b0, sum[r][0]); \
-        sum[r][1] = LLMPAR__GEMM_MULTIPLY_ADD(x, b1, sum[r][1]); \
-    } \
-} while (0)
-
-/* The first `rows` (a constant) rows of a tile through all steps of a block. Every accumulator lane is one chain in k order. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_TARGET void LLMPAR__GEMM_NAME(chains)(const llmpar__gemm_tile *tile, const int rows, float *c, int64_t ldc)
-{
-    const float *a = tile->a, *b = tile->b;
-    int64_t s;
-    int row;
-    for (row = 0; row < rows && tile->store; row++) { /* c comes from memory while the chains run */
-        __builtin_prefetch(c + row * ldc, 1);
-        __builtin_prefetch(c + row * ldc + LLMPAR__GEMM_COLUMNS - 1, 1);
-    }
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        LLMPAR__GEMM_VECTOR sum[LLMPAR__GEMM_ROWS][2];
-        float *slot;
-        int64_t k;
-        int32_t merge;
-        int r;
-        if (s == 0 && tile->load) {
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(c + r * ldc);
-                sum[r][1] = LLMPAR__GEMM_READ(c + r * ldc + LLMPAR__GEMM_LANES);
-            }
-        } else {
-            for (r = 0; r < rows; r++) sum[r][0] = sum[r][1] = LLMPAR__GEMM_SPREAD(0.0f);
-        }
-        for (k = step->k; k >= 4 && rows == LLMPAR__GEMM_ROWS; k -= 4) { /* unrolled where it counts */
-            LLMPAR__GEMM_LINK(0);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(1);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(2);
-            LLMPAR__GEMM_IN_ORDER();
-            LLMPAR__GEMM_LINK(3);
-            a += 4 * LLMPAR__GEMM_ROWS;
-            b += 4 * LLMPAR__GEMM_COLUMNS;
-        }
-        for (; k > 0; k--) {
-            LLMPAR__GEMM_LINK(0);
-            a += LLMPAR__GEMM_ROWS;
-            b += LLMPAR__GEMM_COLUMNS;
-        }
-        for (merge = 0; merge < step->merges; merge++) {
-            slot = (merge < step->merges - step->merges_saved ? tile->stack : tile->saved) + (step->depth - 1 - merge) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-            for (r = 0; r < rows; r++) {
-                sum[r][0] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS) + sum[r][0];
-                sum[r][1] = LLMPAR__GEMM_READ(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) + sum[r][1];
-            }
-        }
-        slot = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * (LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS);
-        if (s == tile->step_count - 1 && tile->store) {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(c + r * ldc) = sum[r][0];
-                LLMPAR__GEMM_AT(c + r * ldc + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        } else {
-            for (r = 0; r < rows; r++) {
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS) = sum[r][0];
-                LLMPAR__GEMM_AT(slot + r * LLMPAR__GEMM_COLUMNS + LLMPAR__GEMM_LANES) = sum[r][1];
-            }
-        }
-    }
-}
-
-/* A tile at the edge of c works on a copy, so that the code is the same for every element. */
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_NAME(tile)(const llmpar__gemm_tile *tile)
-{
-    float edge[LLMPAR__GEMM_ROWS * LLMPAR__GEMM_COLUMNS] __attribute__((aligned(64)));
-    int compiled = tile->rows <= 1 ? 1 : tile->rows <= 2 ? 2 : tile->rows <= 4 ? 4 : tile->rows <= 8 && LLMPAR__GEMM_ROWS > 8 ? 8 : LLMPAR__GEMM_ROWS;
-    int is_edge = tile->rows < compiled || tile->columns < LLMPAR__GEMM_COLUMNS, r, j;
-    float *c = is_edge ? edge : tile->c;
-    int64_t ldc = is_edge ? (int64_t)LLMPAR__GEMM_COLUMNS : tile->ldc;
-    if (is_edge && tile->load)
-        for (r = 0; r < compiled; r++)
-            for (j = 0; j < LLMPAR__GEMM_COLUMNS; j++) edge[r * LLMPAR__GEMM_COLUMNS + j] = r < tile->rows && j < tile->columns ? tile->c[r * tile->ldc + j] : 0.0f;
-    switch (compiled) {
-    case 1: LLMPAR__GEMM_NAME(chains)(tile, 1, c, ldc); break;
-    case 2: LLMPAR__GEMM_NAME(chains)(tile, 2, c, ldc); break;
-    case 4: LLMPAR__GEMM_NAME(chains)(tile, 4, c, ldc); break;
-#if LLMPAR__GEMM_ROWS > 8
-    case 8: LLMPAR__GEMM_NAME(chains)(tile, 8, c, ldc); break;
+LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_ROWS_1)
+LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_ROWS_2)
+LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_ROWS_4)
+#if defined(LLMPAR__GEMM_ROWS_8)
+LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_ROWS_8)
+#undef LLMPAR__GEMM_ROWS_8
 #endif
-#if LLMPAR__GEMM_ROWS != 4
-    default: LLMPAR__GEMM_NAME(chains)(tile, LLMPAR__GEMM_ROWS, c, ldc); break;
-#endif
-    }
-    if (is_edge && tile->store)
-        for (r = 0; r < tile->rows; r++)
-            for (j = 0; j < tile->columns; j++) tile->c[r * tile->ldc + j] = edge[r * LLMPAR__GEMM_COLUMNS + j];
-}
 
+#undef LLMPAR__GEMM_READ_ROW
+#undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_ZERO_ROW
+#undef LLMPAR__GEMM_MERGE_ONE
+#undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_LINK_ROW
+#undef LLMPAR__GEMM_PREFETCH_B
 #undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_IN_ORDER
-#undef LLMPAR__GEMM_COLUMNS
-#undef LLMPAR__GEMM_AT
-#undef LLMPAR__GEMM_READ
-#undef LLMPAR__GEMM_NAME
+#undef LLMPAR__GEMM_FUNCTION
+#undef LLMPAR__GEMM_CHAINS
 #undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_VECTOR
-#undef LLMPAR__GEMM_LOOSE
-#undef LLMPAR__GEMM_LANES
-#undef LLMPAR__GEMM_ROWS
-#undef LLMPAR__GEMM_SPREAD
-#undef LLMPAR__GEMM_MULTIPLY_ADD
-#undef LLMPAR__GEMM_TRANSPOSE
-#elif LLMPAR__TEMPLATE == 4
-#undef LLMPAR__TEMPLATE
-/* ==== src/cpu/adalomo.inc ==== */
-/* Loops of adalomo.c. Parameters: LLMPAR__ADALOMO_REAL, LLMPAR__ADALOMO_FN(name), LLMPAR__ADALOMO_SQRT. */
-
-/* u of elements [from, from + n) of the call's part, which lie in one row, from column `col` on. */
-static inline void LLMPAR__ADALOMO_FN(direction)(const llmpar_adalomo_args *a, int64_t from, int64_t n, LLMPAR__ADALOMO_REAL *u)
-{
-    typedef LLMPAR__ADALOMO_REAL real;
-    const real *g = (const real *)a->g + from, scale = (real)a->grad_scale;
-    if (a->row_factor) {
-        int64_t row = (a->begin + from) / a->cols;
-        const real r = ((const real *)a->row_factor)[row], *c = (const real *)a->col_factor + (a->begin + from - row * a->cols);
-        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale * r * c[i];
-    } else {
-        const real *m = (const real *)a->moment + from;
-        for (int64_t i = 0; i < n; i++) u[i] = g[i] * scale / LLMPAR__ADALOMO_SQRT(m[i]);
-    }
-}
-
-/* Elements from `from` on that lie in one row, before `end`. */
-static inline int64_t LLMPAR__ADALOMO_FN(run)(const llmpar_adalomo_args *a, int64_t from, int64_t end)
-{
-    int64_t n = llmpar__v_min(end - from, LLMPAR__ADALOMO_BLOCK);
-    return a->row_factor ? llmpar__v_min(n, a->cols - (a->begin + from) % a->cols) : n;
-}
-
-static void LLMPAR__ADALOMO_FN(squares)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, llmpar_exact_sum *sum)
-{
-    typedef LLMPAR__ADALOMO_REAL real;
-    real u[LLMPAR__ADALOMO_BLOCK], *m = (real *)a->moment, scale = (real)a->grad_scale, beta = (real)a->beta, rest = (real)(1 - a->beta), eps = (real)a->eps;
-    const real *g = (const real *)a->g;
-    if (!a->row_factor)
-        for (int64_t i = begin; i < end; i++) m[i] = beta * m[i] + rest * (g[i] * scale * (g[i] * scale) + eps);
-    for (int64_t i = begin, n; i < end && a->update_squares; i += n) {
-        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
-        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
-        if (sizeof(real) == 4) llmpar_exact_sum_add_squares_f32(sum, (const float *)(const void *)u, (size_t)n);
-        else {
-            for (int64_t k = 0; k < n; k++) llmpar_exact_sum_add(sum, (double)u[k] * (double)u[k]);
-            llmpar_exact_sum_carry(sum);
-        }
-    }
-}
-
-static void LLMPAR__ADALOMO_FN(apply)(const llmpar_adalomo_args *a, int64_t begin, int64_t end, double keep, double minus)
-{
-    typedef LLMPAR__ADALOMO_REAL real;
-    real u[LLMPAR__ADALOMO_BLOCK], *p = (real *)a->p, k = (real)keep, step = (real)minus;
-    for (int64_t i = begin, n; i < end; i += n) {
-        n = LLMPAR__ADALOMO_FN(run)(a, i, end);
-        LLMPAR__ADALOMO_FN(direction)(a, i, n, u);
-        for (int64_t j = 0; j < n; j++) p[i + j] = p[i + j] * k + step * u[j];
-    }
-}
-
-/* Columns [first, last) of the rectangle, over all rows of the part. */
-static void LLMPAR__ADALOMO_FN(sums)(const llmpar_factor_sum_args *a, int64_t first, int64_t last, double down)
-{
-    typedef LLMPAR__ADALOMO_REAL real;
-    const real *g = (const real *)a->g, scale = (real)a->grad_scale;
-    int64_t end = a->begin + a->count;
-    double by_row = llmpar__adalomo_power(a->row_bits), by_col = llmpar__adalomo_power(a->col_bits);
-    for (int64_t row = a->begin / a->cols; row * a->cols < end; row++) {
-        int64_t from = llmpar__v_max(row * a->cols + first, a->begin), to = llmpar__v_min(row * a->cols + last, end), sum = 0;
-        for (int64_t i = from; i < to; i++) {
-            double y = (double)(g[i - a->begin] * scale) * down, square = y * y;
-            int64_t some = y != 0;
-            sum += (int64_t)(square * by_row) + some;
-            a->col_sums[i - row * a->cols] += (int64_t)(square * by_col) + some;
-        }
-        if (from < to) __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
-    }
-}
-
-static void LLMPAR__ADALOMO_FN(moments)(const llmpar_factor_moment_args *a, double unit)
-{
-    typedef LLMPAR__ADALOMO_REAL real;
-    real *m = (real *)a->moment, *f = (real *)a->factor;
-    double mean = 0;
-    for (int64_t i = 0; i < a->count; i++) {
-        m[i] = (real)(a->beta * (double)m[i] + (1 - a->beta) * ((double)a->sums[i] * unit + a->eps));
-        mean += (double)m[i];
-    }
-    mean = a->by_mean ? mean / (double)a->count : 1;
-    for (int64_t i = 0; i < a->count; i++) f[i] = (real)llmpar_sqrt_f64(mean / (double)m[i]);
-}
-
-#undef LLMPAR__ADALOMO_REAL
-#undef LLMPAR__ADALOMO_FN
-#undef LLMPAR__ADALOMO_SQRT
-#elif LLMPAR__TEMPLATE == 5
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_PRODUCT
+#undef LLMPAR__GEMM_ROWS_1
+#undef LLMPAR__GEMM_ROWS_2
+#undef LLMPAR__GEMM_ROWS_4
+#elif LLMPAR__TEMPLATE == 3
 #undef LLMPAR__TEMPLATE
 /* ==== src/cpu/vector_math.inc ==== */
 /* vector_math: exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
@@ -26492,33 +28591,84 @@ LLMPAR__VINLINE LLMPAR__VREAL LLMPAR__V(max_lane)(LLMPAR__VEC x)
     return a[0];
 }
 
-/* exp(x) for x <= 0, NaN for NaN; results below the smallest normal number are +0, exp(0) is exactly 1. Error <= 2 ulp.
-   x = n ln 2 + r, |r| <= 0.35; exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of x/ln 2 + 1.5 * 2^(mantissa bits),
-   where the unit in the last place is 1. ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+/* The two exponentials, for x <= 0: NaN for NaN, exactly 1 for 0, +0 where n below would be under the exponent's range (results under half the smallest normal number and
+   up to it). Error <= 2 ulp while the result is normal.
+   x = n (times ln 2 in exp) + r, |r| at most half of that step; exp2(r), exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of the sum with `magic`:
+   1.5 * 2^(mantissa bits), where the unit in the last place is 1, plus the exponent's bias, so that those bits shifted are 2^n, or +0 at the least x. */
+#if LLMPAR__VDOUBLE
+#define LLMPAR__VMAGIC (6755399441055744.0 + 1023.0)
+#define LLMPAR__VSHIFT 52
+#else
+#define LLMPAR__VMAGIC (12582912.0f + 127.0f)
+#define LLMPAR__VSHIFT 23
+#endif
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp_series)(LLMPAR__VEC r)
 {
 #if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL magic = 6755399441055744.0, log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -708.3964185322641;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 1023, shift = 52;
     static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
     enum { terms = 12 };
 #else
-    const LLMPAR__VREAL magic = 12582912.0f, log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -87.3365448f;
-    const LLMPAR__VPASTE(llmpar__bit_, LLMPAR__VLEVEL) bias = 127, shift = 23;
-    static const LLMPAR__VREAL c[6] = { 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f };
-    enum { terms = 6 };
+    static const LLMPAR__VREAL c[5] = { 0.001381463376f, 0.008368709743f, 0.0416683867f, 0.1666652071f, 0.4999999346f };
+    enum { terms = 5 };
 #endif
-    LLMPAR__VEC t = LLMPAR__V(fma)(x, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(magic));
-    LLMPAR__VEC n = t - LLMPAR__V(splat)(magic);
-    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), x));
     LLMPAR__VEC p = LLMPAR__V(splat)(c[0]);
-    LLMPAR__VBITS scale = (LLMPAR__VBITS)t - (LLMPAR__VBITS)LLMPAR__V(splat)(magic);
     LLMPAR__VUNROLL
     for (int k = 1; k < terms; k++) p = LLMPAR__V(fma)(p, r, LLMPAR__V(splat)(c[k]));
-    p = LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
-    scale = (scale + bias) << shift;
-    return LLMPAR__V(less)(x, LLMPAR__V(splat)(least), LLMPAR__V(splat)(0), p * (LLMPAR__VEC)scale);
+    return LLMPAR__V(fma)(p, r * r, r) + LLMPAR__V(splat)(1);
 }
+/* ln 2 is split so that n times its high part is exact without fma. */
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp)(LLMPAR__VEC x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -709.0895657128241;
+#else
+    const LLMPAR__VREAL log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -88.0296919f;
+#endif
+    LLMPAR__VEC y = LLMPAR__V(larger)(LLMPAR__V(splat)(least), x);
+    LLMPAR__VEC t = LLMPAR__V(fma)(y, LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(LLMPAR__VMAGIC));
+    LLMPAR__VEC n = t - LLMPAR__V(splat)(LLMPAR__VMAGIC);
+    LLMPAR__VEC r = LLMPAR__V(fma)(n, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(n, LLMPAR__V(splat)(-high), y));
+    return LLMPAR__V(exp_series)(r) * (LLMPAR__VEC)((LLMPAR__VBITS)t << LLMPAR__VSHIFT);
+}
+/* x[n] = exp2(x[n]), n a constant: step by step for all of them, so that the processor finds independent arithmetic side by side. */
+LLMPAR__VINLINE void LLMPAR__V(exp2_of)(const int n, LLMPAR__VEC *x)
+{
+#if LLMPAR__VDOUBLE
+    const LLMPAR__VREAL least = -1023, unit = 0.6931471805599453;
+    static const LLMPAR__VREAL c[13] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0 };
+    enum { terms = 13 };
+#else
+    const LLMPAR__VREAL least = -127, unit = 1;
+    static const LLMPAR__VREAL c[6] = { 0.0001535328912f, 0.001339884381f, 0.009618437488f, 0.05550332574f, 0.2402264791f, 0.6931472028f };
+    enum { terms = 6 };
+#endif
+    LLMPAR__VEC t[4], p[4];
+    LLMPAR__VUNROLL
+    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(larger)(LLMPAR__V(splat)(least), x[i]);
+    LLMPAR__VUNROLL
+    for (int i = 0; i < n; i++) t[i] = x[i] + LLMPAR__V(splat)(LLMPAR__VMAGIC);
+    LLMPAR__VUNROLL
+    for (int i = 0; i < n; i++) x[i] = x[i] - (t[i] - LLMPAR__V(splat)(LLMPAR__VMAGIC));
+    LLMPAR__VUNROLL
+    for (int i = 0; i < n; i++) {
+        if (LLMPAR__VDOUBLE) x[i] = x[i] * LLMPAR__V(splat)(unit);
+        p[i] = LLMPAR__V(splat)(c[0]);
+    }
+    LLMPAR__VUNROLL
+    for (int k = 1; k < terms; k++) {
+        LLMPAR__VUNROLL
+        for (int i = 0; i < n; i++) p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(c[k]));
+    }
+    LLMPAR__VUNROLL
+    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(1)) * (LLMPAR__VEC)((LLMPAR__VBITS)t[i] << LLMPAR__VSHIFT);
+}
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp2)(LLMPAR__VEC x)
+{
+    LLMPAR__V(exp2_of)(1, &x);
+    return x;
+}
+#undef LLMPAR__VMAGIC
+#undef LLMPAR__VSHIFT
 
 /* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
    started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
@@ -26569,7 +28719,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
     const llmpar_rmsnorm_args *a = job->args;
     const llmpar__half *half = &job->half;
     int64_t d = a->dim, end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, d);
-    float scratch[2][LLMPAR__HALF_PART];
+    float scratch[2][LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         LLMPAR__VREAL rstd;
@@ -26603,7 +28753,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
         if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
         for (int64_t i0 = 0; i0 < d; i0 += part) {
             int64_t n = llmpar__v_min(part, d - i0);
-            const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->residual ? a->sum : a->x, row * d + i0, n, scratch[0]), *w = (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, n, scratch[1]);
+            const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->residual ? a->sum : a->x, row * d + i0, n, scratch[0]), *w = job->w ? (const LLMPAR__VREAL *)job->w + i0 : (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, n, scratch[1]);
             LLMPAR__VREAL *y = (LLMPAR__VREAL *)llmpar__half_target(half, a->y, row * d + i0, scratch[0]);
             for (int64_t i = 0; i < n; i += LLMPAR__VLANES)
                 LLMPAR__V(store_n)(y + i, n - i, LLMPAR__V(load_n)(x + i, n - i) * scale * LLMPAR__V(load_n)(w + i, n - i));
@@ -26612,103 +28762,112 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
     }
 }
 
-/* With a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)). A task is `step` rows. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
+/* One row backward, with a = dy*w and xhat = x*rstd: dx = dresidual + rstd * (a - xhat * mean(a * xhat)), and dw += dy * xhat unless it is NULL. Columns [column, column + width) for dw alone (dx not wanted), else all. */
+LLMPAR__VINLINE void LLMPAR__VFN(norm_sums)(const LLMPAR__VREAL *x, const LLMPAR__VREAL *dy, const LLMPAR__VREAL *w, LLMPAR__VREAL *dw, LLMPAR__VEC scale, LLMPAR__VEC *s, int64_t width)
 {
-    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar__half *half = &job->half;
-    int64_t d = a->dim, end = llmpar__v_min(a->tokens.batch * a->tokens.t, (task + 1) * job->step), part = llmpar__half_part(half, d);
-    float scratch[4][LLMPAR__HALF_PART];
-    (void)worker;
-    for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->rstd)[row]), mean = LLMPAR__V(splat)(0);
-        for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-        for (int pass = 0; pass < 2; pass++) {
-            for (int64_t i0 = 0; i0 < d; i0 += part) {
-                int64_t width = llmpar__v_min(part, d - i0), at = row * d + i0;
-                const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->x, at, width, scratch[0]), *dy = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dy, at, width, scratch[1]);
-                const LLMPAR__VREAL *w = (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, width, scratch[2]), *dresidual = NULL;
-                LLMPAR__VREAL *dx = (LLMPAR__VREAL *)llmpar__half_target(half, a->dx, at, scratch[0]);
-                if (pass == 0) {
-                    for (int64_t i = 0; i < width; i += 4 * LLMPAR__VLANES) {
-                        LLMPAR__VUNROLL
-                        for (int k = 0; k < 4; k++) {
-                            int64_t j = i + k * LLMPAR__VLANES, n = width - j;
-                            if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + j, n) * LLMPAR__V(load_n)(w + j, n), LLMPAR__V(load_n)(x + j, n) * scale, s[k]);
-                        }
-                    }
-                    continue;
-                }
-                if (a->dresidual) dresidual = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dresidual, at, width, scratch[3]);
-                for (int64_t i = 0; i < width; i += LLMPAR__VLANES) {
-                    int64_t n = width - i;
-                    LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
-                    g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
-                    if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
-                    LLMPAR__V(store_n)(dx + i, n, r + g);
-                }
-                llmpar__half_write(half, a->dx, at, width, scratch[0]);
-            }
-            mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+    int64_t i = 0;
+    for (; i + 4 * LLMPAR__VLANES <= width; i += 4 * LLMPAR__VLANES) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < 4; k++) {
+            int64_t j = i + k * LLMPAR__VLANES;
+            LLMPAR__VEC xhat = LLMPAR__V(load)(x + j) * scale, g = LLMPAR__V(load)(dy + j);
+            s[k] = LLMPAR__V(fma)(g * LLMPAR__V(load)(w + j), xhat, s[k]);
+            if (dw) LLMPAR__V(store)(dw + j, LLMPAR__V(fma)(g, xhat, LLMPAR__V(load)(dw + j)));
+        }
+    }
+    LLMPAR__VUNROLL
+    for (int k = 0; k < 4; k++) {
+        int64_t j = i + k * LLMPAR__VLANES, n = width - j;
+        if (n > 0) {
+            LLMPAR__VEC xhat = LLMPAR__V(load_n)(x + j, n) * scale, g = LLMPAR__V(load_n)(dy + j, n);
+            s[k] = LLMPAR__V(fma)(g * LLMPAR__V(load_n)(w + j, n), xhat, s[k]);
+            if (dw) LLMPAR__V(store_n)(dw + j, n, LLMPAR__V(fma)(g, xhat, LLMPAR__V(load_n)(dw + j, n)));
         }
     }
 }
 
-/* A task is 64 columns of one leaf. Columns are walked in blocks of four vectors, so that a piece's chain stays in registers. */
-LLMPAR__VKERNEL void LLMPAR__VFN(norm_dw)(void *arg, int64_t task, int32_t worker)
+LLMPAR__VSHARED void LLMPAR__VFN(norm_row)(const llmpar__norm_backward_job *job, int64_t row, LLMPAR__VREAL *dw)
+{
+    const llmpar_rmsnorm_backward_args *a = job->args;
+    const llmpar__half *half = &job->half;
+    int64_t first = job->with_dx ? 0 : job->column, d = a->dim, end = job->with_dx ? d : first + job->columns, part = llmpar__half_part(half, end - first);
+    float scratch[4][LLMPAR__HALF_ROOM];
+    LLMPAR__VEC s[4], scale = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->rstd)[row]), mean;
+    for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
+    for (int64_t i0 = first; i0 < end; i0 += part) {
+        int64_t width = llmpar__v_min(part, end - i0), at = row * d + i0;
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)llmpar__half_read(half, a->x, at, width, scratch[0]), *dy = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dy, at, width, scratch[1]);
+        const LLMPAR__VREAL *w = job->w ? (const LLMPAR__VREAL *)job->w + i0 : (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, width, scratch[2]);
+        if (dw) LLMPAR__VFN(norm_sums)(x, dy, w, dw + (i0 - first), scale, s, width);
+        else LLMPAR__VFN(norm_sums)(x, dy, w, NULL, scale, s, width);
+    }
+    if (!job->with_dx) return;
+    mean = LLMPAR__V(splat)(LLMPAR__V(sum)((s[0] + s[1]) + (s[2] + s[3])) / (LLMPAR__VREAL)d);
+    for (int64_t i0 = 0; i0 < d; i0 += part) {
+        int64_t width = llmpar__v_min(part, d - i0), at = row * d + i0;
+        int again = part < d; /* what was widened is still there where it was all */
+        const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)(half->widen && !again ? scratch[0] : llmpar__half_read(half, a->x, at, width, scratch[0])), *dy = (const LLMPAR__VREAL *)(half->widen && !again ? scratch[1] : llmpar__half_read(half, a->dy, at, width, scratch[1]));
+        const LLMPAR__VREAL *w = job->w ? (const LLMPAR__VREAL *)job->w + i0 : (const LLMPAR__VREAL *)llmpar__half_read(half, a->w, i0, width, scratch[2]), *dresidual = NULL;
+        LLMPAR__VREAL *dx = (LLMPAR__VREAL *)llmpar__half_target(half, a->dx, at, scratch[0]);
+        if (a->dresidual) dresidual = (const LLMPAR__VREAL *)llmpar__half_read(half, a->dresidual, at, width, scratch[3]);
+        for (int64_t i = 0; i < width; i += LLMPAR__VLANES) {
+            int64_t n = width - i;
+            LLMPAR__VEC g = LLMPAR__V(load_n)(dy + i, n) * LLMPAR__V(load_n)(w + i, n), r = LLMPAR__V(splat)(0);
+            g = LLMPAR__V(fma)(LLMPAR__V(load_n)(x + i, n) * scale, -mean, g) * scale;
+            if (dresidual) r = LLMPAR__V(load_n)(dresidual + i, n);
+            LLMPAR__V(store_n)(dx + i, n, r + g);
+        }
+        llmpar__half_write(half, a->dx, at, width, scratch[0]);
+    }
+}
+
+/* dx alone. A task is `step` rows. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_dx)(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
-    const llmpar_rmsnorm_backward_args *a = job->args;
-    const llmpar_tokens *tokens = &a->tokens;
-    const llmpar__half *half = &job->half;
-    const LLMPAR__VREAL *rstd = (const LLMPAR__VREAL *)a->rstd;
-    enum { ROWS = 16, WIDTH = 4 * LLMPAR__VLANES }; /* that are widened at a time */
-    float scratch[2][ROWS * WIDTH];
-    int64_t leaf = task / job->blocks, d = a->dim, column = task % job->blocks * 64, end = llmpar__v_min(d, column + 64), share = tokens->batch / tokens->leaves;
-    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)a->dw_leaves + leaf * d;
+    int64_t end = llmpar__v_min(job->args->tokens.batch * job->args->tokens.t, (task + 1) * job->step);
+    (void)worker;
+    for (int64_t row = task * job->step; row < end; row++) LLMPAR__VFN(norm_row)(job, row, NULL);
+}
+
+/* A task is one T-piece of one leaf: its chain for dw, in `chains`, and dx of its rows if wanted. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_piece)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const llmpar_tokens *tokens = &job->args->tokens;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)job->chains + task * job->stride;
+    int64_t leaf = job->leaf + task / job->pieces, t0, t1, share = tokens->batch / tokens->leaves;
+    (void)worker;
+    llmpar__norm_piece_rows(tokens, job->piece + task % job->pieces, &t0, &t1);
+    if (t0 >= t1) return;
+    memset(dw, 0, (size_t)job->stride * sizeof *dw);
+    for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
+        for (int64_t row = b * tokens->t + t0; row < b * tokens->t + t1; row++) LLMPAR__VFN(norm_row)(job, row, dw);
+}
+
+/* The tree over the pieces. A task is one leaf. */
+LLMPAR__VKERNEL void LLMPAR__VFN(norm_tree)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__norm_backward_job *job = (const llmpar__norm_backward_job *)arg;
+    const LLMPAR__VREAL *chains = (const LLMPAR__VREAL *)job->chains + task * job->pieces * job->stride;
+    LLMPAR__VREAL *dw = (LLMPAR__VREAL *)job->args->dw_leaves + (job->leaf + task) * job->args->dim + job->column;
     LLMPAR__V(tree) tree;
     (void)worker;
-    for (; column < end; column += 4 * LLMPAR__VLANES) {
+    for (int64_t column = 0; column < job->columns; column += 4 * LLMPAR__VLANES) {
         LLMPAR__V(tree_begin)(&tree);
-        for (int64_t piece = 0; piece < tokens->canon; piece++) {
-            int64_t t0 = llmpar__v_max(llmpar_piece_begin(piece, tokens->t_total, tokens->canon), tokens->t_begin) - tokens->t_begin;
-            int64_t t1 = llmpar__v_min(llmpar_piece_begin(piece + 1, tokens->t_total, tokens->canon), tokens->t_begin + tokens->t) - tokens->t_begin;
+        for (int64_t piece = 0; piece < job->pieces; piece++) {
+            int64_t t0, t1;
             LLMPAR__VEC s[4];
+            llmpar__norm_piece_rows(&job->args->tokens, job->piece + piece, &t0, &t1);
             if (t0 >= t1) continue;
-            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(splat)(0);
-            for (int64_t b = leaf * share; b < (leaf + 1) * share; b++)
-                for (int64_t row = b * tokens->t + t0, last = b * tokens->t + t1, count; row < last; row += count) {
-                    const LLMPAR__VREAL *x = (const LLMPAR__VREAL *)a->x + row * d + column, *dy = (const LLMPAR__VREAL *)a->dy + row * d + column;
-                    int64_t ld = d;
-                    count = last - row;
-                    if (half->widen) {
-                        count = llmpar__v_min(ROWS, count);
-                        for (int64_t r = 0; r < count; r++) {
-                            llmpar__half_read(half, a->x, (row + r) * d + column, llmpar__v_min(WIDTH, d - column), scratch[0] + r * WIDTH);
-                            llmpar__half_read(half, a->dy, (row + r) * d + column, llmpar__v_min(WIDTH, d - column), scratch[1] + r * WIDTH);
-                        }
-                        x = (const LLMPAR__VREAL *)(const void *)scratch[0];
-                        dy = (const LLMPAR__VREAL *)(const void *)scratch[1];
-                        ld = WIDTH;
-                    }
-                    for (int64_t r = 0; r < count; r++, x += ld, dy += ld) {
-                        LLMPAR__VEC scale = LLMPAR__V(splat)(rstd[row + r]);
-                        LLMPAR__VUNROLL
-                        for (int k = 0; k < 4; k++) {
-                            int64_t n = d - column - k * LLMPAR__VLANES;
-                            if (n > 0) s[k] = LLMPAR__V(fma)(LLMPAR__V(load_n)(dy + k * LLMPAR__VLANES, n), LLMPAR__V(load_n)(x + k * LLMPAR__VLANES, n) * scale, s[k]);
-                        }
-                    }
-                }
             /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-            for (int k = 0; k < 4; k++) s[k] = s[k] + LLMPAR__V(splat)(0);
-            LLMPAR__V(tree_push)(&tree, piece, s);
+            for (int k = 0; k < 4; k++) s[k] = LLMPAR__V(load)(chains + piece * job->stride + column + k * LLMPAR__VLANES) + LLMPAR__V(splat)(0);
+            LLMPAR__V(tree_push)(&tree, job->piece + piece, s);
         }
         LLMPAR__V(tree_finish)(&tree);
         for (int k = 0; k < 4; k++) {
             int64_t j = column + k * LLMPAR__VLANES;
-            if (j < d) LLMPAR__V(store_n)(dw + j, d - j, tree.value[0][k]);
+            if (j < job->columns) LLMPAR__V(store_n)(dw + j, job->columns - j, tree.value[0][k]);
         }
     }
 }
@@ -26750,6 +28909,16 @@ LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t w
             LLMPAR__VFN(rope_heads)((LLMPAR__VREAL *)p->x + row * p->ld, p->heads, p->head_dim, half, cosine, sine, half, sign);
             continue;
         }
+        if (p->head_dim <= 2 * LLMPAR__HALF_PART) { /* several heads at a time */
+            int64_t most = 2 * LLMPAR__HALF_PART / p->head_dim;
+            for (int64_t h = 0; h < p->heads; h += most) {
+                int64_t heads = llmpar__v_min(most, p->heads - h), at = row * p->ld + h * p->head_dim;
+                llmpar__half_read(&job->half, p->x, at, heads * p->head_dim, scratch);
+                LLMPAR__VFN(rope_heads)((LLMPAR__VREAL *)(void *)scratch, heads, p->head_dim, half, cosine, sine, half, sign);
+                llmpar__half_write(&job->half, p->x, at, heads * p->head_dim, scratch);
+            }
+            continue;
+        }
         for (int64_t h = 0; h < p->heads; h++)
             for (int64_t i = 0; i < half; i += LLMPAR__HALF_PART) {
                 int64_t n = llmpar__v_min(LLMPAR__HALF_PART, half - i), at = row * p->ld + h * p->head_dim + i;
@@ -26764,15 +28933,26 @@ LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t w
 
 #endif
 /* ==== src/cpu/attention.inc ==== */
-/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_COLUMNS (vectors of a register tile),
-   LLMPAR__ATTENTION_LOG (the scalar logarithm). */
+/* Forward kernel of attention.c, and what backward shares with it. Parameters: LLMPAR__VLEVEL, LLMPAR__ATTENTION_ROWS and LLMPAR__ATTENTION_COLUMNS (rows, 6 or 4, and vectors, 4 or 2, of
+   the register tile), LLMPAR__ATTENTION_LOG (the scalar logarithm).
+
+   Every product is c[12 rows, 64 columns] (+)= a b over at most a block of steps, a strip. Its left side lies in rows of 64 elements, so that one pointer reaches all of them:
+     by rows     a[r, k] at a[r * 64 + k]:  S = q k^T, out = P v, dP = dout v^T, dq = dS k
+     by columns  a[r, k] at a[k * 64 + r]:  dv = P^T dout, dk = dS^T q
+   What a strip reads of b, 16 KB of f32, is read again by the next one and stays in L1. */
 #if LLMPAR__VBUILT
 
-/* c[4, columns vectors] = (add ? c : +0) + a b over `count` steps: a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
-   Written out, because clang leaves an array of accumulators in memory; columns is 1, 2 or 4 and known where it is inlined. */
-#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = add ? LLMPAR__V(load)(c + r * ldc) : zero; \
-    if (columns > 1) s##r##1 = add ? LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES) : zero; \
-    if (columns > 2) { s##r##2 = add ? LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES) : zero; s##r##3 = add ? LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES) : zero; }
+/* c[rows, columns vectors] = a b over `count` steps, from +0, or (add) from c, or from c times factor[r] where there is one; a[r, k] at a + r*a_row + k*a_step, b[k, :] at b + k*ldb. One chain an element.
+   Six rows by four vectors take the fewest instructions for a multiply-add, which counts where another thread has half of the core's issue slots.
+   Written out, because clang leaves an array of accumulators in memory; rows, columns, a_row and a_step are known where it is inlined. */
+#define LLMPAR__ATTENTION_EACH(DO) DO(0) DO(1) DO(2) DO(3) if (rows > 4) { DO(4) DO(5) }
+#define LLMPAR__ATTENTION_BEGIN(r) s##r##0 = LLMPAR__V(load)(c + r * ldc); \
+    if (columns > 1) s##r##1 = LLMPAR__V(load)(c + r * ldc + LLMPAR__VLANES); \
+    if (columns > 2) { s##r##2 = LLMPAR__V(load)(c + r * ldc + 2 * LLMPAR__VLANES); s##r##3 = LLMPAR__V(load)(c + r * ldc + 3 * LLMPAR__VLANES); }
+#define LLMPAR__ATTENTION_SCALE(r) x = LLMPAR__V(splat)(factor[r]); \
+    s##r##0 = s##r##0 * x; \
+    if (columns > 1) s##r##1 = s##r##1 * x; \
+    if (columns > 2) { s##r##2 = s##r##2 * x; s##r##3 = s##r##3 * x; }
 #define LLMPAR__ATTENTION_STEP(r) x = LLMPAR__V(splat)(a[r * a_row]); \
     s##r##0 = LLMPAR__V(fma)(x, y0, s##r##0); \
     if (columns > 1) s##r##1 = LLMPAR__V(fma)(x, y1, s##r##1); \
@@ -26780,44 +28960,107 @@ LLMPAR__VKERNEL void LLMPAR__VFN(rope_rotate)(void *arg, int64_t task, int32_t w
 #define LLMPAR__ATTENTION_END(r) LLMPAR__V(store)(c + r * ldc, s##r##0); \
     if (columns > 1) LLMPAR__V(store)(c + r * ldc + LLMPAR__VLANES, s##r##1); \
     if (columns > 2) { LLMPAR__V(store)(c + r * ldc + 2 * LLMPAR__VLANES, s##r##2); LLMPAR__V(store)(c + r * ldc + 3 * LLMPAR__VLANES, s##r##3); }
-LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int columns, const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add)
+LLMPAR__VINLINE void LLMPAR__VFN(attention_tile)(const int rows, const int columns, const LLMPAR__VREAL *a, const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
     const LLMPAR__VEC zero = LLMPAR__V(splat)(0);
-    LLMPAR__VEC s00, s01 = zero, s02 = zero, s03 = zero, s10, s11 = zero, s12 = zero, s13 = zero, s20, s21 = zero, s22 = zero, s23 = zero, s30, s31 = zero, s32 = zero, s33 = zero, x, y0, y1 = zero, y2 = zero, y3 = zero;
-    LLMPAR__ATTENTION_BEGIN(0) LLMPAR__ATTENTION_BEGIN(1) LLMPAR__ATTENTION_BEGIN(2) LLMPAR__ATTENTION_BEGIN(3)
+    LLMPAR__VEC x, y0, y1 = zero, y2 = zero, y3 = zero;
+    LLMPAR__VEC s00 = zero, s01 = zero, s02 = zero, s03 = zero, s10 = zero, s11 = zero, s12 = zero, s13 = zero, s20 = zero, s21 = zero, s22 = zero, s23 = zero;
+    LLMPAR__VEC s30 = zero, s31 = zero, s32 = zero, s33 = zero, s40 = zero, s41 = zero, s42 = zero, s43 = zero, s50 = zero, s51 = zero, s52 = zero, s53 = zero;
+    if (add) { LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_BEGIN) }
+    if (factor) { LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_SCALE) }
+    LLMPAR__VUNROLL_TWICE
     for (int64_t k = 0; k < count; k++, a += a_step, b += ldb) {
         y0 = LLMPAR__V(load)(b);
         if (columns > 1) y1 = LLMPAR__V(load)(b + LLMPAR__VLANES);
         if (columns > 2) { y2 = LLMPAR__V(load)(b + 2 * LLMPAR__VLANES); y3 = LLMPAR__V(load)(b + 3 * LLMPAR__VLANES); }
-        LLMPAR__ATTENTION_STEP(0) LLMPAR__ATTENTION_STEP(1) LLMPAR__ATTENTION_STEP(2) LLMPAR__ATTENTION_STEP(3)
+        LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_STEP)
     }
-    LLMPAR__ATTENTION_END(0) LLMPAR__ATTENTION_END(1) LLMPAR__ATTENTION_END(2) LLMPAR__ATTENTION_END(3)
+    LLMPAR__ATTENTION_EACH(LLMPAR__ATTENTION_END)
 }
+#undef LLMPAR__ATTENTION_EACH
 #undef LLMPAR__ATTENTION_BEGIN
+#undef LLMPAR__ATTENTION_SCALE
 #undef LLMPAR__ATTENTION_STEP
 #undef LLMPAR__ATTENTION_END
 
-/* The same for c[4, width], width rounded up to whole vectors (rows of b and c are padded). */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_strip)(const LLMPAR__VREAL *a, int64_t a_row, int64_t a_step, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t count, int64_t width, int add)
+/* A strip: at most 12 rows, which are taken four at a time where they are fewer, width <= 64 rounded up to whole vectors (rows and columns are padded). */
+#define LLMPAR__ATTENTION_TAKE(rows, columns) LLMPAR__VFN(attention_tile)(rows, columns, a + r * a_row, a_row, a_step, b + j, ldb, c + r * ldc + j, ldc, count, add, factor ? factor + r : NULL)
+LLMPAR__VINLINE void LLMPAR__VFN(attention_strip_of)(const int64_t a_row, const int64_t a_step, const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
 {
-    int64_t left = llmpar__v_blocks(width, LLMPAR__VLANES), n;
-    for (; left > 0; left -= n, b += n * LLMPAR__VLANES, c += n * LLMPAR__VLANES) {
-        if (LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4) { n = 4; LLMPAR__VFN(attention_tile)(LLMPAR__ATTENTION_COLUMNS, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else if (left >= 2) { n = 2; LLMPAR__VFN(attention_tile)(2, a, a_row, a_step, b, ldb, c, ldc, count, add); }
-        else { n = 1; LLMPAR__VFN(attention_tile)(1, a, a_row, a_step, b, ldb, c, ldc, count, add); }
+    for (int64_t j = 0, left = llmpar__v_blocks(width, LLMPAR__VLANES), n; left > 0; left -= n, j += n * LLMPAR__VLANES) {
+        n = LLMPAR__ATTENTION_COLUMNS == 4 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        for (int64_t r = 0; r < rows;) {
+            if (LLMPAR__ATTENTION_ROWS == 6 && rows > 8) {
+                if (n == 4) LLMPAR__ATTENTION_TAKE(LLMPAR__ATTENTION_ROWS, LLMPAR__ATTENTION_COLUMNS);
+                else if (n == 2) LLMPAR__ATTENTION_TAKE(LLMPAR__ATTENTION_ROWS, 2);
+                else LLMPAR__ATTENTION_TAKE(LLMPAR__ATTENTION_ROWS, 1);
+                r += 6;
+            } else {
+                if (n == 4) LLMPAR__ATTENTION_TAKE(4, LLMPAR__ATTENTION_COLUMNS);
+                else if (n == 2) LLMPAR__ATTENTION_TAKE(4, 2);
+                else LLMPAR__ATTENTION_TAKE(4, 1);
+                r += 4;
+            }
+        }
+    }
+}
+#undef LLMPAR__ATTENTION_TAKE
+LLMPAR__VSHARED void LLMPAR__VFN(attention_by_rows)(const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count, int add, const LLMPAR__VREAL *factor)
+{
+    LLMPAR__VFN(attention_strip_of)(LLMPAR__ATTENTION_TILE, 1, a, b, ldb, c, ldc, rows, width, count, add, factor);
+}
+LLMPAR__VSHARED void LLMPAR__VFN(attention_by_columns)(const LLMPAR__VREAL *a, const LLMPAR__VREAL *b, int64_t ldb, LLMPAR__VREAL *c, int64_t ldc, int64_t rows, int64_t width, int64_t count)
+{
+    LLMPAR__VFN(attention_strip_of)(1, LLMPAR__ATTENTION_TILE, a, b, ldb, c, ldc, rows, width, count, 1, NULL);
+}
+
+/* p[rows, 64] = left[rows, e] keys[e, 64], rows <= 12, as far as the last of them sees. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_scores)(const LLMPAR__VREAL *left, const LLMPAR__VREAL *keys, LLMPAR__VREAL *p, int64_t rows, int64_t limit, int64_t e)
+{
+    for (int64_t j = 0; j < e; j += LLMPAR__ATTENTION_TILE, left += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE)
+        LLMPAR__VFN(attention_by_rows)(left, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, rows, limit, llmpar__v_min(LLMPAR__ATTENTION_TILE, e - j), j > 0, NULL);
+}
+/* sums[rows, e] (times factor) += p[rows, limit] values[limit, e], values as attention_pack_tiles has them. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_values)(const LLMPAR__VREAL *p, const LLMPAR__VREAL *values, LLMPAR__VREAL *sums, int64_t ld, int64_t rows, int64_t limit, int64_t e, const LLMPAR__VREAL *factor)
+{
+    for (int64_t j = 0, width; j < e; j += LLMPAR__ATTENTION_TILE, values += LLMPAR__ATTENTION_TILE * width) {
+        width = llmpar__v_min(LLMPAR__ATTENTION_TILE, ld - j);
+        LLMPAR__VFN(attention_by_rows)(p, values, width, sums + j, ld, rows, llmpar__v_min(width, e - j), limit, 1, factor);
     }
 }
 
-/* out[rows, ld] = in[rows, e] * scale, padded with zeros to whole vectors and to whole groups of four rows; row r of in begins at element `at + r * ld_in` of base. */
+/* out[rows, e], rows `ld` apart, = in[rows, e] * scale, padded with zeros to whole vectors; row r of in begins at element `at + r * ld_in` of base. Rows lie far apart: those to come are asked for. */
 LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_rows)(const llmpar__half *half, LLMPAR__VREAL *out, int64_t ld, const void *base, int64_t at, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
 {
     LLMPAR__VEC factor = LLMPAR__V(splat)(scale);
     for (int64_t r = 0; r < rows; r++) {
         const LLMPAR__VREAL *in = (const LLMPAR__VREAL *)llmpar__half_read(half, base, at + r * ld_in, e, (float *)(void *)(out + r * ld));
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + j, e - j) * factor);
+        int64_t j;
+        for (j = 0; j < e * half->size; j += 64) __builtin_prefetch((const char *)base + (at + (r + 8) * ld_in) * half->size + j);
+        for (j = 0; j + LLMPAR__VLANES <= e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load)(in + j) * factor);
+        if (j < e) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(load_n)(in + j, e - j) * factor);
     }
-    for (int64_t r = rows; r % 4; r++)
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store)(out + r * ld + j, LLMPAR__V(splat)(0));
+}
+
+/* The left side of a product by rows, and the right side of one over query rows: out[part][block][64], element e of a row in part e / 64; padded with zeros to a whole strip. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_block)(const llmpar__half *half, LLMPAR__VREAL *out, const void *base, int64_t at, int64_t ld_in, int64_t rows, int64_t e, LLMPAR__VREAL scale)
+{
+    int64_t strips = llmpar_round_up(rows, LLMPAR__ATTENTION_STRIP);
+    for (int64_t j = 0; j < e; j += LLMPAR__ATTENTION_TILE, out += LLMPAR__ATTENTION_BLOCK * LLMPAR__ATTENTION_TILE) {
+        LLMPAR__VFN(attention_pack_rows)(half, out, LLMPAR__ATTENTION_TILE, base, at + j, ld_in, rows, llmpar__v_min(LLMPAR__ATTENTION_TILE, e - j), scale);
+        memset(out + rows * LLMPAR__ATTENTION_TILE, 0, (size_t)((strips - rows) * LLMPAR__ATTENTION_TILE) * sizeof *out);
+    }
+}
+
+/* Keys or values as the right side of a product over keys: out[tile][part][64][width], a part being 64 elements of a row, the last one `ld` less those before. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_tiles)(const llmpar__half *half, LLMPAR__VREAL *out, int64_t ld, const void *base, int64_t at, int64_t ld_in, int64_t keys, int64_t e)
+{
+    for (int64_t key = 0; key < keys; key += LLMPAR__ATTENTION_TILE)
+        for (int64_t j = 0; j < e; j += LLMPAR__ATTENTION_TILE) {
+            int64_t width = llmpar__v_min(LLMPAR__ATTENTION_TILE, ld - j);
+            LLMPAR__VFN(attention_pack_rows)(half, out, width, base, at + key * ld_in + j, ld_in, llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), llmpar__v_min(width, e - j), 1);
+            out += LLMPAR__ATTENTION_TILE * width;
+        }
 }
 
 /* out[tile][e][64] = transposed tiles of in[keys, e], the last one padded with zeros; in as above. What is to be widened goes by 64 columns at a time. */
@@ -26831,7 +29074,10 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *hal
             const LLMPAR__VREAL *from = (const LLMPAR__VREAL *)llmpar__half_read(half, base, at + key * ld_in + e0, 0, scratch);
             int64_t width = llmpar__v_min(part, e - e0), count = llmpar__v_min(LLMPAR__ATTENTION_TILE, keys - key), ld = half->widen ? (int64_t)WIDTH : ld_in, k8 = count / 8 * 8, e8 = width / 8 * 8;
             for (int64_t k = 0; half->widen && k < count; k++) llmpar__half_read(half, base, at + (key + k) * ld_in + e0, width, scratch + k * WIDTH);
-            for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld + j, ld);
+            for (int64_t k = 0; k < k8; k += 8) for (int64_t j = 0; j < e8; j += 8) {
+                if (j % 16 == 0) for (int64_t ahead = 8; ahead < 16; ahead++) __builtin_prefetch(from + (k + ahead) * ld + j);
+                LLMPAR__V(transpose)(out + j * LLMPAR__ATTENTION_TILE + k, LLMPAR__ATTENTION_TILE, from + k * ld + j, ld);
+            }
             for (int64_t j = 0; j < width; j++) {
                 LLMPAR__VREAL *row = out + j * LLMPAR__ATTENTION_TILE;
                 for (int64_t k = j < e8 ? k8 : 0; k < count; k++) row[k] = from[k * ld + j];
@@ -26840,67 +29086,87 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_pack_columns)(const llmpar__half *hal
         }
 }
 
-/* Query rows [position, position + rows) of a document, rows <= 64, counted from its start; the first of them is element q_at of q and out_at of out, and lse points at its own. */
+/* score[j] = x for the keys j of a tile from the first on that a row does not see. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_hide)(LLMPAR__VREAL *score, int64_t seen, LLMPAR__VEC x)
+{
+    int64_t j = llmpar__v_max(0, seen) / LLMPAR__VLANES * LLMPAR__VLANES;
+    if (seen > j) {
+        LLMPAR__V(store)(score + j, LLMPAR__V(keep)(LLMPAR__V(load)(score + j), seen - j, x));
+        j += LLMPAR__VLANES;
+    }
+    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, x);
+}
+
+/* Query rows [position, position + rows) of a document, rows <= a block, counted from its start; the first of them is element q_at of q and out_at of out, and lse points at its own.
+   Scores are in units of ln 2: q is packed times scale / ln 2. */
 LLMPAR__VKERNEL void LLMPAR__VFN(attention_block)(const llmpar__attention_job *job, const LLMPAR__VREAL *keys, const LLMPAR__VREAL *values, LLMPAR__VREAL *scratch, int64_t position, int64_t rows, int64_t q_at, int64_t out_at, LLMPAR__VREAL *lse)
 {
+    enum { TILE = LLMPAR__ATTENTION_TILE, BLOCK = LLMPAR__ATTENTION_BLOCK, STRIP = LLMPAR__ATTENTION_STRIP };
     const llmpar_attention_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
     int64_t e = a->head_dim, ld = llmpar_round_up(e, 16);
-    LLMPAR__VREAL *block = scratch, *sums = scratch + LLMPAR__ATTENTION_TILE * ld;
-    LLMPAR__VREAL top[LLMPAR__ATTENTION_TILE], p[4 * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VEC weight[LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(&job->half, block, ld, a->q, q_at, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
-    memset(sums, 0, (size_t)(LLMPAR__ATTENTION_TILE * ld) * sizeof *sums);
-    for (int64_t r = 0; r < rows; r++) {
+    LLMPAR__VREAL *p = scratch, *block = p + BLOCK * TILE, *sums = block + BLOCK * llmpar_round_up(e, TILE);
+    LLMPAR__VREAL top[BLOCK + LLMPAR__VLANES], next[BLOCK + LLMPAR__VLANES], change[BLOCK + LLMPAR__VLANES];
+    LLMPAR__VEC weight[BLOCK];
+    LLMPAR__VFN(attention_pack_block)(&job->half, block, a->q, q_at, a->ldq, rows, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+    memset(sums, 0, (size_t)(BLOCK * ld) * sizeof *sums);
+    for (int64_t r = 0; r < BLOCK; r++) weight[r] = LLMPAR__V(splat)(0);
+    for (int64_t r = 0; r < BLOCK + LLMPAR__VLANES; r++) {
         top[r] = least[0];
-        weight[r] = LLMPAR__V(splat)(0);
+        next[r] = 0;
     }
-    for (int64_t first = 0; first < position + rows; first += LLMPAR__ATTENTION_TILE, keys += LLMPAR__ATTENTION_TILE * e, values += LLMPAR__ATTENTION_TILE * ld)
-        for (int64_t r = 0; r < rows; r += 4) {
-            int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, position + llmpar__v_min(r + 4, rows) - first), seen[4];
-            LLMPAR__VREAL change[16], next[4];
-            if (limit <= 0) continue;
-            LLMPAR__VFN(attention_strip)(block + r * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p, LLMPAR__ATTENTION_TILE, e, limit, 0);
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VEC most = least;
-                seen[x] = r + x < rows ? llmpar__v_max(0, llmpar__v_min(limit, position + r + x + 1 - first)) : 0;
-                change[x] = 0;
-                if (!seen[x]) continue;
-                for (int64_t j = 0; j < seen[x]; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(keep)(LLMPAR__V(load)(p + x * LLMPAR__ATTENTION_TILE + j), seen[x] - j, least));
+    for (int64_t first = 0; first < position + rows; first += TILE, keys += TILE * e, values += TILE * ld) {
+        int64_t begin = llmpar__v_max(0, first - position) / STRIP * STRIP; /* the strip of the first row that sees a key of this tile */
+        for (int64_t r = begin; r < rows; r += STRIP) {
+            int64_t end = llmpar__v_min(r + STRIP, rows), limit = llmpar__v_min(TILE, position + end - first);
+            LLMPAR__VFN(attention_scores)(block + r * TILE, keys, p + r * TILE, end - r, limit, e);
+            for (int64_t x = r; x < end; x++) {
+                LLMPAR__VREAL *score = p + x * TILE;
+                LLMPAR__VEC most;
+                if (position + x + 1 - first < TILE) LLMPAR__VFN(attention_hide)(score, position + x + 1 - first, least);
+                most = LLMPAR__V(load)(score);
+                for (int64_t j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
                 next[x] = LLMPAR__V(larger_lane)(most);
-                if (!(next[x] > top[r + x])) next[x] = top[r + x];
-                change[x] = top[r + x] - next[x];
             }
-            for (int x = 0; x < 4; x += LLMPAR__VLANES) LLMPAR__V(store)(change + x, LLMPAR__V(exp)(LLMPAR__V(load_n)(change + x, 4 - x)));
-            for (int64_t x = 0; x < 4; x++) {
-                LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE;
-                LLMPAR__VEC shift, factor;
-                int64_t j = 0;
-                if (seen[x]) {
-                    shift = LLMPAR__V(splat)(next[x]);
-                    factor = LLMPAR__V(splat)(change[x]);
-                    weight[r + x] = weight[r + x] * factor;
-                    for (; j < seen[x]; j += LLMPAR__VLANES) {
-                        LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen[x] - j, least));
-                        LLMPAR__V(store)(score + j, y);
-                        weight[r + x] = weight[r + x] + y;
-                    }
-                    /* A factor of exactly 1 changes no bit. */
-                    if (top[r + x] < next[x]) for (int64_t i = 0; i < e; i += LLMPAR__VLANES) LLMPAR__V(store)(sums + (r + x) * ld + i, LLMPAR__V(load)(sums + (r + x) * ld + i) * factor);
-                    top[r + x] = next[x];
-                }
-                for (; j < limit; j += LLMPAR__VLANES) LLMPAR__V(store)(score + j, LLMPAR__V(splat)(0));
-            }
-            LLMPAR__VFN(attention_strip)(p, LLMPAR__ATTENTION_TILE, 1, values, ld, sums + r * ld, ld, limit, e, 1);
         }
+        for (int64_t r = begin; r < rows; r += LLMPAR__VLANES) {
+            LLMPAR__VEC before = LLMPAR__V(load)(top + r), now = LLMPAR__V(larger)(LLMPAR__V(load)(next + r), before);
+            LLMPAR__V(store)(top + r, now);
+            LLMPAR__V(store)(change + r, LLMPAR__V(exp2)(before - now));
+        }
+        for (int64_t r = begin; r < rows; r += STRIP) {
+            int64_t end = llmpar__v_min(r + STRIP, rows), limit = llmpar__v_min(TILE, position + end - first);
+            for (int64_t x = r; x < end; x++) {
+                LLMPAR__VREAL *score = p + x * TILE;
+                LLMPAR__VEC shift = LLMPAR__V(splat)(top[x]), sum = weight[x] * LLMPAR__V(splat)(change[x]);
+                for (int64_t j = 0; j < TILE; j += 4 * LLMPAR__VLANES) {
+                    LLMPAR__VEC y[4];
+                    LLMPAR__VUNROLL
+                    for (int i = 0; i < 4; i++) y[i] = LLMPAR__V(load)(score + j + i * LLMPAR__VLANES) - shift;
+                    LLMPAR__V(exp2_of)(4, y);
+                    LLMPAR__VUNROLL
+                    for (int i = 0; i < 4; i++) {
+                        LLMPAR__V(store)(score + j + i * LLMPAR__VLANES, y[i]);
+                        sum = sum + y[i];
+                    }
+                }
+                weight[x] = sum;
+            }
+            LLMPAR__VFN(attention_values)(p + r * TILE, values, sums + r * ld, ld, end - r, limit, e, change + r);
+        }
+    }
     for (int64_t r = 0; r < rows; r++) {
-        LLMPAR__VREAL total = LLMPAR__V(sum)(weight[r]);
+        for (int64_t j = 0; j < e * job->half.size; j += 64) __builtin_prefetch((const char *)a->out + (out_at + r * a->ldo) * job->half.size + j, 1);
+        next[r] = LLMPAR__V(sum)(weight[r]);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        LLMPAR__VREAL total = next[r];
         LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
         float *wide = (float *)(void *)(sums + r * ld); /* what is to be rounded is finished in place */
         LLMPAR__VREAL *out = (LLMPAR__VREAL *)llmpar__half_target(&job->half, a->out, out_at + r * a->ldo, wide);
         for (int64_t j = 0; j < e; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + j, e - j, LLMPAR__V(load)(sums + r * ld + j) * factor + LLMPAR__V(splat)(0));
         llmpar__half_write(&job->half, a->out, out_at + r * a->ldo, e, wide);
-        if (lse) lse[r] = top[r] + LLMPAR__ATTENTION_LOG(total);
+        if (lse) lse[r] = top[r] * (LLMPAR__VREAL)LLMPAR__ATTENTION_LN2 + LLMPAR__ATTENTION_LOG(total);
     }
 }
 
@@ -26913,13 +29179,142 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
         LLMPAR__VFN(attention_pack_columns)(&job->half, keys, a->k, (b * a->tk_stride + begin) * a->ldk + kv * e, a->ldk, end - begin, e);
-        LLMPAR__VFN(attention_pack_rows)(&job->half, values, ld, a->v, (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e, 1);
+        LLMPAR__VFN(attention_pack_tiles)(&job->half, values, ld, a->v, (b * a->tk_stride + begin) * a->ldv + kv * e, a->ldv, end - begin, e);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++)
-            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_TILE) {
+            for (int64_t first = i; first < end; first += LLMPAR__ATTENTION_BLOCK) {
                 int64_t row = first - (a->tk - a->tq);
-                LLMPAR__VFN(attention_block)(job, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_TILE, end - first), (b * a->tq + row) * a->ldq + h * e, (b * a->tq + row) * a->ldo + h * e,
+                LLMPAR__VFN(attention_block)(job, keys, values, scratch, first - begin, llmpar__v_min(LLMPAR__ATTENTION_BLOCK, end - first), (b * a->tq + row) * a->ldq + h * e, (b * a->tq + row) * a->ldo + h * e,
                     a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + row : NULL);
             }
+    }
+}
+
+#endif
+/* ==== src/cpu/attention_decode.inc ==== */
+/* attention of a few query rows, forward: a decode step, and what else has no more than 16 rows of queries for a KV head (its group's heads times tq). The cache is read once, in order:
+   scores of all keys first (gemm_thin, lanes are keys), then tile by tile the weights and the values. Per row these are the operations of attention.inc in their order, so the bits are the same.
+   Parameters: those of attention.inc. */
+#if LLMPAR__VBUILT && !LLMPAR__VDOUBLE
+
+/* x[blocks of rows][e][rows of the block] = q * scale / ln 2 of the rows (head of the group, query), as gemm_thin takes it; rows that fill a block up are zero. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_queries)(const llmpar__attention_job *job, float *x, float *row, int64_t q_at, int64_t heads, int64_t queries)
+{
+    const llmpar_attention_args *a = job->args;
+    int64_t e = a->head_dim, rows = heads * queries, filled = llmpar__gemm_thin_filled(rows);
+    for (int64_t r = 0; r < filled; r++) {
+        int64_t first = r / 8 * 8, block = llmpar__v_min(8, filled - first);
+        float *to = x + first * e + (r - first);
+        if (r < rows) LLMPAR__VFN(attention_pack_rows)(&job->half, (LLMPAR__VREAL *)row, 0, a->q, q_at + r % queries * a->ldq + r / queries * e, 0, 1, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+        else memset(row, 0, (size_t)e * sizeof *row);
+        for (int64_t j = 0; j < e; j++) to[j * block] = row[j];
+    }
+}
+
+/* p[tile][padded rows][64] of `keys` keys; the values are what is read next. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_scores)(const llmpar__attention_job *job, const float *x, float *p, int64_t rows, int64_t padded, const char *k, const char *v, int64_t keys)
+{
+    const llmpar_attention_args *a = job->args;
+    float sums[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS] __attribute__((aligned(64)));
+    llmpar__gemm_thin_span span;
+    memset(&span, 0, sizeof span);
+    span.x = x;
+    span.sums = sums;
+    span.ld = a->ldk * job->half.size;
+    span.k = span.x_k = a->head_dim;
+    span.rows = llmpar__gemm_thin_filled(rows);
+    span.kind = llmpar__gemm_thin_kind(a->dtype);
+    for (int64_t first = 0; first < keys; first += span.columns) {
+        int more;
+        span.columns = llmpar__v_min(job->decode_columns, keys - first);
+        more = first + span.columns < keys;
+        span.w = k + first * span.ld;
+        span.next = more ? span.w + span.columns * span.ld : v;
+        span.next_ld = more ? span.ld : a->ldv * job->half.size;
+        memset(sums, 0, (size_t)(span.rows * LLMPAR__THIN_COLUMNS) * sizeof *sums);
+        job->decode(&span);
+        for (int64_t r = 0; r < rows; r++) memcpy(p + (first / LLMPAR__ATTENTION_TILE * padded + r) * LLMPAR__ATTENTION_TILE + first % LLMPAR__ATTENTION_TILE, sums + r * LLMPAR__THIN_COLUMNS, (size_t)span.columns * sizeof *sums);
+    }
+}
+
+/* out[keys of a tile, ld] = values, widened, padded with zeros; the rows of the next tile are fetched meanwhile. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_values)(const llmpar__attention_job *job, LLMPAR__VREAL *out, int64_t ld, int64_t at, int64_t keys)
+{
+    const llmpar_attention_args *a = job->args;
+    for (int64_t j = 0; j < keys; j++, at += a->ldv, out += ld) {
+        const char *ahead = (const char *)a->v + (at + 32 * a->ldv) * job->half.size;
+        for (int64_t i = 0; i < a->head_dim * job->half.size; i += 64) __builtin_prefetch(ahead + i);
+        LLMPAR__VFN(attention_pack_rows)(&job->half, out, ld, a->v, at, 0, 1, a->head_dim, 1);
+    }
+}
+
+/* A row's sums, weight and maximum become element out_at and on of out, and *lse. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_finish)(const llmpar__attention_job *job, LLMPAR__VREAL *sums, LLMPAR__VEC weight, LLMPAR__VREAL top, int64_t out_at, LLMPAR__VREAL *lse)
+{
+    const llmpar_attention_args *a = job->args;
+    LLMPAR__VREAL total = LLMPAR__V(sum)(weight);
+    LLMPAR__VEC factor = LLMPAR__V(splat)(1 / total);
+    float *wide = (float *)(void *)sums; /* what is to be rounded is finished in place */
+    LLMPAR__VREAL *out = (LLMPAR__VREAL *)llmpar__half_target(&job->half, a->out, out_at, wide);
+    for (int64_t j = 0; j < a->head_dim; j += LLMPAR__VLANES) LLMPAR__V(store_n)(out + j, a->head_dim - j, LLMPAR__V(load)(sums + j) * factor + LLMPAR__V(splat)(0));
+    llmpar__half_write(&job->half, a->out, out_at, a->head_dim, wide);
+    if (lse) *lse = top * (LLMPAR__VREAL)LLMPAR__ATTENTION_LN2 + LLMPAR__ATTENTION_LOG(total);
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int32_t worker)
+{
+    enum { TILE = LLMPAR__ATTENTION_TILE, ROWS = LLMPAR__THIN_ROWS, STRIP = LLMPAR__ATTENTION_STRIP };
+    const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
+    const llmpar_attention_args *a = job->args;
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
+    LLMPAR__VREAL *values = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *sums = values + TILE * ld, *x = sums + ROWS * ld, *row = x + ROWS * ld, *scores = row + ld;
+    for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
+        LLMPAR__VREAL top[ROWS], change[ROWS + LLMPAR__VLANES], *p = scores;
+        LLMPAR__VEC weight[ROWS];
+        end = llmpar__attention_document(a, b, i, &begin);
+        int64_t queries = end - i, rows = group * queries, padded = llmpar_round_up(rows, 4), q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;
+        LLMPAR__VFN(attention_decode_queries)(job, (float *)x, (float *)row, q_row * a->ldq + kv * group * e, group, queries);
+        LLMPAR__VFN(attention_decode_scores)(job, (const float *)x, (float *)p, rows, padded, (const char *)a->k + ((b * a->tk_stride + begin) * a->ldk + kv * e) * job->half.size, (const char *)a->v + v_at * job->half.size, keys);
+        memset(sums, 0, (size_t)(padded * ld) * sizeof *sums);
+        for (int64_t r = 0; r < rows; r++) {
+            top[r] = least[0];
+            weight[r] = LLMPAR__V(splat)(0);
+        }
+        for (int64_t first = 0; first < keys; first += TILE, p += padded * TILE, v_at += TILE * a->ldv) {
+            int64_t limit = llmpar__v_min(TILE, keys - first);
+            for (int64_t r = 0; r < padded; r++) {
+                LLMPAR__VREAL *score = p + r * TILE, now;
+                LLMPAR__VEC most, shift, sum;
+                int64_t seen = r < rows ? i + r % queries + 1 - begin - first : 0;
+                change[r] = 0;
+                if (r >= rows) {
+                    memset(score, 0, TILE * sizeof *score);
+                    continue;
+                }
+                if (seen < TILE) LLMPAR__VFN(attention_hide)(score, seen, least);
+                most = LLMPAR__V(load)(score);
+                for (int64_t j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
+                now = LLMPAR__V(larger)(LLMPAR__V(splat)(LLMPAR__V(larger_lane)(most)), LLMPAR__V(splat)(top[r]))[0];
+                change[r] = LLMPAR__V(exp2)(LLMPAR__V(splat)(top[r] - now))[0];
+                top[r] = now;
+                shift = LLMPAR__V(splat)(now);
+                sum = weight[r] * LLMPAR__V(splat)(change[r]);
+                for (int64_t j = 0; j < TILE; j += LLMPAR__VLANES) {
+                    LLMPAR__VEC y = LLMPAR__V(exp2)(LLMPAR__V(load)(score + j) - shift);
+                    LLMPAR__V(store)(score + j, y);
+                    sum = sum + y;
+                }
+                weight[r] = sum;
+            }
+            LLMPAR__VFN(attention_decode_values)(job, values, ld, v_at, limit);
+            for (int64_t j = 0; j < e; j += TILE)
+                for (int64_t r = 0; r < rows; r += STRIP)
+                    LLMPAR__VFN(attention_by_rows)(p + r * TILE, values + j, ld, sums + r * ld + j, ld, llmpar__v_min(STRIP, rows - r), llmpar__v_min(TILE, e - j), limit, 1, change + r);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t h = kv * group + r / queries;
+            LLMPAR__VFN(attention_finish)(job, sums + r * ld, weight[r], top[r], (q_row + r % queries) * a->ldo + h * e, a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + (q_row - b * a->tq) + r % queries : NULL);
+        }
     }
 }
 
@@ -26927,16 +29322,18 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
 /* ==== src/cpu/attention_backward.inc ==== */
 /* Backward kernel of attention.c. Parameter: LLMPAR__VLEVEL; attention.inc of that level comes before.
    With S = scale q k^T, P = exp(S - lse), D = rowsum(dout * out):
-     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout. */
+     dP = dout v^T,  dS = P (dP - D),  dq = scale dS k,  dk = scale dS^T q,  dv = P^T dout.
+   A block of query rows walks the key tiles from left to right; its dq stays beside it, dk and dv of the whole document take what it adds. So a chain of dq goes over
+   the keys in order and one of dk, dv over the query rows in order, and no block or tile shows in the bits. */
 #if LLMPAR__VBUILT
 
-/* One document of one task; n keys (and query rows), all arrays packed with row stride ld. */
+/* One document of one task: n keys (and query rows). */
 typedef struct LLMPAR__VFN(attention_state) {
     const llmpar__attention_job *job;
     int64_t b, kv, begin, n, ld;
-    LLMPAR__VREAL *q, *dout, *dq, *rows, *keys, *values; /* rows: keys as rows; keys, values: transposed tiles; q: times scale */
-    LLMPAR__VREAL *lse, *d;
-    LLMPAR__VREAL *slots;                                 /* dk then dv, each [t, ld], for each slot */
+    LLMPAR__VREAL *rows, *keys, *values;       /* rows: tiles of keys as rows; keys, values: transposed tiles */
+    LLMPAR__VREAL *block;                      /* what one block of query rows needs */
+    LLMPAR__VREAL *slots;                      /* dk then dv, each [n, ld], for each slot */
     int64_t slot_size;
 } LLMPAR__VFN(attention_state);
 
@@ -26951,60 +29348,65 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_unpack)(const llmpar__half *half, LLM
     }
 }
 
-/* One query head: dq to the caller's tensor, dk and dv into the packed arrays. Key tiles outside, query blocks inside. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_head)(const LLMPAR__VFN(attention_state) *s, int64_t h, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
+/* Query rows [position, position + rows) of one head: dq to the caller's tensor, dk and dv into the packed arrays. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_block_backward)(const LLMPAR__VFN(attention_state) *s, int64_t h, int64_t position, int64_t rows, LLMPAR__VREAL *dk, LLMPAR__VREAL *dv)
 {
+    enum { TILE = LLMPAR__ATTENTION_TILE, BLOCK = LLMPAR__ATTENTION_BLOCK, STRIP = LLMPAR__ATTENTION_STRIP };
     const llmpar_attention_args *a = s->job->args;
-    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0);
-    int64_t e = a->head_dim, ld = s->ld, n = s->n, row0 = s->b * a->tq + s->begin;
     const llmpar__half *half = &s->job->half;
-    LLMPAR__VREAL p[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE], ds[LLMPAR__ATTENTION_TILE * LLMPAR__ATTENTION_TILE];
-    LLMPAR__VFN(attention_pack_rows)(half, s->q, ld, a->q, row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
-    LLMPAR__VFN(attention_pack_rows)(half, s->dout, ld, s->job->backward->dout, row0 * a->ldo + h * e, a->ldo, n, e, 1);
-    memset(dk, 0, (size_t)(s->slot_size) * sizeof *dk);
-    memset(dv, 0, (size_t)(s->slot_size) * sizeof *dv);
-    memcpy(s->lse, (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin, (size_t)n * sizeof *s->lse);
-    for (int64_t r = 0; r < n; r++) {
-        const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)llmpar__half_read(half, a->out, (row0 + r) * a->ldo + h * e, e, (float *)(void *)s->dq);
+    const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf()), zero = LLMPAR__V(splat)(0), log2e = LLMPAR__V(splat)((LLMPAR__VREAL)LLMPAR__ATTENTION_LOG2E);
+    int64_t e = a->head_dim, ld = s->ld, packed = BLOCK * llmpar_round_up(e, TILE), row0 = s->b * a->tq + s->begin + position;
+    LLMPAR__VREAL *p = s->block, *ds = p + BLOCK * TILE, *q_left = ds + BLOCK * TILE, *q = q_left + packed, *dout = q + packed, *dq = dout + packed;
+    const LLMPAR__VREAL *lse = (const LLMPAR__VREAL *)a->lse + (s->b * a->heads + h) * a->tq + s->begin + position;
+    LLMPAR__VREAL d[BLOCK];
+    LLMPAR__VFN(attention_pack_block)(half, q_left, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
+    LLMPAR__VFN(attention_pack_block)(half, q, a->q, row0 * a->ldq + h * e, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_pack_block)(half, dout, s->job->backward->dout, row0 * a->ldo + h * e, a->ldo, rows, e, 1);
+    for (int64_t r = 0; r < rows; r++) {
+        const LLMPAR__VREAL *out = (const LLMPAR__VREAL *)llmpar__half_read(half, a->out, (row0 + r) * a->ldo + h * e, e, (float *)(void *)dq);
         LLMPAR__VEC sum = zero;
-        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(s->dout + r * ld + j), LLMPAR__V(load_n)(out + j, e - j), sum);
-        s->d[r] = LLMPAR__V(sum)(sum);
+        for (int64_t j = 0; j < e; j += LLMPAR__VLANES) sum = LLMPAR__V(fma)(LLMPAR__V(load)(dout + (j / TILE * BLOCK + r) * TILE + j % TILE), LLMPAR__V(load_n)(out + j, e - j), sum);
+        d[r] = LLMPAR__V(sum)(sum);
     }
-    memset(s->dq, 0, (size_t)(s->slot_size) * sizeof *s->dq);
-    for (int64_t first = 0; first < n; first += LLMPAR__ATTENTION_TILE) {
-        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *rows = s->rows + first * ld;
-        for (int64_t r0 = first; r0 < n; r0 += LLMPAR__ATTENTION_TILE) {
-            int64_t count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - r0), key_count = llmpar__v_min(LLMPAR__ATTENTION_TILE, n - first);
-            for (int64_t r = 0; r < count; r += 4) {
-                int64_t limit = llmpar__v_min(LLMPAR__ATTENTION_TILE, r0 + llmpar__v_min(r + 4, count) - first);
-                LLMPAR__VFN(attention_strip)(s->q + (r0 + r) * ld, ld, 1, keys, LLMPAR__ATTENTION_TILE, p + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                LLMPAR__VFN(attention_strip)(s->dout + (r0 + r) * ld, ld, 1, values, LLMPAR__ATTENTION_TILE, ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, e, limit, 0);
-                for (int64_t x = r; x < r + 4; x++) {
-                    LLMPAR__VREAL *score = p + x * LLMPAR__ATTENTION_TILE, *slope = ds + x * LLMPAR__ATTENTION_TILE;
-                    int64_t seen = x < count ? llmpar__v_min(limit, r0 + x + 1 - first) : 0, j = 0;
-                    if (seen > 0) {
-                        LLMPAR__VEC shift = LLMPAR__V(splat)(s->lse[r0 + x]), mean = LLMPAR__V(splat)(s->d[r0 + x]);
-                        for (; j < seen; j += LLMPAR__VLANES) {
-                            LLMPAR__VEC y = LLMPAR__V(exp)(LLMPAR__V(keep)(LLMPAR__V(load)(score + j) - shift, seen - j, least));
-                            LLMPAR__V(store)(score + j, y);
-                            LLMPAR__V(store)(slope + j, LLMPAR__V(keep)(y * (LLMPAR__V(load)(slope + j) - mean), seen - j, zero));
-                        }
-                    }
-                    for (; j < LLMPAR__ATTENTION_TILE; j += LLMPAR__VLANES) {
-                        LLMPAR__V(store)(score + j, zero);
-                        LLMPAR__V(store)(slope + j, zero);
+    memset(dq, 0, (size_t)(BLOCK * ld) * sizeof *dq);
+    for (int64_t first = 0; first < position + rows; first += TILE, dk += TILE * ld, dv += TILE * ld) {
+        const LLMPAR__VREAL *keys = s->keys + first * e, *values = s->values + first * e, *key_rows = s->rows + first * ld;
+        int64_t key_count = llmpar__v_min(TILE, position + rows - first), begin = llmpar__v_max(0, first - position) / STRIP * STRIP;
+        for (int64_t r = begin; r < rows; r += STRIP) {
+            int64_t end = llmpar__v_min(r + STRIP, rows), limit = llmpar__v_min(TILE, position + end - first);
+            LLMPAR__VFN(attention_scores)(q_left + r * TILE, keys, p + r * TILE, end - r, limit, e);
+            LLMPAR__VFN(attention_scores)(dout + r * TILE, values, ds + r * TILE, end - r, limit, e);
+            for (int64_t x = r; x < end; x++) {
+                LLMPAR__VREAL *score = p + x * TILE, *slope = ds + x * TILE;
+                LLMPAR__VEC shift = LLMPAR__V(splat)(lse[x]) * log2e, mean = LLMPAR__V(splat)(d[x]);
+                int64_t seen = position + x + 1 - first;
+                if (seen < TILE) LLMPAR__VFN(attention_hide)(score, seen, least);
+                for (int64_t j = 0; j < TILE; j += 4 * LLMPAR__VLANES) {
+                    LLMPAR__VEC y[4];
+                    LLMPAR__VUNROLL
+                    for (int i = 0; i < 4; i++) y[i] = LLMPAR__V(load)(score + j + i * LLMPAR__VLANES) - shift;
+                    LLMPAR__V(exp2_of)(4, y);
+                    LLMPAR__VUNROLL
+                    for (int i = 0; i < 4; i++) {
+                        LLMPAR__V(store)(score + j + i * LLMPAR__VLANES, y[i]);
+                        LLMPAR__V(store)(slope + j + i * LLMPAR__VLANES, y[i] * (LLMPAR__V(load)(slope + j + i * LLMPAR__VLANES) - mean));
                     }
                 }
-                LLMPAR__VFN(attention_strip)(ds + r * LLMPAR__ATTENTION_TILE, LLMPAR__ATTENTION_TILE, 1, rows, ld, s->dq + (r0 + r) * ld, ld, limit, e, 1);
-            }
-            for (int64_t j = 0; j < key_count; j += 4) {
-                int64_t from = r0 == first ? j : 0; /* rows above the diagonal do not see these keys */
-                LLMPAR__VFN(attention_strip)(p + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->dout + (r0 + from) * ld, ld, dv + (first + j) * ld, ld, count - from, e, 1);
-                LLMPAR__VFN(attention_strip)(ds + from * LLMPAR__ATTENTION_TILE + j, 1, LLMPAR__ATTENTION_TILE, s->q + (r0 + from) * ld, ld, dk + (first + j) * ld, ld, count - from, e, 1);
+                if (seen < TILE) LLMPAR__VFN(attention_hide)(slope, seen, zero);
             }
         }
+        for (int64_t x = 0; x < e; x += TILE)
+            for (int64_t j = 0; j < key_count; j += STRIP) {
+                int64_t from = llmpar__v_max(0, first + j - position), count = llmpar__v_min(STRIP, key_count - j), width = llmpar__v_min(TILE, e - x); /* rows above the diagonal do not see these keys */
+                LLMPAR__VFN(attention_by_columns)(p + from * TILE + j, dout + x * BLOCK + from * TILE, TILE, dv + j * ld + x, ld, count, width, rows - from);
+                LLMPAR__VFN(attention_by_columns)(ds + from * TILE + j, q + x * BLOCK + from * TILE, TILE, dk + j * ld + x, ld, count, width, rows - from);
+            }
+        for (int64_t r = begin; r < rows; r += STRIP) {
+            int64_t end = llmpar__v_min(r + STRIP, rows);
+            LLMPAR__VFN(attention_values)(ds + r * TILE, key_rows, dq + r * ld, ld, end - r, llmpar__v_min(TILE, position + end - first), e, NULL);
+        }
     }
-    LLMPAR__VFN(attention_unpack)(half, s->dq, ld, s->job->backward->dq, row0 * a->ldq + h * e, a->ldq, n, e, (LLMPAR__VREAL)a->scale);
+    LLMPAR__VFN(attention_unpack)(half, dq, ld, s->job->backward->dq, row0 * a->ldq + h * e, a->ldq, rows, e, (LLMPAR__VREAL)a->scale);
 }
 
 /* The tree over heads [h, h + count) of the group; the sum ends in `slot`. */
@@ -27013,7 +29415,8 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_heads)(const LLMPAR__VFN(attention_st
     LLMPAR__VREAL *sum = s->slots + 2 * slot * s->slot_size;
     int64_t left;
     if (count == 1) {
-        LLMPAR__VFN(attention_head)(s, h, sum, sum + s->slot_size);
+        memset(sum, 0, (size_t)(2 * s->slot_size) * sizeof *sum);
+        for (int64_t i = 0; i < s->n; i += LLMPAR__ATTENTION_BLOCK) LLMPAR__VFN(attention_block_backward)(s, h, i, llmpar__v_min(LLMPAR__ATTENTION_BLOCK, s->n - i), sum, sum + s->slot_size);
         return;
     }
     left = llmpar__attention_split(count);
@@ -27033,22 +29436,18 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_backward)(void *arg, int64_t task, in
     s.kv = task % a->kv_heads;
     s.ld = llmpar_round_up(e, 16);
     size = llmpar_round_up(a->tk, LLMPAR__ATTENTION_TILE) * s.ld;
-    s.q = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
-    s.dout = s.q + size;
-    s.dq = s.dout + size;
-    s.rows = s.dq + size;
+    s.rows = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker));
     s.keys = s.rows + size;
     s.values = s.keys + size;
     s.slots = s.values + size;
-    s.lse = s.slots + 2 * llmpar__attention_slots(group) * size;
-    s.d = s.lse + size / s.ld;
+    s.block = s.slots + 2 * llmpar__attention_slots(group) * size;
     for (int64_t i = 0; i < a->tk; i = end) {
         int64_t row;
         end = llmpar__attention_document(a, s.b, i, &s.begin);
         s.n = end - s.begin;
         s.slot_size = llmpar_round_up(s.n, LLMPAR__ATTENTION_TILE) * s.ld;
         row = s.b * a->tk + s.begin;
-        LLMPAR__VFN(attention_pack_rows)(&job->half, s.rows, s.ld, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e, 1);
+        LLMPAR__VFN(attention_pack_tiles)(&job->half, s.rows, s.ld, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
         LLMPAR__VFN(attention_pack_columns)(&job->half, s.keys, a->k, row * a->ldk + s.kv * e, a->ldk, s.n, e);
         LLMPAR__VFN(attention_pack_columns)(&job->half, s.values, a->v, row * a->ldv + s.kv * e, a->ldv, s.n, e);
         LLMPAR__VFN(attention_heads)(&s, s.kv * group, group, 0);
@@ -27075,7 +29474,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_
     const llmpar_swiglu_args *a = job->forward;
     const llmpar__half *half = &job->half;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->dim);
-    float scratch[2][LLMPAR__HALF_PART];
+    float scratch[2][LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++)
         for (int64_t i0 = 0; i0 < a->dim; i0 += part) {
@@ -27098,7 +29497,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
     const llmpar_swiglu_backward_args *a = job->backward;
     const llmpar__half *half = &job->half;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->dim);
-    float scratch[3][LLMPAR__HALF_PART];
+    float scratch[3][LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++)
         for (int64_t i0 = 0; i0 < a->dim; i0 += part) {
@@ -27176,7 +29575,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
     const llmpar__half *half = &job->half;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
-    float scratch[LLMPAR__HALF_PART];
+    float scratch[LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         LLMPAR__VEC most = least;
@@ -27199,7 +29598,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t
     const LLMPAR__VEC zero = LLMPAR__V(splat)(0), least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
     const llmpar__half *half = &job->half;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
-    float scratch[LLMPAR__HALF_PART];
+    float scratch[LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         LLMPAR__VEC most = LLMPAR__V(splat)(((const LLMPAR__VREAL *)a->max)[row]);
@@ -27235,7 +29634,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
     LLMPAR__VEC scale = LLMPAR__V(splat)((LLMPAR__VREAL)job->scale), one = LLMPAR__V(splat)(1);
     const llmpar__half *half = &job->half;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step), part = llmpar__half_part(half, a->v_local);
-    float scratch[LLMPAR__HALF_PART];
+    float scratch[LLMPAR__HALF_ROOM];
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
         int64_t target = (int64_t)a->targets[row] - a->v_begin;
@@ -27263,34 +29662,6 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
 /* Kernels of elementwise.c; a task is one chunk. Parameter: LLMPAR__VLEVEL. */
 #if LLMPAR__VBUILT
 
-/* The tree over n operands by a binary counter: after operand j, as many subtrees are closed as j has trailing ones. What is left at the end closes
-   from the right, which is the split at the largest power of two below n. */
-LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_tree)(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar_tree_sum_args *a = (const llmpar_tree_sum_args *)arg;
-    const LLMPAR__VREAL *const *in = (const LLMPAR__VREAL *const *)a->in;
-    LLMPAR__VREAL *out = (LLMPAR__VREAL *)a->out;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    (void)worker;
-    for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
-        int64_t n = end - i;
-        LLMPAR__VEC sum[32], s;
-        if (a->n == 2) s = LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n);
-        else if (a->n == 4) s = (LLMPAR__V(load_n)(in[0] + i, n) + LLMPAR__V(load_n)(in[1] + i, n)) + (LLMPAR__V(load_n)(in[2] + i, n) + LLMPAR__V(load_n)(in[3] + i, n));
-        else {
-            int depth = 0;
-            for (int32_t j = 0; j < a->n; j++) {
-                s = LLMPAR__V(load_n)(in[j] + i, n);
-                for (int32_t bits = j; bits & 1; bits >>= 1) s = sum[--depth] + s;
-                sum[depth++] = s;
-            }
-            s = sum[--depth];
-            while (depth) s = sum[--depth] + s;
-        }
-        LLMPAR__V(store_n)(out + i, n, s);
-    }
-}
-
 LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_max)(void *arg, int64_t task, int32_t worker)
 {
     const llmpar_max_args *a = (const llmpar_max_args *)arg;
@@ -27310,7 +29681,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32
     const llmpar_add_args *p = job->add;
     const llmpar__half *half = &job->half;
     int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK), part = llmpar__half_part(half, LLMPAR__ELEMENTWISE_CHUNK);
-    float scratch[2][LLMPAR__HALF_PART];
+    float scratch[2][LLMPAR__HALF_ROOM];
     (void)worker;
     for (; begin < end; begin += part) {
         int64_t n = llmpar__v_min(part, end - begin);
@@ -27328,7 +29699,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int
     const llmpar__half *half = &job->half;
     LLMPAR__VEC factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
     int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)p->count, begin + LLMPAR__ELEMENTWISE_CHUNK), part = llmpar__half_part(half, LLMPAR__ELEMENTWISE_CHUNK);
-    float scratch[LLMPAR__HALF_PART];
+    float scratch[LLMPAR__HALF_ROOM];
     (void)worker;
     for (; begin < end; begin += part) {
         int64_t n = llmpar__v_min(part, end - begin);
@@ -27398,6 +29769,110 @@ LLMPAR__VKERNEL void LLMPAR__VFN(optim_sgd)(void *arg, int64_t task, int32_t wor
         }
         LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, g, LLMPAR__V(load_n)(p + i, n) * keep));
     }
+}
+
+#endif
+/* ==== src/cpu/squares.inc ==== */
+/* Kernel of squares.c; a task is `step` numbers. Parameter: LLMPAR__VLEVEL.
+   The square of a float is exact in a double. Adding it to a double that is much larger and keeps its exponent rounds it to that double's unit; what was rounded off is exact too, and is added to a second, smaller one, and so on:
+
+     value^2   xxxxxxxxxxxxxxxxxx
+     word 0    ......xxxxxxx          h = (w0 + s) - w0, as an integer of units in w0's low bits
+     word 1                 xxxxxxx   s - h
+   So nothing is lost, whatever the order, and a word's bits, as an integer, count its units. */
+#if LLMPAR__VBUILT && !LLMPAR__VDOUBLE
+
+typedef int64_t LLMPAR__VFN(squares_units) __attribute__((vector_size(LLMPAR__VLANES * 4)));
+
+/* count is a multiple of 2 VLANES. Here and where exponents are looked at, the next block is on its way from memory: a quarter there, the rest here, as the time goes. */
+LLMPAR__VINLINE void LLMPAR__VFN(squares_words)(llmpar__squares_window *window, const float *value, int64_t count, int words)
+{
+    LLMPAR__VWIDE zero = { 0 }, sum[LLMPAR__SQUARES_WORDS][4];
+    const float *next = value + count + count / 4;
+    LLMPAR__VUNROLL
+    for (int w = 0; w < words; w++) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < 4; k++) sum[w][k] = zero + window->start[w];
+    }
+    for (int64_t i = 0; i < count; i += 2 * LLMPAR__VLANES) {
+        LLMPAR__VWIDE rest[4], old;
+        LLMPAR__VUNROLL
+        for (int k = 0; k < 4; k++) { /* products are exact: fused or not, the bits are the same */
+            rest[k] = LLMPAR__V(load_wide)(value + i + k * (LLMPAR__VLANES / 2));
+            old = sum[0][k];
+            sum[0][k] = LLMPAR__V(fma_wide)(rest[k], rest[k], old);
+            rest[k] = LLMPAR__V(fma_wide)(rest[k], rest[k], old - sum[0][k]);
+        }
+        LLMPAR__VUNROLL
+        for (int w = 1; w < words; w++) {
+            LLMPAR__VUNROLL
+            for (int k = 0; k < 4; k++) {
+                old = sum[w][k];
+                sum[w][k] = old + rest[k];
+                if (w + 1 < words) rest[k] = rest[k] + (old - sum[w][k]);
+            }
+        }
+        next += 3 * LLMPAR__VLANES / 2;
+        __builtin_prefetch(next);
+        if (LLMPAR__VLANES == 16) __builtin_prefetch(next + 16);
+    }
+    for (int w = 0; w < words; w++) {
+        LLMPAR__VWIDE start = zero + window->start[w];
+        LLMPAR__VFN(squares_units) units = { 0 };
+        for (int k = 0; k < 4; k++) units = units + ((LLMPAR__VFN(squares_units))sum[w][k] - (LLMPAR__VFN(squares_units))start); /* each less than 2^52 */
+        for (int lane = 0; lane < LLMPAR__VLANES / 2; lane++) {
+            window->high[w] += units[lane] >> 26;
+            window->low[w] += units[lane] & 0x3FFFFFF;
+        }
+    }
+}
+
+LLMPAR__VKERNEL void LLMPAR__VFN(squares)(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__squares_job *job = (const llmpar__squares_job *)arg;
+    llmpar_exact_sum *sum = &job->sums[task];
+    llmpar__squares_window window;
+    int64_t begin = task * job->step, end = llmpar__v_min(job->count, begin + job->step);
+    (void)worker;
+    memset(&window, 0, sizeof window);
+    for (int64_t n; begin < end; begin += n) {
+        const float *value = (const float *)job->value + begin;
+        LLMPAR__VBITS most[2], least[2];
+        uint32_t largest = 0, smallest = 0xFFFFFFFFu;
+        int words = 0;
+        n = llmpar__v_min(LLMPAR__SQUARES_BLOCK, end - begin);
+        if (n >= 2 * LLMPAR__VLANES) n -= n % (2 * LLMPAR__VLANES);
+        if (n % (2 * LLMPAR__VLANES) == 0) {
+            LLMPAR__VBITS ones = { 0 };
+            ones = ~ones;
+            for (int k = 0; k < 2; k++) {
+                most[k] = ~ones;
+                least[k] = ones;
+            }
+            for (int64_t i = 0; i < n; i += 2 * LLMPAR__VLANES) {
+                __builtin_prefetch(value + n + i / 4);
+                LLMPAR__VUNROLL
+                for (int k = 0; k < 2; k++) {
+                    LLMPAR__VBITS bits = (LLMPAR__VBITS)LLMPAR__V(load)(value + i + k * LLMPAR__VLANES) & 0x7FFFFFFFu;
+                    most[k] = LLMPAR__V(more_bits)(most[k], bits);
+                    least[k] = LLMPAR__V(less_bits)(least[k], bits - 1u); /* so that zero does not count */
+                }
+            }
+            most[0] = LLMPAR__V(more_bits)(most[0], most[1]);
+            least[0] = LLMPAR__V(less_bits)(least[0], least[1]);
+            for (int lane = 0; lane < LLMPAR__VLANES; lane++) {
+                largest = most[0][lane] > largest ? most[0][lane] : largest;
+                smallest = least[0][lane] < smallest ? least[0][lane] : smallest;
+            }
+            if (!largest) continue;
+            words = llmpar__squares_choose(&window, sum, largest, smallest + 1u);
+        }
+        if (words == 2) LLMPAR__VFN(squares_words)(&window, value, n, 2);
+        else if (words == 3) LLMPAR__VFN(squares_words)(&window, value, n, 3);
+        else llmpar_exact_sum_add_squares_f32(sum, value, (size_t)n);
+    }
+    llmpar__squares_flush(&window, sum);
+    llmpar_exact_sum_carry(sum);
 }
 
 #endif
