@@ -23,7 +23,8 @@
 #if !defined(LLMPAR_NO_SIMD)
 
 enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
-#define LLMPAR__THIN_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_K_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_LINKS_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 || (kind) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -157,6 +158,11 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
 #define LLMPAR__THIN_SPREAD(p) _mm512_set1_ps(*(p))
 #define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
+#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 odd_ = LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 1), llmpar__gemm_thin_avx512_bf16(b, 1), sum); LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 0), llmpar__gemm_thin_avx512_bf16(b, 0), odd_); })
+#elif (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
 #include "cpu/gemm_thin.inc"
@@ -235,7 +241,7 @@ typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
-    int64_t k, panels;                /* all segments together; columns in vectors */
+    int64_t links, panels;            /* of all segments together; columns in vectors */
     int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 2, 4 or 8; levels: partial sums that wait at any time */
     int32_t shares;                   /* tasks */
     float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
@@ -243,6 +249,9 @@ typedef struct llmpar__gemm_thin_run {
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one or two panels. */
 typedef struct llmpar__gemm_thin_place { int64_t panel, panels, begin, k; int32_t segment; } llmpar__gemm_thin_place;
+
+/* Of a chain over k elements. */
+static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t k) { return run->kind == LLMPAR__THIN_KIND_PAIRS ? (k + 1) / 2 : k; }
 
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
@@ -254,10 +263,10 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
-    run->kind = llmpar__gemm_thin_kind(args->dtype);
+    run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
     run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
-    for (s = 0; s < args->segment_count; s++) run->k += args->segments[s].k;
+    for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
@@ -270,7 +279,6 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar
 
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    if (cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16) return 0; /* there a product's chain takes two k at a time */
     return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
 }
 
@@ -278,10 +286,10 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.k * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
-/* x[k][rows of a block] of every block of rows, as f32. */
+/* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
 static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 {
     enum { PART = 64 };
@@ -290,11 +298,20 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
     int64_t at = 0, k, i;
     int32_t s, row, r;
     memset(wide, 0, sizeof wide);
-    for (s = 0; s < args->segment_count; at += args->segments[s++].k) {
+    for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         for (row = 0; row < run->rows; row += 8) {
             int32_t rows = run->rows - row < 8 ? run->rows - row : 8, valid = args->m - row < 8 ? (int32_t)args->m - row : 8;
-            float *out = run->x + row * run->k + at * rows;
+            float *out = run->x + row * run->links + at * rows;
+            if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
+                for (k = 0; k < segment->k; k += 2, out += rows)
+                    for (r = 0; r < rows; r++) {
+                        uint16_t pair[2] = { 0, 0 };
+                        if (r < valid) memcpy(pair, (const uint16_t *)segment->a + (row + r) * segment->lda + k, k + 1 < segment->k ? sizeof pair : sizeof pair[0]);
+                        memcpy(out + r, pair, sizeof pair);
+                    }
+                continue;
+            }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 const float *in[8];
@@ -367,13 +384,13 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 span.ld = args->segments[at.segment].ldb * run->half.size;
                 span.k = at.k;
                 span.x = run->x;
-                span.x_k = run->k;
+                span.x_k = run->links;
                 span.x_done = x;
                 span.sums = sums;
                 span.columns = columns;
                 span.rows = run->rows;
                 span.kind = run->kind;
-                x += at.k;
+                x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
                 span.next = span.w;
@@ -415,14 +432,15 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     llmpar__gemm_thin_prepare(&run, cpu, args);
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
-    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.k * run.rows));
+    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.shares = (int32_t)(threads == 1 ? 1 : run.panels < 4 * threads ? (run.panels < threads ? run.panels : threads) : 4 * threads);
-    if ((double)args->n * (double)run.k * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
+    if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
 }
 
-#undef LLMPAR__THIN_PER_WORD
+#undef LLMPAR__THIN_K_PER_WORD
+#undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
 

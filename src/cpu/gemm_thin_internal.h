@@ -5,7 +5,7 @@
 #include "cpu/half_internal.h"
 
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 32 }; /* of one call at most; the second is also the distance of two rows of sums */
-enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
 /* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
@@ -13,7 +13,7 @@ typedef struct llmpar__gemm_thin_span {
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
     const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
     float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
-    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
+    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
