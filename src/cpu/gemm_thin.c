@@ -23,8 +23,8 @@
 #if !defined(LLMPAR_NO_SIMD)
 
 enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
-#define LLMPAR__THIN_K_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
-#define LLMPAR__THIN_LINKS_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 || (kind) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
+#define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -242,7 +242,7 @@ typedef struct llmpar__gemm_thin_run {
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
     int64_t links, panels;            /* of all segments together; columns in vectors */
-    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 2, 4 or 8; levels: partial sums that wait at any time */
+    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 4 or 8; levels: partial sums that wait at any time */
     int32_t shares;                   /* tasks */
     float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
 } llmpar__gemm_thin_run;

@@ -11,7 +11,7 @@ enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLM
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
+    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 4 or 8 */
     float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind;
@@ -24,7 +24,7 @@ LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cp
 static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 {
     int32_t last = (int32_t)rows % 8;
-    return (int32_t)rows - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+    return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 
