@@ -4117,15 +4117,15 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
 
 
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 32 }; /* of one call at most; the second is also the distance of two rows of sums */
-enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16 };
+enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
 /* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 2, 4 or 8 */
+    const float *x;                   /* [blocks of rows][x_k][rows of the block]; a block has 8 rows, the last one 1, 4 or 8 */
     float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
-    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k among all of x */
+    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
@@ -4136,7 +4136,7 @@ LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cp
 static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 {
     int32_t last = (int32_t)rows % 8;
-    return (int32_t)rows - last + (last == 3 ? 4 : last > 4 ? 8 : last);
+    return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 
@@ -4160,7 +4160,8 @@ LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args 
 #if !defined(LLMPAR_NO_SIMD)
 
 enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
-#define LLMPAR__THIN_PER_WORD(kind) ((kind) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
+#define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -4296,6 +4297,11 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
 #define LLMPAR__THIN_SPREAD(p) _mm512_set1_ps(*(p))
 #define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
+#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 odd_ = LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 1), llmpar__gemm_thin_avx512_bf16(b, 1), sum); LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 0), llmpar__gemm_thin_avx512_bf16(b, 0), odd_); })
+#elif (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
 #define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
@@ -4376,14 +4382,17 @@ typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
-    int64_t k, panels;                /* all segments together; columns in vectors */
-    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 2, 4 or 8; levels: partial sums that wait at any time */
+    int64_t links, panels;            /* of all segments together; columns in vectors */
+    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 4 or 8; levels: partial sums that wait at any time */
     int32_t shares;                   /* tasks */
     float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one or two panels. */
 typedef struct llmpar__gemm_thin_place { int64_t panel, panels, begin, k; int32_t segment; } llmpar__gemm_thin_place;
+
+/* Of a chain over k elements. */
+static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t k) { return run->kind == LLMPAR__THIN_KIND_PAIRS ? (k + 1) / 2 : k; }
 
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
@@ -4395,10 +4404,10 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->level = llmpar__gemm_thin_choose(cpu, args->dtype);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
-    run->kind = llmpar__gemm_thin_kind(args->dtype);
+    run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
     run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
-    for (s = 0; s < args->segment_count; s++) run->k += args->segments[s].k;
+    for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
@@ -4411,7 +4420,6 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar
 
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    if (cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16) return 0; /* there a product's chain takes two k at a time */
     return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
 }
 
@@ -4419,10 +4427,10 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.k * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
-/* x[k][rows of a block] of every block of rows, as f32. */
+/* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
 static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 {
     enum { PART = 64 };
@@ -4431,11 +4439,20 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
     int64_t at = 0, k, i;
     int32_t s, row, r;
     memset(wide, 0, sizeof wide);
-    for (s = 0; s < args->segment_count; at += args->segments[s++].k) {
+    for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
         for (row = 0; row < run->rows; row += 8) {
             int32_t rows = run->rows - row < 8 ? run->rows - row : 8, valid = args->m - row < 8 ? (int32_t)args->m - row : 8;
-            float *out = run->x + row * run->k + at * rows;
+            float *out = run->x + row * run->links + at * rows;
+            if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
+                for (k = 0; k < segment->k; k += 2, out += rows)
+                    for (r = 0; r < rows; r++) {
+                        uint16_t pair[2] = { 0, 0 };
+                        if (r < valid) memcpy(pair, (const uint16_t *)segment->a + (row + r) * segment->lda + k, k + 1 < segment->k ? sizeof pair : sizeof pair[0]);
+                        memcpy(out + r, pair, sizeof pair);
+                    }
+                continue;
+            }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 const float *in[8];
@@ -4508,13 +4525,13 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 span.ld = args->segments[at.segment].ldb * run->half.size;
                 span.k = at.k;
                 span.x = run->x;
-                span.x_k = run->k;
+                span.x_k = run->links;
                 span.x_done = x;
                 span.sums = sums;
                 span.columns = columns;
                 span.rows = run->rows;
                 span.kind = run->kind;
-                x += at.k;
+                x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
                 span.next = span.w;
@@ -4556,14 +4573,15 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     llmpar__gemm_thin_prepare(&run, cpu, args);
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
-    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.k * run.rows));
+    run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.shares = (int32_t)(threads == 1 ? 1 : run.panels < 4 * threads ? (run.panels < threads ? run.panels : threads) : 4 * threads);
-    if ((double)args->n * (double)run.k * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
+    if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
 }
 
-#undef LLMPAR__THIN_PER_WORD
+#undef LLMPAR__THIN_K_PER_WORD
+#undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
 
@@ -28286,21 +28304,27 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
      LLMPAR__THIN_MANY                there are 32 registers of it, not 16
      LLMPAR__THIN_READ(p), LLMPAR__THIN_WRITE(p, v)   at an aligned place
      LLMPAR__THIN_SPREAD(p)           *p in every lane
-     LLMPAR__THIN_MULTIPLY_ADD(a, b, sum)
+     LLMPAR__THIN_MULTIPLY_ADD(a, b, sum), LLMPAR__THIN_DOT(a, b, sum) of pairs of BF16, if this level has it
      LLMPAR__THIN_BF16(word, i), LLMPAR__THIN_F16(word, i)   the lower (i = 0) or upper half of every lane as f32
    A function LLMPAR__THIN_NAME(transpose)(in, ld, out) stands before: out[LANES words][LANES rows] = in[LANES rows][LANES words], rows ld bytes apart. */
 
-/* The slot of a storage format: element i of the `LLMPAR__THIN_PER_WORD` that a word of each row holds. kind and i are constants. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET LLMPAR__THIN_VECTOR LLMPAR__THIN_NAME(element)(const int kind, LLMPAR__THIN_VECTOR word, const int i)
+/* The slot of a storage format: what link i of the chain takes of the word of each row. i is a constant, and so is form: F32, PAIRS, or BF16 for both types of half a word, which are told
+   apart while it runs, by f16 (a branch that always goes the same way costs less than another instance of every chain). */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET LLMPAR__THIN_VECTOR LLMPAR__THIN_NAME(element)(const int form, int f16, LLMPAR__THIN_VECTOR word, const int i)
 {
-    if (kind == LLMPAR__THIN_KIND_BF16) return LLMPAR__THIN_BF16(word, i);
-    if (kind == LLMPAR__THIN_KIND_F16) return LLMPAR__THIN_F16(word, i);
-    return word;
+    if (form != LLMPAR__THIN_KIND_BF16) return word;
+    return f16 ? LLMPAR__THIN_F16(word, i) : LLMPAR__THIN_BF16(word, i);
 }
 
-/* sums[rows][COLUMNS], `panels` vectors of each row, go on over k elements: x[k][rows], words[panel][WORDS][LANES]. Every lane is one chain.
+#if defined(LLMPAR__THIN_DOT)
+#define LLMPAR__THIN_LINK(form, a, b, sum) ((form) == LLMPAR__THIN_KIND_PAIRS ? LLMPAR__THIN_DOT(a, b, sum) : LLMPAR__THIN_MULTIPLY_ADD(a, b, sum))
+#else
+#define LLMPAR__THIN_LINK(form, a, b, sum) LLMPAR__THIN_MULTIPLY_ADD(a, b, sum)
+#endif
+
+/* sums[rows][COLUMNS], `panels` vectors of each row, go on over k elements: x[links][rows], words[panel][WORDS][LANES]. Every lane is one chain.
    Meanwhile a line each of the panels' rows at `ahead` is fetched: evenly, since a burst would keep the processor from reading what has come. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(chains)(float *sums, const float *x, const float *words, int64_t k, const int kind, const int rows, const int panels, const char *ahead, int64_t ahead_ld)
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(chains)(float *sums, const float *x, const float *words, int64_t k, const int form, int f16, const int rows, const int panels, const char *ahead, int64_t ahead_ld)
 {
     LLMPAR__THIN_VECTOR sum[8][LLMPAR__THIN_PANELS], word[LLMPAR__THIN_PANELS], v[LLMPAR__THIN_PANELS];
     int r, p, i, fetched = 0;
@@ -28309,7 +28333,7 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
         LLMPAR__THIN_UNROLL
         for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_READ(sums + r * LLMPAR__THIN_COLUMNS + p * LLMPAR__THIN_LANES);
     }
-    for (; k > 0; k -= LLMPAR__THIN_PER_WORD(kind), words += LLMPAR__THIN_LANES) {
+    for (; k > 0; k -= LLMPAR__THIN_K_PER_WORD(form), words += LLMPAR__THIN_LANES) {
         LLMPAR__THIN_UNROLL
         for (p = 0; p < panels; p++) if (fetched < LLMPAR__THIN_LANES) __builtin_prefetch(ahead + p * LLMPAR__THIN_LANES * ahead_ld);
         ahead += ahead_ld;
@@ -28318,14 +28342,14 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
         for (p = 0; p < panels; p++) word[p] = LLMPAR__THIN_READ(words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES));
         LLMPAR__THIN_UNROLL
         for (i = 0; i < 2; i++) {
-            if (i >= LLMPAR__THIN_PER_WORD(kind) || (i > 0 && i >= k)) continue;
+            if (i >= LLMPAR__THIN_LINKS_PER_WORD(form) || (i > 0 && i >= k)) continue;
             LLMPAR__THIN_UNROLL
-            for (p = 0; p < panels; p++) v[p] = LLMPAR__THIN_NAME(element)(kind, word[p], i);
+            for (p = 0; p < panels; p++) v[p] = LLMPAR__THIN_NAME(element)(form, f16, word[p], i);
             LLMPAR__THIN_UNROLL
             for (r = 0; r < rows; r++) {
                 LLMPAR__THIN_VECTOR factor = LLMPAR__THIN_SPREAD(x + r);
                 LLMPAR__THIN_UNROLL
-                for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_MULTIPLY_ADD(factor, v[p], sum[r][p]);
+                for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_LINK(form, factor, v[p], sum[r][p]);
             }
             x += rows;
         }
@@ -28337,23 +28361,23 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
     }
 }
 
-/* Chains for all rows of x, of one kind of weights. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, int64_t done, int64_t k, const float *words, const int kind, const char *ahead, int64_t ahead_ld)
+/* Chains for all rows of x, of one form of weights. */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, int64_t done, int64_t k, const float *words, const int form, const char *ahead, int64_t ahead_ld)
 {
     int row;
     for (row = 0; row < span->rows; row += 8) {
-        int rows = span->rows - row < 8 ? span->rows - row : 8; /* 1, 2, 4 or 8 */
-        const float *x = span->x + row * span->x_k + (span->x_done + done) * rows;
+        int rows = span->rows - row < 8 ? span->rows - row : 8, f16 = span->kind == LLMPAR__THIN_KIND_F16; /* rows: 1, 4 or 8 */
+        const float *x = span->x + row * span->x_k + (span->x_done + done * LLMPAR__THIN_LINKS_PER_WORD(form) / LLMPAR__THIN_K_PER_WORD(form)) * rows;
         float *sums = span->sums + row * LLMPAR__THIN_COLUMNS;
-        if (rows == 1) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 1, 2, ahead, ahead_ld);
-        else if (rows == 2) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 2, 2, ahead, ahead_ld);
-        else if (rows == 4) LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 4, 2, ahead, ahead_ld);
+        if (rows == 1) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 1, 2, ahead, ahead_ld);
+        else if (rows == 4) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 4, 2, ahead, ahead_ld);
 #if LLMPAR__THIN_MANY
-        else LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 8, 2, ahead, ahead_ld);
+        else LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 8, 2, ahead, ahead_ld);
 #else
         else {
-            LLMPAR__THIN_NAME(chains)(sums, x, words, k, kind, 8, 1, ahead, ahead_ld);
-            LLMPAR__THIN_NAME(chains)(sums + LLMPAR__THIN_LANES, x, words + LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES, k, kind, 8, 1, ahead, ahead_ld);
+            int p;
+            for (p = 0; p < 2; p++)
+                LLMPAR__THIN_NAME(chains)(sums + p * LLMPAR__THIN_LANES, x, words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES), k, form, f16, 8, 1, ahead + p * LLMPAR__THIN_LANES * ahead_ld, ahead_ld);
         }
 #endif
     }
@@ -28384,8 +28408,10 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
             for (i = 0; i < LLMPAR__THIN_WORDS; i += LLMPAR__THIN_LANES) LLMPAR__THIN_NAME(transpose)(in + i * 4, ld, out + i * LLMPAR__THIN_LANES);
         }
         if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_F32, ahead, ahead_ld);
-        else if (span->kind == LLMPAR__THIN_KIND_BF16) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
-        else LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_F16, ahead, ahead_ld);
+#if defined(LLMPAR__THIN_DOT)
+        else if (span->kind == LLMPAR__THIN_KIND_PAIRS) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_PAIRS, ahead, ahead_ld);
+#endif
+        else LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
     }
 }
 
@@ -28398,6 +28424,8 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
 #undef LLMPAR__THIN_WRITE
 #undef LLMPAR__THIN_SPREAD
 #undef LLMPAR__THIN_MULTIPLY_ADD
+#undef LLMPAR__THIN_DOT
+#undef LLMPAR__THIN_LINK
 #undef LLMPAR__THIN_BF16
 #undef LLMPAR__THIN_F16
 #elif LLMPAR__TEMPLATE == 2
