@@ -106,7 +106,11 @@ TEST(threads_and_places)
                 llmpar_launch_desc desc = { .ranks = ranks, .threads = threads, .pin = (llmpar_pin)pin };
                 llmpar_error error;
                 memset(&out, 0, sizeof out);
-                if (threads * ranks > 16) continue;
+                if (pin == LLMPAR_PIN_ON && (threads ? threads : 1) * ranks > processors) { /* there is no place for each */
+                    CHECK_INT(llmpar_launch(&desc, where, &out, &error), LLMPAR_ERR_CONFIG);
+                    CHECK(strstr(error.text, "too many threads"));
+                    continue;
+                }
                 CHECK_OK(llmpar_launch(&desc, where, &out, &error));
                 CHECK_INT(sched_getaffinity(0, sizeof now, &now), 0);
                 CHECK(CPU_EQUAL(&mine, &now)); /* the caller's thread is where it was */

@@ -259,14 +259,14 @@ static void llmpar__launch_leave(llmpar__launch_job *job)
     llmpar_heap_free(&heap, job);
 }
 
-/* How many threads a rank has where the desc does not say, and where each of the job's stays. 0: out of memory. */
-static int llmpar__launch_places(llmpar__launch_job *job)
+/* How many threads a rank has where the desc does not say, and where each of the job's stays. */
+static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error *error)
 {
     llmpar_launch_desc *desc = &job->desc;
     llmpar__processors allowed;
     llmpar__processors_allowed(&allowed);
     int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
-    if (!order) return 0;
+    if (!order) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
     int32_t cores = llmpar__processors_cores(&allowed, order);
     if (!desc->threads) {
         int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
@@ -276,7 +276,10 @@ static int llmpar__launch_places(llmpar__launch_job *job)
     job->crowded = all > allowed.count;
     if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
     else job->processors = order;
-    return 1;
+    if (desc->pin == LLMPAR_PIN_ON && !job->processors)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: pin = on: %s, %d ranks x %d threads, %d processors: expected no more threads than processors, no lockstep, and a system that keeps threads where they are put",
+                                desc->lockstep ? "in lockstep" : job->crowded ? "too many threads" : "the system does not say where threads may run", (int)desc->ranks, (int)desc->threads, (int)allowed.count);
+    return LLMPAR_OK;
 }
 
 static void *llmpar__launch_thread(void *arg)
@@ -367,9 +370,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->rank = rank;
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
-    if (!llmpar__launch_places(job)) {
+    st = llmpar__launch_places(job, error);
+    if (st) {
         llmpar__launch_leave(job);
-        return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
+        return st;
     }
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);

@@ -11,8 +11,8 @@
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
 
 /* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.
-   ON: wherever ranks x threads are not more than these; two such jobs on one machine get in each other's way. Never with more threads than processors, in lockstep, where the system has no such call (macOS), or
-   in MPI processes, which mpirun binds (ON is refused there). The caller's thread, where it runs a rank, goes back to where it was. */
+   ON: wherever ranks x threads are not more than these; two such jobs on one machine get in each other's way. Not with more threads than processors, in lockstep, where the system has no such call (macOS), or
+   in MPI processes, which mpirun binds: ON is refused there. The caller's thread, where it runs a rank, goes back to where it was. */
 typedef enum llmpar_pin { LLMPAR_PIN_DEFAULT = 0, LLMPAR_PIN_ON = 1, LLMPAR_PIN_OFF = 2 } llmpar_pin;
 
 typedef struct llmpar_launch_desc {
