@@ -191,7 +191,7 @@ group "C and C++ linked and run"
 # ---- a*b+c is two roundings inside the implementation, at the compilers' default modes and under a target with fma ----
 if [ "$(uname -m)" = x86_64 ] && grep -qw fma /proc/cpuinfo; then
     # The modules of the implementation make room for the probe; the pragmas around them stay.
-    awk '/^#pragma GCC diagnostic pop/ { skip = 0 } !skip { print } /^#pragma GCC diagnostic push/ { print "#include \"contraction_inside.h\""; skip = 1 }' $headers/llmpar.h >$out/probe.h
+    awk '/^#pragma GCC diagnostic pop/ && --depth == 0 { skip = 0 } !skip { print } /^#pragma GCC diagnostic push/ && depth++ == 0 { print "#include \"contraction_inside.h\""; skip = 1 }' $headers/llmpar.h >$out/probe.h
     for compiler in gcc clang g++ clang++; do
         have $compiler ${compiler/clang++/clang} || continue
         language=c

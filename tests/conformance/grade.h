@@ -35,7 +35,7 @@
 #include <ucontext.h>
 #endif
 
-enum { GRADE_RANKS = 8, GRADE_PLACES = 16, GRADE_ZONE = 1 << 19, GRADE_PAGE = 1 << 16 /* a multiple of any system's page */, GRADE_WINDOW = 4096 };
+enum { GRADE_RANKS = 8, GRADE_PLACES = 16, GRADE_ZONE = 1 << 21, GRADE_PAGE = 1 << 16 /* a multiple of any system's page */, GRADE_WINDOW = 4096 };
 
 typedef enum grade_severity { GRADE_STATUS = 1, GRADE_VALUE = 2, GRADE_BOUNDS = 3 } grade_severity;
 
