@@ -255,7 +255,7 @@ test-mpi-full:
 run-mpi-full: build-mpi-programs build-mpich-programs
 	@tests/mpi.sh full
 
-# PLANT=sample: every sixth of them.
+# PLANT=sample: every sixteenth of them.
 test-plant:
 	@tests/plant/run.sh $(PLANT:%=--%)
 

@@ -91,7 +91,9 @@ phase mpi $make $jobs test-mpi
 phase elastic tests/elastic.sh # also with the processes that mpi has built
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
-LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16
+emulated=TEST=test_gemm
+[ -z "$full" ] || emulated=
+LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16 $emulated
 phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
