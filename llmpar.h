@@ -6919,7 +6919,7 @@ static void *llmpar__heap_malloc(void *user, size_t bytes)
     (void)user;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (memory && bytes >= LLMPAR__HEAP_LARGE) {
-        uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
         int kept = errno;
         if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
     }
@@ -28195,10 +28195,15 @@ static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model,
     return status;
 }
 
-/* As many blocks as have to, in the cheapest way: first selectively, then fully (and then all others selectively). More blocks never take more memory, so the number is found by halving. */
+/* As many blocks as have to, in the cheapest way: first selectively, then fully (and then all others selectively), found by halving: more blocks take less memory, but for the last ones, where what recomputing
+   itself needs can be the peak. If nothing fits: the blocks with the smallest peak that was seen. */
 static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks)
 {
     int32_t all = llmpar__recipe_block_units(model);
+    llmpar__recipe_blocks best;
+    uint64_t least = UINT64_MAX;
+    memset(&best, 0, sizeof best);
+    best.every = desc->recompute_every;
     for (int full = 0; full < 2; full++) {
         int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
         uint64_t peak;
@@ -28212,6 +28217,10 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
             else blocks->selective = middle;
             status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
             if (status) return status;
+            if (peak && peak < least) {
+                least = peak;
+                best = *blocks;
+            }
             if (peak && peak <= desc->memory_limit) high = middle;
             else low = middle + 1;
         }
@@ -28219,7 +28228,12 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
         else blocks->selective = low;
         status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
         if (status || (peak && peak <= desc->memory_limit)) return status;
+        if (peak && peak < least) {
+            least = peak;
+            best = *blocks;
+        }
     }
+    *blocks = best;
     return LLMPAR_OK; /* nothing fits: the caller says so */
 }
 

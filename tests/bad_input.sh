@@ -157,6 +157,8 @@ words overlap 'one of off, on' yes
 words zero 'one of 0, 1, 2, 3' 4 -1 three
 words reshard 'one of last, always, never' sometimes -1
 words accumulate 'one of tree, chain' sum
+words pin 'one of auto, on, off' yes 1
+train 1 'launch: pin = on: too many threads, 2 ranks x 200 threads' --pin on --threads 200 --tp 2
 words dtype 'one of f32, f64, bf16, f16' f8 float32 BF16
 words reduce-dtype 'one of f32, bf16, f16' f64
 words recompute 'one of none, selective, full, auto' all fully

@@ -29,7 +29,7 @@ static void *llmpar__heap_malloc(void *user, size_t bytes)
     (void)user;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (memory && bytes >= LLMPAR__HEAP_LARGE) {
-        uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
         int kept = errno;
         if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
     }
