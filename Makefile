@@ -10,7 +10,7 @@ LDLIBS = -lpthread -lm
 TEST =
 
 SRC := $(sort $(shell find src -type f))
-MODULES := $(filter %.c,$(SRC))
+MODULES := $(filter-out src/nccl/%,$(filter %.c,$(SRC)))
 HEADERS := llmpar.h llmpar_cuda.h llmpar_nccl.h
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 # Where there is a C++ compiler.

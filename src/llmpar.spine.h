@@ -126,6 +126,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "tables/ctx.h"
 #include "tables/device.h"
 #include "tables/comm.h"
+#include "tables/backend.h"
 #include "tables/record.h"
 #include "tables/arena.h"
 

@@ -1,10 +1,7 @@
 /*
 llmpar_cuda.h - the CUDA device for llmpar
 
-    THE BACKEND IS NOT PART OF THIS VERSION. This header reserves its name and shows how it is meant to be used; it
-    declares no device. Programs run on the CPU device of llmpar.h, or on a device table (llmpar_device) of their own.
-
-DO THIS (once the backend is there)
+DO THIS
 
     In ONE .cu file:
 
@@ -14,6 +11,14 @@ DO THIS (once the backend is there)
     and LLMPAR_IMPLEMENTATION in a .c or .cc file as for llmpar.h. Everywhere else include "llmpar_cuda.h" alone: its
     declarations need no CUDA header.
 
+    Then name the backend in the launch desc, and the same program runs on GPUs:
+
+        llmpar_backend gpu = {0};
+        llmpar_cuda_backend(NULL, &gpu);
+        launch.backend = &gpu;
+
+    Ranks that are threads of one process share a GPU, or take one each; processes with a GPU each talk through llmpar_nccl.h.
+
     MIT licence, as llmpar.h.
 */
 #include "llmpar.h"
@@ -21,11 +26,27 @@ DO THIS (once the backend is there)
 #ifndef LLMPAR_CUDA_H
 #define LLMPAR_CUDA_H
 
-/* 1 once this header declares the device. */
-#define LLMPAR_CUDA_AVAILABLE 0
+LLMPAR_EXTERN_C_BEGIN
+#include "cuda/cuda.h"
+LLMPAR_EXTERN_C_END
 
 #endif /* LLMPAR_CUDA_H */
 
 #ifdef LLMPAR_CUDA_IMPLEMENTATION
-#error "llmpar_cuda.h: the CUDA device is not part of this version; remove LLMPAR_CUDA_IMPLEMENTATION and use the CPU device of llmpar.h"
+#ifndef LLMPAR__CUDA_IMPLEMENTED
+#define LLMPAR__CUDA_IMPLEMENTED
+
+#if !defined(__CUDACC__) && !defined(LLMPAR_CUDA_EMULATED)
+#error "llmpar_cuda.h: LLMPAR_CUDA_IMPLEMENTATION belongs in a .cu file that nvcc compiles"
 #endif
+#if defined(__CUDA_ARCH_LIST__)
+/* The kernels use cp.async and mma.sync. */
+#endif
+
+#include "cuda/intrinsics.h"
+#include "cuda/cuda_internal.h"
+
+#include "cuda/device.cu"
+
+#endif
+#endif /* LLMPAR_CUDA_IMPLEMENTATION */

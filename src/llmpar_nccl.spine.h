@@ -1,11 +1,7 @@
 /*
 llmpar_nccl.h - the NCCL communicator for llmpar
 
-    THE BACKEND IS NOT PART OF THIS VERSION. This header reserves its name and shows how it is meant to be used; it
-    declares no communicator. Programs run on the rank threads of llmpar.h, or on a communicator table (llmpar_comm)
-    of their own.
-
-DO THIS (once the backend is there)
+DO THIS
 
     In ONE .c file (plain C, no nvcc needed):
 
@@ -22,11 +18,15 @@ DO THIS (once the backend is there)
 #ifndef LLMPAR_NCCL_H
 #define LLMPAR_NCCL_H
 
-/* 1 once this header declares the communicator. */
-#define LLMPAR_NCCL_AVAILABLE 0
+LLMPAR_EXTERN_C_BEGIN
+#include "nccl/nccl.h"
+LLMPAR_EXTERN_C_END
 
 #endif /* LLMPAR_NCCL_H */
 
 #ifdef LLMPAR_NCCL_IMPLEMENTATION
-#error "llmpar_nccl.h: the NCCL communicator is not part of this version; remove LLMPAR_NCCL_IMPLEMENTATION and use the rank threads of llmpar.h"
+#ifndef LLMPAR__NCCL_IMPLEMENTED
+#define LLMPAR__NCCL_IMPLEMENTED
+
 #endif
+#endif /* LLMPAR_NCCL_IMPLEMENTATION */

@@ -64,7 +64,7 @@ function own_include(line, place,    name) {
     name = line
     sub(/^[^"]*"/, "", name)
     sub(/".*/, "", name)
-    if (name !~ /\.(h|c|inc)$/) die(place ": own includes end in .h, .c or .inc: " name)
+    if (name !~ /\.(h|c|cu|inc)$/) die(place ": own includes end in .h, .c, .cu or .inc: " name)
     return name
 }
 

@@ -266,6 +266,14 @@ struct llmpar_device {
     /* tree_sum with several results, at once and on the calling thread, done on return: every operand is read once and every line is written while it is at hand. Empty: tree_sum with stream NULL, and copies of
        its result. Whoever replaces tree_sum in a table replaces or empties this one too. */
     llmpar_status (*tree_sum_to)(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+
+    /* Devices with memory of their own. */
+    int32_t apart;            /* 1: the host cannot read or write what alloc gives; copy, zero, operations and communicators made for the device can, and copy takes host memory on either side. 0: it is the host's own */
+    /* Host memory for copies that run beside other work (pinned). Empty: any host memory serves. free takes NULL, after what uses the memory is done. */
+    llmpar_status (*host_alloc)(llmpar_device *device, size_t bytes, void **out);
+    void (*host_free)(llmpar_device *device, void *memory, size_t bytes);
+    /* The platform's own handle of a stream (cudaStream_t), for libraries that enqueue on it; NULL stream: the one that operations without a stream use. Empty: there is none. Local. */
+    void *(*native_stream)(llmpar_device *device, llmpar_stream *stream);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
