@@ -23,6 +23,7 @@ typedef struct llmpar_ctx {
     struct llmpar_device *host;   /* the CPU device, for work on host memory; == device unless the launch desc names a backend. Owned by launch */
     struct llmpar_comm *host_comm; /* the world as the launch's transport reaches it (rank threads, MPI), on host memory; == comm unless a backend made comm; NULL: the transport has none. Owned by launch */
     int32_t local_rank;           /* among the ranks of this machine: which of its accelerators is this rank's */
+    const char *meeting;          /* "host:port" of rank 0, where processes without a transport of their own can meet (MASTER_ADDR, MASTER_PORT); NULL: none. Owned by launch */
     const struct llmpar_io *io;   /* files; NULL: the system's; borrowed */
     llmpar_log_fn log;            /* NULL: silent */
     void *log_user;

@@ -274,6 +274,8 @@ struct llmpar_device {
     void (*host_free)(llmpar_device *device, void *memory, size_t bytes);
     /* The platform's own handle of a stream (cudaStream_t), for libraries that enqueue on it; NULL stream: the one that operations without a stream use. Empty: there is none. Local. */
     void *(*native_stream)(llmpar_device *device, llmpar_stream *stream);
+    const char *place;        /* which unit of its machine the device is: "0000:3b:00.0", for errors of ranks that should not share one; NULL: it is not said */
+    void *memory_state;       /* of whoever replaces alloc and free in the table, as a communicator does whose transport has memory of its own; NULL: nobody has. An implementation that calls itself goes through the table */
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
