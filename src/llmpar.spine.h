@@ -325,7 +325,9 @@ LLMPAR_EXTERN_C_END
 #include "model_io/checkpoint_load.c"
 
 #include "run/launch.c"
+#include "run/launch_furnish.c"
 #include "run/launch_mpi.c"
+#include "run/launch_environment.c"
 #include "run/parallelize.c"
 #include "run/trainer.c"
 #include "run/trainer_checkpoint.c"

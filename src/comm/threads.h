@@ -23,6 +23,8 @@ LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NU
 LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
 /* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */
 LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+/* The rank's calls come from threads of this device from now on (of its streams), not of the one that its world communicator was created with. Local. */
+LLMPAR_API void llmpar_threads_rank_device(llmpar_threads_world *world, int32_t rank, llmpar_device *device);
 /* Makes *error the job's failure, if it is the first, and wakes every rank: what comm->abort does, for a rank that has no communicator yet. error->status is not OK. Local. */
 LLMPAR_API void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error);
 /* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */

@@ -503,6 +503,13 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32
     pthread_mutex_unlock(&world->lock);
 }
 
+LLMPAR_DEF void llmpar_threads_rank_device(llmpar_threads_world *world, int32_t rank, llmpar_device *device)
+{
+    pthread_mutex_lock(&world->lock);
+    if (world->rank[rank].device) world->rank[rank].device = device;
+    pthread_mutex_unlock(&world->lock);
+}
+
 LLMPAR_DEF size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity)
 {
     if (capacity) text[0] = 0;

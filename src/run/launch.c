@@ -1,7 +1,7 @@
 /* launch: rank threads, their contexts, and the root error.
 
    One rank's life, on its own thread (on the caller's for a world of one rank):
-     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all, record written -> communicator and device destroyed
+     name, floating-point state -> heap, CPU device, communicator of the threads -> what the backend makes (launch_furnish.c) -> agreement with the others -> fn -> failure told to all, record written -> all destroyed
    The check hook runs when all ranks have ended, on the caller's thread, rank by rank.
 
    A rank that never comes back cannot be joined and must not lose its memory. So what the ranks share belongs to all of them and to the caller, and whoever leaves last frees it: if a rank is stuck
@@ -39,6 +39,7 @@ typedef struct llmpar__launch_rank {
 /* What all ranks of one launch share; read-only while they run, but for `references`. */
 typedef struct llmpar__launch_job {
     llmpar_launch_desc desc;
+    llmpar_backend backend; /* desc.backend's */
     llmpar_cpu_level level;
     llmpar_rank_fn fn;
     void *user;
@@ -81,86 +82,6 @@ static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, con
     fprintf(stderr, "llmpar: rank %d: %s%s\n", rank, level == LLMPAR_LOG_WARNING ? "warning: " : "", line);
 }
 
-/* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler) differ here. */
-static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
-{
-    enum { M = 5, N = 19, K = 67 };
-    llmpar_device *device = ctx->device;
-    size_t floats = M * K + N * K + M * N, workspace_bytes;
-    llmpar_gemm_segment segment[4];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    memset(segment, 0, sizeof segment);
-    float *a = (float *)llmpar_heap_alloc(&ctx->heap, floats, sizeof *a);
-    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
-    float *b = a + M * K, *c = b + N * K;
-    for (int i = 0; i < M * K + N * K; i++) a[i] = (float)((i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
-    for (int i = 0; i < 4; i++) {
-        int begin = i * K / 4;
-        segment[i].a = a + begin;
-        segment[i].b = b + begin;
-        segment[i].lda = segment[i].ldb = K;
-        segment[i].k = (i + 1) * K / 4 - begin;
-        segment[i].piece = i;
-    }
-    args.m = M;
-    args.n = N;
-    args.c = c;
-    args.ldc = N;
-    args.segments = segment;
-    args.segment_count = args.pieces = 4;
-    args.kind = LLMPAR_GEMM_NT;
-    args.dtype = LLMPAR_F32;
-    workspace_bytes = device->gemm_workspace(device, &args);
-    llmpar_stream *stream = NULL;
-    llmpar_status st = device->alloc(device, workspace_bytes, &args.workspace);
-    args.workspace_bytes = workspace_bytes;
-    if (!st) st = device->stream_create(device, "self-test", &stream);
-    if (!st) st = device->gemm(device, stream, &args);
-    if (stream) {
-        llmpar_status synchronized = device->synchronize(device, stream);
-        if (!st) st = synchronized;
-        device->stream_destroy(device, stream);
-    }
-    uint64_t hash = 0xcbf29ce484222325u;
-    const unsigned char *bytes = (const unsigned char *)c;
-    for (size_t i = 0; !st && i < M * N * sizeof *c; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
-    for (const char *p = device->name; *p; p++) hash = (hash ^ (unsigned char)*p) * 0x100000001b3u;
-    device->free(device, args.workspace, workspace_bytes);
-    llmpar_heap_free(&ctx->heap, a);
-    *out = hash;
-    return st;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
-{
-    if (ctx->world == 1) return LLMPAR_OK;
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
-    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
-    llmpar_stream *stream = NULL;
-    if (!st) st = ctx->device->stream_create(ctx->device, "launch", &stream);
-    if (!st) {
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = &mine;
-        call.recv = all;
-        call.count = 1;
-        call.dtype = LLMPAR_U64;
-        call.tag = "launch/self_test";
-        st = llmpar_all_gather(ctx->comm, stream, &call);
-        llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
-        if (!st) st = synchronized;
-        ctx->device->stream_destroy(ctx->device, stream);
-    }
-    for (int32_t i = 1; i < ctx->world && !st; i++)
-        if (all[i] != all[0])
-            st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
-                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
-    llmpar_heap_free(&ctx->heap, all);
-    return st;
-}
-
 /* text == NULL: there was no memory for it. */
 static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, const char *text)
 {
@@ -183,8 +104,9 @@ static char *llmpar__launch_json(llmpar_record *record)
     return text;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx)
 {
+    llmpar_record *record = llmpar__launch_record(ctx);
     if (!directory || !directory[0] || !record) return;
     char *text = llmpar__launch_json(record);
     llmpar__launch_write(directory, ctx, text);
@@ -225,8 +147,10 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         cpu.processors = job->processors + (size_t)ctx->rank * (size_t)job->desc.threads;
         llmpar__processors_stay_on(cpu.processors[0]);
     }
-    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
-    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->host);
+    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->host, &ctx->error, &ctx->host_comm);
+    if (!st) st = llmpar__launch_furnish(ctx, job->desc.backend);
+    if (!st) llmpar_threads_rank_device(job->world, ctx->rank, ctx->device);
     if (!st) st = llmpar__launch_agree(ctx);
     if (!st) st = job->fn(ctx, job->user);
     if (st) {
@@ -235,16 +159,15 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         error.rank = ctx->rank;
         error.status = st;
         llmpar_threads_world_fail(job->world, &error);
+        llmpar__launch_abort(ctx, &error);
         llmpar__launch_report(job, ctx);
-        if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
-    } else if (job->record[0] && ctx->comm->record) {
-        self->returned = llmpar__launch_json(ctx->comm->record);
+        llmpar__launch_dump(job->record, ctx);
+    } else if (job->record[0] && llmpar__launch_record(ctx)) {
+        self->returned = llmpar__launch_json(llmpar__launch_record(ctx));
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
-    llmpar_comm_destroy(ctx->comm);
-    llmpar_cpu_destroy(ctx->device);
-    ctx->comm = NULL;
-    ctx->device = NULL;
+    if (ctx->host_comm) llmpar_threads_rank_device(job->world, ctx->rank, ctx->host);
+    llmpar__launch_clear(ctx, job->desc.backend);
 }
 
 /* The last one out frees what all share. */
@@ -310,6 +233,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
+    llmpar_status st = llmpar__launch_backend_check(desc->backend, error);
+    if (st) return st;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
     *level = llmpar_cpu_best_level();
     if (text && !llmpar_cpu_level_parse(text, level)) {
@@ -343,6 +268,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (!error) error = &local;
     llmpar_error_clear(error);
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
     llmpar_launch_desc desc;
     llmpar_cpu_level level;
@@ -363,6 +289,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
     }
     job->desc = desc;
+    if (desc.backend) {
+        job->backend = *desc.backend;
+        job->desc.backend = &job->backend;
+    }
     job->level = level;
     job->fn = fn;
     job->user = user;
@@ -392,6 +322,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         rank[i].job = job;
         ctx->rank = i;
         ctx->world = ranks;
+        ctx->local_rank = i;
         llmpar_heap_init(&ctx->heap, desc.allocator);
         llmpar_error_clear(&ctx->error);
         ctx->error.rank = i;

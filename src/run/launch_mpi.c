@@ -1,11 +1,12 @@
 /* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
-     MPI initialised, if nobody has -> world -> heap, device, communicator -> lowest dispatch level, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
+     MPI initialised, if nobody has -> world -> heap, CPU device, communicator -> lowest dispatch level, what the backend makes, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
    A rank that cannot even start takes part up to the first collective, so that the others hear why. */
 #include "run/launch_internal.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tables/device.h"
 
@@ -22,50 +23,68 @@ static int llmpar__launch_under_mpirun(void)
     return 0;
 }
 
-/* Device and communicator at a dispatch level. */
-static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+/* The CPU device and MPI's communicator on it, at a dispatch level. */
+static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = desc->threads;
     cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
-    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
-    return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->host);
+    return st ? st : llmpar_mpi_comm_create(world, ctx->host, &ctx->error, &ctx->host_comm);
 }
 
-static void llmpar__launch_clear(llmpar_ctx *ctx)
+/* One collective on host memory, done on return: reduces where op is not NULL, gathers else. */
+static llmpar_status llmpar__launch_exchange(llmpar_ctx *ctx, const void *send, void *recv, size_t count, llmpar_dtype dtype, const llmpar_reduce_op *op, const char *tag)
 {
-    llmpar_comm_destroy(ctx->comm);
-    llmpar_cpu_destroy(ctx->device);
-    ctx->comm = NULL;
-    ctx->device = NULL;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = send;
+    call.recv = recv;
+    call.count = count;
+    call.dtype = dtype;
+    call.tag = tag;
+    if (op) call.op = *op;
+    llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
+    if (st) return st;
+    st = op ? llmpar_all_reduce(ctx->host_comm, stream, &call) : llmpar_all_gather(ctx->host_comm, stream, &call);
+    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
+    ctx->host->stream_destroy(ctx->host, stream);
+    return st ? st : synchronized;
 }
 
 /* The lowest dispatch level of all ranks: machines of a job may differ. */
 static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
-    llmpar_status st = llmpar__launch_furnish(ctx, world, desc, level);
+    llmpar_status st = llmpar__launch_host(ctx, world, desc, level);
     if (st || ctx->world == 1) return st;
     int64_t mine = -(int64_t)level, most = 0;
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = &mine;
-    call.recv = &most;
-    call.count = 1;
-    call.dtype = LLMPAR_I64;
-    call.op = LLMPAR_MAX;
-    call.tag = "launch/level";
-    st = ctx->device->stream_create(ctx->device, "launch", &stream);
-    if (st) return st;
-    st = llmpar_all_reduce(ctx->comm, stream, &call);
-    llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
-    ctx->device->stream_destroy(ctx->device, stream);
-    if (!st) st = synchronized;
+    llmpar_reduce_op op = LLMPAR_MAX;
+    st = llmpar__launch_exchange(ctx, &mine, &most, 1, LLMPAR_I64, &op, "launch/level");
     if (st || most == mine) return st;
-    llmpar__launch_clear(ctx);
-    return llmpar__launch_furnish(ctx, world, desc, (llmpar_cpu_level)-most);
+    llmpar__launch_clear(ctx, NULL);
+    return llmpar__launch_host(ctx, world, desc, (llmpar_cpu_level)-most);
+}
+
+/* ctx->local_rank: the launcher's word, else the number of lower ranks on machines of this name. */
+static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
+{
+    char name[256] = "";
+    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 }, *all;
+    int32_t local = 0, lower = 0;
+    int given = llmpar__launch_local(&local, &ctx->error);
+    if (given < 0) return ctx->error.status;
+    gethostname(name, sizeof name - 1);
+    for (const char *p = name; *p; p++) mine[0] = (mine[0] ^ (unsigned char)*p) * 0x100000001b3u;
+    all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
+    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
+    llmpar_status st = llmpar__launch_exchange(ctx, mine, all, 2, LLMPAR_U64, NULL, "launch/machines");
+    for (int32_t i = 0; i < ctx->rank && !st; i++) lower += all[2 * (size_t)i] == mine[0];
+    ctx->local_rank = given ? local : lower;
+    llmpar_heap_free(&ctx->heap, all);
+    return st;
 }
 
 static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
@@ -78,6 +97,8 @@ static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *w
         return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
                            (int)desc->threads);
     llmpar_status st = llmpar__launch_level(ctx, world, desc, level);
+    if (!st) st = llmpar__launch_local_mpi(ctx);
+    if (!st) st = llmpar__launch_furnish(ctx, desc->backend);
     if (!st) st = llmpar__launch_agree(ctx);
     return st ? st : fn(ctx, user);
 }
@@ -93,14 +114,15 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         error.rank = ctx->rank;
         error.status = st;
         if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
-        if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
+        if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(ctx, &error);
+        llmpar__launch_dump(desc->record, ctx);
         llmpar_mpi_world_error(world, root);
         int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
         int late = root->status == LLMPAR_ERR_TIMEOUT; /* the root's own report too: another survivor may end the job before launch returns here */
         if ((root->rank != ctx->rank || late) && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
     }
     int orderly = llmpar_mpi_world_finish(world, 0, root);
-    llmpar__launch_clear(ctx);
+    llmpar__launch_clear(ctx, desc->backend);
     return orderly;
 }
 

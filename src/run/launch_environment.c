@@ -1,0 +1,118 @@
+/* launch_environment: this process as one rank of a job that torchrun or a like launcher has started, on the caller's thread:
+     RANK, WORLD_SIZE .. -> heap, CPU device -> the backend's device and communicator -> agreement -> fn -> failure told through the communicator -> all have ended, or one has failed -> all destroyed
+   Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. */
+#include "run/launch_internal.h"
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/processors_internal.h"
+
+#define LLMPAR__LAUNCH_MEETING 264
+
+/* The rank's place by the environment, strictly. */
+static llmpar_status llmpar__launch_place(llmpar_ctx *ctx, const llmpar_launch_desc *desc, int32_t *locals, llmpar_error *error)
+{
+    int32_t world = 0, rank = 0, local = 0;
+    int has_world = llmpar__launch_variable("WORLD_SIZE", 1, 1 << 20, &world, error);
+    int has_rank = has_world < 0 ? -1 : llmpar__launch_variable("RANK", 0, has_world ? world - 1 : INT32_MAX, &rank, error);
+    if (has_world < 0 || has_rank < 0) return error->status;
+    if (!has_world || !has_rank)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
+    int has_locals = llmpar__launch_variable("LOCAL_WORLD_SIZE", 1, world, locals, error);
+    int has_local = has_locals < 0 ? -1 : llmpar__launch_local(&local, error);
+    if (has_locals < 0 || has_local < 0) return error->status;
+    if (has_locals && has_local && local >= *locals)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
+    if (!has_locals) *locals = world;
+    ctx->rank = rank;
+    ctx->world = world;
+    ctx->local_rank = has_local ? local : has_locals ? rank % *locals : rank;
+    if (desc->ranks && desc->ranks != world) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
+    return LLMPAR_OK;
+}
+
+/* "host:port" of where the ranks meet, in meeting[LLMPAR__LAUNCH_MEETING]; "": the environment does not say, and the backend has to know. */
+static llmpar_status llmpar__launch_meeting(char *meeting, llmpar_error *error)
+{
+    const char *host = getenv("MASTER_ADDR");
+    int32_t port = 0;
+    int has_port = llmpar__launch_variable("MASTER_PORT", 1, 65535, &port, error);
+    meeting[0] = 0;
+    if (has_port < 0) return error->status;
+    if (!host && !has_port) return LLMPAR_OK;
+    if (!host || !host[0] || !has_port) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
+    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
+    snprintf(meeting, LLMPAR__LAUNCH_MEETING, "%s:%d", host, (int)port);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpar_error *error)
+{
+    if (desc->mpi) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks by the environment and a desc for MPI, expected one of them");
+    if (desc->lockstep) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for processes of the environment");
+    if (desc->pin == LLMPAR_PIN_ON) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; processes are bound by their launcher");
+    if (!desc->backend || !desc->backend->comm_create)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    llmpar_ctx ctx;
+    llmpar_cpu_desc cpu;
+    llmpar_launch_desc desc = *given;
+    llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
+    int32_t locals = 1;
+    char meeting[LLMPAR__LAUNCH_MEETING];
+    memset(&ctx, 0, sizeof ctx);
+    memset(&cpu, 0, sizeof cpu);
+    llmpar_error_clear(&ctx.error);
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
+    if (!st) st = llmpar__launch_refuse(&desc, error);
+    if (!st) st = llmpar__launch_place(&ctx, &desc, &locals, error);
+    if (!st) st = llmpar__launch_meeting(meeting, error);
+    if (st) return st;
+    llmpar_heap_init(&ctx.heap, desc.allocator);
+    ctx.error.rank = ctx.rank;
+    ctx.log = desc.log;
+    ctx.log_user = desc.log_user;
+    ctx.io = desc.io;
+    ctx.meeting = meeting[0] ? meeting : NULL;
+    llmpar__processors allowed;
+    llmpar__processors_allowed(&allowed);
+    int32_t quota = llmpar__processors_quota(), cores = llmpar__processors_cores(&allowed, NULL);
+    if (quota < cores) cores = quota;
+    cpu.threads = desc.threads ? desc.threads : cores > locals ? cores / locals : 1;
+    cpu.crowded = (int64_t)cpu.threads * locals > allowed.count;
+    cpu.level = level;
+
+    uint64_t state = llmpar__launch_float_state();
+    st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
+    if (!st) st = llmpar__launch_furnish(&ctx, desc.backend);
+    if (!st) st = llmpar__launch_agree(&ctx);
+    if (!st) st = fn(&ctx, user);
+    if (st) {
+        *error = ctx.error;
+        if (error->status == LLMPAR_OK) llmpar_error_set(error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error->rank = ctx.rank;
+        error->status = st;
+        if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(&ctx, error);
+        llmpar__launch_dump(desc.record, &ctx);
+    }
+    if (ctx.comm && desc.backend->comm_finish) {
+        llmpar_error root;
+        llmpar_error_clear(&root);
+        desc.backend->comm_finish(desc.backend->comm_user, ctx.comm, &root);
+        if (root.status) *error = root;
+    }
+    llmpar__launch_clear(&ctx, desc.backend);
+    llmpar__launch_float_restore(state);
+    ctx.meeting = NULL;
+    if (desc.check) desc.check(&ctx, user);
+    return error->status;
+}
+
+#undef LLMPAR__LAUNCH_MEETING
