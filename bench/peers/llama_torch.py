@@ -9,17 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# vocabulary, hidden, intermediate, layers, heads, head dim; embedding and head share their weight (src/model/config.c)
-PRESETS = {"15m": (32000, 288, 768, 6, 6, 48), "110m": (32000, 768, 2048, 12, 12, 64), "300m": (32000, 1024, 3072, 20, 16, 64)}
+# vocabulary, hidden, intermediate, layers, heads, kv heads, head dim; embedding and head share their weight (src/model/config.c)
+PRESETS = {"tiny": (256, 128, 384, 4, 8, 4, 16), "15m": (32000, 288, 768, 6, 6, 6, 48), "110m": (32000, 768, 2048, 12, 12, 12, 64), "300m": (32000, 1024, 3072, 20, 16, 16, 64), "1b": (128256, 2048, 8192, 16, 32, 8, 64)}
 
 
 class Attention(nn.Module):
-    def __init__(self, hidden, heads, head_dim):
+    def __init__(self, hidden, heads, kv_heads, head_dim):
         super().__init__()
         self.head_dim = head_dim
+        self.groups = heads != kv_heads
         self.q = nn.Linear(hidden, heads * head_dim, bias=False)
-        self.k = nn.Linear(hidden, heads * head_dim, bias=False)
-        self.v = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v = nn.Linear(hidden, kv_heads * head_dim, bias=False)
         self.o = nn.Linear(heads * head_dim, hidden, bias=False)
 
     def forward(self, x, cosine, sine):
@@ -33,7 +34,8 @@ class Attention(nn.Module):
         def rotate(y):
             return y * cosine + torch.cat((-y[..., half:], y[..., :half]), -1) * sine
 
-        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        grouped = {"enable_gqa": True} if self.groups else {}
+        y = F.scaled_dot_product_attention(rotate(q).to(v.dtype), rotate(k).to(v.dtype), v, is_causal=True, **grouped)
         return self.o(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -49,10 +51,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, hidden, intermediate, heads, head_dim):
+    def __init__(self, hidden, intermediate, heads, kv_heads, head_dim):
         super().__init__()
         self.norm1 = nn.RMSNorm(hidden, eps=1e-5)
-        self.attention = Attention(hidden, heads, head_dim)
+        self.attention = Attention(hidden, heads, kv_heads, head_dim)
         self.norm2 = nn.RMSNorm(hidden, eps=1e-5)
         self.mlp = MLP(hidden, intermediate)
 
@@ -64,17 +66,18 @@ class Block(nn.Module):
 class Llama(nn.Module):
     def __init__(self, preset, seq):
         super().__init__()
-        vocab, hidden, intermediate, layers, heads, head_dim = PRESETS[preset]
+        vocab, hidden, intermediate, layers, heads, kv_heads, head_dim = PRESETS[preset]
         self.vocab = vocab
         self.embed = nn.Embedding(vocab, hidden)
-        self.layers = nn.ModuleList(Block(hidden, intermediate, heads, head_dim) for _ in range(layers))
+        self.layers = nn.ModuleList(Block(hidden, intermediate, heads, kv_heads, head_dim) for _ in range(layers))
         self.norm = nn.RMSNorm(hidden, eps=1e-5)
         self.head = nn.Linear(hidden, vocab, bias=False)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
         self.head.weight = self.embed.weight
-        angle = torch.arange(seq)[:, None] / 10000.0 ** (torch.arange(0, head_dim, 2) / head_dim)
+        base = 500000.0 if preset == "1b" else 10000.0
+        angle = torch.arange(seq)[:, None] / base ** (torch.arange(0, head_dim, 2) / head_dim)
         self.register_buffer("cosine", angle.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sine", angle.sin().repeat(1, 2), persistent=False)
 
@@ -106,18 +109,19 @@ def adamw(model):
         return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=True)
 
 
-def serve(step, first, go):
-    """step(i) makes step i and returns its loss; first: does this process talk? go(): has another step been asked for (all processes agree)?"""
+def serve(step, first, go, memory=None):
+    """step(i) makes step i and returns its loss; first: does this process talk? go(): has another step been asked for (all processes agree)? memory(): bytes of the device, at most so far."""
+    more = (lambda: f" memory {memory()}") if memory else (lambda: "")
     start = time.monotonic()
     loss = step(0)
     if first:
-        print(f"ready {time.monotonic() - start:.6f} loss {loss:.4f}", flush=True)
+        print(f"ready {time.monotonic() - start:.6f} loss {loss:.4f}{more()}", flush=True)
     i = 1
     while go():
         start = time.monotonic()
         loss = step(i)
         if first:
-            print(f"{time.monotonic() - start:.6f} loss {loss:.4f}", flush=True)
+            print(f"{time.monotonic() - start:.6f} loss {loss:.4f}{more()}", flush=True)
         i += 1
 
 

@@ -3,6 +3,7 @@
 
   bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--groups process,fsdp,tp,portable] [--json FILE]
 
+  gpu      build/cuda/gpu_train in FAST mode beside PyTorch eager and torch.compile, on one GPU; batch = tokens / seq; memory is the device's
   process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads     portable  beside our own portable kernels
   fsdp     dp-shard 2 beside FSDP2 over gloo, 2 processes of 1 thread     tp   tp 2 beside DTensor over gloo, 2 processes of 1 thread
 
@@ -37,7 +38,7 @@ class Side:
     """One program that makes steps on request."""
 
     def __init__(self, name, command, env=None):
-        self.name, self.seconds, self.loss, self.failed = name, [], [], None
+        self.name, self.seconds, self.loss, self.failed, self.device_memory = name, [], [], None, None
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, env=dict(os.environ, **(env or {})))
         self.ready = False
 
@@ -49,6 +50,8 @@ class Side:
             self.process.wait()
             return None
         self.loss.append(float(words[2]))
+        if len(words) > 4:
+            self.device_memory = int(words[4])
         return float(words[0])
 
     def wait_ready(self):
@@ -64,6 +67,8 @@ class Side:
         return seconds
 
     def memory(self):
+        if self.device_memory is not None:
+            return self.device_memory
         total = 0
         for pid in children(self.process.pid):
             with open(f"/proc/{pid}/status") as f:
@@ -86,8 +91,18 @@ def torch(options, script, mode, *rest):
     return Side(f"PyTorch {mode}", [os.environ.get("PYTHON", sys.executable), script, mode, options.model, str(options.seq), str(options.batch), dtype, *rest], {"OMP_NUM_THREADS": rest[0] if script == "train_torch.py" else "1"})
 
 
+def gpu(options):
+    """On the card: our own attention, and the vendor's where it was built in."""
+    command = [os.path.join(ROOT, options.gpu_program), "--model", options.model, "--seq", str(options.seq), "--tokens", str(options.tokens), "--dtype", options.dtype, "--mode", "fast", "--serve"] + (["--cudnn"] if options.cudnn else [])
+    python = os.environ.get("PYTHON", sys.executable)
+    bar = 1.0 if options.seq <= 2048 or options.cudnn else 0.85
+    return Side("llmpar" + (" with cuDNN" if options.cudnn else ""), command), [(Side(f"PyTorch {mode}", [python, "gpu_train_torch.py", options.model, str(options.seq), str(options.tokens), mode]), bar, 1.0) for mode in options.modes.split(",")]
+
+
 def group(options, which):
     """Ours, and the others with the bar of their time and of our memory beside theirs."""
+    if which == "gpu":
+        return gpu(options)
     two = str(min(2, CORES))
     if which == "process":
         return ours(options, "1x1t" + two), [(torch(options, "train_torch.py", mode, two), 1.2, 0.6) for mode in ("eager", "compile")]
@@ -106,7 +121,7 @@ def quartiles(values):
 
 
 def run(options, which, rows):
-    head = f"{options.model} {options.dtype} T {options.seq} B {options.batch}"
+    head = f"{options.model} {options.dtype} T {options.seq} B {options.tokens // options.seq if which == 'gpu' else options.batch}"
     us, others = group(options, which)
     sides = [us] + [side for side, _, _ in others]
     for side in sides:
@@ -154,24 +169,30 @@ def first_line(command):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("15m", "110m", "300m"), default="110m")
+    parser.add_argument("--model", choices=("tiny", "15m", "110m", "300m", "1b"), default="110m")
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--groups", default="process,fsdp,tp,portable")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a step (gpu)")
+    parser.add_argument("--modes", default="compile", help="of PyTorch (gpu): eager,compile")
+    parser.add_argument("--cudnn", action="store_true", help="cuDNN's attention (gpu)")
+    parser.add_argument("--gpu-program", default="build/cuda/gpu_train")
     parser.add_argument("--json", default=os.environ.get("BENCH_JSON"))
     options = parser.parse_args()
-    if not os.path.exists(os.path.join(ROOT, "build/bench/train_step")):
-        sys.exit("bench/peers/run.py: build/bench/train_step is missing: make build/bench/train_step")
+    for which in options.groups.split(","):
+        program = options.gpu_program if which == "gpu" else "build/bench/train_step"
+        if not os.path.exists(os.path.join(ROOT, program)):
+            sys.exit(f"bench/peers/run.py: {program} is missing: make {program}")
     rows = []
     version = "none"
     if have_torch():
         version = first_line([os.environ.get("PYTHON", sys.executable), "-c", "import torch; print(torch.__version__)"])
     print(f"PyTorch {version}", flush=True)
     for which in options.groups.split(","):
-        if which not in ("process", "fsdp", "tp", "portable"):
-            sys.exit(f"bench/peers/run.py: --groups: expected process, fsdp, tp, portable, got {which}")
+        if which not in ("gpu", "process", "fsdp", "tp", "portable"):
+            sys.exit(f"bench/peers/run.py: --groups: expected gpu, process, fsdp, tp, portable, got {which}")
         run(options, which, rows)
     if options.json:
         with open("/proc/cpuinfo") as f:
