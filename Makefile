@@ -156,10 +156,10 @@ tsan = -fsanitize=thread
 WARN = -Wall -Wextra -Wshadow -Wundef
 
 $(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) $(OPT) -g $(WARN) -x c))
-$(eval $(call configuration,header,.,$(CLANG),-O1 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
+$(eval $(call configuration,header,.,$(CLANG),-O0 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
 $(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O1 -g -std=c++11 $(WARN) -x c++))
-$(eval $(call configuration,asan,build/dev,$(CC),-O1 -g $(asan),$(CC) -O1 -g $(asan) -x c))
-$(eval $(call configuration,tsan,build/dev,$(CC),-O1 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
+$(eval $(call configuration,asan,build/dev,$(CC),-O0 -g $(asan),$(CC) -O1 -g $(asan) -x c))
+$(eval $(call configuration,tsan,build/dev,$(CC),-O0 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
 $(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))
 $(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
 $(eval $(call configuration,bf16,build/dev,$(CC),-O1 -g,$(CC) -O1 -g $(WARN) -DLLMPAR_BF16_EMULATED -x c))
@@ -262,7 +262,9 @@ test-plant:
 # FUZZ=60: seconds for each parser, on top of its corpus.
 FUZZ = 8
 FUZZERS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
-fuzz_flags = -g -O1 -fno-sanitize-recover=all -fsanitize=address,undefined
+# Two sanitizers and -O1 take clang minutes for the header; check-full has them.
+FUZZ_OPT = -O0
+fuzz_flags = -g $(FUZZ_OPT) -fno-sanitize-recover=all -fsanitize=address,undefined
 
 build/fuzz/llmpar.o: build/dev/llmpar.h
 	@mkdir -p $(@D)

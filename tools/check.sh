@@ -60,7 +60,7 @@ checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of 
 [ -z "$full" ] || some=$all raced=$all checked=$all
 build()
 {
-    $make $jobs -k build-plain build-fuzz all >build/check/make.log 2>&1
+    $make $jobs -k build-plain build-fuzz all ${full:+FUZZ_OPT=-O1} >build/check/make.log 2>&1
     $make $jobs -k build-asan SUITE="$checked" >>build/check/make.log 2>&1
     $make $jobs -k build-header ${full:+build-cxx build-separate} SUITE="$some" >>build/check/make.log 2>&1
     $make $jobs -k build-tsan SUITE="$raced" >>build/check/make.log 2>&1
@@ -94,7 +94,7 @@ LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
 emulated=TEST=test_gemm
 [ -z "$full" ] || emulated=
 LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16 $emulated
-phase fuzz $make test-fuzz FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
+phase fuzz $make test-fuzz ${full:+FUZZ_OPT=-O1} FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
 else
