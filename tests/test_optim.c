@@ -656,4 +656,52 @@ TEST(out_of_memory)
     CHECK(failed > 40 && failing_call < 4000);
 }
 
-TEST_LIST(T_(names_and_defaults), T_(wrong_descriptions), T_(cosine), T_(schedules), T_(wrong_schedules), T_(loss_scale), T_(plain_doubles), T_(same_bits), T_(adalomo_tiny_gradients), T_(adalomo_bytes), T_(descent), T_(refused), T_(out_of_memory))
+/* ---- levels ---- */
+
+static float any_float(uint64_t *state)
+{
+    uint32_t bits;
+    float x;
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    bits = (uint32_t)(*state >> 32);
+    if (bits % 3) bits = (bits & 0x80ffffffu) | 0x3a000000u; /* two of three of like size: cancellation */
+    if ((bits & 0x7f800000u) == 0x7f800000u) bits ^= 0x40000000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* AdamW and SGD have the same bits at every level: a master copy may be updated elsewhere. */
+TEST(same_bits_at_every_level)
+{
+    enum { COUNT = 4099 };
+    static float start[4][COUNT], now[4][COUNT], first[2][3][COUNT];
+    uint64_t state = 5;
+    for (int b = 0; b < 4; b++)
+        for (int i = 0; i < COUNT; i++) start[b][i] = any_float(&state);
+    for (int i = 0; i < COUNT; i++) start[3][i] = fabsf(start[3][i]);
+    for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++)
+        for (int kind = 0; kind < 2; kind++) {
+            llmpar_heap heap;
+            llmpar_error error;
+            llmpar_device *device = NULL;
+            llmpar_cpu_desc desc;
+            llmpar_heap_init(&heap, NULL);
+            llmpar_error_clear(&error);
+            memset(&desc, 0, sizeof desc);
+            desc.level = (llmpar_cpu_level)level;
+            CHECK_OK(llmpar_cpu_create(&heap, &error, &desc, &device));
+            memcpy(now, start, sizeof now);
+            llmpar_adamw_args adamw = { COUNT, now[0], now[1], now[2], now[3], 3e-4, 0.9, 0.95, 1e-8, 0.1, 0.271, 0.142625, 0.37, LLMPAR_F32 };
+            llmpar_sgd_args sgd = { COUNT, now[0], now[1], now[2], 0.01, 0.9, 0.1, 1e3, 0.37, LLMPAR_F32 };
+            CHECK_OK(kind ? device->sgd(device, NULL, &sgd) : device->adamw(device, NULL, &adamw));
+            for (int b = 0; b < 3; b++) {
+                float *x = now[b + (b > 0)];
+                for (int i = 0; i < COUNT; i++) if (x[i] != x[i]) x[i] = NAN;
+                if (level == (int)LLMPAR_CPU_PORTABLE) memcpy(first[kind][b], x, sizeof first[kind][b]);
+                else CHECK_BYTES(x, first[kind][b], sizeof first[kind][b]);
+            }
+            llmpar_cpu_destroy(device);
+        }
+}
+
+TEST_LIST(T_(same_bits_at_every_level), T_(names_and_defaults), T_(wrong_descriptions), T_(cosine), T_(schedules), T_(wrong_schedules), T_(loss_scale), T_(plain_doubles), T_(same_bits), T_(adalomo_tiny_gradients), T_(adalomo_bytes), T_(descent), T_(refused), T_(out_of_memory))

@@ -114,6 +114,7 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
     llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
     return y;
 }
+static inline llmpar__vec_portable_f64 llmpar__v_fma_once_portable_f64(llmpar__vec_portable_f64 a, llmpar__vec_portable_f64 b, llmpar__vec_portable_f64 c) { return a * b + c; } /* no other device has f64 */
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
 #include "cpu/vector_portable.inc"
@@ -126,6 +127,26 @@ static inline llmpar__wide_portable llmpar__v_fma_wide_portable(llmpar__wide_por
 static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable x)
 {
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
+    return y;
+}
+/* a*b + c rounded once, as hardware's fma: what an optimizer computes has the same bits at every level and on every device. The product is exact in a double; the sum is rounded to odd (with what Knuth's two-sum
+   says was lost), and that, once more, to a float: the bits of one rounding (Boldo & Melquiond 2008). */
+static inline float llmpar__v_fma_one(float a, float b, float c)
+{
+#if defined(__aarch64__) || defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * (double)b, sum = product + (double)c, part = sum - product, lost = (product - (sum - part)) + ((double)c - part);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
+}
+static inline llmpar__vec_portable llmpar__v_fma_once_portable(llmpar__vec_portable a, llmpar__vec_portable b, llmpar__vec_portable c)
+{
+    llmpar__vec_portable y = { llmpar__v_fma_one(a[0], b[0], c[0]), llmpar__v_fma_one(a[1], b[1], c[1]), llmpar__v_fma_one(a[2], b[2], c[2]), llmpar__v_fma_one(a[3], b[3], c[3]) };
     return y;
 }
 
@@ -150,6 +171,7 @@ LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
 }
 LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return n >= 8 ? x : _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
 LLMPAR__VINLINE __m256 llmpar__v_fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_once_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 LLMPAR__VINLINE __m256 llmpar__v_less_avx2(__m256 a, __m256 b, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 LLMPAR__VINLINE __m256 llmpar__v_nan_avx2(__m256 a, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 LLMPAR__VINLINE __m256 llmpar__v_larger_avx2(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
