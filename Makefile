@@ -16,7 +16,7 @@ EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 # Where there is a C++ compiler.
 CXX_EXAMPLES := $(if $(shell command -v $(CXX)),$(patsubst examples/%.cc,build/%,$(wildcard examples/*.cc)))
 BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
-SUITE := $(or $(TEST),$(filter-out test_exact test_mpi%,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
+SUITE := $(or $(TEST),$(filter-out test_exact test_mpi% test_cuda% test_nccl%,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
 # What ThreadSanitizer has something to find in: rank threads and worker pools.
 THREADED := $(filter $(SUITE),$(basename $(notdir $(shell grep -lE 'launch|threads|train.h|checkpoints.h' tests/test_*.c))))
@@ -30,6 +30,7 @@ help:
 	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
+	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan: under the sanitizers'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -240,6 +241,44 @@ run-ported:
 test-exact: build/plain/test_exact
 	@tests/run.sh build/plain test_exact
 
+# ---- the CUDA device: on the CPU (tests/emulated_cuda), and as nvcc builds it ----
+
+CUDA_SUITE := $(or $(TEST),test_emulation $(patsubst tests/%.c,%,$(wildcard tests/test_cuda_*.c)))
+# What programs of the emulated device link beside it: another object or archive of llmpar.h is as good (CUDA_LIB=build/separate/llmpar.a).
+CUDA_LIB = build/plain/llmpar.o
+CUDA_CXXFLAGS = -std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function -ffp-contract=off -Itests/emulated_cuda -Ibuild/dev
+
+# $(1) name, $(2) flags, $(3) llmpar.h as an object
+define emulated
+build/$(1)/cuda.o: $(wildcard tests/emulated_cuda/*)
+	@mkdir -p $$(@D)
+	$(CXX) $(CUDA_CXXFLAGS) $(2) -c tests/emulated_cuda/emulated_cuda.cc -o $$@
+
+build/$(1)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h $(wildcard tests/emulated_cuda/*.h)
+	@mkdir -p $$(@D)
+	$(CXX) $(CUDA_CXXFLAGS) $(2) -DLLMPAR_CUDA_EMULATED -DLLMPAR_CUDA_IMPLEMENTATION -x c++ -c $$< -o $$@
+
+build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3)
+	@$(CC) $(2) -g -Wall -Wextra -MMD -MP -MF $$@.d -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
+
+build/$(1)/test_emulation: tests/emulated_cuda/test_emulation.cc build/$(1)/cuda.o
+	@$(CXX) $(CUDA_CXXFLAGS) $(2) $$^ -o $$@ $(LDLIBS)
+
+build-$(1): $(CUDA_SUITE:%=build/$(1)/%)
+run-$(1):
+	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(CUDA_SUITE))
+	@tests/run.sh build/$(1) $(CUDA_SUITE)
+
+-include $(wildcard build/$(1)/*.d)
+endef
+$(eval $(call emulated,emulated,-O1,$(CUDA_LIB)))
+$(eval $(call emulated,emulated_asan,-O1 $(asan),build/asan/llmpar.o))
+
+test-cuda:
+	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated
+test-cuda-asan:
+	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-emulated_asan
+
 # 1, 2 and 4 processes, a sample of the faults; test-mpi-full: 8 processes, both MPIs, every fault, five minutes of random delays.
 MPI_PROGRAMS = test_mpi test_mpi_errors test_mpi_life test_mpi_fault test_exact
 build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/train_llama
@@ -341,7 +380,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: test-cuda test-cuda-asan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

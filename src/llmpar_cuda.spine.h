@@ -39,12 +39,9 @@ LLMPAR_EXTERN_C_END
 #if !defined(__CUDACC__) && !defined(LLMPAR_CUDA_EMULATED)
 #error "llmpar_cuda.h: LLMPAR_CUDA_IMPLEMENTATION belongs in a .cu file that nvcc compiles"
 #endif
-#if defined(__CUDA_ARCH_LIST__)
-/* The kernels use cp.async and mma.sync. */
-#endif
-
 #include "cuda/intrinsics.h"
 #include "cuda/cuda_internal.h"
+#include "cuda/launch.h"
 
 #include "cuda/device.cu"
 

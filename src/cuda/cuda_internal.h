@@ -15,29 +15,44 @@
 
 #include <cublasLt.h>
 #include <cuda_runtime.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 
+/* Stays with the device when the stream is destroyed, and serves the next one: events name it. */
 typedef struct llmpar__cuda_stream {
     struct llmpar__cuda_stream *next; /* of the device's list */
-    cudaStream_t handle;
-    llmpar_status status;      /* sticks; the first failure of what was enqueued here */
+    cudaStream_t handle;       /* NULL: not in use */
+    llmpar_status status;      /* sticks; the first failure of what was enqueued here. Atomic: host calls set it from the driver's thread */
+    llmpar_error error;        /* what host calls said; complete once status is set */
     void *library;             /* desc.library_workspace bytes for products, made with the stream in FAST mode; else NULL */
     char name[24];
 } llmpar__cuda_stream;
+
+/* A host call under way. Reused when done. */
+typedef struct llmpar__cuda_call {
+    struct llmpar__cuda_call *next; /* of the device's list, which only grows */
+    llmpar__cuda_stream *stream;
+    llmpar_status (*fn)(void *arg);
+    pthread_t thread;          /* that runs fn, while `state` says so */
+    int state;                 /* atomic: free, enqueued, running */
+    union { unsigned char bytes[256]; long double align; void *pointer; } arg;
+} llmpar__cuda_call;
 
 typedef struct llmpar__cuda {
     llmpar_heap *heap;         /* the rank's */
     llmpar_cuda_desc desc;     /* resolved */
     int index;                 /* of the driver */
     int capability;            /* 80, 90, 100 .. */
-    int multiprocessors;
+    int multiprocessors, threads_resident; /* the latter of each */
     size_t shared_limit;       /* dynamic shared memory that a block may ask for */
     size_t l2_bytes;
     cublasLtHandle_t lt;       /* FAST mode; else NULL */
     void *products;            /* FAST mode: the algorithms chosen, by shape (gemm_library.cu); else NULL */
     llmpar__cuda_stream now;   /* what stream NULL means: the operation is done when its call returns */
     llmpar__cuda_stream *streams;
+    llmpar__cuda_call *calls;
+    char place[32];            /* PCI address */
     char name[128];            /* the device's name: "cuda sm_90 exact NVIDIA H200": type, code, mode; ranks must agree */
 } llmpar__cuda;
 
@@ -58,9 +73,8 @@ static llmpar_status llmpar__cuda_dtype(llmpar_device *device, const char *what,
 /* Blocks of `threads` for `count` items, at most `waves` times what the device runs at once: for grid-stride loops. At least 1. */
 static unsigned llmpar__cuda_blocks(const llmpar__cuda *cuda, int64_t count, unsigned threads, unsigned waves);
 
-/* Enqueues kernel(args...) with `shared` bytes of dynamic shared memory (raises the kernel's limit where it is above 48 KiB). Arguments are converted to the kernel's parameter types. Errors: llmpar__cuda_end. */
-template <typename... Parameters, typename... Arguments>
-static void llmpar__cuda_launch(llmpar_device *device, llmpar_stream *stream, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... args);
+/* llmpar__cuda_launch(device, stream, kernel, dim3 grid, dim3 block, size_t shared, args...) enqueues kernel(args...) with `shared` bytes of dynamic shared memory (raises the kernel's limit where it is above
+   48 KiB). Arguments are converted to the kernel's parameter types. Errors: llmpar__cuda_end. In launch.h. */
 
 /* ---- slots, one file an operation ---- */
 

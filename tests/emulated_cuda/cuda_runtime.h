@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #define CUDART_VERSION 13000
+#define CUDART_CB
 
 #ifdef __cplusplus
 extern "C" {

@@ -531,6 +531,8 @@ void emulated_cuda_ldmatrix_trans_run(void **lanes, unsigned mask) { whole_warp(
 
 /* ---- the runtime: streams, events ---- */
 
+#undef warpSize /* a member of cudaDeviceProp */
+
 namespace {
 
 struct Mark { bool done; };
@@ -576,7 +578,7 @@ struct Engine {
     int fail_launch, fail_kernel, fail_alloc;
     cudaError_t fail_launch_code, fail_kernel_code;
 
-    Engine() : host_live(0), steps(0), kernels(0), driver(false), running(0), broken(cudaSuccess), fail_launch(0), fail_kernel(0), fail_alloc(0)
+    Engine() : host_live(0), steps(0), kernels(0), driver(false), running(0), broken(cudaSuccess), fail_launch(0), fail_kernel(0), fail_alloc(0), fail_launch_code(cudaSuccess), fail_kernel_code(cudaSuccess)
     {
         memset(legacy, 0, sizeof legacy);
         memset(live, 0, sizeof live);
