@@ -28,6 +28,7 @@ typedef struct train_job {
     int32_t sp, zero, prefetch, accum, no_sync; /* zero: 0 .. 3 */
     int32_t threads, steps, canon, wrap;
     const char *cpu;
+    const llmpar_backend *backend;              /* of the launch */
     llmpar_exact exact;
     llmpar_dtype dtype;
     int64_t batch, seq_len;
@@ -237,6 +238,7 @@ static inline void train_run(train_job *job, train_result *result)
     launch.ranks = result->ranks;
     launch.threads = job->threads;
     launch.cpu = job->cpu;
+    launch.backend = job->backend;
     launch.deadline = job->deadline;
     launch.allocator = job->allocator;
     launch.log = train_quiet;

@@ -151,6 +151,7 @@ typedef struct llmpar__trace_out {
     llmpar_trace *trace;
     llmpar_comm *world;
     llmpar_stream *stream;
+    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
     llmpar_trace_sink sink; /* rank 0 */
     void *user;
     size_t used;
@@ -158,19 +159,22 @@ typedef struct llmpar__trace_out {
     llmpar_status status, sunk; /* of the transport; of the sink, whose failure the other ranks need not wait for */
 } llmpar__trace_out;
 
-static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *memory, size_t count, llmpar_dtype dtype)
+static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *values, size_t count, llmpar_dtype dtype)
 {
+    llmpar_device *device = out->world->device;
+    size_t bytes = count * llmpar_dtype_size(dtype);
     llmpar_collective call;
     if (out->status) return;
     memset(&call, 0, sizeof call);
-    call.send = sends ? memory : NULL;
-    call.recv = sends ? NULL : memory;
+    call.send = sends ? out->memory : NULL;
+    call.recv = sends ? NULL : out->memory;
     call.count = count;
     call.dtype = dtype;
     call.peer = peer;
     call.tag = "trace";
-    out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
-    llmpar_device *device = out->world->device;
+    if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
+    if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
+    if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
     llmpar_status waited = device->synchronize(device, out->stream);
     if (!out->status) out->status = waited;
 }
@@ -267,12 +271,14 @@ static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
     mine[0] = (int64_t)trace->created_ns;
     mine[1] = trace->clock_ns;
     memset(&call, 0, sizeof call);
-    call.send = mine;
-    call.recv = all;
+    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
+    call.recv = out->memory;
     call.count = 2;
     call.dtype = LLMPAR_I64;
     call.tag = "trace";
-    out->status = llmpar_all_gather(out->world, out->stream, &call);
+    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
+    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
+    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
     llmpar_status waited = device->synchronize(device, out->stream);
     if (!out->status) out->status = waited;
     for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
@@ -296,7 +302,10 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.user = user;
     int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
-    out.status = device->stream_create(device, "trace", &out.stream);
+    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
+    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
+    out.status = device->alloc(device, room, &out.memory);
+    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
     if (out.stream) llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
     if (!out.status) {
@@ -318,6 +327,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
         }
     }
     if (out.stream) device->stream_destroy(device, out.stream);
+    device->free(device, out.memory, room);
     return out.status ? out.status : out.sunk;
 }
 
