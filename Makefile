@@ -31,6 +31,7 @@ help:
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
 	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan: under the sanitizers'
+	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
 	@echo 'make test-plant    plants faults and expects the tests to find them'
 	@echo 'make test-asan     the suite under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -279,6 +280,28 @@ test-cuda:
 test-cuda-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-emulated_asan
 
+NVCC = nvcc
+# Which GPUs `make cuda` compiles for: all, or native (this machine's).
+CUDA_FOR = all
+cuda_home = $(dir $(shell dirname $$(readlink -f $$(command -v $(NVCC)))))
+cuda_libs = -lcublasLt -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
+
+cuda:
+	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory build/cuda/llmpar_cuda.o
+build/cuda/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION -x cu -c $< -o $@
+build/cuda/test_%: tests/test_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o
+	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
+build-cuda: $(filter-out build/cuda/test_emulation,$(CUDA_SUITE:%=build/cuda/%))
+run-cuda: build-cuda
+	@tests/run.sh build/cuda $(filter-out test_emulation,$(CUDA_SUITE))
+
+check-cuda:
+	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory run-check-cuda
+run-check-cuda: build/dev/llmpar_cuda.h build/dev/llmpar.h build/plain/llmpar.o
+	@tools/check_cuda.sh $(NVCC)
+
 # 1, 2 and 4 processes, a sample of the faults; test-mpi-full: 8 processes, both MPIs, every fault, five minutes of random delays.
 MPI_PROGRAMS = test_mpi test_mpi_errors test_mpi_life test_mpi_fault test_exact
 build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/train_llama
@@ -380,7 +403,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: test-cuda test-cuda-asan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:
