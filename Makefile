@@ -65,7 +65,10 @@ build/gen/%.h: FORCE
 	@$(call amalgamate)
 
 # The same text with #line directives: what tests, sanitizers and gdb see.
-build/dev/%.h: $(SRC) tools/amalgamate.awk
+build/dev/llmpar.h: $(filter-out src/cuda/% src/nccl/% src/llmpar_%,$(SRC))
+build/dev/llmpar_cuda.h: $(filter src/cuda/% src/llmpar_cuda.spine.h,$(SRC))
+build/dev/llmpar_nccl.h: $(filter src/nccl/% src/llmpar_nccl.spine.h,$(SRC))
+build/dev/%.h: tools/amalgamate.awk
 	@mkdir -p $(@D)
 	@$(call amalgamate,-v lines=1)
 

@@ -42,6 +42,7 @@ LLMPAR_EXTERN_C_END
 #include "cuda/intrinsics.h"
 #include "cuda/cuda_internal.h"
 #include "cuda/launch.h"
+#include "cuda/probe.cu"
 
 #include "cuda/device.cu"
 

@@ -28,7 +28,13 @@ awk '
     }' $folder/ptxas.log && good "no kernel spills registers" || bad "registers: see above"
 
 # Refused: what would change the bits.
-if "$nvcc" -std=c++17 --use_fast_math -E -DLLMPAR_CUDA_IMPLEMENTATION -x cu build/dev/llmpar_cuda.h >$folder/fast.log 2>&1 || ! grep -q 'changes what is computed' $folder/fast.log; then bad "--use_fast_math is not refused"; else good "--use_fast_math is refused"; fi
+for flag in --use_fast_math --ftz=true; do
+    echo '#include "cuda/probe.cu"
+          void *kernel = (void *)llmpar__cuda_probe;' >$folder/probe.cu
+    if ! "$nvcc" -std=c++17 -arch=sm_80 -Isrc -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1; then bad "probe.cu does not compile"
+    elif "$nvcc" -std=c++17 $flag -arch=sm_80 -Isrc -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1 || ! grep -q 'compiled_without_use_fast_math' $folder/fast.log; then bad "$flag is not refused"
+    else good "$flag is refused"; fi
+done
 
 home=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
 if "$nvcc" -O1 -Ibuild/dev -Itests tests/test_cuda_device.c $folder/llmpar_cuda.o "${CUDA_LIB:-build/plain/llmpar.o}" -o $folder/test_cuda_device -lcublasLt -Xlinker "-rpath=$home/lib64" -lpthread -lm >$folder/link.log 2>&1; then

@@ -4,10 +4,8 @@
    and has finished when its call returns. Host calls run on the driver's thread, which must not call CUDA; what a failing one said stays with its stream until the rank's thread sees the failure. */
 #include "cuda/cuda_internal.h"
 #include "cuda/launch.h"
+#include "cuda/probe.cu"
 
-#if defined(__USE_FAST_MATH__) || defined(__FAST_MATH__)
-#error "llmpar_cuda.h: --use_fast_math changes what is computed, and differently in every kernel: compile without it"
-#endif
 #if defined(__CUDACC_VER_MAJOR__) && (__CUDACC_VER_MAJOR__ < 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ < 4))
 #error "llmpar_cuda.h: needs CUDA 12.4 or later"
 #endif
@@ -330,9 +328,6 @@ static llmpar_error *llmpar__cuda_thread_error(llmpar_device *device)
 }
 
 /* ---- the table ---- */
-
-/* Whether the program holds code for this GPU. */
-static __global__ void llmpar__cuda_probe(int *out) { *out = 1; }
 
 static void llmpar__cuda_fill(llmpar_device *d)
 {
