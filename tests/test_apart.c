@@ -23,7 +23,7 @@ static void late_end(llmpar_device *inner)
     free(d);
 }
 
-static int strict_pinned; /* steps of this job must not copy to or from memory that host_alloc did not give */
+static int strict_pinned = 1; /* steps must not copy to or from memory that host_alloc did not give */
 
 /* ---- what a job does beside its steps ---- */
 

@@ -10,7 +10,8 @@
 
 /* ---- scalars ---- */
 
-static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, int64_t *values, size_t count, const char *tag)
+/* fsdp->host_scalars[count] become the sums over all ranks. */
+static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, size_t count, const char *tag)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_stream *stream = fsdp->stream[in->stream];
@@ -20,10 +21,10 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
     call.count = count;
     call.dtype = LLMPAR_I64;
     call.tag = tag;
-    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
+    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, fsdp->host_scalars, count * sizeof(int64_t));
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
-    if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
+    if (!status) status = fsdp->device->copy(fsdp->device, stream, fsdp->host_scalars, fsdp->scalars, count * sizeof(int64_t));
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the values */
     return status ? status : waited;
 }
 
@@ -41,9 +42,10 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     /* Every rank of a tp group holds the same sequences: they count once. */
-    int64_t tokens = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
-    llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
+    fsdp->host_scalars[0] = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
+    llmpar_status status = llmpar__exec_scalars(exec, in, 1, "tokens");
     if (status) return status;
+    int64_t tokens = fsdp->host_scalars[0];
     exec->run->global_tokens = tokens;
     for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
     /* Loss and norm start from zero before any stream adds to them. */
@@ -59,14 +61,17 @@ static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruct
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_run *run = exec->run;
     llmpar_exact_sum sum[2];
-    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], sum, fsdp->scalars, sizeof sum);
+    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], fsdp->host_scalars, fsdp->scalars, sizeof sum);
     if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
     if (status) return status;
+    memcpy(sum, fsdp->host_scalars, sizeof sum);
     if (fsdp->mesh->coordinate[LLMPAR_AXIS_TP] != 0) memset(&sum[0], 0, sizeof sum[0]); /* all of a tp group computed the same loss */
     llmpar_exact_sum_carry(&sum[0]);
     llmpar_exact_sum_carry(&sum[1]);
-    status = llmpar__exec_scalars(exec, in, sum[0].limb, LLMPAR__SCALARS, "loss, norm");
+    memcpy(fsdp->host_scalars, sum, sizeof sum);
+    status = llmpar__exec_scalars(exec, in, LLMPAR__SCALARS, "loss, norm");
     if (status) return status;
+    memcpy(sum, fsdp->host_scalars, sizeof sum);
     run->loss = run->global_tokens ? llmpar_exact_sum_value(&sum[0]) / (double)run->global_tokens : 0;
     run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
     run->skipped = run->global_tokens == 0;

@@ -106,6 +106,8 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 
 /* ---- creation ---- */
 
+#define LLMPAR__FLAT_CHUNK ((int64_t)1 << 16) /* elements of initial values that are made and copied at a time */
+
 static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
 {
     size_t bytes = strlen(unit) + strlen(what) + 2;
@@ -147,14 +149,14 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     return llmpar__flat_layout(fsdp, index);
 }
 
-/* Initial values: each element from its own counter, so that a rank makes only what it holds. */
-static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
+/* Initial values: each element from its own counter, so that a rank makes only what it holds. staging[LLMPAR__FLAT_CHUNK] in the sum type: on its way to the device. */
+static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, void *staging)
 {
-    enum { CHUNK = 2048 };
+    enum { PART = 1024 };
     llmpar__flat *flat = &fsdp->units[index];
     size_t size = llmpar_dtype_size(fsdp->sum);
-    float values[CHUNK];
-    double wide[CHUNK];
+    float *values = (float *)staging, part[PART];
+    double *wide = (double *)staging;
     char *shard = (char *)llmpar_fsdp_shard(fsdp, index, NULL, NULL, NULL);
     if (!shard) return fsdp->ctx->error.status;
     llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], shard, (size_t)flat->shard_elements * size);
@@ -170,17 +172,17 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
             int64_t run, count = segment->count - done;
             int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
             if (count > run) count = run;
-            if (count > CHUNK) count = CHUNK;
-            if (param->init_std == 0)
-                for (int64_t i = 0; i < count; i++) values[i] = (float)param->init_value;
-            else
-                llmpar_rng_fill_normal_f32(&rng, (uint64_t)first, (size_t)count, 0.0f, (float)param->init_std, values);
-            const void *source = values;
-            if (fsdp->sum == LLMPAR_F64) {
-                for (int64_t i = 0; i < count; i++) wide[i] = values[i];
-                source = wide;
+            if (count > LLMPAR__FLAT_CHUNK) count = LLMPAR__FLAT_CHUNK;
+            for (int64_t at = 0, n; at < count; at += n) {
+                float *to = fsdp->sum == LLMPAR_F64 ? part : values + at;
+                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? PART : count - at;
+                if (param->init_std == 0)
+                    for (int64_t i = 0; i < n; i++) to[i] = (float)param->init_value;
+                else
+                    llmpar_rng_fill_normal_f32(&rng, (uint64_t)(first + at), (size_t)n, 0.0f, (float)param->init_std, to);
+                for (int64_t i = 0; i < n && fsdp->sum == LLMPAR_F64; i++) wide[at + i] = part[i];
             }
-            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], shard + (size_t)(segment->begin + done) * size, source, (size_t)count * size);
+            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], shard + (size_t)(segment->begin + done) * size, staging, (size_t)count * size);
             if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
             done += count;
         }
@@ -267,12 +269,19 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     void *scalars = NULL;
     if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
     fsdp->scalars = (int64_t *)scalars;
+    if (!status && llmpar_device_host_alloc(fsdp->device, &ctx->heap, LLMPAR__SCALARS * sizeof(int64_t), &scalars)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for loss and norm");
+    if (!status) fsdp->host_scalars = (int64_t *)scalars;
+    if (!status) memset(fsdp->host_scalars, 0, LLMPAR__SCALARS * sizeof(int64_t));
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_memory(fsdp, u);
     if (!status && fsdp->store) {
         fsdp->store_fixed = llmpar__store_end(fsdp->store);
         status = llmpar__store_reserve(fsdp->store);
     }
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_initialise(fsdp, u);
+    size_t bytes = (size_t)LLMPAR__FLAT_CHUNK * llmpar_dtype_size(fsdp->sum);
+    void *staging = NULL;
+    if (!status && !desc->count_only && llmpar_device_host_alloc(fsdp->device, &ctx->heap, bytes, &staging)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for initial values");
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_initialise(fsdp, u, staging);
+    llmpar_device_host_free(fsdp->device, &ctx->heap, staging, bytes);
     return status;
 }
 
@@ -383,8 +392,11 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
             if (fsdp->free_event[s][e]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s][e]);
         if (fsdp->stream[s]) fsdp->device->stream_destroy(fsdp->device, fsdp->stream[s]);
     }
+    llmpar_device_host_free(fsdp->device, heap, fsdp->host_scalars, LLMPAR__SCALARS * sizeof(int64_t));
     llmpar_heap_free(heap, (void *)fsdp->parts);
     llmpar_heap_free(heap, fsdp->event);
     llmpar_heap_free(heap, fsdp->units);
     llmpar_heap_free(heap, fsdp);
 }
+
+#undef LLMPAR__FLAT_CHUNK

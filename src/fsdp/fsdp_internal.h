@@ -78,6 +78,7 @@ struct llmpar_fsdp {
     uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
     const void **parts;               /* [ranks] of a sum in another dtype */
     int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
+    int64_t *host_scalars;            /* [LLMPAR__SCALARS]: what is copied there and back; read and written behind a wait only */
 };
 #define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
 

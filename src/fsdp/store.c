@@ -25,8 +25,8 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
     llmpar_ctx *ctx = store->ctx;
     size_t bytes = strlen(directory) + 80;
     store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    store->staging = llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__STORE_CHUNK);
-    if (!store->path || !store->staging) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__STORE_CHUNK, &store->staging);
+    if (!store->path || status) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
     /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
     for (int attempt = 0; attempt < 100; attempt++) {
         snprintf(store->path, bytes, "%s/llmpar-offload-%ld-%d-%d", directory, (long)getpid(), (int)ctx->rank, attempt);
@@ -62,7 +62,7 @@ LLMPAR__PRIVATE_DEF void llmpar__store_destroy(llmpar__store *store)
     llmpar_heap *heap = &store->ctx->heap;
     if (store->fd >= 0) close(store->fd);
     llmpar_heap_free(heap, store->path);
-    llmpar_heap_free(heap, store->staging);
+    llmpar_device_host_free(store->ctx->device, heap, store->staging, LLMPAR__STORE_CHUNK);
     llmpar_heap_free(heap, store);
 }
 
@@ -70,8 +70,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_place(llmpar__store *store, llmp
 {
     memset(place, 0, sizeof *place);
     if (tier == LLMPAR_TIER_HOST && !store->count_only) {
-        place->host = llmpar_heap_zalloc(&store->ctx->heap, 1, (size_t)bytes);
-        if (!place->host) return llmpar_fail(store->ctx, LLMPAR_ERR_MEMORY, "offload: no host memory for %llu bytes", (unsigned long long)bytes);
+        if (llmpar_device_host_alloc(store->ctx->device, &store->ctx->heap, (size_t)bytes, &place->host)) return llmpar_fail(store->ctx, LLMPAR_ERR_MEMORY, "offload: no host memory for %llu bytes", (unsigned long long)bytes);
+        memset(place->host, 0, (size_t)bytes);
     } else if (tier == LLMPAR_TIER_FILE) {
         if (bytes > (uint64_t)INT64_MAX / 2 - store->end) return llmpar_fail(store->ctx, LLMPAR_ERR_OVERFLOW, "offload: %llu bytes after %llu are more than a file holds", (unsigned long long)bytes, (unsigned long long)store->end);
         place->offset = store->end;
@@ -84,7 +84,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_place(llmpar__store *store, llmp
 
 LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place *place)
 {
-    llmpar_heap_free(&store->ctx->heap, place->host);
+    llmpar_device_host_free(store->ctx->device, &store->ctx->heap, place->host, (size_t)place->bytes);
     memset(place, 0, sizeof *place);
 }
 

@@ -26,6 +26,9 @@ typedef struct llmpar__session {
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [rows, V] logits as f32 */
     void *gathered;                /* device [tp, widest vocabulary part] */
+    char *staging;                 /* host [staging_bytes], for copies: logits as they come, [tp, rows, widest part]; behind them all ids by position */
+    int32_t *host_ids;             /* [capacity], in staging */
+    size_t staging_bytes;
     int32_t unsharded_units;
 } llmpar__session;
 
@@ -60,7 +63,15 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->gathered = base + gathered;
     g->ids = (int32_t *)(void *)(base + ids);
     g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
-    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
+    void *staging = NULL;
+    size_t raw = ((size_t)(g->rows * widest * g->tp.ranks) * s->size + 63) / 64 * 64;
+    g->staging_bytes = raw + (size_t)g->capacity * sizeof(int32_t);
+    status = llmpar_device_host_alloc(g->device, &g->model->ctx->heap, g->staging_bytes, &staging);
+    if (!status) {
+        g->staging = (char *)staging;
+        g->host_ids = (int32_t *)(void *)(g->staging + raw);
+    }
+    return g->host && !status ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
 }
 
 static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
@@ -164,6 +175,7 @@ static void llmpar__session_close(llmpar__session *g)
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
     llmpar_heap_free(&g->model->ctx->heap, g->host);
+    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
 }
 
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
@@ -253,7 +265,6 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    llmpar_heap *heap = &g->model->ctx->heap;
     int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *const *p = NULL, *const *table = NULL;
@@ -274,16 +285,13 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     call.tag = "logits/all_gather";
     if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
     size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
-    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
-    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
-    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
+    if (!status) status = g->device->copy(g->device, g->stream, g->staging, g->gathered, bytes);
     if (!status) status = g->device->synchronize(g->device, g->stream);
     for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
         int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
         for (int64_t row = 0; row < count; row++)
-            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
+            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, g->staging + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
     }
-    llmpar_heap_free(heap, raw);
     return status;
 }
 
@@ -296,7 +304,8 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
         if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
     llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
+    memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once: the stream may yet read what was written before */
+    if (!status) status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
     memset(&args, 0, sizeof args);
     args.rows = count;
     args.dim = g->s.d;
@@ -434,7 +443,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
+        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1);
         last = 0;
     }
     llmpar__session_close(&g);

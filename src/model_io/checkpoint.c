@@ -222,8 +222,9 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
     llmpar__array array[LLMPAR__ARRAYS];
     llmpar__array_unit memory;
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(c->fsdp))), at = 0;
-    unsigned char *staging = c->copy ? NULL : (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__CHECKPOINT_STAGING);
-    if (!staging && !c->copy) return llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %zu bytes", LLMPAR__CHECKPOINT_STAGING);
+    void *piece = NULL;
+    if (!c->copy && llmpar_device_host_alloc(device, &ctx->heap, LLMPAR__CHECKPOINT_STAGING, &piece)) return llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %zu bytes", LLMPAR__CHECKPOINT_STAGING);
+    unsigned char *staging = (unsigned char *)piece;
     llmpar_status status = device->stream_create(device, "checkpoint", &stream);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(c->fsdp) && !status; u++) {
         status = llmpar__array_fetch(c->fsdp, u, &memory);
@@ -251,7 +252,7 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
         if (!status) status = waited ? waited : put;
     }
     if (stream) device->stream_destroy(device, stream);
-    llmpar_heap_free(&ctx->heap, staging);
+    llmpar_device_host_free(device, &ctx->heap, staging, LLMPAR__CHECKPOINT_STAGING);
     if (status && !c->error.status) llmpar_error_set(&c->error, status, "%s", ctx->error.text);
     return status;
 }
@@ -269,8 +270,9 @@ static void llmpar__checkpoint_write(llmpar_checkpoint *c)
 {
     c->status = llmpar__checkpoint_open(c);
     if (!c->status && c->writer && c->background) {
-        c->copy = (unsigned char *)llmpar_heap_alloc(&c->ctx->heap, 1, c->bytes);
-        if (!c->copy) c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for a copy of %zu bytes", c->bytes);
+        void *copy = NULL;
+        if (!llmpar_device_host_alloc(c->ctx->device, &c->ctx->heap, c->bytes, &copy)) c->copy = (unsigned char *)copy;
+        else c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for a copy of %zu bytes", c->bytes);
     }
     if (!c->status && c->writer) c->status = llmpar__checkpoint_take(c);
     if (!c->status && c->copy) {
@@ -289,7 +291,7 @@ static void llmpar__checkpoint_drop(llmpar_checkpoint *c)
 {
     if (c->running) pthread_join(c->thread, NULL);
     llmpar_safetensors_writer_abandon(c->writer);
-    llmpar_heap_free(&c->ctx->heap, c->copy);
+    llmpar_device_host_free(c->ctx->device, &c->ctx->heap, c->copy, c->copy ? c->bytes : 0);
     c->running = c->busy = 0;
     c->writer = NULL;
     c->copy = NULL;

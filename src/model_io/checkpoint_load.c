@@ -322,16 +322,17 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     llmpar_error_clear(&error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
-    unsigned char *buffer = (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD);
-    llmpar_status status = load && buffer ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
+    void *buffer = NULL;
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD, &buffer);
+    status = load && !status ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
     if (!status) {
         load->fsdp = fsdp;
         load->optim = optim;
         load->ctx = ctx;
         load->path = path;
         load->states = optim || llmpar_fsdp_optimizer_states(fsdp);
-        load->piece = buffer;
-        load->ahead = buffer + LLMPAR__LOAD_PIECE;
+        load->piece = (unsigned char *)buffer;
+        load->ahead = load->piece + LLMPAR__LOAD_PIECE;
         status = llmpar__load_check(load);
     }
     status = llmpar__checkpoint_agree(ctx, status, load ? &load->error : &error, "checkpoint verified");
@@ -343,7 +344,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     if (!status && optim) llmpar_optim_set_steps(optim, load->manifest.info.updates);
     if (!status) *info = load->manifest.info;
     if (load) llmpar__manifest_destroy(&ctx->heap, &load->manifest);
-    llmpar_heap_free(&ctx->heap, buffer);
+    llmpar_device_host_free(ctx->device, &ctx->heap, buffer, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD);
     llmpar_heap_free(&ctx->heap, load);
     return status;
 }

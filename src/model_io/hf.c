@@ -54,6 +54,7 @@ typedef struct llmpar__hf_load {
     llmpar_hf_files *files;
     llmpar_stream *stream;
     void *raw, *wide;   /* pieces of a slice: as in the file, and in the shards' dtype; `wide` only where these differ */
+    size_t raw_bytes, wide_bytes;
     int64_t capacity;   /* elements of both: half a slice, at most this many */
 } llmpar__hf_load;
 #define LLMPAR__HF_PIECE ((int64_t)128 << 10)
@@ -162,9 +163,11 @@ static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
             if (segments[s].count > most) most = segments[s].count;
     }
     load->capacity = (most + 1) / 2 < LLMPAR__HF_PIECE ? (most + 1) / 2 : LLMPAR__HF_PIECE;
-    load->raw = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity + 1, raw);
-    load->wide = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity, wide);
-    return load->raw && load->wide ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
+    load->raw_bytes = ((size_t)load->capacity + 1) * raw;
+    load->wide_bytes = (size_t)load->capacity * wide;
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, load->raw_bytes, &load->raw);
+    if (!status && wide) status = llmpar_device_host_alloc(ctx->device, &ctx->heap, load->wide_bytes, &load->wide);
+    return !status ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
 }
 
 /* Nothing else is there, but for what says the same once more. */
@@ -237,8 +240,8 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(&load, u);
     status = llmpar__hf_agree(load.ctx, load.stream, status, "load/read");
     if (load.stream) device->stream_destroy(device, load.stream);
-    llmpar_heap_free(&load.ctx->heap, load.raw);
-    llmpar_heap_free(&load.ctx->heap, load.wide);
+    llmpar_device_host_free(device, &load.ctx->heap, load.raw, load.raw_bytes);
+    llmpar_device_host_free(device, &load.ctx->heap, load.wide, load.wide_bytes);
     llmpar_hf_files_close(load.files);
     return status;
 }
@@ -257,6 +260,7 @@ struct llmpar_tensor_file {
     llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
     void *host, *narrow;               /* world rank 0: a piece of a tensor, small enough to stay in the cache; the same in the file's dtype, where that is another */
+    size_t host_bytes;
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
 
@@ -327,7 +331,8 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)most * size, "whole tensor", &file->full);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
-        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, size);
+        file->host_bytes = (size_t)LLMPAR__HF_PIECE * size;
+        llmpar_device_host_alloc(ctx->device, &ctx->heap, file->host_bytes, &file->host);
         if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, llmpar_dtype_size(file->dtype));
         status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
@@ -411,7 +416,7 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_safetensors_writer_abandon(file->writer);
     llmpar_hf_writer_abandon(file->directory);
     llmpar_heap_free(&file->ctx->heap, file->tensors);
-    llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_device_host_free(file->ctx->device, &file->ctx->heap, file->host, file->host_bytes);
     llmpar_heap_free(&file->ctx->heap, file->narrow);
     llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);

@@ -67,7 +67,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const 
         ctx->comm = ctx->host_comm;
         return LLMPAR_OK;
     }
-    if (ctx->world > 1 && device->size >= LLMPAR__LAUNCH_END(llmpar_device, apart) && device->apart)
+    if (ctx->world > 1 && llmpar_device_apart(device))
         return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: backend %s: %d ranks on device %s, whose memory is not the host's, and no comm_create: the ranks' own transport moves host memory; expected a communicator for this device (CUDA: rank threads share a GPU by llmpar_cuda_backend, processes use llmpar_nccl_backend)",
                            name, (int)ctx->world, device->name);
     st = llmpar_comm_split(ctx->host_comm, 0, ctx->rank, "world", &ctx->comm);

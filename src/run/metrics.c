@@ -136,67 +136,143 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
-/* What MFU is measured against: a square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all
-   that memory is needed for. */
+/* ---- what MFU is measured against ----
+
+   A square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all that memory is
+   needed for. A processor shows its rate at 256; an accelerator needs a larger product, how large is found by doubling. */
+
+typedef struct llmpar__peak {
+    llmpar_trainer *t;
+    llmpar_stream *stream;
+    int64_t side;
+    size_t matrix;         /* bytes */
+    llmpar_gemm_args args; /* without pointers */
+    llmpar_gemm_segment segment;
+    double seconds;        /* of one product */
+} llmpar__peak;
+
+/* Sets up a product of this side. 1: it fits the limit. */
+static int llmpar__peak_of(llmpar__peak *p, int64_t side)
+{
+    llmpar_trainer *t = p->t;
+    llmpar_device *device = t->ctx->device;
+    memset(&p->args, 0, sizeof p->args);
+    memset(&p->segment, 0, sizeof p->segment);
+    p->side = side;
+    p->args.segments = &p->segment;
+    p->args.segment_count = p->args.pieces = 1;
+    p->args.kind = LLMPAR_GEMM_NT;
+    p->args.dtype = t->desc.dtype;
+    p->segment.k = p->segment.lda = p->segment.ldb = p->args.m = p->args.n = p->args.ldc = side;
+    p->matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
+    p->args.workspace_bytes = device->gemm_workspace(device, &p->args);
+    return !t->desc.memory_limit || 3 * p->matrix + p->args.workspace_bytes + sizeof(double) + 3 * device->alignment <= t->desc.memory_limit;
+}
+
+/* Two operands of small numbers, made on the host for a part and doubled: products of zeros are faster than others where power is what limits. */
+static llmpar_status llmpar__peak_fill(const llmpar__peak *p, char *data)
+{
+    enum { COUNT = 1024 };
+    llmpar_device *device = p->t->ctx->device;
+    float part[COUNT];
+    double stored[COUNT]; /* in the dtype */
+    size_t bytes = 2 * p->matrix, done = COUNT * llmpar_dtype_size(p->t->desc.dtype);
+    for (int i = 0; i < COUNT; i++) part[i] = (float)(i * 7919 % 1009 - 504) * (1.0f / 504);
+    llmpar_convert(stored, p->t->desc.dtype, part, LLMPAR_F32, COUNT);
+    if (done > bytes) done = bytes;
+    llmpar_status status = device->copy(device, p->stream, data, stored, done);
+    for (; done < bytes && !status; done *= 2) status = device->copy(device, p->stream, data + done, data, bytes - done < done ? bytes - done : done);
+    llmpar_status waited = device->synchronize(device, p->stream); /* in any case: the stream may read `stored` */
+    return status ? status : waited;
+}
+
+/* p->seconds: the best of `tries` behind one that warms up, each of `products` in a row. */
+static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int products)
+{
+    llmpar_ctx *ctx = p->t->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena *arena = NULL;
+    void *data = NULL, *workspace = NULL;
+    llmpar_status status = llmpar_arena_create(ctx, p->t->desc.memory_limit, &arena);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * p->matrix, "peak", &data);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, p->args.workspace_bytes, "peak", &workspace);
+    if (!status) status = llmpar__peak_fill(p, (char *)data);
+    p->segment.a = data;
+    p->segment.b = (char *)data + p->matrix;
+    p->args.c = (char *)data + 2 * p->matrix;
+    p->args.workspace = workspace;
+    p->seconds = 1e9;
+    for (int i = 0; i <= tries && !status; i++) {
+        status = llmpar_comm_barrier(ctx->comm, p->stream, "peak");
+        if (!status) status = device->synchronize(device, p->stream);
+        double begin = llmpar__run_seconds();
+        for (int k = 0; k < products && !status; k++) status = device->gemm(device, p->stream, &p->args);
+        if (!status) status = device->synchronize(device, p->stream);
+        double seconds = (llmpar__run_seconds() - begin) / products + 1e-9;
+        if (i > 0 && seconds < p->seconds) p->seconds = seconds;
+    }
+    if (p->stream) {
+        llmpar_status waited = device->synchronize(device, p->stream); /* in any case: it may use what goes now */
+        if (!status) status = waited;
+    }
+    llmpar_arena_destroy(arena);
+    return status;
+}
+
+/* An accelerator's: from 32 on, as long as the slowest rank takes less than 2 ms. */
+static llmpar_status llmpar__peak_grow(llmpar__peak *p)
+{
+    enum { FIRST = 32, LAST = 4096 };
+    int64_t nanoseconds = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t side = FIRST; side <= LAST && !status && nanoseconds < 2000000; side *= 2) {
+        if (!llmpar__peak_of(p, side)) break;
+        status = llmpar__peak_measure(p, 1, 1);
+        nanoseconds = (int64_t)(p->seconds * 1e9);
+        if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
+    }
+    if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
+    int64_t side = p->side > LAST ? LAST : p->side;
+    while (side > FIRST && !llmpar__peak_of(p, side)) side /= 2;
+    return llmpar__peak_measure(p, 3, 8);
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
-    enum { SIDE = 256, TRIES = 3 };
+    enum { SIDE = 256, TRIES = 2 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar_stream *stream = NULL;
-    llmpar_arena *arena = NULL;
-    llmpar_gemm_args args;
-    llmpar_gemm_segment segment;
-    void *data = NULL, *workspace = NULL, *rate = NULL;
-    size_t matrix;
-    int64_t side = 2 * SIDE;
-    memset(&args, 0, sizeof args);
-    memset(&segment, 0, sizeof segment);
-    args.segments = &segment;
-    args.segment_count = args.pieces = 1;
-    args.kind = LLMPAR_GEMM_NT;
-    args.dtype = t->desc.dtype;
-    do {
-        side /= 2;
-        segment.k = segment.lda = segment.ldb = args.m = args.n = args.ldc = side;
-        matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
-        args.workspace_bytes = device->gemm_workspace(device, &args);
-    } while (side > 8 && t->desc.memory_limit && 3 * matrix + args.workspace_bytes + sizeof(double) + 3 * device->alignment > t->desc.memory_limit);
-    llmpar_status status = llmpar_arena_create(ctx, t->desc.memory_limit, &arena);
-    if (!status) status = device->stream_create(device, "peak", &stream);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
-    if (!status) status = device->zero(device, stream, data, 3 * matrix);
-    segment.a = data;
-    segment.b = (char *)data + matrix;
-    args.c = (char *)data + 2 * matrix;
-    args.workspace = workspace;
-    double best = 0;
-    for (int i = 0; i < TRIES && !status; i++) {
-        status = llmpar_comm_barrier(ctx->comm, stream, "peak");
-        if (!status) status = device->synchronize(device, stream);
-        double begin = llmpar__run_seconds();
-        if (!status) status = device->gemm(device, stream, &args);
-        if (!status) status = device->synchronize(device, stream);
-        double flops = 2.0 * (double)side * (double)side * (double)side / (llmpar__run_seconds() - begin + 1e-9);
-        if (i > 0 && flops > best) best = flops; /* the first one warms up */
+    llmpar__peak p;
+    double flops;
+    void *rate = NULL;
+    memset(&p, 0, sizeof p);
+    p.t = t;
+    p.seconds = 1e9;
+    llmpar_status status = device->stream_create(device, "peak", &p.stream);
+    if (!status && llmpar_device_apart(device)) {
+        status = llmpar__peak_grow(&p);
+    } else if (!status) {
+        int64_t side = SIDE;
+        while (!llmpar__peak_of(&p, side) && side > 8) side /= 2;
+        status = llmpar__peak_measure(&p, TRIES, 1);
     }
+    flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
     llmpar_collective call;
     memset(&call, 0, sizeof call);
+    if (!status) status = device->alloc(device, sizeof flops, &rate);
     call.send = call.recv = rate;
     call.count = 1;
     call.dtype = LLMPAR_F64;
     call.tag = "peak";
-    if (!status) status = device->copy(device, stream, rate, &best, sizeof best);
-    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
-    if (!status) status = device->copy(device, stream, &t->peak_flops, rate, sizeof best);
-    if (stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, stream);
+    if (!status) status = device->copy(device, p.stream, rate, &flops, sizeof flops);
+    if (!status) status = llmpar_all_reduce(ctx->comm, p.stream, &call);
+    if (!status) status = device->copy(device, p.stream, &t->peak_flops, rate, sizeof flops);
+    if (p.stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, p.stream);
         if (!status) status = waited;
-        device->stream_destroy(device, stream);
+        device->stream_destroy(device, p.stream);
     }
-    llmpar_arena_destroy(arena);
+    device->free(device, rate, sizeof flops);
     return status;
 }
 

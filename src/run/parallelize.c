@@ -168,7 +168,9 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     if (status) return status;
     t->ids = (int32_t *)ids;
     t->targets = (int32_t *)targets;
-    t->staging = (int32_t *)llmpar_heap_alloc(heap, (size_t)(2 * rows + t->desc.seq_len + 1), sizeof(int32_t));
+    void *staging = NULL;
+    t->staging_bytes = (size_t)(2 * rows + t->desc.seq_len + 1) * sizeof(int32_t);
+    if (!llmpar_device_host_alloc(t->ctx->device, heap, t->staging_bytes, &staging)) t->staging = (int32_t *)staging;
     t->micro = (llmpar_micro *)llmpar_heap_zalloc(heap, (size_t)t->desc.grad_accum, sizeof *t->micro);
     if (!t->staging || !t->micro) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: no memory for %lld tokens a micro-batch", (long long)rows);
     for (int32_t m = 0; m < t->desc.grad_accum; m++) {
@@ -332,7 +334,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_fsdp_destroy(t->fsdp);
     llmpar_trace_destroy(t->trace);
     llmpar_file_unmap(&t->file);
-    llmpar_heap_free(heap, t->staging);
+    llmpar_device_host_free(t->ctx->device, heap, t->staging, t->staging_bytes);
     llmpar_heap_free(heap, t->micro);
     llmpar_heap_free(heap, t->gradients);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);

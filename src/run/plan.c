@@ -32,6 +32,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     degrees.tp = mesh->degree[LLMPAR_AXIS_TP];
     llmpar_status status = llmpar_sim_device_create(&sim.heap, &sim.error, ctx->device, &sim.device);
     if (!status) status = llmpar_sim_comm_create(&sim.heap, &sim.error, sim.device, ctx->comm, 0, &sim.comm);
+    sim.host = sim.device; /* nothing is computed anywhere */
+    sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
     if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);

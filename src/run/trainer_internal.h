@@ -25,7 +25,8 @@ struct llmpar_trainer {
     llmpar_data data;
     int64_t local;                  /* sequences of this rank in one micro-batch */
     int32_t *ids, *targets;         /* device [grad_accum * local, T] */
-    int32_t *staging;               /* host [T + 1], then [2][local * T] */
+    int32_t *staging;               /* host [T + 1], then [2][local * T]; for copies */
+    size_t staging_bytes;
     llmpar_micro *micro;            /* [grad_accum] */
     llmpar_stream *stream;
     int64_t steps, resumed;         /* made; of these before this run */

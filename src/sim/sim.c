@@ -95,6 +95,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->synchronize = llmpar__sim_synchronize;
     /* As the device can or not, so that a recipe is refused in the plan where it would be. */
     if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
+    table->apart = llmpar_device_apart(of);
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
     table->event_record = llmpar__sim_event;

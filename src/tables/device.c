@@ -40,6 +40,25 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
     return status;
 }
 
+LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
+{
+    *out = NULL;
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
+    *out = llmpar_heap_alloc(heap, 1, bytes);
+    return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
+}
+
+LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
+{
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
+    else llmpar_heap_free(heap, memory);
+}
+
+LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
+{
+    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
+}
+
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
 {
     llmpar_status status = LLMPAR_OK;

@@ -14,6 +14,7 @@
 #define LLMPAR_DEVICE_H
 
 #include "base/dtype.h"
+#include "base/heap.h"
 #include "base/status.h"
 
 #define LLMPAR_DEVICE_ABI 1u
@@ -287,6 +288,12 @@ LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+
+/* Host memory for copies: host_alloc's, or the heap's where the slot is empty; uninitialised. LLMPAR_ERR_MEMORY, whose text is the caller's where it is the heap's. Local; free takes NULL and the size that was asked for. */
+LLMPAR_API llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out);
+LLMPAR_API void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes);
+/* Is what alloc gives out of the host's reach? `apart` with its fallback: 0. Local. */
+LLMPAR_API int llmpar_device_apart(const llmpar_device *device);
 
 /* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
    rank's own thread. Where no stream can have a thread it is a plain host_call. */
