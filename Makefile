@@ -250,7 +250,7 @@ test-exact: build/plain/test_exact
 CUDA_SUITE := $(or $(TEST),test_emulation $(patsubst tests/%.c,%,$(wildcard tests/test_cuda_*.c)))
 # What programs of the emulated device link beside it: another object or archive of llmpar.h is as good (CUDA_LIB=build/separate/llmpar.a).
 CUDA_LIB = build/plain/llmpar.o
-CUDA_CXXFLAGS = -std=c++17 -g -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function -ffp-contract=off -Itests/emulated_cuda -Ibuild/dev
+CUDA_CXXFLAGS = -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -Wno-unknown-pragmas -Wno-unused-function -ffp-contract=off -Itests/emulated_cuda -Ibuild/dev
 
 # $(1) name, $(2) flags, $(3) llmpar.h as an object
 define emulated

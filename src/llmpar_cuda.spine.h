@@ -43,7 +43,14 @@ LLMPAR_EXTERN_C_END
 #include "cuda/cuda_internal.h"
 #include "cuda/launch.h"
 #include "cuda/probe.cu"
+#include "cuda/rows_internal.h"
 
+#include "cuda/norm.cu"
+#include "cuda/rope.cu"
+#include "cuda/swiglu.cu"
+#include "cuda/embedding.cu"
+#include "cuda/xent.cu"
+#include "cuda/elementwise.cu"
 #include "cuda/device.cu"
 
 #endif

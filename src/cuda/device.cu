@@ -352,6 +352,20 @@ static void llmpar__cuda_fill(llmpar_device *d)
     d->event_synchronize = llmpar__cuda_event_synchronize;
     d->host_call = llmpar__cuda_host_call;
     d->thread_error = llmpar__cuda_thread_error;
+    d->rmsnorm = llmpar__cuda_rmsnorm;
+    d->rmsnorm_backward = llmpar__cuda_rmsnorm_backward;
+    d->rope = llmpar__cuda_rope;
+    d->swiglu = llmpar__cuda_swiglu;
+    d->swiglu_backward = llmpar__cuda_swiglu_backward;
+    d->embedding = llmpar__cuda_embedding;
+    d->embedding_backward = llmpar__cuda_embedding_backward;
+    d->embedding_backward_workspace = llmpar__cuda_embedding_backward_workspace;
+    d->xent_max = llmpar__cuda_xent_max;
+    d->xent_sum = llmpar__cuda_xent_sum;
+    d->xent_backward = llmpar__cuda_xent_backward;
+    d->add = llmpar__cuda_add;
+    d->scale = llmpar__cuda_scale;
+    d->copy_rows = llmpar__cuda_copy_rows;
 }
 
 LLMPAR_DEF int32_t llmpar_cuda_count(llmpar_error *error)

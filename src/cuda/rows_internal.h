@@ -7,6 +7,7 @@
 #define LLMPAR_CUDA_ROWS_INTERNAL_H
 
 #include "cuda/cuda_internal.h"
+#include "cuda/launch.h"
 
 enum { LLMPAR__CUDA_ROW_THREADS = 256, LLMPAR__CUDA_ROW_WARPS = LLMPAR__CUDA_ROW_THREADS / 32 };
 
