@@ -1,0 +1,496 @@
+/* attention_backward: dq, dk, dv of causal attention (Dao 2023, "FlashAttention-2", algorithm 2, cut in two so that no sum is shared between blocks).
+
+     delta[b,h,i] = sum_e dout * out                          one warp a row
+     P = 2^(scale s - lse), dS = P * (dout v^T - delta)       computed again by whoever needs them, from lse
+     dv = P^T dout, dk = scale dS^T q                         a block owns keys of one head and walks the queries below the diagonal
+     dq = scale dS k                                          a block owns queries of one head and walks the keys left of the diagonal
+
+   Each gradient is one chain of products over queries or keys in steps of 16 that are counted from the document's start; there are no atomics. dk and dv are of each query head alone, in f32, then added over
+   the group in the tree of the contract and rounded once; to hold these, some sequences are taken at a time (a number that follows from their length alone).
+   Scores of dk and dv are computed transposed (keys are rows), so that what they leave in registers is the left side of the next products. */
+#include "cuda/attention_internal.h"
+#include "cuda/launch.h"
+
+/* Queries or keys that arrive at a time, two buffers of them. */
+#define LLMPAR__CUDA_ATTENTION_STEP 32
+/* Rows of a block: in dq a warp owns 32, in dk and dv as many as have 128 sums a thread. */
+#define LLMPAR__CUDA_ATTENTION_DQ_ROWS 128
+#define LLMPAR__CUDA_ATTENTION_DKV_ROWS(e) (8192 / (e))
+/* Bytes of dk and dv of single heads beyond which sequences are taken in several goes. They stay in the cache. */
+#define LLMPAR__CUDA_ATTENTION_HEADS_BYTES ((int64_t)32 << 20)
+
+/* ---- rows ---- */
+
+/* A warp a row: lane l sums elements l, l + 32, .., then the lanes' sums are added in a tree. Of its document's last row the first head's warp notes the end. */
+template <typename Type> static __global__ void llmpar__cuda_attention_delta(llmpar__cuda_attention_call a, int64_t rows)
+{
+    int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, token = row / a.heads, b = token / a.tq;
+    int lane = (int)threadIdx.x & 31, h = (int)(row % a.heads), i = (int)(token % a.tq);
+    const Type *out, *dout;
+    float sum = 0;
+    if (row >= rows) return;
+    out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim;
+    dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
+    for (int x = lane; x < a.head_dim; x += 32) sum = __fmaf_rn(llmpar__cuda_load(out[x]), llmpar__cuda_load(dout[x]), sum);
+    for (int step = 16; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+    if (lane) return;
+    a.delta[(b * a.heads + h) * a.tq + i] = sum;
+    if (h == 0 && a.doc_start) {
+        const int32_t *start = a.doc_start + b * a.tk;
+        if (i + 1 == a.tk || start[i + 1] != start[i]) a.doc_end[b * a.tk + llmpar__cuda_document(start, i)] = i + 1;
+    }
+}
+
+/* ---- dk, dv ---- */
+
+/* The query tiles that a block of keys walks: for each document among its keys [low, high), from the tile that holds the diagonal's first element to the document's end. */
+typedef struct llmpar__cuda_attention_down {
+    int first, end;    /* the tile's first query; of the document */
+    int low, high, limit;
+} llmpar__cuda_attention_down;
+
+static __device__ __forceinline__ void llmpar__cuda_attention_down_document(const llmpar__cuda_attention_call &a, llmpar__cuda_attention_down *w, int64_t b, int low)
+{
+    const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
+    int begin;
+    w->low = low;
+    if (low >= w->limit) return;
+    w->high = llmpar__cuda_document_run(start, low, w->limit);
+    begin = llmpar__cuda_document(start, low);
+    w->first = begin + (low - begin) / LLMPAR__CUDA_ATTENTION_STEP * LLMPAR__CUDA_ATTENTION_STEP;
+    w->end = start ? min(max(a.doc_end[b * a.tk + begin], w->high), a.tk) : a.tk;
+}
+
+/* Queries and dout of a tile, lse and delta. */
+template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_down_load(const llmpar__cuda_attention_call &a, const llmpar__cuda_attention_down &w, uint16_t *tile, float *row, const uint16_t *q, const uint16_t *dout, int64_t head)
+{
+    enum { STEP = LLMPAR__CUDA_ATTENTION_STEP };
+    llmpar__cuda_tile_load<E, STEP>(tile, q, a.ldq, w.first, w.end, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, dout, a.ldo, w.first, w.end, a.wide);
+    if (threadIdx.x < 2 * STEP) {
+        int i = (int)threadIdx.x % STEP, there = w.first + i < w.end;
+        const float *from = threadIdx.x < STEP ? a.lse : a.delta;
+        llmpar__cu_copy_async_4(row + threadIdx.x, from + (there ? head * a.tq + w.first + i : 0), there ? 4 : 0);
+    }
+    llmpar__cu_copy_async_commit();
+}
+
+/* What one warp's rows of dk or dv become: each head's own in f32, or at once what the caller gets. */
+template <typename Type, int E> static __device__ __forceinline__ void llmpar__cuda_attention_dkv_store(const llmpar__cuda_attention_call &a, const float sum[E / 8][4], float factor, float *heads, void *out, int64_t ld, int64_t token, int limit, int h, int kv)
+{
+    int lane = (int)threadIdx.x & 31;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int64_t row = token + 8 * r;
+        if (8 * r >= limit) continue;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++) {
+            int x = 8 * n + 2 * (lane & 3);
+            float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
+            if (heads || a.dkv_float) {
+                float *to = heads ? heads + (row * a.heads + h) * E + x : (float *)out + row * ld + (int64_t)kv * E + x;
+                to[0] = low;
+                to[1] = high;
+            } else llmpar__cuda_attention_store((Type *)out + row * ld + (int64_t)kv * E + x, low, high, a.pairs);
+        }
+    }
+}
+
+template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR__CUDA_ATTENTION_THREADS, 2) llmpar__cuda_attention_dkv(llmpar__cuda_attention_call a)
+{
+    enum { ROWS = LLMPAR__CUDA_ATTENTION_DKV_ROWS(E), OWN = ROWS / 4, M = OWN / 16, STEP = LLMPAR__CUDA_ATTENTION_STEP };
+    LLMPAR__CUDA_SHARED(uint16_t, keys);
+    uint16_t *values = keys + ROWS * E, *tiles = values + ROWS * E;
+    float *statistics = (float *)(void *)(tiles + 4 * STEP * E); /* [2][lse, delta][STEP] */
+    int blocks = (a.tk + ROWS - 1) / ROWS, member = (int)(blockIdx.x % (unsigned)a.group), key0 = (int)(blockIdx.x / (unsigned)a.group % (unsigned)blocks) * ROWS;
+    unsigned task = blockIdx.x / ((unsigned)a.group * (unsigned)blocks);
+    int64_t b = task / (unsigned)a.kv_heads;
+    int kv = (int)(task % (unsigned)a.kv_heads), h = kv * a.group + member, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, position = key0 + warp * OWN, stage = 0;
+    const uint16_t *q = (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)h * E, *dout = (const uint16_t *)a.dout + b * a.tq * a.ldo + (int64_t)h * E;
+    float dk[M][E / 8][4], dv[M][E / 8][4];
+    llmpar__cuda_attention_down w;
+    w.limit = min(key0 + ROWS, a.tk);
+    llmpar__cuda_attention_down_document(a, &w, b, key0);
+    llmpar__cuda_tile_load<E, ROWS>(keys, (const uint16_t *)a.k + b * a.tk * a.ldk + (int64_t)kv * E, a.ldk, key0, a.tk, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(values, (const uint16_t *)a.v + b * a.tk * a.ldv + (int64_t)kv * E, a.ldv, key0, a.tk, a.wide);
+    llmpar__cuda_attention_down_load<E>(a, w, tiles, statistics, q, dout, b * a.heads + h);
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < E / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) dk[m][n][i] = dv[m][n][i] = 0;
+#pragma unroll 1
+    while (w.low < w.limit) {
+        llmpar__cuda_attention_down now = w;
+        uint16_t *queries = tiles + stage * 2 * STEP * E, *douts = queries + STEP * E;
+        const float *row = statistics + stage * 2 * STEP;
+        int active = now.low < position + OWN && now.high > position && now.first + STEP > position;
+        int partly = now.low > position || now.high < position + OWN || now.first < position + OWN - 1 || now.first + STEP > now.end;
+        llmpar__cu_copy_async_wait<0>();
+        __syncthreads();
+        stage ^= 1;
+        w.first += STEP;
+        if (w.first >= w.end) llmpar__cuda_attention_down_document(a, &w, b, w.high);
+        if (w.low < w.limit) llmpar__cuda_attention_down_load<E>(a, w, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, b * a.heads + h);
+        if (!active) continue;
+        float p[M][STEP / 8][4], ds[M][STEP / 8][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
+#pragma unroll 1
+        for (int x = 0; x < E / 16; x++) {
+            uint32_t left[M][4], right[4];
+#pragma unroll
+            for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], keys, warp * OWN + 16 * m, x);
+#pragma unroll
+            for (int n = 0; n < STEP / 16; n++) {
+                llmpar__cuda_tile_b<E>(right, queries, 16 * n, x);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], values, warp * OWN + 16 * m, x);
+#pragma unroll
+            for (int n = 0; n < STEP / 16; n++) {
+                llmpar__cuda_tile_b<E>(right, douts, 16 * n, x);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int column = 8 * n + 2 * (lane & 3) + j, query = now.first + column;
+                float shift = __fmul_rn(row[column], -LLMPAR__CUDA_ATTENTION_LOG2E), mean = row[STEP + column];
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][2 * r + j], a.scale_log2, shift)), slope = __fmul_rn(weight, __fsub_rn(ds[m][n][2 * r + j], mean));
+                        int key = position + 16 * m + 8 * r + (lane >> 2);
+                        if (partly && (key < now.low || key >= now.high || key > query || query >= now.end)) weight = slope = 0;
+                        p[m][n][2 * r + j] = weight;
+                        ds[m][n][2 * r + j] = slope;
+                    }
+            }
+#pragma unroll
+        for (int j = 0; j < STEP / 16; j++) {
+            uint32_t left[M][4], right[4];
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), p[m][2 * j + (i >> 1)][2 * (i & 1)], p[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+            for (int n = 0; n < E / 16; n++) {
+                llmpar__cuda_tile_b_rows<E>(right, douts, 16 * j, n);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    llmpar__cuda_attention_mma(Type(), dv[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), dv[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+            for (int n = 0; n < E / 16; n++) {
+                llmpar__cuda_tile_b_rows<E>(right, queries, 16 * j, n);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    llmpar__cuda_attention_mma(Type(), dk[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), dk[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        int key = position + 16 * m + (lane >> 2);
+        llmpar__cuda_attention_dkv_store<Type, E>(a, dk[m], a.scale, a.dk_heads, a.dk, a.ld_dk, b * a.tk + key, a.tk - key, h, kv);
+        llmpar__cuda_attention_dkv_store<Type, E>(a, dv[m], 1.0f, a.dv_heads, a.dv, a.ld_dv, b * a.tk + key, a.tk - key, h, kv);
+    }
+}
+
+/* out[token, kv, :] = tree over the group's heads: groups of `odd` heads, cut at the largest power of two below, and 2^n of these cut in halves. Both are the binary tree over places of which those behind the
+   odd heads are empty: +0, which changes no sum, since none is -0. */
+static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a, int64_t count, int odd, int places)
+{
+    int64_t e = a.head_dim, stride = (int64_t)gridDim.x * blockDim.x;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < 2 * count; i += stride) {
+        int64_t at = i < count ? i : i - count, x = at % e, kv = at / e % a.kv_heads, token = at / e / a.kv_heads;
+        const float *in = (i < count ? a.dk_heads : a.dv_heads) + (token * a.heads + kv * a.group) * e + x;
+        void *out = i < count ? a.dk : a.dv;
+        int64_t to = token * (i < count ? a.ld_dk : a.ld_dv) + kv * e + x;
+        float level[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, sum = 0;
+        int steps = a.group / odd * places;
+        for (int s = 0; s < steps; s++) {
+            int done = 0;
+            sum = s % places < odd ? in[(s / places * odd + s % places) * e] : 0.0f;
+#pragma unroll
+            for (int l = 0; l < 8; l++) {
+                if (!done && (s >> l & 1)) sum = __fadd_rn(level[l], sum);
+                else if (!done) { level[l] = sum; done = 1; }
+            }
+        }
+        if (a.dkv_float) ((float *)out)[to] = sum;
+        else if (a.dtype == LLMPAR_BF16) llmpar__cuda_store((llmpar__cuda_bf16 *)out + to, sum);
+        else llmpar__cuda_store((llmpar__cuda_f16 *)out + to, sum);
+    }
+}
+
+/* ---- dq ---- */
+
+template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR__CUDA_ATTENTION_THREADS, 2) llmpar__cuda_attention_dq(llmpar__cuda_attention_call a)
+{
+    enum { ROWS = LLMPAR__CUDA_ATTENTION_DQ_ROWS, STEP = LLMPAR__CUDA_ATTENTION_STEP };
+    LLMPAR__CUDA_SHARED(uint16_t, queries);
+    uint16_t *douts = queries + ROWS * E, *tiles = douts + ROWS * E;
+    int blocks = (a.tq + ROWS - 1) / ROWS, member = (int)(blockIdx.x % (unsigned)a.group), row0 = (blocks - 1 - (int)(blockIdx.x / (unsigned)a.group % (unsigned)blocks)) * ROWS;
+    int64_t task = blockIdx.x / ((unsigned)a.group * (unsigned)blocks), b = task / a.kv_heads;
+    int kv = (int)(task % a.kv_heads), h = kv * a.group + member, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, position = row0 + warp * 32, stage = 0;
+    const uint16_t *k = (const uint16_t *)a.k + b * a.tk * a.ldk + (int64_t)kv * E, *v = (const uint16_t *)a.v + b * a.tk * a.ldv + (int64_t)kv * E;
+    const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
+    float dq[2][E / 8][4], shift[2][2], mean[2][2];
+    llmpar__cuda_attention_walk w;
+    w.limit = min(row0 + ROWS, a.tq);
+    llmpar__cuda_attention_document(&w, start, row0);
+    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)h * E, a.ldq, row0, a.tq, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(douts, (const uint16_t *)a.dout + b * a.tq * a.ldo + (int64_t)h * E, a.ldo, row0, a.tq, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tiles, k, a.ldk, w.first, w.high, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tiles + STEP * E, v, a.ldv, w.first, w.high, a.wide);
+    llmpar__cu_copy_async_commit();
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < E / 8; n++) dq[m][n][0] = dq[m][n][1] = dq[m][n][2] = dq[m][n][3] = 0;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = position + 16 * m + 8 * r + (lane >> 2);
+            int64_t at = (b * a.heads + h) * a.tq + min(row, a.tq - 1);
+            shift[m][r] = __fmul_rn(a.lse[at], -LLMPAR__CUDA_ATTENTION_LOG2E);
+            mean[m][r] = a.delta[at];
+        }
+    }
+#pragma unroll 1
+    while (w.low < w.limit) {
+        llmpar__cuda_attention_walk now = w;
+        uint16_t *keys = tiles + stage * 2 * STEP * E, *values = keys + STEP * E;
+        int active = now.low < position + 32 && now.high > position && now.first < position + 32;
+        int partly = now.low > position || now.high < position + 32 || now.first + STEP - 1 > position;
+        llmpar__cu_copy_async_wait<0>();
+        __syncthreads();
+        stage ^= 1;
+        llmpar__cuda_attention_next(&w, start, STEP);
+        if (w.low < w.limit) {
+            llmpar__cuda_tile_load<E, STEP>(tiles + stage * 2 * STEP * E, k, a.ldk, w.first, w.high, a.wide);
+            llmpar__cuda_tile_load<E, STEP>(tiles + stage * 2 * STEP * E + STEP * E, v, a.ldv, w.first, w.high, a.wide);
+            llmpar__cu_copy_async_commit();
+        }
+        if (!active) continue;
+        float p[2][STEP / 8][4], ds[2][STEP / 8][4];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
+#pragma unroll 2
+        for (int x = 0; x < E / 16; x++) {
+            uint32_t left[2][4], right[4];
+#pragma unroll
+            for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], queries, warp * 32 + 16 * m, x);
+#pragma unroll
+            for (int n = 0; n < STEP / 16; n++) {
+                llmpar__cuda_tile_b<E>(right, keys, 16 * n, x);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], douts, warp * 32 + 16 * m, x);
+#pragma unroll
+            for (int n = 0; n < STEP / 16; n++) {
+                llmpar__cuda_tile_b<E>(right, values, 16 * n, x);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][i], a.scale_log2, shift[m][i >> 1])), slope = __fmul_rn(weight, __fsub_rn(ds[m][n][i], mean[m][i >> 1]));
+                    int row = position + 16 * m + (lane >> 2) + 8 * (i >> 1), key = now.first + 8 * n + 2 * (lane & 3) + (i & 1);
+                    if (partly && (row < now.low || row >= now.high || key > row)) slope = 0;
+                    ds[m][n][i] = slope;
+                }
+#pragma unroll
+        for (int j = 0; j < STEP / 16; j++) {
+            uint32_t left[2][4], right[4];
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+            for (int n = 0; n < E / 16; n++) {
+                llmpar__cuda_tile_b_rows<E>(right, keys, 16 * j, n);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    llmpar__cuda_attention_mma(Type(), dq[m][2 * n], left[m], right);
+                    llmpar__cuda_attention_mma(Type(), dq[m][2 * n + 1], left[m], right + 2);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = position + 16 * m + 8 * r + (lane >> 2);
+            if (row >= a.tq) continue;
+            Type *to = (Type *)a.dq + (b * a.tq + row) * a.ldq + (int64_t)h * E + 2 * (lane & 3);
+#pragma unroll
+            for (int n = 0; n < E / 8; n++) llmpar__cuda_attention_store(to + 8 * n, __fmul_rn(dq[m][n][2 * r], a.scale), __fmul_rn(dq[m][n][2 * r + 1], a.scale), a.pairs);
+        }
+}
+
+/* ---- host ---- */
+
+/* What one go holds in the workspace: of `sequences` sequences. */
+typedef struct llmpar__cuda_attention_plan {
+    int64_t sequences;
+    size_t delta, ends, heads; /* bytes; heads: of dk, and as many of dv */
+} llmpar__cuda_attention_plan;
+
+static llmpar__cuda_attention_plan llmpar__cuda_attention_plan_of(const llmpar_attention_args *a)
+{
+    llmpar__cuda_attention_plan plan;
+    int64_t each = a->heads > a->kv_heads ? a->tk * a->heads * a->head_dim * 4 : 0;
+    plan.sequences = a->batch;
+    if (each > 0 && plan.sequences > LLMPAR__CUDA_ATTENTION_HEADS_BYTES / (2 * each)) plan.sequences = LLMPAR__CUDA_ATTENTION_HEADS_BYTES / (2 * each);
+    if (plan.sequences < 1) plan.sequences = 1;
+    plan.sequences = llmpar__cuda_attention_sequences((a->tk + 15) / 16 * a->heads * 8, plan.sequences); /* more blocks a sequence than any kernel here has */
+    plan.delta = ((size_t)(plan.sequences * a->heads * a->tk) * 4 + 15) / 16 * 16;
+    plan.ends = ((size_t)(plan.sequences * a->tk) * 4 + 15) / 16 * 16;
+    plan.heads = ((size_t)(plan.sequences * each) + 15) / 16 * 16;
+    return plan;
+}
+
+static size_t llmpar__cuda_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args)
+{
+    const llmpar_attention_args *a = &args->forward;
+    llmpar__cuda_attention_plan plan;
+    (void)device;
+    if (a->batch < 1 || a->tk < 1 || a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1) return 0;
+    plan = llmpar__cuda_attention_plan_of(a);
+    return plan.delta + plan.ends + 2 * plan.heads + 15;
+}
+
+template <typename Type, int E> static void llmpar__cuda_attention_backward_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
+{
+    enum { DKV = LLMPAR__CUDA_ATTENTION_DKV_ROWS(E), DQ = LLMPAR__CUDA_ATTENTION_DQ_ROWS, STEP = LLMPAR__CUDA_ATTENTION_STEP };
+    int64_t tasks = a->batch * a->heads;
+    dim3 block(LLMPAR__CUDA_ATTENTION_THREADS);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dkv<Type, E>, dim3((unsigned)(tasks * ((a->tk + DKV - 1) / DKV))), block, (size_t)(2 * DKV + 4 * STEP) * E * 2 + 4 * STEP * sizeof(float), *a);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2, *a);
+}
+
+/* Some sequences. */
+static llmpar_status llmpar__cuda_attention_backward_part(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a, int by_mma)
+{
+    llmpar__cuda *cuda = llmpar__cuda_of(device);
+    int64_t rows = a->batch * a->heads * a->tq, count = a->batch * a->tk * a->kv_heads * a->head_dim;
+    dim3 blocks((unsigned)((rows + 7) / 8)), block(256);
+    llmpar_status status = LLMPAR_OK;
+    if (a->dtype == LLMPAR_BF16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_bf16>, blocks, block, 0, *a, rows);
+    else if (a->dtype == LLMPAR_F16) llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<llmpar__cuda_f16>, blocks, block, 0, *a, rows);
+    else llmpar__cuda_launch(device, stream, llmpar__cuda_attention_delta<float>, blocks, block, 0, *a, rows);
+    if (!by_mma) status = llmpar__cuda_attention_simple_backward(device, stream, *a);
+    else if (a->dtype == LLMPAR_BF16 && a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 64>(device, stream, a);
+    else if (a->dtype == LLMPAR_BF16) llmpar__cuda_attention_backward_launch<llmpar__cuda_bf16, 128>(device, stream, a);
+    else if (a->head_dim == 64) llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 64>(device, stream, a);
+    else llmpar__cuda_attention_backward_launch<llmpar__cuda_f16, 128>(device, stream, a);
+    if (!status && a->dk_heads) {
+        int odd = a->group, places = 1;
+        while (odd % 2 == 0) odd /= 2;
+        while (places < odd) places *= 2;
+        llmpar__cuda_launch(device, stream, llmpar__cuda_attention_tree, dim3(llmpar__cuda_blocks(cuda, 2 * count, 256, 8)), dim3(256), 0, *a, count, odd, places);
+    }
+    return status;
+}
+
+LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
+{
+    const llmpar_attention_args *f = &args->forward;
+    llmpar__cuda_attention_call all, a;
+    llmpar__cuda_attention_plan plan;
+    unsigned char *workspace;
+    size_t size, dkv_size;
+    llmpar_dtype dkv = args->dkv_dtype == LLMPAR_DTYPE_DEFAULT ? f->dtype : args->dkv_dtype;
+    llmpar_status status;
+    if (f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return LLMPAR_OK;
+    status = llmpar__cuda_attention_check(device, "attention_backward", f, llmpar__cuda_attention_backward_workspace(device, args), 1);
+    if (!status && dkv != f->dtype && dkv != llmpar_dtype_sum(f->dtype))
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(f->dtype), llmpar_dtype_name(llmpar_dtype_sum(f->dtype)));
+    if (!status && args->ld_dkv < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "attention_backward: ld_dkv %lld, expected 0 or the distance of two rows", (long long)args->ld_dkv);
+    if (!status) status = llmpar__cuda_begin(device, stream);
+    if (status) return status;
+    plan = llmpar__cuda_attention_plan_of(f);
+    size = llmpar_dtype_size(f->dtype);
+    dkv_size = llmpar_dtype_size(dkv);
+    llmpar__cuda_attention_take(f, &all);
+    all.dout = args->dout; all.dq = args->dq; all.dk = args->dk; all.dv = args->dv;
+    all.ld_dk = args->ld_dkv ? args->ld_dkv : f->ldk;
+    all.ld_dv = args->ld_dkv ? args->ld_dkv : f->ldv;
+    all.dkv_float = dkv == LLMPAR_F32;
+    all.wide = all.wide && (((uintptr_t)args->dout | (size_t)f->ldo * size) & 15u) == 0;
+    all.pairs = (((uintptr_t)args->dq | (uintptr_t)args->dk | (uintptr_t)args->dv | (size_t)(f->ldq | all.ld_dk | all.ld_dv) * size) & (2 * size - 1)) == 0;
+    workspace = (unsigned char *)(((uintptr_t)f->workspace + 15u) & ~(uintptr_t)15u);
+    all.delta = (float *)(void *)workspace;
+    all.doc_end = (int32_t *)(void *)(workspace + plan.delta);
+    if (all.group > 1) {
+        all.dk_heads = (float *)(void *)(workspace + plan.delta + plan.ends);
+        all.dv_heads = (float *)(void *)(workspace + plan.delta + plan.ends + plan.heads);
+    }
+    for (int64_t b = 0; !status && b < f->batch; b += plan.sequences) {
+        int64_t row = b * all.tk;
+        a = all;
+        a.batch = f->batch - b < plan.sequences ? f->batch - b : plan.sequences;
+        a.q = (const char *)all.q + (size_t)(row * all.ldq) * size;
+        a.k = (const char *)all.k + (size_t)(row * all.ldk) * size;
+        a.v = (const char *)all.v + (size_t)(row * all.ldv) * size;
+        a.out = (char *)all.out + (size_t)(row * all.ldo) * size;
+        a.dout = (const char *)all.dout + (size_t)(row * all.ldo) * size;
+        a.dq = (char *)all.dq + (size_t)(row * all.ldq) * size;
+        a.dk = (char *)all.dk + (size_t)(row * all.ld_dk) * dkv_size;
+        a.dv = (char *)all.dv + (size_t)(row * all.ld_dv) * dkv_size;
+        a.lse += row * all.heads;
+        if (a.doc_start) a.doc_start += row;
+        status = llmpar__cuda_attention_backward_part(device, stream, &a, llmpar__cuda_attention_by_mma(f));
+    }
+    return status ? status : llmpar__cuda_end(device, stream, "attention_backward");
+}
+
+#undef LLMPAR__CUDA_ATTENTION_STEP
+#undef LLMPAR__CUDA_ATTENTION_DQ_ROWS
+#undef LLMPAR__CUDA_ATTENTION_DKV_ROWS
+#undef LLMPAR__CUDA_ATTENTION_HEADS_BYTES
