@@ -39,11 +39,7 @@ LLMPAR_EXTERN_C_END
 #if !defined(__CUDACC__) && !defined(LLMPAR_CUDA_EMULATED)
 #error "llmpar_cuda.h: LLMPAR_CUDA_IMPLEMENTATION belongs in a .cu file that nvcc compiles"
 #endif
-#include "cuda/intrinsics.h"
-#include "cuda/cuda_internal.h"
-#include "cuda/launch.h"
 #include "cuda/probe.cu"
-#include "cuda/rows_internal.h"
 
 #include "cuda/norm.cu"
 #include "cuda/rope.cu"

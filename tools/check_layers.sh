@@ -74,7 +74,7 @@ for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mi
     case $file in
     src/base/platform.h) ;; # defines the feature-test macros of separate builds
     *)
-        names=$(sed -n 's/^[ \t]*#[ \t]*define[ \t][ \t]*\([A-Za-z0-9_]*\).*/\1/p' "$file" | grep -v '^LLMPAR_')
+        names=$(sed -n 's/^[ \t]*#[ \t]*define[ \t][ \t]*\([A-Za-z0-9_]*\).*/\1/p' "$file" | grep -v '^LLMPAR_\|^llmpar__')
         [ -z "$names" ] || fail "$file: macros that do not begin with LLMPAR_: $(echo $names)"
         ;;
     esac
