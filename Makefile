@@ -277,11 +277,16 @@ run-$(1):
 endef
 $(eval $(call emulated,emulated,-O1,$(CUDA_LIB)))
 $(eval $(call emulated,emulated_asan,-O1 $(asan),build/asan/llmpar.o))
+$(eval $(call emulated,emulated_tsan,-O1 $(tsan),build/tsan/llmpar.o))
 
 test-cuda:
 	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated
 test-cuda-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-emulated_asan
+
+# What has rank threads.
+test-cuda-tsan:
+	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-emulated_tsan TEST='$(or $(TEST),test_emulation $(filter $(CUDA_SUITE),$(basename $(notdir $(shell grep -lE 'launch' tests/test_cuda_*.c)))))'
 
 NVCC = nvcc
 # Which GPUs `make cuda` compiles for: all, or native (this machine's).
@@ -412,7 +417,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

@@ -24,6 +24,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -69,7 +72,7 @@ struct Fiber {
     emulated_cuda_thread place;
     void *sp;
     unsigned char *stack;
-    void *fake; /* AddressSanitizer's */
+    void *fake; /* AddressSanitizer's, or ThreadSanitizer's */
     State state;
     unsigned index, group;
     std::vector<Copy> copies;
@@ -115,7 +118,7 @@ struct Machine {
     std::vector<unsigned> ready;
     Warp warps[THREADS / 32];
     Fiber *now;
-    void *main_sp, *main_fake;
+    void *main_sp, *main_fake; /* of the thread's own stack */
     const void *main_bottom;
     size_t main_size;
 
@@ -130,6 +133,8 @@ struct Machine {
         for (Fiber *fiber : fibers) {
 #if defined(__SANITIZE_ADDRESS__)
             __asan_unpoison_memory_region(fiber->stack, STACK);
+#elif defined(__SANITIZE_THREAD__)
+            __tsan_destroy_fiber(fiber->fake);
 #endif
             munmap(fiber->stack - 4096, STACK + 4096);
             delete fiber;
@@ -154,6 +159,9 @@ struct Machine {
             }
             Fiber *fiber = new Fiber();
             fiber->stack = memory + 4096;
+#if defined(__SANITIZE_THREAD__)
+            fiber->fake = __tsan_create_fiber(0);
+#endif
             fiber->index = (unsigned)fibers.size();
             fibers.push_back(fiber);
         }
@@ -165,6 +173,9 @@ struct Machine {
 #if defined(__SANITIZE_ADDRESS__)
         if (to) __sanitizer_start_switch_fiber(save_fake, to->stack, STACK);
         else __sanitizer_start_switch_fiber(save_fake, main_bottom, main_size);
+#elif defined(__SANITIZE_THREAD__)
+        __tsan_switch_to_fiber(to ? to->fake : main_fake, 0);
+        (void)save_fake;
 #else
         (void)save_fake;
 #endif
@@ -237,7 +248,9 @@ struct Machine {
             f->place.shared = shared;
             f->state = READY;
             f->group = 0;
+#if defined(__SANITIZE_ADDRESS__)
             f->fake = NULL;
+#endif
             f->copies.clear();
             ready[i] = i;
 #if defined(__x86_64__)
@@ -288,6 +301,9 @@ struct Machine {
         threads = size.x * size.y * size.z;
         shared_bytes = bytes;
         more(threads);
+#if defined(__SANITIZE_THREAD__)
+        main_fake = __tsan_get_current_fiber();
+#endif
         fence(bytes);
         for (step = 1 + random.below(blocks);; step++) { /* any step without a common factor goes through all of them */
             uint64_t a = step, b = blocks;
@@ -584,7 +600,7 @@ struct Engine {
         memset(live, 0, sizeof live);
         seed = (uint64_t)setting("EMULATED_CUDA_SEED", 1);
         random.state = seed;
-        devices = (int)setting("EMULATED_CUDA_DEVICES", 1);
+        devices = (int)setting("EMULATED_CUDA_DEVICES", setting("CUDA_VISIBLE_DEVICES", 0) < 0 ? -1 : 1);
         if (devices > DEVICES) devices = DEVICES;
         capability = (int)setting("EMULATED_CUDA_CAPABILITY", 90);
         total = (size_t)setting("EMULATED_CUDA_MEMORY", (long long)4 << 30);
@@ -1042,7 +1058,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, const void *kernel)
     BEGIN
     memset(out, 0, sizeof *out);
     if (!kernel) return failed(cudaErrorInvalidDeviceFunction);
-    if (e.capability < 80) return failed(cudaErrorNoKernelImageForDevice);
+    if (setting("EMULATED_CUDA_NO_IMAGE", 0)) return failed(cudaErrorNoKernelImageForDevice);
     out->maxThreadsPerBlock = THREADS;
     return cudaSuccess;
 }
