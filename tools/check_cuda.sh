@@ -42,7 +42,7 @@ if "$nvcc" -O1 -Ibuild/dev -Itests tests/test_cuda_device.c $folder/llmpar_cuda.
     # No device is to be seen, whatever this machine has.
     CUDA_VISIBLE_DEVICES=-1 $folder/test_cuda_device >$folder/run.log 2>&1
     code=$?
-    if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^0 passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
+    if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^1 passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
     else
         bad "run without a device: exit code $code"
         tail -n 5 $folder/run.log

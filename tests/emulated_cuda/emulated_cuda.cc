@@ -862,7 +862,7 @@ static cudaError_t take(void **out, size_t bytes, int device)
     if (!bytes) return cudaSuccess;
     if ((e.fail_alloc > 0 && --e.fail_alloc == 0) || (device >= 0 && bytes > e.total - e.live[device])) return failed(cudaErrorMemoryAllocation);
     void *memory = NULL;
-    if (posix_memalign(&memory, 256, bytes)) return failed(cudaErrorMemoryAllocation);
+    if (bytes >> 40 || posix_memalign(&memory, 256, bytes)) return failed(cudaErrorMemoryAllocation);
     memset(memory, 0xff, bytes);
     Memory m = {bytes, device};
     e.memory[(uintptr_t)memory] = m;
