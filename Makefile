@@ -30,6 +30,7 @@ help:
 	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
+	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md); _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
 	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan: under the sanitizers'
 	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
@@ -305,6 +306,15 @@ build-cuda: $(filter-out build/cuda/test_emulation,$(CUDA_SUITE:%=build/cuda/%))
 run-cuda: build-cuda
 	@tests/run.sh build/cuda $(filter-out test_emulation,$(CUDA_SUITE))
 
+# The programs with --device cuda: on GPUs, with NCCL as well, and with the device emulated on the CPU.
+CUDA_PROGRAMS := train_llama generate
+$(CUDA_PROGRAMS:%=build/%_cuda): build/%_cuda: examples/%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard examples/common/*.h)
+	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(cuda_libs)
+$(CUDA_PROGRAMS:%=build/%_nccl): build/%_nccl: examples/%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o build/dev/llmpar_nccl.h $(wildcard examples/common/*.h)
+	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -DLLMPAR_USE_NCCL -Ibuild/dev $(filter %.c %.o,$^) -o $@ -lnccl $(cuda_libs)
+$(CUDA_PROGRAMS:%=build/%_emulated): build/%_emulated: examples/%.c build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB) $(wildcard examples/common/*.h)
+	$(CC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
+
 check-cuda:
 	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory run-check-cuda
 run-check-cuda: build/dev/llmpar_cuda.h build/dev/llmpar.h build/plain/llmpar.o
@@ -383,12 +393,6 @@ LAYERS := $(MODULES:src/%.c=build/layers/%.o)
 build/layers/%.o: src/%.c
 	@mkdir -p $(@D)
 	@$(CC) -O0 $(SEPARATE_FLAGS) -Werror -MMD -MP -c $< -o $@
-
-# Those of llmpar_cuda.h as the emulation has them, of llmpar_nccl.h where NCCL's header is.
-build/layers/cuda/%.o: src/cuda/%.cu build/gen/llmpar.h
-	@mkdir -p $(@D)
-	@$(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc -MMD -MP -x c++ -c $< -o $@
-LAYERS += $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
 
 -include $(wildcard build/layers/*/*.d)
 

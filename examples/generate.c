@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/device.h"
 #include "common/options.h"
 
 typedef struct settings {
@@ -21,6 +22,8 @@ typedef struct settings {
     unsigned long seed;
     double temperature, top_p;
     int print_ids, bytes, pin;
+    llmpar_dtype dtype;
+    device_settings device;
 } settings;
 
 static void usage(void)
@@ -36,7 +39,9 @@ static void usage(void)
          "  --tp N              tensor-parallel ranks (default 1)\n"
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
+         "  --dtype f32|f64|bf16|f16   of parameters and activations (default f32)\n"
          "  --ids               print prompt and generated ids on one line instead of text\n"
+         DEVICE_USAGE
          "  --help");
 }
 
@@ -68,6 +73,7 @@ static llmpar_status generate(llmpar_ctx *ctx, void *user)
     memset(&desc, 0, sizeof desc);
     mesh_desc.tp = (int32_t)s->tp;
     model_desc.config = &config;
+    trainer_desc.dtype = s->dtype;
     trainer_desc.seq_len = s->prompt_count + s->tokens;
     llmpar_status status = llmpar_hf_config(ctx, s->model, &config);
     if (!status && s->bytes && config.vocab != 256) status = llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "--prompt needs a model over bytes (vocabulary 256), %s has %d: use --prompt-ids", s->model, (int)config.vocab);
@@ -124,14 +130,16 @@ static int read_prompt(settings *s)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {{"model", 1, 0, 'm'}, {"prompt", 1, 0, 'p'}, {"prompt-ids", 1, 0, 'i'}, {"tokens", 1, 0, 'n'}, {"temperature", 1, 0, 't'}, {"top-p", 1, 0, 'q'},
-                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"pin", 1, 0, 'N'}, {"ids", 0, 0, 'I'},    {"help", 0, 0, 'h'},        {0, 0, 0, 0}};
-    static const char *const pins[] = {"auto", "on", "off"};
+                                            {"seed", 1, 0, 's'},  {"tp", 1, 0, 'T'},     {"threads", 1, 0, 'w'},    {"pin", 1, 0, 'N'}, {"ids", 0, 0, 'I'},    {"dtype", 1, 0, 'D'},
+                                            DEVICE_OPTIONS,       {"help", 0, 0, 'h'},   {0, 0, 0, 0}};
+    static const char *const pins[] = {"auto", "on", "off"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"};
+    static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
     settings s;
     memset(&s, 0, sizeof s);
     s.tokens = 128;
     s.tp = 1;
-    int bad = 0;
-    for (int c; !bad && (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+    int bad = 0, index = 0, word = 0;
+    for (int c; !bad && (c = getopt_long(argc, argv, "", options, &index)) != -1;) {
         switch (c) {
         case 'm': s.model = optarg; break;
         case 'p': s.prompt = optarg; break;
@@ -144,6 +152,8 @@ int main(int argc, char **argv)
         case 'w': bad = option_long("--threads", optarg, 1, 256, &s.threads); break;
         case 'N': bad = option_word("--pin", optarg, pins, 3, &s.pin); break;
         case 'I': s.print_ids = 1; break;
+        case 'D': bad = option_word("--dtype", optarg, dtypes, 4, &word); s.dtype = dtype[word]; break;
+        case DEVICE_OPTION: bad = device_option(options[index].name, optarg, &s.device); break;
         case 'h': usage(); return 0;
         default: bad = 2; /* getopt_long has said what */
         }
@@ -151,6 +161,7 @@ int main(int argc, char **argv)
     if (!bad && optind < argc) bad = option_error("unexpected argument \"%s\", see --help", argv[optind]);
     if (!bad && !s.model) bad = option_error("--model is missing, see --help");
     if (!bad && !s.prompt == !s.prompt_ids) bad = option_error("expected exactly one of --prompt and --prompt-ids, see --help");
+    if (!bad) bad = device_options_check(&s.device, "generate");
     if (!bad) bad = read_prompt(&s);
     if (bad) {
         free(s.ids);
@@ -163,6 +174,7 @@ int main(int argc, char **argv)
     launch.threads = (int32_t)s.threads;
     launch.pin = (llmpar_pin)s.pin;
     launch.log = quiet_log;
+    device_launch(&s.device, &launch);
     llmpar_status status = llmpar_launch(&launch, generate, &s, &error);
     free(s.ids);
     return status ? print_error("generate", &error) : 0;

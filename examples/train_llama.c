@@ -3,7 +3,8 @@
    cc -O3 -I. examples/train_llama.c -o build/train_llama -lpthread -lm       (or: make build/train_llama)
    build/train_llama --model tiny --data input.txt --dp-shard 2 --tp 2 --seq-len 256 --batch 8 --steps 200 --save out --log train.jsonl
    mpicc -O3 -DLLMPAR_USE_MPI -I. examples/train_llama.c -o build/train_llama_mpi -lpthread -lm       (or: make build/train_llama_mpi)
-   mpirun -n 4 build/train_llama_mpi --model tiny --data input.txt --dp-shard 2 --tp 2 --steps 200 */
+   mpirun -n 4 build/train_llama_mpi --model tiny --data input.txt --dp-shard 2 --tp 2 --steps 200
+   make build/train_llama_cuda && build/train_llama_cuda --device cuda --model 1b --dtype bf16 --data input.txt       (docs/gpu.md) */
 #define LLMPAR_IMPLEMENTATION
 #include "llmpar.h"
 
@@ -14,6 +15,7 @@
 #include <unistd.h>
 
 #include "common/checkpoint.h"
+#include "common/device.h"
 #include "common/options.h"
 #include "common/policy.h"
 
@@ -26,6 +28,7 @@ typedef struct settings {
     llmpar_trainer_desc policy;
     llmpar_llama_desc shape;
     llmpar_hf_desc save_as;
+    device_settings device;
 } settings;
 
 static void usage(void)
@@ -39,6 +42,7 @@ static void usage(void)
          "  --tp N              tensor-parallel ranks (default 1)\n"
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
+         DEVICE_USAGE
          "training\n"
          "  --seq-len N         tokens a sequence (default 256)\n"
          "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
@@ -203,7 +207,7 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"pin", 1, 0, 'N'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
-        POLICY_OPTIONS, CHECKPOINT_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        POLICY_OPTIONS, CHECKPOINT_OPTIONS, DEVICE_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
         {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
     static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"}, *const pins[] = {"auto", "on", "off"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
@@ -237,6 +241,7 @@ int main(int argc, char **argv)
         case 's': bad = option_seed("--seed", optarg, &s.seed); break;
         case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy, &s.shape); break;
         case CHECKPOINT_OPTION: bad = checkpoint_option(options[index].name, optarg, &s.policy); break;
+        case DEVICE_OPTION: bad = device_option(options[index].name, optarg, &s.device); break;
         case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
         case 'S': bad = policy_bytes("--save-shard", optarg, &s.save_as.max_file_bytes); break;
@@ -257,6 +262,7 @@ int main(int argc, char **argv)
     if (!bad && !s.data) bad = option_error("--data is missing, see --help");
     if (!bad && (s.save_as.max_file_bytes || s.save_as.dtype) && !s.save) bad = option_error("--save-shard and --save-dtype say how to --save, which is missing, see --help");
     if (!bad) bad = checkpoint_options_check(&s.policy);
+    if (!bad) bad = device_options_check(&s.device, "train_llama");
     if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
     if (!bad && !llmpar_is_directory(s.model)) {
         llmpar_llama_config preset;
@@ -276,5 +282,6 @@ int main(int argc, char **argv)
     launch.unchecked = !s.check;
     launch.record = s.record;
     launch.log = quiet_log;
+    device_launch(&s.device, &launch);
     return llmpar_launch(&launch, train, &s, &error) ? print_error("train_llama", &error) : 0;
 }

@@ -195,6 +195,17 @@ train 2 '--d*ambiguous' --d 1
 train 2 '--steps*requires an argument' --steps
 train 2 '--print-schedule*allow an argument' --print-schedule=1
 train 2 'unexpected argument "extra"' extra
+train 2 '--device "gpu": expected one of cpu, cuda' --device gpu
+train 2 '--device cuda: this program was built without CUDA, expected build/train_llama_cuda' --device cuda
+train 2 '--device cuda: this program was built without CUDA' --device cuda --cuda-mode fast --tf32 --cudnn
+train 2 '--cuda-mode "slow": expected one of exact, fast' --device cuda --cuda-mode slow
+train 2 '--tf32: expected --cuda-mode fast beside it' --device cuda --tf32
+train 2 '--cudnn: expected --cuda-mode fast beside it' --device cuda --cudnn --cuda-mode exact
+train 2 '--cuda-mode, --tf32, --cudnn and --comm nccl say how to compute with --device cuda' --cuda-mode exact
+train 2 '--cuda-mode, --tf32, --cudnn and --comm nccl say how to compute with --device cuda' --device cpu --comm nccl
+train 2 '--comm "mpi": expected one of threads, nccl' --device cuda --comm mpi
+generate 2 '--device cuda: this program was built without CUDA, expected build/generate_cuda' --prompt-ids 1 --device cuda
+generate 2 '--dtype "f8": expected one of f32, f64, bf16, f16' --prompt-ids 1 --dtype f8
 train 2 '4096 x dp-shard 4096 x tp 4096 = 68719476736 ranks, expected at most 4096' --dp-replicate 4096 --dp-shard 4096 --tp 4096
 row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-shard 1M
 row 2 '--save-shard and --save-dtype say how to --save' "$programs/train_llama" --model tiny --data "$files/text" --save-dtype bf16

@@ -78,7 +78,11 @@ __attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_l
 /* Under mpirun every process comes here with the same error: one of them prints it. */
 __attribute__((unused)) static int is_first_process(void)
 {
-    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"};
+    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK",
+#ifdef LLMPAR_USE_NCCL
+                                        "RANK",
+#endif
+    };
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (getenv(names[i]) && strcmp(getenv(names[i]), "0")) return 0;
     return 1;
