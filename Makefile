@@ -394,6 +394,12 @@ build/layers/%.o: src/%.c
 	@mkdir -p $(@D)
 	@$(CC) -O0 $(SEPARATE_FLAGS) -Werror -MMD -MP -c $< -o $@
 
+# Those of llmpar_cuda.h as the emulation has them, of llmpar_nccl.h where NCCL's header is.
+build/layers/cuda/%.o: src/cuda/%.cu build/gen/llmpar.h
+	@mkdir -p $(@D)
+	@$(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc -MMD -MP -x c++ -c $< -o $@
+LAYERS += $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
+
 -include $(wildcard build/layers/*/*.d)
 
 check-layers: build/gen/llmpar.h

@@ -366,6 +366,8 @@ static void llmpar__cuda_fill(llmpar_device *d)
     d->add = llmpar__cuda_add;
     d->scale = llmpar__cuda_scale;
     d->copy_rows = llmpar__cuda_copy_rows;
+    d->gemm = llmpar__cuda_gemm;
+    d->gemm_workspace = llmpar__cuda_gemm_workspace;
     d->attention = llmpar__cuda_attention;
     d->attention_workspace = llmpar__cuda_attention_workspace;
     d->attention_backward = llmpar__cuda_attention_backward;
@@ -447,6 +449,7 @@ LLMPAR_DEF llmpar_status llmpar_cuda_create(llmpar_ctx *ctx, const llmpar_cuda_d
     llmpar__cuda_fill(&device->table);
     status = llmpar__cuda_examine(ctx, &device->state);
     if (!status) status = llmpar__cuda_stream_open(&device->table, &device->state.now, "now");
+    if (!status && resolved.mode == LLMPAR_CUDA_FAST) status = llmpar__cuda_library_create(&device->table);
     if (status) {
         llmpar_cuda_destroy(&device->table);
         return status;
@@ -466,6 +469,7 @@ LLMPAR_DEF void llmpar_cuda_destroy(llmpar_device *device)
         llmpar_heap_free(cuda->heap, s);
     }
     llmpar__cuda_stream_close(device, &cuda->now);
+    llmpar__cuda_library_destroy(device);
     while (cuda->calls) {
         llmpar__cuda_call *c = cuda->calls;
         cuda->calls = c->next;

@@ -1,5 +1,7 @@
 /* probe: a kernel of which the device asks whether the program holds code for the GPU; and which cannot be compiled with flags that change what the other kernels compute.
    nvcc defines no macro for --use_fast_math and its parts, but the compiler behind it answers __nvvm_reflect (NVVM IR specification, "Reflection parameters"); a call that stays after that names what is wrong, since nobody defines it. */
+#include "cuda/cuda_internal.h"
+
 #if defined(__USE_FAST_MATH__) || defined(__FAST_MATH__)
 #error "llmpar_cuda.h: --use_fast_math changes what is computed, and differently in every kernel: compile without it"
 #endif

@@ -3,6 +3,7 @@
    A thread takes 16 bytes of every operand where all pointers are 16-byte aligned, else one element. It reads all operands before it writes, so the result may lie on any of them. The tree is walked as a
    binary counter: after operand j as many subtrees are closed as j has trailing ones; subtrees wait in registers, one a level. */
 #include "cuda/cuda_internal.h"
+#include "cuda/launch.h"
 
 #define LLMPAR__CUDA_TREE_LEVELS 9
 #define LLMPAR__CUDA_TREE_MOST 448 /* operands of a call: their addresses are a kernel's arguments, of which there are 4 KiB */

@@ -167,7 +167,7 @@ template <typename... P> static inline cudaError_t cudaFuncGetAttributes(cudaFun
 
 struct dim3 {
     unsigned x, y, z;
-    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+    dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 struct uint3 { unsigned x, y, z; };
 #define EMULATED_CUDA_VECTOR(type, name, align) \
