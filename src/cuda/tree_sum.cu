@@ -23,7 +23,8 @@ template <typename Group> static __device__ __forceinline__ Group llmpar__cuda_t
     return a;
 }
 
-template <typename Group> static __device__ __forceinline__ Group llmpar__cuda_tree_at(const llmpar__cuda_operands &operands, int32_t n, int64_t i)
+/* Operands: a kernel's argument with an array `in` of addresses. */
+template <typename Group, typename Operands> static __device__ __forceinline__ Group llmpar__cuda_tree_at(const Operands &operands, int32_t n, int64_t i)
 {
     Group level[LLMPAR__CUDA_TREE_LEVELS], sum = ((const Group *)operands.in[0])[i];
 #pragma unroll
