@@ -58,6 +58,14 @@ LLMPAR_EXTERN_C_END
 #include "cuda/attention_decode.cu"
 #include "cuda/attention_backward.cu"
 #include "cuda/attention_simple.cu"
+#include "cuda/cast.cu"
+#include "cuda/tree_sum.cu"
+#include "cuda/optim.cu"
+#include "cuda/exact_internal.h"
+#include "cuda/squares.cu"
+#include "cuda/xent_loss.cu"
+#include "cuda/adalomo.cu"
+#include "cuda/shared_comm.cu"
 #include "cuda/device.cu"
 
 #endif

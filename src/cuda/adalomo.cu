@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(256) llmpar__cuda_factor_moment_kernel(llmpar_
     if (llmpar__cuda_factor_exponent(*a.largest, a.grad_scale, &e)) power = llmpar__cuda_power(e);
     double unit = __ddiv_rn(__dmul_rn(__dmul_rn(llmpar__cuda_power(-a.bits), power), power), (double)a.terms);
     for (int64_t at = (int64_t)blockIdx.x * LLMPAR__CUDA_MOMENT_TILE; at < count; at += (int64_t)gridDim.x * LLMPAR__CUDA_MOMENT_TILE) {
-        int64_t n = count - at < LLMPAR__CUDA_MOMENT_TILE ? count - at : LLMPAR__CUDA_MOMENT_TILE;
+        int64_t n = count - at < LLMPAR__CUDA_MOMENT_TILE ? count - at : (int64_t)LLMPAR__CUDA_MOMENT_TILE;
         for (int64_t k = threadIdx.x; k < n; k += blockDim.x) {
             float m = (float)__dadd_rn(__dmul_rn(a.beta, (double)moment[at + k]), __dmul_rn(rest, __dadd_rn(__dmul_rn((double)a.sums[at + k], unit), a.eps)));
             moment[at + k] = m;

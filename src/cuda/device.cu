@@ -372,6 +372,18 @@ static void llmpar__cuda_fill(llmpar_device *d)
     d->attention_workspace = llmpar__cuda_attention_workspace;
     d->attention_backward = llmpar__cuda_attention_backward;
     d->attention_backward_workspace = llmpar__cuda_attention_backward_workspace;
+    d->cast = llmpar__cuda_cast;
+    d->tree_sum = llmpar__cuda_tree_sum;
+    d->max = llmpar__cuda_max;
+    d->xent_loss = llmpar__cuda_xent_loss;
+    d->adamw = llmpar__cuda_adamw;
+    d->sgd = llmpar__cuda_sgd;
+    d->largest = llmpar__cuda_largest;
+    d->square_sum = llmpar__cuda_square_sum;
+    d->factor_sum = llmpar__cuda_factor_sum;
+    d->factor_moment = llmpar__cuda_factor_moment;
+    d->adalomo_square = llmpar__cuda_adalomo_square;
+    d->adalomo = llmpar__cuda_adalomo;
 }
 
 LLMPAR_DEF int32_t llmpar_cuda_count(llmpar_error *error)
@@ -485,6 +497,12 @@ static void llmpar__cuda_backend_destroy(const void *user, llmpar_device *device
     llmpar_cuda_destroy(device);
 }
 
+static llmpar_status llmpar__cuda_backend_comm(const void *user, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    (void)user;
+    return llmpar_cuda_shared_comm_create(ctx, device, ctx->host_comm, out);
+}
+
 LLMPAR_DEF void llmpar_cuda_backend(const llmpar_cuda_desc *desc, llmpar_backend *out)
 {
     memset(out, 0, sizeof *out);
@@ -494,6 +512,7 @@ LLMPAR_DEF void llmpar_cuda_backend(const llmpar_cuda_desc *desc, llmpar_backend
     out->device_user = desc;
     out->device_create = llmpar__cuda_backend_device;
     out->device_destroy = llmpar__cuda_backend_destroy;
+    out->comm_create = llmpar__cuda_backend_comm;
 }
 
 #undef LLMPAR__CUDA_WORKSPACE

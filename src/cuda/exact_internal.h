@@ -62,13 +62,13 @@ static __device__ __forceinline__ int llmpar__cuda_warp_max(int x)
 
 struct llmpar__cuda_squares {
     unsigned long long sum[3]; /* of low^2, low high, high^2 */
-    int base, batches;         /* the range's least exponent, -31: none yet; batches since the limbs were last added to. The same in all lanes */
+    int base, batches;         /* the range's least exponent, -32: none yet; batches since the limbs were last added to. The same in all lanes */
 };
 
 static __device__ __forceinline__ void llmpar__cuda_squares_begin(llmpar__cuda_squares *s)
 {
     s->sum[0] = s->sum[1] = s->sum[2] = 0;
-    s->base = -31;
+    s->base = -32;
     s->batches = 0;
 }
 
@@ -151,7 +151,7 @@ static __device__ __forceinline__ void llmpar__cuda_squares_add(llmpar__cuda_squ
         int top = llmpar__cuda_warp_max(exponent) + 2; /* room for somewhat larger ones */
         if (s->batches) llmpar__cuda_squares_flush(limbs, s->sum, s->base);
         s->batches = 0;
-        s->base = top < 32 ? 1 : (top < 254 ? top : 254) - 31;
+        s->base = top < 33 ? 2 : (top < 254 ? top : 254) - 31; /* at least 2: subnormals are below every range */
     }
 #pragma unroll
     for (int i = 0; i < LLMPAR__CUDA_EXACT_LANE; i++) {
@@ -162,7 +162,7 @@ static __device__ __forceinline__ void llmpar__cuda_squares_add(llmpar__cuda_squ
     if (++s->batches < 256 / LLMPAR__CUDA_EXACT_LANE) return;
     llmpar__cuda_squares_flush(limbs, s->sum, s->base);
     s->batches = 0;
-    s->base = -31; /* chosen anew, lower too */
+    s->base = -32; /* chosen anew, lower too */
 }
 
 /* ---- the accumulator in device memory ---- */

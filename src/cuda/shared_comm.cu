@@ -33,8 +33,8 @@ struct llmpar__cuda_ends { const void *in[LLMPAR__CUDA_SHARED_MOST]; void *out[L
 template <typename T> __global__ void __launch_bounds__(128) llmpar__cuda_shared_sum_kernel(const llmpar__cuda_ends ends, int32_t n, int32_t outs, int64_t count, int64_t blocks, int64_t in_step, int64_t out_step, int wide)
 {
     const int64_t items = 16 / sizeof(T);
-    typedef llmpar__cuda_group<T, 16 / sizeof(T)> group;
-    typedef llmpar__cuda_group<T, 1> one;
+    typedef llmpar__cuda_tree_group<T, 16 / sizeof(T)> group;
+    typedef llmpar__cuda_tree_group<T, 1> one;
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x, groups = wide ? count / items : 0;
     for (int64_t b = blockIdx.y; b < blocks; b += gridDim.y) {
         for (int64_t i = first; i < groups; i += step) {

@@ -10,7 +10,7 @@
 
 struct llmpar__cuda_operands { const void *in[LLMPAR__CUDA_TREE_MOST]; };
 
-template <typename T, int Count> struct __align__(sizeof(T) * Count) llmpar__cuda_group { T x[Count]; };
+template <typename T, int Count> struct __align__(sizeof(T) * Count) llmpar__cuda_tree_group { T x[Count]; };
 
 static __device__ __forceinline__ float llmpar__cuda_tree_add(float a, float b) { return __fadd_rn(a, b); }
 static __device__ __forceinline__ double llmpar__cuda_tree_add(double a, double b) { return __dadd_rn(a, b); }
@@ -54,7 +54,7 @@ template <typename Group, typename Operands> static __device__ __forceinline__ G
 }
 
 /* A tree of 2, 4 or 8 operands, all of them asked for before the first is needed; Count 0: n of them, one after the other. */
-template <typename Group, int Count> struct llmpar__cuda_tree {
+template <typename Group, int Count> struct llmpar__cuda_tree_of {
     static __device__ __forceinline__ Group at(const llmpar__cuda_operands &operands, int32_t, int64_t i)
     {
         Group x[Count];
@@ -67,18 +67,18 @@ template <typename Group, int Count> struct llmpar__cuda_tree {
         return x[0];
     }
 };
-template <typename Group> struct llmpar__cuda_tree<Group, 0> {
+template <typename Group> struct llmpar__cuda_tree_of<Group, 0> {
     static __device__ __forceinline__ Group at(const llmpar__cuda_operands &operands, int32_t n, int64_t i) { return llmpar__cuda_tree_at<Group>(operands, n, i); }
 };
 
 /* groups: of 16 bytes; 0 where a pointer is not aligned. */
 template <typename T, int Count> __global__ void __launch_bounds__(256) llmpar__cuda_tree_kernel(const llmpar__cuda_operands operands, int32_t n, T *out, int64_t count, int64_t groups)
 {
-    typedef llmpar__cuda_group<T, 16 / sizeof(T)> wide;
-    typedef llmpar__cuda_group<T, 1> one;
+    typedef llmpar__cuda_tree_group<T, 16 / sizeof(T)> wide;
+    typedef llmpar__cuda_tree_group<T, 1> one;
     int64_t first = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, step = (int64_t)gridDim.x * blockDim.x;
-    for (int64_t i = first; i < groups; i += step) ((wide *)(void *)out)[i] = llmpar__cuda_tree<wide, Count>::at(operands, n, i);
-    for (int64_t i = groups * (int64_t)(16 / sizeof(T)) + first; i < count; i += step) ((one *)(void *)out)[i] = llmpar__cuda_tree<one, Count>::at(operands, n, i);
+    for (int64_t i = first; i < groups; i += step) ((wide *)(void *)out)[i] = llmpar__cuda_tree_of<wide, Count>::at(operands, n, i);
+    for (int64_t i = groups * (int64_t)(16 / sizeof(T)) + first; i < count; i += step) ((one *)(void *)out)[i] = llmpar__cuda_tree_of<one, Count>::at(operands, n, i);
 }
 
 /* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
