@@ -31,8 +31,8 @@ awk '
 for flag in --use_fast_math --ftz=true; do
     echo '#include "cuda/probe.cu"
           void *kernel = (void *)llmpar__cuda_probe;' >$folder/probe.cu
-    if ! "$nvcc" -std=c++17 -arch=sm_80 -Isrc -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1; then bad "probe.cu does not compile"
-    elif "$nvcc" -std=c++17 $flag -arch=sm_80 -Isrc -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1 || ! grep -q 'compiled_without_use_fast_math' $folder/fast.log; then bad "$flag is not refused"
+    if ! "$nvcc" -std=c++17 -arch=sm_80 -Isrc -Ibuild/dev -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1; then bad "probe.cu does not compile"
+    elif "$nvcc" -std=c++17 $flag -arch=sm_80 -Isrc -Ibuild/dev -c $folder/probe.cu -o $folder/probe.o >$folder/fast.log 2>&1 || ! grep -q 'compiled_without_use_fast_math' $folder/fast.log; then bad "$flag is not refused"
     else good "$flag is refused"; fi
 done
 
