@@ -15,7 +15,7 @@ HEADERS := llmpar.h llmpar_cuda.h llmpar_nccl.h
 EXAMPLES := $(patsubst examples/%.c,build/%,$(wildcard examples/*.c))
 # Where there is a C++ compiler.
 CXX_EXAMPLES := $(if $(shell command -v $(CXX)),$(patsubst examples/%.cc,build/%,$(wildcard examples/*.cc)))
-BENCHES := $(patsubst bench/%.c,build/bench/%,$(wildcard bench/*.c))
+BENCHES := $(patsubst bench/%.c,build/bench/%,$(filter-out bench/gpu_%.c,$(wildcard bench/*.c)))
 SUITE := $(or $(TEST),$(filter-out test_exact test_mpi% test_cuda% test_nccl%,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c))))
 
 # What ThreadSanitizer has something to find in: rank threads and worker pools.
@@ -266,6 +266,9 @@ build/$(1)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h $(wildcard 
 build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3)
 	@$(CC) $(2) -g -Wall -Wextra -MMD -MP -MF $$@.d -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
 
+build/$(1)/gpu_%: bench/gpu_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3) $(wildcard bench/*.h)
+	@$(CC) $(2) -g -Wall -Wextra -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
+
 build/$(1)/test_emulation: tests/emulated_cuda/test_emulation.cc build/$(1)/cuda.o
 	@$(CXX) $(CUDA_CXXFLAGS) $(2) $$^ -o $$@ $(LDLIBS)
 
@@ -302,6 +305,8 @@ build/cuda/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
 	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION -x cu -c $< -o $@
 build/cuda/test_%: tests/test_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o
 	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
+build/cuda/gpu_%: bench/gpu_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard bench/*.h)
+	@$(NVCC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
 build-cuda: $(filter-out build/cuda/test_emulation,$(CUDA_SUITE:%=build/cuda/%))
 run-cuda: build-cuda
 	@tests/run.sh build/cuda $(filter-out test_emulation,$(CUDA_SUITE))
