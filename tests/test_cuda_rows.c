@@ -93,6 +93,8 @@ TEST(norm)
     CUDA_OPEN();
     for (int i = 0; i < WAYS; i++)
         for (int j = 0; j < (int)(sizeof dims / sizeof *dims); j++) norm_case(way_of(i), 1 + ops_below(dims[j] > 500 ? 3 : 40), dims[j], (i + j) % 2);
+    norm_case(way_of(0), 300, 264, 1); /* more rows than blocks */
+    norm_case(way_of(1), 700, 136, 0);
     norm_case(way_of(0), 1, 60000, 1); /* a row that shared memory does not hold */
     if (!cuda_emulated()) for (int i = 0; i < WAYS; i++) norm_case(way_of(i), 3000, 2048, 1);
 }
@@ -225,6 +227,9 @@ TEST(norm_backward)
         back_case(w, 1, 40, 1, 1, 600);
         back_case(w, 1 + ops_below(5), 1 + ops_below(9), 1, 1 << ops_below(5), 1 + ops_below(90));
     }
+    back_case(way_of(0), 2, 40, 2, 4, 264); /* several rows a block between the chains */
+    back_case(way_of(1), 4, 30, 2, 4, 520);
+    back_case(way_of(0), 300, 1, 1, 1, 260); /* and behind them */
     back_case(way_of(1), 2, 50, 2, 32, 24); /* rounds of pieces */
     back_case(way_of(0), 1, 45, 1, 43, 10);
     back_case(way_of(1), 1, 3, 1, 2, 4104); /* several parts of a row a thread */
@@ -294,6 +299,7 @@ TEST(rope)
         memset(&a, 0, sizeof a);
         a.batch = 1 + ops_below(3); a.t = 1 + ops_below(5); a.heads = 1 + ops_below(4); a.head_dim = dims[(round + round / WAYS) % 6]; a.position = ops_below(4); a.inverse = (int)ops_below(2);
         a.ld = a.heads * a.head_dim + (round % 2 ? 16 * ops_below(3) : ops_below(7));
+        if (round == 4 * WAYS - 2) { a.batch = 1; a.t = 70; a.heads = 64; a.head_dim = 128; a.ld = 64 * 128; } /* more than one part a thread */
         int64_t rows = a.batch * a.t, width = a.heads * a.head_dim, half = a.head_dim / 2, positions = a.position + a.t, n = rows * width;
         double *x = values(w, n, 2), *y = ops_zeros(n), *want = ops_zeros(n), *cosine = ops_random(positions * half, 1), *sine = ops_random(positions * half, 1), *first = ops_zeros(n);
         rope_run(w, a, x, cosine, sine, positions, y);
@@ -326,7 +332,7 @@ TEST(swiglu)
     CUDA_OPEN();
     for (int round = 0; round < 3 * WAYS; round++) {
         way w = way_of(round % WAYS);
-        int64_t rows = 1 + ops_below(5), dim = 1 + ops_below(300), gap = round % 2 ? 0 : 8 * ops_below(4), ld_in = (dim + 7) / 8 * 8 + gap + w.odd, ld_out = (dim + 7) / 8 * 8 + w.odd, n = rows * dim;
+        int64_t rows = 1 + ops_below(5), dim = round == 3 * WAYS - 2 ? 60000 : 1 + ops_below(300), gap = round % 2 ? 0 : 8 * ops_below(4), ld_in = (dim + 7) / 8 * 8 + gap + w.odd, ld_out = (dim + 7) / 8 * 8 + w.odd, n = rows * dim;
         double *g = values(w, n, 20), *u = values(w, n, 2), *dh = values(w, n, 2), *h = ops_zeros(n), *want = ops_zeros(n), *got = ops_zeros(n), tiny = w.dtype == LLMPAR_F16 ? 6e-8 : 1e-37;
         g[0] = 0;
         if (n > 3) { g[1] = w.dtype == LLMPAR_F16 ? 60000 : 1e30; g[2] = -g[1]; cuda_round(w.dtype, g, n); }
@@ -385,7 +391,7 @@ TEST(add_and_scale)
     CUDA_OPEN();
     for (int round = 0; round < 2 * WAYS; round++) {
         way w = way_of(round % WAYS);
-        int64_t n = round < WAYS ? 1 + ops_below(40) : cuda_emulated() ? 3000 + ops_below(40000) : 30000000 + ops_below(4000);
+        int64_t n = round < WAYS ? 1 + ops_below(40) : cuda_emulated() ? round == 2 * WAYS - 1 ? 300000 : 3000 + ops_below(40000) : 30000000 + ops_below(4000);
         double *a = values(w, n, 3), *b = values(w, n, 3), *got = ops_zeros(n), *want = ops_zeros(n), factor = 1.0 / 3;
         a[0] = -0.0; b[0] = -0.0;
         void *x = put(w, a, n), *y = put(w, b, n), *z = round % 3 ? out(w, n) : round % 2 ? x : y;
@@ -412,7 +418,7 @@ TEST(copy_rows)
     for (int round = 0; round < 40; round++) {
         const size_t sizes[] = { 1, 2, 4, 8 };
         size_t size = sizes[ops_below(4)];
-        int64_t rows = 1 + ops_below(20), width = round % 2 ? 1 + ops_below(50) : 16 * (1 + ops_below(6)), ld_in = width + (round % 2 ? ops_below(9) : 16 * ops_below(3)), ld_out = width + (round % 2 ? ops_below(9) : 16 * ops_below(3)), odd = round % 4 == 3;
+        int64_t rows = round == 39 ? 20 : 1 + ops_below(20), width = round == 39 ? 4000 : round % 2 ? 1 + ops_below(50) : 16 * (1 + ops_below(6)), ld_in = width + (round % 2 ? ops_below(9) : 16 * ops_below(3)), ld_out = width + (round % 2 ? ops_below(9) : 16 * ops_below(3)), odd = round % 4 == 3;
         unsigned char *in = (unsigned char *)malloc((size_t)(rows * width) * size), *got = (unsigned char *)malloc((size_t)(rows * width) * size);
         cuda_fill(in, (size_t)(rows * width) * size);
         llmpar_copy_rows_args a = { rows, width, ld_in, ld_out, size, cuda_put_bytes(cuda_gpu, size, in, rows, width, ld_in, odd), cuda_put_bytes(cuda_gpu, size, NULL, rows, width, ld_out, 0) };

@@ -165,8 +165,7 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
         llmpar__cuda_norm_piece piece;
         int64_t longest = 0, tokens, row = 0, left = 0;
         float low = 0, high = 0, rstd = 0;
-        __syncthreads(); /* the round before has read its pieces and chains */
-        if ((int)threadIdx.x < cut.slots) {
+        if ((int)threadIdx.x < cut.slots) { /* who read the last round's met at its chains */
             int64_t p = round * cut.slots + (int)threadIdx.x, t0, t1;
             t0 = p < a.tokens.canon ? max(llmpar__cuda_piece_begin(p, a.tokens.t_total, a.tokens.canon), a.tokens.t_begin) - a.tokens.t_begin : 0;
             t1 = p < a.tokens.canon ? min(llmpar__cuda_piece_begin(p + 1, a.tokens.t_total, a.tokens.canon), a.tokens.t_begin + t) - a.tokens.t_begin : 0;
