@@ -31,6 +31,7 @@ help:
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
 	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md); _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
+	@echo 'make test-nccl     the NCCL communicator on a stand-in for NCCL; test-nccl-asan, test-nccl-tsan: under the sanitizers; check-nccl: compiles and links with the real one'
 	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan: under the sanitizers'
 	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
@@ -292,6 +293,50 @@ test-cuda-asan:
 test-cuda-tsan:
 	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-emulated_tsan TEST='$(or $(TEST),test_emulation $(filter $(CUDA_SUITE),$(basename $(notdir $(shell grep -lE 'launch' tests/test_cuda_*.c)))))'
 
+# The NCCL communicator on a stand-in for NCCL between rank threads. $(1) name, $(2) flags, $(3) llmpar.h as an object
+NCCL_SUITE := $(filter test_nccl%,$(or $(TEST),$(patsubst tests/%.c,%,$(wildcard tests/test_nccl*.c))))
+NCCL_FLAGS = -Wall -Wextra -Wshadow -Wundef -D_GNU_SOURCE -Ibuild/dev -Itests -Itests/fake_nccl
+define nccl
+build/$(1)/llmpar_nccl.o: build/dev/llmpar_nccl.h build/dev/llmpar.h tests/fake_nccl/nccl.h
+	@mkdir -p $$(@D)
+	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -DLLMPAR_NCCL_IMPLEMENTATION -x c -c $$< -o $$@
+
+build/$(1)/fake_nccl.o: tests/fake_nccl.c tests/fake_nccl.h tests/fake_nccl/nccl.h
+	@mkdir -p $$(@D)
+	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -c $$< -o $$@
+
+build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_nccl.o build/$(1)/fake_nccl.o $(3)
+	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -MMD -MP -MF $$@.d $$(filter %.c %.o %.a,$$^) -o $$@ $(LDLIBS)
+
+build-$(1): $(NCCL_SUITE:%=build/$(1)/%)
+run-$(1):
+	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(NCCL_SUITE))
+	@tests/run.sh build/$(1) $(NCCL_SUITE)
+
+-include $(wildcard build/$(1)/*.d)
+endef
+$(eval $(call nccl,nccl,,$(CUDA_LIB)))
+$(eval $(call nccl,nccl_asan,$(asan),build/asan/llmpar.o))
+$(eval $(call nccl,nccl_tsan,$(tsan),build/tsan/llmpar.o))
+
+# The real header, as C99 and as C++11, and every symbol in the real library.
+NCCL_HOME = $(patsubst %/include/,%,$(dir $(firstword $(wildcard /usr/local/cuda/include/nccl.h /usr/local/include/nccl.h /usr/include/nccl.h))))
+check-nccl: build/dev/llmpar_nccl.h build/dev/llmpar.h $(CUDA_LIB)
+	@if [ -z '$(NCCL_HOME)' ]; then echo 'skipped: there is no nccl.h (Debian package: libnccl-dev; NCCL_HOME=/where/it/is)'; exit 0; fi; \
+	mkdir -p build/nccl && printf '#include "llmpar_nccl.h"\nint main(void) { llmpar_backend b; llmpar_nccl_backend(NULL, &b); return b.comm_create == NULL; }\n' >build/nccl/real.c && \
+	flags='-Wall -Wextra -Wshadow -Wundef -Werror -Ibuild/dev -isystem $(NCCL_HOME)/include -isystem $(cuda_home)include' && \
+	$(CC) -std=c99 -pedantic $$flags -DLLMPAR_NCCL_IMPLEMENTATION -x c -c build/dev/llmpar_nccl.h -o build/nccl/real_c.o && \
+	$(CXX) -std=c++11 $$flags -DLLMPAR_NCCL_IMPLEMENTATION -x c++ -c build/dev/llmpar_nccl.h -o build/nccl/real_cxx.o && \
+	for o in real_c real_cxx; do $(CC) -Ibuild/dev build/nccl/real.c build/nccl/$$o.o $(CUDA_LIB) -o build/nccl/$$o -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -L$(cuda_home)lib64 -lnccl -lcudart $(LDLIBS) && \
+	LD_LIBRARY_PATH=$(NCCL_HOME)/lib:$(cuda_home)lib64 build/nccl/$$o || exit 1; done; \
+	echo "llmpar_nccl.h: compiles with $(NCCL_HOME)/include/nccl.h as C99 and C++11, and links"
+
+test-nccl: run-nccl
+test-nccl-asan:
+	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan
+test-nccl-tsan:
+	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-nccl_tsan
+
 NVCC = nvcc
 # Which GPUs `make cuda` compiles for: all, or native (this machine's).
 CUDA_FOR = all
@@ -432,7 +477,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

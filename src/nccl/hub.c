@@ -1,0 +1,365 @@
+/* hub: what rank 0 does for all: compares calls, makes splits, passes failures on, and knows who has finished.
+
+   Calls. Every rank tells rank 0 of each call, as soon as it enqueues it; the first member's stays in a slot until all members have told the same, and the first that tells another is the end of the job, reported by
+   both. Nothing waits for the answer: data moves meanwhile, and at worst waits on the GPU for a partner that never comes, until the helpers hear of the mismatch and free it.
+   A communicator's collectives are numbered alike on its members; the messages of each pair have numbers of their own. A slot that a rank is still missing from when it has returned is an error too.
+   Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed.
+
+   Failures. The first one that rank 0 hears of is the job's. It goes to all, they answer where they are, and when all have, or after a second, everybody gets the whole picture. */
+#include "nccl/nccl.h"
+#include "nccl/nccl_internal.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LLMPAR__NCCL_SLOTS 4096
+#define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
+#define LLMPAR__NCCL_TELL 1.0 /* seconds for which positions are collected */
+
+LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
+{
+    size_t bytes = ((size_t)world->ranks + 7) / 8;
+    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
+    world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
+    world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
+    if (!world->slot || !world->here) return 0;
+    for (int32_t i = 0; i < world->slots; i++) {
+        world->slot[i].here = world->here + (size_t)i * bytes;
+        world->slot[i].next = i + 1 < world->slots ? i + 1 : -1;
+    }
+    world->free_slot = 0;
+    return 1;
+}
+
+static void llmpar__nccl_context_free(llmpar__nccl_context *context)
+{
+    free(context->member);
+    free(context);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
+{
+    while (world->contexts) {
+        llmpar__nccl_context *context = world->contexts;
+        world->contexts = context->next;
+        llmpar__nccl_context_free(context);
+    }
+    llmpar_heap_free(world->heap, world->slot);
+    llmpar_heap_free(world->heap, world->here);
+}
+
+/* members NULL: all ranks. */
+static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world, const int32_t *member, int32_t members)
+{
+    size_t n = (size_t)members;
+    llmpar__nccl_context *context = (llmpar__nccl_context *)calloc(1, sizeof *context);
+    int32_t *all = context ? (int32_t *)calloc(4 * n, sizeof *all) : NULL;
+    if (!all) {
+        free(context);
+        return NULL;
+    }
+    context->member = all;
+    context->color = all + n;
+    context->key = all + 2 * n;
+    context->waits = all + 3 * n;
+    for (int32_t i = 0; i < members; i++) all[i] = member ? member[i] : i;
+    context->members = members;
+    context->oldest = context->newest = -1;
+    context->id = world->next_context++;
+    context->next = world->contexts;
+    world->contexts = context;
+    return context;
+}
+
+static llmpar__nccl_context *llmpar__nccl_context_of(llmpar__nccl_world *world, uint64_t id)
+{
+    if (!world->next_context) llmpar__nccl_context_make(world, NULL, world->ranks); /* 0: the world */
+    for (llmpar__nccl_context *c = world->contexts; c; c = c->next)
+        if (c->id == id) return c;
+    return NULL;
+}
+
+/* ---- failures ---- */
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_fail(llmpar__nccl_world *world, const llmpar_error *error, int32_t other)
+{
+    llmpar__nccl_verdict verdict;
+    if (world->convicted) return;
+    world->convicted = world->waiting_for_told = 1;
+    memset(&verdict, 0, sizeof verdict);
+    verdict.error = *error;
+    if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) verdict.error.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    verdict.other = other;
+    for (int32_t i = world->ranks; i-- > 0;) llmpar__nccl_to_rank(world, i, LLMPAR__NCCL_FAILED, &verdict, sizeof verdict, NULL, 0);
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_lost(llmpar__nccl_world *world, int32_t rank, const char *how)
+{
+    llmpar__nccl_peer *peer = &world->peer[rank];
+    llmpar_error error;
+    char where[320] = "never heard of";
+    if (peer->position.state == LLMPAR_POSITION_INSIDE) llmpar_call_print(&peer->position.now, where, sizeof where);
+    else if (peer->position.state != LLMPAR_POSITION_UNKNOWN) snprintf(where, sizeof where, "%s", peer->finished ? "returned" : "outside");
+    llmpar_error_clear(&error);
+    llmpar_error_set(&error, LLMPAR_ERR_TIMEOUT, "rank %d (%s, pid %lld) %s; it was last seen in: %s", (int)rank, peer->host, (long long)peer->pid, how, where);
+    error.rank = rank;
+    memcpy(error.where, peer->position.where, sizeof error.where);
+    llmpar__nccl_hub_fail(world, &error, -1);
+}
+
+static void llmpar__nccl_hub_position(void *user, int32_t rank, llmpar_position *out)
+{
+    llmpar__nccl_world *world = (llmpar__nccl_world *)user;
+    const llmpar__nccl_peer *peer = &world->peer[rank];
+    if (rank == 0 && !peer->told) llmpar_record_position(world->record, out);
+    else *out = peer->position;
+    out->rank = rank;
+    if (peer->finished) out->state = (int32_t)LLMPAR_POSITION_RETURNED;
+}
+
+static void llmpar__nccl_hub_locate(llmpar__nccl_world *world, double now)
+{
+    int waiting = now < world->failed_at + LLMPAR__NCCL_TELL;
+    if (!world->waiting_for_told) return;
+    for (int32_t i = 1; i < world->ranks && waiting; i++)
+        if (!world->peer[i].told && !world->peer[i].dead && !world->peer[i].bye) break;
+        else if (i + 1 == world->ranks) waiting = 0;
+    if (waiting && world->ranks > 1) return;
+    world->waiting_for_told = 0;
+    llmpar__nccl_verdict verdict = world->verdict;
+    llmpar_position_print(llmpar__nccl_hub_position, world, world->ranks, verdict.who, sizeof verdict.who);
+    size_t used = strlen(verdict.error.text);
+    if (verdict.error.status == LLMPAR_ERR_TIMEOUT && used + 8 < sizeof verdict.error.text)
+        snprintf(verdict.error.text + used, sizeof verdict.error.text - used, "; %.*s", (int)(sizeof verdict.error.text - used - 3), verdict.who);
+    for (int32_t i = world->ranks; i-- > 0;) llmpar__nccl_to_rank(world, i, LLMPAR__NCCL_WHERE, &verdict, sizeof verdict, NULL, 0);
+}
+
+/* ---- calls ---- */
+
+/* The slots of a communicator are a list, the oldest first. */
+static void llmpar__nccl_slot_free(llmpar__nccl_world *world, llmpar__nccl_slot *slot)
+{
+    llmpar__nccl_context *context = slot->context;
+    int32_t me = (int32_t)(slot - world->slot), before = -1;
+    for (int32_t i = context->oldest; i != me; i = world->slot[i].next) before = i;
+    if (before < 0) context->oldest = slot->next;
+    else world->slot[before].next = slot->next;
+    if (context->newest == me) context->newest = before;
+    slot->used = 0;
+    slot->next = world->free_slot;
+    world->free_slot = me;
+}
+
+static llmpar__nccl_slot *llmpar__nccl_slot_of(llmpar__nccl_world *world, llmpar__nccl_context *context, const llmpar__nccl_ask *ask)
+{
+    if (ask->from < 0 && ask->index > context->highest) { /* the usual case of who comes first */
+        context->highest = ask->index;
+        return NULL;
+    }
+    for (int32_t i = context->oldest; i >= 0; i = world->slot[i].next) {
+        llmpar__nccl_slot *s = &world->slot[i];
+        if (s->first.index == ask->index && s->first.from == ask->from && s->first.to == ask->to) return s;
+    }
+    return NULL;
+}
+
+/* As llmpar__nccl_hub_take: 1, 0 or -1. */
+static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const llmpar__nccl_ask *ask)
+{
+    llmpar__nccl_context *context = llmpar__nccl_context_of(world, ask->context);
+    int32_t member = ask->call.member;
+    if (world->convicted) return 1;
+    if (!context || member < 0 || member >= context->members || context->member[member] != rank) return -1;
+    if (ask->from >= context->members || ask->to >= context->members) return -1;
+    if (world->free_slot < 0 && (ask->from >= 0 || ask->index > context->highest)) return 0;
+    llmpar__nccl_slot *slot = llmpar__nccl_slot_of(world, context, ask);
+    if (!slot) {
+        if (world->free_slot < 0) return -1; /* a call that all had come to before */
+        int32_t me = world->free_slot;
+        slot = &world->slot[me];
+        world->free_slot = slot->next;
+        slot->next = -1;
+        if (context->newest < 0) context->oldest = me;
+        else world->slot[context->newest].next = me;
+        context->newest = me;
+        slot->used = 1;
+        slot->first = *ask;
+        slot->first_rank = rank;
+        slot->context = context;
+        slot->arrived = 0;
+        slot->expected = ask->from >= 0 ? 2 : context->members;
+        slot->since = llmpar__nccl_now();
+        memset(slot->here, 0, ((size_t)world->ranks + 7) / 8);
+    }
+    if (slot->here[member / 8] & 1 << member % 8) return -1; /* twice */
+    slot->here[member / 8] |= (unsigned char)(1 << member % 8);
+    if (slot->first.fingerprint != ask->fingerprint) {
+        llmpar_error error;
+        char text[1000];
+        int first = slot->first_rank < rank;
+        llmpar_call_mismatch(first ? &slot->first.call : &ask->call, first ? &ask->call : &slot->first.call, text, sizeof text);
+        llmpar_error_clear(&error);
+        llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s", text);
+        error.rank = first ? slot->first_rank : rank;
+        memcpy(error.where, first ? slot->first.call.where : ask->call.where, sizeof error.where);
+        llmpar__nccl_hub_fail(world, &error, first ? rank : slot->first_rank);
+        return 1;
+    }
+    if (++slot->arrived == slot->expected) {
+        llmpar__nccl_slot_free(world, slot);
+        pthread_cond_broadcast(&world->wake); /* rank 0 itself may wait for one */
+    }
+    return 1;
+}
+
+/* All members have come to the split: each gets its group. */
+static void llmpar__nccl_hub_groups(llmpar__nccl_world *world, llmpar__nccl_context *of)
+{
+    int32_t *member = (int32_t *)malloc((size_t)of->members * sizeof *member);
+    int short_of_memory = !member;
+    for (int32_t i = 0; i < of->members && !short_of_memory; i++) {
+        llmpar__nccl_group group;
+        memset(&group, 0, sizeof group);
+        if (!of->waits[i]) continue;
+        if (of->color[i] < 0) {
+            of->waits[i] = 0;
+            llmpar__nccl_to_rank(world, of->member[i], LLMPAR__NCCL_GROUP, &group, sizeof group, NULL, 0);
+            continue;
+        }
+        for (int32_t j = i; j < of->members; j++) { /* those of this color, each at its place by (key, rank) */
+            if (!of->waits[j] || of->color[j] != of->color[i]) continue;
+            int32_t at = group.ranks++;
+            for (; at > 0 && of->key[member[at - 1]] > of->key[j]; at--) member[at] = member[at - 1];
+            member[at] = j;
+        }
+        for (int32_t k = 0; k < group.ranks; k++) {
+            of->waits[member[k]] = 0;
+            member[k] = of->member[member[k]];
+        }
+        llmpar__nccl_context *made = llmpar__nccl_context_make(world, member, group.ranks);
+        if (!made) short_of_memory = 1;
+        for (int32_t k = 0; k < group.ranks && made; k++) {
+            group.context = made->id;
+            group.rank = k;
+            llmpar__nccl_to_rank(world, member[k], LLMPAR__NCCL_GROUP, &group, sizeof group, member, (size_t)group.ranks * sizeof *member);
+        }
+    }
+    free(member);
+    of->asked = 0;
+    if (short_of_memory) {
+        llmpar_error error;
+        llmpar_error_clear(&error);
+        llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "nccl: rank 0 is out of memory for a split of %d ranks", (int)of->members);
+        error.rank = 0;
+        llmpar__nccl_hub_fail(world, &error, -1);
+    }
+}
+
+static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const llmpar__nccl_ask *ask)
+{
+    int taken = llmpar__nccl_hub_call(world, rank, ask);
+    llmpar__nccl_context *context = llmpar__nccl_context_of(world, ask->context);
+    if (taken <= 0 || world->convicted || !context) return taken;
+    int32_t member = ask->call.member;
+    if (context->waits[member]) return -1;
+    context->waits[member] = 1;
+    context->color[member] = ask->color;
+    context->key[member] = ask->key;
+    if (++context->asked == context->members) llmpar__nccl_hub_groups(world, context);
+    return 1;
+}
+
+static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, uint64_t id)
+{
+    for (llmpar__nccl_context **at = &world->contexts; *at; at = &(*at)->next) {
+        llmpar__nccl_context *context = *at;
+        if (context->id != id) continue;
+        if (++context->dropped < context->members) return 1;
+        while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
+        *at = context->next;
+        llmpar__nccl_context_free(context);
+        return 1;
+    }
+    return 1;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t rank, llmpar__nccl_kind kind, const unsigned char *bytes, size_t count)
+{
+    llmpar__nccl_peer *peer = &world->peer[rank];
+    llmpar__nccl_ask ask;
+    llmpar_error error;
+    uint64_t id;
+    (void)count; /* that of the kind: control.c has seen to it */
+    switch (kind) {
+    case LLMPAR__NCCL_CALL:
+    case LLMPAR__NCCL_SPLIT:
+        memcpy(&ask, bytes, sizeof ask);
+        if (!llmpar__nccl_mend_call(&ask.call)) return -1;
+        ask.call.rank = rank;
+        return kind == LLMPAR__NCCL_CALL ? llmpar__nccl_hub_call(world, rank, &ask) : llmpar__nccl_hub_split(world, rank, &ask);
+    case LLMPAR__NCCL_DROP:
+        memcpy(&id, bytes, sizeof id);
+        return llmpar__nccl_hub_drop(world, id);
+    case LLMPAR__NCCL_FAIL:
+        memcpy(&error, bytes, sizeof error);
+        llmpar__nccl_mend_error(&error);
+        error.rank = rank;
+        llmpar__nccl_hub_fail(world, &error, -1);
+        return 1;
+    case LLMPAR__NCCL_TOLD: /* rank 0's own */
+        memcpy(&peer->position, bytes, sizeof peer->position);
+        peer->told = 1;
+        return 1;
+    case LLMPAR__NCCL_FINISH:
+        peer->finished = 1;
+        return 1;
+    case LLMPAR__NCCL_BYE:
+        peer->finished = peer->bye = 1;
+        if (rank) llmpar__nccl_to_rank(world, rank, LLMPAR__NCCL_BYE, NULL, 0, NULL, 0);
+        pthread_cond_broadcast(&world->wake);
+        return 1;
+    default: return -1;
+    }
+}
+
+/* ---- the clock ---- */
+
+/* A call that a rank has returned without. */
+static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
+{
+    for (int32_t i = 0; i < world->slots && !world->convicted; i++) {
+        llmpar__nccl_slot *slot = &world->slot[i];
+        if (!slot->used || now < slot->since + LLMPAR__NCCL_GONE) continue;
+        const llmpar__nccl_context *context = slot->context;
+        for (int32_t m = 0; m < context->members && !world->convicted; m++) {
+            if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
+            if ((slot->here[m / 8] & 1 << m % 8) || !world->peer[context->member[m]].finished) continue;
+            llmpar_error error;
+            char what[320];
+            llmpar_call_print(&slot->first.call, what, sizeof what);
+            llmpar_error_clear(&error);
+            llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it", what, (int)context->member[m]);
+            error.rank = slot->first_rank;
+            memcpy(error.where, slot->first.call.where, sizeof error.where);
+            llmpar__nccl_hub_fail(world, &error, -1);
+        }
+    }
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
+{
+    double now = llmpar__nccl_now();
+    int all = 1;
+    if (!world->convicted) llmpar__nccl_hub_returned(world, now);
+    llmpar__nccl_hub_locate(world, now);
+    for (int32_t i = 0; i < world->ranks; i++) all = all && (world->peer[i].finished || world->peer[i].dead);
+    if (world->closing || !(all || (world->convicted && now > world->failed_at + 5))) return; /* who is stuck after a failure is not waited for longer */
+    if (world->waiting_for_told) return;
+    world->closing = 1;
+    for (int32_t i = world->ranks; i-- > 0;) llmpar__nccl_to_rank(world, i, LLMPAR__NCCL_DONE, &world->verdict.error, sizeof world->verdict.error, NULL, 0);
+}
+
+#undef LLMPAR__NCCL_SLOTS
+#undef LLMPAR__NCCL_GONE
+#undef LLMPAR__NCCL_TELL
