@@ -179,8 +179,10 @@ static llmpar_status run(llmpar_ctx *ctx, void *user)
     llmpar_mesh *mesh = NULL;
     llmpar_llama *model = NULL;
     llmpar_trainer *trainer = NULL;
+    llmpar_mesh_desc mesh_desc;
     llmpar_llama_desc model_desc;
     llmpar_trainer_desc desc;
+    memset(&mesh_desc, 0, sizeof mesh_desc);
     memset(&model_desc, 0, sizeof model_desc);
     memset(&desc, 0, sizeof desc);
     model_desc.config = &s->config;
@@ -193,7 +195,7 @@ static llmpar_status run(llmpar_ctx *ctx, void *user)
     desc.exact = s->cuda.mode == LLMPAR_CUDA_FAST ? LLMPAR_EXACT_OFF : LLMPAR_EXACT_ON;
     desc.log_every = -1;
     if (!s->serve) printf("%s\n", ctx->device->name);
-    llmpar_status status = llmpar_mesh_create(ctx, NULL, &mesh);
+    llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
     if (!status) status = llmpar_parallelize(mesh, model, &desc, &trainer);
     if (!status) status = s->serve ? serve(trainer) : measure(ctx, s, trainer);
