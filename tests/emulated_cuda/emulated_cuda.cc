@@ -114,7 +114,7 @@ struct Machine {
     Random random;
     std::string kernel, caller;
     const std::function<void()> *run;
-    unsigned threads, at_barrier, done;
+    unsigned threads, at_barrier, done, slow; /* slow - 1: a warp that goes on only where no other thread can; 0: none */
     std::vector<unsigned> ready;
     Warp warps[THREADS / 32];
     Fiber *now;
@@ -187,6 +187,7 @@ struct Machine {
         Fiber *to = NULL;
         if (!ready.empty()) {
             size_t k = random.below(ready.size());
+            for (size_t tries = 1; slow && ready[k] / 32 == slow - 1 && tries < ready.size(); tries++) k = (k + 1) % ready.size();
             to = fibers[ready[k]];
             ready[k] = ready.back();
             ready.pop_back();
@@ -237,6 +238,7 @@ struct Machine {
         memset(shared + shared_bytes, 0xa5, FENCE);
 #endif
         at_barrier = done = 0;
+        slow = threads > 32 && random.below(3) ? 1 + (unsigned)random.below((threads + 31) / 32) : 0;
         ready.resize(threads);
         for (unsigned i = 0; i < threads; i++) {
             Fiber *f = fibers[i];
