@@ -26,8 +26,13 @@ void emulated_cuda_fail_alloc(int calls) __attribute__((weak));
 size_t emulated_cuda_live(void) __attribute__((weak));
 size_t emulated_cuda_waiting(void) __attribute__((weak));
 
-/* 1: kernels run on the CPU: small sizes. 0: on a GPU: large ones too. */
 static inline int cuda_emulated(void) { return emulated_cuda != NULL; }
+/* 1: small sizes alone: kernels run on the CPU, or a GPU's are watched by a tool (LLMPAR_CUDA_SMALL=1). 0: on a GPU: large ones too. */
+static inline int cuda_small(void)
+{
+    const char *text = getenv("LLMPAR_CUDA_SMALL");
+    return cuda_emulated() || (text && text[0] == '1');
+}
 
 static llmpar_ctx cuda_ctx;
 static llmpar_device *cuda_gpu, *cuda_cpu;

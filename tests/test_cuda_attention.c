@@ -166,9 +166,9 @@ TEST(forward_is_the_cpus)
         if (shapes[s][6] % 64 == 0 && dtype == LLMPAR_F32) dtype = s % 2 ? LLMPAR_BF16 : LLMPAR_F16;
         check_forward(shapes[s], dtype, NULL, 0, 0);
         check_forward(shapes[s], dtype, s % 4 == 3 ? ones : lengths, s % 2 ? 8 : 0, 0);
-        if (!cuda_emulated()) for (int t = 0; t < 3; t++) check_forward(shapes[s], dtypes[t], lengths, 8 * (t % 2), t / 2);
+        if (!cuda_small()) for (int t = 0; t < 3; t++) check_forward(shapes[s], dtypes[t], lengths, 8 * (t % 2), t / 2);
     }
-    if (!cuda_emulated()) {
+    if (!cuda_small()) {
         const int64_t large[4][7] = { { 2, 2048, 2048, 2048, 32, 8, 64 }, { 1, 1500, 3000, 4000, 8, 2, 128 }, { 3, 1, 5000, 6000, 32, 8, 128 }, { 1, 700, 700, 700, 6, 2, 80 } }, long_lengths[4] = { 700, 1, 130, 64 };
         for (int s = 0; s < 4; s++) for (int t = 0; t < 3; t++) check_forward(large[s], dtypes[t], t == 1 ? long_lengths : NULL, 0, 0);
     }
@@ -245,9 +245,9 @@ TEST(backward_is_the_cpus)
         n++;
         if (shapes[s][6] % 64 == 0 && dtype == LLMPAR_F32) dtype = s % 2 ? LLMPAR_BF16 : LLMPAR_F16;
         check_backward(shapes[s], dtype, s % 2 ? LLMPAR_F32 : LLMPAR_DTYPE_DEFAULT, n % 2 ? lengths : NULL, s % 2 ? 8 : 0, 0);
-        if (!cuda_emulated()) for (int t = 0; t < 3; t++) check_backward(shapes[s], dtypes[t], LLMPAR_DTYPE_DEFAULT, lengths, 8 * (t % 2), t / 2);
+        if (!cuda_small()) for (int t = 0; t < 3; t++) check_backward(shapes[s], dtypes[t], LLMPAR_DTYPE_DEFAULT, lengths, 8 * (t % 2), t / 2);
     }
-    if (!cuda_emulated()) {
+    if (!cuda_small()) {
         const int64_t large[3][7] = { { 3, 500, 500, 500, 32, 8, 64 }, { 1, 1030, 1030, 1030, 8, 8, 128 }, { 1, 300, 300, 300, 6, 2, 80 } }, long_lengths[4] = { 200, 1, 130, 64 };
         for (int s = 0; s < 3; s++) for (int t = 0; t < 3; t++) check_backward(large[s], dtypes[t], LLMPAR_DTYPE_DEFAULT, t == 1 ? long_lengths : NULL, 0, 0);
     }
@@ -346,7 +346,7 @@ static void parts(llmpar_dtype dtype, int64_t e)
 }
 TEST(parts_have_the_same_bits_64) { CUDA_OPEN(); parts(LLMPAR_BF16, 64); }
 TEST(parts_have_the_same_bits_128) { CUDA_OPEN(); parts(LLMPAR_F16, 128); }
-TEST(parts_have_the_same_bits_f32) { CUDA_OPEN(); parts(LLMPAR_F32, 12); if (!cuda_emulated()) parts(LLMPAR_BF16, 80); }
+TEST(parts_have_the_same_bits_f32) { CUDA_OPEN(); parts(LLMPAR_F32, 12); if (!cuda_small()) parts(LLMPAR_BF16, 80); }
 
 /* Groups that are no power of two: 6 = (2 + 1) + (2 + 1). */
 TEST(odd_groups)

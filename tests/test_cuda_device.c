@@ -178,7 +178,7 @@ TEST(pinned)
 /* Memory that is freed right behind an enqueue has served it. */
 TEST(free_waits)
 {
-    size_t bytes = cuda_emulated() ? 100000 : (size_t)256 << 20;
+    size_t bytes = cuda_small() ? 100000 : (size_t)256 << 20;
     unsigned char *host = (unsigned char *)malloc(bytes);
     CUDA_OPEN();
     for (int round = 0; round < 10; round++) {

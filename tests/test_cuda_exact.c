@@ -11,7 +11,7 @@ static llmpar_backend backend;
 static llmpar_llama_config config_of(int tied)
 {
     llmpar_llama_config config = train_config(tied);
-    if (!cuda_emulated()) {
+    if (!cuda_small()) {
         config.hidden = 512;
         config.heads = 8;
         config.head_dim = 64;
@@ -42,7 +42,7 @@ static train_job job_of(const llmpar_llama_config *config, llmpar_dtype dtype)
     job.sequence = sequence;
     job.zero = 3;
     job.keep_files = 1;
-    if (cuda_emulated()) {
+    if (cuda_small()) {
         job.batch = 4;
         job.canon = 4;
         job.steps = 2;
@@ -86,8 +86,8 @@ static void meshes(int tied, llmpar_dtype dtype, int first, int count)
     free(want);
 }
 
-TEST(f32) { CUDA_OPEN(); meshes(1, LLMPAR_F32, 0, cuda_emulated() ? 3 : 6); }
-TEST(f32_untied) { CUDA_OPEN(); meshes(0, LLMPAR_F32, cuda_emulated() ? 3 : 0, cuda_emulated() ? 1 : 6); }
-TEST(bf16) { CUDA_OPEN(); meshes(0, LLMPAR_BF16, 2, cuda_emulated() ? 1 : 6); }
+TEST(f32) { CUDA_OPEN(); meshes(1, LLMPAR_F32, 0, cuda_small() ? 3 : 6); }
+TEST(f32_untied) { CUDA_OPEN(); meshes(0, LLMPAR_F32, cuda_small() ? 3 : 0, cuda_small() ? 1 : 6); }
+TEST(bf16) { CUDA_OPEN(); meshes(0, LLMPAR_BF16, 2, cuda_small() ? 1 : 6); }
 
 TEST_LIST(T_(f32), T_(f32_untied), T_(bf16), T_(cuda_end))

@@ -178,7 +178,7 @@ static void random_products(llmpar_device *device, int rounds, int tf32)
 {
     for (int round = 0; round < rounds; round++) {
         llmpar_dtype dtype = dtypes[round % 3];
-        int large = !cuda_emulated() && round % 4 == 0, wide = round % 8 == 0, thin = round % 5 == 1;
+        int large = !cuda_small() && round % 4 == 0, wide = round % 8 == 0, thin = round % 5 == 1;
         int32_t pieces = ops_below(3) ? 1 + (int32_t)ops_below(9) : 1;
         lying how = {kinds[round / 3 % 3], 0, 0};
         product p;
@@ -195,7 +195,7 @@ static void random_products(llmpar_device *device, int rounds, int tf32)
 TEST(exact_products)
 {
     CUDA_OPEN();
-    random_products(cuda_gpu, cuda_emulated() ? test_rounds(27) : 270, 0);
+    random_products(cuda_gpu, cuda_small() ? test_rounds(27) : 270, 0);
 }
 
 /* All sizes around tiles and links, aligned as a model's matrices are. */
@@ -252,7 +252,7 @@ TEST(pieces_over_ranks)
 TEST(trees)
 {
     CUDA_OPEN();
-    for (int32_t pieces = 2; pieces <= (cuda_emulated() ? 13 : 40); pieces += cuda_emulated() ? 1 + (int32_t)ops_below(3) : 1) {
+    for (int32_t pieces = 2; pieces <= (cuda_small() ? 13 : 40); pieces += cuda_small() ? 1 + (int32_t)ops_below(3) : 1) {
         lying how = {LLMPAR_GEMM_NN, 3, 0};
         product p;
         double whole[9], parts[9 * 40];
@@ -555,7 +555,7 @@ static llmpar_device *fast_device(int tf32)
     memset(&desc, 0, sizeof desc);
     desc.mode = LLMPAR_CUDA_FAST;
     desc.tf32 = tf32;
-    desc.library_workspace = cuda_emulated() ? 1 << 16 : 0;
+    desc.library_workspace = cuda_small() ? 1 << 16 : 0;
     CUDA_OK(llmpar_cuda_create(&cuda_ctx, &desc, &device));
     return device;
 }
@@ -565,7 +565,7 @@ TEST(fast_products)
     CUDA_OPEN();
     for (int tf32 = 0; tf32 < 2; tf32++) {
         llmpar_device *device = fast_device(tf32);
-        random_products(device, cuda_emulated() ? test_rounds(36) : 200, tf32);
+        random_products(device, cuda_small() ? test_rounds(36) : 200, tf32);
         bias(device);
         nothing(device);
         many(device);

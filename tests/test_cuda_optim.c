@@ -3,7 +3,7 @@
 
 static const int64_t sizes[] = { 1, 3, 4, 5, 31, 33, 257, 1030, 4099 };
 enum { SIZES = (int)(sizeof sizes / sizeof sizes[0]) };
-static int64_t size_of(int i) { return i < SIZES ? sizes[i] : cuda_emulated() ? 9001 : 3000017; }
+static int64_t size_of(int i) { return i < SIZES ? sizes[i] : cuda_small() ? 9001 : 3000017; }
 
 TEST(adamw)
 {
@@ -156,7 +156,7 @@ TEST(adalomo_matrices)
     adalomo_case(6, 9, BITS_LIKE, 0, 1e38, 1e290); /* too large: nothing is summed, moments are NaN */
     adalomo_case(6, 9, BITS_LIKE, 0, 0, 0);
     adalomo_case(6, 9, BITS_LIKE, 1, -2.5, 0);
-    if (!cuda_emulated()) adalomo_case(1500, 2000, BITS_LIKE, 1, 0.37, 0);
+    if (!cuda_small()) adalomo_case(1500, 2000, BITS_LIKE, 1, 0.37, 0);
 }
 
 /* Tensors that are not factored. */

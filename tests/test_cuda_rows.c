@@ -96,7 +96,7 @@ TEST(norm)
     norm_case(way_of(0), 300, 264, 1); /* more rows than blocks */
     norm_case(way_of(1), 700, 136, 0);
     norm_case(way_of(0), 1, 60000, 1); /* a row that shared memory does not hold */
-    if (!cuda_emulated()) for (int i = 0; i < WAYS; i++) norm_case(way_of(i), 3000, 2048, 1);
+    if (!cuda_small()) for (int i = 0; i < WAYS; i++) norm_case(way_of(i), 3000, 2048, 1);
 }
 
 /* ---- rmsnorm backward ---- */
@@ -235,7 +235,7 @@ TEST(norm_backward)
     back_case(way_of(1), 1, 3, 1, 2, 4104); /* several parts of a row a thread */
     back_case(way_of(0), 4, 2, 4, 1, 2052);
     back_case(way_of(0), 1, 2, 1, 2, 30000); /* rows that shared memory does not hold */
-    if (!cuda_emulated()) for (int i = 0; i < WAYS; i++) back_case(way_of(i), 8, 300, 8, 8, 2048);
+    if (!cuda_small()) for (int i = 0; i < WAYS; i++) back_case(way_of(i), 8, 300, 8, 8, 2048);
 }
 
 /* A sequence in parts, as sequence parallelism has it: the tree over the parts' sums is the whole's. */
@@ -391,7 +391,7 @@ TEST(add_and_scale)
     CUDA_OPEN();
     for (int round = 0; round < 2 * WAYS; round++) {
         way w = way_of(round % WAYS);
-        int64_t n = round < WAYS ? 1 + ops_below(40) : cuda_emulated() ? round == 2 * WAYS - 1 ? 300000 : 3000 + ops_below(40000) : 30000000 + ops_below(4000);
+        int64_t n = round < WAYS ? 1 + ops_below(40) : cuda_small() ? round == 2 * WAYS - 1 ? 300000 : 3000 + ops_below(40000) : 30000000 + ops_below(4000);
         double *a = values(w, n, 3), *b = values(w, n, 3), *got = ops_zeros(n), *want = ops_zeros(n), factor = 1.0 / 3;
         a[0] = -0.0; b[0] = -0.0;
         void *x = put(w, a, n), *y = put(w, b, n), *z = round % 3 ? out(w, n) : round % 2 ? x : y;

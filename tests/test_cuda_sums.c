@@ -3,7 +3,7 @@
 
 static const int64_t sizes[] = { 1, 2, 7, 8, 9, 15, 16, 31, 33, 255, 256, 257, 1030 };
 enum { SIZES = (int)(sizeof sizes / sizeof sizes[0]) };
-static int64_t size_of(int i) { return i < SIZES ? sizes[i] : cuda_emulated() ? 9001 : 3000017; }
+static int64_t size_of(int i) { return i < SIZES ? sizes[i] : cuda_small() ? 9001 : 3000017; }
 
 /* ---- casts ---- */
 
@@ -25,7 +25,7 @@ TEST(casts)
         for (int round = 0; round < 25 - (pair % 5 == 0) * 20; round++) { /* rounds above 20: every 16-bit number */
             int64_t n = round == 24 ? 65536 : round > 20 ? 4099 : size_of(round % (SIZES + 1)), off_in = round & 1, off_out = round >> 1 & 1;
             llmpar_dtype from = types[pair / 4], to = types[pair % 4];
-            if (round == 24 && cuda_emulated() && from != LLMPAR_BF16 && from != LLMPAR_F16) n = 4100;
+            if (round == 24 && cuda_small() && from != LLMPAR_BF16 && from != LLMPAR_F16) n = 4100;
             void *x = cast_values(from, n, round);
             bits_buffer in = bits_put(from, x, n, off_in), out = bits_put(to, NULL, n, off_out);
             for (int d = 0; d < BITS_DEVICES; d++) {
@@ -187,7 +187,7 @@ TEST(squares)
     }
     /* All zeros; all the largest number, so that registers are as full as they get. */
     for (int k = 0; k < 4; k++) {
-        int64_t n = cuda_emulated() ? 70001 : 5000011, *start = accumulator(0);
+        int64_t n = cuda_small() ? 70001 : 5000011, *start = accumulator(0);
         uint32_t *x = (uint32_t *)malloc((size_t)n * 4);
         for (int64_t i = 0; i < n; i++) x[i] = k == 0 ? 0 : k == 1 ? 0x7f7fffffu : k == 2 ? 0x3fffffffu : 0x007fffffu;
         bits_buffer in = bits_put(LLMPAR_F32, x, n, 0), out = bits_put(LLMPAR_I64, start, LLMPAR_EXACT_SUM_LIMBS, 0);

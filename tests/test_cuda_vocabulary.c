@@ -96,7 +96,7 @@ TEST(embedding_gradient)
     gradient_case(LLMPAR_F32, 1, 2100, 1, 70, 9, 0, 9, 1, 0);           /* one chain */
     gradient_case(LLMPAR_F16, 0, 7, 0, 5, 9, 0, 9, 0, 0);               /* no tokens: zeros */
     gradient_case(LLMPAR_F32, 37, 1, 37, 4, 3, 0, 3, 0, 0);
-    if (!cuda_emulated()) {
+    if (!cuda_small()) {
         gradient_case(LLMPAR_BF16, 8, 2048, 8, 256, 128256, 0, 128256, 0, 0);
         gradient_case(LLMPAR_BF16, 8, 2048, 8, 256, 128256, 0, 128256, 2, 0);
         gradient_case(LLMPAR_F32, 64, 512, 64, 64, 500, 0, 500, 0, 1);
@@ -211,7 +211,7 @@ TEST(cross_entropy)
     xent_case(LLMPAR_F32, 3, 50, 43, 1);
     xent_case(LLMPAR_BF16, 5, 900, 1, 1);
     xent_case(LLMPAR_F32, 2, 9000, 2, 0);
-    if (!cuda_emulated()) for (int j = 0; j < 3; j++) xent_case(dtypes[j], 37, 128256, 8, j % 2);
+    if (!cuda_small()) for (int j = 0; j < 3; j++) xent_case(dtypes[j], 37, 128256, 8, j % 2);
 }
 
 TEST(cross_entropy_oddities)
