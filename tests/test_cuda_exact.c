@@ -90,4 +90,37 @@ TEST(f32) { CUDA_OPEN(); meshes(1, LLMPAR_F32, 0, cuda_small() ? 3 : 6); }
 TEST(f32_untied) { CUDA_OPEN(); meshes(0, LLMPAR_F32, cuda_small() ? 3 : 0, cuda_small() ? 1 : 6); }
 TEST(bf16) { CUDA_OPEN(); meshes(0, LLMPAR_BF16, 2, cuda_small() ? 1 : 6); }
 
-TEST_LIST(T_(f32), T_(f32_untied), T_(bf16), T_(cuda_end))
+/* Masters and moments in host memory: the same bits in less of the device's memory, and with a limit of that much; without it the limit is too low, which is said. */
+TEST(offload)
+{
+    CUDA_OPEN();
+    llmpar_llama_config config = config_of(1);
+    train_result *want = (train_result *)malloc(sizeof *want), *got = (train_result *)malloc(sizeof *got);
+    train_job job = job_of(&config, LLMPAR_BF16);
+    uint64_t least;
+    job.dp_shard = 2;
+    train_run(&job, want);
+    if (want->status) TEST_FAIL("on the device: %s", want->error.text);
+    job.policy.offload[LLMPAR_STATE_OPTIMIZER] = LLMPAR_TIER_HOST;
+    job.policy.offload[LLMPAR_STATE_PARAMS] = LLMPAR_TIER_HOST;
+    train_run(&job, got);
+    (void)train_same("offloaded", got, want);
+    least = got->step[0][got->steps - 1].memory;
+    printf("  peak of the device: %llu bytes, offloaded %llu\n", (unsigned long long)want->step[0][want->steps - 1].memory, (unsigned long long)least);
+    CHECK(least < want->step[0][want->steps - 1].memory);
+    train_result_free(got);
+    job.memory_limit = least;
+    train_run(&job, got);
+    (void)train_same("offloaded under a limit", got, want);
+    for (int r = 0; r < got->ranks; r++) CHECK(got->step[r][got->steps - 1].memory <= least);
+    train_result_free(got);
+    memset(job.policy.offload, 0, sizeof job.policy.offload);
+    train_run(&job, got);
+    CHECK_STATUS(got->status, LLMPAR_ERR_MEMORY);
+    train_result_free(got);
+    train_result_free(want);
+    free(got);
+    free(want);
+}
+
+TEST_LIST(T_(f32), T_(f32_untied), T_(bf16), T_(offload), T_(cuda_end))
