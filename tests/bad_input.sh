@@ -292,6 +292,12 @@ train 1 'exact = require: reduce_dtype bf16 rounds every rank' --reduce-dtype bf
 train 1 'exact = require: reduce_dtype f16 rounds every rank' --dtype bf16 --reduce-dtype f16 --exact require --dp-shard 2
 train 1 'reduce_dtype bf16 with dtype f64, expected f64' --dtype f64 --reduce-dtype bf16
 train 1 'reduce_dtype f32 with dtype f64, expected f64' --dtype f64 --reduce-dtype f32 --dp-shard 2
+train 2 '--offload-update "disk": expected one of device, host' --offload-update disk
+train 1 'updates on the host without optimizer params grads offloaded, expected optimizer, params and grads in host memory' --offload-update host
+train 1 'updates on the host without params grads offloaded' --offload-update host --offload optimizer=host --dtype bf16
+train 1 'updates on the host with optimizer=host, params=file, grads=host, expected all three offloaded to host' --offload-update host --offload optimizer=host,params=file,grads=host --dtype bf16
+train 1 'parameters offloaded that are whole at rest' --offload-update host --offload optimizer=host,params=host,grads=host
+train 1 'offload_update = host with lomo, expected adamw or sgd' --offload-update host --offload params=host,grads=host --dtype bf16 --optimizer lomo
 train 1 'decay_steps = 10, expected 0: cosine has none' --decay-steps 10
 train 1 'decay_steps = 100, expected at most total - warmup' --schedule wsd --decay-steps 100
 train 1 'warmup = 1, expected 0: one-cycle rises until half way' --schedule one-cycle --warmup 1

@@ -360,7 +360,7 @@ static llmpar_status net_optimizer_update(void *state, const llmpar_update *u)
     return status;
 }
 static __thread llmpar_device *net_device; /* of the rank on this thread */
-static llmpar_device *net_device_of(const llmpar_update *u) { (void)u; return net_device; }
+static llmpar_device *net_device_of(const llmpar_update *u) { return u->device ? u->device : net_device; }
 
 /* What all policies have to agree in. */
 typedef struct net_result { int known; double loss[NET_STEPS], norm[NET_STEPS], p[NET_PARAMS][NET_MOST], m[NET_PARAMS][NET_MOST], g[NET_PARAMS][NET_MOST]; } net_result;

@@ -113,9 +113,14 @@ static inline llmpar_schedule *random_schedule(int32_t most_units, int32_t most_
         policy.master = random_below(2);
         policy.offload = random_below(2) ? 0 : (unsigned)random_below(1 << LLMPAR_STATE_COUNT);
         policy.update = random_below(2) ? LLMPAR_UPDATE_AFTER : (llmpar_update_when)random_below(3);
+        if (random_below(5) == 0) {
+            policy.host_update = 1;
+            policy.offload |= 7u;
+            policy.update = LLMPAR_UPDATE_AFTER;
+        }
         int frozen = random_below(3) == 0;
-        int length = snprintf(what, 320, "micro_batches %d no_sync %d chain %d prefetch %d %d zero %d shards %d replicas %d reshard %d/%d forward_only %d master %d offload %u update %d units", policy.micro_batches, policy.no_sync, policy.chain,
-                              policy.prefetch, policy.prefetch_backward, policy.zero, policy.shards, policy.replicas, (int)policy.reshard, policy.reshard_every, policy.forward_only, policy.master, policy.offload, (int)policy.update);
+        int length = snprintf(what, 320, "micro_batches %d no_sync %d chain %d prefetch %d %d zero %d shards %d replicas %d reshard %d/%d forward_only %d master %d offload %u update %d%s units", policy.micro_batches, policy.no_sync, policy.chain,
+                              policy.prefetch, policy.prefetch_backward, policy.zero, policy.shards, policy.replicas, (int)policy.reshard, policy.reshard_every, policy.forward_only, policy.master, policy.offload, (int)policy.update, policy.host_update ? " on the host" : "");
         for (int32_t i = 0; i < count; i++) {
             units[i].frozen = frozen && random_below(2);
             units[i].recompute = (llmpar_recompute)random_below(i + 1 < count ? 3 : 2);

@@ -191,9 +191,12 @@ TEST(optimizers)
 
 TEST(memory_policies)
 {
+    enum { ON_HOST = 2 }; /* with overlap */
     static const struct { const char *name; llmpar_tier tier[LLMPAR_STATE_COUNT]; llmpar_recompute recompute; int32_t overlap, freeze; llmpar_dtype dtype; } cases[] = {
         { "optimizer in host memory", { LLMPAR_TIER_HOST, 0, 0, 0 }, LLMPAR_RECOMPUTE_NONE, 0, 0, LLMPAR_F32 },
         { "everything in host memory", { LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, LLMPAR_TIER_HOST }, LLMPAR_RECOMPUTE_SELECTIVE, 0, 0, LLMPAR_BF16 },
+        { "updated on the host", { LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, 0 }, LLMPAR_RECOMPUTE_NONE, ON_HOST, 0, LLMPAR_BF16 },
+        { "updated on the host, f16, overlap", { LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, LLMPAR_TIER_HOST, LLMPAR_TIER_HOST }, LLMPAR_RECOMPUTE_SELECTIVE, ON_HOST + 1, 0, LLMPAR_F16 },
         { "everything in files", { LLMPAR_TIER_FILE, LLMPAR_TIER_FILE, LLMPAR_TIER_FILE, LLMPAR_TIER_FILE }, LLMPAR_RECOMPUTE_FULL, 0, 0, LLMPAR_F32 },
         { "recompute", { 0, 0, 0, 0 }, LLMPAR_RECOMPUTE_FULL, 0, 0, LLMPAR_F32 },
         { "frozen units", { 0, 0, 0, 0 }, LLMPAR_RECOMPUTE_SELECTIVE, 0, 2, LLMPAR_F32 },
@@ -206,7 +209,8 @@ TEST(memory_policies)
             memcpy(job.policy.offload, cases[i].tier, sizeof cases[i].tier);
             if (mesh == 0 && cases[i].dtype == LLMPAR_F32) job.policy.offload[LLMPAR_STATE_PARAMS] = LLMPAR_TIER_DEVICE; /* the parameters are whole there */
             job.policy.recompute = cases[i].recompute;
-            job.policy.overlap = cases[i].overlap;
+            job.policy.overlap = cases[i].overlap % ON_HOST;
+            if (cases[i].overlap >= ON_HOST) job.policy.offload_update = LLMPAR_TIER_HOST;
             job.policy.freeze = cases[i].freeze;
             job.dtype = cases[i].dtype;
             job.accum = mesh ? 2 : 1;
@@ -224,6 +228,10 @@ TEST(late_too)
         job.accum = 2;
         job.dtype = order == DEBUG_LAZY ? LLMPAR_BF16 : LLMPAR_F32;
         if (order != DEBUG_FIFO) job.policy.offload[LLMPAR_STATE_OPTIMIZER] = LLMPAR_TIER_HOST;
+        if (order == DEBUG_LAZY) {
+            job.policy.offload[LLMPAR_STATE_PARAMS] = job.policy.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_HOST;
+            job.policy.offload_update = LLMPAR_TIER_HOST;
+        }
         both_on(&job, "late", order, 1);
     }
 }

@@ -168,9 +168,13 @@ static void draw_policy(train_job *job, const mesh_shape *mesh, int fixed_accum,
         if (state == LLMPAR_STATE_PARAMS && !master && whole) continue;
         p->offload[state] = draw(2) ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
     }
-    snprintf(text, capacity, "%s %s %s sp %d zero %d prefetch %d,%d reshard %d/%d accum %d%s%s recompute %d/%d overlap %d offload %d%d%d%d", job->config->tied ? "tied" : "untied", llmpar_dtype_name(job->dtype ? job->dtype : LLMPAR_F32), mesh->name,
+    if (draw(4) == 0 && !stateless && (master || (mesh->shard > 1 && job->zero == 3))) { /* updated on the host */
+        for (int state = LLMPAR_STATE_OPTIMIZER; state <= LLMPAR_STATE_GRADS; state++) p->offload[state] = LLMPAR_TIER_HOST;
+        p->offload_update = LLMPAR_TIER_HOST;
+    }
+    snprintf(text, capacity, "%s %s %s sp %d zero %d prefetch %d,%d reshard %d/%d accum %d%s%s recompute %d/%d overlap %d offload %d%d%d%d%s", job->config->tied ? "tied" : "untied", llmpar_dtype_name(job->dtype ? job->dtype : LLMPAR_F32), mesh->name,
              (int)job->sp, (int)job->zero, (int)job->prefetch, (int)p->prefetch_backward, (int)p->reshard, (int)p->reshard_every, (int)(job->accum ? job->accum : 1), job->no_sync ? " no_sync" : "", p->chain ? " chain" : "", (int)p->recompute,
-             (int)p->recompute_every, (int)p->overlap, (int)p->offload[0], (int)p->offload[1], (int)p->offload[2], (int)p->offload[3]);
+             (int)p->recompute_every, (int)p->overlap, (int)p->offload[0], (int)p->offload[1], (int)p->offload[2], (int)p->offload[3], p->offload_update ? " on the host" : "");
 }
 
 /* Each kind of run against one rank with no policy at all. */

@@ -108,8 +108,8 @@ TEST(schedules)
 {
     static const llmpar_policy policies[] = {
         /* micro_batches, no_sync, chain, zero, shards, replicas, reshard, every, prefetch, backward */
-        { 4, 0, 0, 0, 0, 0, LLMPAR_RESHARD_ALWAYS, 0, 2, 1, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_NEVER, 0, 1, 0, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 1, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 2, 0, 3, 0, 0, 0, LLMPAR_UPDATE_AFTER },
-        { 1, 0, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 3, 4, 4, 0, 0, 0, LLMPAR_UPDATE_AFTER }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_DEFAULT, 0, 1, 2, 0, 0, 0, LLMPAR_UPDATE_AFTER },
+        { 4, 0, 0, 0, 0, 0, LLMPAR_RESHARD_ALWAYS, 0, 2, 1, 0, 0, 0, LLMPAR_UPDATE_AFTER, 0 }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_NEVER, 0, 1, 0, 0, 0, 0, LLMPAR_UPDATE_AFTER, 0 }, { 2, 1, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 2, 0, 3, 0, 0, 0, LLMPAR_UPDATE_AFTER, 0 },
+        { 1, 0, 0, 0, 0, 0, LLMPAR_RESHARD_EVERY, 3, 4, 4, 0, 0, 0, LLMPAR_UPDATE_AFTER, 0 }, { 2, 0, 0, 0, 0, 0, LLMPAR_RESHARD_DEFAULT, 0, 1, 2, 0, 0, 0, LLMPAR_UPDATE_AFTER, 0 },
     };
     net_job job = after_one_rank(LLMPAR_F32);
     for (int i = 0; i < 5; i++) {
@@ -168,6 +168,42 @@ TEST(offload_tiers)
         job.policy.update = LLMPAR_UPDATE_INSIDE;
         everywhere(&job, "all in a file, inside");
     }
+}
+
+/* ZeRO-Offload: the optimizer works on the host, in the stores' memory. */
+TEST(updates_on_the_host)
+{
+    static const llmpar_dtype dtypes[] = { LLMPAR_BF16, LLMPAR_F16, LLMPAR_F32 };
+    for (int d = 0; d < 3; d++) {
+        net_job job = after_one_rank(dtypes[d]);
+        for (int s = LLMPAR_STATE_OPTIMIZER; s <= LLMPAR_STATE_GRADS; s++) job.fsdp.offload[s] = LLMPAR_TIER_HOST;
+        job.fsdp.offload_update = LLMPAR_TIER_HOST;
+        everywhere(&job, "on the host");
+        job.policy.micro_batches = 2;
+        job.policy.prefetch = 1;
+        everywhere(&job, "on the host, two micro-batches");
+        job.policy.no_sync = 1;
+        job.recompute = 6;
+        everywhere(&job, "on the host, no_sync");
+        job.policy.no_sync = 0;
+        job.fsdp.overlap = 1;
+        job.fsdp.offload[LLMPAR_STATE_ACTIVATIONS] = LLMPAR_TIER_FILE;
+        job.fsdp.offload_dir = "build";
+        everywhere(&job, "on the host, overlap");
+    }
+    net_job job = job_of(1, LLMPAR_BF16);
+    llmpar_error error;
+    llmpar_launch_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.ranks = 2, desc.check = test_no_leak;
+    job.fsdp.offload_update = LLMPAR_TIER_HOST;
+    job.fsdp.offload[LLMPAR_STATE_OPTIMIZER] = LLMPAR_TIER_HOST;
+    job.fsdp.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_FILE;
+    CHECK_STATUS(llmpar_launch(&desc, net_rank, &job, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "updates on the host with optimizer=host, params=device, grads=file, expected all three offloaded to host");
+    job.fsdp.offload_update = LLMPAR_TIER_FILE;
+    CHECK_STATUS(llmpar_launch(&desc, net_rank, &job, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "offload_update = 2");
 }
 
 /* Every stream on a thread of its own. */
@@ -229,7 +265,11 @@ TEST(late_streams)
                 job.fsdp.offload_dir = "build";
                 job.fsdp.zero = row == 1 ? LLMPAR_ZERO_1 : row == 2 ? LLMPAR_ZERO_2 : LLMPAR_ZERO_3;
                 for (int s = 0; s < LLMPAR_STATE_COUNT && row % 2; s++) job.fsdp.offload[s] = s % 2 ? LLMPAR_TIER_FILE : LLMPAR_TIER_HOST;
-                if (row % 2 && !d && !sharded_params(&job)) job.fsdp.offload[LLMPAR_STATE_PARAMS] = LLMPAR_TIER_DEVICE;
+                if (row == 5 || (row == 3 && d)) { /* updated on the host */
+                    for (int s = LLMPAR_STATE_OPTIMIZER; s <= LLMPAR_STATE_GRADS; s++) job.fsdp.offload[s] = LLMPAR_TIER_HOST;
+                    job.fsdp.offload_update = LLMPAR_TIER_HOST;
+                }
+                if (row % 2 && !d && !sharded_params(&job) && job.fsdp.offload_update != LLMPAR_TIER_HOST) job.fsdp.offload[LLMPAR_STATE_PARAMS] = LLMPAR_TIER_DEVICE;
                 job.policy.micro_batches = row == 4 ? 1 : 2;
                 job.policy.update = row == 4 ? LLMPAR_UPDATE_TWO_PASSES : LLMPAR_UPDATE_AFTER;
                 job.policy.prefetch = row % 3, job.policy.prefetch_backward = row % 2;
@@ -793,4 +833,4 @@ TEST(memory_limit)
     net_launch_ok(&job, "limited, everything in a file");
 }
 
-TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(overlap), T_(late_streams), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(looking_in), T_(bytes_of_instructions), T_(files_in_trouble), T_(no_memory), T_(memory_limit))
+TEST_LIST(T_(zero_stages), T_(recomputation), T_(frozen_units), T_(schedules), T_(updates_inside_backward), T_(offload_tiers), T_(updates_on_the_host), T_(overlap), T_(late_streams), T_(reduce_dtype), T_(skipped_steps), T_(memory), T_(looking_in), T_(bytes_of_instructions), T_(files_in_trouble), T_(no_memory), T_(memory_limit))

@@ -183,7 +183,8 @@ TEST(one_by_one)
         "", "--zero 0", "--zero 1", "--zero 2", "--zero 0 --grad-accum 4", "--zero 1 --grad-accum 4", "--zero 2 --grad-accum 4 --no-sync on", "--grad-accum 4", "--grad-accum 4 --no-sync on", "--grad-accum 4 --accumulate chain",
         "--recompute selective", "--recompute full", "--recompute full,2", "--recompute selective,2 --wrap half", "--recompute full --wrap 2", "--reshard always", "--reshard never", "--reshard 2 --prefetch 2", "--prefetch 1,0",
         "--prefetch 3,4 --overlap on", "--sp on", "--sp on --recompute selective", "--dtype bf16", "--dtype f16", "--dtype f64", "--dtype bf16 --reduce-dtype bf16 --zero 2", "--dtype bf16 --zero 1 --recompute full", "--logits-bytes 8K",
-        "--offload optimizer=file", "--offload params=host --dtype bf16", "--offload grads=file", "--offload activations=host", "--offload optimizer=file,params=file,grads=file,activations=file --recompute full --dtype f16",
+        "--offload optimizer=file", "--offload params=host --dtype bf16", "--offload optimizer=host,params=host,grads=host --offload-update host --dtype bf16",
+        "--offload optimizer=host,params=host,grads=host,activations=host --offload-update host --dtype f16 --grad-accum 2 --prefetch 1", "--offload grads=file", "--offload activations=host", "--offload optimizer=file,params=file,grads=file,activations=file --recompute full --dtype f16",
         "--offload optimizer=host,activations=file --dtype bf16 --grad-accum 2", "--optimizer sgd", "--optimizer sgd --momentum 0", "--optimizer lomo", "--optimizer lomo --clip 1", "--optimizer adalomo", "--optimizer adalomo --clip 0 --zero 2",
         "--optimizer lomo --dtype f16", "--optimizer adalomo --sp on --wrap half --prefetch 1", "--freeze 2", "--freeze 3 --dtype bf16 --offload params=file", "--exact off", "--overlap on --offload optimizer=file --prefetch 2"};
     for (size_t p = 0; p < sizeof policies / sizeof policies[0]; p++)

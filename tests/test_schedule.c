@@ -291,8 +291,8 @@ static void check_kept(const llmpar_schedule *s, const char *what)
         if (in->op == LLMPAR_OP_BACKWARD && (inside || (kept[LLMPAR_STATE_GRADS] && !s->policy.no_sync)) && gradients > (inside && tied)) TEST_FAIL("%s: %d gradients are kept at instruction %d", what, gradients, i);
         if (in->op == LLMPAR_OP_BACKWARD && whole) gradients += (in->slot >= 0) + (in->from >= 0);
         if (in->op == LLMPAR_OP_REDUCE && !whole) gradients++;
-        if (in->op == LLMPAR_OP_OPTIM || (in->op == LLMPAR_OP_ACCUMULATE && !in->local) || (in->op == LLMPAR_OP_FREE && in->slot >= 0 && !in->local)) gradients--;
-        if (kept[LLMPAR_STATE_OPTIMIZER] && states > 2) TEST_FAIL("%s: instruction %d fetches a third optimizer state", what, i);
+        if ((in->op == LLMPAR_OP_OPTIM && !s->policy.host_update) || (in->op == LLMPAR_OP_ACCUMULATE && !in->local) || (in->op == LLMPAR_OP_FREE && in->slot >= 0 && !in->local)) gradients--;
+        if (kept[LLMPAR_STATE_OPTIMIZER] && states > (s->policy.host_update ? 0 : 2)) TEST_FAIL("%s: instruction %d fetches a third optimizer state", what, i);
         if (kept[LLMPAR_STATE_PARAMS] && params > 2 + s->policy.prefetch + s->policy.prefetch_backward) TEST_FAIL("%s: instruction %d fetches parameters too early", what, i);
         if (kept[LLMPAR_STATE_ACTIVATIONS] && saved > 2) TEST_FAIL("%s: instruction %d: the activations of %d units are on the device", what, i, saved);
         if (in->op == LLMPAR_OP_RECOMPUTE && !(s->list[i + 1].op == LLMPAR_OP_BACKWARD && s->list[i + 1].unit == in->unit)) TEST_FAIL("%s: instruction %d recomputes before it must", what, i);
@@ -575,10 +575,17 @@ TEST(refused_policies)
         { 2, 1, 2, 1, 0, 1, "unit u1 borrows unit 2" },
         { 2, 1, -3, 1, 0, 1, "unit u1 borrows unit -3" },
     };
+    enum { ON_HOST = 1024 }; /* with offload */
     static const struct { int micro_batches, no_sync, chain, zero, whole, reshard, every, prefetch_backward, forward_only, master, offload, update, frozen, recomputed, recompute; const char *text; } pairs[] = {
         { 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, "chain with no_sync, expected one of them" },
         { 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, "updates inside backward with 2 micro-batches, expected 1" },
         { 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, "updates inside backward with 2 micro-batches, expected 1" },
+        { 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 7 + ON_HOST, 1, 0, 0, 0, "gradients offloaded with updates inside backward" },
+        { 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3 + ON_HOST, 0, 0, 0, 0, "updates on the host without grads offloaded, expected optimizer, params and grads in host memory" },
+        { 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, ON_HOST, 0, 0, 0, 0, "updates on the host without optimizer params grads offloaded" },
+        { 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 7 + ON_HOST, 0, 0, 0, 0, "the whole parameters are in use all the time" },
+        { 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 7 + ON_HOST, 0, 0, 0, 0, NULL },
+        { 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7 + 2 * ON_HOST, 0, 0, 0, 0, "host_update = 2, expected 0 .. 1" },
         { 2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, NULL }, /* an evaluation updates nothing */
         { 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 1, 0, 0, 0, "gradients offloaded with updates inside backward" },
         { 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, "the whole parameters are in use all the time" },
@@ -617,7 +624,8 @@ TEST(refused_policies)
         policy.reshard_every = pairs[i].every;
         policy.prefetch_backward = pairs[i].prefetch_backward;
         policy.master = pairs[i].master;
-        policy.offload = (unsigned)pairs[i].offload;
+        policy.offload = (unsigned)(pairs[i].offload % ON_HOST);
+        policy.host_update = pairs[i].offload / ON_HOST;
         policy.update = (llmpar_update_when)pairs[i].update;
         llmpar_error_clear(&err);
         CHECK_STATUS(llmpar_schedule_create(&heap, units, 3, &policy, &s, &err), pairs[i].text ? LLMPAR_ERR_ARGUMENT : LLMPAR_OK);

@@ -122,13 +122,20 @@ static void accesses(const llmpar_instruction *in, const llmpar_policy *policy, 
         add_access(a, NORMS, in->pass ? WRITES : BEGINS);
         break;
     case LLMPAR_OP_OPTIM:
+        if (policy->host_update) {
+            add_access(a, VERDICT, READS);
+            add_access(a, KEPT_BUFFERS + (u * 2 + in->use) * LLMPAR_GRAD_SLOTS + in->slot, WRITES);
+            add_access(a, KEPT_STATE + u, WRITES);
+            add_access(a, KEPT_PARAMS + u, WRITES);
+            break;
+        }
         if (policy->update != LLMPAR_UPDATE_INSIDE) add_access(a, VERDICT, READS);
         add_access(a, buffer_of(u, in->use, 0, in->slot), WRITES);
         add_access(a, STATE + u, WRITES);
         add_access(a, updated + u, WRITES);
         break;
     case LLMPAR_OP_CAST:
-        add_access(a, MASTER + u, READS);
+        add_access(a, (policy->host_update ? KEPT_PARAMS : MASTER) + u, READS);
         add_access(a, SHARD + u, WRITES);
         break;
     case LLMPAR_OP_FETCH:
@@ -363,6 +370,13 @@ static const char *run_one(const llmpar_instruction *in, int32_t i, const llmpar
         if (!in->pass) set(at(i, NORMS), 0);
         break;
     case LLMPAR_OP_OPTIM:
+        if (p->host_update) {
+            cell *gradient = at(i, KEPT_BUFFERS + (u * 2 + in->use) * LLMPAR_GRAD_SLOTS + in->slot), *params = at(i, KEPT_PARAMS + u);
+            if (gradient->holds != want_gradient[u]) return "another gradient";
+            set(params, hash(params->holds, gradient->holds));
+            set(at(i, KEPT_STATE + u), hash(at(i, KEPT_STATE + u)->holds, gradient->holds));
+            break;
+        }
         if (buffer->holds != want_gradient[u]) return "another gradient";
         set(updated, hash(updated->holds, buffer->holds));
         set(at(i, STATE + u), hash(at(i, STATE + u)->holds, buffer->holds));
@@ -370,7 +384,7 @@ static const char *run_one(const llmpar_instruction *in, int32_t i, const llmpar
         buffer->state = RELEASED;
         break;
     case LLMPAR_OP_CAST:
-        set(at(i, SHARD + u), at(i, MASTER + u)->holds);
+        set(at(i, SHARD + u), at(i, (p->host_update ? KEPT_PARAMS : MASTER) + u)->holds);
         at(i, SHARD + u)->part = parts;
         break;
     case LLMPAR_OP_FETCH:

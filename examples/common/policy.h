@@ -9,7 +9,7 @@ enum { POLICY_OPTION = 256 };
 #define POLICY_OPTIONS \
     {"sp", 1, 0, POLICY_OPTION}, {"zero", 1, 0, POLICY_OPTION}, {"reshard", 1, 0, POLICY_OPTION}, {"prefetch", 1, 0, POLICY_OPTION}, {"no-sync", 1, 0, POLICY_OPTION}, {"accumulate", 1, 0, POLICY_OPTION}, \
     {"exact", 1, 0, POLICY_OPTION}, {"dtype", 1, 0, POLICY_OPTION}, {"reduce-dtype", 1, 0, POLICY_OPTION}, {"recompute", 1, 0, POLICY_OPTION}, {"freeze", 1, 0, POLICY_OPTION}, {"offload", 1, 0, POLICY_OPTION}, \
-    {"offload-dir", 1, 0, POLICY_OPTION}, {"overlap", 1, 0, POLICY_OPTION}, {"memory-limit", 1, 0, POLICY_OPTION}, {"trace", 1, 0, POLICY_OPTION}, {"optimizer", 1, 0, POLICY_OPTION}, {"momentum", 1, 0, POLICY_OPTION}, \
+    {"offload-dir", 1, 0, POLICY_OPTION}, {"offload-update", 1, 0, POLICY_OPTION}, {"overlap", 1, 0, POLICY_OPTION}, {"memory-limit", 1, 0, POLICY_OPTION}, {"trace", 1, 0, POLICY_OPTION}, {"optimizer", 1, 0, POLICY_OPTION}, {"momentum", 1, 0, POLICY_OPTION}, \
     {"weight-decay", 1, 0, POLICY_OPTION}, {"clip", 1, 0, POLICY_OPTION}, {"schedule", 1, 0, POLICY_OPTION}, {"lr-min", 1, 0, POLICY_OPTION}, {"decay-steps", 1, 0, POLICY_OPTION}, {"loss-scale", 1, 0, POLICY_OPTION}, \
     {"wrap", 1, 0, POLICY_OPTION}, {"logits-bytes", 1, 0, POLICY_OPTION}
 
@@ -37,6 +37,7 @@ enum { POLICY_OPTION = 256 };
     "  --logits-bytes N[K|M|G]   logits held at once; more are computed in parts, and again in backward (default 256M)\n" \
     "  --offload LIST      optimizer, params, grads, activations, each =host or =file: kept outside the arena between uses\n" \
     "  --offload-dir DIR   of the files (default .), which are gone when the program is\n" \
+    "  --offload-update device|host   where the optimizer works (default device); host: on the CPU, with optimizer, params and grads =host\n" \
     "  --freeze N          the first N units (embedding, blocks ..) are not trained\n" \
     "  --dtype f32|f64|bf16|f16   of parameters and activations (default f32); below f32: f32 master parameters and sums\n" \
     "  --reduce-dtype f32|bf16|f16   of gradients between ranks (default f32; below it bits depend on the mesh)\n" \
@@ -93,7 +94,7 @@ __attribute__((unused)) static int policy_word_and_number(const char *name, cons
 __attribute__((unused)) static int policy_option(const char *option, const char *text, llmpar_trainer_desc *d, llmpar_llama_desc *m)
 {
     static const char *const on_off[] = {"off", "on"}, *const zero[] = {"0", "1", "2", "3"}, *const accumulate[] = {"tree", "chain"}, *const exact[] = {"off", "on", "require"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"},
-        *const reduce[] = {"f32", "bf16", "f16"}, *const recompute[] = {"none", "selective", "full", "auto"}, *const reshard[] = {"last", "always", "never"};
+        *const reduce[] = {"f32", "bf16", "f16"}, *const recompute[] = {"none", "selective", "full", "auto"}, *const reshard[] = {"last", "always", "never"}, *const where[] = {"device", "host"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16}, reduce_dtype[] = {LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16};
     char name[40];
     int word = 0, bad = 0;
@@ -144,6 +145,9 @@ __attribute__((unused)) static int policy_option(const char *option, const char 
         bad = policy_word_and_number(name, text, recompute, 4, 1, 1 << 20, &word, &number);
         d->recompute = (llmpar_recompute)word;
         d->recompute_every = (int32_t)number;
+    } else if (!strcmp(option, "offload-update")) {
+        bad = option_word(name, text, where, 2, &word);
+        d->offload_update = word ? LLMPAR_TIER_HOST : LLMPAR_TIER_DEVICE;
     } else if (!strcmp(option, "freeze")) {
         bad = option_long(name, text, 0, 1 << 20, &number);
         d->freeze = (int32_t)number;

@@ -163,7 +163,9 @@ static void llmpar__account_step(llmpar__account *account, const llmpar_instruct
         if (!fsdp->whole_grads) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, 1);
         break;
     case LLMPAR_OP_ACCUMULATE: llmpar__account_gradient(account, in->unit, in->from_use, in->local, in->from, -1); break;
-    case LLMPAR_OP_OPTIM: llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, -1); break;
+    case LLMPAR_OP_OPTIM:
+        if (!fsdp->policy.host_update) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, -1);
+        break;
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE:
         if (in->what == LLMPAR_STATE_OPTIMIZER) llmpar__account_optimizer(account, flat, sign);

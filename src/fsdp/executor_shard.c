@@ -145,6 +145,76 @@ static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruct
 /* Neither was the step found to be one to skip, nor did no token of it count. */
 static int llmpar__exec_counts(const llmpar__exec *exec) { return !exec->found_inf && exec->run->global_tokens; }
 
+/* Hands a unit's shards to the optimizer. */
+static llmpar_status llmpar__exec_update(llmpar__exec *exec, int32_t unit, void *param, const void *grad, void *const *state, llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar_run *run = exec->run;
+    const llmpar__flat *flat = &exec->fsdp->units[unit];
+    llmpar_update update;
+    if (!run->optimizer || !llmpar__exec_counts(exec)) return LLMPAR_OK;
+    memset(&update, 0, sizeof update);
+    update.unit = unit;
+    update.dtype = exec->fsdp->sum;
+    update.elements = flat->shard_elements;
+    update.param = param;
+    update.grad = grad;
+    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = state[i];
+    update.segments = flat->segments;
+    update.segment_count = flat->segment_count;
+    update.grad_scale = exec->grad_scale;
+    update.stream = stream;
+    update.device = device;
+    return run->optimizer->update(run->optimizer->state, &update);
+}
+
+/* ZeRO-Offload: the host has the gradient once the stream has come here, and works on the stores' memory itself. */
+static llmpar_status llmpar__exec_optim_host(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void *state[LLMPAR_OPTIMIZER_STATES];
+    llmpar_status status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (!status && run->on_gradient) { /* who looks at it does so on the device */
+        llmpar__moved moved[2];
+        llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_GRADS, in->use, in->slot, 0, moved);
+        status = llmpar__fsdp_fetch(fsdp, in->stream, moved);
+        if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, llmpar__exec_part(fsdp, flat, *moved->memory));
+        llmpar_status freed = llmpar__fsdp_put(fsdp, in->stream, moved, 0);
+        if (!status) status = freed;
+    }
+    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) state[i] = flat->state_place[i].host;
+    if (!status && !fsdp->count_only) status = llmpar__exec_update(exec, in->unit, flat->params_place.host, llmpar__exec_part(fsdp, flat, flat->grad_place[in->use][in->slot].host), state, fsdp->ctx->host, NULL);
+    flat->grad_stored &= ~(1u << in->slot);
+    return status;
+}
+
+/* The compute dtype's copy of what the host has updated: rounded there, piece by piece, each on its way while the next is made. */
+static llmpar_status llmpar__exec_cast_host(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device, *host = fsdp->ctx->host;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    size_t wide = llmpar_dtype_size(fsdp->sum), narrow = llmpar_dtype_size(fsdp->dtype);
+    llmpar_status status = LLMPAR_OK;
+    int turn = 0;
+    for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE, turn = (turn + 1) % LLMPAR__CAST_BUFFERS) {
+        llmpar_cast_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
+        args.in = (const char *)flat->params_place.host + (size_t)at * wide;
+        args.in_dtype = fsdp->sum;
+        args.out = fsdp->host_cast[turn];
+        args.out_dtype = fsdp->dtype;
+        status = device->event_synchronize(device, fsdp->host_cast_event[turn]);
+        if (!status) status = host->cast(host, NULL, &args);
+        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, args.out, args.count * narrow);
+        if (!status) status = device->event_record(device, fsdp->stream[in->stream], fsdp->host_cast_event[turn]);
+    }
+    return status;
+}
+
 static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
@@ -155,25 +225,12 @@ static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruc
     llmpar_status status = LLMPAR_OK;
     if (!exec->updating) llmpar_arena_get_usage(fsdp->arena, &run->before_optimizer);
     exec->updating = 1;
+    if (fsdp->policy.host_update) return llmpar__exec_optim_host(exec, in);
     if (run->on_gradient) {
         status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
         if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, part);
     }
-    if (!status && run->optimizer && llmpar__exec_counts(exec)) {
-        llmpar_update update;
-        memset(&update, 0, sizeof update);
-        update.unit = in->unit;
-        update.dtype = fsdp->sum;
-        update.elements = flat->shard_elements;
-        update.param = llmpar__fsdp_updated(fsdp, flat);
-        update.grad = part;
-        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
-        update.segments = flat->segments;
-        update.segment_count = flat->segment_count;
-        update.grad_scale = exec->grad_scale;
-        update.stream = fsdp->stream[in->stream];
-        status = run->optimizer->update(run->optimizer->state, &update);
-    }
+    if (!status) status = llmpar__exec_update(exec, in->unit, llmpar__fsdp_updated(fsdp, flat), part, flat->state, fsdp->device, fsdp->stream[in->stream]);
     return status ? status : llmpar__fsdp_free(fsdp, in->stream, grad);
 }
 
@@ -271,7 +328,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
     llmpar__moved moved[2];
     switch (in->op) {
     case LLMPAR_OP_GATHER: return skip ? LLMPAR_OK : llmpar__fsdp_gather(fsdp, flat, in->stream);
-    case LLMPAR_OP_CAST: return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
+    case LLMPAR_OP_CAST:
+        if (fsdp->policy.host_update) return skip ? LLMPAR_OK : llmpar__exec_cast_host(exec, in);
+        return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
     case LLMPAR_OP_FREE:
         if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
         if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);

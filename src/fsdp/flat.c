@@ -273,6 +273,10 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     if (!status) fsdp->host_scalars = (int64_t *)scalars;
     if (!status) memset(fsdp->host_scalars, 0, LLMPAR__SCALARS * sizeof(int64_t));
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_memory(fsdp, u);
+    for (int i = 0; i < LLMPAR__CAST_BUFFERS && fsdp->policy.host_update && fsdp->policy.master && !desc->count_only && !status; i++) {
+        if (llmpar_device_host_alloc(fsdp->device, &ctx->heap, (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype), &fsdp->host_cast[i])) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for updated parameters on their way");
+        if (!status) status = fsdp->device->event_create(fsdp->device, &fsdp->host_cast_event[i]);
+    }
     if (!status && fsdp->store) {
         fsdp->store_fixed = llmpar__store_end(fsdp->store);
         status = llmpar__store_reserve(fsdp->store);
@@ -306,6 +310,14 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
         static const char *const names[] = {"optimizer", "params", "grads", "activations"};
         if ((int)desc->offload[i] < LLMPAR_TIER_DEVICE || (int)desc->offload[i] > LLMPAR_TIER_FILE) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload of %s to tier %d, expected LLMPAR_TIER_DEVICE, _HOST or _FILE", names[i], (int)desc->offload[i]);
         fsdp->tier[i] = desc->offload[i];
+    }
+    if (desc->offload_update != LLMPAR_TIER_DEVICE && desc->offload_update != LLMPAR_TIER_HOST)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload_update = %d, expected LLMPAR_TIER_DEVICE or _HOST", (int)desc->offload_update);
+    for (int i = LLMPAR_STATE_OPTIMIZER; i <= LLMPAR_STATE_GRADS && desc->offload_update == LLMPAR_TIER_HOST; i++) {
+        static const char *const tiers[] = {"device", "host", "file"};
+        if (desc->offload[i] != LLMPAR_TIER_HOST)
+            return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates on the host with optimizer=%s, params=%s, grads=%s, expected all three offloaded to host", tiers[desc->offload[LLMPAR_STATE_OPTIMIZER]], tiers[desc->offload[LLMPAR_STATE_PARAMS]],
+                               tiers[desc->offload[LLMPAR_STATE_GRADS]]);
     }
     fsdp->whole_params = llmpar_policy_whole_params(policy);
     fsdp->whole_grads = llmpar_policy_whole_grads(policy);
@@ -391,6 +403,10 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
         for (unsigned e = 0; e < LLMPAR__FREE_EVENTS; e++)
             if (fsdp->free_event[s][e]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s][e]);
         if (fsdp->stream[s]) fsdp->device->stream_destroy(fsdp->device, fsdp->stream[s]);
+    }
+    for (int i = 0; i < LLMPAR__CAST_BUFFERS; i++) {
+        if (fsdp->host_cast_event[i]) fsdp->device->event_destroy(fsdp->device, fsdp->host_cast_event[i]);
+        llmpar_device_host_free(fsdp->device, heap, fsdp->host_cast[i], (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype));
     }
     llmpar_device_host_free(fsdp->device, heap, fsdp->host_scalars, LLMPAR__SCALARS * sizeof(int64_t));
     llmpar_heap_free(heap, (void *)fsdp->parts);

@@ -32,6 +32,8 @@ typedef struct llmpar_fsdp_desc {
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
     const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
     int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
+    llmpar_tier offload_update;/* where the optimizer works. DEVICE (default); HOST (ZeRO-Offload, Ren et al. 2021): on the host's processors, in the host memory that optimizer state, parameters and gradients are all offloaded to;
+                                  only gradients and parameters in the compute dtype travel. Same bits with AdamW and SGD; needs UPDATE_AFTER */
     int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
 } llmpar_fsdp_desc;
 
@@ -55,6 +57,7 @@ typedef struct llmpar_update {
     int32_t segment_count;
     double grad_scale;     /* from begin_step */
     llmpar_stream *stream;
+    llmpar_device *device; /* does the update: the rank's device on its stream; or (offload_update) the host's, with stream NULL: done on return. All buffers are its memory */
 } llmpar_update;
 
 /* The executor calls the optimizer through this table. */
@@ -95,7 +98,7 @@ LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 /* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
 LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);
 
-/* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
+/* zero, shards, replicas, master, offload and host_update of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
 /* The same of an object that llmpar_fsdp_create would make, so that a schedule can be made and proved before memory is taken. Local. */
 LLMPAR_API void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmpar_mesh *mesh, llmpar_policy *policy);

@@ -8,6 +8,8 @@
 
 #define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
+#define LLMPAR__CAST_BUFFERS 2
+#define LLMPAR__CAST_PIECE ((int64_t)1 << 20) /* elements */
 
 /* Where a unit's numbers are (Psi elements, N = dp_shard ranks):
 
@@ -78,6 +80,8 @@ struct llmpar_fsdp {
     uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
     const void **parts;               /* [ranks] of a sum in another dtype */
     int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
+    void *host_cast[LLMPAR__CAST_BUFFERS]; /* host_update below f32: [LLMPAR__CAST_PIECE] in the compute dtype, on their way to the device */
+    llmpar_event *host_cast_event[LLMPAR__CAST_BUFFERS]; /* behind the last copy from each */
     int64_t *host_scalars;            /* [LLMPAR__SCALARS]: what is copied there and back; read and written behind a wait only */
 };
 #define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
@@ -112,6 +116,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__fla
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 /* Enqueues out[count] = in in another type. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
+/* This rank's part of the parameters in the compute dtype, NULL while it is offloaded. */
+LLMPAR__PRIVATE void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The compute dtype's copy from the master. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
 /* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */

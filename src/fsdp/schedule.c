@@ -261,11 +261,25 @@ static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use,
 static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
+    if (policy->host_update) return;
     if (k < plan->fetched || k >= plan->updates) return;
     plan->fetched = k + 1;
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
+}
+
+/* The next unit's update on the host. What goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
+static void llmpar__plan_host_update(llmpar__plan *plan, int32_t after)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t unit = plan->update[plan->updated++];
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_OFFLOAD);
+    optim->slot = 0;
+    optim->predicate = LLMPAR_IF_FINITE;
+    llmpar__plan_wait(optim, after);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
+    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
 }
 
 /* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
@@ -275,6 +289,10 @@ static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
     int32_t unit = plan->update[plan->updated];
     int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
     llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
+    if (policy->host_update) {
+        llmpar__plan_host_update(plan, after);
+        return;
+    }
     llmpar__plan_fetch(plan, plan->updated);
     llmpar__plan_fetch(plan, plan->updated + 1);
     plan->updated++;
@@ -502,6 +520,10 @@ static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpa
     if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
     if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
     if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    unsigned on_host = 1u << LLMPAR_STATE_OPTIMIZER | 1u << LLMPAR_STATE_PARAMS | 1u << LLMPAR_STATE_GRADS;
+    if (policy->host_update && (policy->offload & on_host) != on_host)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
+                                policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u ? "" : " params", policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u ? "" : " grads");
     if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
     return LLMPAR_OK;
@@ -513,6 +535,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
         {"micro_batches", policy->micro_batches, 1, 1 << 20}, {"prefetch", policy->prefetch, 0, 4}, {"prefetch_backward", policy->prefetch_backward, 0, 4}, {"replicas", policy->replicas, 1, INT32_MAX}, {"shards", policy->shards, 1, INT32_MAX},
         {"zero", policy->zero, LLMPAR_ZERO_0, LLMPAR_ZERO_3}, {"reshard", (int32_t)policy->reshard, LLMPAR_RESHARD_NOT_LAST, LLMPAR_RESHARD_EVERY}, {"reshard_every", policy->reshard_every, 1, INT32_MAX},
         {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
+        {"host_update", policy->host_update, 0, 1},
     };
     if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
     for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)

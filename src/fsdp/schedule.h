@@ -18,8 +18,9 @@
    ACCUMULATE u        buffer slot <- slot + from; from is released. `local`: local buffers, else shards; from_use: the use `from` belongs to
    NORM u              exact square sum of shard buffer `slot`
    SCALAR_REDUCE       pass 0: counted tokens of the step; pass 1: loss and norm over the world, then the host decides found_inf
-   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 (predicate IF_FINITE), except in UPDATE_INSIDE, where nothing is known yet (ALWAYS). The buffer is released in any case
-   CAST u              the shard in the compute dtype from the f32 master parameters, after the update and with its predicate
+   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 (predicate IF_FINITE), except in UPDATE_INSIDE, where nothing is known yet (ALWAYS). The buffer is released in any case. With host_update
+                       the gradient, the parameters and the state are in their stores and stay there: the host's processors work on them
+   CAST u              the shard in the compute dtype from the f32 master parameters, after the update and with its predicate; with host_update from the store, on its way to the device
    FETCH u, STORE u    `what` from or to the store of its tier: OPTIMIZER, PARAMS (master parameters, or the f32 shard itself), GRADS (shard buffer `slot` of `use`), ACTIVATIONS (of micro-batch m: what the unit saved, and its input).
                        STORE releases the device's copy, FETCH takes memory for it again; both always, whatever found_inf is. At the begin and at the end of a step everything that `offload` names is in its store alone; a gradient or
                        activation that is fetched is no longer in its store */
@@ -74,6 +75,7 @@ typedef struct llmpar_policy {
     int32_t master;               /* 1: the optimizer works on f32 master parameters (compute dtype below f32): CAST */
     unsigned offload;             /* bits 1 << llmpar_state: kept in a store between uses */
     llmpar_update_when update;    /* INSIDE (LOMO): each unit right after its reduction, so that no gradient outlives its unit; TWO_PASSES: the same after a first forward and backward for the norm alone. Both with one micro-batch */
+    int32_t host_update;          /* 1: OPTIM runs on the host (ZeRO-Offload, Ren et al. 2021, without its delayed update): optimizer, parameters and gradients must be offloaded, to host memory */
 } llmpar_policy;
 
 /* Derived. Local. */

@@ -20,7 +20,7 @@ typedef struct llmpar__order {
     const llmpar_instruction *list;      /* borrowed, as units */
     const llmpar_unit *units;
     int32_t unit_count, micro_batches;
-    int whole_params, whole_grads, master;
+    int whole_params, whole_grads, master, host_update;
     int32_t (*clock)[LLMPAR_STREAM_COUNT]; /* owned: [count] last instruction of each stream that is complete before this one starts */
     int32_t last[LLMPAR_STREAM_COUNT], host[LLMPAR_STREAM_COUNT];
     llmpar__track *track;                /* owned */

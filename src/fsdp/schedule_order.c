@@ -17,6 +17,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__order_create(llmpar__order *order, llm
     order->whole_params = llmpar_policy_whole_params(policy);
     order->whole_grads = llmpar_policy_whole_grads(policy);
     order->master = policy->master;
+    order->host_update = policy->host_update;
     order->heap = heap;
     order->clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count + 1, sizeof *order->clock);
     order->track = (llmpar__track *)llmpar_heap_alloc(heap, tracks, sizeof *order->track);
@@ -66,6 +67,11 @@ static void llmpar__order_touch_micro(const llmpar__order *order, llmpar__access
     llmpar__order_touch(list, thing, kind, first + ((size_t)unit * (size_t)order->micro_batches + (size_t)micro) * 3 + (size_t)thing - LLMPAR__THING_SAVED);
 }
 
+static void llmpar__order_touch_stored_gradient(llmpar__access_list *list, llmpar__access_kind kind, int32_t unit, int32_t use, int32_t slot)
+{
+    llmpar__order_touch(list, LLMPAR__THING_STORED_GRADIENT, kind, LLMPAR__TRACK_UNIT + (size_t)unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_STORED_GRADIENTS + (size_t)(use * LLMPAR_GRAD_SLOTS + slot));
+}
+
 static void llmpar__order_move(const llmpar__order *order, const llmpar_instruction *in, llmpar__access_list *list)
 {
     int fetch = in->op == LLMPAR_OP_FETCH;
@@ -81,7 +87,7 @@ static void llmpar__order_move(const llmpar__order *order, const llmpar_instruct
         break;
     case LLMPAR_STATE_GRADS:
         llmpar__order_touch_gradient(list, device, in->unit, in->use, 0, in->slot);
-        llmpar__order_touch(list, LLMPAR__THING_STORED_GRADIENT, store, LLMPAR__TRACK_UNIT + (size_t)in->unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_STORED_GRADIENTS + (size_t)(in->use * LLMPAR_GRAD_SLOTS + in->slot));
+        llmpar__order_touch_stored_gradient(list, store, in->unit, in->use, in->slot);
         break;
     case LLMPAR_STATE_ACTIVATIONS:
         llmpar__order_touch_micro(order, list, LLMPAR__THING_SAVED, device, in->unit, in->micro_batch);
@@ -148,12 +154,18 @@ static void llmpar__order_accesses(const llmpar__order *order, const llmpar_inst
         llmpar__order_touch(list, LLMPAR__THING_NORMS, LLMPAR__ACCESS_WRITE, 1);
         break;
     case LLMPAR_OP_OPTIM:
+        if (order->host_update) {
+            llmpar__order_touch_stored_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, in->slot);
+            llmpar__order_touch_unit(list, LLMPAR__THING_STORED_STATE, LLMPAR__ACCESS_WRITE, unit);
+            llmpar__order_touch_unit(list, LLMPAR__THING_STORED_PARAMS, LLMPAR__ACCESS_WRITE, unit);
+            break;
+        }
         llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, 0, in->slot);
         llmpar__order_touch_unit(list, LLMPAR__THING_STATE, LLMPAR__ACCESS_WRITE, unit);
         llmpar__order_touch_unit(list, order->master ? LLMPAR__THING_MASTER : LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
         break;
     case LLMPAR_OP_CAST:
-        llmpar__order_touch_unit(list, LLMPAR__THING_MASTER, LLMPAR__ACCESS_READ, unit);
+        llmpar__order_touch_unit(list, order->host_update ? LLMPAR__THING_STORED_PARAMS : LLMPAR__THING_MASTER, LLMPAR__ACCESS_READ, unit);
         llmpar__order_touch_unit(list, LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
         break;
     case LLMPAR_OP_FETCH:

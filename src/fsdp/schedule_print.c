@@ -47,10 +47,11 @@ static void llmpar__schedule_put_bytes(llmpar__text *out, uint64_t bytes)
     llmpar__text_put(out, " B");
 }
 
-static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *units, const llmpar_instruction *in, int in_place)
+static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *units, const llmpar_instruction *in, const llmpar_policy *policy)
 {
     static const char *const state[] = {"optimizer", "params", "grads", "activations"};
     const char *kind = in->local ? "local" : "shard", *use = in->use ? ".borrowed" : "";
+    int in_place = llmpar_policy_whole_grads(policy), on_host = policy->host_update && (in->op == LLMPAR_OP_OPTIM || in->op == LLMPAR_OP_CAST);
     if (in->unit >= 0) llmpar__text_put(out, " %s", units[in->unit].name);
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
@@ -72,15 +73,15 @@ static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *
         break;
     case LLMPAR_OP_REDUCE_REPLICA:
     case LLMPAR_OP_NORM:
-    case LLMPAR_OP_OPTIM: llmpar__text_put(out, "%s %s%d", use, kind, (int)in->slot); break;
+    case LLMPAR_OP_OPTIM: llmpar__text_put(out, "%s %s%d%s", use, kind, (int)in->slot, on_host ? " on the host" : ""); break;
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE:
         llmpar__text_put(out, "%s %s", use, state[in->what]);
         if (in->what == LLMPAR_STATE_GRADS) llmpar__text_put(out, " shard%d", (int)in->slot);
         if (in->what == LLMPAR_STATE_ACTIVATIONS) llmpar__text_put(out, " mb%d", (int)in->micro_batch);
         break;
-    case LLMPAR_OP_GATHER:
-    case LLMPAR_OP_CAST: break;
+    case LLMPAR_OP_CAST: llmpar__text_put(out, "%s", on_host ? " from the host" : ""); break;
+    case LLMPAR_OP_GATHER: break;
     }
     if (in->predicate == LLMPAR_IF_FINITE) llmpar__text_put(out, " if finite");
 }
@@ -92,7 +93,7 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
     for (int32_t i = 0; i < schedule->count; i++) {
         const llmpar_instruction *in = &schedule->list[i];
         llmpar__text_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
-        llmpar__schedule_put_operands(&out, units, in, llmpar_policy_whole_grads(&schedule->policy));
+        llmpar__schedule_put_operands(&out, units, in, &schedule->policy);
         if (bytes && bytes[i]) llmpar__schedule_put_bytes(&out, bytes[i]);
         for (int32_t w = 0; w < in->wait_count; w++) llmpar__text_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
         llmpar__text_put(&out, "\n");

@@ -38,13 +38,13 @@ LLMPAR__PRIVATE_DEF size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, con
 LLMPAR__PRIVATE_DEF int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master && !flat->unit.frozen; }
 
 /* This rank's part of the shard. */
-static void *llmpar__shard_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
+LLMPAR__PRIVATE_DEF void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
 {
     if (!flat->shard || !fsdp->whole_params) return flat->shard;
     return (char *)flat->shard + (size_t)flat->begin * llmpar_dtype_size(fsdp->dtype);
 }
 
-LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__shard_part(fsdp, flat); }
+LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__fsdp_own_part(fsdp, flat); }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2])
 {
@@ -117,7 +117,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar_
         for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
     }
     memset(&call, 0, sizeof call);
-    call.send = llmpar__shard_part(fsdp, flat);
+    call.send = llmpar__fsdp_own_part(fsdp, flat);
     call.recv = flat->gathered;
     call.count = (size_t)flat->shard_elements;
     call.dtype = fsdp->dtype;
@@ -145,7 +145,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
 {
-    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__shard_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
+    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -212,6 +212,7 @@ LLMPAR_DEF void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmp
     policy->replicas = policy->shards == 1 ? mesh->dp_ranks : mesh->degree[LLMPAR_AXIS_DP_REPLICATE];
     policy->master = desc->dtype != LLMPAR_DTYPE_DEFAULT && llmpar_dtype_sum(desc->dtype) != desc->dtype;
     policy->offload = 0;
+    policy->host_update = desc->offload_update == LLMPAR_TIER_HOST;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++)
         if (desc->offload[i] != LLMPAR_TIER_DEVICE) policy->offload |= 1u << i;
 }
@@ -223,6 +224,7 @@ LLMPAR_DEF void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *polic
     policy->replicas = fsdp->policy.replicas;
     policy->master = fsdp->policy.master;
     policy->offload = fsdp->policy.offload;
+    policy->host_update = fsdp->policy.host_update;
 }
 LLMPAR_DEF int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp) { return fsdp->unit_count; }
 LLMPAR_DEF const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit) { return &fsdp->units[unit].unit; }
@@ -249,7 +251,7 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__shard_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
+        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
         llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
         if (!status) status = waited;
     }

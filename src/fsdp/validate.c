@@ -332,12 +332,20 @@ static llmpar_status llmpar__proof_optim(llmpar__proof *proof, const llmpar_inst
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES;
-    llmpar_status status = llmpar__proof_read(proof, buffer);
+    int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES, host = proof->policy.host_update;
+    llmpar_status status = LLMPAR_OK;
+    if (!host || !buffer->live) status = llmpar__proof_read(proof, buffer);
+    else if (!buffer->stored) status = llmpar__proof_fail(proof, "updates on the host from a gradient that is not in its store");
     if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, two);
     if (status) return status;
     if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return llmpar__proof_fail(proof, "updates before the norm is known");
     if (state->gathered >= 0) return llmpar__proof_fail(proof, "updates parameters that are still gathered");
+    if (host && (state->has_state || state->has_params)) return llmpar__proof_fail(proof, "updates on the host what is on the device");
+    if (host) {
+        buffer->live = buffer->stored = 0;
+        state->updated = 1;
+        return LLMPAR_OK;
+    }
     if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return llmpar__proof_fail(proof, "updates with optimizer state that is in its store");
     if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "updates parameters that are in their store");
     buffer->live = 0;
@@ -351,7 +359,8 @@ static llmpar_status llmpar__proof_cast(llmpar__proof *proof, const llmpar_instr
     if (!proof->policy.master) return llmpar__proof_fail(proof, "casts parameters that have no master copy");
     if (!state->updated) return llmpar__proof_fail(proof, "casts parameters before their update");
     if (state->cast) return llmpar__proof_fail(proof, "casts parameters twice");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
+    if (proof->policy.host_update && state->has_params) return llmpar__proof_fail(proof, "casts on the host what is on the device");
     state->cast = 1;
     return LLMPAR_OK;
 }
@@ -459,6 +468,8 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     case LLMPAR__THING_STORED_GRADIENT:
     case LLMPAR__THING_STORED_ACTIVATIONS: break;
     }
+    if (op == LLMPAR_OP_OPTIM) return "updates on the host without waiting for the store";
+    if (op == LLMPAR_OP_CAST) return "casts parameters without waiting for their update";
     return "fetches without waiting for the store";
 }
 

@@ -100,7 +100,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
 {
     llmpar_optim *optim = (llmpar_optim *)state;
     const llmpar_optim_desc *desc = &optim->desc;
-    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    llmpar_device *device = update->device ? update->device : llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
     int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
     llmpar_adamw_args adamw;

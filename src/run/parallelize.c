@@ -60,6 +60,8 @@ static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_
     if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
     if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
+    if (d->offload_update == LLMPAR_TIER_HOST && (d->optim.kind == LLMPAR_OPTIM_LOMO || d->optim.kind == LLMPAR_OPTIM_ADALOMO))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
@@ -225,6 +227,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.seed = llmpar_llama_seed(t->model);
     memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
     fsdp.offload_dir = t->desc.offload_dir;
+    fsdp.offload_update = t->desc.offload_update;
     fsdp.overlap = t->desc.overlap;
     fsdp.count_only = t->count_only;
     if (t->desc.sequence || t->desc.data) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);

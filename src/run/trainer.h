@@ -35,6 +35,7 @@ typedef struct llmpar_trainer_desc {
     int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
     const char *offload_dir;      /* of the FILE tier; default "." */
+    llmpar_tier offload_update;   /* DEVICE (default), or HOST: the optimizer works on the host's processors, where its state, the parameters and the gradients are all offloaded to host memory (ZeRO-Offload); AdamW and SGD, same bits */
     int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
     int32_t sequence_parallel;    /* 1: on (where tp > 1) */
     llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
