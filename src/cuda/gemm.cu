@@ -104,11 +104,11 @@ static int llmpar__cuda_gemm_next_run(llmpar__cuda_gemm_reader *reader, llmpar__
             run->b = (const unsigned char *)segment->b;
             run->lda = segment->lda * size;
             run->ldb = segment->ldb * size;
-            run->k = segment->k;
+            run->k = (int32_t)segment->k;
             run->piece = segment->piece;
-            step_a = run->k * (args->kind == LLMPAR_GEMM_TN ? run->lda : size);
-            step_b = run->k * (args->kind == LLMPAR_GEMM_NT ? size : run->ldb);
-        } else if (segment->k != run->k || segment->piece != run->piece + run->count || segment->lda * size != run->lda || segment->ldb * size != run->ldb || (const unsigned char *)segment->a != run->a + run->count * step_a
+            step_a = segment->k * (args->kind == LLMPAR_GEMM_TN ? run->lda : size);
+            step_b = segment->k * (args->kind == LLMPAR_GEMM_NT ? size : run->ldb);
+        } else if (segment->k != run->k || (run->count + 1) * segment->k > INT32_MAX / 2 || segment->piece != run->piece + run->count || segment->lda * size != run->lda || segment->ldb * size != run->ldb || (const unsigned char *)segment->a != run->a + run->count * step_a
                    || (const unsigned char *)segment->b != run->b + run->count * step_b)
             break;
         run->count++;
@@ -163,6 +163,10 @@ static llmpar_status llmpar__cuda_gemm_exact(llmpar_device *device, llmpar_strea
     size_t need = llmpar__cuda_gemm_bytes(&plan), bytes = args->workspace ? args->workspace_bytes : 0, size = llmpar_dtype_size(llmpar__cuda_gemm_out(args));
     unsigned char *at = (unsigned char *)args->workspace;
     void (*kernel)(llmpar__cuda_gemm_job);
+    if (plan.tiles_m > INT32_MAX / 2 / plan.tiles_n)
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: m = %lld, n = %lld on device %s: expected fewer than 2^30 tiles", (long long)args->m, (long long)args->n, device->name);
+    for (int32_t s = 0; s < args->segment_count; s++)
+        if (args->segments[s].k >= INT32_MAX / 2) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld on device %s, expected less than 2^30", (int)s, (long long)args->segments[s].k, device->name);
     if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
     if (need) at += (16 - (uintptr_t)at % 16) % 16;
     memset(&job, 0, sizeof job);
@@ -172,8 +176,8 @@ static llmpar_status llmpar__cuda_gemm_exact(llmpar_device *device, llmpar_strea
     job.m = args->m;
     job.n = args->n;
     job.ldc = args->ldc;
-    job.tiles_m = plan.tiles_m;
-    job.tiles_n = plan.tiles_n;
+    job.tiles_m = (int32_t)plan.tiles_m;
+    job.tiles_n = (int32_t)plan.tiles_n;
     job.pieces = args->pieces;
     job.levels = plan.levels;
     job.shared_slot = plan.shared_slot;

@@ -76,44 +76,39 @@ template <int TransposedA, int TransposedB> __global__ void __launch_bounds__(LL
     LLMPAR__CUDA_SHARED(unsigned char, shared);
     int y = 4 * ((int)threadIdx.x >> 4), x = 4 * ((int)threadIdx.x & 15);
     float sum[LLMPAR__CUDA_GEMM_F32_FLOATS];
-    int64_t tiles = job.tiles_m * job.tiles_n;
+
+    llmpar__cuda_gemm_source source;
+    int stage = 0, ahead = 0; /* that is multiplied; that is filled next */
+    source.begin(job);
+
+    auto fill = [&]() {
+        unsigned char *out = shared + ahead * LLMPAR__CUDA_GEMM_F32_STAGE;
+        if (source.left > 0) {
+            llmpar__cuda_gemm_run run = llmpar__cuda_gemm_run_at(job, source.run);
+            int k = min(source.left, (int)K);
+            llmpar__cuda_gemm_f32_copy<TransposedA>(out, source.first<4, TransposedA>(run.a, run.lda, source.i, SIDE), run.lda, llmpar__cuda_gemm_part_of(job.m, source.i, SIDE), k);
+            llmpar__cuda_gemm_f32_copy<TransposedB>(out + LLMPAR__CUDA_GEMM_F32_OPERAND, source.first<4, TransposedB>(run.b, run.ldb, source.j, SIDE), run.ldb, llmpar__cuda_gemm_part_of(job.n, source.j, SIDE), k);
+            source.advance(job, run, K);
+        }
+        llmpar__cu_copy_async_commit();
+        if (++ahead == STAGES) ahead = 0;
+    };
 
 #pragma unroll 1
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        llmpar__cuda_gemm_source<4, TransposedA, TransposedB> source;
-        llmpar__cuda_gemm_walk walk = { 0, 0 };
-        int64_t i0, j0;
-        int32_t piece = 0;
-        int stage = 0, ahead = 0; /* that is multiplied; that is filled next */
+    for (int i = 0; i < STAGES - 1; i++) fill();
+#pragma unroll 1
+    for (int32_t tile = (int32_t)blockIdx.x; tile < job.tiles_m * job.tiles_n; tile += (int32_t)gridDim.x) {
+        int32_t i0, j0, run = 0, piece = 0, next = llmpar__cuda_gemm_first_piece(job, 0); /* piece: that the chains are in; next: that of the next segment */
         llmpar__cuda_gemm_tile(job, tile, &i0, &j0);
-        i0 *= SIDE;
-        j0 *= SIDE;
-        int rows = job.m - i0 < SIDE ? (int)(job.m - i0) : (int)SIDE, columns = job.n - j0 < SIDE ? (int)(job.n - j0) : (int)SIDE;
-        source.begin(job, i0, j0);
-
-        auto fill = [&]() {
-            unsigned char *out = shared + ahead * LLMPAR__CUDA_GEMM_F32_STAGE;
-            if (source.left > 0) {
-                int k = source.left < K ? (int)source.left : (int)K;
-                llmpar__cuda_gemm_f32_copy<TransposedA>(out, source.a, source.lda, rows, k);
-                llmpar__cuda_gemm_f32_copy<TransposedB>(out + LLMPAR__CUDA_GEMM_F32_OPERAND, source.b, source.ldb, columns, k);
-                source.advance(job, K);
-            }
-            llmpar__cu_copy_async_commit();
-            if (++ahead == STAGES) ahead = 0;
-        };
-
 #pragma unroll
         for (int i = 0; i < LLMPAR__CUDA_GEMM_F32_FLOATS; i++) sum[i] = 0;
-        if (job.accumulate) llmpar__cuda_gemm_f32_c<1>(job, i0 + y, j0 + x, sum);
-#pragma unroll 1
-        for (int i = 0; i < STAGES - 1; i++) fill();
+        if (job.accumulate) llmpar__cuda_gemm_f32_c<1>(job, (int64_t)i0 * SIDE + y, (int64_t)j0 * SIDE + x, sum);
         for (;;) {
 #pragma unroll 1
-            for (int32_t next = walk.piece(job); piece < next; piece++) llmpar__cuda_gemm_finish(job, shared, piece, sum);
+            for (; piece < next; piece++) llmpar__cuda_gemm_finish(job, shared, piece, sum);
             if (piece == job.pieces) break;
 #pragma unroll 1
-            for (int64_t k = walk.k(job); k > 0; k -= K) {
+            for (int32_t k = llmpar__cuda_gemm_run_at(job, run).k; k > 0; k -= K) {
                 const unsigned char *a = shared + stage * LLMPAR__CUDA_GEMM_F32_STAGE + 4 * y, *b = shared + stage * LLMPAR__CUDA_GEMM_F32_STAGE + LLMPAR__CUDA_GEMM_F32_OPERAND + 4 * x;
                 llmpar__cu_copy_async_wait<STAGES - 2>();
                 __syncthreads();
@@ -123,13 +118,12 @@ template <int TransposedA, int TransposedB> __global__ void __launch_bounds__(LL
                     for (int s = 0; s < K; s++) llmpar__cuda_gemm_f32_step(sum, a + s * ROW, b + s * ROW);
                 } else {
 #pragma unroll 1
-                    for (int s = 0; s < (int)k; s++) llmpar__cuda_gemm_f32_step(sum, a + s * ROW, b + s * ROW);
+                    for (int s = 0; s < k; s++) llmpar__cuda_gemm_f32_step(sum, a + s * ROW, b + s * ROW);
                 }
                 if (++stage == STAGES) stage = 0;
             }
-            walk.next(job);
+            next = llmpar__cuda_gemm_next_piece(job, &run, piece);
         }
-        __syncthreads(); /* the stages are free */
-        llmpar__cuda_gemm_f32_c<0>(job, i0 + y, j0 + x, sum);
+        llmpar__cuda_gemm_f32_c<0>(job, (int64_t)i0 * SIDE + y, (int64_t)j0 * SIDE + x, sum);
     }
 }

@@ -24,7 +24,7 @@ enum {
 template <int Extent, int Transposed> static __device__ __forceinline__ void llmpar__cuda_gemm_half_copy(unsigned char *out, const unsigned char *in, int64_t ld, int extent, int k, int loose)
 {
     constexpr int units = Transposed ? Extent / 8 : LLMPAR__CUDA_GEMM_HALF_K / 8, step = LLMPAR__CUDA_GEMM_THREADS / units, passes = (Transposed ? LLMPAR__CUDA_GEMM_HALF_K : Extent) / step;
-    int unit = (int)threadIdx.x % units, row = (int)threadIdx.x / units;
+    int thread = llmpar__cu_again((int)threadIdx.x), unit = thread % units, row = thread / units;
     int rows = (Transposed ? k : extent) - row, bytes = min(max(2 * (Transposed ? extent : k) - 16 * unit, 0), 16);
     in += row * ld + 16 * unit;
     out += row * (16 * units) + 16 * (unit ^ (Transposed ? row & 7 : row >> 1 & 3));
@@ -72,7 +72,7 @@ template <int Extent, int Transposed> static __device__ __forceinline__ llmpar__
 /* 16 rows (columns) x 16 k: number `i` of the warp's four, of link `link` of the stage. */
 template <int Extent, int Transposed> static __device__ __forceinline__ void llmpar__cuda_gemm_half_read(uint32_t out[4], const unsigned char *stage, llmpar__cuda_gemm_half_lane lane, int i, int link)
 {
-    if (Transposed) llmpar__cu_ldmatrix_x4_trans(out, stage + lane.row + link * 16 * (2 * Extent) + (lane.unit ^ 32 * i));
+    if (Transposed) llmpar__cu_ldmatrix_x4_trans(out, stage + lane.row + link * 16 * (2 * Extent) + (llmpar__cu_again(lane.unit) ^ 32 * i));
     else llmpar__cu_ldmatrix_x4(out, stage + lane.row + i * 16 * (2 * LLMPAR__CUDA_GEMM_HALF_K) + (lane.unit ^ 32 * link));
 }
 
@@ -94,32 +94,42 @@ static __device__ __forceinline__ void llmpar__cuda_gemm_half_wait(int stages)
     __syncthreads();
 }
 
-/* Stores a tile in the operands' type, through shared memory: a thread has 2 neighbours of a row, memory wants 8. */
-template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half_store(const llmpar__cuda_gemm_job &job, unsigned char *shared, int64_t i0, int64_t j0, const float (&sum)[LLMPAR__CUDA_GEMM_HALF_FLOATS])
+/* Stores a tile in the operands' type. Of each 8 neighbours in a row four lanes have 2; they exchange four such, so that each has all of one: 16 bytes. */
+template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half_store(const llmpar__cuda_gemm_job &job, int64_t i0, int64_t j0, const float (&sum)[LLMPAR__CUDA_GEMM_HALF_FLOATS])
 {
     typedef typename llmpar__cuda_gemm_half_type<F16>::type half;
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    int64_t j = j0 + 8 * lane;
+    int thread = llmpar__cu_again((int)threadIdx.x), lane = thread & 31, warp = thread >> 5;
+    int64_t row = i0 + (warp >> 2) * 64 + (lane >> 2), column = j0 + (warp & 3) * 64 + 8 * (lane & 3);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
+    for (int i = 0; i < 8; i++) {
+        half *c = (half *)job.c + (row + 8 * i) * job.ldc + column;
 #pragma unroll
-        for (int b = 0; b < 8; b++) {
-            half low, high;
-            int row = (warp >> 2) * 64 + i * 8 + (lane >> 2), unit = (warp & 3) * 8 + b, at = 32 * (i >> 1) + 4 * b + 2 * (i & 1);
-            llmpar__cuda_store(&low, sum[at]);
-            llmpar__cuda_store(&high, sum[at + 1]);
-            *(uint32_t *)(void *)(shared + row * (2 * LLMPAR__CUDA_GEMM_HALF_N) + 16 * (unit ^ (row & 7)) + 4 * (lane & 3)) = (uint32_t)low.bits | (uint32_t)high.bits << 16;
-        }
-    __syncthreads();
-#pragma unroll 1
-    for (int row = warp; row < LLMPAR__CUDA_GEMM_HALF_M && i0 + row < job.m; row += LLMPAR__CUDA_GEMM_THREADS / 32) {
-        llmpar__cuda_16 value = *(const llmpar__cuda_16 *)(const void *)(shared + row * (2 * LLMPAR__CUDA_GEMM_HALF_N) + 16 * (lane ^ (row & 7)));
-        half *c = (half *)job.c + (i0 + row) * job.ldc + j;
-        if (job.aligned && j + 8 <= job.n) *(llmpar__cuda_16 *)(void *)c = value;
-        else {
+        for (int b = 0; b < 8; b += 4) {
+            llmpar__cuda_16 out;
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                if (j + e < job.n) c[e].bits = (uint16_t)(value.word[e >> 1] >> 16 * (e & 1));
+            for (int e = 0; e < 4; e++) {
+                half low, high;
+                int at = 32 * (i >> 1) + 4 * (b + e) + 2 * (i & 1);
+                llmpar__cuda_store(&low, sum[at]);
+                llmpar__cuda_store(&high, sum[at + 1]);
+                out.word[e] = (uint32_t)low.bits | (uint32_t)high.bits << 16;
+            }
+#pragma unroll
+            for (int bit = 1; bit <= 2; bit *= 2) /* word e of lane l becomes word l of lane e */
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    if (e & bit) continue;
+                    uint32_t given = lane & bit ? out.word[e] : out.word[e | bit], taken = __shfl_xor_sync(0xffffffffu, given, bit);
+                    if (lane & bit) out.word[e] = taken;
+                    else out.word[e | bit] = taken;
+                }
+            if (row + 8 * i >= job.m) continue;
+            if (job.aligned && column + 8 * b + 8 <= job.n) *(llmpar__cuda_16 *)(void *)(c + 8 * b) = out;
+            else {
+#pragma unroll
+                for (int e = 0; e < 8; e++)
+                    if (column + 8 * b + e < job.n) c[8 * b + e].bits = (uint16_t)(out.word[e >> 1] >> 16 * (e & 1));
+            }
         }
     }
 }
@@ -129,7 +139,7 @@ struct __align__(8) llmpar__cuda_gemm_pair { float first, second; };
 /* The tile from or to f32. */
 template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_half_f32(const llmpar__cuda_gemm_job &job, int64_t i0, int64_t j0, float (&sum)[LLMPAR__CUDA_GEMM_HALF_FLOATS])
 {
-    int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int thread = llmpar__cu_again((int)threadIdx.x), lane = thread & 31, warp = thread >> 5;
     int64_t row = i0 + (warp >> 2) * 64 + (lane >> 2), column = j0 + (warp & 3) * 64 + 2 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -161,56 +171,50 @@ template <int F16, int TransposedA, int TransposedB> __global__ void __launch_bo
     llmpar__cuda_gemm_half_lane lane_b = llmpar__cuda_gemm_half_lane_of<N, TransposedB>(warp_n, matrix >> 1, matrix & 1);
     llmpar__cuda_gemm_half_fragments fragments[2];
     float sum[LLMPAR__CUDA_GEMM_HALF_FLOATS];
-    int64_t tiles = job.tiles_m * job.tiles_n;
 
     lane_b.row += LLMPAR__CUDA_GEMM_HALF_A_BYTES;
+    llmpar__cuda_gemm_source source;
+    int stage = 0; /* that is multiplied */
+    source.begin(job);
+
+    auto fill = [&](int ahead) {
+        unsigned char *out = shared + ahead * LLMPAR__CUDA_GEMM_HALF_STAGE;
+        if (source.left > 0) {
+            llmpar__cuda_gemm_run run = llmpar__cuda_gemm_run_at(job, source.run);
+            int k = min(source.left, (int)K);
+            llmpar__cuda_gemm_half_copy<M, TransposedA>(out, source.first<2, TransposedA>(run.a, run.lda, source.i, M), run.lda, llmpar__cuda_gemm_part_of(job.m, source.i, M), k, run.loose & 1);
+            llmpar__cuda_gemm_half_copy<N, TransposedB>(out + LLMPAR__CUDA_GEMM_HALF_A_BYTES, source.first<2, TransposedB>(run.b, run.ldb, source.j, N), run.ldb, llmpar__cuda_gemm_part_of(job.n, source.j, N), k, run.loose & 2);
+            source.advance(job, run, K);
+        }
+        llmpar__cu_copy_async_commit();
+    };
+    auto read = [&](int link) {
+        const unsigned char *in = shared + stage * LLMPAR__CUDA_GEMM_HALF_STAGE;
+#pragma unroll
+        for (int i = 0; i < 4; i++) llmpar__cuda_gemm_half_read<M, TransposedA>(fragments[link].a[i], in, lane_a, i, link);
+#pragma unroll
+        for (int i = 0; i < 4; i++) llmpar__cuda_gemm_half_read<N, TransposedB>(fragments[link].b[i], in, lane_b, i, link);
+    };
+
 #pragma unroll 1
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        llmpar__cuda_gemm_source<2, TransposedA, TransposedB> source;
-        llmpar__cuda_gemm_walk walk = { 0, 0 };
-        int64_t i0, j0;
-        int32_t piece = 0;
-        int stage = 0, ahead = 0; /* that is multiplied; that is filled next */
+    for (int i = 0; i < job.stages - 1; i++) fill(i);
+    llmpar__cuda_gemm_half_wait(job.stages);
+#pragma unroll 1
+    for (int32_t tile = (int32_t)blockIdx.x; tile < job.tiles_m * job.tiles_n; tile += (int32_t)gridDim.x) {
+        int32_t i0, j0, run = 0, piece = 0, next = llmpar__cuda_gemm_first_piece(job, 0); /* piece: that the chains are in; next: that of the next segment */
         llmpar__cuda_gemm_tile(job, tile, &i0, &j0);
-        i0 *= M;
-        j0 *= N;
-        int rows = job.m - i0 < M ? (int)(job.m - i0) : (int)M, columns = job.n - j0 < N ? (int)(job.n - j0) : (int)N;
-        int active = warp_m < rows && warp_n < columns;
-        source.begin(job, i0, j0);
-
-        auto fill = [&]() {
-            unsigned char *out = shared + ahead * LLMPAR__CUDA_GEMM_HALF_STAGE;
-            if (source.left > 0) {
-                int k = source.left < K ? (int)source.left : (int)K;
-                llmpar__cuda_gemm_half_copy<M, TransposedA>(out, source.a, source.lda, rows, k, source.loose & 1);
-                llmpar__cuda_gemm_half_copy<N, TransposedB>(out + LLMPAR__CUDA_GEMM_HALF_A_BYTES, source.b, source.ldb, columns, k, source.loose & 2);
-                source.advance(job, K);
-            }
-            llmpar__cu_copy_async_commit();
-            if (++ahead == job.stages) ahead = 0;
-        };
-        auto read = [&](int link) {
-            const unsigned char *in = shared + stage * LLMPAR__CUDA_GEMM_HALF_STAGE;
-#pragma unroll
-            for (int i = 0; i < 4; i++) llmpar__cuda_gemm_half_read<M, TransposedA>(fragments[link].a[i], in, lane_a, i, link);
-#pragma unroll
-            for (int i = 0; i < 4; i++) llmpar__cuda_gemm_half_read<N, TransposedB>(fragments[link].b[i], in, lane_b, i, link);
-        };
-
+        int active = (int64_t)i0 * M + warp_m < job.m && (int64_t)j0 * N + warp_n < job.n;
 #pragma unroll
         for (int i = 0; i < LLMPAR__CUDA_GEMM_HALF_FLOATS; i++) sum[i] = 0;
-        if (job.accumulate) llmpar__cuda_gemm_half_f32<1>(job, i0, j0, sum);
-#pragma unroll 1
-        for (int i = 0; i < job.stages - 1; i++) fill();
-        llmpar__cuda_gemm_half_wait(job.stages);
-        if (active) read(0);
+        if (job.accumulate) llmpar__cuda_gemm_half_f32<1>(job, (int64_t)i0 * M, (int64_t)j0 * N, sum);
         for (;;) {
 #pragma unroll 1
-            for (int32_t next = walk.piece(job); piece < next; piece++) llmpar__cuda_gemm_finish(job, shared, piece, sum);
+            for (; piece < next; piece++) llmpar__cuda_gemm_finish(job, shared, piece, sum);
             if (piece == job.pieces) break;
+            if (active) read(0);
 #pragma unroll 1
-            for (int64_t k = walk.k(job); k > 0; k -= K) {
-                fill(); /* into the stage that everybody left at the last barrier */
+            for (int32_t k = llmpar__cuda_gemm_run_at(job, run).k; k > 0; k -= K) {
+                fill((stage ? stage : job.stages) - 1); /* everybody left it at the last barrier */
                 if (active) {
                     read(1);
                     llmpar__cuda_gemm_half_multiply<F16>(sum, fragments[0]);
@@ -218,16 +222,14 @@ template <int F16, int TransposedA, int TransposedB> __global__ void __launch_bo
                 if (++stage == job.stages) stage = 0;
                 llmpar__cuda_gemm_half_wait(job.stages);
                 if (active) {
-                    read(0); /* behind the last chunk: never used */
+                    read(0); /* behind a segment's last chunk: for nothing */
                     if (k > K / 2) llmpar__cuda_gemm_half_multiply<F16>(sum, fragments[1]);
                 }
             }
-            walk.next(job);
+            next = llmpar__cuda_gemm_next_piece(job, &run, piece);
         }
-        __syncthreads(); /* the stages are free */
-        if (job.narrow) {
-            llmpar__cuda_gemm_half_store<F16>(job, shared, i0, j0, sum);
-            __syncthreads();
-        } else llmpar__cuda_gemm_half_f32<0>(job, i0, j0, sum);
+        llmpar__cuda_gemm_tile(job, llmpar__cu_again(tile), &i0, &j0);
+        if (job.narrow) llmpar__cuda_gemm_half_store<F16>(job, (int64_t)i0 * M, (int64_t)j0 * N, sum);
+        else llmpar__cuda_gemm_half_f32<0>(job, (int64_t)i0 * M, (int64_t)j0 * N, sum);
     }
 }

@@ -64,6 +64,12 @@ static __device__ __forceinline__ uint32_t llmpar__cu_pack_f16(float low, float 
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
     return out;
 }
+/* x: the compiler takes it for a new value each time, so what is computed from it inside a long loop is not kept in registers around it. */
+static __device__ __forceinline__ int llmpar__cu_again(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
 /* 2^x to about 2 ulp, subnormals to zero: for what stays inside a kernel. */
 static __device__ __forceinline__ float llmpar__cu_exp2(float x)
 {

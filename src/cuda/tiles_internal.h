@@ -7,7 +7,7 @@
       tile       |    push    | merge |          push           | merge, merge: c
 
    A piece that ends is added to the complete subtrees on its left: a binary counter makes the balanced tree of llmpar_tree_split. A partial tile of 2^h pieces lies in slot h: slot 0 in shared memory where there is room, the others
-   in the workspace, one set of slots a block; the grid is no larger than the device runs at once, so that they stay in L2. Each thread writes and reads its own elements there, so no barrier is needed.
+   in the workspace, one set of slots a block; the grid is no larger than the device runs at once, so that they stay in L2. Each thread writes and reads its own elements there, so no barrier is needed. Copies run ahead into the block's next tile, while this one is stored.
 
    The order of every sum is that of the chain and the tree alone. Tile sizes, stages, grid and the order of tiles show in no bit. */
 #ifndef LLMPAR_CUDA_TILES_INTERNAL_H
@@ -21,7 +21,7 @@ enum { LLMPAR__CUDA_GEMM_THREADS = 256, LLMPAR__CUDA_GEMM_RUNS = 64, LLMPAR__CUD
 struct llmpar__cuda_gemm_run {
     const unsigned char *a, *b;
     int64_t lda, ldb;        /* in bytes */
-    int64_t k;               /* of each segment, >= 1 */
+    int32_t k;               /* of each segment, >= 1; below 2^30 in a run */
     int32_t count, piece;    /* piece of the first */
     int32_t loose;           /* not all rows begin at multiples of 16 bytes: of a 1, of b 2 */
 };
@@ -32,7 +32,7 @@ struct llmpar__cuda_gemm_job {
     unsigned char *slots;    /* [blocks, levels, tile] */
     void *c;
     int64_t m, n, ldc;
-    int64_t tiles_m, tiles_n;
+    int32_t tiles_m, tiles_n;
     int32_t run_count, pieces;
     int32_t levels;          /* slots a block in the workspace */
     int32_t shared_slot;     /* where slot 0 begins in shared memory; 0: it is in the workspace too */
@@ -42,7 +42,7 @@ struct llmpar__cuda_gemm_job {
     int32_t aligned;         /* all of c's rows begin at multiples of 16 bytes */
 };
 
-/* A copy, of which the compiler loads what is used: no reference, which would put the kernel's parameters on the stack. */
+/* A copy, of which the compiler loads what is used, every time: a reference would put the kernel's parameters on the stack, and registers are short. */
 static __device__ __forceinline__ llmpar__cuda_gemm_run llmpar__cuda_gemm_run_at(const llmpar__cuda_gemm_job &job, int32_t i)
 {
     if (job.list) return job.list[i];
@@ -50,67 +50,72 @@ static __device__ __forceinline__ llmpar__cuda_gemm_run llmpar__cuda_gemm_run_at
 }
 
 /* Tile `index` of c, in groups of GROUP rows of tiles, column by column: what runs at the same time shares rows of a and columns of b in L2. */
-static __device__ __forceinline__ void llmpar__cuda_gemm_tile(const llmpar__cuda_gemm_job &job, int64_t index, int64_t *row, int64_t *column)
+static __device__ __forceinline__ void llmpar__cuda_gemm_tile(const llmpar__cuda_gemm_job &job, int32_t index, int32_t *row, int32_t *column)
 {
-    int64_t group = index / (LLMPAR__CUDA_GEMM_GROUP * job.tiles_n), first = group * LLMPAR__CUDA_GEMM_GROUP, inside = index - first * job.tiles_n;
-    int64_t rows = job.tiles_m - first;
+    int32_t first = index / (LLMPAR__CUDA_GEMM_GROUP * job.tiles_n) * LLMPAR__CUDA_GEMM_GROUP, inside = index - first * job.tiles_n;
+    int32_t rows = job.tiles_m - first;
     if (rows > LLMPAR__CUDA_GEMM_GROUP) rows = LLMPAR__CUDA_GEMM_GROUP;
     *row = first + inside % rows;
     *column = inside / rows;
 }
 
-/* Where the copies are: a chunk of a segment, at the tile's first row of a and first row (column) of b. The same for the whole block. */
-template <int Size, int TransposedA, int TransposedB> struct llmpar__cuda_gemm_source {
-    const unsigned char *a, *b;
-    int64_t lda, ldb, left; /* left: k of the segment from here; 0: no more chunks */
-    int64_t i, j;           /* the tile's first row and column */
-    int32_t run, sub, loose;
+/* How much of tile `index` there is. */
+static __device__ __forceinline__ int llmpar__cuda_gemm_part_of(int64_t extent, int32_t index, int side)
+{
+    int64_t left = extent - (int64_t)index * side;
+    return left < side ? (int)left : side;
+}
+
+/* Where the copies are: a chunk of a segment, at a tile's first row of a and first row (column) of b; behind a tile's last chunk comes the block's next tile. The same for all threads of the block. */
+struct llmpar__cuda_gemm_source {
+    int32_t at, left;   /* in the run: k behind the first segment's begin; k of the segment from here, 0: no more chunks */
+    int32_t run;
+    int32_t tile, i, j; /* number of the tile, and where: in tiles */
 
     __device__ __forceinline__ void open(const llmpar__cuda_gemm_job &job)
     {
-        left = 0;
-        if (run == job.run_count) return;
-        llmpar__cuda_gemm_run at = llmpar__cuda_gemm_run_at(job, run);
-        left = at.k;
-        lda = at.lda;
-        ldb = at.ldb;
-        loose = at.loose;
-        a = at.a + sub * left * (TransposedA ? lda : Size) + i * (TransposedA ? Size : lda);
-        b = at.b + sub * left * (TransposedB ? ldb : Size) + j * (TransposedB ? Size : ldb);
-    }
-    __device__ __forceinline__ void begin(const llmpar__cuda_gemm_job &job, int64_t row, int64_t column)
-    {
-        i = row;
-        j = column;
-        run = sub = 0;
-        open(job);
-    }
-    __device__ __forceinline__ void advance(const llmpar__cuda_gemm_job &job, int k)
-    {
-        left -= k;
-        a += TransposedA ? k * lda : (int64_t)(k * Size);
-        b += TransposedB ? k * ldb : (int64_t)(k * Size);
-        if (left > 0) return;
-        if (++sub == llmpar__cuda_gemm_run_at(job, run).count) {
-            sub = 0;
-            run++;
+        at = left = 0;
+        if (run == job.run_count) {
+            tile += (int32_t)gridDim.x;
+            run = 0;
         }
+        if (tile >= job.tiles_m * job.tiles_n || !job.run_count) return;
+        if (run == 0) llmpar__cuda_gemm_tile(job, tile, &i, &j);
+        left = llmpar__cuda_gemm_run_at(job, run).k;
+    }
+    __device__ __forceinline__ void begin(const llmpar__cuda_gemm_job &job)
+    {
+        tile = (int32_t)blockIdx.x;
+        run = i = j = 0;
         open(job);
+    }
+    /* k: of a chunk; in: the run. */
+    __device__ __forceinline__ void advance(const llmpar__cuda_gemm_job &job, const llmpar__cuda_gemm_run &in, int k)
+    {
+        at += min(left, k);
+        left -= k;
+        if (left > 0) return;
+        left = in.k;
+        if (at < in.count * in.k) return;
+        run++;
+        open(job);
+    }
+    /* The chunk's first element of an operand whose tile has `side` rows (columns). */
+    template <int Size, int Transposed> __device__ __forceinline__ const unsigned char *first(const unsigned char *operand, int64_t ld, int32_t tile_row, int side) const
+    {
+        return operand + at * (Transposed ? ld : (int64_t)Size) + (int64_t)tile_row * side * (Transposed ? (int64_t)Size : ld);
     }
 };
 
-/* Which segment the chains are in. */
-struct llmpar__cuda_gemm_walk {
-    int32_t run, sub;
-    __device__ __forceinline__ int32_t piece(const llmpar__cuda_gemm_job &job) const { return run == job.run_count ? job.pieces : llmpar__cuda_gemm_run_at(job, run).piece + sub; }
-    __device__ __forceinline__ int64_t k(const llmpar__cuda_gemm_job &job) const { return llmpar__cuda_gemm_run_at(job, run).k; }
-    __device__ __forceinline__ void next(const llmpar__cuda_gemm_job &job)
-    {
-        if (++sub < llmpar__cuda_gemm_run_at(job, run).count) return;
-        sub = 0;
-        run++;
-    }
-};
+/* The piece of run's first segment; behind the last run: `pieces`. */
+static __device__ __forceinline__ int32_t llmpar__cuda_gemm_first_piece(const llmpar__cuda_gemm_job &job, int32_t run) { return run == job.run_count ? job.pieces : llmpar__cuda_gemm_run_at(job, run).piece; }
+
+/* The piece of the segment behind that of `piece` in *run, which may be the next run's. */
+static __device__ __forceinline__ int32_t llmpar__cuda_gemm_next_piece(const llmpar__cuda_gemm_job &job, int32_t *run, int32_t piece)
+{
+    llmpar__cuda_gemm_run at = llmpar__cuda_gemm_run_at(job, *run);
+    return piece + 1 < at.piece + at.count ? piece + 1 : llmpar__cuda_gemm_first_piece(job, ++*run);
+}
 
 template <int Floats> static __device__ __forceinline__ llmpar__cuda_16 *llmpar__cuda_gemm_slot(const llmpar__cuda_gemm_job &job, unsigned char *shared, int32_t height)
 {

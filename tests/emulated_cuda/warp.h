@@ -179,6 +179,8 @@ static inline double max(double a, double b) { return fmax(a, b); }
 
 /* ---- the functions of intrinsics.h ---- */
 
+static inline int llmpar__cu_again(int x) { return x; }
+
 struct emulated_cuda_mma { float *d; const uint32_t *a, *b; };
 void emulated_cuda_mma_bf16_run(void **lanes, unsigned mask);
 void emulated_cuda_mma_f16_run(void **lanes, unsigned mask);
