@@ -1,5 +1,5 @@
 /* collectives: every collective of a communicator against a plain definition, bit for bit: collectives_check(comm, most) on every rank, counts up to `most`;
-   and splits: collectives_splits as the rank function. */
+   and splits: collectives_splits as the rank function. Buffers are memory of the communicator's device, which the host need not reach. */
 #ifndef COLLECTIVES_H
 #define COLLECTIVES_H
 
@@ -46,91 +46,139 @@ static inline void reduced(void *out, llmpar_dtype dtype, llmpar_reduce_op op, i
     }
 }
 
-typedef struct sample { size_t count, blocks; llmpar_dtype dtype; llmpar_reduce_op op; int in_place; } sample;
+/* A buffer of the device, and what the host knows of it: the same memory where the host can reach it. */
+typedef struct mirror { char *host, *device; size_t bytes, off; void *memory; } mirror;
+
+static inline mirror mirror_create(llmpar_comm *comm, size_t bytes, size_t off)
+{
+    mirror m = { (char *)malloc(bytes + 1), NULL, bytes, off, NULL };
+    if (!llmpar_device_apart(comm->device)) m.device = m.host;
+    else {
+        CHECK_OK(comm->device->alloc(comm->device, bytes + off, &m.memory));
+        m.device = (char *)m.memory + off;
+    }
+    return m;
+}
+static inline void mirror_destroy(llmpar_comm *comm, mirror *m)
+{
+    if (m->memory) comm->device->free(comm->device, m->memory, m->bytes + m->off);
+    free(m->host);
+}
+/* To and from the device, in the stream's order. */
+static inline void mirror_put(llmpar_comm *comm, llmpar_stream *stream, mirror *m, size_t bytes) { if (m->memory) CHECK_OK(comm->device->copy(comm->device, stream, m->device, m->host, bytes)); }
+static inline void mirror_get(llmpar_comm *comm, llmpar_stream *stream, mirror *m, size_t bytes)
+{
+    if (m->memory) CHECK_OK(comm->device->copy(comm->device, stream, m->host, m->device, bytes));
+    if (stream) CHECK_OK(comm->device->synchronize(comm->device, stream));
+}
+
+typedef struct sample { size_t count, blocks; llmpar_dtype dtype; llmpar_reduce_op op; int in_place; llmpar_stream *stream; size_t off; /* of the device's buffers, bytes */ } sample;
 
 static inline llmpar_status one_sample(llmpar_comm *comm, const sample *s)
 {
     size_t item = llmpar_dtype_size(s->dtype), n = (size_t)comm->ranks, r = (size_t)comm->rank, blocks = s->blocks ? s->blocks : 1, part = s->count * blocks;
-    char *send = (char *)malloc(part * n * item + 1), *recv = (char *)malloc(part * n * item + 1), *want = (char *)malloc(part * n * item + 1);
-    llmpar_collective call = { .send = send, .recv = recv, .count = s->count, .blocks = s->blocks, .dtype = s->dtype, .op = s->op, .tag = "sample" };
+    mirror send = mirror_create(comm, part * n * item, s->off), recv = mirror_create(comm, part * n * item, s->off);
+    char *want = (char *)malloc(part * n * item + 1);
+    llmpar_collective call = { .send = send.device, .recv = recv.device, .count = s->count, .blocks = s->blocks, .dtype = s->dtype, .op = s->op, .tag = "sample" };
     llmpar_status st = LLMPAR_OK;
     int reducible = s->dtype == LLMPAR_F32 || s->dtype == LLMPAR_F64 || s->dtype == LLMPAR_I64 || (s->dtype == LLMPAR_U64 && s->op == LLMPAR_SUM);
 
     /* all_gather */
     if (!s->in_place || blocks == 1) {
-        memset(recv, 0x55, part * n * item);
-        fill(send, s->dtype, (int)r, part);
-        if (s->in_place) { memcpy(recv + r * part * item, send, part * item); call.send = recv + r * part * item; }
-        st = llmpar_all_gather(comm, NULL, &call);
+        memset(recv.host, 0x55, part * n * item);
+        fill(send.host, s->dtype, (int)r, part);
+        if (s->in_place) { memcpy(recv.host + r * part * item, send.host, part * item); call.send = recv.device + r * part * item; }
+        mirror_put(comm, s->stream, &send, part * item);
+        mirror_put(comm, s->stream, &recv, part * n * item);
+        st = llmpar_all_gather(comm, s->stream, &call);
+        mirror_get(comm, s->stream, &recv, part * n * item);
         for (size_t b = 0; b < blocks; b++)
             for (size_t i = 0; i < n; i++)
                 for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, b * s->count + e);
-        CHECK_BYTES(recv, want, part * n * item);
+        CHECK_BYTES(recv.host, want, part * n * item);
     }
     /* reduce_scatter */
     if (!st && reducible && (!s->in_place || blocks == 1)) {
-        fill(send, s->dtype, (int)r, part * n);
-        call.send = send;
-        call.recv = s->in_place ? send + r * part * item : recv;
-        st = llmpar_reduce_scatter(comm, NULL, &call);
+        mirror *out = s->in_place ? &send : &recv;
+        size_t at = s->in_place ? r * part * item : 0;
+        fill(send.host, s->dtype, (int)r, part * n);
+        mirror_put(comm, s->stream, &send, part * n * item);
+        call.send = send.device;
+        call.recv = out->device + at;
+        st = llmpar_reduce_scatter(comm, s->stream, &call);
+        mirror_get(comm, s->stream, out, s->in_place ? part * n * item : part * item);
         for (size_t b = 0; b < blocks; b++)
             for (size_t e = 0; e < s->count; e++) reduced(want + (b * s->count + e) * item, s->dtype, s->op, 0, (int)n, (b * n + r) * s->count + e);
-        CHECK_BYTES(call.recv, want, part * item);
+        CHECK_BYTES(out->host + at, want, part * item);
     }
     /* all_reduce */
     if (!st && reducible) {
-        memset(recv, 0x55, part * item);
-        fill(send, s->dtype, (int)r, part);
-        call.send = send;
-        call.recv = s->in_place ? send : recv;
-        st = llmpar_all_reduce(comm, NULL, &call);
+        mirror *out = s->in_place ? &send : &recv;
+        memset(recv.host, 0x55, part * item);
+        fill(send.host, s->dtype, (int)r, part);
+        mirror_put(comm, s->stream, &recv, part * item);
+        mirror_put(comm, s->stream, &send, part * item);
+        call.send = send.device;
+        call.recv = out->device;
+        st = llmpar_all_reduce(comm, s->stream, &call);
+        mirror_get(comm, s->stream, out, part * item);
         for (size_t e = 0; e < part; e++) reduced(want + e * item, s->dtype, s->op, 0, (int)n, e);
-        CHECK_BYTES(call.recv, want, part * item);
+        CHECK_BYTES(out->host, want, part * item);
         if (!s->in_place) {
+            mirror_get(comm, s->stream, &send, part * item);
             fill(want, s->dtype, (int)r, part);
-            CHECK_BYTES(send, want, part * item); /* the input is left alone */
+            CHECK_BYTES(send.host, want, part * item); /* the input is left alone */
         }
     }
     /* broadcast from every root */
     for (int root = 0; !st && root < (int)n; root++) {
-        fill(send, s->dtype, (int)r, part);
-        memset(recv, 0x55, part * item);
-        call.recv = (int)r == root ? (s->in_place ? send : NULL) : recv;
-        call.send = (int)r == root ? send : s->in_place ? recv : NULL;
+        mirror *out = (int)r == root ? &send : &recv;
+        fill(send.host, s->dtype, (int)r, part);
+        memset(recv.host, 0x55, part * item);
+        mirror_put(comm, s->stream, &send, part * item);
+        mirror_put(comm, s->stream, &recv, part * item);
+        call.recv = (int)r == root ? (s->in_place ? send.device : NULL) : recv.device;
+        call.send = (int)r == root ? send.device : s->in_place ? recv.device : NULL;
         call.root = root;
-        st = llmpar_broadcast(comm, NULL, &call);
+        st = llmpar_broadcast(comm, s->stream, &call);
+        mirror_get(comm, s->stream, out, part * item);
         fill(want, s->dtype, root, part);
-        CHECK_BYTES((int)r == root ? send : recv, want, part * item);
+        CHECK_BYTES(out->host, want, part * item);
     }
     call.root = 0;
     /* all_to_all */
     if (!st && !s->in_place) {
-        fill(send, s->dtype, (int)r, part * n);
-        call.send = send;
-        call.recv = recv;
-        st = llmpar_all_to_all(comm, NULL, &call);
+        fill(send.host, s->dtype, (int)r, part * n);
+        mirror_put(comm, s->stream, &send, part * n * item);
+        call.send = send.device;
+        call.recv = recv.device;
+        st = llmpar_all_to_all(comm, s->stream, &call);
+        mirror_get(comm, s->stream, &recv, part * n * item);
         for (size_t b = 0; b < blocks; b++)
             for (size_t i = 0; i < n; i++)
                 for (size_t e = 0; e < s->count; e++) element(want + ((b * n + i) * s->count + e) * item, s->dtype, (int)i, (b * n + r) * s->count + e);
-        CHECK_BYTES(recv, want, part * n * item);
+        CHECK_BYTES(recv.host, want, part * n * item);
     }
     /* a ring of messages: the even ranks send first */
     if (!st && n > 1) {
         int next = (int)((r + 1) % n), previous = (int)((r + n - 1) % n);
-        fill(send, s->dtype, (int)r, part);
-        memset(recv, 0x55, part * item);
-        call.send = send;
-        call.recv = recv;
+        fill(send.host, s->dtype, (int)r, part);
+        memset(recv.host, 0x55, part * item);
+        mirror_put(comm, s->stream, &send, part * item);
+        mirror_put(comm, s->stream, &recv, part * item);
+        call.send = send.device;
+        call.recv = recv.device;
         for (int phase = 0; phase < 2 && !st; phase++) {
             int sends = (r == n - 1 && n % 2) ? phase == 1 : (int)(r % 2) == phase; /* of an odd ring the last rank receives first */
             call.peer = sends ? next : previous;
-            st = sends ? llmpar_send(comm, NULL, &call) : llmpar_recv(comm, NULL, &call);
+            st = sends ? llmpar_send(comm, s->stream, &call) : llmpar_recv(comm, s->stream, &call);
         }
+        mirror_get(comm, s->stream, &recv, part * item);
         fill(want, s->dtype, previous, part);
-        CHECK_BYTES(recv, want, part * item);
+        CHECK_BYTES(recv.host, want, part * item);
     }
-    free(send);
-    free(recv);
+    mirror_destroy(comm, &send);
+    mirror_destroy(comm, &recv);
     free(want);
     return st;
 }
@@ -140,14 +188,17 @@ static inline llmpar_status collectives_check(llmpar_comm *comm, size_t most)
     static const size_t counts[] = { 0, 1, 7, 64, 513, 20011 };
     static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_F64, LLMPAR_I64, LLMPAR_U64, LLMPAR_BF16, LLMPAR_U8, LLMPAR_I32 };
     llmpar_status st = LLMPAR_OK;
+    llmpar_stream *stream = NULL; /* of memory apart: a stream in every other case */
+    if (llmpar_device_apart(comm->device)) CHECK_OK(comm->device->stream_create(comm->device, "samples", &stream));
     for (size_t c = 0; c < sizeof counts / sizeof counts[0] && counts[c] <= most; c++)
         for (size_t d = 0; d < sizeof dtypes / sizeof dtypes[0]; d++)
             for (int v = 0; v < 6 && !st; v++) {
-                sample s = { counts[c], v < 2 ? 0 : v < 4 ? 1 : 3, dtypes[d], v & 1 ? LLMPAR_MAX : LLMPAR_SUM, v == 2 || v == 3 };
+                sample s = { counts[c], v < 2 ? 0 : v < 4 ? 1 : 3, dtypes[d], v & 1 ? LLMPAR_MAX : LLMPAR_SUM, v == 2 || v == 3, (c + d + (size_t)v) % 2 ? stream : NULL, (c + (size_t)v) % 3 ? 0 : llmpar_dtype_size(dtypes[d]) };
                 if (s.count > 1000 && (d || v > 2 || comm->ranks > 3)) continue; /* the others only need to cross the size of a slot */
                 if (s.count > 500 && d > 2 && comm->ranks > 4) continue;
                 st = one_sample(comm, &s);
             }
+    if (stream) comm->device->stream_destroy(comm->device, stream);
     return st;
 }
 
@@ -168,16 +219,22 @@ static inline llmpar_status collectives_splits(llmpar_ctx *ctx, void *user)
     CHECK_INT(rows->rank, members == 1 ? 0 : 1 - r % 2);
     CHECK_INT(columns->rank, r / 2);
     CHECK_TEXT(columns->axis, "columns");
-    double x = (double)(1 << r), sum = 0, want = 0;
-    llmpar_collective call = { .send = &x, .recv = &sum, .count = 1, .dtype = LLMPAR_F64, .tag = "sum" };
+    double x = (double)(1 << r), want = 0;
+    mirror send = mirror_create(ctx->comm, 8, 0), recv = mirror_create(ctx->comm, 8, 0);
+    memcpy(send.host, &x, 8);
+    mirror_put(ctx->comm, NULL, &send, 8);
+    llmpar_collective call = { .send = send.device, .recv = recv.device, .count = 1, .dtype = LLMPAR_F64, .tag = "sum" };
     for (int round = 0; round < 3; round++) {
         CHECK_OK(llmpar_all_reduce(columns, NULL, &call));
         want = 0;
         for (int i = r % 2; i < n; i += 2) want += (double)(1 << i);
-        CHECK_NEAR(sum, want, 0);
+        mirror_get(ctx->comm, NULL, &recv, 8);
+        CHECK_BYTES(recv.host, &want, 8);
         if (half) {
+            double rest = (double)((1 << n) - 2);
             CHECK_OK(llmpar_all_reduce(half, NULL, &call));
-            CHECK_NEAR(sum, (double)((1 << n) - 2), 0);
+            mirror_get(ctx->comm, NULL, &recv, 8);
+            CHECK_BYTES(recv.host, &rest, 8);
         }
         CHECK_OK(llmpar_all_reduce(rows, NULL, &call));
     }
@@ -185,7 +242,10 @@ static inline llmpar_status collectives_splits(llmpar_ctx *ctx, void *user)
     CHECK_OK(llmpar_comm_split(columns, 0, 0, "again", &again));
     llmpar_comm_destroy(columns);
     CHECK_OK(llmpar_all_reduce(again, NULL, &call));
-    CHECK_NEAR(sum, want, 0);
+    mirror_get(ctx->comm, NULL, &recv, 8);
+    CHECK_BYTES(recv.host, &want, 8);
+    mirror_destroy(ctx->comm, &send);
+    mirror_destroy(ctx->comm, &recv);
     llmpar_comm_destroy(again);
     llmpar_comm_destroy(rows);
     llmpar_comm_destroy(half);
