@@ -285,7 +285,10 @@ $(eval $(call emulated,emulated_asan,-O1 $(asan),build/asan/llmpar.o))
 $(eval $(call emulated,emulated_tsan,-O1 $(tsan),build/tsan/llmpar.o))
 
 test-cuda:
-	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated
+	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated $(if $(TEST),,run-gpu-small)
+run-gpu-small: build/emulated/gpu_ops
+	@build/emulated/gpu_ops --small --json build/emulated/gpu_ops.json >build/emulated/gpu_ops.log || { tail -n 5 build/emulated/gpu_ops.log; exit 1; }
+	@echo "gpu_ops --small          $$(grep -c ' of ' build/emulated/gpu_ops.log) lines"
 test-cuda-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-emulated_asan
 
