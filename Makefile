@@ -355,6 +355,13 @@ build/cuda/test_%: tests/test_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o
 	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
 build/cuda/gpu_%: bench/gpu_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard bench/*.h)
 	@$(NVCC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
+# Against the real NCCL (tools/gpu_check).
+print-nccl-home:
+	@echo $(NCCL_HOME)
+build/cuda/real_nccl: tests/real_nccl.c build/dev/llmpar_nccl.h build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard tests/*.h)
+	@mkdir -p $(@D)
+	$(CC) -O1 -g -DLLMPAR_NCCL_IMPLEMENTATION -Ibuild/dev -I$(NCCL_HOME)/include -I$(cuda_home)include -x c -c build/dev/llmpar_nccl.h -o build/cuda/llmpar_nccl.o
+	$(NVCC) -O1 -g -D_GNU_SOURCE -Ibuild/dev -Itests $(filter tests/%.c %.o,$^) build/cuda/llmpar_nccl.o -o $@ -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -lnccl $(cuda_libs)
 build-cuda: $(filter-out build/cuda/test_emulation,$(CUDA_SUITE:%=build/cuda/%))
 run-cuda: build-cuda
 	@tests/run.sh build/cuda $(filter-out test_emulation,$(CUDA_SUITE))
@@ -480,7 +487,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: print-nccl-home test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

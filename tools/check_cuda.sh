@@ -36,20 +36,23 @@ for flag in --use_fast_math --ftz=true; do
     else good "$flag is refused"; fi
 done
 
+# Every test program links, and is skipped where no device is to be seen, whatever this machine has.
 home=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
-if "$nvcc" -O1 -Ibuild/dev -Itests tests/test_cuda_device.c $folder/llmpar_cuda.o "${CUDA_LIB:-build/plain/llmpar.o}" -o $folder/test_cuda_device -lcublasLt -Xlinker "-rpath=$home/lib64" -lpthread -lm >$folder/link.log 2>&1; then
-    good "links"
-    # No device is to be seen, whatever this machine has.
-    CUDA_VISIBLE_DEVICES=-1 $folder/test_cuda_device >$folder/run.log 2>&1
+for source in tests/test_cuda_*.c; do
+    test=$(basename "$source" .c)
+    if ! "$nvcc" -O0 -Ibuild/dev -Itests "$source" $folder/llmpar_cuda.o "${CUDA_LIB:-build/plain/llmpar.o}" -o "$folder/$test" -lcublasLt -Xlinker "-rpath=$home/lib64" -lpthread -lm >$folder/link.log 2>&1; then
+        bad "$test does not link:"
+        tail -n 5 $folder/link.log
+        continue
+    fi
+    CUDA_VISIBLE_DEVICES=-1 timeout 60 "$folder/$test" >$folder/run.log 2>&1
     code=$?
-    if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^1 passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
+    if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^[01] passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "$test links; without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
     else
-        bad "run without a device: exit code $code"
+        bad "$test without a device: exit code $code"
         tail -n 5 $folder/run.log
     fi
-else
-    bad "links:"
-    tail -n 5 $folder/link.log
-fi
+    rm -f "$folder/$test"
+done
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

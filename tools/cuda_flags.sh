@@ -24,6 +24,7 @@ native)
     [ -n "$code" ] || exit 1
     [ "$code" != 90 ] || code=90a
     flag "$code" sm
+    ! "$nvcc" --help | grep -q -- --split-compile || printf -- '--split-compile 0 ' # one file on all processors
     ;;
 *)
     echo "tools/cuda_flags.sh: \"$which\", expected all, ci or native" >&2
