@@ -16,47 +16,18 @@
 /* Rows of a block. */
 #define LLMPAR__CUDA_ATTENTION_ROWS 128
 
-/* The tiles that a block walks, one after the other: for each document among its rows [low, high) (absolute positions), from the document's start up to its last row here. */
-typedef struct llmpar__cuda_attention_walk {
-    int first;         /* the tile's first key */
-    int low, high;     /* rows of its document in the block */
-    int limit;         /* the block's end */
-} llmpar__cuda_attention_walk;
-
-static __device__ __forceinline__ void llmpar__cuda_attention_document(llmpar__cuda_attention_walk *w, const int32_t *start, int low)
-{
-    w->low = low;
-    if (low >= w->limit) return;
-    w->high = llmpar__cuda_document_run(start, low, w->limit);
-    w->first = llmpar__cuda_document(start, low);
-}
-/* low == limit: there are no more. */
-static __device__ __forceinline__ void llmpar__cuda_attention_next(llmpar__cuda_attention_walk *w, const int32_t *start, int tile)
-{
-    w->first += tile;
-    if (w->first >= w->high) llmpar__cuda_attention_document(w, start, w->high);
-}
-
 template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR__CUDA_ATTENTION_THREADS, 2) llmpar__cuda_attention_forward(llmpar__cuda_attention_call a)
 {
     enum { ROWS = LLMPAR__CUDA_ATTENTION_ROWS, TILE = LLMPAR__CUDA_ATTENTION_TILE };
     LLMPAR__CUDA_SHARED(uint16_t, queries);
     uint16_t *keys = queries + ROWS * E, *values = keys + TILE * E;
-    /* the heads of a group side by side, long rows before short ones */
-    int tiles = (a.tq + ROWS - 1) / ROWS, member = (int)(blockIdx.x % (unsigned)a.group), tile = tiles - 1 - (int)(blockIdx.x / (unsigned)a.group % (unsigned)tiles);
-    int64_t task = blockIdx.x / ((unsigned)a.group * (unsigned)tiles), b = task / a.kv_heads;
-    int kv = (int)(task % a.kv_heads), h = kv * a.group + member, offset = a.tk - a.tq, row0 = tile * ROWS, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
-    const uint16_t *k = (const uint16_t *)a.k + b * a.tk_stride * a.ldk + (int64_t)kv * E, *v = (const uint16_t *)a.v + b * a.tk_stride * a.ldv + (int64_t)kv * E;
-    const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
+    const llmpar__cuda_attention_place p = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
+    const int offset = a.tk - a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1);
+    const uint16_t *k = (const uint16_t *)a.k + p.b * a.tk_stride * a.ldk + (int64_t)p.kv * E, *v = (const uint16_t *)a.v + p.b * a.tk_stride * a.ldv + (int64_t)p.kv * E;
     const float least = -__uint_as_float(0x7f800000u);
-    int position = offset + row0 + warp * 32; /* of the warp's first row */
+    const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
     float out[2][E / 8][4], top[2][2], total[2][2];
-    llmpar__cuda_attention_walk w;
-    w.limit = offset + min(row0 + ROWS, a.tq);
-    llmpar__cuda_attention_document(&w, start, offset + row0);
-    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)h * E, a.ldq, row0, a.tq, a.wide);
-    llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, w.first, w.high, a.wide);
-    llmpar__cu_copy_async_commit();
+    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + p.b * a.tq * a.ldq + (int64_t)p.h * E, a.ldq, p.first, a.tq, a.wide);
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         top[m][0] = top[m][1] = least;
@@ -65,100 +36,100 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         for (int n = 0; n < E / 8; n++) out[m][n][0] = out[m][n][1] = out[m][n][2] = out[m][n][3] = 0;
     }
 #pragma unroll 1
-    while (w.low < w.limit) {
-        llmpar__cuda_attention_walk now = w;
-        /* rows above the diagonal and those of other documents take no part; both are whole warps most of the time */
-        int active = now.low < position + 32 && now.high > position && now.first < position + 32;
-        int partly = now.low > position || now.high < position + 32 || now.first + TILE - 1 > position;
-        float s[2][8][4];
-        llmpar__cu_copy_async_wait<0>();
-        __syncthreads();
-        llmpar__cuda_tile_load<E, TILE>(values, v, a.ldv, now.first, now.high, a.wide);
+    for (int low = offset + p.first, high; low < limit; low = high) {
+        const int32_t *start = a.doc_start ? a.doc_start + llmpar__cuda_attention_own(a, a.tq, ROWS, 1).b * a.tk : NULL;
+        const int begin = llmpar__cuda_document(start, low);
+        high = llmpar__cuda_document_run(start, low, limit);
+        llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, begin, high, a.wide);
         llmpar__cu_copy_async_commit();
-        if (active) {
+#pragma unroll 1
+        for (int first = begin; first < high; first += TILE) {
+            /* rows above the diagonal and those of other documents take no part; both are whole warps most of the time */
+            int active = low < position + 32 && high > position && first < position + 32, partly = low > position || high < position + 32 || first + TILE - 1 > position;
+            float s[2][8][4];
+            llmpar__cu_copy_async_wait<0>();
+            __syncthreads();
+            llmpar__cuda_tile_load<E, TILE>(values, v, a.ldv, first, high, a.wide);
+            llmpar__cu_copy_async_commit();
+            if (active) {
 #pragma unroll
-            for (int m = 0; m < 2; m++)
+                for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int n = 0; n < 8; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
-#pragma unroll 4
-            for (int x = 0; x < E / 16; x++) {
+                    for (int n = 0; n < 8; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
+#pragma unroll
+                for (int x = 0; x < E / 16; x++) {
+                    uint32_t left[2][4], right[4];
+                    llmpar__cuda_tile_a<E>(left[0], queries, down, warp * 32, x);
+                    llmpar__cuda_tile_a<E>(left[1], queries, down, warp * 32 + 16, x);
+#pragma unroll
+                    for (int n = 0; n < 4; n++) {
+                        llmpar__cuda_tile_b<E>(right, keys, across, 16 * n, x);
+#pragma unroll
+                        for (int m = 0; m < 2; m++) {
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n], left[m], right);
+                            llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], left[m], right + 2);
+                        }
+                    }
+                }
+            }
+            llmpar__cu_copy_async_wait<0>();
+            __syncthreads();
+            if (first + TILE < high) {
+                llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, first + TILE, high, a.wide);
+                llmpar__cu_copy_async_commit();
+            }
+            if (!active) continue;
+            if (partly) {
+                int row = position + (lane >> 2), column = first + 2 * (lane & 3);
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int n = 0; n < 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++)
+                            if (row + (16 * m + 8 * (i >> 1)) < low || row + (16 * m + 8 * (i >> 1)) >= high || 8 * n + (i & 1) - (16 * m + 8 * (i >> 1)) > row - column) s[m][n][i] = least;
+            }
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                float factor[2];
+                llmpar__cuda_attention_softmax(s[m], top[m], total[m], factor, a.scale_log2);
+#pragma unroll
+                for (int n = 0; n < E / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) out[m][n][i] = __fmul_rn(out[m][n][i], factor[i >> 1]);
+            }
+#pragma unroll
+            for (int j = 0; j < TILE / 16; j++) {
                 uint32_t left[2][4], right[4];
-                llmpar__cuda_tile_a<E>(left[0], queries, warp * 32, x);
-                llmpar__cuda_tile_a<E>(left[1], queries, warp * 32 + 16, x);
 #pragma unroll
-                for (int n = 0; n < 4; n++) {
-                    llmpar__cuda_tile_b<E>(right, keys, 16 * n, x);
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), s[m][2 * j + (i >> 1)][2 * (i & 1)], s[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+                for (int n = 0; n < E / 16; n++) {
+                    llmpar__cuda_tile_b_rows<E>(right, values, down, 16 * j, n);
 #pragma unroll
                     for (int m = 0; m < 2; m++) {
-                        llmpar__cuda_attention_mma(Type(), s[m][2 * n], left[m], right);
-                        llmpar__cuda_attention_mma(Type(), s[m][2 * n + 1], left[m], right + 2);
+                        llmpar__cuda_attention_mma(Type(), out[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), out[m][2 * n + 1], left[m], right + 2);
                     }
-                }
-            }
-        }
-        llmpar__cu_copy_async_wait<0>();
-        __syncthreads();
-        llmpar__cuda_attention_next(&w, start, TILE);
-        if (w.low < w.limit) {
-            llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, w.first, w.high, a.wide);
-            llmpar__cu_copy_async_commit();
-        }
-        if (!active) continue;
-        if (partly) {
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int n = 0; n < 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        int row = position + 16 * m + (lane >> 2) + 8 * (i >> 1), key = now.first + 8 * n + 2 * (lane & 3) + (i & 1);
-                        if (row < now.low || row >= now.high || key > row) s[m][n][i] = least;
-                    }
-        }
-#pragma unroll
-        for (int m = 0; m < 2; m++) {
-            float factor[2];
-            llmpar__cuda_attention_softmax(s[m], top[m], total[m], factor, a.scale_log2);
-            if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-                for (int n = 0; n < E / 8; n++) {
-                    out[m][n][0] = __fmul_rn(out[m][n][0], factor[0]);
-                    out[m][n][1] = __fmul_rn(out[m][n][1], factor[0]);
-                    out[m][n][2] = __fmul_rn(out[m][n][2], factor[1]);
-                    out[m][n][3] = __fmul_rn(out[m][n][3], factor[1]);
-                }
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < TILE / 16; j++) {
-            uint32_t left[2][4], right[4];
-#pragma unroll
-            for (int m = 0; m < 2; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), s[m][2 * j + (i >> 1)][2 * (i & 1)], s[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
-#pragma unroll
-            for (int n = 0; n < E / 16; n++) {
-                llmpar__cuda_tile_b_rows<E>(right, values, 16 * j, n);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    llmpar__cuda_attention_mma(Type(), out[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), out[m][2 * n + 1], left[m], right + 2);
                 }
             }
         }
     }
+    const llmpar__cuda_attention_place o = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float sum = total[m][r], inverse;
-            int row = row0 + warp * 32 + 16 * m + 8 * r + (lane >> 2);
+            int row = o.first + warp * 32 + 16 * m + 8 * r + (lane >> 2);
             sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
             sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
             inverse = __fdiv_rn(1.0f, sum);
             if (row >= a.tq) continue;
-            if (a.lse && (lane & 3) == 0) a.lse[(b * a.heads + h) * a.tq + row] = __fmaf_rn(top[m][r], LLMPAR__CUDA_ATTENTION_LN2, llmpar__cuda_attention_log(sum));
-            Type *to = (Type *)a.out + (b * a.tq + row) * a.ldo + (int64_t)h * E + 2 * (lane & 3);
+            if (a.lse && (lane & 3) == 0) a.lse[(o.b * a.heads + o.h) * a.tq + row] = __fmaf_rn(top[m][r], LLMPAR__CUDA_ATTENTION_LN2, llmpar__cuda_attention_log(sum));
+            Type *to = (Type *)a.out + (o.b * a.tq + row) * a.ldo + (int64_t)o.h * E + 2 * (lane & 3);
 #pragma unroll
             for (int n = 0; n < E / 8; n++) llmpar__cuda_attention_store(to + 8 * n, __fmul_rn(out[m][n][2 * r], inverse), __fmul_rn(out[m][n][2 * r + 1], inverse), a.pairs);
         }

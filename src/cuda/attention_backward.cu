@@ -43,34 +43,15 @@ template <typename Type> static __global__ void llmpar__cuda_attention_delta(llm
 
 /* ---- dk, dv ---- */
 
-/* The query tiles that a block of keys walks: for each document among its keys [low, high), from the tile that holds the diagonal's first element to the document's end. */
-typedef struct llmpar__cuda_attention_down {
-    int first, end;    /* the tile's first query; of the document */
-    int low, high, limit;
-} llmpar__cuda_attention_down;
-
-static __device__ __forceinline__ void llmpar__cuda_attention_down_document(const llmpar__cuda_attention_call &a, llmpar__cuda_attention_down *w, int64_t b, int low)
-{
-    const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
-    int begin;
-    w->low = low;
-    if (low >= w->limit) return;
-    w->high = llmpar__cuda_document_run(start, low, w->limit);
-    begin = llmpar__cuda_document(start, low);
-    w->first = begin + (low - begin) / LLMPAR__CUDA_ATTENTION_STEP * LLMPAR__CUDA_ATTENTION_STEP;
-    w->end = start ? min(max(a.doc_end[b * a.tk + begin], w->high), a.tk) : a.tk;
-}
-
 /* Queries and dout of a tile, lse and delta. */
-template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_down_load(const llmpar__cuda_attention_call &a, const llmpar__cuda_attention_down &w, uint16_t *tile, float *row, const uint16_t *q, const uint16_t *dout, int64_t head)
+template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_down_load(const llmpar__cuda_attention_call &a, uint16_t *tile, float *row, const uint16_t *q, const uint16_t *dout, const float *row_of, int first, int end)
 {
     enum { STEP = LLMPAR__CUDA_ATTENTION_STEP };
-    llmpar__cuda_tile_load<E, STEP>(tile, q, a.ldq, w.first, w.end, a.wide);
-    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, dout, a.ldo, w.first, w.end, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tile, q, a.ldq, first, end, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, dout, a.ldo, first, end, a.wide);
     if (threadIdx.x < 2 * STEP) {
-        int i = (int)threadIdx.x % STEP, there = w.first + i < w.end;
-        const float *from = threadIdx.x < STEP ? a.lse : a.delta;
-        llmpar__cu_copy_async_4(row + threadIdx.x, from + (there ? head * a.tq + w.first + i : 0), there ? 4 : 0);
+        int i = (int)threadIdx.x % STEP, there = first + i < end;
+        llmpar__cu_copy_async_4(row + threadIdx.x, row_of + (there ? first + i : 0), there ? 4 : 0);
     }
     llmpar__cu_copy_async_commit();
 }
@@ -102,18 +83,14 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     LLMPAR__CUDA_SHARED(uint16_t, keys);
     uint16_t *values = keys + ROWS * E, *tiles = values + ROWS * E;
     float *statistics = (float *)(void *)(tiles + 4 * STEP * E); /* [2][lse, delta][STEP] */
-    int blocks = (a.tk + ROWS - 1) / ROWS, member = (int)(blockIdx.x % (unsigned)a.group), key0 = (int)(blockIdx.x / (unsigned)a.group % (unsigned)blocks) * ROWS;
-    unsigned task = blockIdx.x / ((unsigned)a.group * (unsigned)blocks);
-    int64_t b = task / (unsigned)a.kv_heads;
-    int kv = (int)(task % (unsigned)a.kv_heads), h = kv * a.group + member, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, position = key0 + warp * OWN, stage = 0;
-    const uint16_t *q = (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)h * E, *dout = (const uint16_t *)a.dout + b * a.tq * a.ldo + (int64_t)h * E;
+    const llmpar__cuda_attention_place p0 = llmpar__cuda_attention_own(a, a.tk, ROWS, 0);
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * OWN, limit = min(p0.first + ROWS, a.tk);
+    const uint16_t *q = (const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, *dout = (const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E;
+    const float *row_of = (threadIdx.x < STEP ? a.lse : a.delta) + (p0.b * a.heads + p0.h) * a.tq; /* what this thread brings */
+    int stage = 0;
     float dk[M][E / 8][4], dv[M][E / 8][4];
-    llmpar__cuda_attention_down w;
-    w.limit = min(key0 + ROWS, a.tk);
-    llmpar__cuda_attention_down_document(a, &w, b, key0);
-    llmpar__cuda_tile_load<E, ROWS>(keys, (const uint16_t *)a.k + b * a.tk * a.ldk + (int64_t)kv * E, a.ldk, key0, a.tk, a.wide);
-    llmpar__cuda_tile_load<E, ROWS>(values, (const uint16_t *)a.v + b * a.tk * a.ldv + (int64_t)kv * E, a.ldv, key0, a.tk, a.wide);
-    llmpar__cuda_attention_down_load<E>(a, w, tiles, statistics, q, dout, b * a.heads + h);
+    llmpar__cuda_tile_load<E, ROWS>(keys, (const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk, p0.first, a.tk, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(values, (const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv, p0.first, a.tk, a.wide);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -121,105 +98,121 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
             for (int i = 0; i < 4; i++) dk[m][n][i] = dv[m][n][i] = 0;
 #pragma unroll 1
-    while (w.low < w.limit) {
-        llmpar__cuda_attention_down now = w;
-        uint16_t *queries = tiles + stage * 2 * STEP * E, *douts = queries + STEP * E;
-        const float *row = statistics + stage * 2 * STEP;
-        int active = now.low < position + OWN && now.high > position && now.first + STEP > position;
-        int partly = now.low > position || now.high < position + OWN || now.first < position + OWN - 1 || now.first + STEP > now.end;
-        llmpar__cu_copy_async_wait<0>();
-        __syncthreads();
-        stage ^= 1;
-        w.first += STEP;
-        if (w.first >= w.end) llmpar__cuda_attention_down_document(a, &w, b, w.high);
-        if (w.low < w.limit) llmpar__cuda_attention_down_load<E>(a, w, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, b * a.heads + h);
-        if (!active) continue;
-        float p[M][STEP / 8][4], ds[M][STEP / 8][4];
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
+    for (int low = p0.first, high; low < limit; low = high) {
+        const int64_t at = llmpar__cuda_attention_own(a, a.tk, ROWS, 0).b * a.tk;
+        const int32_t *start = a.doc_start ? a.doc_start + at : NULL;
+        const int begin = llmpar__cuda_document(start, low), end = start ? max(min(a.doc_end[at + begin], a.tk), low + 1) : a.tk, top = begin + (low - begin) / STEP * STEP;
+        high = llmpar__cuda_document_run(start, low, limit);
+        llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, row_of, top, end);
 #pragma unroll 1
-        for (int x = 0; x < E / 16; x++) {
-            uint32_t left[M][4], right[4];
+        for (int first = top; first < end; first += STEP) {
+            uint16_t *queries = tiles + stage * 2 * STEP * E, *douts = queries + STEP * E;
+            const float *row = statistics + stage * 2 * STEP;
+            int active = low < position + OWN && high > position && first + STEP > position;
+            int partly = low > position || high < position + OWN || first < position + OWN - 1 || first + STEP > end;
+            llmpar__cu_copy_async_wait<0>();
+            __syncthreads();
+            stage ^= 1;
+            if (first + STEP < end) llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, row_of, first + STEP, end);
+            if (!active) continue;
+            float p[M][STEP / 8][4], ds[M][STEP / 8][4];
 #pragma unroll
-            for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], keys, warp * OWN + 16 * m, x);
+            for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < STEP / 16; n++) {
-                llmpar__cuda_tile_b<E>(right, queries, 16 * n, x);
+                for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                    for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
+#pragma unroll 1
+            for (int x = 0; x < E / 16; x++) {
+                uint32_t left[M][4], right[4];
+#pragma unroll
+                for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], keys, down, warp * OWN + 16 * m, x);
+#pragma unroll
+                for (int n = 0; n < STEP / 16; n++) {
+                    llmpar__cuda_tile_b<E>(right, queries, across, 16 * n, x);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], values, down, warp * OWN + 16 * m, x);
+#pragma unroll
+                for (int n = 0; n < STEP / 16; n++) {
+                    llmpar__cuda_tile_b<E>(right, douts, across, 16 * n, x);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
+                    }
                 }
             }
-#pragma unroll
-            for (int m = 0; m < M; m++) llmpar__cuda_tile_a<E>(left[m], values, warp * OWN + 16 * m, x);
-#pragma unroll
-            for (int n = 0; n < STEP / 16; n++) {
-                llmpar__cuda_tile_b<E>(right, douts, 16 * n, x);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
-                }
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                int column = 8 * n + 2 * (lane & 3) + j, query = now.first + column;
-                float shift = __fmul_rn(row[column], -LLMPAR__CUDA_ATTENTION_LOG2E), mean = row[STEP + column];
+            if (partly) {
+                int key = position + (lane >> 2), query = first + 2 * (lane & 3);
 #pragma unroll
                 for (int m = 0; m < M; m++)
 #pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][2 * r + j], a.scale_log2, shift)), slope = __fmul_rn(weight, __fsub_rn(ds[m][n][2 * r + j], mean));
-                        int key = position + 16 * m + 8 * r + (lane >> 2);
-                        if (partly && (key < now.low || key >= now.high || key > query || query >= now.end)) weight = slope = 0;
-                        p[m][n][2 * r + j] = weight;
-                        ds[m][n][2 * r + j] = slope;
-                    }
+                    for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
+                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                        }
             }
 #pragma unroll
-        for (int j = 0; j < STEP / 16; j++) {
-            uint32_t left[M][4], right[4];
+            for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-            for (int m = 0; m < M; m++)
+                for (int j = 0; j < 2; j++) {
+                    int column = 8 * n + 2 * (lane & 3) + j;
+                    float shift = __fmul_rn(row[column], -LLMPAR__CUDA_ATTENTION_LOG2E), mean = row[STEP + column];
 #pragma unroll
-                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), p[m][2 * j + (i >> 1)][2 * (i & 1)], p[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+                    for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < E / 16; n++) {
-                llmpar__cuda_tile_b_rows<E>(right, douts, 16 * j, n);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    llmpar__cuda_attention_mma(Type(), dv[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), dv[m][2 * n + 1], left[m], right + 2);
+                        for (int r = 0; r < 2; r++) {
+                            float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][2 * r + j], a.scale_log2, shift));
+                            p[m][n][2 * r + j] = weight;
+                            ds[m][n][2 * r + j] = __fmul_rn(weight, __fsub_rn(ds[m][n][2 * r + j], mean));
+                        }
                 }
-            }
 #pragma unroll
-            for (int m = 0; m < M; m++)
+            for (int j = 0; j < STEP / 16; j++) {
+                uint32_t left[M][4], right[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+                for (int m = 0; m < M; m++)
 #pragma unroll
-            for (int n = 0; n < E / 16; n++) {
-                llmpar__cuda_tile_b_rows<E>(right, queries, 16 * j, n);
+                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), p[m][2 * j + (i >> 1)][2 * (i & 1)], p[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
 #pragma unroll
-                for (int m = 0; m < M; m++) {
-                    llmpar__cuda_attention_mma(Type(), dk[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), dk[m][2 * n + 1], left[m], right + 2);
+                for (int n = 0; n < E / 16; n++) {
+                    llmpar__cuda_tile_b_rows<E>(right, douts, down, 16 * j, n);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        llmpar__cuda_attention_mma(Type(), dv[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), dv[m][2 * n + 1], left[m], right + 2);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+                for (int n = 0; n < E / 16; n++) {
+                    llmpar__cuda_tile_b_rows<E>(right, queries, down, 16 * j, n);
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+                        llmpar__cuda_attention_mma(Type(), dk[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), dk[m][2 * n + 1], left[m], right + 2);
+                    }
                 }
             }
         }
     }
+    const llmpar__cuda_attention_place o = llmpar__cuda_attention_own(a, a.tk, ROWS, 0);
 #pragma unroll
     for (int m = 0; m < M; m++) {
         int key = position + 16 * m + (lane >> 2);
-        llmpar__cuda_attention_dkv_store<Type, E>(a, dk[m], a.scale, a.dk_heads, a.dk, a.ld_dk, b * a.tk + key, a.tk - key, h, kv);
-        llmpar__cuda_attention_dkv_store<Type, E>(a, dv[m], 1.0f, a.dv_heads, a.dv, a.ld_dv, b * a.tk + key, a.tk - key, h, kv);
+        llmpar__cuda_attention_dkv_store<Type, E>(a, dk[m], a.scale, a.dk_heads, a.dk, a.ld_dk, o.b * a.tk + key, a.tk - key, o.h, o.kv);
+        llmpar__cuda_attention_dkv_store<Type, E>(a, dv[m], 1.0f, a.dv_heads, a.dv, a.ld_dv, o.b * a.tk + key, a.tk - key, o.h, o.kv);
     }
 }
 
@@ -252,25 +245,27 @@ static __global__ void llmpar__cuda_attention_tree(llmpar__cuda_attention_call a
 
 /* ---- dq ---- */
 
+/* Keys and values of a tile. */
+template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_across_load(const llmpar__cuda_attention_call &a, uint16_t *tile, const uint16_t *k, const uint16_t *v, int first, int limit)
+{
+    enum { STEP = LLMPAR__CUDA_ATTENTION_STEP };
+    llmpar__cuda_tile_load<E, STEP>(tile, k, a.ldk, first, limit, a.wide);
+    llmpar__cuda_tile_load<E, STEP>(tile + STEP * E, v, a.ldv, first, limit, a.wide);
+    llmpar__cu_copy_async_commit();
+}
+
 template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR__CUDA_ATTENTION_THREADS, 2) llmpar__cuda_attention_dq(llmpar__cuda_attention_call a)
 {
     enum { ROWS = LLMPAR__CUDA_ATTENTION_DQ_ROWS, STEP = LLMPAR__CUDA_ATTENTION_STEP };
     LLMPAR__CUDA_SHARED(uint16_t, queries);
     uint16_t *douts = queries + ROWS * E, *tiles = douts + ROWS * E;
-    int blocks = (a.tq + ROWS - 1) / ROWS, member = (int)(blockIdx.x % (unsigned)a.group), row0 = (blocks - 1 - (int)(blockIdx.x / (unsigned)a.group % (unsigned)blocks)) * ROWS;
-    int64_t task = blockIdx.x / ((unsigned)a.group * (unsigned)blocks), b = task / a.kv_heads;
-    int kv = (int)(task % a.kv_heads), h = kv * a.group + member, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, position = row0 + warp * 32, stage = 0;
-    const uint16_t *k = (const uint16_t *)a.k + b * a.tk * a.ldk + (int64_t)kv * E, *v = (const uint16_t *)a.v + b * a.tk * a.ldv + (int64_t)kv * E;
-    const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
+    const llmpar__cuda_attention_place p0 = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * 32, limit = min(p0.first + ROWS, a.tq);
+    const uint16_t *k = (const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, *v = (const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E;
+    int stage = 0;
     float dq[2][E / 8][4], shift[2][2], mean[2][2];
-    llmpar__cuda_attention_walk w;
-    w.limit = min(row0 + ROWS, a.tq);
-    llmpar__cuda_attention_document(&w, start, row0);
-    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)h * E, a.ldq, row0, a.tq, a.wide);
-    llmpar__cuda_tile_load<E, ROWS>(douts, (const uint16_t *)a.dout + b * a.tq * a.ldo + (int64_t)h * E, a.ldo, row0, a.tq, a.wide);
-    llmpar__cuda_tile_load<E, STEP>(tiles, k, a.ldk, w.first, w.high, a.wide);
-    llmpar__cuda_tile_load<E, STEP>(tiles + STEP * E, v, a.ldv, w.first, w.high, a.wide);
-    llmpar__cu_copy_async_commit();
+    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq, p0.first, a.tq, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(douts, (const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo, p0.first, a.tq, a.wide);
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -278,96 +273,106 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = position + 16 * m + 8 * r + (lane >> 2);
-            int64_t at = (b * a.heads + h) * a.tq + min(row, a.tq - 1);
+            int64_t at = (p0.b * a.heads + p0.h) * a.tq + min(row, a.tq - 1);
             shift[m][r] = __fmul_rn(a.lse[at], -LLMPAR__CUDA_ATTENTION_LOG2E);
             mean[m][r] = a.delta[at];
         }
     }
 #pragma unroll 1
-    while (w.low < w.limit) {
-        llmpar__cuda_attention_walk now = w;
-        uint16_t *keys = tiles + stage * 2 * STEP * E, *values = keys + STEP * E;
-        int active = now.low < position + 32 && now.high > position && now.first < position + 32;
-        int partly = now.low > position || now.high < position + 32 || now.first + STEP - 1 > position;
-        llmpar__cu_copy_async_wait<0>();
-        __syncthreads();
-        stage ^= 1;
-        llmpar__cuda_attention_next(&w, start, STEP);
-        if (w.low < w.limit) {
-            llmpar__cuda_tile_load<E, STEP>(tiles + stage * 2 * STEP * E, k, a.ldk, w.first, w.high, a.wide);
-            llmpar__cuda_tile_load<E, STEP>(tiles + stage * 2 * STEP * E + STEP * E, v, a.ldv, w.first, w.high, a.wide);
-            llmpar__cu_copy_async_commit();
-        }
-        if (!active) continue;
-        float p[2][STEP / 8][4], ds[2][STEP / 8][4];
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
-#pragma unroll 2
-        for (int x = 0; x < E / 16; x++) {
-            uint32_t left[2][4], right[4];
-#pragma unroll
-            for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], queries, warp * 32 + 16 * m, x);
-#pragma unroll
-            for (int n = 0; n < STEP / 16; n++) {
-                llmpar__cuda_tile_b<E>(right, keys, 16 * n, x);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
-                }
-            }
-#pragma unroll
-            for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], douts, warp * 32 + 16 * m, x);
-#pragma unroll
-            for (int n = 0; n < STEP / 16; n++) {
-                llmpar__cuda_tile_b<E>(right, values, 16 * n, x);
-#pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
-                }
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float weight = llmpar__cu_exp2(__fmaf_rn(p[m][n][i], a.scale_log2, shift[m][i >> 1])), slope = __fmul_rn(weight, __fsub_rn(ds[m][n][i], mean[m][i >> 1]));
-                    int row = position + 16 * m + (lane >> 2) + 8 * (i >> 1), key = now.first + 8 * n + 2 * (lane & 3) + (i & 1);
-                    if (partly && (row < now.low || row >= now.high || key > row)) slope = 0;
-                    ds[m][n][i] = slope;
-                }
-#pragma unroll
-        for (int j = 0; j < STEP / 16; j++) {
-            uint32_t left[2][4], right[4];
+    for (int low = p0.first, high; low < limit; low = high) {
+        const int32_t *start = a.doc_start ? a.doc_start + llmpar__cuda_attention_own(a, a.tq, ROWS, 1).b * a.tk : NULL;
+        const int begin = llmpar__cuda_document(start, low);
+        high = llmpar__cuda_document_run(start, low, limit);
+        llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, k, v, begin, high);
+#pragma unroll 1
+        for (int first = begin; first < high; first += STEP) {
+            uint16_t *keys = tiles + stage * 2 * STEP * E, *values = keys + STEP * E;
+            int active = low < position + 32 && high > position && first < position + 32;
+            int partly = low > position || high < position + 32 || first + STEP - 1 > position;
+            llmpar__cu_copy_async_wait<0>();
+            __syncthreads();
+            stage ^= 1;
+            if (first + STEP < high) llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, k, v, first + STEP, high);
+            if (!active) continue;
+            float p[2][STEP / 8][4], ds[2][STEP / 8][4];
 #pragma unroll
             for (int m = 0; m < 2; m++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+                for (int n = 0; n < STEP / 8; n++)
 #pragma unroll
-            for (int n = 0; n < E / 16; n++) {
-                llmpar__cuda_tile_b_rows<E>(right, keys, 16 * j, n);
+                    for (int i = 0; i < 4; i++) p[m][n][i] = ds[m][n][i] = 0;
+#pragma unroll 2
+            for (int x = 0; x < E / 16; x++) {
+                uint32_t left[2][4], right[4];
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    llmpar__cuda_attention_mma(Type(), dq[m][2 * n], left[m], right);
-                    llmpar__cuda_attention_mma(Type(), dq[m][2 * n + 1], left[m], right + 2);
+                for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], queries, down, warp * 32 + 16 * m, x);
+#pragma unroll
+                for (int n = 0; n < STEP / 16; n++) {
+                    llmpar__cuda_tile_b<E>(right, keys, across, 16 * n, x);
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), p[m][2 * n + 1], left[m], right + 2);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < 2; m++) llmpar__cuda_tile_a<E>(left[m], douts, down, warp * 32 + 16 * m, x);
+#pragma unroll
+                for (int n = 0; n < STEP / 16; n++) {
+                    llmpar__cuda_tile_b<E>(right, values, across, 16 * n, x);
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), ds[m][2 * n + 1], left[m], right + 2);
+                    }
+                }
+            }
+            if (partly) {
+                int row = position + (lane >> 2), key = first + 2 * (lane & 3);
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
+                            if (row + down_by < low || row + down_by >= high || right_by - down_by > row - key) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                        }
+            }
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        ds[m][n][i] = __fmul_rn(llmpar__cu_exp2(__fmaf_rn(p[m][n][i], a.scale_log2, shift[m][i >> 1])), __fsub_rn(ds[m][n][i], mean[m][i >> 1]));
+#pragma unroll
+            for (int j = 0; j < STEP / 16; j++) {
+                uint32_t left[2][4], right[4];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) left[m][i] = llmpar__cuda_attention_pack(Type(), ds[m][2 * j + (i >> 1)][2 * (i & 1)], ds[m][2 * j + (i >> 1)][2 * (i & 1) + 1]);
+#pragma unroll
+                for (int n = 0; n < E / 16; n++) {
+                    llmpar__cuda_tile_b_rows<E>(right, keys, down, 16 * j, n);
+#pragma unroll
+                    for (int m = 0; m < 2; m++) {
+                        llmpar__cuda_attention_mma(Type(), dq[m][2 * n], left[m], right);
+                        llmpar__cuda_attention_mma(Type(), dq[m][2 * n + 1], left[m], right + 2);
+                    }
                 }
             }
         }
     }
+    const llmpar__cuda_attention_place o = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = position + 16 * m + 8 * r + (lane >> 2);
             if (row >= a.tq) continue;
-            Type *to = (Type *)a.dq + (b * a.tq + row) * a.ldq + (int64_t)h * E + 2 * (lane & 3);
+            Type *to = (Type *)a.dq + (o.b * a.tq + row) * a.ldq + (int64_t)o.h * E + 2 * (lane & 3);
 #pragma unroll
             for (int n = 0; n < E / 8; n++) llmpar__cuda_attention_store(to + 8 * n, __fmul_rn(dq[m][n][2 * r], a.scale), __fmul_rn(dq[m][n][2 * r + 1], a.scale), a.pairs);
         }

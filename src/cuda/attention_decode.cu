@@ -15,7 +15,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     enum { ROWS = LLMPAR__CUDA_ATTENTION_FEW, TILE = LLMPAR__CUDA_ATTENTION_TILE };
     LLMPAR__CUDA_SHARED(uint16_t, queries);
     uint16_t *keys = queries + ROWS * E;
-    int tiles = (a.tk + TILE - 1) / TILE, first = (int)(blockIdx.x % (unsigned)tiles) * TILE, offset = a.tk - a.tq, rows = a.group * a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int tiles = (a.tk + TILE - 1) / TILE, first = (int)(blockIdx.x % (unsigned)tiles) * TILE, offset = a.tk - a.tq, rows = a.group * a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1);
     int64_t task = blockIdx.x / (unsigned)tiles, b = task / a.kv_heads;
     int kv = (int)(task % a.kv_heads);
     const uint16_t *q = (const uint16_t *)a.q + b * a.tq * a.ldq + (int64_t)kv * a.group * E;
@@ -33,8 +33,8 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
     for (int x = 0; x < E / 16; x++) {
         uint32_t left[4], right[4];
-        llmpar__cuda_tile_a<E>(left, queries, 0, x);
-        llmpar__cuda_tile_b<E>(right, keys, 16 * warp, x);
+        llmpar__cuda_tile_a<E>(left, queries, down, 0, x);
+        llmpar__cuda_tile_b<E>(right, keys, across, 16 * warp, x);
         llmpar__cuda_attention_mma(Type(), s[0], left, right);
         llmpar__cuda_attention_mma(Type(), s[1], left, right + 2);
     }

@@ -50,6 +50,24 @@ static int64_t llmpar__cuda_attention_sequences(int64_t blocks_each, int64_t bat
     return most < 1 ? 1 : most < batch ? most : batch;
 }
 
+/* What a block owns: rows [first, first + rows) of a head and sequence. The heads of a group are neighbours, and long rows come before short ones: queries from the last, keys from the first. Asked for again
+   where it is needed, since the products need the registers. */
+typedef struct llmpar__cuda_attention_place {
+    int64_t b;
+    int kv, h, first;
+} llmpar__cuda_attention_place;
+
+static __device__ __forceinline__ llmpar__cuda_attention_place llmpar__cuda_attention_own(const llmpar__cuda_attention_call &a, int t, int rows, int from_last)
+{
+    unsigned block = llmpar__cu_block(), group = (unsigned)a.group, blocks = (unsigned)(t + rows - 1) / (unsigned)rows, tile = block / group % blocks, task = block / group / blocks;
+    llmpar__cuda_attention_place p;
+    p.b = task / (unsigned)a.kv_heads;
+    p.kv = (int)(task % (unsigned)a.kv_heads);
+    p.h = p.kv * a.group + (int)(block % group);
+    p.first = (int)(from_last ? blocks - 1 - tile : tile) * rows;
+    return p;
+}
+
 /* ---- documents ---- */
 
 /* Where the document of an absolute position begins. Values that no document has are cut to what the memory allows: the host cannot look at them. */
@@ -96,43 +114,33 @@ template <int E> static __device__ __forceinline__ uint16_t *llmpar__cuda_tile_a
 /* Rows [first, first + Rows) of a matrix of `ld` elements a row into a tile; those from limit on become zero and are not read. In the background where rows are aligned; commit and wait are the caller's. */
 template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *from, int64_t ld, int first, int limit, int wide)
 {
+    enum { STEP = LLMPAR__CUDA_ATTENTION_THREADS * 8 / E };
+    int row = (int)threadIdx.x / (E / 8), part = (int)threadIdx.x % (E / 8);
+    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, part);
+    const uint16_t *at = from + (first + row) * ld + part * 8;
     if (wide) {
-        enum { STEP = LLMPAR__CUDA_ATTENTION_THREADS * 8 / E };
-        int row = (int)threadIdx.x / (E / 8), part = (int)threadIdx.x % (E / 8);
-        uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, part);
-        const uint16_t *at = from + (first + row) * ld + part * 8;
 #pragma unroll
-        for (int i = 0; i < Rows; i += STEP, at += STEP * ld) {
-            int there = first + row + i < limit;
-            llmpar__cu_copy_async(to + i * E, there ? at : from, there ? 16 : 0);
-        }
+        for (int i = 0; i < Rows; i += STEP, at += STEP * ld) llmpar__cu_copy_async(to + i * E, at, first + row + i < limit ? 16 : 0); /* 0: `at` is not looked at */
     } else {
 #pragma unroll 1
-        for (int at = (int)threadIdx.x; at < Rows * E; at += LLMPAR__CUDA_ATTENTION_THREADS) {
-            int row = at / E, x = at % E, there = first + row < limit;
-            llmpar__cuda_tile_at<E>(tile, row, x / 8)[x % 8] = there ? from[(first + row) * ld + x] : (uint16_t)0;
-        }
+        for (int i = 0; i < Rows; i += STEP, at += STEP * ld)
+            for (int x = 0; x < 8; x++) to[i * E + x] = first + row + i < limit ? at[x] : (uint16_t)0;
     }
 }
 
-/* a: rows row .. row+15, columns 16k .. 16k+15. */
-template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_a(uint32_t a[4], uint16_t *tile, int row, int k)
+/* Where a lane's 16 bytes of a fragment begin in rows 0 .. 15 and columns 0 .. 15 of a tile; columns further on by 16 k differ in the bits of 16 k alone. `across`: lanes 8 .. 15 name the other half of the columns,
+   else the other half of the rows. */
+template <int E> static __device__ __forceinline__ int llmpar__cuda_tile_lane(int across)
 {
-    int lane = (int)threadIdx.x & 31;
-    llmpar__cu_ldmatrix_x4(a, llmpar__cuda_tile_at<E>(tile, row + (lane & 15), 2 * k + (lane >> 4)));
+    int lane = (int)threadIdx.x & 31, row = across ? (lane >> 4) * 8 + (lane & 7) : lane & 15, part = across ? lane >> 3 & 1 : lane >> 4;
+    return row * E + (part ^ (row & 7)) * 8;
 }
-/* b of a product with the tile's transpose: its rows row .. row+15 are 16 columns of the product (b[0..1], b[2..3]), its columns 16k .. 16k+15 are summed. */
-template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_b(uint32_t b[4], uint16_t *tile, int row, int k)
-{
-    int lane = (int)threadIdx.x & 31;
-    llmpar__cu_ldmatrix_x4(b, llmpar__cuda_tile_at<E>(tile, row + (lane >> 4) * 8 + (lane & 7), 2 * k + (lane >> 3 & 1)));
-}
-/* b of a product with the tile: its rows row .. row+15 are summed, its columns 16n .. 16n+15 are those of the product. */
-template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_b_rows(uint32_t b[4], uint16_t *tile, int row, int n)
-{
-    int lane = (int)threadIdx.x & 31;
-    llmpar__cu_ldmatrix_x4_trans(b, llmpar__cuda_tile_at<E>(tile, row + (lane & 15), 2 * n + (lane >> 4)));
-}
+/* a: rows row .. row+15, columns 16k .. 16k+15; lane: not across. */
+template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_a(uint32_t a[4], const uint16_t *tile, int lane, int row, int k) { llmpar__cu_ldmatrix_x4(a, tile + row * E + (lane ^ 16 * k)); }
+/* b of a product with the tile's transpose: its rows row .. row+15 are 16 columns of the product (b[0..1], b[2..3]), its columns 16k .. 16k+15 are summed; lane: across. */
+template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_b(uint32_t b[4], const uint16_t *tile, int lane, int row, int k) { llmpar__cu_ldmatrix_x4(b, tile + row * E + (lane ^ 16 * k)); }
+/* b of a product with the tile: its rows row .. row+15 are summed, its columns 16n .. 16n+15 are those of the product; lane: not across. */
+template <int E> static __device__ __forceinline__ void llmpar__cuda_tile_b_rows(uint32_t b[4], const uint16_t *tile, int lane, int row, int n) { llmpar__cu_ldmatrix_x4_trans(b, tile + row * E + (lane ^ 16 * n)); }
 
 /* One step of the running softmax over 64 scores of 16 rows, a thread's part as mma.sync leaves it: s becomes the weights, 2^(s scale_log2 - top). top: of the scores times scale_log2, so far; total: of the
    weights in this thread's columns; factor: what the sums so far shrink by. Scores that are -inf weigh +0, and a step of nothing else changes nothing. */

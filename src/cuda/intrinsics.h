@@ -78,6 +78,14 @@ static __device__ __forceinline__ float llmpar__cu_exp2(float x)
     return out;
 }
 
+/* blockIdx.x, read anew wherever it is asked for: what follows from it need not stay in registers meanwhile. */
+static __device__ __forceinline__ unsigned llmpar__cu_block()
+{
+    unsigned out;
+    asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(out));
+    return out;
+}
+
 /* The bits of base/dtype.h, NaNs included. */
 static __device__ __forceinline__ float llmpar__cu_f16_to_f32(uint16_t bits)
 {

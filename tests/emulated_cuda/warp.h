@@ -208,6 +208,8 @@ static inline void llmpar__cu_copy_async_4(void *shared, const void *global, int
 static inline void llmpar__cu_copy_async_commit() { emulated_cuda_copy_commit(); }
 template <int Groups> static inline void llmpar__cu_copy_async_wait() { emulated_cuda_copy_wait(Groups); }
 
+static inline unsigned llmpar__cu_block() { return blockIdx.x; }
+
 float emulated_cuda_f16_to_f32(uint16_t bits);
 uint16_t emulated_cuda_f32_to_f16(float x);
 static inline float llmpar__cu_f16_to_f32(uint16_t bits) { return emulated_cuda_f16_to_f32(bits); }
