@@ -29,7 +29,8 @@ typedef struct op {
 } op;
 
 typedef struct batch {
-    struct batch *next;
+    struct batch *next, *waiting; /* waiting: of those that their streams have not come to */
+    const fake_nccl_stream *stream;
     struct ncclComm *comm;
     op *ops;
     int count, left, ended, hangs, detached; /* detached: nobody waits for it */
@@ -58,6 +59,7 @@ fake_nccl_state fake_nccl;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
 static clique *cliques;
+static batch *enqueued;
 static uint64_t next_id = 1;
 static int groups_of[RANKS_MOST], running[RANKS_MOST]; /* by rank of the world */
 static const void *running_on[RANKS_MOST];
@@ -287,12 +289,36 @@ static void comm_free(ncclComm_t comm)
     free(c);
 }
 
+static void unqueue(batch *b)
+{
+    for (batch **at = &enqueued; *at; at = &(*at)->waiting)
+        if (*at == b) {
+            *at = b->waiting;
+            return;
+        }
+}
+
+void fake_nccl_drop(const fake_nccl_stream *stream)
+{
+    pthread_mutex_lock(&lock);
+    for (batch *b = enqueued, *next; b; b = next) {
+        next = b->waiting;
+        if (b->stream != stream) continue;
+        unqueue(b);
+        b->comm->in_flight--;
+        comm_free(b->comm);
+        batch_free(b);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 /* A batch whose stream has come to it. */
 static void run_batch(void *arg)
 {
     batch *b = (batch *)arg;
     ncclComm_t comm = b->comm;
     pthread_mutex_lock(&lock);
+    unqueue(b);
     if (!comm->aborted) start(b);
     progress(comm->of);
     while (!b->ended && !comm->aborted) pthread_cond_wait(&moved, &lock); /* an error of its own does not end a kernel: that takes an abort */
@@ -345,6 +371,9 @@ ncclResult_t ncclGroupEnd(void)
         batch_free(b);
     } else if (stream && stream->enqueue) {
         comm->in_flight++;
+        b->stream = stream;
+        b->waiting = enqueued;
+        enqueued = b;
         if (kind == FAKE_NCCL_BREAKS) comm->async = ncclRemoteError;
         pthread_mutex_unlock(&lock);
         return stream->enqueue(stream->device, stream->stream, run_batch, b) ? ncclUnhandledCudaError : ncclSuccess;

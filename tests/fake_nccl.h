@@ -34,6 +34,8 @@ typedef struct fake_nccl_state {
 } fake_nccl_state;
 extern fake_nccl_state fake_nccl;
 
+/* The stream of this handle is gone: what it had not come to never runs (a failed stream drops it). */
+void fake_nccl_drop(const fake_nccl_stream *stream);
 /* All to nothing; nothing may be alive. */
 void fake_nccl_reset(void);
 

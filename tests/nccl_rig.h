@@ -52,9 +52,12 @@ static inline llmpar_status rig_thread(llmpar_device *device, llmpar_stream *str
 static inline void rig_stream_destroy(llmpar_device *device, llmpar_stream *stream)
 {
     rig_device *rig = (rig_device *)device;
-    for (int i = 0; stream && i < RIG_STREAMS; i++)
-        if (rig->handle[i].stream == stream) rig->handle[i].stream = NULL;
     rig->stream_destroy(device, stream);
+    for (int i = 0; stream && i < RIG_STREAMS; i++)
+        if (rig->handle[i].stream == stream) {
+            fake_nccl_drop(&rig->handle[i]);
+            rig->handle[i].stream = NULL;
+        }
 }
 
 static inline llmpar_status rig_create(const void *user, llmpar_ctx *ctx, llmpar_device **out)
@@ -81,6 +84,15 @@ static inline void rig_destroy(const void *user, llmpar_device *device)
     }
 }
 
+/* What a rank thread does instead of llmpar_nccl_comm_create; NULL: that. */
+static llmpar_status (*rig_comm)(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out);
+static __thread int rig_rank = -1; /* of the thread */
+static inline llmpar_status rig_comm_create(const void *user, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    rig_rank = ctx->rank;
+    return rig_comm ? rig_comm((const llmpar_nccl_desc *)user, ctx, device, out) : llmpar_nccl_comm_create(ctx, device, (const llmpar_nccl_desc *)user, out);
+}
+
 static char rig_logged[16384]; /* the lines of all ranks */
 static inline void rig_log(void *user, int rank, llmpar_log_level level, const char *line)
 {
@@ -92,15 +104,21 @@ static inline void rig_log(void *user, int rank, llmpar_log_level level, const c
     __atomic_store_n(&busy, 0, __ATOMIC_RELEASE);
 }
 
+static inline void rig_backend(const llmpar_nccl_desc *nccl, llmpar_backend *backend)
+{
+    memset(backend, 0, sizeof *backend);
+    backend->name = "rig";
+    backend->device_create = rig_create;
+    backend->device_destroy = rig_destroy;
+    llmpar_nccl_backend(nccl, backend);
+    backend->comm_create = rig_comm_create;
+}
+
 /* fn on rank threads with the rig; nothing of it is left afterwards. */
 static inline llmpar_status rig_launch(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user, llmpar_error *error)
 {
     llmpar_backend backend;
-    memset(&backend, 0, sizeof backend);
-    backend.name = "rig";
-    backend.device_create = rig_create;
-    backend.device_destroy = rig_destroy;
-    llmpar_nccl_backend(nccl, &backend);
+    rig_backend(nccl, &backend);
     llmpar_launch_desc desc = { .ranks = ranks, .backend = &backend, .check = test_no_leak, .transport = LLMPAR_TRANSPORT_THREADS, .log = rig_log, .threads = 1, .deadline = 60 };
     rig_logged[0] = 0;
     llmpar_status st = llmpar_launch(&desc, fn, user, error);

@@ -18,6 +18,13 @@ static llmpar_status values_below(llmpar_ctx *ctx, void *user)
     return st;
 }
 
+/* Under a sanitizer not every number of ranks. */
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+enum { STEP = 3 }; /* 2 5 8 */
+#else
+enum { STEP = 1 };
+#endif
+
 static void run(int ranks, const llmpar_nccl_desc *desc, llmpar_rank_fn fn, void *user)
 {
     llmpar_error error;
@@ -28,8 +35,8 @@ static void run(int ranks, const llmpar_nccl_desc *desc, llmpar_rank_fn fn, void
 
 TEST(values)
 {
-    for (int ranks = 1; ranks <= 8; ranks++) {
-        size_t most = ranks < 5 ? 30000 : 600;
+    for (int ranks = STEP > 1 ? 2 : 1; ranks <= 8; ranks += STEP) {
+        size_t most = ranks < 5 ? 30000 : STEP > 1 ? 64 : 600;
         run(ranks, NULL, values_here, &most);
     }
 }
@@ -37,12 +44,12 @@ TEST(values_in_parts)
 {
     size_t most = 100;
     run(5, NULL, values_below, &most);
-    run(8, NULL, values_below, &most);
+    if (STEP == 1) run(8, NULL, values_below, &most);
 }
 TEST(values_in_small_slices)
 {
-    for (int ranks = 2; ranks <= 8; ranks++) {
-        size_t most = 600;
+    for (int ranks = 2; ranks <= 8; ranks += STEP) {
+        size_t most = STEP > 1 ? 64 : 600;
         llmpar_nccl_desc desc = { .slice = 200 };
         run(ranks, &desc, values_here, &most);
         desc.slice = 8 * (size_t)ranks; /* an element of each rank */

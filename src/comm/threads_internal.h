@@ -80,6 +80,7 @@ struct llmpar_threads_world {
     int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
     int32_t threaded;             /* some rank has waited while another thread of it ran */
     int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
+    int32_t hearsay;              /* the failure is another rank's, heard through another communicator: that rank's own word takes its place */
     double failed_at;
     llmpar_error failure;         /* the root error */
     char report[1100];            /* who was where then; "" if failure.text says so itself */

@@ -177,9 +177,12 @@ static void llmpar__threads_position(void *user, int32_t rank, llmpar_position *
 /* The first failure stays. own_report: its text says who was where. */
 static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error *error, int own_report)
 {
-    if (world->failure.status != LLMPAR_OK) return;
+    int first = world->failure.status == LLMPAR_OK;
+    if (!first && (!world->hearsay || error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER)) return;
+    world->hearsay = error->status == LLMPAR_ERR_PEER;
     world->failure = *error;
     if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    if (!first) return;
     world->failed_at = llmpar__threads_now();
     if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);

@@ -27,7 +27,7 @@ typedef struct llmpar_nccl_desc {
 /* The world's communicator of ctx->rank of ctx->world on `device`, whose native_stream gives cudaStream_t and whose memory NCCL can reach; on the rank's own thread, as everything below. desc NULL: defaults.
    ctx->error has the text of a failure, the same on all ranks that have met. Destroy it after its splits; rank 0's destroy waits until all ranks have ended theirs, or failed. Collective. */
 LLMPAR_API llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out);
-/* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or one has failed; *root: the job's failure, status OK: none. Collective. */
+/* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or it is known who has failed; *root: the job's failure, status OK: none. Collective. */
 LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
 /* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish. desc (borrowed until launch returns, NULL: defaults). Local. */
 LLMPAR_API void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out);

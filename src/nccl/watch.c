@@ -121,8 +121,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_settle(llmpar__nccl_comm *tc, con
         if (result != ncclInProgress) break;
         if (!call && world->desc.deadline > 0 && llmpar__nccl_now() > begin + world->desc.deadline)
             return llmpar__nccl_failed(tc, llmpar_error_set(llmpar__nccl_own_error(tc), LLMPAR_ERR_TIMEOUT, "communicator %s: %s has not ended within %g s", tc->axis, what, world->desc.deadline));
-        if (looks < 2000) sched_yield();
-        else llmpar__nccl_nap(looks < 4000 ? 0.00002 : 0.0005);
+        if (looks < 20) sched_yield();
+        else llmpar__nccl_nap(looks < 200 ? 0.00002 : 0.0002); /* for milliseconds, where connections are made */
     }
     if (result == ncclSuccess) return LLMPAR_OK;
     pthread_mutex_lock(&world->nccl_lock);

@@ -417,7 +417,7 @@ LLMPAR_DEF void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root)
     pthread_mutex_lock(&world->lock);
     if (!world->finished && world->ranks > 1) llmpar__nccl_to_hub(world, LLMPAR__NCCL_FINISH, NULL, 0);
     world->finished = 1;
-    while (world->ranks > 1 && !world->done && !(world->rank && world->peer[0].dead)) llmpar__nccl_await(world, llmpar__nccl_now() + 0.1);
+    while (world->ranks > 1 && !world->done && !(world->aborted && (world->located || llmpar__nccl_now() > world->failed_at + LLMPAR__NCCL_FAREWELL))) llmpar__nccl_await(world, llmpar__nccl_now() + 0.1);
     if (world->aborted) *root = world->verdict.error;
     else llmpar_error_clear(root);
     pthread_mutex_unlock(&world->lock);

@@ -158,8 +158,9 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
+        int root = llmpar__launch_root(ctx, job->desc.backend, &error);
         llmpar_threads_world_fail(job->world, &error);
-        llmpar__launch_abort(ctx, &error);
+        if (!root) llmpar__launch_abort(ctx, &error);
         llmpar__launch_report(job, ctx);
         llmpar__launch_dump(job->record, ctx);
     } else if (job->record[0] && llmpar__launch_record(ctx)) {

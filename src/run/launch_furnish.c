@@ -91,6 +91,16 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_erro
     if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
 }
 
+LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
+{
+    llmpar_error root;
+    if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || backend->size < LLMPAR__LAUNCH_END(llmpar_backend, comm_finish) || !backend->comm_finish) return 0;
+    llmpar_error_clear(&root);
+    backend->comm_finish(backend->comm_user, ctx->comm, &root);
+    if (root.status) *error = root;
+    return root.status != LLMPAR_OK;
+}
+
 LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 {
     if (ctx->comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, record) && ctx->comm->record) return ctx->comm->record;

@@ -21,6 +21,8 @@ LLMPAR__PRIVATE void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend 
 LLMPAR__PRIVATE llmpar_status llmpar__launch_agree(llmpar_ctx *ctx);
 /* Tells those who wait in the backend's communicator of this rank's failure. */
 LLMPAR__PRIVATE void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error);
+/* *error is LLMPAR_ERR_PEER: becomes the job's failure as the backend's communicator knows it, and 1; 0: it is not, or there is none that would. */
+LLMPAR__PRIVATE int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error);
 /* The rank's record of collectives; NULL: none. */
 LLMPAR__PRIVATE llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx);
 /* The environment's variable as a number from least to most: 1. 0: it is not there. -1: it is something else, *error says so. */

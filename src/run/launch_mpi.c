@@ -113,7 +113,9 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
-        if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
+        llmpar_error known = error;
+        if (llmpar__launch_root(ctx, desc->backend, &known)) llmpar_mpi_world_fail(world, &known);
+        else if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
         if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(ctx, &error);
         llmpar__launch_dump(desc->record, ctx);
         llmpar_mpi_world_error(world, root);

@@ -18,8 +18,8 @@ typedef struct llmpar_backend {
     void (*device_destroy)(const void *device_user, llmpar_device *device); /* NULL is fine; after every communicator on it */
     /* The world's communicator on the rank's device (`device`, which may be ctx->host). Collective. Empty: the launch's transport makes it, which needs a device whose memory is the host's. */
     llmpar_status (*comm_create)(const void *comm_user, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out);
-    /* This rank's function has returned (its failure, if any, was told by comm->abort). Waits until every rank's has, or one has failed; *root: the job's failure, the same on all ranks that can be reached, status OK
-       if none. For launches whose ranks have no other way to tell each other. Empty: there is none. Collective. */
+    /* This rank's function has returned (its failure, if any, was told by comm->abort). Waits until every rank's has, or it is known who has failed; *root: the job's failure, the same on all ranks that can be reached, status OK
+       if none. Called by launches whose ranks have no other way to tell each other, and by any of a rank that hears of another's failure through the communicator. Empty: there is none. Not collective after a failure. */
     void (*comm_finish)(const void *comm_user, llmpar_comm *comm, llmpar_error *root);
 } llmpar_backend;
 

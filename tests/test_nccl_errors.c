@@ -1,0 +1,590 @@
+/* The NCCL communicator where things go wrong, on a stand-in for NCCL: ranks that disagree, fail, stay away, fall silent or die; NCCL's own errors; strangers on the port; ranks that do not belong together. Every rank
+   hears of it, the text names who and what, and nothing is left. */
+#include "nccl_rig.h"
+
+#include <arpa/inet.h>
+#include <pthread.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { MOST = 8 };
+
+/* ---- the connection of each rank to rank 0: the program's own connect and send come before the C library's ---- */
+
+static int fd_of[MOST], muted = -1; /* muted: a rank whose bytes go nowhere */
+
+int connect(int fd, const struct sockaddr *address, socklen_t length)
+{
+    if (rig_rank > 0 && rig_rank < MOST) __atomic_store_n(&fd_of[rig_rank], fd, __ATOMIC_SEQ_CST);
+    return (int)syscall(SYS_connect, fd, address, length);
+}
+ssize_t send(int fd, const void *bytes, size_t count, int flags)
+{
+    int mute = __atomic_load_n(&muted, __ATOMIC_SEQ_CST);
+    if (mute >= 0 && __atomic_load_n(&fd_of[mute], __ATOMIC_SEQ_CST) == fd) return (ssize_t)count;
+    return syscall(SYS_sendto, fd, bytes, count, flags, NULL, 0);
+}
+
+/* ---- running ---- */
+
+typedef struct outcome { llmpar_status job, status[MOST]; llmpar_error error; char text[MOST][1600]; double seconds[MOST]; } outcome;
+static outcome seen;
+
+typedef struct script { llmpar_status (*fn)(llmpar_ctx *ctx, void *user); void *user; } script;
+static llmpar_status noted(llmpar_ctx *ctx, void *user)
+{
+    script *s = (script *)user;
+    double begin = test_clock();
+    llmpar_status st = s->fn(ctx, s->user);
+    seen.status[ctx->rank] = st;
+    seen.seconds[ctx->rank] = test_clock() - begin;
+    snprintf(seen.text[ctx->rank], sizeof seen.text[0], "%s", llmpar_last_error(ctx));
+    return st;
+}
+
+/* After a reset, so that the faults can be set before. */
+static void run(int ranks, const llmpar_nccl_desc *desc, llmpar_rank_fn fn, void *user)
+{
+    script s = { fn, user };
+    memset(&seen, 0, sizeof seen);
+    for (int i = 0; i < MOST; i++) seen.status[i] = (llmpar_status)-1;
+    seen.job = rig_launch(ranks, desc, noted, &s, &seen.error);
+    muted = -1;
+}
+
+/* All ranks but `culprit` returned PEER with this text; -1: all. */
+static void all_say(int ranks, int culprit, const char *text)
+{
+    for (int r = 0; r < ranks; r++) {
+        if (r == culprit) continue;
+        if (seen.status[r] != LLMPAR_ERR_PEER || !strstr(seen.text[r], text)) TEST_FAIL("rank %d: %s: %s; expected another rank's failure with: %s", r, llmpar_status_string(seen.status[r]), seen.text[r], text);
+    }
+}
+
+static float floats[MOST][4096];
+static llmpar_status sum(llmpar_ctx *ctx, const char *tag)
+{
+    float *x = floats[ctx->rank];
+    llmpar_collective call = { .send = x, .recv = x, .count = 10, .dtype = LLMPAR_F32, .tag = tag };
+    return llmpar_all_reduce(ctx->comm, NULL, &call);
+}
+
+/* ---- ranks that disagree ---- */
+
+typedef struct deviation { const char *name, *field; } deviation;
+static const deviation deviations[] = { {"op", "op"}, {"dtype", "dtype"}, {"count", "count"}, {"root", "root"}, {"reduce op", "reduce op"}, {"tag", "tag"}, {"blocks", "count, blocks"}, {"order", "count, tag"}, {"split", "op"} };
+
+static llmpar_status deviates(llmpar_ctx *ctx, void *user)
+{
+    int how = *(int *)user, odd = ctx->rank == ctx->world - 1;
+    float *x = floats[ctx->rank];
+    llmpar_collective call = { .send = x, .recv = x + 512, .count = 40, .dtype = LLMPAR_F32, .tag = "layers.3.wo/x" };
+    llmpar_status st = sum(ctx, "before");
+    if (st) return st;
+    if (how == 3) {
+        call.root = odd;
+        call.send = call.recv = x;
+        st = llmpar_broadcast(ctx->comm, NULL, &call);
+    } else if (odd) {
+        if (how == 1) call.dtype = LLMPAR_I64;
+        if (how == 2) call.count = 41;
+        if (how == 4) call.op = LLMPAR_MAX;
+        if (how == 5) call.tag = "layers.4.wo/x";
+        if (how == 6) { call.blocks = 2; call.count = 20; }
+        if (how == 7) st = sum(ctx, "after");
+        else if (how == 0) st = llmpar_all_gather(ctx->comm, NULL, &call);
+        else if (how == 8) st = llmpar_comm_barrier(ctx->comm, NULL, "layers.3.wo/x");
+        else st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    } else if (how == 8) {
+        llmpar_comm *part = NULL;
+        st = llmpar_comm_split(ctx->comm, 0, 0, "layers.3.wo/x", &part);
+        llmpar_comm_destroy(part);
+    } else {
+        st = llmpar_all_reduce(ctx->comm, NULL, &call);
+    }
+    if (!st) st = sum(ctx, "after");
+    if (!st) st = sum(ctx, "end");
+    return st;
+}
+TEST(mismatches)
+{
+    for (int how = 0; how < (int)(sizeof deviations / sizeof deviations[0]); how++)
+        for (int ranks = 2; ranks <= 4; ranks += 2) {
+            char want[200];
+            fake_nccl_reset();
+            fake_nccl.quiet = 1;
+            run(ranks, NULL, deviates, &how);
+            snprintf(want, sizeof want, "the ranks of world disagree in %s", deviations[how].field);
+            CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+            CHECK_TEXT(seen.error.text, want);
+            int both = 0;
+            for (int r = 0; r < ranks; r++) {
+                both += seen.status[r] == LLMPAR_ERR_MISMATCH;
+                CHECK(seen.status[r] == LLMPAR_ERR_MISMATCH || seen.status[r] == LLMPAR_ERR_PEER);
+                CHECK_TEXT(seen.text[r], want);
+            }
+            if (both != 2) TEST_FAIL("%s, %d ranks: %d of them report the mismatch as theirs, expected both sides", deviations[how].name, ranks, both);
+        }
+}
+
+static llmpar_status goes_early(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == *(int *)user) return st;
+    return st ? st : sum(ctx, "second");
+}
+TEST(a_rank_returns_without_it)
+{
+    for (int who = 0; who < 3; who++) {
+        char want[80];
+        fake_nccl_reset();
+        run(3, NULL, goes_early, &who);
+        snprintf(want, sizeof want, "rank %d has returned without it", who);
+        CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+        for (int r = 0; r < 3; r++)
+            if (r != who) CHECK_TEXT(seen.text[r], want);
+        CHECK_OK(seen.status[who]);
+    }
+}
+
+static llmpar_status message_sizes(llmpar_ctx *ctx, void *user)
+{
+    llmpar_collective call = { .send = floats[0], .recv = floats[1], .count = ctx->rank ? 40 : 30, .dtype = LLMPAR_F32, .tag = "message", .peer = 1 - ctx->rank };
+    (void)user;
+    return ctx->rank ? llmpar_recv(ctx->comm, NULL, &call) : llmpar_send(ctx->comm, NULL, &call);
+}
+TEST(a_message_of_another_size)
+{
+    fake_nccl_reset();
+    fake_nccl.quiet = 1;
+    run(2, NULL, message_sizes, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+    CHECK_TEXT(seen.error.text, "send f32[30] to 1 \"message\"");
+    CHECK_TEXT(seen.error.text, "recv f32[40] from 0 \"message\"");
+}
+
+/* ---- ranks that fail, or stay away ---- */
+
+static llmpar_status fails(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == *(int *)user) return st ? st : llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+    for (int i = 0; i < 50 && !st; i++) st = sum(ctx, "next");
+    return st;
+}
+TEST(a_rank_fails)
+{
+    for (int who = 0; who < 4; who++) {
+        fake_nccl_reset();
+        run(4, NULL, fails, &who);
+        CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+        CHECK_TEXT(seen.error.text, "the disk is full");
+        CHECK_INT(seen.error.rank, who);
+        all_say(4, who, "the disk is full");
+        all_say(4, who, "last completed all_reduce sum f32[10] \"first\"");
+        for (int r = 0; r < 4; r++) CHECK(seen.seconds[r] < 5);
+    }
+}
+
+static llmpar_status late(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == 2) test_sleep(*(double *)user);
+    return st ? st : sum(ctx, "second");
+}
+TEST(a_rank_is_late)
+{
+    double delay = 2.5;
+    llmpar_nccl_desc desc = { .deadline = 1 };
+    fake_nccl_reset();
+    run(3, &desc, late, &delay);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
+    CHECK_TEXT(seen.error.text, "all_reduce sum f32[10] \"second\" (call 5 on world): waited 1 s for the other ranks; rank 2: outside, last completed all_reduce sum f32[10] \"first\"");
+    CHECK_STATUS(seen.status[2], LLMPAR_ERR_PEER);
+    delay = 0.3;
+    fake_nccl_reset();
+    run(3, &desc, late, &delay);
+    CHECK_OK(seen.job);
+}
+
+/* ---- connections ---- */
+
+static llmpar_status loses(llmpar_ctx *ctx, void *user)
+{
+    int who = *(int *)user, rest = 0;
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == (who > 0 ? who : 1)) {
+        test_sleep(0.2);
+        for (int i = 1; i < ctx->world; i++)
+            if (!who || i == who) shutdown(__atomic_load_n(&fd_of[i], __ATOMIC_SEQ_CST), SHUT_RDWR);
+        test_sleep(1);
+    }
+    for (rest = 0; rest < 3 && !st; rest++) st = sum(ctx, "next");
+    return st;
+}
+TEST(a_connection_breaks)
+{
+    for (int who = 0; who < 4; who++) {
+        char want[100], host[64];
+        fake_nccl_reset();
+        run(4, NULL, loses, &who);
+        gethostname(host, sizeof host);
+        host[63] = 0;
+        snprintf(want, sizeof want, "rank %d (%s, pid %ld) died", who, host, (long)getpid());
+        if (who) CHECK_TEXT(seen.text[0], want);
+        if (who) CHECK_TEXT(seen.text[who == 1 ? 2 : 1], want);
+        for (int r = 0; r < 4; r++) CHECK_TEXT(seen.text[r], "died: its connection broke without a farewell");
+        for (int r = 0; r < 4; r++) CHECK(seen.status[r] != LLMPAR_OK);
+    }
+}
+
+static llmpar_status falls_silent(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    (void)user;
+    if (ctx->rank == 1) {
+        __atomic_store_n(&muted, 2, __ATOMIC_SEQ_CST);
+        test_sleep(2.6);
+    }
+    return st ? st : sum(ctx, "second");
+}
+TEST(a_rank_falls_silent)
+{
+    llmpar_nccl_desc desc = { .silence = 1.5 };
+    fake_nccl_reset();
+    run(3, &desc, falls_silent, NULL);
+    CHECK_TEXT(seen.text[0], "has given no sign of life for 1.5 s");
+    CHECK_TEXT(seen.text[0], "rank 2 (");
+    CHECK_TEXT(seen.text[1], "rank 2 (");
+}
+
+static llmpar_status talks_nonsense(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    char nonsense[512];
+    memset(nonsense, *(int *)user, sizeof nonsense);
+    if (ctx->rank == 1) {
+        syscall(SYS_sendto, __atomic_load_n(&fd_of[2], __ATOMIC_SEQ_CST), nonsense, sizeof nonsense, 0, NULL, 0);
+        test_sleep(0.5);
+    }
+    return st ? st : sum(ctx, "second");
+}
+TEST(nonsense_on_a_connection)
+{
+    for (int byte = 0; byte < 256; byte += 85) {
+        fake_nccl_reset();
+        run(3, NULL, talks_nonsense, &byte);
+        CHECK_TEXT(seen.text[0], "has sent what is no message of this library");
+        CHECK_TEXT(seen.text[0], "rank 2 (");
+        CHECK_TEXT(seen.text[1], "rank 2 (");
+    }
+}
+
+/* Messages with sound heads and random bodies: whatever they say, nobody crashes and everybody ends. */
+static llmpar_status talks_lies(llmpar_ctx *ctx, void *user)
+{
+    unsigned seed = *(unsigned *)user;
+    llmpar_status st = sum(ctx, "first");
+    struct { uint32_t word, kind; uint64_t bytes; unsigned char body[2048]; } m;
+    static const size_t sizes[] = { 0, sizeof(llmpar_position), 40 + sizeof(llmpar_call), 40 + sizeof(llmpar_call), 8, sizeof(llmpar_error), sizeof(llmpar_position), 0, 0, 0, 0, 0, 0 };
+    if (ctx->rank == 1) {
+        for (int i = 0; i < 40; i++) {
+            seed = seed * 1664525u + 1013904223u;
+            m.word = 0x4c4c4e31u;
+            m.kind = 1 + (seed >> 8) % 12;
+            m.bytes = sizes[m.kind];
+            for (size_t k = 0; k < sizeof m.body; k++) {
+                seed = seed * 1664525u + 1013904223u;
+                m.body[k] = (unsigned char)(seed >> (seed & 3 << 8 ? 24 : 31));
+            }
+            if (syscall(SYS_sendto, __atomic_load_n(&fd_of[2], __ATOMIC_SEQ_CST), &m, 16 + m.bytes, MSG_NOSIGNAL, NULL, 0) < 0) break;
+        }
+        test_sleep(0.2);
+    }
+    for (int i = 0; i < 3 && !st; i++) st = sum(ctx, "next");
+    return st;
+}
+TEST(lies_on_a_connection)
+{
+    llmpar_nccl_desc desc = { .deadline = 3 };
+    for (unsigned seed = 1; seed <= (unsigned)test_rounds(12); seed++) {
+        fake_nccl_reset();
+        fake_nccl.quiet = 1;
+        run(3, &desc, talks_lies, &seed);
+        for (int r = 0; r < 3; r++) CHECK(seen.seconds[r] < 20);
+    }
+}
+
+/* ---- NCCL's own errors ---- */
+
+static llmpar_status several(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = LLMPAR_OK;
+    (void)user;
+    for (int i = 0; i < 6 && !st; i++) st = sum(ctx, "several");
+    return st;
+}
+TEST(nccl_fails)
+{
+    static const fake_nccl_kind kinds[] = { FAKE_NCCL_REFUSES, FAKE_NCCL_BREAKS, FAKE_NCCL_HANGS };
+    static const char *const texts[] = { "unhandled system error: the group was refused", "remote process exited", "waited 1 s" };
+    for (int k = 0; k < 3; k++)
+        for (int at = 1; at <= 3; at += 2) {
+            llmpar_nccl_desc desc = { .deadline = k == 2 ? 1 : 30 };
+            fake_nccl_reset();
+            fake_nccl.kind = kinds[k];
+            fake_nccl.rank = 1;
+            fake_nccl.at = at + 1; /* the first one is launch's own */
+            run(3, &desc, several, NULL);
+            CHECK_TEXT(seen.error.text, texts[k]);
+            for (int r = 0; r < 3; r++) {
+                CHECK(seen.status[r] != LLMPAR_OK);
+                CHECK_TEXT(seen.text[r], texts[k]);
+            }
+        }
+}
+TEST(nccl_init_fails)
+{
+    fake_nccl_reset();
+    fake_nccl.kind = FAKE_NCCL_INIT_REFUSES;
+    fake_nccl.rank = 2;
+    run(3, NULL, several, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+    CHECK_TEXT(seen.error.text, "communicator world: ncclCommInitRankConfig: unhandled system error");
+    CHECK_INT(seen.error.rank, 2);
+    llmpar_nccl_desc desc = { .deadline = 1 };
+    fake_nccl_reset();
+    fake_nccl.kind = FAKE_NCCL_INIT_HANGS;
+    fake_nccl.rank = 2;
+    run(3, &desc, several, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
+    CHECK_TEXT(seen.error.text, "ncclCommInitRankConfig has not ended within 1 s");
+}
+TEST(an_old_nccl)
+{
+    fake_nccl_reset();
+    fake_nccl.version = 21903;
+    run(2, NULL, several, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_UNSUPPORTED);
+    CHECK_TEXT(seen.error.text, "NCCL 21903 is too old, expected at least 22000 (2.20)");
+}
+
+/* ---- on streams with threads: a rank waits for its device while the GPU hangs in NCCL ---- */
+
+static llmpar_status hangs_on_stream(llmpar_ctx *ctx, void *user)
+{
+    float *x = floats[ctx->rank];
+    llmpar_collective call = { .send = x, .recv = x, .count = 10, .dtype = LLMPAR_F32, .tag = "streamed" };
+    llmpar_stream *stream = NULL;
+    llmpar_device *device = ctx->device;
+    (void)user;
+    llmpar_status st = device->stream_create(device, "comm", &stream);
+    if (!st) st = llmpar_device_stream_thread(device, stream);
+    for (int i = 0; i < 5 && !st; i++) st = llmpar_all_reduce(ctx->comm, stream, &call);
+    llmpar_status waited = stream ? device->synchronize(device, stream) : LLMPAR_OK;
+    if (!st) st = waited;
+    CHECK(waited != LLMPAR_OK);
+    if (!st) st = sum(ctx, "afterwards");
+    if (stream) device->stream_destroy(device, stream);
+    return st;
+}
+TEST(a_gpu_hangs)
+{
+    llmpar_nccl_desc desc = { .deadline = 1 };
+    for (int at = 1; at <= 4; at += 3) {
+        fake_nccl_reset();
+        fake_nccl.kind = FAKE_NCCL_HANGS;
+        fake_nccl.rank = 1;
+        fake_nccl.at = at + 1;
+        run(3, &desc, hangs_on_stream, NULL);
+        CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
+        for (int r = 0; r < 3; r++) CHECK_TEXT(seen.text[r], "\"streamed\"");
+        CHECK_TEXT(seen.error.text, "waited 1 s for the other ranks");
+    }
+}
+
+/* ---- ranks that do not belong together ---- */
+
+static int odd_rank, odd_world;
+static llmpar_status odd_comm(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    llmpar_ctx other = *ctx;
+    if (ctx->rank == 2) {
+        other.rank = odd_rank ? odd_rank : ctx->rank;
+        other.world = odd_world ? odd_world : ctx->world;
+    }
+    if (ctx->rank == 1 && odd_world < 0) other.world = ctx->world; /* unchanged */
+    llmpar_status st = llmpar_nccl_comm_create(&other, device, desc, out);
+    ctx->heap = other.heap;
+    ctx->error = other.error;
+    if (!st) {
+        TEST_FAIL("a communicator of ranks that do not belong together");
+        llmpar_comm_destroy(*out);
+        *out = NULL;
+        return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "it was made");
+    }
+    return st;
+}
+TEST(wrong_ranks)
+{
+    rig_comm = odd_comm;
+    odd_rank = 1;
+    odd_world = 0;
+    fake_nccl_reset();
+    run(3, NULL, several, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+    CHECK_TEXT(seen.error.text, "two processes are rank 1: rank 1 (");
+    odd_rank = 0;
+    odd_world = 5;
+    fake_nccl_reset();
+    run(3, NULL, several, NULL);
+    CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+    CHECK_TEXT(seen.error.text, "was started in a world of 5 ranks");
+    CHECK_TEXT(seen.error.text, "in one of 3");
+    rig_comm = NULL;
+}
+
+static int odd_how;
+static llmpar_status odd_desc(const llmpar_nccl_desc *given, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    llmpar_nccl_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (given) desc = *given;
+    const char *name = device->name;
+    if (odd_how == 0 && ctx->rank == 1) desc.slice = 4096;
+    if (odd_how == 1 && ctx->rank == 2) desc.fast = 1;
+    if (odd_how == 2 && ctx->rank == 1) device->name = "cuda sm_70";
+    if (odd_how == 3) device->place = ctx->rank == 1 ? "0000:3b:00.0" : "0000:5e:00.0";
+    if (odd_how == 4) { device->place = "0000:3b:00.0"; desc.one_device = 1; }
+    if (odd_how == 5 && ctx->rank == 2) device->native_stream = NULL;
+    if (odd_how == 6 && ctx->rank == 0) device->native_stream = NULL;
+    if (odd_how == 7) desc.slice = 2;
+    if (odd_how == 8) desc.silence = 0.2;
+    llmpar_status st = llmpar_nccl_comm_create(ctx, device, &desc, out);
+    device->name = name;
+    return st;
+}
+TEST(wrong_descriptions)
+{
+    static const struct { llmpar_status status; const char *text; } want[] = {
+        { LLMPAR_ERR_MISMATCH, "slice 4096" }, { LLMPAR_ERR_MISMATCH, "fast 1" }, { LLMPAR_ERR_MISMATCH, "has device cuda sm_70, rank 0" }, { LLMPAR_ERR_CONFIG, "have the same GPU, 0000:5e:00.0" }, { LLMPAR_OK, "" },
+        { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_UNSUPPORTED, "has no streams that NCCL could use" }, { LLMPAR_ERR_ARGUMENT, "slice = 2 bytes" }, { LLMPAR_ERR_ARGUMENT, "silence = 0.2" },
+    };
+    rig_comm = odd_desc;
+    for (odd_how = 0; odd_how < (int)(sizeof want / sizeof want[0]); odd_how++) {
+        fake_nccl_reset();
+        run(3, NULL, several, NULL);
+        CHECK_STATUS(seen.job, want[odd_how].status);
+        if (want[odd_how].text[0]) CHECK_TEXT(seen.error.text, want[odd_how].text);
+    }
+    rig_comm = NULL;
+}
+
+/* ---- strangers ---- */
+
+static int free_port(void)
+{
+    struct sockaddr_in a;
+    socklen_t length = sizeof a;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(fd, (struct sockaddr *)&a, sizeof a) || getsockname(fd, (struct sockaddr *)&a, &length)) a.sin_port = 0;
+    close(fd);
+    return ntohs(a.sin_port);
+}
+
+typedef struct stranger { int port, how, stop; } stranger;
+static void *knocks(void *arg)
+{
+    stranger *s = (stranger *)arg;
+    char bytes[5000];
+    int open_fd[8] = { -1, -1, -1, -1, -1, -1, -1, -1 }, next = 0;
+    while (!__atomic_load_n(&s->stop, __ATOMIC_SEQ_CST)) {
+        struct sockaddr_in a;
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        memset(&a, 0, sizeof a);
+        a.sin_family = AF_INET;
+        a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        a.sin_port = htons((uint16_t)s->port);
+        memset(bytes, s->how == 2 ? 'l' : 0x5a, sizeof bytes);
+        if (s->how == 2) memcpy(bytes, "llmparN1", 8); /* the right first word */
+        if (!connect(fd, (struct sockaddr *)&a, sizeof a) && s->how) send(fd, bytes, s->how == 3 ? 20 : sizeof bytes, MSG_NOSIGNAL);
+        if (open_fd[next] >= 0) close(open_fd[next]);
+        open_fd[next] = fd;
+        next = (next + 1) % 8;
+        test_sleep(0.002);
+    }
+    for (int i = 0; i < 8; i++)
+        if (open_fd[i] >= 0) close(open_fd[i]);
+    return NULL;
+}
+TEST(strangers_on_the_port)
+{
+    for (int how = 0; how < 4; how++) {
+        stranger s = { free_port(), how, 0 };
+        char address[64];
+        pthread_t thread;
+        snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
+        llmpar_nccl_desc desc = { .address = address };
+        fake_nccl_reset();
+        pthread_create(&thread, NULL, knocks, &s);
+        run(4, &desc, several, NULL);
+        __atomic_store_n(&s.stop, 1, __ATOMIC_SEQ_CST);
+        pthread_join(thread, NULL);
+        if (seen.job) TEST_FAIL("kind %d: %s", how, seen.error.text);
+    }
+}
+
+/* ---- without memory ---- */
+
+static int starved, starve_at;
+static llmpar_status hungry(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    if (ctx->rank == starved) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)starve_at;
+    llmpar_status st = llmpar_nccl_comm_create(ctx, device, desc, out);
+    ctx->heap.fail_at = 0;
+    return st;
+}
+TEST(set_up_without_memory)
+{
+    llmpar_nccl_desc desc = { .deadline = 20 };
+    rig_comm = hungry;
+    for (starved = 0; starved < 2; starved++)
+        for (starve_at = 1; starve_at < 60; starve_at += starve_at < 20 ? 3 : 7) {
+            fake_nccl_reset();
+            run(2, &desc, several, NULL);
+            if (!seen.job) break;
+            if (seen.job != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %d of rank %d: %s", starve_at, starved, seen.error.text);
+        }
+    CHECK(starve_at > 12 && starve_at < 60);
+    rig_comm = NULL;
+}
+
+static llmpar_status split_hungry(llmpar_ctx *ctx, void *user)
+{
+    llmpar_comm *part = NULL;
+    if (ctx->rank == 1) ctx->heap.fail_at = ctx->heap.calls + (uint64_t)*(int *)user;
+    llmpar_status st = llmpar_comm_split(ctx->comm, 0, 0, "all", &part);
+    ctx->heap.fail_at = 0;
+    if (!st) st = sum(ctx, "after");
+    llmpar_comm_destroy(part);
+    return st;
+}
+TEST(split_without_memory)
+{
+    int k = 1;
+    for (; k < 20; k++) {
+        fake_nccl_reset();
+        run(3, NULL, split_hungry, &k);
+        if (!seen.job) break;
+        CHECK_STATUS(seen.job, LLMPAR_ERR_MEMORY);
+        all_say(3, 1, "out of memory");
+    }
+    CHECK(k > 5 && k < 20);
+}
+
+TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(lies_on_a_connection),
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(strangers_on_the_port), T_(set_up_without_memory), T_(split_without_memory))
