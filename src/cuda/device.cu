@@ -327,6 +327,14 @@ static llmpar_error *llmpar__cuda_thread_error(llmpar_device *device)
     return NULL;
 }
 
+/* A stream runs beside the host and the other streams anyway: nothing is to be done. */
+static llmpar_status llmpar__cuda_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    (void)device;
+    (void)stream;
+    return LLMPAR_OK;
+}
+
 /* ---- the table ---- */
 
 static void llmpar__cuda_fill(llmpar_device *d)
@@ -352,6 +360,7 @@ static void llmpar__cuda_fill(llmpar_device *d)
     d->event_synchronize = llmpar__cuda_event_synchronize;
     d->host_call = llmpar__cuda_host_call;
     d->thread_error = llmpar__cuda_thread_error;
+    d->stream_thread = llmpar__cuda_stream_thread;
     d->rmsnorm = llmpar__cuda_rmsnorm;
     d->rmsnorm_backward = llmpar__cuda_rmsnorm_backward;
     d->rope = llmpar__cuda_rope;
