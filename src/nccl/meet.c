@@ -207,6 +207,7 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     memcpy(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic);
     accept.key = key;
     if (!llmpar__nccl_send_all(fd, &accept, sizeof accept, llmpar__nccl_now() + 5)) return 0;
+    if (hello->rank > 0 && hello->rank < world->ranks) world->peer[hello->rank].told = 1; /* heard of */
     if (llmpar__nccl_compare(&all[0], hello, error)) {
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
@@ -260,7 +261,7 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
     int waiting = 0;
     for (;;) {
         double now = llmpar__nccl_now();
-        int fd, there = 1;
+        int fd, there = 1, heard = 1;
         while (waiting < LLMPAR__NCCL_STRANGERS && (fd = llmpar__nccl_accept_one(listener)) >= 0) {
             stranger[waiting].fd = fd;
             stranger[waiting].since = now;
@@ -288,15 +289,17 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
                 llmpar__nccl_close(&peer->link.fd);
                 peer->there = 0;
             }
-            if (!peer->there) there = 0;
+            there = there && peer->there;
+            heard = heard && peer->told;
         }
         if (there && !error->status) llmpar__nccl_neighbours(world, all, error);
         if (!error->status && !there && limit > 0 && now > limit) llmpar__nccl_missing(world, error);
         if (error->status && failed <= 0) failed = now;
-        if (there || (failed > 0 && now > failed + LLMPAR__NCCL_AFTER) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
+        if (there || (error->status && heard) || (failed > 0 && now > failed + LLMPAR__NCCL_AFTER) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
         llmpar__nccl_nap(0.002);
     }
     while (waiting > 0) llmpar__nccl_close(&stranger[--waiting].fd);
+    for (int32_t i = 1; i < world->ranks; i++) world->peer[i].told = 0;
     for (int32_t i = 1; i < world->ranks; i++)
         if (world->peer[i].there) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
 }
