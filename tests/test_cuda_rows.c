@@ -475,6 +475,9 @@ TEST(refusals)
     back.tokens.leaves = 3;
     back.tokens.canon = 0;
     CUDA_REFUSED(cuda_gpu->rmsnorm_backward(cuda_gpu, NULL, &back), LLMPAR_ERR_ARGUMENT, "canon 0");
+    back.tokens.canon = 8;
+    back.tokens.t = (int64_t)1 << 29;
+    CUDA_REFUSED(cuda_gpu->rmsnorm_backward(cuda_gpu, NULL, &back), LLMPAR_ERR_UNSUPPORTED, "less than 2^30 rows");
     /* No tokens: sums of nothing. */
     float *dw = (float *)cuda_put(cuda_gpu, LLMPAR_F32, NULL, 1, 12, 12, 0);
     double got[12];

@@ -221,7 +221,7 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
 }
 
 /* The listed rows. Each warp of a block has a leaf (of `slots` side by side) and 64 columns. Rounds of leaves without tokens are passed over. */
-template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS) llmpar__cuda_embedding_many(llmpar_embedding_backward_args a, llmpar__cuda_embedding_job job)
+template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 2) llmpar__cuda_embedding_many(llmpar_embedding_backward_args a, llmpar__cuda_embedding_job job)
 {
     LLMPAR__CUDA_SHARED(float, chains); /* [warp][64], then the tree [levels][columns] */
     const int batch = 16, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, side = LLMPAR__CUDA_ROW_WARPS / job.slots, columns = 64 * side, slot = warp / side;

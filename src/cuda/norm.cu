@@ -4,15 +4,15 @@
    a leaf and some columns, all pieces side by side, and keeps the chains in registers and their tree in shared memory:
 
         warps of a block, 8 pieces            1 piece (sequence parallel)
-        piece 0 | 64 columns |                piece 0 | 64 columns | 64 columns | .. 8 times |
-        piece 1 | 64 columns |
-        ..            tokens of all pieces advance together, 16 (f32: 8) at a time, each thread two columns
+        piece 0 | 128 bytes of columns |      piece 0 | 128 bytes | 128 bytes | .. 8 times |
+        piece 1 | 128 bytes            |
+        ..            tokens of all pieces advance together, 8 at a time, and come through a ring of stages in shared memory, copied while earlier ones are summed
 
    dx needs whole rows. Read for themselves, dy and x would come from memory twice. So the blocks of a leaf share out the rows that their chains have just passed, and compute dx for them in between: they all pass them at about the
    same time, so the second reading comes from the L2 cache. Nothing but speed depends on that. Where dx takes the place of dy, or where there are too few chains to keep the device busy, dx has a launch of its own behind the chains. */
 #include "cuda/rows_internal.h"
 
-/* Bytes of shared memory in front of the rows that are kept between the two passes over them: two sets of partial sums. */
+/* Shared memory in front of everything else: two turns of partial sums for two rows each. */
 enum { LLMPAR__CUDA_NORM_PARTIAL = 2 * LLMPAR__CUDA_ROW_WARPS, LLMPAR__CUDA_NORM_HEAD = 128 };
 
 template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 5) llmpar__cuda_norm_forward(llmpar_rmsnorm_args a, int lanes, int kept, int wide)
@@ -46,7 +46,7 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
 #pragma unroll
             for (int k = 0; k < width; k++) s = __fmaf_rn(v[k], v[k], s);
         }
-        s = llmpar__cuda_row_sum(s, lanes, partial + turn * LLMPAR__CUDA_ROW_WARPS);
+        s = llmpar__cuda_row_sum(s, lanes, partial + turn * LLMPAR__CUDA_NORM_PARTIAL);
         rstd = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(s, (float)dim), (float)a.eps)));
         if (a.rstd && lane == 0 && end) ((float *)a.rstd)[row] = rstd;
         slot = 0;
@@ -66,169 +66,221 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
 
 /* How backward is cut. */
 typedef struct llmpar__cuda_norm_cut {
-    int64_t first, last, share;       /* pieces that have tokens here; sequences a leaf */
-    int slots, groups, levels, pair;  /* pieces side by side; blocks a leaf; levels of the tree over rounds of pieces; two columns at a time */
-    int lanes, kept, wide, with_dx;   /* rows, for dx */
+    int64_t first, last, share;               /* pieces that have tokens here; sequences a leaf */
+    int slots, groups, levels, stages, async; /* pieces side by side; blocks a leaf; levels of the tree over rounds of pieces; stages of the ring; whether copies to it are 16 bytes in the background */
+    int lanes, kept, wide, with_dx;           /* rows, for dx */
 } llmpar__cuda_norm_cut;
 
-/* dx of one row: with a = dy w and xhat = x rstd it is dresidual + rstd (a - xhat mean(a xhat)). Every thread of the block calls; row < 0: none, for its group. */
-template <typename T> static __device__ __forceinline__ void llmpar__cuda_norm_dx_row(const llmpar_rmsnorm_backward_args &a, const llmpar__cuda_norm_cut &cut, int64_t row, float *partial, llmpar__cuda_16 *keep)
+/* dx of two rows: with a = dy w and xhat = x rstd it is dresidual + rstd (a - xhat mean(a xhat)). Every thread of the block calls; a row < 0: none, for its group. */
+enum { LLMPAR__CUDA_NORM_ROWS = 2 };
+template <typename T> static __device__ __forceinline__ void llmpar__cuda_norm_dx_rows(const llmpar_rmsnorm_backward_args &a, const llmpar__cuda_norm_cut &cut, const int *rows, float *partial, llmpar__cuda_16 *keep)
 {
-    const int width = llmpar__cuda_vector<T>::count, threads = LLMPAR__CUDA_ROW_THREADS, lanes = cut.lanes, wide = cut.wide, rows_kept = a.dresidual ? 3 : 2;
-    const int64_t dim = a.dim, step = (int64_t)lanes * width, end = row < 0 ? 0 : dim, at = row < 0 ? 0 : row * dim, begin = (int64_t)((int)threadIdx.x % lanes) * width;
-    const T *dy = (const T *)a.dy + at, *x = (const T *)a.x + at, *w = (const T *)a.w, *dresidual = (const T *)a.dresidual + at;
-    const float rstd = end ? ((const float *)a.rstd)[row] : 0.0f;
-    float s = 0, mean;
+    const int width = llmpar__cuda_vector<T>::count, threads = LLMPAR__CUDA_ROW_THREADS, wide = cut.wide, copies = a.dresidual ? 3 : 2, several = LLMPAR__CUDA_NORM_ROWS;
+    const int64_t dim = a.dim, step = (int64_t)cut.lanes * width, begin = (int64_t)((int)threadIdx.x % cut.lanes) * width;
+    const T *w = (const T *)a.w;
+    float rstd[several], s[several];
     llmpar__cuda_16 *mine = keep;
-    for (int64_t c = begin; c < end; c += step, mine += rows_kept * threads) {
-        float v[width], g[width], f[width];
-        llmpar__cuda_16 raw_x = llmpar__cuda_read(x + c, end - c, wide), raw_g = llmpar__cuda_read(dy + c, end - c, wide), raw_w = llmpar__cuda_read(w + c, end - c, wide);
-        if (cut.kept) {
-            if (a.dresidual) mine[2 * threads] = llmpar__cuda_read(dresidual + c, end - c, wide);
-            mine[0] = raw_x;
-            mine[threads] = raw_g;
-        }
-        llmpar__cuda_unpack<T>(v, raw_x);
-        llmpar__cuda_unpack<T>(g, raw_g);
-        llmpar__cuda_unpack<T>(f, raw_w);
 #pragma unroll
-        for (int k = 0; k < width; k++) s = __fmaf_rn(__fmul_rn(g[k], f[k]), __fmul_rn(v[k], rstd), s);
+    for (int r = 0; r < several; r++) {
+        rstd[r] = rows[r] < 0 ? 0.0f : ((const float *)a.rstd)[rows[r]];
+        s[r] = 0;
     }
-    mean = __fdiv_rn(llmpar__cuda_row_sum(s, lanes, partial), (float)dim);
-    mine = keep;
-    for (int64_t c = begin; c < end; c += step, mine += rows_kept * threads) {
-        float v[width], g[width], f[width], r[width];
-        llmpar__cuda_16 raw_w = llmpar__cuda_read(w + c, end - c, wide), raw_x, raw_g, raw_r = { { 0, 0, 0, 0 } };
-        if (cut.kept) {
-            raw_x = mine[0];
-            raw_g = mine[threads];
-            if (a.dresidual) raw_r = mine[2 * threads];
-        } else {
-            raw_x = llmpar__cuda_read(x + c, end - c, wide);
-            raw_g = llmpar__cuda_read(dy + c, end - c, wide);
-            if (a.dresidual) raw_r = llmpar__cuda_read(dresidual + c, end - c, wide);
-        }
-        llmpar__cuda_unpack<T>(v, raw_x);
-        llmpar__cuda_unpack<T>(g, raw_g);
-        llmpar__cuda_unpack<T>(f, raw_w);
-        llmpar__cuda_unpack<T>(r, raw_r);
+    for (int64_t c = begin; c < dim; c += step, mine += several * copies * threads) {
+        llmpar__cuda_16 raw_x[several], raw_g[several], raw_w = llmpar__cuda_read(w + c, dim - c, wide);
 #pragma unroll
-        for (int k = 0; k < width; k++) {
-            float d = __fmaf_rn(__fmul_rn(v[k], rstd), -mean, __fmul_rn(g[k], f[k]));
-            r[k] = __fadd_rn(r[k], __fmul_rn(d, rstd));
+        for (int r = 0; r < several; r++) {
+            const int64_t at = (int64_t)rows[r] * dim + c;
+            if (rows[r] < 0) continue;
+            raw_x[r] = llmpar__cuda_read((const T *)a.x + at, dim - c, wide);
+            raw_g[r] = llmpar__cuda_read((const T *)a.dy + at, dim - c, wide);
+            if (cut.kept && a.dresidual) mine[(r * copies + 2) * threads] = llmpar__cuda_read((const T *)a.dresidual + at, dim - c, wide);
         }
-        llmpar__cuda_write((T *)a.dx + at + c, end - c, wide, llmpar__cuda_pack<T>(r));
+#pragma unroll
+        for (int r = 0; r < several; r++) {
+            float v[width], g[width], f[width];
+            if (rows[r] < 0) continue;
+            if (cut.kept) {
+                mine[r * copies * threads] = raw_x[r];
+                mine[(r * copies + 1) * threads] = raw_g[r];
+            }
+            llmpar__cuda_unpack<T>(v, raw_x[r]);
+            llmpar__cuda_unpack<T>(g, raw_g[r]);
+            llmpar__cuda_unpack<T>(f, raw_w);
+#pragma unroll
+            for (int k = 0; k < width; k++) s[r] = __fmaf_rn(__fmul_rn(g[k], f[k]), __fmul_rn(v[k], rstd[r]), s[r]);
+        }
+    }
+    llmpar__cuda_row_sums<several>(s, cut.lanes, partial);
+    mine = keep;
+    for (int64_t c = begin; c < dim; c += step, mine += several * copies * threads) {
+        llmpar__cuda_16 raw_w = llmpar__cuda_read(w + c, dim - c, wide);
+#pragma unroll
+        for (int r = 0; r < several; r++) {
+            const int64_t at = (int64_t)rows[r] * dim + c;
+            const float mean = __fdiv_rn(s[r], (float)dim);
+            llmpar__cuda_16 raw_x, raw_g, raw_d = { { 0, 0, 0, 0 } };
+            float v[width], g[width], d[width], f[width];
+            if (rows[r] < 0) continue;
+            if (cut.kept) {
+                raw_x = mine[r * copies * threads];
+                raw_g = mine[(r * copies + 1) * threads];
+                if (a.dresidual) raw_d = mine[(r * copies + 2) * threads];
+            } else {
+                raw_x = llmpar__cuda_read((const T *)a.x + at, dim - c, wide);
+                raw_g = llmpar__cuda_read((const T *)a.dy + at, dim - c, wide);
+                if (a.dresidual) raw_d = llmpar__cuda_read((const T *)a.dresidual + at, dim - c, wide);
+            }
+            llmpar__cuda_unpack<T>(v, raw_x);
+            llmpar__cuda_unpack<T>(g, raw_g);
+            llmpar__cuda_unpack<T>(d, raw_d);
+            llmpar__cuda_unpack<T>(f, raw_w);
+#pragma unroll
+            for (int k = 0; k < width; k++) {
+                float away = __fmaf_rn(__fmul_rn(v[k], rstd[r]), -mean, __fmul_rn(g[k], f[k]));
+                d[k] = __fadd_rn(d[k], __fmul_rn(away, rstd[r]));
+            }
+            llmpar__cuda_write((T *)a.dx + at, dim - c, wide, llmpar__cuda_pack<T>(d));
+        }
     }
 }
 
 /* dx alone */
-template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 4) llmpar__cuda_norm_dx(llmpar_rmsnorm_backward_args a, llmpar__cuda_norm_cut cut)
+template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 2) llmpar__cuda_norm_dx(llmpar_rmsnorm_backward_args a, llmpar__cuda_norm_cut cut)
 {
     LLMPAR__CUDA_SHARED(unsigned char, shared);
-    const int64_t rows = a.tokens.batch * a.tokens.t;
-    const int at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes;
+    const int all = (int)(a.tokens.batch * a.tokens.t), at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes, stride = (int)gridDim.x * at_once * LLMPAR__CUDA_NORM_ROWS;
     float *partial = (float *)(void *)shared;
     llmpar__cuda_16 *keep = (llmpar__cuda_16 *)(void *)(shared + LLMPAR__CUDA_NORM_HEAD) + threadIdx.x;
     int turn = 0;
-    for (int64_t first = (int64_t)blockIdx.x * at_once; first < rows; first += (int64_t)gridDim.x * at_once, turn ^= 1) {
-        const int64_t row = first + (int)threadIdx.x / cut.lanes;
-        llmpar__cuda_norm_dx_row<T>(a, cut, row < rows ? row : -1, partial + turn * LLMPAR__CUDA_ROW_WARPS, keep);
+    for (int first = (int)blockIdx.x * at_once * LLMPAR__CUDA_NORM_ROWS; first < all; first += stride, turn ^= 1) {
+        int rows[LLMPAR__CUDA_NORM_ROWS];
+#pragma unroll
+        for (int r = 0; r < LLMPAR__CUDA_NORM_ROWS; r++) {
+            rows[r] = first + r * at_once + (int)threadIdx.x / cut.lanes;
+            if (rows[r] >= all) rows[r] = -1;
+        }
+        llmpar__cuda_norm_dx_rows<T>(a, cut, rows, partial + turn * LLMPAR__CUDA_NORM_PARTIAL, keep);
     }
 }
 
-/* The tokens of a piece in a leaf, counted from the leaf's first row: token i lies in sequence i / length. */
-typedef struct llmpar__cuda_norm_piece { int64_t begin, length; } llmpar__cuda_norm_piece;
-static __device__ __forceinline__ int64_t llmpar__cuda_norm_token(const llmpar__cuda_norm_piece &piece, int64_t t, int64_t i)
+/* The tokens of a piece in a leaf, counted from the leaf's first row: token i lies in sequence i / length. Rows are less than 2^30. */
+typedef struct llmpar__cuda_norm_piece { int begin, length; } llmpar__cuda_norm_piece;
+static __device__ __forceinline__ int llmpar__cuda_norm_token(const llmpar__cuda_norm_piece &piece, int t, int i)
 {
-    int64_t sequence = llmpar__cuda_divide(i, piece.length);
+    int sequence = (int)((unsigned)i / (unsigned)piece.length);
     return sequence * t + piece.begin + (i - sequence * piece.length);
 }
 
-/* Shared memory: partial sums of rows, the round's pieces, the chains [warp][64], the tree [levels][columns], rows kept. */
-enum { LLMPAR__CUDA_NORM_PIECES = 128, LLMPAR__CUDA_NORM_CHAINS = 64 * LLMPAR__CUDA_ROW_WARPS };
+/* A warp's part of a stage: 128 bytes of each token's x, then of dy, then rstd. The ring is [stage][warp]. */
+enum { LLMPAR__CUDA_NORM_TOKENS = 8, LLMPAR__CUDA_NORM_LINE = 128, LLMPAR__CUDA_NORM_DY = LLMPAR__CUDA_NORM_TOKENS * LLMPAR__CUDA_NORM_LINE, LLMPAR__CUDA_NORM_RSTD = 2 * LLMPAR__CUDA_NORM_DY, LLMPAR__CUDA_NORM_STAGE = LLMPAR__CUDA_NORM_RSTD + 4 * LLMPAR__CUDA_NORM_TOKENS };
 
-template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 2) llmpar__cuda_norm_chains(llmpar_rmsnorm_backward_args a, llmpar__cuda_norm_cut cut)
+/* Asks for tokens [i, i + 8) of a piece with `count`; what lies beyond does not come. x, dy: of the leaf's first row at the warp's first column, of which `left` are there. */
+template <typename T> static __device__ __forceinline__ void llmpar__cuda_norm_fetch(unsigned char *stage, const T *x, const T *dy, const float *rstd, int64_t dim, int64_t left, const llmpar__cuda_norm_piece &piece, int t, int i, int count, int async)
+{
+    const int width = llmpar__cuda_vector<T>::count, lane = (int)threadIdx.x % 32, part = lane % 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int k = half * 4 + lane / 8;
+        unsigned char *to = stage + k * LLMPAR__CUDA_NORM_LINE + part * 16;
+        if (i + k >= count || part * width >= left) continue;
+        const int64_t from = (int64_t)llmpar__cuda_norm_token(piece, t, i + k) * dim + part * width;
+        if (async) {
+            llmpar__cu_copy_async(to, x + from, 16);
+            llmpar__cu_copy_async(to + LLMPAR__CUDA_NORM_DY, dy + from, 16);
+        } else {
+            *(llmpar__cuda_16 *)(void *)to = llmpar__cuda_read(x + from, left - part * width, 0);
+            *(llmpar__cuda_16 *)(void *)(to + LLMPAR__CUDA_NORM_DY) = llmpar__cuda_read(dy + from, left - part * width, 0);
+        }
+    }
+    if (lane < LLMPAR__CUDA_NORM_TOKENS && i + lane < count) llmpar__cu_copy_async_4(stage + LLMPAR__CUDA_NORM_RSTD + 4 * lane, rstd + llmpar__cuda_norm_token(piece, t, i + lane), 4);
+    llmpar__cu_copy_async_commit();
+}
+
+/* Shared memory: partial sums of rows, the round's pieces, the chains [warp][columns of a warp], the tree [levels][columns of the block], rows kept, the ring. */
+enum { LLMPAR__CUDA_NORM_PIECES = 128 };
+
+template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS, 2) llmpar__cuda_norm_chains(llmpar_rmsnorm_backward_args a, llmpar__cuda_norm_cut cut, int ring_at)
 {
     LLMPAR__CUDA_SHARED(unsigned char, shared);
-    const int batch = 32 / (int)sizeof(T); /* tokens that are on their way at a time */
-    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, side = LLMPAR__CUDA_ROW_WARPS / cut.slots, columns = 64 * side, slot = warp / side, group = (int)(blockIdx.x % (unsigned)cut.groups);
-    const int64_t dim = a.dim, t = a.tokens.t, leaf = blockIdx.x / (unsigned)cut.groups, row0 = leaf * cut.share * t, column = (int64_t)group * columns + warp % side * 64 + 2 * lane;
-    float *partial = (float *)(void *)shared, *chains = (float *)(void *)(shared + LLMPAR__CUDA_NORM_HEAD + LLMPAR__CUDA_NORM_PIECES), *stack = chains + LLMPAR__CUDA_NORM_CHAINS + warp * 64 + 2 * lane;
+    const int own = 4 / (int)sizeof(T), warp_columns = 32 * own, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, side = LLMPAR__CUDA_ROW_WARPS / cut.slots, columns = warp_columns * side, slot = warp / side;
+    const int group = (int)(blockIdx.x % (unsigned)cut.groups), at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes, units = (cut.slots * LLMPAR__CUDA_NORM_TOKENS + at_once * LLMPAR__CUDA_NORM_ROWS - 1) / (at_once * LLMPAR__CUDA_NORM_ROWS);
+    const int t = (int)a.tokens.t, share = (int)cut.share;
+    const int64_t dim = a.dim, leaf = blockIdx.x / (unsigned)cut.groups, row0 = leaf * share * t, first_column = (int64_t)group * columns + warp % side * warp_columns, column = first_column + own * lane;
+    float *partial = (float *)(void *)shared, *chains = (float *)(void *)(shared + LLMPAR__CUDA_NORM_HEAD + LLMPAR__CUDA_NORM_PIECES), *own_chains = chains + warp * warp_columns + own * lane, *stack = chains + LLMPAR__CUDA_ROW_WARPS * warp_columns + warp * warp_columns + own * lane;
     llmpar__cuda_norm_piece *pieces = (llmpar__cuda_norm_piece *)(void *)(shared + LLMPAR__CUDA_NORM_HEAD);
-    llmpar__cuda_16 *keep = (llmpar__cuda_16 *)(void *)(chains + LLMPAR__CUDA_NORM_CHAINS + cut.levels * columns) + threadIdx.x;
-    const T *x = (const T *)a.x + row0 * dim + column, *dy = (const T *)a.dy + row0 * dim + column;
-    const float *rstds = (const float *)a.rstd + row0;
+    llmpar__cuda_16 *keep = (llmpar__cuda_16 *)(void *)(chains + LLMPAR__CUDA_ROW_WARPS * warp_columns + cut.levels * columns) + threadIdx.x;
+    unsigned char *ring = shared + ring_at + warp * LLMPAR__CUDA_NORM_STAGE;
+    const T *x = (const T *)a.x + row0 * dim + first_column, *dy = (const T *)a.dy + row0 * dim + first_column;
+    const float *rstd = (const float *)a.rstd + row0;
     llmpar__cuda_tree tree = { 0, 0 };
-    int turn = 0;
+    int turn = 0, passed = 0; /* units of rows, modulo groups */
     for (int64_t round = cut.first / cut.slots; round <= cut.last / cut.slots; round++) {
-        llmpar__cuda_two<T> xs[batch], dys[batch];
         llmpar__cuda_norm_piece piece;
-        int64_t longest = 0, tokens, row = 0, left = 0;
-        float low = 0, high = 0, rstd = 0;
+        int longest = 0, count, stage = 0, next = cut.stages - 1;
+        float sum[own];
         if ((int)threadIdx.x < cut.slots) { /* who read the last round's met at its chains */
             int64_t p = round * cut.slots + (int)threadIdx.x, t0, t1;
             t0 = p < a.tokens.canon ? max(llmpar__cuda_piece_begin(p, a.tokens.t_total, a.tokens.canon), a.tokens.t_begin) - a.tokens.t_begin : 0;
             t1 = p < a.tokens.canon ? min(llmpar__cuda_piece_begin(p + 1, a.tokens.t_total, a.tokens.canon), a.tokens.t_begin + t) - a.tokens.t_begin : 0;
-            pieces[threadIdx.x].begin = t0;
-            pieces[threadIdx.x].length = max(t1 - t0, (int64_t)0);
+            pieces[threadIdx.x].begin = (int)t0;
+            pieces[threadIdx.x].length = (int)max(t1 - t0, (int64_t)0);
         }
         __syncthreads();
         for (int k = 0; k < cut.slots; k++) longest = max(longest, pieces[k].length);
-        longest *= cut.share;
+        longest *= share;
         piece = pieces[slot];
-        tokens = column < dim ? piece.length * cut.share : 0;
-        /* Asks for tokens [i, i + batch): lane k for the rstd of the k-th. */
-        auto fetch = [&](int64_t i) {
-            if (lane < batch && i + lane < piece.length * cut.share) rstd = rstds[llmpar__cuda_norm_token(piece, t, i + lane)];
-            if (i < tokens) {
-                row = llmpar__cuda_norm_token(piece, t, i);
-                left = piece.length - (i - llmpar__cuda_divide(i, piece.length) * piece.length); /* of its sequence */
-            }
+        count = piece.length * share;
 #pragma unroll
-            for (int k = 0; k < batch; k++)
-                if (i + k < tokens) {
-                    xs[k] = llmpar__cuda_read_two(x + row * dim, dim - column, cut.pair);
-                    dys[k] = llmpar__cuda_read_two(dy + row * dim, dim - column, cut.pair);
-                    row++;
-                    if (--left == 0) {
-                        row += t - piece.length;
-                        left = piece.length;
+        for (int e = 0; e < own; e++) sum[e] = 0;
+        for (int k = 0; k < cut.stages - 1; k++) llmpar__cuda_norm_fetch<T>(ring + k * LLMPAR__CUDA_ROW_WARPS * LLMPAR__CUDA_NORM_STAGE, x, dy, rstd, dim, dim - first_column, piece, t, k * LLMPAR__CUDA_NORM_TOKENS, count, cut.async);
+        for (int i = 0; i < longest; i += LLMPAR__CUDA_NORM_TOKENS) {
+            const unsigned char *here = ring + stage * LLMPAR__CUDA_ROW_WARPS * LLMPAR__CUDA_NORM_STAGE;
+            if (cut.stages == 8) llmpar__cu_copy_async_wait<6>();
+            else if (cut.stages == 4) llmpar__cu_copy_async_wait<2>();
+            else llmpar__cu_copy_async_wait<0>();
+            __syncwarp();
+#pragma unroll 4
+            for (int k = 0; k < LLMPAR__CUDA_NORM_TOKENS; k++)
+                if (i + k < count && column < dim) {
+                    const uint32_t word_x = *(const uint32_t *)(const void *)(here + k * LLMPAR__CUDA_NORM_LINE + 4 * lane), word_g = *(const uint32_t *)(const void *)(here + LLMPAR__CUDA_NORM_DY + k * LLMPAR__CUDA_NORM_LINE + 4 * lane);
+                    const float r = *(const float *)(const void *)(here + LLMPAR__CUDA_NORM_RSTD + 4 * k);
+#pragma unroll
+                    for (int e = 0; e < own; e++) {
+                        T v, g;
+                        llmpar__cuda_set_bits(&v, word_x >> (16 * e));
+                        llmpar__cuda_set_bits(&g, word_g >> (16 * e));
+                        sum[e] = __fmaf_rn(llmpar__cuda_load(g), __fmul_rn(llmpar__cuda_load(v), r), sum[e]);
                     }
                 }
-        };
-        fetch(0);
-        for (int64_t i = 0; i < longest; i += batch) {
-#pragma unroll
-            for (int k = 0; k < batch; k++) {
-                float r = __shfl_sync(0xffffffffu, rstd, k);
-                if (i + k < tokens) {
-                    low = __fmaf_rn(llmpar__cuda_low<T>(dys[k]), __fmul_rn(llmpar__cuda_low<T>(xs[k]), r), low);
-                    high = __fmaf_rn(llmpar__cuda_high<T>(dys[k]), __fmul_rn(llmpar__cuda_high<T>(xs[k]), r), high);
-                }
-            }
-            fetch(i + batch);
+            __syncwarp(); /* the lanes have read what the next copies lie over */
+            llmpar__cuda_norm_fetch<T>(ring + next * LLMPAR__CUDA_ROW_WARPS * LLMPAR__CUDA_NORM_STAGE, x, dy, rstd, dim, dim - first_column, piece, t, i + (cut.stages - 1) * LLMPAR__CUDA_NORM_TOKENS, count, cut.async);
+            stage = stage + 1 == cut.stages ? 0 : stage + 1;
+            next = next + 1 == cut.stages ? 0 : next + 1;
             if (cut.with_dx) { /* the leaf's rows that its blocks have just passed, turn by turn */
-                const int at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes, units = (cut.slots * batch + at_once - 1) / at_once;
-                for (int unit = group; unit < units; unit += cut.groups, turn ^= 1) {
-                    const int at = unit * at_once + (int)threadIdx.x / cut.lanes, k = at / batch;
-                    const int64_t token = i + at % batch;
-                    int64_t here = -1;
-                    if (k < cut.slots && token < pieces[k].length * cut.share) here = row0 + llmpar__cuda_norm_token(pieces[k], t, token);
-                    llmpar__cuda_norm_dx_row<T>(a, cut, here, partial + turn * LLMPAR__CUDA_ROW_WARPS, keep);
+                for (int unit = (group - passed + cut.groups) % cut.groups; unit < units; unit += cut.groups, turn ^= 1) {
+                    int rows[LLMPAR__CUDA_NORM_ROWS];
+#pragma unroll
+                    for (int r = 0; r < LLMPAR__CUDA_NORM_ROWS; r++) {
+                        const int at = (unit * LLMPAR__CUDA_NORM_ROWS + r) * at_once + (int)threadIdx.x / cut.lanes, k = at / LLMPAR__CUDA_NORM_TOKENS, token = i + at % LLMPAR__CUDA_NORM_TOKENS;
+                        rows[r] = -1;
+                        if (k < cut.slots && token < pieces[k].length * share) rows[r] = (int)row0 + llmpar__cuda_norm_token(pieces[k], t, token);
+                    }
+                    llmpar__cuda_norm_dx_rows<T>(a, cut, rows, partial + turn * LLMPAR__CUDA_NORM_PARTIAL, keep);
                 }
+                passed = (passed + units) % cut.groups;
             }
         }
         /* A fused chain can underflow to -0; as a leaf of the tree it is +0. */
-        chains[warp * 64 + 2 * lane] = __fadd_rn(low, 0.0f);
-        chains[warp * 64 + 2 * lane + 1] = __fadd_rn(high, 0.0f);
+#pragma unroll
+        for (int e = 0; e < own; e++) own_chains[e] = __fadd_rn(sum[e], 0.0f);
         __syncthreads();
         if (slot == 0)
-            for (int k = 0; k < 2; k++) llmpar__cuda_tree_push(&tree, stack + k, columns, round, llmpar__cuda_slot_sum(chains + warp * 64 + 2 * lane + k, cut.slots, columns));
+            for (int e = 0; e < own; e++) llmpar__cuda_tree_push(&tree, stack + e, columns, round, llmpar__cuda_slot_sum(own_chains + e, cut.slots, columns));
         llmpar__cuda_tree_pushed(&tree, round);
     }
     if (slot == 0)
-        for (int k = 0; k < 2; k++)
-            if (column + k < dim) ((float *)a.dw_leaves)[leaf * dim + column + k] = llmpar__cuda_tree_sum(&tree, stack + k, columns, cut.levels);
+        for (int e = 0; e < own; e++)
+            if (column + e < dim) ((float *)a.dw_leaves)[leaf * dim + column + e] = llmpar__cuda_tree_sum(&tree, stack + e, columns, cut.levels);
 }
 
 /* ---- slots ---- */
@@ -277,7 +329,7 @@ template <typename T> static void llmpar__cuda_norm_run_backward(llmpar_device *
     const llmpar__cuda *cuda = llmpar__cuda_of(device);
     const llmpar_tokens *tokens = &args->tokens;
     const int64_t bytes = args->dim * (int64_t)sizeof(T), rows = tokens->batch * tokens->t;
-    const int copies = args->dresidual ? 3 : 2;
+    const int copies = LLMPAR__CUDA_NORM_ROWS * (args->dresidual ? 3 : 2);
     llmpar__cuda_norm_cut cut;
     size_t shared;
     int done = 0;
@@ -285,26 +337,36 @@ template <typename T> static void llmpar__cuda_norm_run_backward(llmpar_device *
     cut.lanes = llmpar__cuda_row_lanes(args->dim, (int)sizeof(T));
     cut.wide = llmpar__cuda_wide(args->dy, bytes) && llmpar__cuda_wide(args->x, bytes) && llmpar__cuda_wide(args->w, bytes) && llmpar__cuda_wide(args->dresidual, bytes) && llmpar__cuda_wide(args->dx, bytes);
     if (args->dw_leaves && tokens->leaves > 0) {
+        const size_t stage = (size_t)LLMPAR__CUDA_ROW_WARPS * LLMPAR__CUDA_NORM_STAGE, half = (cuda->shared_limit + 1024) / 2 - 1024; /* two blocks a multiprocessor; the driver takes 1 KiB of each */
+        const int warp_columns = LLMPAR__CUDA_NORM_LINE / (int)sizeof(T);
         int64_t blocks;
         int columns;
+        size_t head;
         cut.last = tokens->canon - 1;
         while (cut.first < cut.last && llmpar__cuda_norm_position(tokens, cut.first) >= llmpar__cuda_norm_position(tokens, cut.first + 1)) cut.first++;
         while (cut.last > cut.first && llmpar__cuda_norm_position(tokens, cut.last) >= llmpar__cuda_norm_position(tokens, cut.last + 1)) cut.last--;
         cut.share = tokens->batch / tokens->leaves;
         cut.slots = llmpar__cuda_slots(cut.last + 1 - cut.first);
-        columns = LLMPAR__CUDA_ROW_WARPS / cut.slots * 64;
+        columns = LLMPAR__CUDA_ROW_WARPS / cut.slots * warp_columns;
         cut.groups = (int)((args->dim + columns - 1) / columns);
         cut.levels = llmpar__cuda_tree_levels(cut.last / cut.slots);
-        cut.pair = llmpar__cuda_pair(args->x, args->dim, (int)sizeof(T)) && llmpar__cuda_pair(args->dy, args->dim, (int)sizeof(T));
-        shared = LLMPAR__CUDA_NORM_HEAD + LLMPAR__CUDA_NORM_PIECES + (size_t)(LLMPAR__CUDA_NORM_CHAINS + cut.levels * columns) * sizeof(float);
+        cut.async = llmpar__cuda_wide(args->x, bytes) && llmpar__cuda_wide(args->dy, bytes);
         blocks = tokens->leaves * cut.groups;
         cut.with_dx = done = args->dx != args->dy && blocks >= cuda->multiprocessors;
-        if (done) cut.kept = llmpar__cuda_norm_keep(cuda, args->dim, (int)sizeof(T), cut.lanes, copies, shared, &shared);
-        llmpar__cuda_launch(device, stream, llmpar__cuda_norm_chains<T>, dim3((unsigned)blocks), dim3(LLMPAR__CUDA_ROW_THREADS), shared, *args, cut);
+        head = shared = LLMPAR__CUDA_NORM_HEAD + LLMPAR__CUDA_NORM_PIECES + (size_t)(LLMPAR__CUDA_ROW_WARPS * warp_columns + cut.levels * columns) * sizeof(float);
+        cut.stages = blocks > cuda->multiprocessors ? 4 : 8;
+        if (done) cut.kept = llmpar__cuda_norm_keep(cuda, args->dim, (int)sizeof(T), cut.lanes, copies, head, &shared);
+        if (cut.stages == 4 && shared + 4 * stage > half && shared + 2 * stage <= half) cut.stages = 2;
+        if (shared + (size_t)cut.stages * stage > cuda->shared_limit) cut.stages = 2;
+        if (shared + (size_t)cut.stages * stage > cuda->shared_limit) {
+            cut.kept = 0;
+            shared = head;
+        }
+        llmpar__cuda_launch(device, stream, llmpar__cuda_norm_chains<T>, dim3((unsigned)blocks), dim3(LLMPAR__CUDA_ROW_THREADS), shared + (size_t)cut.stages * stage, *args, cut, (int)shared);
     }
     if (done || rows <= 0) return;
     cut.kept = llmpar__cuda_norm_keep(cuda, args->dim, (int)sizeof(T), cut.lanes, copies, LLMPAR__CUDA_NORM_HEAD, &shared);
-    const int at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes;
+    const int64_t at_once = LLMPAR__CUDA_ROW_THREADS / cut.lanes * LLMPAR__CUDA_NORM_ROWS;
     llmpar__cuda_launch(device, stream, llmpar__cuda_norm_dx<T>, dim3(llmpar__cuda_row_blocks(cuda, (rows + at_once - 1) / at_once, 4)), dim3(LLMPAR__CUDA_ROW_THREADS), shared, *args, cut);
 }
 
@@ -316,6 +378,8 @@ static llmpar_status llmpar__cuda_rmsnorm_backward(llmpar_device *device, llmpar
     if (status || args->dim <= 0) return status;
     if (args->dw_leaves && tokens->leaves > 0 && (tokens->canon < 1 || tokens->batch % tokens->leaves))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);
+    if (tokens->batch > 0 && tokens->t > ((int64_t)1 << 30) / tokens->batch - 1)
+        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "rmsnorm_backward: %lld sequences of %lld rows, expected less than 2^30 rows in all on device %s", (long long)tokens->batch, (long long)tokens->t, device->name);
     LLMPAR__CUDA_BY_DTYPE(args->dtype, llmpar__cuda_norm_run_backward, device, stream, args);
     return llmpar__cuda_end(device, stream, "rmsnorm_backward");
 }

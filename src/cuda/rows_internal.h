@@ -107,25 +107,37 @@ static inline int llmpar__cuda_row_lanes(int64_t dim, int size)
 }
 static inline unsigned llmpar__cuda_row_blocks(const llmpar__cuda *cuda, int64_t blocks, unsigned waves) { return llmpar__cuda_blocks(cuda, blocks * LLMPAR__CUDA_ROW_THREADS, LLMPAR__CUDA_ROW_THREADS, waves); }
 
-/* ---- over the threads of a row; every thread gets the result. For more than 32 lanes all threads of the block take part, and `partial` (a float a warp) is not the one of the call before. ---- */
+/* ---- over the threads of a row; every thread gets the results. For more than 32 lanes all threads of the block take part, and `partial` (a float a warp for each sum) is not the one of the call before. ---- */
 
-static __device__ __forceinline__ float llmpar__cuda_row_sum(float x, int lanes, float *partial)
+template <int Sums> static __device__ __forceinline__ void llmpar__cuda_row_sums(float *x, int lanes, float *partial)
 {
-    for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, o));
+    for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) {
+#pragma unroll
+        for (int n = 0; n < Sums; n++) x[n] = __fadd_rn(x[n], __shfl_xor_sync(0xffffffffu, x[n], o));
+    }
     if (lanes > 32) {
         const int warps = lanes / 32, warp = (int)threadIdx.x / 32, first = warp - warp % warps;
-        float p[LLMPAR__CUDA_ROW_WARPS];
-        if (threadIdx.x % 32 == 0) partial[warp] = x;
+#pragma unroll
+        for (int n = 0; n < Sums; n++)
+            if (threadIdx.x % 32 == 0) partial[n * LLMPAR__CUDA_ROW_WARPS + warp] = x[n];
         __syncthreads();
 #pragma unroll
-        for (int k = 0; k < LLMPAR__CUDA_ROW_WARPS; k++) p[k] = k < warps ? partial[first + k] : 0.0f;
+        for (int n = 0; n < Sums; n++) {
+            float p[LLMPAR__CUDA_ROW_WARPS];
 #pragma unroll
-        for (int half = LLMPAR__CUDA_ROW_WARPS / 2; half > 0; half /= 2) {
+            for (int k = 0; k < LLMPAR__CUDA_ROW_WARPS; k++) p[k] = k < warps ? partial[n * LLMPAR__CUDA_ROW_WARPS + first + k] : 0.0f;
 #pragma unroll
-            for (int k = 0; k < half; k++) p[k] = __fadd_rn(p[k], p[k + half]);
+            for (int half = LLMPAR__CUDA_ROW_WARPS / 2; half > 0; half /= 2) {
+#pragma unroll
+                for (int k = 0; k < half; k++) p[k] = __fadd_rn(p[k], p[k + half]);
+            }
+            x[n] = p[0];
         }
-        x = p[0];
     }
+}
+static __device__ __forceinline__ float llmpar__cuda_row_sum(float x, int lanes, float *partial)
+{
+    llmpar__cuda_row_sums<1>(&x, lanes, partial);
     return x;
 }
 
