@@ -471,7 +471,7 @@ check-layers: build/gen/llmpar.h
 check-compile: $(HEADERS:%=build/gen/%)
 	@tests/compile/run.sh
 
-check-budget: build/gen/llmpar.h
+check-budget: $(HEADERS:%=build/gen/%)
 	@tools/check_budget.sh
 
 # Needs gcc's gcov.

@@ -33,9 +33,11 @@ line()
     printf '%-36s %9s of %9s  %s\n' "$1" "$2" "$3" "$verdict"
 }
 
-line "llmpar.h, lines" "$lines" 30500
-line "llmpar.h, bytes" "$bytes" 1677722
-line "declarations, lines" "$declarations" 2500
+line "llmpar.h, lines" "$lines" 31000
+line "llmpar.h, bytes" "$bytes" 1782580
+line "llmpar_cuda.h, lines" "$(wc -l <build/gen/llmpar_cuda.h)" 9000
+line "llmpar_nccl.h, lines" "$(wc -l <build/gen/llmpar_nccl.h)" 3500
+line "declarations, lines" "$declarations" 2600
 # The aim is 10 s. Neighbours in the caches slow the implementation down more than the reference, which is smaller: up to half again was seen. So what is
 # over the aim is said, and only what is over that too fails.
 if [ "$tenths" -gt 100 ] && [ "$tenths" -le 150 ]; then echo "implementation at -O2: $((tenths / 10)).$((tenths % 10)) s, over the aim of 10 s: is this machine quiet?"; fi
