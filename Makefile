@@ -454,11 +454,14 @@ build/layers/%.o: src/%.c
 	@mkdir -p $(@D)
 	@$(CC) -O0 $(SEPARATE_FLAGS) -Werror -MMD -MP -c $< -o $@
 
-# Those of llmpar_cuda.h as the emulation has them, of llmpar_nccl.h where NCCL's header is.
+# Those of llmpar_cuda.h and llmpar_nccl.h, on stand-ins for the headers of CUDA and NCCL.
 build/layers/cuda/%.o: src/cuda/%.cu build/gen/llmpar.h
 	@mkdir -p $(@D)
 	@$(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc -MMD -MP -x c++ -c $< -o $@
-LAYERS += $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
+build/layers/nccl/%.o: src/nccl/%.c build/gen/llmpar.h
+	@mkdir -p $(@D)
+	@$(CC) -O0 $(SEPARATE_FLAGS) -D_DEFAULT_SOURCE -D_POSIX_C_SOURCE=200809L -Werror -Ibuild/gen -Itests/fake_nccl -MMD -MP -c $< -o $@
+LAYERS += $(patsubst src/%.c,build/layers/%.o,$(filter src/nccl/%.c,$(SRC))) $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
 
 -include $(wildcard build/layers/*/*.d)
 

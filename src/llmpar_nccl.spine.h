@@ -51,8 +51,6 @@ LLMPAR_EXTERN_C_END
 #pragma GCC diagnostic ignored "-Wold-style-cast"
 #endif
 
-#include "nccl/nccl_internal.h"
-
 #include "nccl/socket.c"
 #include "nccl/meet.c"
 #include "nccl/control.c"

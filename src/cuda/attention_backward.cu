@@ -9,6 +9,7 @@
    the group in the tree of the contract and rounded once; to hold these, some sequences are taken at a time (a number that follows from their length alone).
    Scores of dk and dv are computed transposed (keys are rows), so that what they leave in registers is the left side of the next products. */
 #include "cuda/attention_internal.h"
+#include "cuda/attention.cu"
 #include "cuda/launch.h"
 
 /* Queries or keys that arrive at a time, two buffers of them. */

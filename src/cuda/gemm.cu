@@ -3,6 +3,9 @@
    The bits of an element depend on its segments, their pieces and the type alone: not on m, n, ld, alignment, kind (NT, NN and TN multiply the same links), on the device's size or on which pieces a rank holds. So the grid is free to
    follow the device: one block a multiprocessor, each with its own slots for partial tiles. */
 #include "cuda/tiles_internal.h"
+#include "cuda/launch.h"
+#include "cuda/gemm_f32.cu"
+#include "cuda/gemm_half.cu"
 
 static llmpar_dtype llmpar__cuda_gemm_out(const llmpar_gemm_args *args) { return args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype; }
 

@@ -8,6 +8,8 @@
 
    The algorithm that the library chose is kept for the shape, in a table of the device: of bounded size, the shape that came last drives out an older one. */
 #include "cuda/tiles_internal.h"
+#include "cuda/launch.h"
+#include "cuda/gemm.cu"
 
 enum { LLMPAR__CUDA_PRODUCTS = 512, LLMPAR__CUDA_PRODUCT_PLACES = 8, LLMPAR__CUDA_GROUPS = 24 };
 

@@ -18,6 +18,7 @@
 
    send and recv: the sender's place travels through the inner communicator, the receiver's stream copies, and its answer lets the sender's stream wait for the copy. */
 #include "cuda/cuda_internal.h"
+#include "cuda/tree_sum.cu"
 
 #include <pthread.h>
 #include <unistd.h>
