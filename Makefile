@@ -340,6 +340,10 @@ test-nccl-asan:
 test-nccl-tsan:
 	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-nccl_tsan
 
+# Every barrier and every wait of the kernels left out once (PLANT=sample: every eighth).
+test-cuda-plant: build-emulated
+	@tests/emulated_cuda/plant.sh $(PLANT:%=--%)
+
 NVCC = nvcc
 # Which GPUs `make cuda` compiles for: all, or native (this machine's).
 CUDA_FOR = all
@@ -490,7 +494,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: print-nccl-home test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: test-cuda-plant print-nccl-home test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:
