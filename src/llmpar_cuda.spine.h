@@ -47,7 +47,6 @@ LLMPAR_EXTERN_C_END
 #include "cuda/embedding.cu"
 #include "cuda/xent.cu"
 #include "cuda/elementwise.cu"
-#include "cuda/tiles_internal.h"
 #include "cuda/gemm_half.cu"
 #include "cuda/gemm_f32.cu"
 #include "cuda/gemm.cu"

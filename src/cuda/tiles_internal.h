@@ -14,6 +14,7 @@
 #define LLMPAR_CUDA_TILES_INTERNAL_H
 
 #include "cuda/cuda_internal.h"
+#include "cuda/launch.h"
 
 enum { LLMPAR__CUDA_GEMM_THREADS = 256, LLMPAR__CUDA_GEMM_RUNS = 64, LLMPAR__CUDA_GEMM_GROUP = 16 };
 
