@@ -60,7 +60,6 @@ LLMPAR_EXTERN_C_END
 #include "cuda/cast.cu"
 #include "cuda/tree_sum.cu"
 #include "cuda/optim.cu"
-#include "cuda/exact_internal.h"
 #include "cuda/squares.cu"
 #include "cuda/xent_loss.cu"
 #include "cuda/adalomo.cu"

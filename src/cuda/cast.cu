@@ -2,7 +2,6 @@
 
    A thread takes eight elements, 16 bytes of a 16-bit type and 32 of f32, where both pointers are 16-byte aligned, and one at a time where they are not and at the end. Narrowing from f64 goes through f32 bits
    rounded to odd, whose second rounding gives what one rounding from f64 gives (Boldo & Melquiond 2008). */
-#include "cuda/cuda_internal.h"
 #include "cuda/launch.h"
 
 /* ---- one element ---- */

@@ -10,7 +10,7 @@
 #ifndef LLMPAR_CUDA_EXACT_INTERNAL_H
 #define LLMPAR_CUDA_EXACT_INTERNAL_H
 
-#include "cuda/cuda_internal.h"
+#include "cuda/launch.h"
 #include "cuda/launch.h"
 
 #define LLMPAR__CUDA_WARP 0xffffffffu

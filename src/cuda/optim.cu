@@ -9,7 +9,6 @@
    The scalars are computed in f64 and rounded once; square root and division are IEEE's. Every operation is one of the _rn family, which a compiler neither fuses nor replaces.
 
    Callers hold parameters, gradients and moments in flat buffers (fsdp/flat.c), so one call is one launch for many tensors. A thread takes four elements of each buffer, 16 bytes, where all are 16-byte aligned. */
-#include "cuda/cuda_internal.h"
 #include "cuda/launch.h"
 
 struct __align__(16) llmpar__cuda_four { float x[4]; };

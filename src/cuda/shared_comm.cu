@@ -17,8 +17,8 @@
    others have begun, it closes the communicator (nobody issues from then on) and waits for what was issued: its buffers are its own again.
 
    send and recv: the sender's place travels through the inner communicator, the receiver's stream copies, and its answer lets the sender's stream wait for the copy. */
-#include "cuda/cuda_internal.h"
-#include "cuda/tree_sum.cu"
+#include "cuda/launch.h"
+#include "cuda/tree_internal.h"
 
 #include <pthread.h>
 #include <unistd.h>

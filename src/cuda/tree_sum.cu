@@ -1,57 +1,12 @@
 /* tree_sum: the balanced tree over whole buffers, and the largest element of several. The bits of the CPU device: additions alone have one rounding each, in the order of docs/exact.md.
 
-   A thread takes 16 bytes of every operand where all pointers are 16-byte aligned, else one element. It reads all operands before it writes, so the result may lie on any of them. The tree is walked as a
-   binary counter: after operand j as many subtrees are closed as j has trailing ones; subtrees wait in registers, one a level. */
-#include "cuda/cuda_internal.h"
+   A thread takes 16 bytes of every operand where all pointers are 16-byte aligned, else one element. It reads all operands before it writes, so the result may lie on any of them. */
 #include "cuda/launch.h"
+#include "cuda/tree_internal.h"
 
-#define LLMPAR__CUDA_TREE_LEVELS 9
 #define LLMPAR__CUDA_TREE_MOST 448 /* operands of a call: their addresses are a kernel's arguments, of which there are 4 KiB */
 
 struct llmpar__cuda_operands { const void *in[LLMPAR__CUDA_TREE_MOST]; };
-
-template <typename T, int Count> struct __align__(sizeof(T) * Count) llmpar__cuda_tree_group { T x[Count]; };
-
-static __device__ __forceinline__ float llmpar__cuda_tree_add(float a, float b) { return __fadd_rn(a, b); }
-static __device__ __forceinline__ double llmpar__cuda_tree_add(double a, double b) { return __dadd_rn(a, b); }
-static __device__ __forceinline__ uint64_t llmpar__cuda_tree_add(uint64_t a, uint64_t b) { return a + b; }
-
-template <typename Group> static __device__ __forceinline__ Group llmpar__cuda_tree_sum_groups(Group a, const Group &b)
-{
-#pragma unroll
-    for (unsigned k = 0; k < sizeof a.x / sizeof a.x[0]; k++) a.x[k] = llmpar__cuda_tree_add(a.x[k], b.x[k]);
-    return a;
-}
-
-/* Operands: a kernel's argument with an array `in` of addresses. */
-template <typename Group, typename Operands> static __device__ __forceinline__ Group llmpar__cuda_tree_at(const Operands &operands, int32_t n, int64_t i)
-{
-    Group level[LLMPAR__CUDA_TREE_LEVELS], sum = ((const Group *)operands.in[0])[i];
-#pragma unroll
-    for (int l = 0; l < LLMPAR__CUDA_TREE_LEVELS; l++) level[l] = sum; /* read only where the counter says so, which a compiler cannot see */
-    for (int32_t j = 1; j < n; j++) {
-        Group next = ((const Group *)operands.in[j])[i];
-        int open = 1;
-#pragma unroll
-        for (int l = 0; l < LLMPAR__CUDA_TREE_LEVELS; l++) {
-            if (!open) continue;
-            if (j >> l & 1) next = llmpar__cuda_tree_sum_groups(level[l], next);
-            else {
-                level[l] = next;
-                open = 0;
-            }
-        }
-    }
-    /* What is open closes from the right: the split at the largest power of two below n. */
-    int found = 0;
-#pragma unroll
-    for (int l = 0; l < LLMPAR__CUDA_TREE_LEVELS; l++) {
-        if (!(n >> l & 1)) continue;
-        sum = found ? llmpar__cuda_tree_sum_groups(level[l], sum) : level[l];
-        found = 1;
-    }
-    return sum;
-}
 
 /* A tree of 2, 4 or 8 operands, all of them asked for before the first is needed; Count 0: n of them, one after the other. */
 template <typename Group, int Count> struct llmpar__cuda_tree_of {
@@ -80,9 +35,6 @@ template <typename T, int Count> __global__ void __launch_bounds__(256) llmpar__
     for (int64_t i = first; i < groups; i += step) ((wide *)(void *)out)[i] = llmpar__cuda_tree_of<wide, Count>::at(operands, n, i);
     for (int64_t i = groups * (int64_t)(16 / sizeof(T)) + first; i < count; i += step) ((one *)(void *)out)[i] = llmpar__cuda_tree_of<one, Count>::at(operands, n, i);
 }
-
-/* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
-template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
 
 template <typename T> __global__ void __launch_bounds__(256) llmpar__cuda_max_kernel(const llmpar__cuda_operands operands, int32_t n, T *out, int64_t count)
 {
@@ -150,5 +102,4 @@ static llmpar_status llmpar__cuda_max(llmpar_device *device, llmpar_stream *stre
     return llmpar__cuda_end(device, stream, "max");
 }
 
-#undef LLMPAR__CUDA_TREE_LEVELS
 #undef LLMPAR__CUDA_TREE_MOST
