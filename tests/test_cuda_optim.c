@@ -150,7 +150,7 @@ static void adalomo_case(int64_t rows, int64_t cols, bits_kind kind, int cut, do
 TEST(adalomo_matrices)
 {
     CUDA_OPEN();
-    static const int64_t shapes[][2] = { { 1, 1 }, { 1, 700 }, { 700, 1 }, { 3, 5 }, { 33, 257 }, { 70, 31 }, { 5, 1030 }, { 40, 300 } };
+    static const int64_t shapes[][2] = { { 1, 1 }, { 1, 700 }, { 700, 1 }, { 3, 5 }, { 33, 257 }, { 70, 31 }, { 5, 1030 }, { 40, 300 }, { 1500, 2 } };
     for (int i = 0; i < (int)(sizeof shapes / sizeof shapes[0]); i++)
         for (int k = 0; k < 4; k++) adalomo_case(shapes[i][0], shapes[i][1], k == 3 ? BITS_SPECIAL : k ? BITS_ANY : BITS_LIKE, k & 1, i & 1 ? 1.0 : 0.37, 0);
     adalomo_case(6, 9, BITS_LIKE, 0, 1e38, 1e290); /* too large: nothing is summed, moments are NaN */

@@ -185,11 +185,12 @@ TEST(squares)
         free(x);
         free(start);
     }
-    /* All zeros; all the largest number, so that registers are as full as they get. */
-    for (int k = 0; k < 4; k++) {
-        int64_t n = cuda_small() ? 70001 : 5000011, *start = accumulator(0);
+    /* Whole blocks of one number: zeros, the largest, subnormals; and so many full fractions low in a warp's range that its registers are as full as they get. */
+    for (int k = 0; k < 5; k++) {
+        int64_t n = k < 4 ? 9001 : cuda_small() ? 2200001 : 80000011, *start = accumulator(0);
+        static const uint32_t number[] = { 0, 0x7f7fffffu, 0x3fffffffu, 0x007fffffu, 0x33ffffffu };
         uint32_t *x = (uint32_t *)malloc((size_t)n * 4);
-        for (int64_t i = 0; i < n; i++) x[i] = k == 0 ? 0 : k == 1 ? 0x7f7fffffu : k == 2 ? 0x3fffffffu : 0x007fffffu;
+        for (int64_t i = 0; i < n; i++) x[i] = k == 4 && i % 256 == 0 ? 0x3fffffffu : number[k];
         bits_buffer in = bits_put(LLMPAR_F32, x, n, 0), out = bits_put(LLMPAR_I64, start, LLMPAR_EXACT_SUM_LIMBS, 0);
         for (int d = 0; d < BITS_DEVICES; d++) {
             llmpar_square_sum_args a = { (size_t)n, in.at[d], (int64_t *)out.at[d], LLMPAR_F32 };
