@@ -24,10 +24,13 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const llmpar__cuda_attention_place p = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
     const int offset = a.tk - a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1);
     const uint16_t *k = (const uint16_t *)a.k + p.b * a.tk_stride * a.ldk + (int64_t)p.kv * E, *v = (const uint16_t *)a.v + p.b * a.tk_stride * a.ldv + (int64_t)p.kv * E;
+    const uint16_t **mine = (const uint16_t **)(void *)(values + TILE * E) + threadIdx.x; /* of keys, then of values: sums take all registers */
     const float least = -__uint_as_float(0x7f800000u);
     const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
     float out[2][E / 8][4], top[2][2], total[2][2];
-    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + p.b * a.tq * a.ldq + (int64_t)p.h * E, a.ldq, p.first, a.tq, a.wide);
+    mine[0] = llmpar__cuda_tile_mine<E>(k, a.ldk);
+    mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>(v, a.ldv);
+    llmpar__cuda_tile_load<E, ROWS>(queries, llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p.b * a.tq * a.ldq + (int64_t)p.h * E, a.ldq), a.ldq, p.first, a.tq, a.wide);
 #pragma unroll
     for (int m = 0; m < 2; m++) {
         top[m][0] = top[m][1] = least;
@@ -40,7 +43,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         const int32_t *start = a.doc_start ? a.doc_start + llmpar__cuda_attention_own(a, a.tq, ROWS, 1).b * a.tk : NULL;
         const int begin = llmpar__cuda_document(start, low);
         high = llmpar__cuda_document_run(start, low, limit);
-        llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, begin, high, a.wide);
+        llmpar__cuda_tile_load<E, TILE>(keys, mine[0], a.ldk, begin, high, a.wide);
         llmpar__cu_copy_async_commit();
 #pragma unroll 1
         for (int first = begin; first < high; first += TILE) {
@@ -49,14 +52,14 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
             float s[2][8][4];
             llmpar__cu_copy_async_wait<0>();
             __syncthreads();
-            llmpar__cuda_tile_load<E, TILE>(values, v, a.ldv, first, high, a.wide);
+            llmpar__cuda_tile_load<E, TILE>(values, mine[LLMPAR__CUDA_ATTENTION_THREADS], a.ldv, first, high, a.wide);
             llmpar__cu_copy_async_commit();
             if (active) {
 #pragma unroll
                 for (int m = 0; m < 2; m++)
 #pragma unroll
                     for (int n = 0; n < 8; n++) s[m][n][0] = s[m][n][1] = s[m][n][2] = s[m][n][3] = 0;
-#pragma unroll
+#pragma unroll 4
                 for (int x = 0; x < E / 16; x++) {
                     uint32_t left[2][4], right[4];
                     llmpar__cuda_tile_a<E>(left[0], queries, down, warp * 32, x);
@@ -75,7 +78,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
             llmpar__cu_copy_async_wait<0>();
             __syncthreads();
             if (first + TILE < high) {
-                llmpar__cuda_tile_load<E, TILE>(keys, k, a.ldk, first + TILE, high, a.wide);
+                llmpar__cuda_tile_load<E, TILE>(keys, mine[0], a.ldk, first + TILE, high, a.wide);
                 llmpar__cu_copy_async_commit();
             }
             if (!active) continue;
@@ -93,10 +96,15 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
             for (int m = 0; m < 2; m++) {
                 float factor[2];
                 llmpar__cuda_attention_softmax(s[m], top[m], total[m], factor, a.scale_log2);
+                if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
-                for (int n = 0; n < E / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) out[m][n][i] = __fmul_rn(out[m][n][i], factor[i >> 1]);
+                    for (int n = 0; n < E / 8; n++) {
+                        out[m][n][0] = __fmul_rn(out[m][n][0], factor[0]);
+                        out[m][n][1] = __fmul_rn(out[m][n][1], factor[0]);
+                        out[m][n][2] = __fmul_rn(out[m][n][2], factor[1]);
+                        out[m][n][3] = __fmul_rn(out[m][n][3], factor[1]);
+                    }
+                }
             }
 #pragma unroll
             for (int j = 0; j < TILE / 16; j++) {
@@ -184,7 +192,7 @@ static size_t llmpar__cuda_attention_workspace(llmpar_device *device, const llmp
 
 template <typename Type, int E> static void llmpar__cuda_attention_forward_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a, int64_t blocks)
 {
-    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_forward<Type, E>, dim3((unsigned)blocks), dim3(LLMPAR__CUDA_ATTENTION_THREADS), (size_t)(LLMPAR__CUDA_ATTENTION_ROWS + 2 * LLMPAR__CUDA_ATTENTION_TILE) * E * 2, *a);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_forward<Type, E>, dim3((unsigned)blocks), dim3(LLMPAR__CUDA_ATTENTION_THREADS), (size_t)(LLMPAR__CUDA_ATTENTION_ROWS + 2 * LLMPAR__CUDA_ATTENTION_TILE) * E * 2 + 2 * LLMPAR__CUDA_ATTENTION_THREADS * sizeof(void *), *a);
 }
 
 /* Some sequences. */

@@ -57,6 +57,8 @@ template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_d
     llmpar__cu_copy_async_commit();
 }
 
+struct __align__(8) llmpar__cuda_attention_two { float x[2]; };
+
 /* What one warp's rows of dk or dv become: each head's own in f32, or at once what the caller gets. */
 template <typename Type, int E> static __device__ __forceinline__ void llmpar__cuda_attention_dkv_store(const llmpar__cuda_attention_call &a, const float sum[E / 8][4], float factor, float *heads, void *out, int64_t ld, int64_t token, int limit, int h, int kv)
 {
@@ -69,8 +71,11 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
         for (int n = 0; n < E / 8; n++) {
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
-            if (heads || a.dkv_float) {
-                float *to = heads ? heads + (row * a.heads + h) * E + x : (float *)out + row * ld + (int64_t)kv * E + x;
+            if (heads) {
+                llmpar__cuda_attention_two two = { { low, high } };
+                *(llmpar__cuda_attention_two *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+            } else if (a.dkv_float) {
+                float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;
                 to[1] = high;
             } else llmpar__cuda_attention_store((Type *)out + row * ld + (int64_t)kv * E + x, low, high, a.pairs);
@@ -86,12 +91,15 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     float *statistics = (float *)(void *)(tiles + 4 * STEP * E); /* [2][lse, delta][STEP] */
     const llmpar__cuda_attention_place p0 = llmpar__cuda_attention_own(a, a.tk, ROWS, 0);
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * OWN, limit = min(p0.first + ROWS, a.tk);
-    const uint16_t *q = (const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, *dout = (const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E;
-    const float *row_of = (threadIdx.x < STEP ? a.lse : a.delta) + (p0.b * a.heads + p0.h) * a.tq; /* what this thread brings */
+    const uint16_t **mine = (const uint16_t **)(void *)(statistics + 4 * STEP) + threadIdx.x; /* of queries, then of dout: sums take all registers */
+    const float **row_of = (const float **)(void *)(mine + 2 * LLMPAR__CUDA_ATTENTION_THREADS); /* of lse or of delta: what this thread brings */
     int stage = 0;
     float dk[M][E / 8][4], dv[M][E / 8][4];
-    llmpar__cuda_tile_load<E, ROWS>(keys, (const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk, p0.first, a.tk, a.wide);
-    llmpar__cuda_tile_load<E, ROWS>(values, (const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv, p0.first, a.tk, a.wide);
+    mine[0] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq);
+    row_of[0] = (threadIdx.x < STEP ? a.lse : a.delta) + (p0.b * a.heads + p0.h) * a.tq;
+    mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo);
+    llmpar__cuda_tile_load<E, ROWS>(keys, llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk), a.ldk, p0.first, a.tk, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(values, llmpar__cuda_tile_mine<E>((const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv), a.ldv, p0.first, a.tk, a.wide);
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
@@ -104,7 +112,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         const int32_t *start = a.doc_start ? a.doc_start + at : NULL;
         const int begin = llmpar__cuda_document(start, low), end = start ? max(min(a.doc_end[at + begin], a.tk), low + 1) : a.tk, top = begin + (low - begin) / STEP * STEP;
         high = llmpar__cuda_document_run(start, low, limit);
-        llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, row_of, top, end);
+        llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], row_of[0], top, end);
 #pragma unroll 1
         for (int first = top; first < end; first += STEP) {
             uint16_t *queries = tiles + stage * 2 * STEP * E, *douts = queries + STEP * E;
@@ -114,7 +122,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
             llmpar__cu_copy_async_wait<0>();
             __syncthreads();
             stage ^= 1;
-            if (first + STEP < end) llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, q, dout, row_of, first + STEP, end);
+            if (first + STEP < end) llmpar__cuda_attention_down_load<E>(a, tiles + stage * 2 * STEP * E, statistics + stage * 2 * STEP, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], row_of[0], first + STEP, end);
             if (!active) continue;
             float p[M][STEP / 8][4], ds[M][STEP / 8][4];
 #pragma unroll
@@ -262,11 +270,13 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     uint16_t *douts = queries + ROWS * E, *tiles = douts + ROWS * E;
     const llmpar__cuda_attention_place p0 = llmpar__cuda_attention_own(a, a.tq, ROWS, 1);
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1), position = p0.first + warp * 32, limit = min(p0.first + ROWS, a.tq);
-    const uint16_t *k = (const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, *v = (const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E;
+    const uint16_t **mine = (const uint16_t **)(void *)(tiles + 4 * STEP * E) + threadIdx.x; /* of keys, then of values */
     int stage = 0;
     float dq[2][E / 8][4], shift[2][2], mean[2][2];
-    llmpar__cuda_tile_load<E, ROWS>(queries, (const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq, p0.first, a.tq, a.wide);
-    llmpar__cuda_tile_load<E, ROWS>(douts, (const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo, p0.first, a.tq, a.wide);
+    mine[0] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + p0.b * a.tk * a.ldk + (int64_t)p0.kv * E, a.ldk);
+    mine[LLMPAR__CUDA_ATTENTION_THREADS] = llmpar__cuda_tile_mine<E>((const uint16_t *)a.v + p0.b * a.tk * a.ldv + (int64_t)p0.kv * E, a.ldv);
+    llmpar__cuda_tile_load<E, ROWS>(queries, llmpar__cuda_tile_mine<E>((const uint16_t *)a.q + p0.b * a.tq * a.ldq + (int64_t)p0.h * E, a.ldq), a.ldq, p0.first, a.tq, a.wide);
+    llmpar__cuda_tile_load<E, ROWS>(douts, llmpar__cuda_tile_mine<E>((const uint16_t *)a.dout + p0.b * a.tq * a.ldo + (int64_t)p0.h * E, a.ldo), a.ldo, p0.first, a.tq, a.wide);
 #pragma unroll
     for (int m = 0; m < 2; m++) {
 #pragma unroll
@@ -284,7 +294,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
         const int32_t *start = a.doc_start ? a.doc_start + llmpar__cuda_attention_own(a, a.tq, ROWS, 1).b * a.tk : NULL;
         const int begin = llmpar__cuda_document(start, low);
         high = llmpar__cuda_document_run(start, low, limit);
-        llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, k, v, begin, high);
+        llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], begin, high);
 #pragma unroll 1
         for (int first = begin; first < high; first += STEP) {
             uint16_t *keys = tiles + stage * 2 * STEP * E, *values = keys + STEP * E;
@@ -293,7 +303,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
             llmpar__cu_copy_async_wait<0>();
             __syncthreads();
             stage ^= 1;
-            if (first + STEP < high) llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, k, v, first + STEP, high);
+            if (first + STEP < high) llmpar__cuda_attention_across_load<E>(a, tiles + stage * 2 * STEP * E, mine[0], mine[LLMPAR__CUDA_ATTENTION_THREADS], first + STEP, high);
             if (!active) continue;
             float p[2][STEP / 8][4], ds[2][STEP / 8][4];
 #pragma unroll
@@ -415,9 +425,10 @@ template <typename Type, int E> static void llmpar__cuda_attention_backward_laun
 {
     enum { DKV = LLMPAR__CUDA_ATTENTION_DKV_ROWS(E), DQ = LLMPAR__CUDA_ATTENTION_DQ_ROWS, STEP = LLMPAR__CUDA_ATTENTION_STEP };
     int64_t tasks = a->batch * a->heads;
+    size_t pointers = 3 * LLMPAR__CUDA_ATTENTION_THREADS * sizeof(void *);
     dim3 block(LLMPAR__CUDA_ATTENTION_THREADS);
-    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dkv<Type, E>, dim3((unsigned)(tasks * ((a->tk + DKV - 1) / DKV))), block, (size_t)(2 * DKV + 4 * STEP) * E * 2 + 4 * STEP * sizeof(float), *a);
-    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2, *a);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dkv<Type, E>, dim3((unsigned)(tasks * ((a->tk + DKV - 1) / DKV))), block, (size_t)(2 * DKV + 4 * STEP) * E * 2 + 4 * STEP * sizeof(float) + pointers, *a);
+    llmpar__cuda_launch(device, stream, llmpar__cuda_attention_dq<Type, E>, dim3((unsigned)(tasks * ((a->tq + DQ - 1) / DQ))), block, (size_t)(2 * DQ + 4 * STEP) * E * 2 + pointers, *a);
 }
 
 /* Some sequences. */

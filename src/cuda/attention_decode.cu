@@ -22,7 +22,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     float s[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } };
     /* no row sees keys before the first query's document */
     if (a.doc_start && first + TILE <= llmpar__cuda_document(a.doc_start + b * a.tk, offset)) return;
-    llmpar__cuda_tile_load<E, TILE>(keys, (const uint16_t *)a.k + b * a.tk_stride * a.ldk + (int64_t)kv * E, a.ldk, first, a.tk, a.wide);
+    llmpar__cuda_tile_load<E, TILE>(keys, llmpar__cuda_tile_mine<E>((const uint16_t *)a.k + b * a.tk_stride * a.ldk + (int64_t)kv * E, a.ldk), a.ldk, first, a.tk, a.wide);
     llmpar__cu_copy_async_commit();
     for (int at = (int)threadIdx.x; at < ROWS * E; at += LLMPAR__CUDA_ATTENTION_THREADS) {
         int row = at / E, x = at % E;

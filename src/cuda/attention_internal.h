@@ -111,13 +111,16 @@ static __device__ __forceinline__ uint32_t llmpar__cuda_attention_pack(llmpar__c
 /* A tile lies in rows of E elements, its 16-byte parts exchanged by row, so that eight rows at one place of the row lie in different banks. */
 template <int E> static __device__ __forceinline__ uint16_t *llmpar__cuda_tile_at(uint16_t *tile, int row, int part) { return tile + row * E + (part ^ (row & 7)) * 8; }
 
+/* A thread brings 16 bytes of every STEP-th row of a tile: where its part of a matrix's row 0 begins. */
+template <int E> static __device__ __forceinline__ const uint16_t *llmpar__cuda_tile_mine(const uint16_t *matrix, int64_t ld) { return matrix + (int)threadIdx.x / (E / 8) * ld + (int)threadIdx.x % (E / 8) * 8; }
+
 /* Rows [first, first + Rows) of a matrix of `ld` elements a row into a tile; those from limit on become zero and are not read. In the background where rows are aligned; commit and wait are the caller's. */
-template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *from, int64_t ld, int first, int limit, int wide)
+template <int E, int Rows> static __device__ __forceinline__ void llmpar__cuda_tile_load(uint16_t *tile, const uint16_t *mine, int64_t ld, int first, int limit, int wide)
 {
     enum { STEP = LLMPAR__CUDA_ATTENTION_THREADS * 8 / E };
-    int row = (int)threadIdx.x / (E / 8), part = (int)threadIdx.x % (E / 8);
-    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, part);
-    const uint16_t *at = from + (first + row) * ld + part * 8;
+    int row = (int)threadIdx.x / (E / 8);
+    uint16_t *to = llmpar__cuda_tile_at<E>(tile, row, (int)threadIdx.x % (E / 8));
+    const uint16_t *at = mine + first * ld;
     if (wide) {
 #pragma unroll
         for (int i = 0; i < Rows; i += STEP, at += STEP * ld) llmpar__cu_copy_async(to + i * E, at, first + row + i < limit ? 16 : 0); /* 0: `at` is not looked at */
