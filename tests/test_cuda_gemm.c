@@ -328,11 +328,12 @@ TEST(accumulate)
     }
 }
 
-/* A bias: one element in all rows of a, by stride 0. */
+/* A bias: one element in all rows of a, by stride 0. off: an alignment for which the library may have nothing. */
 static void bias(llmpar_device *device)
 {
-    for (int d = 0; d < 3; d++) {
-        enum { M = 9, N = 33, K = 24 };
+    for (int turn = 0; turn < 6; turn++) {
+        enum { M = 9, N = 34, K = 24 };
+        int d = turn / 2, off = turn % 2;
         llmpar_gemm_segment segments[2];
         llmpar_gemm_args args;
         llmpar_device *before = cuda_gpu;
@@ -346,7 +347,7 @@ static void bias(llmpar_device *device)
         for (int i = 0; i < M; i++) p.a[1][i] = 1.0;
         specification(&p, NULL, want, size);
         cuda_gpu = device;
-        segments[0].a = cuda_put(device, dtypes[d], p.a[0], M, K, K, 0);
+        segments[0].a = cuda_put(device, dtypes[d], p.a[0], M, K, K, off);
         segments[0].b = cuda_put(device, dtypes[d], p.b[0], N, K, K, 0);
         segments[0].k = segments[0].lda = segments[0].ldb = K;
         segments[1].a = cuda_put(device, dtypes[d], &one, 1, 1, 1, 0);

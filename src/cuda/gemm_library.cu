@@ -139,6 +139,22 @@ static llmpar_status llmpar__cuda_library_own(llmpar_device *device, llmpar_stre
     return llmpar__cuda_gemm_exact(device, stream, &own);
 }
 
+/* The whole call by an EXACT kernel, as one piece. */
+static llmpar_status llmpar__cuda_library_flat(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
+{
+    llmpar_gemm_segment few[LLMPAR__CUDA_GEMM_RUNS], *segments = few;
+    llmpar_heap *heap = llmpar__cuda_of(device)->heap;
+    if (args->segment_count > LLMPAR__CUDA_GEMM_RUNS) segments = (llmpar_gemm_segment *)llmpar_heap_alloc(heap, (size_t)args->segment_count, sizeof *segments);
+    if (!segments) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "gemm: no memory for %d segments", (int)args->segment_count);
+    for (int32_t s = 0; s < args->segment_count; s++) {
+        segments[s] = args->segments[s];
+        segments[s].piece = 0;
+    }
+    llmpar_status status = llmpar__cuda_library_own(device, stream, args, segments, args->segment_count, args->c, args->ldc, llmpar__cuda_gemm_out(args), args->accumulate != 0);
+    if (segments != few) llmpar_heap_free(heap, segments);
+    return status;
+}
+
 /* out = the group's product, or out += it. */
 static llmpar_status llmpar__cuda_library_product(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args, const llmpar__cuda_gemm_group *group, void *out, int64_t ldc, llmpar_dtype out_dtype, int add)
 {
@@ -180,7 +196,7 @@ static llmpar_status llmpar__cuda_library_product(llmpar_device *device, llmpar_
     if (product->own) {
         llmpar_gemm_segment segment = { group->a, group->b, group->lda / size, group->ldb / size, group->k, 0 };
         if (!add || out_dtype == llmpar_dtype_sum(args->dtype)) return llmpar__cuda_library_own(device, stream, args, &segment, 1, out, ldc, out_dtype, add);
-        return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: the library has no algorithm for m = %lld, n = %lld, k = %lld added to c of %s", (long long)args->m, (long long)args->n, (long long)group->k, llmpar_dtype_name(out_dtype));
+        return llmpar__cuda_library_flat(device, stream, args); /* a product behind a bias, the only one: both again */
     }
     return llmpar__cuda_library_check(device, stream,
         cublasLtMatmul(cuda->lt, &call.product, &one, group->b, &call.a, group->a, &call.b, &beta, out, &call.c, out, &call.c, &product->algorithm, state->library, product->workspace, state->handle), "cublasLtMatmul");
@@ -287,19 +303,7 @@ static llmpar_status llmpar__cuda_gemm_library(llmpar_device *device, llmpar_str
             wide = 1;
         } else fits = 0;
     }
-    if (!fits || groups.count == 0) { /* no group: +0, or c as it is, or what has stride 0 */
-        llmpar_gemm_segment few[LLMPAR__CUDA_GEMM_RUNS], *segments = few; /* all of one piece */
-        llmpar_heap *heap = llmpar__cuda_of(device)->heap;
-        if (args->segment_count > LLMPAR__CUDA_GEMM_RUNS) segments = (llmpar_gemm_segment *)llmpar_heap_alloc(heap, (size_t)args->segment_count, sizeof *segments);
-        if (!segments) return llmpar_error_set(device->error, LLMPAR_ERR_MEMORY, "gemm: no memory for %d segments", (int)args->segment_count);
-        for (int32_t s = 0; s < args->segment_count; s++) {
-            segments[s] = args->segments[s];
-            segments[s].piece = 0;
-        }
-        status = llmpar__cuda_library_own(device, stream, args, segments, args->segment_count, args->c, args->ldc, llmpar__cuda_gemm_out(args), add);
-        if (segments != few) llmpar_heap_free(heap, segments);
-        return status;
-    }
+    if (!fits || groups.count == 0) return llmpar__cuda_library_flat(device, stream, args); /* no group: +0, or c as it is, or what has stride 0 */
     if (groups.own_count) {
         status = llmpar__cuda_library_own(device, stream, args, groups.own, groups.own_count, out, ldc, out_dtype, add);
         add = 1;
