@@ -238,7 +238,7 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
             if (cut.stages == 8) llmpar__cu_copy_async_wait<6>();
             else if (cut.stages == 4) llmpar__cu_copy_async_wait<2>();
             else llmpar__cu_copy_async_wait<0>();
-            __syncwarp();
+            __syncwarp(); /* all lanes' copies are there; and all have read the stage before, over which the next copies go */
 #pragma unroll 4
             for (int k = 0; k < LLMPAR__CUDA_NORM_TOKENS; k++)
                 if (i + k < count && column < dim) {
@@ -252,7 +252,6 @@ template <typename T> static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_
                         sum[e] = __fmaf_rn(llmpar__cuda_load(g), __fmul_rn(llmpar__cuda_load(v), r), sum[e]);
                     }
                 }
-            __syncwarp(); /* the lanes have read what the next copies lie over */
             llmpar__cuda_norm_fetch<T>(ring + next * LLMPAR__CUDA_ROW_WARPS * LLMPAR__CUDA_NORM_STAGE, x, dy, rstd, dim, dim - first_column, piece, t, i + (cut.stages - 1) * LLMPAR__CUDA_NORM_TOKENS, count, cut.async);
             stage = stage + 1 == cut.stages ? 0 : stage + 1;
             next = next + 1 == cut.stages ? 0 : next + 1;
