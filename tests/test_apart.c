@@ -227,6 +227,7 @@ TEST(late_too)
         job.sp = job.prefetch = 1;
         job.accum = 2;
         job.dtype = order == DEBUG_LAZY ? LLMPAR_BF16 : LLMPAR_F32;
+        job.steps = 3; /* nobody looks at the gradients of the second */
         if (order != DEBUG_FIFO) job.policy.offload[LLMPAR_STATE_OPTIMIZER] = LLMPAR_TIER_HOST;
         if (order == DEBUG_LAZY) {
             job.policy.offload[LLMPAR_STATE_PARAMS] = job.policy.offload[LLMPAR_STATE_GRADS] = LLMPAR_TIER_HOST;

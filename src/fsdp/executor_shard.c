@@ -198,8 +198,9 @@ static llmpar_status llmpar__exec_cast_host(llmpar__exec *exec, const llmpar_ins
     llmpar__flat *flat = &fsdp->units[in->unit];
     size_t wide = llmpar_dtype_size(fsdp->sum), narrow = llmpar_dtype_size(fsdp->dtype);
     llmpar_status status = LLMPAR_OK;
-    int turn = 0;
-    for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE, turn = (turn + 1) % LLMPAR__CAST_BUFFERS) {
+    for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE) {
+        int32_t turn = fsdp->host_cast_turn;
+        fsdp->host_cast_turn = (turn + 1) % LLMPAR__CAST_BUFFERS;
         llmpar_cast_args args;
         memset(&args, 0, sizeof args);
         args.count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);

@@ -82,6 +82,7 @@ struct llmpar_fsdp {
     int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
     void *host_cast[LLMPAR__CAST_BUFFERS]; /* host_update below f32: [LLMPAR__CAST_PIECE] in the compute dtype, on their way to the device */
     llmpar_event *host_cast_event[LLMPAR__CAST_BUFFERS]; /* behind the last copy from each */
+    int32_t host_cast_turn;           /* the one to fill next */
     int64_t *host_scalars;            /* [LLMPAR__SCALARS]: what is copied there and back; read and written behind a wait only */
 };
 #define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
