@@ -334,7 +334,13 @@ check-nccl: build/dev/llmpar_nccl.h build/dev/llmpar.h $(CUDA_LIB)
 	LD_LIBRARY_PATH=$(NCCL_HOME)/lib:$(cuda_home)lib64 build/nccl/$$o || exit 1; done; \
 	echo "llmpar_nccl.h: compiles with $(NCCL_HOME)/include/nccl.h as C99 and C++11, and links"
 
-test-nccl: run-nccl
+# The CUDA device, emulated, with the NCCL communicator: rank threads.
+build/nccl/real_nccl: tests/real_nccl.c build/nccl/llmpar_nccl.o build/nccl/fake_nccl.o build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB)
+	@$(CC) -O1 -g -D_GNU_SOURCE -Wall -Wextra -MMD -MP -MF $@.d -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
+
+test-nccl: run-nccl $(if $(TEST),,run-nccl-cuda)
+run-nccl-cuda: build/nccl/real_nccl
+	@for n in 1 2 4; do printf 'real_nccl, emulated, %d rank threads: ' $$n; build/nccl/real_nccl --threads $$n || exit 1; done
 test-nccl-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan
 test-nccl-tsan:
@@ -494,7 +500,7 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: test-cuda-plant print-nccl-home test-nccl test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+.PHONY: test-cuda-plant print-nccl-home test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
 	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
 	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
 .SECONDARY:

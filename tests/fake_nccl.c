@@ -33,7 +33,7 @@ typedef struct batch {
     const fake_nccl_stream *stream;
     struct ncclComm *comm;
     op *ops;
-    int count, left, ended, hangs, detached; /* detached: nobody waits for it */
+    int count, left, ended, started, hangs, detached; /* detached: nobody waits for it */
 } batch;
 
 /* The ranks of one communicator. */
@@ -56,6 +56,8 @@ struct ncclComm {
 };
 
 fake_nccl_state fake_nccl;
+int (*fake_nccl_await)(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg);
+void (*fake_nccl_moved)(void);
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t moved = PTHREAD_COND_INITIALIZER;
 static clique *cliques;
@@ -328,6 +330,33 @@ static void run_batch(void *arg)
     pthread_mutex_unlock(&lock);
 }
 
+/* The same on a stream that asks. */
+static int batch_ready(void *arg)
+{
+    batch *b = (batch *)arg;
+    pthread_mutex_lock(&lock);
+    if (!b->started) {
+        b->started = 1;
+        if (!b->comm->aborted) start(b);
+        progress(b->comm->of);
+    }
+    int ready = b->ended || b->comm->aborted;
+    pthread_mutex_unlock(&lock);
+    if (ready) fake_nccl_moved(); /* so may others be */
+    return ready;
+}
+
+static void batch_done(void *arg)
+{
+    batch *b = (batch *)arg;
+    pthread_mutex_lock(&lock);
+    ncclComm_t comm = b->comm;
+    batch_free(b);
+    comm->in_flight--;
+    comm_free(comm);
+    pthread_mutex_unlock(&lock);
+}
+
 /* ---- groups ---- */
 
 ncclResult_t ncclGroupStart(void)
@@ -343,7 +372,8 @@ ncclResult_t ncclGroupEnd(void)
     ncclResult_t result = queued_error;
     op *ops = queued;
     int count = queued_count;
-    const fake_nccl_stream *stream = (const fake_nccl_stream *)(const void *)queued_stream;
+    const fake_nccl_stream *stream = fake_nccl_await ? NULL : (const fake_nccl_stream *)(const void *)queued_stream;
+    int later = fake_nccl_await || (stream && stream->enqueue);
     queued = NULL;
     queued_comm = NULL;
     queued_count = 0;
@@ -363,13 +393,18 @@ ncclResult_t ncclGroupEnd(void)
     int number = ++groups_of[comm->world_rank];
     fake_nccl_kind kind = fake_nccl.rank == comm->world_rank && fake_nccl.at == number ? fake_nccl.kind : FAKE_NCCL_NOTHING;
     if (comm->async != ncclSuccess) result = comm->async;
-    else if (comm->first && !(stream && stream->enqueue)) result = ncclInvalidUsage; /* used again while under way */
+    else if (comm->first && !later) result = ncclInvalidUsage; /* used again while under way */
     else if (kind == FAKE_NCCL_REFUSES) result = ncclSystemError;
     b->hangs = kind == FAKE_NCCL_HANGS || kind == FAKE_NCCL_BREAKS;
     if (result) {
         snprintf(comm->error, sizeof comm->error, "the group was refused");
         batch_free(b);
-    } else if (stream && stream->enqueue) {
+    } else if (fake_nccl_await) {
+        comm->in_flight++;
+        if (kind == FAKE_NCCL_BREAKS) comm->async = ncclRemoteError;
+        pthread_mutex_unlock(&lock);
+        return fake_nccl_await(queued_stream, batch_ready, batch_done, b) ? ncclUnhandledCudaError : ncclSuccess;
+    } else if (later) {
         comm->in_flight++;
         b->stream = stream;
         b->waiting = enqueued;
@@ -392,7 +427,7 @@ ncclResult_t ncclGroupEnd(void)
 static ncclResult_t enqueue(ncclComm_t comm, cudaStream_t stream, op o)
 {
     int alone = depth == 0;
-    if (alone) depth = 1;
+    if (alone) depth = 1; /* a group of its own */
     if (!queued) queued = (op *)calloc(OPS_MOST, sizeof *queued);
     if (queued_count == OPS_MOST) queued_error = ncclInternalError;
     else if (!comm || (queued_comm && (queued_comm != comm || queued_stream != stream)) || o.peer < 0 || o.peer >= comm->of->ranks) queued_error = ncclInvalidArgument;

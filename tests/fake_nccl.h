@@ -10,6 +10,10 @@ typedef struct fake_nccl_stream {
     void *device, *stream;
 } fake_nccl_stream;
 
+/* Or, not NULL, handles are streams of the emulated CUDA runtime, and these its emulated_cuda_await and emulated_cuda_moved. */
+extern int (*fake_nccl_await)(void *stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg);
+extern void (*fake_nccl_moved)(void);
+
 typedef enum fake_nccl_kind {
     FAKE_NCCL_NOTHING = 0,
     FAKE_NCCL_HANGS,        /* the group never ends */

@@ -130,6 +130,10 @@ void emulated_cuda_fail_kernel(cudaError_t code, int calls);         /* the call
 void emulated_cuda_fail_alloc(int calls);                            /* the calls-th cudaMalloc or cudaMallocHost from now has no memory */
 size_t emulated_cuda_live(void);                                     /* bytes of cudaMalloc and cudaMallocHost that were not freed */
 size_t emulated_cuda_waiting(void);                                  /* entries of all streams that have not been run */
+/* The stream does not go on before ready(arg) is 1, then done(arg) is called: for libraries that enqueue work whose end depends on other streams (NCCL). ready is called by any thread, often, and must not call CUDA;
+   emulated_cuda_moved: it may have become so. */
+int emulated_cuda_await(cudaStream_t stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg);
+void emulated_cuda_moved(void);
 
 #ifdef __cplusplus
 }

@@ -576,6 +576,7 @@ struct Entry {
     const char *what;
     std::function<void()> run;
     std::shared_ptr<Mark> mark;
+    std::function<bool()> until = std::function<bool()>(); /* of a WAIT without a mark */
 };
 } // namespace
 
@@ -626,7 +627,7 @@ struct Engine {
     {
         if (stream->running || stream->queue.empty()) return false;
         const Entry &head = stream->queue.front();
-        if (head.kind == WAIT) return head.mark->done;
+        if (head.kind == WAIT) return head.until ? head.until() : head.mark->done;
         return (head.kind == HOST) == host;
     }
     /* Runs one random entry that can be run; host: a host function. Under the lock. */
@@ -671,6 +672,7 @@ bool Engine::step(std::unique_lock<std::mutex> &hold, bool host)
         stream->running = false;
         running--;
     } else if (entry.kind == RECORD) entry.mark->done = true;
+    else if (entry.run) entry.run();
     steps++;
     moved.notify_all();
     return true;
@@ -956,6 +958,16 @@ cudaError_t cudaMemsetAsync(void *out, int value, size_t bytes, cudaStream_t str
 cudaError_t cudaMemset(void *out, int value, size_t bytes) { return cudaMemsetAsync(out, value, bytes, NULL); }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fn, void *user) { return enqueue(HOST, "cudaLaunchHostFunc", [=]() { fn(user); }, NULL, stream); }
 
+int emulated_cuda_await(cudaStream_t stream, int (*ready)(void *arg), void (*done)(void *arg), void *arg)
+{
+    BEGIN
+    FIND(stream);
+    Entry entry = {WAIT, "emulated_cuda_await", [=]() { done(arg); }, NULL, [=]() { return ready(arg) != 0; }};
+    e.add(hold, stream, entry);
+    return 0;
+}
+void emulated_cuda_moved(void) { engine().moved.notify_all(); }
+
 /* ---- streams and events ---- */
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
@@ -1006,7 +1018,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     FIND(stream);
     if (!e.events.count(event)) return failed(cudaErrorInvalidResourceHandle);
     if (!event->mark) return cudaSuccess;
-    Entry entry = {WAIT, "cudaStreamWaitEvent", std::function<void()>(), event->mark};
+    Entry entry = {WAIT, "cudaStreamWaitEvent", std::function<void()>(), event->mark, std::function<bool()>()};
     e.add(hold, stream, entry);
     return cudaSuccess;
 }
