@@ -214,10 +214,14 @@ template <int F16, int TransposedA, int TransposedB> __global__ void __launch_bo
             if (active) read(0);
 #pragma unroll 1
             for (int32_t k = llmpar__cuda_gemm_run_at(job, run).k; k > 0; k -= K) {
-                fill((stage ? stage : job.stages) - 1); /* everybody left it at the last barrier */
-                if (active) {
-                    read(1);
-                    llmpar__cuda_gemm_half_multiply<F16>(sum, fragments[0]);
+                /* Into the stage that everybody left at the last barrier; half of the warps before they multiply, half behind it: so one of the two of a scheduler multiplies while the other one computes addresses. */
+#pragma unroll 1
+                for (int turn = 0; turn < 2; turn++) {
+                    if (turn == (warp_m == 0)) {
+                        if (!active) continue;
+                        read(1);
+                        llmpar__cuda_gemm_half_multiply<F16>(sum, fragments[0]);
+                    } else fill((stage ? stage : job.stages) - 1);
                 }
                 if (++stage == job.stages) stage = 0;
                 llmpar__cuda_gemm_half_wait(job.stages);
