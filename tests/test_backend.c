@@ -17,8 +17,8 @@ typedef struct rig {
 
 static void enter(int32_t *count, int32_t *most)
 {
-    int32_t now = __atomic_add_fetch(count, 1, __ATOMIC_SEQ_CST);
-    if (most && now > __atomic_load_n(most, __ATOMIC_SEQ_CST)) __atomic_store_n(most, now, __ATOMIC_SEQ_CST);
+    int32_t now = __atomic_add_fetch(count, 1, __ATOMIC_SEQ_CST), before = most ? __atomic_load_n(most, __ATOMIC_SEQ_CST) : now;
+    while (now > before && !__atomic_compare_exchange_n(most, &before, now, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
 }
 
 static llmpar_status device_create(const void *user, llmpar_ctx *ctx, llmpar_device **out)
@@ -47,7 +47,7 @@ static void (*real_destroy)(llmpar_comm *comm);
 static rig *destroying;
 static void comm_destroy(llmpar_comm *comm)
 {
-    CHECK(destroying->devices > 0); /* the device goes after it */
+    CHECK(__atomic_load_n(&destroying->devices, __ATOMIC_SEQ_CST) > 0); /* the device goes after it */
     __atomic_sub_fetch(&destroying->comms, 1, __ATOMIC_SEQ_CST);
     real_destroy(comm);
 }
