@@ -91,6 +91,7 @@ TEST(embedding_gradient)
         gradient_case(dtypes[round % 3], batch, 1 + ops_below(5), leaves, round % 2 ? 1 + ops_below(90) : 16, vocab, begin, 1 + ops_below(vocab - begin), round / 3 % 4, round / 6 % 2);
     }
     gradient_case(LLMPAR_BF16, 8, 300, 8, 8, 70000, 100, 69000, 0, 0);  /* several tiles, three passes */
+    gradient_case(LLMPAR_F32, 8, 2310, 8, 4, 250, 0, 250, 0, 0);        /* more counts than the scan takes at a time */
     gradient_case(LLMPAR_F32, 3, 1000, 3, 3, 300, 0, 300, 3, 1);        /* two passes; leaves no power of two */
     gradient_case(LLMPAR_BF16, 64, 40, 64, 8, 40, 0, 40, 2, 0);         /* rounds of leaves */
     gradient_case(LLMPAR_F32, 1, 2100, 1, 70, 9, 0, 9, 1, 0);           /* one chain */

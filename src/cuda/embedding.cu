@@ -149,7 +149,7 @@ static __global__ void __launch_bounds__(LLMPAR__CUDA_ROW_THREADS) llmpar__cuda_
         if (valid) place = own[digit] + rank;
         __syncwarp();
         if (valid && rank == 0) own[digit] += (unsigned)__popc(same);
-        __syncwarp();
+        __syncwarp(); /* no test can tell: the ballots for the next tokens meet here too, but they order no memory */
         if (valid) {
             s.keys_out[place] = key;
             s.tokens_out[place] = s.ids ? (uint32_t)i : s.tokens[i];

@@ -141,20 +141,6 @@ static __device__ __forceinline__ float llmpar__cuda_row_sum(float x, int lanes,
     return x;
 }
 
-/* The larger one, NaN if either is. */
-static __device__ __forceinline__ float llmpar__cuda_larger(float a, float b) { return a != a || a > b ? a : b; }
-static __device__ __forceinline__ float llmpar__cuda_row_max(float x, int lanes, float *partial)
-{
-    for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) x = llmpar__cuda_larger(x, __shfl_xor_sync(0xffffffffu, x, o));
-    if (lanes > 32) {
-        const int warps = lanes / 32, warp = (int)threadIdx.x / 32, first = warp - warp % warps;
-        if (threadIdx.x % 32 == 0) partial[warp] = x;
-        __syncthreads();
-        for (int k = 0; k < warps; k++) x = llmpar__cuda_larger(x, partial[first + k]);
-    }
-    return x;
-}
-
 /* ---- the balanced tree over leaves that come in index order ----
    Leaves that do not come count as +0 and are skipped: no sum is -0. Two leaves part at the highest bit in which their indices differ. What is complete below a parting at bit h waits at level h + 1, a leaf
    at level 0. Several sums go the same way side by side: stack[level * stride]. mask and last belong to them together. */

@@ -5,6 +5,20 @@
 
 static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return __uint_as_float(0xff800000u); }
 
+/* The larger one, NaN if either is; and over the lanes of a row, as llmpar__cuda_row_sum. */
+static __device__ __forceinline__ float llmpar__cuda_larger(float a, float b) { return a != a || a > b ? a : b; }
+static __device__ __forceinline__ float llmpar__cuda_row_max(float x, int lanes, float *partial)
+{
+    for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) x = llmpar__cuda_larger(x, __shfl_xor_sync(0xffffffffu, x, o));
+    if (lanes > 32) {
+        const int warps = lanes / 32, warp = (int)threadIdx.x / 32, first = warp - warp % warps;
+        if (threadIdx.x % 32 == 0) partial[warp] = x;
+        __syncthreads();
+        for (int k = 0; k < warps; k++) x = llmpar__cuda_larger(x, partial[first + k]);
+    }
+    return x;
+}
+
 /* Columns are counted from 16 bytes of aligned memory, `shift` elements before the row's first: what lies before the row or behind it is masked. */
 template <typename T> static __device__ __forceinline__ int llmpar__cuda_xent_shift(const T *row) { return (int)((uintptr_t)row % 16 / sizeof(T)); }
 

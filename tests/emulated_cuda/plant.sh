@@ -24,6 +24,7 @@ for site in "${sites[@]}"; do
     for seed in 1 2 3; do
         EMULATED_CUDA_SKIP=$site EMULATED_CUDA_SEED=$seed timeout 120 "$folder/$test" >$folder/plant.log 2>&1 && continue
         caught=$(grep -m 1 -E 'emulated_cuda:|:[0-9]+: ' $folder/plant.log | cut -c 1-140)
+        [ -n "$caught" ] || caught='it crashed'
         break
     done
     if [ -n "$caught" ]; then passed=$((passed + 1)); echo "$site caught by $test (seed $seed): $caught"
