@@ -195,14 +195,15 @@ static llmpar_status late(llmpar_ctx *ctx, void *user)
 }
 TEST(a_rank_is_late)
 {
-    double delay = 2.5;
-    llmpar_nccl_desc desc = { .deadline = 1 };
+    double delay = 4.5;
+    llmpar_nccl_desc desc = { .deadline = 2 };
     fake_nccl_reset();
     run(3, &desc, late, &delay);
     CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
-    CHECK_TEXT(seen.error.text, "all_reduce sum f32[10] \"second\" (call 5 on world): waited 1 s for the other ranks; rank 2: outside, last completed all_reduce sum f32[10] \"first\"");
+    CHECK_TEXT(seen.error.text, "all_reduce sum f32[10] \"second\" (call 5 on world): waited 2 s for the other ranks; rank 2: outside, last completed all_reduce sum f32[10] \"first\"");
     CHECK_STATUS(seen.status[2], LLMPAR_ERR_PEER);
     delay = 0.3;
+    desc.deadline = 30;
     fake_nccl_reset();
     run(3, &desc, late, &delay);
     CHECK_OK(seen.job);
@@ -391,7 +392,7 @@ static llmpar_status hangs_on_stream(llmpar_ctx *ctx, void *user)
 }
 TEST(a_gpu_hangs)
 {
-    llmpar_nccl_desc desc = { .deadline = 1 };
+    llmpar_nccl_desc desc = { .deadline = 2 };
     for (int at = 1; at <= 4; at += 3) {
         fake_nccl_reset();
         fake_nccl.kind = FAKE_NCCL_HANGS;
@@ -400,7 +401,7 @@ TEST(a_gpu_hangs)
         run(3, &desc, hangs_on_stream, NULL);
         CHECK_STATUS(seen.job, LLMPAR_ERR_TIMEOUT);
         for (int r = 0; r < 3; r++) CHECK_TEXT(seen.text[r], "\"streamed\"");
-        CHECK_TEXT(seen.error.text, "waited 1 s for the other ranks");
+        CHECK_TEXT(seen.error.text, "waited 2 s for the other ranks");
     }
 }
 
