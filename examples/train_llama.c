@@ -43,6 +43,7 @@ static void usage(void)
          "  --threads N         workers inside a rank (default: the cores / the ranks of this machine; same bits)\n"
          "  --pin auto|on|off   does each thread stay on a processor of its own (default auto: where the threads fill the machine)\n"
          DEVICE_USAGE
+         "  --cuda-graphs       units are replayed as CUDA graphs; with --cuda-mode fast, --tp 1, not f16\n"
          "training\n"
          "  --seq-len N         tokens a sequence (default 256)\n"
          "  --batch N           sequences a step, over all ranks (default: one a data rank and micro-batch)\n"
@@ -207,7 +208,7 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"model", 1, 0, 'm'},  {"data", 1, 0, 'd'},  {"dp-replicate", 1, 0, 'r'}, {"dp-shard", 1, 0, 'f'}, {"tp", 1, 0, 't'},      {"threads", 1, 0, 'w'}, {"pin", 1, 0, 'N'}, {"seq-len", 1, 0, 'T'},
         {"batch", 1, 0, 'B'},  {"grad-accum", 1, 0, 'a'}, {"steps", 1, 0, 'n'},   {"lr", 1, 0, 'l'},       {"warmup", 1, 0, 'u'},  {"seed", 1, 0, 's'},
-        POLICY_OPTIONS, CHECKPOINT_OPTIONS, DEVICE_OPTIONS, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
+        POLICY_OPTIONS, CHECKPOINT_OPTIONS, DEVICE_OPTIONS, {"cuda-graphs", 0, 0, 'g'}, {"save", 1, 0, 'o'}, {"save-shard", 1, 0, 'S'}, {"save-dtype", 1, 0, 'E'}, {"save-gradients", 1, 0, 'G'}, {"log", 1, 0, 'j'},
         {"log-every", 1, 0, 'v'}, {"print-schedule", 0, 0, 'P'}, {"print-memory", 0, 0, 'M'}, {"deadline", 1, 0, 'D'}, {"check", 1, 0, 'C'}, {"record", 1, 0, 'R'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
     static const char *const check[] = {"0", "1"}, *const dtypes[] = {"f32", "f64", "bf16", "f16"}, *const pins[] = {"auto", "on", "off"};
     static const llmpar_dtype dtype[] = {LLMPAR_F32, LLMPAR_F64, LLMPAR_BF16, LLMPAR_F16};
@@ -242,6 +243,7 @@ int main(int argc, char **argv)
         case POLICY_OPTION: bad = policy_option(options[index].name, optarg, &s.policy, &s.shape); break;
         case CHECKPOINT_OPTION: bad = checkpoint_option(options[index].name, optarg, &s.policy); break;
         case DEVICE_OPTION: bad = device_option(options[index].name, optarg, &s.device); break;
+        case 'g': s.policy.graphs = 1; break;
         case 'M': s.print_memory = 1; break;
         case 'o': s.save = optarg; break;
         case 'S': bad = policy_bytes("--save-shard", optarg, &s.save_as.max_file_bytes); break;
@@ -263,6 +265,7 @@ int main(int argc, char **argv)
     if (!bad && (s.save_as.max_file_bytes || s.save_as.dtype) && !s.save) bad = option_error("--save-shard and --save-dtype say how to --save, which is missing, see --help");
     if (!bad) bad = checkpoint_options_check(&s.policy);
     if (!bad) bad = device_options_check(&s.device, "train_llama");
+    if (!bad && s.policy.graphs && s.device.mode != 2) bad = option_error("--cuda-graphs: expected --device cuda --cuda-mode fast beside it");
     if (!bad && s.dp_replicate * s.dp_shard * s.tp > 4096) bad = option_error("dp-replicate %ld x dp-shard %ld x tp %ld = %ld ranks, expected at most 4096", s.dp_replicate, s.dp_shard, s.tp, s.dp_replicate * s.dp_shard * s.tp);
     if (!bad && !llmpar_is_directory(s.model)) {
         llmpar_llama_config preset;

@@ -64,6 +64,7 @@ LLMPAR_EXTERN_C_END
 #include "cuda/xent_loss.cu"
 #include "cuda/adalomo.cu"
 #include "cuda/shared_comm.cu"
+#include "cuda/graphs.cu"
 #include "cuda/device.cu"
 
 #endif

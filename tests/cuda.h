@@ -25,6 +25,8 @@ void emulated_cuda_fail_kernel(int code, int calls) __attribute__((weak));
 void emulated_cuda_fail_alloc(int calls) __attribute__((weak));
 size_t emulated_cuda_live(void) __attribute__((weak));
 size_t emulated_cuda_waiting(void) __attribute__((weak));
+size_t emulated_cuda_graphs(void) __attribute__((weak));
+void emulated_cuda_fail_capture(int calls) __attribute__((weak));
 
 static inline int cuda_emulated(void) { return emulated_cuda != NULL; }
 /* 1: small sizes alone: kernels run on the CPU, or a GPU's are watched by a tool (LLMPAR_CUDA_SMALL=1). 0: on a GPU: large ones too. */
@@ -228,6 +230,7 @@ static inline void cuda_end(void)
     cuda_gpu = NULL;
     CHECK_INT(cuda_ctx.heap.live, 0);
     if (cuda_emulated()) CHECK_INT(emulated_cuda_live(), 0);
+    if (cuda_emulated()) CHECK_INT(emulated_cuda_graphs(), 0);
 }
 
 #endif

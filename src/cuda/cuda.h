@@ -19,6 +19,10 @@ LLMPAR_API int32_t llmpar_cuda_count(llmpar_error *error);
 /* The device of a rank: number ctx->local_rank modulo the devices shown. desc NULL: defaults. Text of failures in ctx->error: LLMPAR_ERR_UNSUPPORTED without a driver, a device, or a kernel image for it. Local. */
 LLMPAR_API llmpar_status llmpar_cuda_create(llmpar_ctx *ctx, const llmpar_cuda_desc *desc, llmpar_device **out);
 LLMPAR_API void llmpar_cuda_destroy(llmpar_device *device); /* NULL is fine; waits for what is enqueued */
+/* What became of the regions of a device (region_begin, tables/device.h), which mode FAST alone has: replayed with one launch; captured, which runs them too; issued operation by operation (the first time, with arguments that
+   changed, and what ended early). kept: graphs it holds now. Local; device is one of llmpar_cuda_create. */
+typedef struct llmpar_cuda_graph_counts { uint64_t replayed, captured, plain, kept; } llmpar_cuda_graph_counts;
+LLMPAR_API void llmpar_cuda_graphs(llmpar_device *device, llmpar_cuda_graph_counts *out);
 /* The communicator of rank threads on one device: each collective is a kernel over the peers' memory. host: the world of rank threads (ctx->host_comm), borrowed; through it the ranks meet, compare calls, time out and
    learn of failures. All ranks' devices are the same GPU, or GPUs that reach each other's memory (LLMPAR_ERR_UNSUPPORTED names the two otherwise). The same bits as every communicator. Collective. */
 LLMPAR_API llmpar_status llmpar_cuda_shared_comm_create(llmpar_ctx *ctx, llmpar_device *device, llmpar_comm *host, llmpar_comm **out);

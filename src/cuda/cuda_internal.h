@@ -39,6 +39,8 @@ typedef struct llmpar__cuda_call {
     union { unsigned char bytes[256]; long double align; void *pointer; } arg;
 } llmpar__cuda_call;
 
+typedef struct llmpar__cuda_regions llmpar__cuda_regions; /* graphs.cu */
+
 typedef struct llmpar__cuda {
     llmpar_heap *heap;         /* the rank's */
     llmpar_cuda_desc desc;     /* resolved */
@@ -52,6 +54,7 @@ typedef struct llmpar__cuda {
     llmpar__cuda_stream now;   /* what stream NULL means: the operation is done when its call returns */
     llmpar__cuda_stream *streams;
     llmpar__cuda_call *calls;
+    llmpar__cuda_regions *regions; /* NULL until region_begin is called */
     char place[32];            /* PCI address */
     char name[128];            /* the device's name: "cuda sm_90 exact NVIDIA H200": type, code, mode; ranks must agree */
 } llmpar__cuda;
@@ -62,10 +65,14 @@ static inline llmpar__cuda *llmpar__cuda_of(llmpar_device *device) { return (llm
 
 /* The stream's state; stream NULL gives `now`. */
 static llmpar__cuda_stream *llmpar__cuda_stream_of(llmpar_device *device, llmpar_stream *stream);
-/* Every slot begins with it: makes the rank's device current on the calling thread and returns the failure that sticks to the stream, if there is one. */
+/* Every slot begins with it: makes the rank's device current on the calling thread and returns the failure that sticks to the stream, if there is one. A region that is open on the stream ends. */
 static llmpar_status llmpar__cuda_begin(llmpar_device *device, llmpar_stream *stream);
 /* Every slot ends with it: takes over the launch error (cudaGetLastError), which then sticks, with the text `what` (the slot's name); waits where stream is NULL. */
 static llmpar_status llmpar__cuda_end(llmpar_device *device, llmpar_stream *stream, const char *what);
+/* The failure that sticks to a stream, if there is one; and a failure that shall. */
+static llmpar_status llmpar__cuda_stuck(llmpar_device *device, llmpar__cuda_stream *own);
+static llmpar_status llmpar__cuda_stick(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
+static llmpar_status llmpar__cuda_zero(llmpar_device *device, llmpar_stream *stream, void *out, size_t bytes);
 /* A call of the CUDA runtime: LLMPAR_OK, LLMPAR_ERR_MEMORY, or LLMPAR_ERR_INTERNAL with what, cudaGetErrorName and its text. */
 static llmpar_status llmpar__cuda_check(llmpar_device *device, cudaError_t code, const char *what);
 /* dtype is one of F32, BF16, F16 (half != 0) or F32 alone; else LLMPAR_ERR_UNSUPPORTED naming slot and dtype ("rmsnorm: dtype f64 on device cuda .., expected f32, bf16 or f16"). */
@@ -75,6 +82,13 @@ static unsigned llmpar__cuda_blocks(const llmpar__cuda *cuda, int64_t count, uns
 
 /* llmpar__cuda_launch(device, stream, kernel, dim3 grid, dim3 block, size_t shared, args...) enqueues kernel(args...) with `shared` bytes of dynamic shared memory (raises the kernel's limit where it is above
    48 KiB). Arguments are converted to the kernel's parameter types. Errors: llmpar__cuda_end. In launch.h. */
+
+/* ---- graphs.cu ---- */
+
+static void llmpar__cuda_regions_fill(llmpar_device *d); /* its slots, and slots of operations that can be noted */
+static int llmpar__cuda_notes(llmpar_device *device, llmpar_stream *stream); /* is a region open on it? */
+static void llmpar__cuda_region_break(llmpar_device *device); /* what was noted is issued, now */
+static void llmpar__cuda_regions_forget(llmpar_device *device, llmpar__cuda_stream *stream); /* NULL: all */
 
 /* ---- slots, one file an operation ---- */
 

@@ -67,7 +67,9 @@ static llmpar_status llmpar__cuda_stick(llmpar_device *device, llmpar_stream *st
 
 static llmpar_status llmpar__cuda_begin(llmpar_device *device, llmpar_stream *stream)
 {
-    llmpar_status status = stream ? llmpar__cuda_stuck(device, llmpar__cuda_stream_of(device, stream)) : LLMPAR_OK;
+    llmpar_status status;
+    if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
+    status = stream ? llmpar__cuda_stuck(device, llmpar__cuda_stream_of(device, stream)) : LLMPAR_OK;
     return status ? status : llmpar__cuda_stick(device, stream, llmpar__cuda_check(device, cudaSetDevice(llmpar__cuda_of(device)->index), "cudaSetDevice"));
 }
 
@@ -112,6 +114,7 @@ static llmpar_status llmpar__cuda_alloc(llmpar_device *device, size_t bytes, voi
 /* Nothing to be told: what fails here fails in the next call too. */
 static void llmpar__cuda_wait_all(llmpar_device *device)
 {
+    llmpar__cuda_region_break(device);
     for (llmpar__cuda_stream *s = llmpar__cuda_of(device)->streams; s; s = s->next)
         if (s->handle && cudaStreamSynchronize(s->handle) != cudaSuccess) (void)cudaGetLastError();
 }
@@ -176,6 +179,7 @@ static void llmpar__cuda_stream_close(llmpar_device *device, llmpar__cuda_stream
 {
     if (!own->handle || cudaSetDevice(llmpar__cuda_of(device)->index) != cudaSuccess) return;
     (void)cudaStreamSynchronize(own->handle);
+    llmpar__cuda_regions_forget(device, own); /* their products use its workspace */
     (void)cudaFree(own->library);
     (void)cudaStreamDestroy(own->handle);
     (void)cudaGetLastError();
@@ -204,19 +208,26 @@ static llmpar_status llmpar__cuda_stream_create(llmpar_device *device, const cha
 
 static void llmpar__cuda_stream_destroy(llmpar_device *device, llmpar_stream *stream)
 {
-    if (stream) llmpar__cuda_stream_close(device, llmpar__cuda_stream_of(device, stream));
+    if (!stream) return;
+    if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
+    llmpar__cuda_stream_close(device, llmpar__cuda_stream_of(device, stream));
 }
 
 static llmpar_status llmpar__cuda_synchronize(llmpar_device *device, llmpar_stream *stream)
 {
     llmpar__cuda_stream *own = llmpar__cuda_stream_of(device, stream);
     llmpar_status status = llmpar__cuda_check(device, cudaSetDevice(llmpar__cuda_of(device)->index), "cudaSetDevice");
+    if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
     if (!status) status = llmpar__cuda_check(device, cudaStreamSynchronize(own->handle), "synchronize");
     (void)llmpar__cuda_stick(device, stream, status); /* behind what a host call may have stuck there meanwhile */
     return stream && llmpar__cuda_stuck(device, own) ? llmpar__cuda_stuck(device, own) : status;
 }
 
-static void *llmpar__cuda_native_stream(llmpar_device *device, llmpar_stream *stream) { return (void *)llmpar__cuda_stream_of(device, stream)->handle; }
+static void *llmpar__cuda_native_stream(llmpar_device *device, llmpar_stream *stream)
+{
+    if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
+    return (void *)llmpar__cuda_stream_of(device, stream)->handle;
+}
 
 /* ---- events ---- */
 
@@ -393,6 +404,7 @@ static void llmpar__cuda_fill(llmpar_device *d)
     d->factor_moment = llmpar__cuda_factor_moment;
     d->adalomo_square = llmpar__cuda_adalomo_square;
     d->adalomo = llmpar__cuda_adalomo;
+    if (llmpar__cuda_of(d)->desc.mode == LLMPAR_CUDA_FAST) llmpar__cuda_regions_fill(d);
 }
 
 LLMPAR_DEF int32_t llmpar_cuda_count(llmpar_error *error)
@@ -483,6 +495,7 @@ LLMPAR_DEF void llmpar_cuda_destroy(llmpar_device *device)
 {
     llmpar__cuda *cuda = device ? llmpar__cuda_of(device) : NULL;
     if (!device) return;
+    llmpar__cuda_regions_forget(device, NULL);
     while (cuda->streams) {
         llmpar__cuda_stream *s = cuda->streams;
         llmpar__cuda_stream_close(device, s);

@@ -16,14 +16,21 @@ static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit
     return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
 }
 
+static int llmpar__exec_on_tp(const llmpar_unit_op *ops, int32_t count)
+{
+    int on_tp = 0;
+    for (int32_t i = 0; i < count; i++) on_tp |= ops[i].kind != LLMPAR_COMPUTE;
+    return on_tp;
+}
+
 /* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
-static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+static llmpar_status llmpar__exec_list(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_device *device = fsdp->device;
     llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
     llmpar_status status = LLMPAR_OK;
-    int used_tp = 0;
+    int used_tp = 0, streams = llmpar__exec_on_tp(ops, count) ? 2 : 1; /* on one nobody waits */
     for (int32_t i = 0; i < count && !status; i++) {
         int on_tp = ops[i].kind != LLMPAR_COMPUTE;
         if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
@@ -44,12 +51,28 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
         if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
         if (!status) status = ops[i].run(call);
         if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
-        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
+        if (!status && streams > 1) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
     /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
     if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
     if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
     return status;
+}
+
+/* The same, where graphs were asked for as a region of the device: a unit's instructions come again with every step, with the same buffers mostly. */
+static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device;
+    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE];
+    const llmpar_instruction *in = exec->now;
+    if (!fsdp->graphs) return llmpar__exec_list(exec, ops, count, call);
+    uint64_t key = (uint64_t)in->unit << 32 | (uint64_t)in->micro_batch << 3 | (uint64_t)call->pass << 1 | (in->again != 0);
+    llmpar_status status = device->region_begin(device, compute, key);
+    if (status) return status;
+    status = llmpar__exec_list(exec, ops, count, call);
+    llmpar_status ended = device->region_end(device, compute);
+    return status ? status : ended;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }

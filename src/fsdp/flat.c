@@ -332,6 +332,21 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     return LLMPAR_OK;
 }
 
+/* A region is of one stream. */
+static llmpar_status llmpar__fsdp_graphs(llmpar_fsdp *fsdp, const llmpar_unit *units, int32_t unit_count)
+{
+    const llmpar_device *device = fsdp->device;
+    if (device->size < offsetof(llmpar_device, region_end) + sizeof device->region_end || !device->region_begin || !device->region_end)
+        return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs on device %s, which has none; expected a CUDA device in mode fast", device->name);
+    for (int32_t u = 0; u < unit_count; u++)
+        for (int32_t i = 0; i < units[u].forward_count + units[u].backward_count; i++) {
+            const llmpar_unit_op *op = i < units[u].forward_count ? &units[u].forward[i] : &units[u].backward[i - units[u].forward_count];
+            if (op->kind != LLMPAR_COMPUTE) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs with unit %s, whose instruction \"%s\" is a collective; expected tp = 1", units[u].name, op->name);
+        }
+    fsdp->graphs = 1;
+    return LLMPAR_OK;
+}
+
 LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit *units, int32_t unit_count, const llmpar_fsdp_desc *desc, llmpar_fsdp **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
@@ -346,6 +361,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     fsdp->count_only = desc->count_only;
     fsdp->first_backward = llmpar_schedule_first_backward(units, unit_count);
     llmpar_status status = llmpar__fsdp_resolve(fsdp, desc);
+    if (!status && desc->graphs) status = llmpar__fsdp_graphs(fsdp, units, unit_count);
     if (!status) {
         fsdp->unit_count = unit_count;
         fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);

@@ -35,6 +35,8 @@ typedef struct llmpar_fsdp_desc {
     llmpar_tier offload_update;/* where the optimizer works. DEVICE (default); HOST (ZeRO-Offload, Ren et al. 2021): on the host's processors, in the host memory that optimizer state, parameters and gradients are all offloaded to;
                                   only gradients and parameters in the compute dtype travel. Same bits with AdamW and SGD; needs UPDATE_AFTER */
     int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
+    int32_t graphs;            /* 1: a unit's FORWARD, RECOMPUTE and BACKWARD are regions (region_begin, tables/device.h), so that a device which can (CUDA in mode FAST) replays them as graphs; same bits. LLMPAR_ERR_UNSUPPORTED on
+                                  other devices, and where units have instructions between tensor-parallel ranks */
 } llmpar_fsdp_desc;
 
 /* The part of one parameter inside this rank's shard. */

@@ -64,6 +64,7 @@ struct llmpar_fsdp {
     int32_t own_comms;                /* 1: with overlap: split off here, of this object alone */
     int32_t first_backward;           /* llmpar_schedule_first_backward */
     int32_t count_only;
+    int32_t graphs;                   /* 1: FORWARD, RECOMPUTE, BACKWARD are regions of the device */
     int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
     int32_t optimizer_states;
     llmpar_tier tier[LLMPAR_STATE_COUNT];

@@ -68,6 +68,16 @@ static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_
     return LLMPAR_OK;
 }
 
+/* What needs a device that has them is fsdp's to say. */
+static llmpar_status llmpar__recipe_graphs(const llmpar_trainer_desc *d, const llmpar_mesh *mesh, llmpar_error *error)
+{
+    int32_t tp = mesh->degree[LLMPAR_AXIS_TP];
+    if (!d->graphs) return LLMPAR_OK;
+    if (d->dtype == LLMPAR_F16) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "trainer: graphs with dtype f16, expected f32 or bf16: the loss scale changes from step to step, and a graph keeps what it was captured with");
+    if (tp > 1) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "trainer: graphs with tp = %d, expected 1: tensor-parallel collectives stand between a unit's operations, and a graph holds none", (int)tp);
+    return LLMPAR_OK;
+}
+
 static void llmpar__recipe_lr(const llmpar_trainer_desc *d, llmpar_lr_desc *out)
 {
     memset(out, 0, sizeof *out);
@@ -103,6 +113,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (!status) status = llmpar_lr_desc_check(&lr, error);
     if (!status && d->dtype == LLMPAR_F16) status = llmpar_loss_scale_check(&d->loss_scale, error);
     if (!status) status = llmpar__recipe_unused(d, error);
+    if (!status) status = llmpar__recipe_graphs(d, mesh, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -229,6 +240,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.offload_dir = t->desc.offload_dir;
     fsdp.offload_update = t->desc.offload_update;
     fsdp.overlap = t->desc.overlap;
+    fsdp.graphs = t->desc.graphs && !t->count_only;
     fsdp.count_only = t->count_only;
     if (t->desc.sequence || t->desc.data) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);
     /* What a step does, as a list, proved before memory is taken: policies that contradict each other end here. Without data: load, save, generate. */

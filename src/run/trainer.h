@@ -37,6 +37,7 @@ typedef struct llmpar_trainer_desc {
     const char *offload_dir;      /* of the FILE tier; default "." */
     llmpar_tier offload_update;   /* DEVICE (default), or HOST: the optimizer works on the host's processors, where its state, the parameters and the gradients are all offloaded to host memory (ZeRO-Offload); AdamW and SGD, same bits */
     int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
+    int32_t graphs;               /* 1: the units' instructions are replayed as CUDA graphs; same bits, less of the host's time. Needs a CUDA device in mode FAST, tp = 1, and no dtype F16: its loss scale changes what is replayed */
     int32_t sequence_parallel;    /* 1: on (where tp > 1) */
     llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
     int32_t canon;                /* pieces of sums that tp may split; power of two, default 8; OFF uses 1 */

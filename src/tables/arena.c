@@ -1,7 +1,8 @@
 /* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
 
    Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
-   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. */
+   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. Of several the oldest serves: so which blocks a step gets follows from what is live
+   when it begins, and a step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). */
 #include "tables/arena.h"
 
 #include <stdio.h>
@@ -18,6 +19,7 @@ typedef struct llmpar__arena_block {
     llmpar_tag tag;
     const char *label;                /* borrowed */
     uint64_t mark;                    /* of its last release */
+    uint64_t number;                  /* of all that were taken from the device */
 } llmpar__arena_block;
 
 struct llmpar_arena {
@@ -25,7 +27,8 @@ struct llmpar_arena {
     uint64_t limit;
     llmpar_arena_usage usage;
     llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size */
+    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size; a chain in the order of their numbers */
+    uint64_t taken;
 };
 
 LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
@@ -129,6 +132,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
             return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
         }
         block->bytes = need;
+        block->number = arena->taken++;
         usage->reserved += need;
     }
     block->tag = tag;
@@ -167,9 +171,9 @@ LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint
     block->mark = mark;
     arena->usage.live[block->tag] -= block->bytes;
     arena->usage.live_total -= block->bytes;
-    unsigned bucket = llmpar__arena_hash(block->bytes);
-    block->next = arena->idle[bucket];
-    arena->idle[bucket] = block;
+    for (link = &arena->idle[llmpar__arena_hash(block->bytes)]; *link && (*link)->number < block->number;) link = &(*link)->next;
+    block->next = *link;
+    *link = block;
 }
 
 LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)

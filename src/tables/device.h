@@ -277,6 +277,13 @@ struct llmpar_device {
     void *(*native_stream)(llmpar_device *device, llmpar_stream *stream);
     const char *place;        /* which unit of its machine the device is: "0000:3b:00.0", for errors of ranks that should not share one; NULL: it is not said */
     void *memory_state;       /* of whoever replaces alloc and free in the table, as a communicator does whose transport has memory of its own; NULL: nobody has. An implementation that calls itself goes through the table */
+
+    /* Regions that come again. Between begin and end, operations on the stream may be noted instead of enqueued: at the end, or before anything that is none (copies, events, waits, host calls, collectives, native_stream,
+       free), they are enqueued in their order, or, where a region with this key had the same arguments before, launched as one. Results are the same bits; a refusal of an operation may come from region_end, and sticks to the
+       stream. One region at a time, no stream NULL; end is due after a failure too. Whoever replaces an operation and enqueues by native_stream asks for that in every call. Both empty: no effect, LLMPAR_ERR_UNSUPPORTED is
+       the caller's to say. Local. */
+    llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
+    llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */

@@ -41,6 +41,8 @@ extern "C" {
     X(cudaErrorLaunchFailure, 719, "unspecified launch failure") \
     X(cudaErrorNotPermitted, 800, "operation not permitted") \
     X(cudaErrorNotSupported, 801, "operation not supported") \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
+    X(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture") \
     X(cudaErrorUnknown, 999, "unknown error")
 
 typedef enum cudaError {
@@ -53,7 +55,10 @@ typedef enum cudaError cudaError_t;
 
 typedef struct CUstream_st *cudaStream_t;
 typedef struct CUevent_st *cudaEvent_t;
+typedef struct CUgraph_st *cudaGraph_t;
+typedef struct CUgraphExec_st *cudaGraphExec_t;
 typedef void (*cudaHostFn_t)(void *user);
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeThreadLocal = 1, cudaStreamCaptureModeRelaxed = 2 };
 enum cudaMemcpyKind { cudaMemcpyHostToHost = 0, cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
 enum cudaDeviceAttr {
@@ -115,6 +120,13 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t fn, void *user);
+/* Kernels, library calls, copies and memsets of one stream; nothing else may be captured. A graph runs with the arguments that were captured. */
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 cudaError_t cudaEventCreate(cudaEvent_t *out);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
@@ -129,6 +141,8 @@ void emulated_cuda_fail_launch(cudaError_t code, int calls);         /* the call
 void emulated_cuda_fail_kernel(cudaError_t code, int calls);         /* the calls-th kernel from now fails while it runs: every later call of the process returns code; code cudaSuccess heals the process */
 void emulated_cuda_fail_alloc(int calls);                            /* the calls-th cudaMalloc or cudaMallocHost from now has no memory */
 size_t emulated_cuda_live(void);                                     /* bytes of cudaMalloc and cudaMallocHost that were not freed */
+size_t emulated_cuda_graphs(void);                                   /* graphs, instantiated or not, that were not destroyed */
+void emulated_cuda_fail_capture(int calls);                          /* the calls-th cudaStreamEndCapture from now has nothing */
 size_t emulated_cuda_waiting(void);                                  /* entries of all streams that have not been run */
 /* The stream does not go on before ready(arg) is 1, then done(arg) is called: for libraries that enqueue work whose end depends on other streams (NCCL). ready is called by any thread, often, and must not call CUDA;
    emulated_cuda_moved: it may have become so. */

@@ -580,10 +580,14 @@ struct Entry {
 };
 } // namespace
 
+struct CUgraph_st { std::vector<Entry> entries; };
+struct CUgraphExec_st { std::vector<Entry> entries; };
 struct CUstream_st {
     int device;
     bool running;
     std::deque<Entry> queue;
+    CUgraph_st *capture; /* what is being captured, or NULL */
+    bool spoilt;         /* by something that cannot be captured */
 };
 struct CUevent_st {
     int device;
@@ -599,6 +603,8 @@ struct Engine {
     std::condition_variable moved; /* an entry is done, or new ones are there */
     std::set<cudaStream_t> streams;
     std::set<cudaEvent_t> events;
+    std::set<cudaGraph_t> graphs;
+    std::set<cudaGraphExec_t> executables;
     cudaStream_t legacy[DEVICES];
     std::map<uintptr_t, Memory> memory;
     std::map<const void *, int> shared_limits;
@@ -609,10 +615,10 @@ struct Engine {
     Random random;
     uint64_t seed;
     cudaError_t broken;
-    int fail_launch, fail_kernel, fail_alloc;
+    int fail_launch, fail_kernel, fail_alloc, fail_capture;
     cudaError_t fail_launch_code, fail_kernel_code;
 
-    Engine() : host_live(0), steps(0), kernels(0), driver(false), running(0), broken(cudaSuccess), fail_launch(0), fail_kernel(0), fail_alloc(0), fail_launch_code(cudaSuccess), fail_kernel_code(cudaSuccess)
+    Engine() : host_live(0), steps(0), kernels(0), driver(false), running(0), broken(cudaSuccess), fail_launch(0), fail_kernel(0), fail_alloc(0), fail_capture(0), fail_launch_code(cudaSuccess), fail_kernel_code(cudaSuccess)
     {
         memset(legacy, 0, sizeof legacy);
         memset(live, 0, sizeof live);
@@ -640,7 +646,8 @@ struct Engine {
             moved.wait_for(hold, std::chrono::milliseconds(50));
         }
     }
-    void add(std::unique_lock<std::mutex> &hold, cudaStream_t stream, Entry entry);
+    /* Into the queue, or into the graph that the stream captures. */
+    cudaError_t add(std::unique_lock<std::mutex> &hold, cudaStream_t stream, Entry entry);
 };
 
 Engine &engine()
@@ -690,8 +697,24 @@ void drive()
     }
 }
 
-void Engine::add(std::unique_lock<std::mutex> &hold, cudaStream_t stream, Entry entry)
+__thread cudaStream_t capturing; /* by this thread */
+
+/* What a thread must not do while it captures: the capture has failed then. */
+cudaError_t spoil(cudaStream_t stream)
 {
+    if (!stream || !stream->capture) return cudaSuccess;
+    stream->spoilt = true;
+    return cudaErrorStreamCaptureUnsupported;
+}
+
+cudaError_t Engine::add(std::unique_lock<std::mutex> &hold, cudaStream_t stream, Entry entry)
+{
+    if (stream->capture) {
+        if (entry.kind != RUN) return spoil(stream);
+        if (stream->spoilt) return cudaErrorStreamCaptureInvalidated;
+        stream->capture->entries.push_back(std::move(entry));
+        return cudaSuccess;
+    }
     if (!driver) {
         driver = true;
         std::thread(drive).detach();
@@ -700,6 +723,7 @@ void Engine::add(std::unique_lock<std::mutex> &hold, cudaStream_t stream, Entry 
     if (random.below(8) == 0)
         for (uint64_t n = 1 + random.below(4); n && step(hold, false); n--) {}
     moved.notify_all();
+    return cudaSuccess;
 }
 
 size_t of_streams(Engine &e, int device)
@@ -769,6 +793,8 @@ size_t emulated_cuda_live(void)
     for (size_t x : e.live) n += x;
     return n;
 }
+void emulated_cuda_fail_capture(int calls) { Engine &e = engine(); std::unique_lock<std::mutex> hold(e.lock); e.fail_capture = calls; }
+size_t emulated_cuda_graphs(void) { Engine &e = engine(); std::unique_lock<std::mutex> hold(e.lock); return e.graphs.size() + e.executables.size(); }
 size_t emulated_cuda_waiting(void) { Engine &e = engine(); std::unique_lock<std::mutex> hold(e.lock); return of_streams(e, -1); }
 
 const char *cudaGetErrorName(cudaError_t code)
@@ -877,6 +903,7 @@ static cudaError_t take(void **out, size_t bytes, int device)
 {
     *out = NULL;
     BEGIN
+    if (spoil(capturing)) return failed(cudaErrorStreamCaptureUnsupported);
     if (device >= 0) device = current_device;
     if (!bytes) return cudaSuccess;
     if ((e.fail_alloc > 0 && --e.fail_alloc == 0) || (device >= 0 && bytes > e.total - e.live[device])) return failed(cudaErrorMemoryAllocation);
@@ -893,6 +920,7 @@ static cudaError_t take(void **out, size_t bytes, int device)
 static cudaError_t give(void *memory, bool host)
 {
     BEGIN
+    if (spoil(capturing)) return failed(cudaErrorStreamCaptureUnsupported);
     if (!memory) return cudaSuccess;
     std::map<uintptr_t, Memory>::iterator at = e.memory.find((uintptr_t)memory);
     if (at == e.memory.end() || (host ? at->second.device != -1 : at->second.device < 0)) return failed(cudaErrorInvalidValue);
@@ -927,17 +955,29 @@ cudaError_t cudaHostUnregister(void *memory)
     return cudaSuccess;
 }
 
+/* Is it in memory that cudaMalloc, cudaMallocHost or cudaHostRegister knows? */
+static bool known(Engine &e, const void *memory)
+{
+    std::map<uintptr_t, Memory>::iterator at = e.memory.upper_bound((uintptr_t)memory);
+    if (at == e.memory.begin()) return false;
+    --at;
+    return (uintptr_t)memory - at->first < at->second.bytes;
+}
 static cudaError_t enqueue(Kind kind, const char *what, const std::function<void()> &run, const std::shared_ptr<Mark> &mark, cudaStream_t stream)
 {
     BEGIN
     FIND(stream);
     Entry entry = {kind, what, run, mark};
-    e.add(hold, stream, entry);
-    return cudaSuccess;
+    return failed(e.add(hold, stream, entry));
 }
 cudaError_t cudaMemcpyAsync(void *out, const void *in, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream)
 {
     if ((int)kind < 0 || (int)kind > 4 || (bytes && (!out || !in))) return failed(cudaErrorInvalidValue);
+    {
+        Engine &e = engine();
+        std::unique_lock<std::mutex> hold(e.lock);
+        if (capturing && capturing == stream && (!known(e, out) || !known(e, in))) return failed(spoil(stream)); /* pageable host memory */
+    }
     return enqueue(RUN, "cudaMemcpyAsync", [=]() { memmove(out, in, bytes); }, NULL, stream);
 }
 cudaError_t cudaMemcpy2DAsync(void *out, size_t out_pitch, const void *in, size_t in_pitch, size_t width, size_t height, enum cudaMemcpyKind kind, cudaStream_t stream)
@@ -963,8 +1003,7 @@ int emulated_cuda_await(cudaStream_t stream, int (*ready)(void *arg), void (*don
     BEGIN
     FIND(stream);
     Entry entry = {WAIT, "emulated_cuda_await", [=]() { done(arg); }, NULL, [=]() { return ready(arg) != 0; }};
-    e.add(hold, stream, entry);
-    return 0;
+    return (int)failed(e.add(hold, stream, entry));
 }
 void emulated_cuda_moved(void) { engine().moved.notify_all(); }
 
@@ -1001,6 +1040,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
     BEGIN
     FIND(stream);
+    if (spoil(stream)) return failed(cudaErrorStreamCaptureUnsupported);
     e.until(hold, [&]() { return stream->queue.empty() && !stream->running; });
     return failed(e.broken);
 }
@@ -1019,7 +1059,70 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     if (!e.events.count(event)) return failed(cudaErrorInvalidResourceHandle);
     if (!event->mark) return cudaSuccess;
     Entry entry = {WAIT, "cudaStreamWaitEvent", std::function<void()>(), event->mark, std::function<bool()>()};
-    e.add(hold, stream, entry);
+    return failed(e.add(hold, stream, entry));
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode)
+{
+    BEGIN
+    (void)mode;
+    if (!stream || !e.streams.count(stream)) return failed(cudaErrorInvalidResourceHandle);
+    if (stream->capture || capturing) return failed(cudaErrorStreamCaptureUnsupported);
+    stream->capture = new CUgraph_st();
+    stream->spoilt = false;
+    capturing = stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out)
+{
+    *out = NULL;
+    BEGIN
+    if (!stream || !e.streams.count(stream) || !stream->capture || capturing != stream) return failed(cudaErrorInvalidResourceHandle);
+    CUgraph_st *graph = stream->capture;
+    stream->capture = NULL;
+    capturing = NULL;
+    if (stream->spoilt || (e.fail_capture > 0 && --e.fail_capture == 0)) {
+        delete graph;
+        return failed(cudaErrorStreamCaptureInvalidated);
+    }
+    e.graphs.insert(graph);
+    *out = graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags)
+{
+    *out = NULL;
+    BEGIN
+    if (!e.graphs.count(graph) || flags) return failed(cudaErrorInvalidValue);
+    *out = new CUgraphExec_st();
+    (*out)->entries = graph->entries;
+    e.executables.insert(*out);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream)
+{
+    BEGIN
+    FIND(stream);
+    if (!e.executables.count(graph)) return failed(cudaErrorInvalidValue);
+    if (e.fail_launch > 0 && --e.fail_launch == 0) return failed(e.fail_launch_code);
+    std::vector<Entry> entries = graph->entries; /* it may be destroyed while they run */
+    for (const Entry &entry : entries) {
+        cudaError_t code = e.add(hold, stream, entry);
+        if (code) return failed(code);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph)
+{
+    BEGIN
+    if (!e.graphs.erase(graph)) return failed(cudaErrorInvalidValue);
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph)
+{
+    BEGIN
+    if (!e.executables.erase(graph)) return failed(cudaErrorInvalidValue);
+    delete graph;
     return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *out, unsigned flags)
@@ -1046,8 +1149,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
     if (!e.events.count(event) || event->device != stream->device) return failed(cudaErrorInvalidResourceHandle);
     event->mark = std::make_shared<Mark>();
     Entry entry = {RECORD, "cudaEventRecord", std::function<void()>(), event->mark};
-    e.add(hold, stream, entry);
-    return cudaSuccess;
+    return failed(e.add(hold, stream, entry));
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
@@ -1128,8 +1230,7 @@ cudaError_t emulated_cuda_enqueue(const char *text, const char *caller, const vo
             engine().broken = code;
         } else machine().grid(name, from, run, grid, block, shared, seed);
     }, NULL};
-    e.add(hold, stream, entry);
-    return cudaSuccess;
+    return failed(e.add(hold, stream, entry));
 }
 
 cudaError_t emulated_cuda_enqueue_call(const char *what, const std::function<void()> &run, cudaStream_t stream) { return enqueue(RUN, what, run, NULL, stream); }
