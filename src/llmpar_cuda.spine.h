@@ -57,6 +57,7 @@ LLMPAR_EXTERN_C_END
 #include "cuda/attention_decode.cu"
 #include "cuda/attention_backward.cu"
 #include "cuda/attention_simple.cu"
+#include "cuda/attention_cudnn.cu"
 #include "cuda/cast.cu"
 #include "cuda/tree_sum.cu"
 #include "cuda/optim.cu"

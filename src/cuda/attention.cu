@@ -186,6 +186,9 @@ static llmpar_status llmpar__cuda_attention_check(llmpar_device *device, const c
 static size_t llmpar__cuda_attention_workspace(llmpar_device *device, const llmpar_attention_args *args)
 {
     (void)device;
+#ifdef LLMPAR_USE_CUDNN
+    if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn_workspace(device, args, NULL);
+#endif
     if (args->batch < 1 || args->tq < 1 || args->tk < 1 || args->heads < 1 || args->kv_heads < 1 || args->heads % args->kv_heads || !llmpar__cuda_attention_by_mma(args)) return 0;
     return llmpar__cuda_attention_decode_workspace(args);
 }
@@ -215,6 +218,9 @@ LLMPAR__CUDA_SLOT(attention, llmpar_attention_args)
     size_t size = llmpar_dtype_size(args->dtype);
     llmpar_status status;
     if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+#ifdef LLMPAR_USE_CUDNN
+    if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, args, NULL);
+#endif
     status = llmpar__cuda_attention_check(device, "attention", args, llmpar__cuda_attention_workspace(device, args), 0);
     if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;

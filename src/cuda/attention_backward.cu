@@ -416,6 +416,9 @@ static size_t llmpar__cuda_attention_backward_workspace(llmpar_device *device, c
     const llmpar_attention_args *a = &args->forward;
     llmpar__cuda_attention_plan plan;
     (void)device;
+#ifdef LLMPAR_USE_CUDNN
+    if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn_workspace(device, a, args);
+#endif
     if (a->batch < 1 || a->tk < 1 || a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads || a->head_dim < 1) return 0;
     plan = llmpar__cuda_attention_plan_of(a);
     return plan.delta + plan.ends + 2 * plan.heads + 15;
@@ -465,6 +468,9 @@ LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
     llmpar_dtype dkv = args->dkv_dtype == LLMPAR_DTYPE_DEFAULT ? f->dtype : args->dkv_dtype;
     llmpar_status status;
     if (f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return LLMPAR_OK;
+#ifdef LLMPAR_USE_CUDNN
+    if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, f, args);
+#endif
     status = llmpar__cuda_attention_check(device, "attention_backward", f, llmpar__cuda_attention_backward_workspace(device, args), 1);
     if (!status && dkv != f->dtype && dkv != llmpar_dtype_sum(f->dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(f->dtype), llmpar_dtype_name(llmpar_dtype_sum(f->dtype)));

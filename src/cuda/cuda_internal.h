@@ -51,6 +51,7 @@ typedef struct llmpar__cuda {
     size_t l2_bytes;
     cublasLtHandle_t lt;       /* FAST mode; else NULL */
     void *products;            /* FAST mode: the algorithms chosen, by shape (gemm_library.cu); else NULL */
+    void *attention;           /* desc.cudnn: its handle and graphs (attention_cudnn.cu); else NULL */
     llmpar__cuda_stream now;   /* what stream NULL means: the operation is done when its call returns */
     llmpar__cuda_stream *streams;
     llmpar__cuda_call *calls;
@@ -100,7 +101,13 @@ static llmpar_status llmpar__cuda_gemm_library(llmpar_device *device, llmpar_str
 static size_t llmpar__cuda_gemm_library_workspace(llmpar_device *device, const llmpar_gemm_args *args);
 static llmpar_status llmpar__cuda_library_create(llmpar_device *device);  /* sets cuda->lt and cuda->products */
 static void llmpar__cuda_library_destroy(llmpar_device *device);
-/* attention.cu, attention_backward.cu, attention_simple.cu */
+/* attention.cu, attention_backward.cu, attention_simple.cu; attention_cudnn.cu: desc.cudnn */
+#ifdef LLMPAR_USE_CUDNN
+static llmpar_status llmpar__cuda_cudnn_create(llmpar_device *device);
+static void llmpar__cuda_cudnn_destroy(llmpar_device *device);
+static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward);
+static size_t llmpar__cuda_attention_cudnn_workspace(llmpar_device *device, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward);
+#endif
 LLMPAR__CUDA_SLOT(attention, llmpar_attention_args);
 static size_t llmpar__cuda_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
 LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args);

@@ -449,7 +449,7 @@ static llmpar_status llmpar__cuda_examine(llmpar_ctx *ctx, llmpar__cuda *cuda)
     cuda->threads_resident = properties.maxThreadsPerMultiProcessor;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
     cuda->l2_bytes = (size_t)properties.l2CacheSize;
-    snprintf(cuda->name, sizeof cuda->name, "cuda sm_%d %s %.80s", cuda->capability, cuda->desc.mode == LLMPAR_CUDA_FAST ? cuda->desc.tf32 ? "fast tf32" : "fast" : "exact", properties.name);
+    snprintf(cuda->name, sizeof cuda->name, "cuda sm_%d %s%s %.70s", cuda->capability, cuda->desc.mode == LLMPAR_CUDA_FAST ? cuda->desc.tf32 ? "fast tf32" : "fast" : "exact", cuda->desc.cudnn ? " cudnn" : "", properties.name);
     if (cuda->capability < 80) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "cuda: device %d (%s) has compute capability %d.%d, expected 8.0 or later", cuda->index, properties.name, properties.major, properties.minor);
     code = cudaFuncGetAttributes(&probe, llmpar__cuda_probe);
     if (code == cudaSuccess) return LLMPAR_OK;
@@ -483,6 +483,9 @@ LLMPAR_DEF llmpar_status llmpar_cuda_create(llmpar_ctx *ctx, const llmpar_cuda_d
     status = llmpar__cuda_examine(ctx, &device->state);
     if (!status) status = llmpar__cuda_stream_open(&device->table, &device->state.now, "now");
     if (!status && resolved.mode == LLMPAR_CUDA_FAST) status = llmpar__cuda_library_create(&device->table);
+#ifdef LLMPAR_USE_CUDNN
+    if (!status && resolved.cudnn) status = llmpar__cuda_cudnn_create(&device->table);
+#endif
     if (status) {
         llmpar_cuda_destroy(&device->table);
         return status;
@@ -503,6 +506,9 @@ LLMPAR_DEF void llmpar_cuda_destroy(llmpar_device *device)
         llmpar_heap_free(cuda->heap, s);
     }
     llmpar__cuda_stream_close(device, &cuda->now);
+#ifdef LLMPAR_USE_CUDNN
+    llmpar__cuda_cudnn_destroy(device);
+#endif
     llmpar__cuda_library_destroy(device);
     while (cuda->calls) {
         llmpar__cuda_call *c = cuda->calls;
