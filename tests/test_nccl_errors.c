@@ -50,7 +50,7 @@ static void run(int ranks, const llmpar_nccl_desc *desc, llmpar_rank_fn fn, void
     memset(&seen, 0, sizeof seen);
     for (int i = 0; i < MOST; i++) seen.status[i] = (llmpar_status)-1;
     seen.job = rig_launch(ranks, desc, noted, &s, &seen.error);
-    muted = -1;
+    __atomic_store_n(&muted, -1, __ATOMIC_SEQ_CST);
 }
 
 /* All ranks but `culprit` returned PEER with this text; -1: all. */
