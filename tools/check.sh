@@ -75,6 +75,9 @@ LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header SUITE="$some"
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase cxx $make $jobs test-cxx
 phase examples $make all
 phase valgrind $make test-valgrind
+phase cuda $make check-cuda
+LLMPAR_TEST_QUICK=1 phase emulated $make $jobs test-cuda
+phase nccl $make $jobs test-nccl
 # Each of these is one command after the other: two at a time.
 beside package $make test-package
 beside bad_input sh tests/bad_input.sh
@@ -91,6 +94,11 @@ phase mpi $make $jobs test-mpi
 phase elastic tests/elastic.sh # also with the processes that mpi has built
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
+LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan
+[ -z "$full" ] || phase nccl-asan $make $jobs test-nccl-asan
+LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan $([ -n "$full" ] || echo TEST=test_cuda_rows)
+[ -z "$full" ] || phase emulated-tsan $make $jobs test-cuda-tsan
+[ -z "$full" ] || phase check-nccl $make check-nccl
 emulated=TEST=test_gemm
 [ -z "$full" ] || emulated=
 LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16 $emulated
