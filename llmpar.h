@@ -531,6 +531,10 @@ typedef struct llmpar_ctx {
     llmpar_error error;           /* the first error of this rank */
     struct llmpar_device *device; /* owned by launch */
     struct llmpar_comm *comm;     /* the world; owned by launch */
+    struct llmpar_device *host;   /* the CPU device, for work on host memory; == device unless the launch desc names a backend. Owned by launch */
+    struct llmpar_comm *host_comm; /* the world as the launch's transport reaches it (rank threads, MPI), on host memory; == comm unless a backend made comm; NULL: the transport has none. Owned by launch */
+    int32_t local_rank;           /* among the ranks of this machine: which of its accelerators is this rank's */
+    const char *meeting;          /* "host:port" of rank 0, where processes without a transport of their own can meet (MASTER_ADDR, MASTER_PORT); NULL: none. Owned by launch */
     const struct llmpar_io *io;   /* files; NULL: the system's; borrowed */
     llmpar_log_fn log;            /* NULL: silent */
     void *log_user;
@@ -811,6 +815,23 @@ struct llmpar_device {
     /* tree_sum with several results, at once and on the calling thread, done on return: every operand is read once and every line is written while it is at hand. Empty: tree_sum with stream NULL, and copies of
        its result. Whoever replaces tree_sum in a table replaces or empties this one too. */
     llmpar_status (*tree_sum_to)(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+
+    /* Devices with memory of their own. */
+    int32_t apart;            /* 1: the host cannot read or write what alloc gives; copy, zero, operations and communicators made for the device can, and copy takes host memory on either side. 0: it is the host's own */
+    /* Host memory for copies that run beside other work (pinned). Empty: any host memory serves. free takes NULL, after what uses the memory is done. */
+    llmpar_status (*host_alloc)(llmpar_device *device, size_t bytes, void **out);
+    void (*host_free)(llmpar_device *device, void *memory, size_t bytes);
+    /* The platform's own handle of a stream (cudaStream_t), for libraries that enqueue on it; NULL stream: the one that operations without a stream use. Empty: there is none. Local. */
+    void *(*native_stream)(llmpar_device *device, llmpar_stream *stream);
+    const char *place;        /* which unit of its machine the device is: "0000:3b:00.0", for errors of ranks that should not share one; NULL: it is not said */
+    void *memory_state;       /* of whoever replaces alloc and free in the table, as a communicator does whose transport has memory of its own; NULL: nobody has. An implementation that calls itself goes through the table */
+
+    /* Regions that come again. Between begin and end, operations on the stream may be noted instead of enqueued: at the end, or before anything that is none (copies, events, waits, host calls, collectives, native_stream,
+       free), they are enqueued in their order, or, where a region with this key had the same arguments before, launched as one. Results are the same bits; a refusal of an operation may come from region_end, and sticks to the
+       stream. One region at a time, no stream NULL; end is due after a failure too. Whoever replaces an operation and enqueues by native_stream asks for that in every call. Both empty: no effect, LLMPAR_ERR_UNSUPPORTED is
+       the caller's to say. Local. */
+    llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
+    llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -822,6 +843,12 @@ LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
+
+/* Host memory for copies: host_alloc's, or the heap's where the slot is empty; uninitialised. LLMPAR_ERR_MEMORY, whose text is the caller's where it is the heap's. Local; free takes NULL and the size that was asked for. */
+LLMPAR_API llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out);
+LLMPAR_API void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes);
+/* Is what alloc gives out of the host's reach? `apart` with its fallback: 0. Local. */
+LLMPAR_API int llmpar_device_apart(const llmpar_device *device);
 
 /* Host calls that run one after the other, in the order in which they were made, whatever their streams: what a communicator's calls have to do where streams have threads. Zero-initialised; belongs to the
    rank's own thread. Where no stream can have a thread it is a plain host_call. */
@@ -913,6 +940,30 @@ LLMPAR_API llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, c
 LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local */
+
+#endif
+/* ==== src/tables/backend.h ==== */
+/* backend: what ranks compute and communicate with where that is not the CPU and the launch's own transport. A launch desc names one; llmpar_cuda_backend and llmpar_nccl_backend fill one, or a user does. */
+#ifndef LLMPAR_BACKEND_H
+#define LLMPAR_BACKEND_H
+
+
+#define LLMPAR_BACKEND_ABI 1u
+
+/* Called by launch on every rank's own thread; ctx has rank, world, local_rank, heap, host and host_comm. Plain data that is copied; what `user` pointers point to is borrowed until launch returns. */
+typedef struct llmpar_backend {
+    uint32_t abi, size;        /* LLMPAR_BACKEND_ABI, sizeof(llmpar_backend) */
+    const char *name;          /* "cuda": for messages */
+    const void *device_user, *comm_user;
+    /* The rank's device. A failure leaves its text in ctx->error. Empty: the CPU's. */
+    llmpar_status (*device_create)(const void *device_user, llmpar_ctx *ctx, llmpar_device **out);
+    void (*device_destroy)(const void *device_user, llmpar_device *device); /* NULL is fine; after every communicator on it */
+    /* The world's communicator on the rank's device (`device`, which may be ctx->host). Collective. Empty: the launch's transport makes it, which needs a device whose memory is the host's. */
+    llmpar_status (*comm_create)(const void *comm_user, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out);
+    /* This rank's function has returned (its failure, if any, was told by comm->abort). Waits until every rank's has, or it is known who has failed; *root: the job's failure, the same on all ranks that can be reached, status OK
+       if none. Called by launches whose ranks have no other way to tell each other, and by any of a rank that hears of another's failure through the communicator. Empty: there is none. Not collective after a failure. */
+    void (*comm_finish)(const void *comm_user, llmpar_comm *comm, llmpar_error *root);
+} llmpar_backend;
 
 #endif
 /* ==== src/tables/record.h ==== */
@@ -1092,6 +1143,8 @@ LLMPAR_API void llmpar_threads_world_destroy(llmpar_threads_world *world); /* NU
 LLMPAR_API void llmpar_threads_world_error(llmpar_threads_world *world, llmpar_error *out);
 /* The world communicator of one rank; called once by each rank thread. The rank's memory comes from its own heap; device and error are the rank's. Local. */
 LLMPAR_API llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world, int32_t rank, llmpar_heap *heap, llmpar_device *device, llmpar_error *error, llmpar_comm **out);
+/* The rank's calls come from threads of this device from now on (of its streams), not of the one that its world communicator was created with. Local. */
+LLMPAR_API void llmpar_threads_rank_device(llmpar_threads_world *world, int32_t rank, llmpar_device *device);
 /* Makes *error the job's failure, if it is the first, and wakes every rank: what comm->abort does, for a rank that has no communicator yet. error->status is not OK. Local. */
 LLMPAR_API void llmpar_threads_world_fail(llmpar_threads_world *world, const llmpar_error *error);
 /* Rank `rank` is done (returned from its function): a peer that still waits for it in a collective gets an error naming it instead of hanging. Local. */
@@ -1316,7 +1369,7 @@ LLMPAR_API llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
 LLMPAR_API int64_t llmpar_dtensor_full_scratch(const llmpar_dtensor *tensor, const llmpar_mesh *mesh);
 /* full[shape] <- the tensor, from every rank's part `local` (with FLAT: the rank's whole flat shard of the unit; else its rectangle). Uneven and empty parts are fine. Collective over dp_shard and tp. */
 LLMPAR_API llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, llmpar_stream *stream, const void *local, void *scratch, void *full);
-/* local <- this rank's part of full (host or CPU memory): FLAT writes only its range inside the flat shard. Local. */
+/* local <- this rank's part of full, both in host memory: FLAT writes only its range inside the flat shard. Local. */
 LLMPAR_API void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const void *full, void *local);
 
 #endif
@@ -1499,8 +1552,9 @@ typedef struct llmpar_unit {
    ACCUMULATE u        buffer slot <- slot + from; from is released. `local`: local buffers, else shards; from_use: the use `from` belongs to
    NORM u              exact square sum of shard buffer `slot`
    SCALAR_REDUCE       pass 0: counted tokens of the step; pass 1: loss and norm over the world, then the host decides found_inf
-   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 (predicate IF_FINITE), except in UPDATE_INSIDE, where nothing is known yet (ALWAYS). The buffer is released in any case
-   CAST u              the shard in the compute dtype from the f32 master parameters, after the update and with its predicate
+   OPTIM u             update from shard buffer `slot`, which is released; only if found_inf == 0 (predicate IF_FINITE), except in UPDATE_INSIDE, where nothing is known yet (ALWAYS). The buffer is released in any case. With host_update
+                       the gradient, the parameters and the state are in their stores and stay there: the host's processors work on them
+   CAST u              the shard in the compute dtype from the f32 master parameters, after the update and with its predicate; with host_update from the store, on its way to the device
    FETCH u, STORE u    `what` from or to the store of its tier: OPTIMIZER, PARAMS (master parameters, or the f32 shard itself), GRADS (shard buffer `slot` of `use`), ACTIVATIONS (of micro-batch m: what the unit saved, and its input).
                        STORE releases the device's copy, FETCH takes memory for it again; both always, whatever found_inf is. At the begin and at the end of a step everything that `offload` names is in its store alone; a gradient or
                        activation that is fetched is no longer in its store */
@@ -1555,6 +1609,7 @@ typedef struct llmpar_policy {
     int32_t master;               /* 1: the optimizer works on f32 master parameters (compute dtype below f32): CAST */
     unsigned offload;             /* bits 1 << llmpar_state: kept in a store between uses */
     llmpar_update_when update;    /* INSIDE (LOMO): each unit right after its reduction, so that no gradient outlives its unit; TWO_PASSES: the same after a first forward and backward for the norm alone. Both with one micro-batch */
+    int32_t host_update;          /* 1: OPTIM runs on the host (ZeRO-Offload, Ren et al. 2021, without its delayed update): optimizer, parameters and gradients must be offloaded, to host memory */
 } llmpar_policy;
 
 /* Derived. Local. */
@@ -1659,7 +1714,11 @@ typedef struct llmpar_fsdp_desc {
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
     const char *offload_dir;   /* of the FILE tier's one file a rank, removed when it is open, so that nothing stays whatever happens; default "." */
     int32_t count_only;        /* 1: nothing is initialised and no file is made: for a device that only counts */
+    llmpar_tier offload_update;/* where the optimizer works. DEVICE (default); HOST (ZeRO-Offload, Ren et al. 2021): on the host's processors, in the host memory that optimizer state, parameters and gradients are all offloaded to;
+                                  only gradients and parameters in the compute dtype travel. Same bits with AdamW and SGD; needs UPDATE_AFTER */
     int32_t overlap;           /* 1: each stream gets a thread of its own where the device can (CPU), so that collectives and files move during compute; same bits. Refused in lockstep */
+    int32_t graphs;            /* 1: a unit's FORWARD, RECOMPUTE and BACKWARD are regions (region_begin, tables/device.h), so that a device which can (CUDA in mode FAST) replays them as graphs; same bits. LLMPAR_ERR_UNSUPPORTED on
+                                  other devices, and where units have instructions between tensor-parallel ranks */
 } llmpar_fsdp_desc;
 
 /* The part of one parameter inside this rank's shard. */
@@ -1682,6 +1741,7 @@ typedef struct llmpar_update {
     int32_t segment_count;
     double grad_scale;     /* from begin_step */
     llmpar_stream *stream;
+    llmpar_device *device; /* does the update: the rank's device on its stream; or (offload_update) the host's, with stream NULL: done on return. All buffers are its memory */
 } llmpar_update;
 
 /* The executor calls the optimizer through this table. */
@@ -1722,7 +1782,7 @@ LLMPAR_API llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 /* From now on every run records when its instructions, and the units' instructions between tensor-parallel ranks, are worked on, and the arena's bytes behind each. Borrowed; NULL: no more. Its lanes are the streams. Local. */
 LLMPAR_API void llmpar_fsdp_set_trace(llmpar_fsdp *fsdp, llmpar_trace *trace);
 
-/* zero, shards, replicas, master and offload of a policy as this object needs them. Local. */
+/* zero, shards, replicas, master, offload and host_update of a policy as this object needs them. Local. */
 LLMPAR_API void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *policy);
 /* The same of an object that llmpar_fsdp_create would make, so that a schedule can be made and proved before memory is taken. Local. */
 LLMPAR_API void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmpar_mesh *mesh, llmpar_policy *policy);
@@ -2359,8 +2419,10 @@ LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 #define LLMPAR_LAUNCH_H
 
 
-/* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads. */
-typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2 } llmpar_transport;
+/* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads.
+   ENVIRONMENT: processes that torchrun or a like launcher has started: this one is rank RANK of WORLD_SIZE, with LOCAL_RANK and LOCAL_WORLD_SIZE on its machine, and meets the others at MASTER_ADDR:MASTER_PORT. It has no communicator of its own (ctx->host_comm is
+   NULL): a backend makes the only one. A rank that fails tells the others through that. */
+typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2, LLMPAR_TRANSPORT_ENVIRONMENT = 3 } llmpar_transport;
 
 /* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.
    ON: wherever ranks x threads are not more than these; two such jobs on one machine get in each other's way. Not with more threads than processors, in lockstep, where the system has no such call (macOS), or
@@ -2368,9 +2430,12 @@ typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_T
 typedef enum llmpar_pin { LLMPAR_PIN_DEFAULT = 0, LLMPAR_PIN_ON = 1, LLMPAR_PIN_OFF = 2 } llmpar_pin;
 
 typedef struct llmpar_launch_desc {
-    int32_t ranks;                /* 0 = the MPI processes there are, or 1. One rank, and an MPI process, runs on the caller's thread */
+    int32_t ranks;                /* 0 = the processes there are, or 1. One rank, and a process of MPI or the environment, runs on the caller's thread */
     llmpar_transport transport;
     const llmpar_mpi_desc *mpi;   /* own communicator and more; its deadline and unchecked are those below. Not NULL: ranks are MPI processes */
+    const llmpar_backend *backend; /* what ranks compute and communicate with; default: the CPU and the transport's communicator. Which accelerator of its machine a rank takes goes by ctx->local_rank: of a rank thread its
+                                     rank; of a process the first there is of LOCAL_RANK, OMPI_COMM_WORLD_LOCAL_RANK, MPI_LOCALRANKID, SLURM_LOCALID, else the number of lower MPI ranks on machines of this name, or of the
+                                     environment's ranks RANK modulo LOCAL_WORLD_SIZE (where that is not given: RANK) */
     int32_t threads;              /* workers inside a rank; default 0 = the cores this process may use / the ranks of this machine, at least 1 (1 in lockstep). Results do not depend on it */
     llmpar_pin pin;               /* does each thread stay on a processor of its own; default: where the job's threads fill the machine */
     int32_t lockstep;             /* 1: one rank at a time, switching only at collectives (gdb) */
@@ -2393,7 +2458,8 @@ typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
    that differs between ranks is LLMPAR_ERR_MISMATCH.
    MPI: every process calls it and gets the same error. MPI is initialised (MPI_THREAD_SERIALIZED) and finalised here unless the caller has initialised it; a caller that launches more than once must, since
    MPI starts only once. A failure of which this rank is not the root goes to the log too: its own collective, and who was where. When a rank is dead or stuck, MPI cannot be finalised: where it was
-   initialised here the root error is logged and MPI_Abort ends all processes with exit code 1; else the error is returned, and the caller has to. */
+   initialised here the root error is logged and MPI_Abort ends all processes with exit code 1; else the error is returned, and the caller has to.
+   Environment: every process calls it and gets the same error, as far as the backend's communicator tells (comm_finish); else its own, which is LLMPAR_ERR_PEER with the other rank's text where another one has failed. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
 #endif
@@ -2429,7 +2495,9 @@ typedef struct llmpar_trainer_desc {
     int32_t freeze;               /* the first n units (embedding, blocks ..) are frozen */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
     const char *offload_dir;      /* of the FILE tier; default "." */
+    llmpar_tier offload_update;   /* DEVICE (default), or HOST: the optimizer works on the host's processors, where its state, the parameters and the gradients are all offloaded to host memory (ZeRO-Offload); AdamW and SGD, same bits */
     int32_t overlap;              /* 1: collectives and files move on threads of their own during compute; same bits */
+    int32_t graphs;               /* 1: the units' instructions are replayed as CUDA graphs; same bits, less of the host's time. Needs a CUDA device in mode FAST, tp = 1, and no dtype F16: its loss scale changes what is replayed */
     int32_t sequence_parallel;    /* 1: on (where tp > 1) */
     llmpar_exact exact;           /* ON (default): same bits wherever the mesh allows; REQUIRE: refuse meshes that do not; OFF: plain order, deterministic for one mesh */
     int32_t canon;                /* pieces of sums that tp may split; power of two, default 8; OFF uses 1 */
@@ -3774,6 +3842,7 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
     llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
     return y;
 }
+static inline llmpar__vec_portable_f64 llmpar__v_fma_once_portable_f64(llmpar__vec_portable_f64 a, llmpar__vec_portable_f64 b, llmpar__vec_portable_f64 c) { return a * b + c; } /* no other device has f64 */
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
 /* ==== src/cpu/vector_portable.inc ==== */
@@ -3837,6 +3906,26 @@ static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable 
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
     return y;
 }
+/* a*b + c rounded once, as hardware's fma: what an optimizer computes has the same bits at every level and on every device. The product is exact in a double; the sum is rounded to odd (with what Knuth's two-sum
+   says was lost), and that, once more, to a float: the bits of one rounding (Boldo & Melquiond 2008). */
+static inline float llmpar__v_fma_one(float a, float b, float c)
+{
+#if defined(__aarch64__) || defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * (double)b, sum = product + (double)c, part = sum - product, lost = (product - (sum - part)) + ((double)c - part);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if ((lost > 0 || lost < 0) && !(bits & 1)) bits += (lost > 0) == (sum > 0) ? 1 : (uint64_t)-1;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+#endif
+}
+static inline llmpar__vec_portable llmpar__v_fma_once_portable(llmpar__vec_portable a, llmpar__vec_portable b, llmpar__vec_portable c)
+{
+    llmpar__vec_portable y = { llmpar__v_fma_one(a[0], b[0], c[0]), llmpar__v_fma_one(a[1], b[1], c[1]), llmpar__v_fma_one(a[2], b[2], c[2]), llmpar__v_fma_one(a[3], b[3], c[3]) };
+    return y;
+}
 
 #if LLMPAR__VX86
 typedef float llmpar__real_avx2;
@@ -3859,6 +3948,7 @@ LLMPAR__VINLINE void llmpar__v_store_n_avx2(float *p, int64_t n, __m256 x)
 }
 LLMPAR__VINLINE __m256 llmpar__v_keep_avx2(__m256 x, int64_t n, __m256 other) { return n >= 8 ? x : _mm256_blendv_ps(other, x, _mm256_castsi256_ps(llmpar__v_mask_avx2(n))); }
 LLMPAR__VINLINE __m256 llmpar__v_fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_once_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 LLMPAR__VINLINE __m256 llmpar__v_less_avx2(__m256 a, __m256 b, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 LLMPAR__VINLINE __m256 llmpar__v_nan_avx2(__m256 a, __m256 yes, __m256 no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, a, _CMP_UNORD_Q)); }
 LLMPAR__VINLINE __m256 llmpar__v_larger_avx2(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
@@ -7168,6 +7258,25 @@ LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const 
     return status;
 }
 
+LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
+{
+    *out = NULL;
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
+    *out = llmpar_heap_alloc(heap, 1, bytes);
+    return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
+}
+
+LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
+{
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
+    else llmpar_heap_free(heap, memory);
+}
+
+LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
+{
+    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
+}
+
 LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
 {
     llmpar_status status = LLMPAR_OK;
@@ -7874,7 +7983,8 @@ LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t c
 /* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
 
    Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
-   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. */
+   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. Of several the oldest serves: so which blocks a step gets follows from what is live
+   when it begins, and a step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). */
 
 #include <stdio.h>
 #include <string.h>
@@ -7889,6 +7999,7 @@ typedef struct llmpar__arena_block {
     llmpar_tag tag;
     const char *label;                /* borrowed */
     uint64_t mark;                    /* of its last release */
+    uint64_t number;                  /* of all that were taken from the device */
 } llmpar__arena_block;
 
 struct llmpar_arena {
@@ -7896,7 +8007,8 @@ struct llmpar_arena {
     uint64_t limit;
     llmpar_arena_usage usage;
     llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size */
+    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size; a chain in the order of their numbers */
+    uint64_t taken;
 };
 
 LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
@@ -8000,6 +8112,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
             return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
         }
         block->bytes = need;
+        block->number = arena->taken++;
         usage->reserved += need;
     }
     block->tag = tag;
@@ -8038,9 +8151,9 @@ LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint
     block->mark = mark;
     arena->usage.live[block->tag] -= block->bytes;
     arena->usage.live_total -= block->bytes;
-    unsigned bucket = llmpar__arena_hash(block->bytes);
-    block->next = arena->idle[bucket];
-    arena->idle[bucket] = block;
+    for (link = &arena->idle[llmpar__arena_hash(block->bytes)]; *link && (*link)->number < block->number;) link = &(*link)->next;
+    block->next = *link;
+    *link = block;
 }
 
 LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
@@ -8207,6 +8320,7 @@ typedef struct llmpar__trace_out {
     llmpar_trace *trace;
     llmpar_comm *world;
     llmpar_stream *stream;
+    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
     llmpar_trace_sink sink; /* rank 0 */
     void *user;
     size_t used;
@@ -8214,19 +8328,22 @@ typedef struct llmpar__trace_out {
     llmpar_status status, sunk; /* of the transport; of the sink, whose failure the other ranks need not wait for */
 } llmpar__trace_out;
 
-static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *memory, size_t count, llmpar_dtype dtype)
+static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *values, size_t count, llmpar_dtype dtype)
 {
+    llmpar_device *device = out->world->device;
+    size_t bytes = count * llmpar_dtype_size(dtype);
     llmpar_collective call;
     if (out->status) return;
     memset(&call, 0, sizeof call);
-    call.send = sends ? memory : NULL;
-    call.recv = sends ? NULL : memory;
+    call.send = sends ? out->memory : NULL;
+    call.recv = sends ? NULL : out->memory;
     call.count = count;
     call.dtype = dtype;
     call.peer = peer;
     call.tag = "trace";
-    out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
-    llmpar_device *device = out->world->device;
+    if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
+    if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
+    if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
     llmpar_status waited = device->synchronize(device, out->stream);
     if (!out->status) out->status = waited;
 }
@@ -8323,12 +8440,14 @@ static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
     mine[0] = (int64_t)trace->created_ns;
     mine[1] = trace->clock_ns;
     memset(&call, 0, sizeof call);
-    call.send = mine;
-    call.recv = all;
+    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
+    call.recv = out->memory;
     call.count = 2;
     call.dtype = LLMPAR_I64;
     call.tag = "trace";
-    out->status = llmpar_all_gather(out->world, out->stream, &call);
+    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
+    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
+    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
     llmpar_status waited = device->synchronize(device, out->stream);
     if (!out->status) out->status = waited;
     for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
@@ -8352,7 +8471,10 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.user = user;
     int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
-    out.status = device->stream_create(device, "trace", &out.stream);
+    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
+    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
+    out.status = device->alloc(device, room, &out.memory);
+    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
     if (out.stream) llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
     if (!out.status) {
@@ -8374,6 +8496,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
         }
     }
     if (out.stream) device->stream_destroy(device, out.stream);
+    device->free(device, out.memory, room);
     return out.status ? out.status : out.sunk;
 }
 
@@ -10010,6 +10133,7 @@ struct llmpar_threads_world {
     int32_t asleep, finished;     /* ranks with a `wait`, ranks that have finished */
     int32_t threaded;             /* some rank has waited while another thread of it ran */
     int32_t stuck;                /* the failure is that nobody could go on: every rank that waits reports it as its own */
+    int32_t hearsay;              /* the failure is another rank's, heard through another communicator: that rank's own word takes its place */
     double failed_at;
     llmpar_error failure;         /* the root error */
     char report[1100];            /* who was where then; "" if failure.text says so itself */
@@ -10219,9 +10343,12 @@ static void llmpar__threads_position(void *user, int32_t rank, llmpar_position *
 /* The first failure stays. own_report: its text says who was where. */
 static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error *error, int own_report)
 {
-    if (world->failure.status != LLMPAR_OK) return;
+    int first = world->failure.status == LLMPAR_OK;
+    if (!first && (!world->hearsay || error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER)) return;
+    world->hearsay = error->status == LLMPAR_ERR_PEER;
     world->failure = *error;
     if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
+    if (!first) return;
     world->failed_at = llmpar__threads_now();
     if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
@@ -10542,6 +10669,13 @@ LLMPAR__PRIVATE_DEF void llmpar__threads_show(llmpar_threads_world *world, int32
     if (r->record && !record) llmpar_record_position(r->record, &r->position);
     r->record = record;
     r->device = device;
+    pthread_mutex_unlock(&world->lock);
+}
+
+LLMPAR_DEF void llmpar_threads_rank_device(llmpar_threads_world *world, int32_t rank, llmpar_device *device)
+{
+    pthread_mutex_lock(&world->lock);
+    if (world->rank[rank].device) world->rank[rank].device = device;
     pthread_mutex_unlock(&world->lock);
 }
 
@@ -12867,6 +13001,9 @@ typedef struct llmpar__session {
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [rows, V] logits as f32 */
     void *gathered;                /* device [tp, widest vocabulary part] */
+    char *staging;                 /* host [staging_bytes], for copies: logits as they come, [tp, rows, widest part]; behind them all ids by position */
+    int32_t *host_ids;             /* [capacity], in staging */
+    size_t staging_bytes;
     int32_t unsharded_units;
 } llmpar__session;
 
@@ -12901,7 +13038,15 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->gathered = base + gathered;
     g->ids = (int32_t *)(void *)(base + ids);
     g->host = (float *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)g->rows, (size_t)c->vocab * sizeof(float));
-    return g->host ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
+    void *staging = NULL;
+    size_t raw = ((size_t)(g->rows * widest * g->tp.ranks) * s->size + 63) / 64 * 64;
+    g->staging_bytes = raw + (size_t)g->capacity * sizeof(int32_t);
+    status = llmpar_device_host_alloc(g->device, &g->model->ctx->heap, g->staging_bytes, &staging);
+    if (!status) {
+        g->staging = (char *)staging;
+        g->host_ids = (int32_t *)(void *)(g->staging + raw);
+    }
+    return g->host && !status ? LLMPAR_OK : llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)g->rows);
 }
 
 static void llmpar__session_attention(const llmpar__session *g, int32_t layer, int64_t position, int64_t count, llmpar_attention_args *args)
@@ -13005,6 +13150,7 @@ static void llmpar__session_close(llmpar__session *g)
     llmpar_arena_free(arena, g->cache);
     llmpar_arena_free(arena, g->workspace);
     llmpar_heap_free(&g->model->ctx->heap, g->host);
+    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
 }
 
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
@@ -13094,7 +13240,6 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    llmpar_heap *heap = &g->model->ctx->heap;
     int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     void *const *p = NULL, *const *table = NULL;
@@ -13115,16 +13260,13 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
     call.tag = "logits/all_gather";
     if (!status) status = llmpar_all_gather(g->tp.comm, g->stream, &call);
     size_t bytes = (size_t)(count * widest * g->tp.ranks) * s->size;
-    char *raw = status ? NULL : (char *)llmpar_heap_alloc(heap, 1, bytes);
-    if (!status && !raw) status = llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: no memory for %lld rows of logits", (long long)count);
-    if (!status) status = g->device->copy(g->device, g->stream, raw, g->gathered, bytes);
+    if (!status) status = g->device->copy(g->device, g->stream, g->staging, g->gathered, bytes);
     if (!status) status = g->device->synchronize(g->device, g->stream);
     for (int32_t rank = 0; rank < g->tp.ranks && !status; rank++) {
         int64_t begin = llmpar_piece_begin(rank, c->vocab, g->tp.ranks), width = llmpar_piece_begin(rank + 1, c->vocab, g->tp.ranks) - begin;
         for (int64_t row = 0; row < count; row++)
-            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, raw + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
+            llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, g->staging + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
     }
-    llmpar_heap_free(heap, raw);
     return status;
 }
 
@@ -13137,7 +13279,8 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
         if (ids[i] < 0 || ids[i] >= c->vocab) return llmpar_fail(g->model->ctx, LLMPAR_ERR_ARGUMENT, "token id %d at position %lld, expected 0 .. %d", (int)ids[i], (long long)(position + i), (int)c->vocab - 1);
     llmpar_status status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
     if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
-    if (!status) status = g->device->copy(g->device, g->stream, g->ids, ids, (size_t)count * sizeof *ids);
+    memcpy(g->host_ids + position, ids, (size_t)count * sizeof *ids); /* each position once: the stream may yet read what was written before */
+    if (!status) status = g->device->copy(g->device, g->stream, g->ids, g->host_ids + position, (size_t)count * sizeof *ids);
     memset(&args, 0, sizeof args);
     args.rows = count;
     args.dim = g->s.d;
@@ -13275,7 +13418,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
-        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1); /* not &id: the stream may read it later */
+        status = llmpar__session_forward(&g, ids + *count - 1, position++, 1);
         last = 0;
     }
     llmpar__session_close(&g);
@@ -15140,6 +15283,7 @@ LLMPAR_DEF llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_erro
     table->synchronize = llmpar__sim_synchronize;
     /* As the device can or not, so that a recipe is refused in the plan where it would be. */
     if (of->size >= offsetof(llmpar_device, stream_thread) + sizeof of->stream_thread && of->stream_thread) table->stream_thread = llmpar__sim_stream_thread;
+    table->apart = llmpar_device_apart(of);
     table->event_create = llmpar__sim_event_create;
     table->event_destroy = llmpar__sim_event_destroy;
     table->event_record = llmpar__sim_event;
@@ -17260,6 +17404,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_
 
 #define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
+#define LLMPAR__CAST_BUFFERS 2
+#define LLMPAR__CAST_PIECE ((int64_t)1 << 20) /* elements */
 
 /* Where a unit's numbers are (Psi elements, N = dp_shard ranks):
 
@@ -17314,6 +17460,7 @@ struct llmpar_fsdp {
     int32_t own_comms;                /* 1: with overlap: split off here, of this object alone */
     int32_t first_backward;           /* llmpar_schedule_first_backward */
     int32_t count_only;
+    int32_t graphs;                   /* 1: FORWARD, RECOMPUTE, BACKWARD are regions of the device */
     int32_t counts;                   /* 1: this rank's shards count in norms (replica coordinate 0) */
     int32_t optimizer_states;
     llmpar_tier tier[LLMPAR_STATE_COUNT];
@@ -17330,6 +17477,10 @@ struct llmpar_fsdp {
     uint64_t free_serial[LLMPAR_STREAM_COUNT], free_seen[LLMPAR_STREAM_COUNT][LLMPAR_STREAM_COUNT];
     const void **parts;               /* [ranks] of a sum in another dtype */
     int64_t *scalars;                 /* device: loss limbs, square limbs, loss limbs of a second forward */
+    void *host_cast[LLMPAR__CAST_BUFFERS]; /* host_update below f32: [LLMPAR__CAST_PIECE] in the compute dtype, on their way to the device */
+    llmpar_event *host_cast_event[LLMPAR__CAST_BUFFERS]; /* behind the last copy from each */
+    int32_t host_cast_turn;           /* the one to fill next */
+    int64_t *host_scalars;            /* [LLMPAR__SCALARS]: what is copied there and back; read and written behind a wait only */
 };
 #define LLMPAR__SCALARS (2 * LLMPAR_EXACT_SUM_LIMBS)
 
@@ -17363,6 +17514,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__fla
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 /* Enqueues out[count] = in in another type. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
+/* This rank's part of the parameters in the compute dtype, NULL while it is offloaded. */
+LLMPAR__PRIVATE void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The compute dtype's copy from the master. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream);
 /* This rank's part of the parameters that the optimizer works on, NULL while it is offloaded. */
@@ -17493,6 +17646,8 @@ static llmpar_status llmpar__flat_layout(llmpar_fsdp *fsdp, int32_t index)
 
 /* ---- creation ---- */
 
+#define LLMPAR__FLAT_CHUNK ((int64_t)1 << 16) /* elements of initial values that are made and copied at a time */
+
 static char *llmpar__flat_label(llmpar_heap *heap, const char *unit, const char *what)
 {
     size_t bytes = strlen(unit) + strlen(what) + 2;
@@ -17534,14 +17689,14 @@ static llmpar_status llmpar__flat_copy(llmpar_fsdp *fsdp, int32_t index, const l
     return llmpar__flat_layout(fsdp, index);
 }
 
-/* Initial values: each element from its own counter, so that a rank makes only what it holds. */
-static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
+/* Initial values: each element from its own counter, so that a rank makes only what it holds. staging[LLMPAR__FLAT_CHUNK] in the sum type: on its way to the device. */
+static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, void *staging)
 {
-    enum { CHUNK = 2048 };
+    enum { PART = 1024 };
     llmpar__flat *flat = &fsdp->units[index];
     size_t size = llmpar_dtype_size(fsdp->sum);
-    float values[CHUNK];
-    double wide[CHUNK];
+    float *values = (float *)staging, part[PART];
+    double *wide = (double *)staging;
     char *shard = (char *)llmpar_fsdp_shard(fsdp, index, NULL, NULL, NULL);
     if (!shard) return fsdp->ctx->error.status;
     llmpar_status status = fsdp->device->zero(fsdp->device, fsdp->stream[0], shard, (size_t)flat->shard_elements * size);
@@ -17557,17 +17712,17 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index)
             int64_t run, count = segment->count - done;
             int64_t first = llmpar_dtensor_run(&tensor, &local, local.flat_begin + done, &run);
             if (count > run) count = run;
-            if (count > CHUNK) count = CHUNK;
-            if (param->init_std == 0)
-                for (int64_t i = 0; i < count; i++) values[i] = (float)param->init_value;
-            else
-                llmpar_rng_fill_normal_f32(&rng, (uint64_t)first, (size_t)count, 0.0f, (float)param->init_std, values);
-            const void *source = values;
-            if (fsdp->sum == LLMPAR_F64) {
-                for (int64_t i = 0; i < count; i++) wide[i] = values[i];
-                source = wide;
+            if (count > LLMPAR__FLAT_CHUNK) count = LLMPAR__FLAT_CHUNK;
+            for (int64_t at = 0, n; at < count; at += n) {
+                float *to = fsdp->sum == LLMPAR_F64 ? part : values + at;
+                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? PART : count - at;
+                if (param->init_std == 0)
+                    for (int64_t i = 0; i < n; i++) to[i] = (float)param->init_value;
+                else
+                    llmpar_rng_fill_normal_f32(&rng, (uint64_t)(first + at), (size_t)n, 0.0f, (float)param->init_std, to);
+                for (int64_t i = 0; i < n && fsdp->sum == LLMPAR_F64; i++) wide[at + i] = part[i];
             }
-            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], shard + (size_t)(segment->begin + done) * size, source, (size_t)count * size);
+            status = fsdp->device->copy(fsdp->device, fsdp->stream[0], shard + (size_t)(segment->begin + done) * size, staging, (size_t)count * size);
             if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
             done += count;
         }
@@ -17654,12 +17809,23 @@ static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *un
     void *scalars = NULL;
     if (!status) status = llmpar_arena_alloc(fsdp->arena, LLMPAR_TAG_COMMUNICATION, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t), "loss and norm", &scalars);
     fsdp->scalars = (int64_t *)scalars;
+    if (!status && llmpar_device_host_alloc(fsdp->device, &ctx->heap, LLMPAR__SCALARS * sizeof(int64_t), &scalars)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for loss and norm");
+    if (!status) fsdp->host_scalars = (int64_t *)scalars;
+    if (!status) memset(fsdp->host_scalars, 0, LLMPAR__SCALARS * sizeof(int64_t));
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_memory(fsdp, u);
+    for (int i = 0; i < LLMPAR__CAST_BUFFERS && fsdp->policy.host_update && fsdp->policy.master && !desc->count_only && !status; i++) {
+        if (llmpar_device_host_alloc(fsdp->device, &ctx->heap, (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype), &fsdp->host_cast[i])) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for updated parameters on their way");
+        if (!status) status = fsdp->device->event_create(fsdp->device, &fsdp->host_cast_event[i]);
+    }
     if (!status && fsdp->store) {
         fsdp->store_fixed = llmpar__store_end(fsdp->store);
         status = llmpar__store_reserve(fsdp->store);
     }
-    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_initialise(fsdp, u);
+    size_t bytes = (size_t)LLMPAR__FLAT_CHUNK * llmpar_dtype_size(fsdp->sum);
+    void *staging = NULL;
+    if (!status && !desc->count_only && llmpar_device_host_alloc(fsdp->device, &ctx->heap, bytes, &staging)) status = llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: no host memory for initial values");
+    for (int32_t u = 0; u < fsdp->unit_count && !status; u++) status = llmpar__flat_initialise(fsdp, u, staging);
+    llmpar_device_host_free(fsdp->device, &ctx->heap, staging, bytes);
     return status;
 }
 
@@ -17685,6 +17851,14 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
         if ((int)desc->offload[i] < LLMPAR_TIER_DEVICE || (int)desc->offload[i] > LLMPAR_TIER_FILE) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload of %s to tier %d, expected LLMPAR_TIER_DEVICE, _HOST or _FILE", names[i], (int)desc->offload[i]);
         fsdp->tier[i] = desc->offload[i];
     }
+    if (desc->offload_update != LLMPAR_TIER_DEVICE && desc->offload_update != LLMPAR_TIER_HOST)
+        return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: offload_update = %d, expected LLMPAR_TIER_DEVICE or _HOST", (int)desc->offload_update);
+    for (int i = LLMPAR_STATE_OPTIMIZER; i <= LLMPAR_STATE_GRADS && desc->offload_update == LLMPAR_TIER_HOST; i++) {
+        static const char *const tiers[] = {"device", "host", "file"};
+        if (desc->offload[i] != LLMPAR_TIER_HOST)
+            return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: updates on the host with optimizer=%s, params=%s, grads=%s, expected all three offloaded to host", tiers[desc->offload[LLMPAR_STATE_OPTIMIZER]], tiers[desc->offload[LLMPAR_STATE_PARAMS]],
+                               tiers[desc->offload[LLMPAR_STATE_GRADS]]);
+    }
     fsdp->whole_params = llmpar_policy_whole_params(policy);
     fsdp->whole_grads = llmpar_policy_whole_grads(policy);
     fsdp->whole_state = llmpar_policy_whole_state(policy);
@@ -17695,6 +17869,21 @@ static llmpar_status llmpar__fsdp_resolve(llmpar_fsdp *fsdp, const llmpar_fsdp_d
     fsdp->replica_comm = fsdp->whole_state ? mesh->dp : mesh->comm[LLMPAR_AXIS_DP_REPLICATE];
     fsdp->replicas = fsdp->replica_comm->ranks;
     fsdp->counts = fsdp->replica_comm->rank == 0;
+    return LLMPAR_OK;
+}
+
+/* A region is of one stream. */
+static llmpar_status llmpar__fsdp_graphs(llmpar_fsdp *fsdp, const llmpar_unit *units, int32_t unit_count)
+{
+    const llmpar_device *device = fsdp->device;
+    if (device->size < offsetof(llmpar_device, region_end) + sizeof device->region_end || !device->region_begin || !device->region_end)
+        return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs on device %s, which has none; expected a CUDA device in mode fast", device->name);
+    for (int32_t u = 0; u < unit_count; u++)
+        for (int32_t i = 0; i < units[u].forward_count + units[u].backward_count; i++) {
+            const llmpar_unit_op *op = i < units[u].forward_count ? &units[u].forward[i] : &units[u].backward[i - units[u].forward_count];
+            if (op->kind != LLMPAR_COMPUTE) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_UNSUPPORTED, "fsdp: graphs with unit %s, whose instruction \"%s\" is a collective; expected tp = 1", units[u].name, op->name);
+        }
+    fsdp->graphs = 1;
     return LLMPAR_OK;
 }
 
@@ -17712,6 +17901,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     fsdp->count_only = desc->count_only;
     fsdp->first_backward = llmpar_schedule_first_backward(units, unit_count);
     llmpar_status status = llmpar__fsdp_resolve(fsdp, desc);
+    if (!status && desc->graphs) status = llmpar__fsdp_graphs(fsdp, units, unit_count);
     if (!status) {
         fsdp->unit_count = unit_count;
         fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
@@ -17770,11 +17960,18 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
             if (fsdp->free_event[s][e]) fsdp->device->event_destroy(fsdp->device, fsdp->free_event[s][e]);
         if (fsdp->stream[s]) fsdp->device->stream_destroy(fsdp->device, fsdp->stream[s]);
     }
+    for (int i = 0; i < LLMPAR__CAST_BUFFERS; i++) {
+        if (fsdp->host_cast_event[i]) fsdp->device->event_destroy(fsdp->device, fsdp->host_cast_event[i]);
+        llmpar_device_host_free(fsdp->device, heap, fsdp->host_cast[i], (size_t)LLMPAR__CAST_PIECE * llmpar_dtype_size(fsdp->dtype));
+    }
+    llmpar_device_host_free(fsdp->device, heap, fsdp->host_scalars, LLMPAR__SCALARS * sizeof(int64_t));
     llmpar_heap_free(heap, (void *)fsdp->parts);
     llmpar_heap_free(heap, fsdp->event);
     llmpar_heap_free(heap, fsdp->units);
     llmpar_heap_free(heap, fsdp);
 }
+
+#undef LLMPAR__FLAT_CHUNK
 /* ==== src/fsdp/store.c ==== */
 
 #include <errno.h>
@@ -17802,8 +17999,8 @@ static llmpar_status llmpar__store_open(llmpar__store *store, const char *direct
     llmpar_ctx *ctx = store->ctx;
     size_t bytes = strlen(directory) + 80;
     store->path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    store->staging = llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__STORE_CHUNK);
-    if (!store->path || !store->staging) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__STORE_CHUNK, &store->staging);
+    if (!store->path || status) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "offload: %s: out of memory for the staging buffer", directory);
     /* A name that somebody else's left-over or another process space with the same ids has is not ours: the next one. */
     for (int attempt = 0; attempt < 100; attempt++) {
         snprintf(store->path, bytes, "%s/llmpar-offload-%ld-%d-%d", directory, (long)getpid(), (int)ctx->rank, attempt);
@@ -17839,7 +18036,7 @@ LLMPAR__PRIVATE_DEF void llmpar__store_destroy(llmpar__store *store)
     llmpar_heap *heap = &store->ctx->heap;
     if (store->fd >= 0) close(store->fd);
     llmpar_heap_free(heap, store->path);
-    llmpar_heap_free(heap, store->staging);
+    llmpar_device_host_free(store->ctx->device, heap, store->staging, LLMPAR__STORE_CHUNK);
     llmpar_heap_free(heap, store);
 }
 
@@ -17847,8 +18044,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_place(llmpar__store *store, llmp
 {
     memset(place, 0, sizeof *place);
     if (tier == LLMPAR_TIER_HOST && !store->count_only) {
-        place->host = llmpar_heap_zalloc(&store->ctx->heap, 1, (size_t)bytes);
-        if (!place->host) return llmpar_fail(store->ctx, LLMPAR_ERR_MEMORY, "offload: no host memory for %llu bytes", (unsigned long long)bytes);
+        if (llmpar_device_host_alloc(store->ctx->device, &store->ctx->heap, (size_t)bytes, &place->host)) return llmpar_fail(store->ctx, LLMPAR_ERR_MEMORY, "offload: no host memory for %llu bytes", (unsigned long long)bytes);
+        memset(place->host, 0, (size_t)bytes);
     } else if (tier == LLMPAR_TIER_FILE) {
         if (bytes > (uint64_t)INT64_MAX / 2 - store->end) return llmpar_fail(store->ctx, LLMPAR_ERR_OVERFLOW, "offload: %llu bytes after %llu are more than a file holds", (unsigned long long)bytes, (unsigned long long)store->end);
         place->offset = store->end;
@@ -17861,7 +18058,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_place(llmpar__store *store, llmp
 
 LLMPAR__PRIVATE_DEF void llmpar__store_drop(llmpar__store *store, llmpar__place *place)
 {
-    llmpar_heap_free(&store->ctx->heap, place->host);
+    llmpar_device_host_free(store->ctx->device, &store->ctx->heap, place->host, (size_t)place->bytes);
     memset(place, 0, sizeof *place);
 }
 
@@ -17999,13 +18196,13 @@ LLMPAR__PRIVATE_DEF size_t llmpar__fsdp_shard_bytes(const llmpar_fsdp *fsdp, con
 LLMPAR__PRIVATE_DEF int llmpar__fsdp_has_master(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master && !flat->unit.frozen; }
 
 /* This rank's part of the shard. */
-static void *llmpar__shard_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
+LLMPAR__PRIVATE_DEF void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat)
 {
     if (!flat->shard || !fsdp->whole_params) return flat->shard;
     return (char *)flat->shard + (size_t)flat->begin * llmpar_dtype_size(fsdp->dtype);
 }
 
-LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__shard_part(fsdp, flat); }
+LLMPAR__PRIVATE_DEF void *llmpar__fsdp_updated(const llmpar_fsdp *fsdp, const llmpar__flat *flat) { return fsdp->policy.master ? flat->master : llmpar__fsdp_own_part(fsdp, flat); }
 
 LLMPAR__PRIVATE_DEF int32_t llmpar__fsdp_moved(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int32_t use, int32_t slot, int32_t micro_batch, llmpar__moved out[2])
 {
@@ -18078,7 +18275,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar_
         for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
     }
     memset(&call, 0, sizeof call);
-    call.send = llmpar__shard_part(fsdp, flat);
+    call.send = llmpar__fsdp_own_part(fsdp, flat);
     call.recv = flat->gathered;
     call.count = (size_t)flat->shard_elements;
     call.dtype = fsdp->dtype;
@@ -18106,7 +18303,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
 {
-    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__shard_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
+    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -18173,6 +18370,7 @@ LLMPAR_DEF void llmpar_fsdp_desc_policy(const llmpar_fsdp_desc *desc, const llmp
     policy->replicas = policy->shards == 1 ? mesh->dp_ranks : mesh->degree[LLMPAR_AXIS_DP_REPLICATE];
     policy->master = desc->dtype != LLMPAR_DTYPE_DEFAULT && llmpar_dtype_sum(desc->dtype) != desc->dtype;
     policy->offload = 0;
+    policy->host_update = desc->offload_update == LLMPAR_TIER_HOST;
     for (int i = 0; i < LLMPAR_STATE_COUNT; i++)
         if (desc->offload[i] != LLMPAR_TIER_DEVICE) policy->offload |= 1u << i;
 }
@@ -18184,6 +18382,7 @@ LLMPAR_DEF void llmpar_fsdp_policy(const llmpar_fsdp *fsdp, llmpar_policy *polic
     policy->replicas = fsdp->policy.replicas;
     policy->master = fsdp->policy.master;
     policy->offload = fsdp->policy.offload;
+    policy->host_update = fsdp->policy.host_update;
 }
 LLMPAR_DEF int32_t llmpar_fsdp_unit_count(const llmpar_fsdp *fsdp) { return fsdp->unit_count; }
 LLMPAR_DEF const llmpar_unit *llmpar_fsdp_unit(const llmpar_fsdp *fsdp, int32_t unit) { return &fsdp->units[unit].unit; }
@@ -18210,7 +18409,7 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__shard_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
+        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
         llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
         if (!status) status = waited;
     }
@@ -18352,7 +18551,7 @@ typedef struct llmpar__order {
     const llmpar_instruction *list;      /* borrowed, as units */
     const llmpar_unit *units;
     int32_t unit_count, micro_batches;
-    int whole_params, whole_grads, master;
+    int whole_params, whole_grads, master, host_update;
     int32_t (*clock)[LLMPAR_STREAM_COUNT]; /* owned: [count] last instruction of each stream that is complete before this one starts */
     int32_t last[LLMPAR_STREAM_COUNT], host[LLMPAR_STREAM_COUNT];
     llmpar__track *track;                /* owned */
@@ -18395,6 +18594,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__order_create(llmpar__order *order, llm
     order->whole_params = llmpar_policy_whole_params(policy);
     order->whole_grads = llmpar_policy_whole_grads(policy);
     order->master = policy->master;
+    order->host_update = policy->host_update;
     order->heap = heap;
     order->clock = (int32_t(*)[LLMPAR_STREAM_COUNT])llmpar_heap_alloc(heap, (size_t)count + 1, sizeof *order->clock);
     order->track = (llmpar__track *)llmpar_heap_alloc(heap, tracks, sizeof *order->track);
@@ -18444,6 +18644,11 @@ static void llmpar__order_touch_micro(const llmpar__order *order, llmpar__access
     llmpar__order_touch(list, thing, kind, first + ((size_t)unit * (size_t)order->micro_batches + (size_t)micro) * 3 + (size_t)thing - LLMPAR__THING_SAVED);
 }
 
+static void llmpar__order_touch_stored_gradient(llmpar__access_list *list, llmpar__access_kind kind, int32_t unit, int32_t use, int32_t slot)
+{
+    llmpar__order_touch(list, LLMPAR__THING_STORED_GRADIENT, kind, LLMPAR__TRACK_UNIT + (size_t)unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_STORED_GRADIENTS + (size_t)(use * LLMPAR_GRAD_SLOTS + slot));
+}
+
 static void llmpar__order_move(const llmpar__order *order, const llmpar_instruction *in, llmpar__access_list *list)
 {
     int fetch = in->op == LLMPAR_OP_FETCH;
@@ -18459,7 +18664,7 @@ static void llmpar__order_move(const llmpar__order *order, const llmpar_instruct
         break;
     case LLMPAR_STATE_GRADS:
         llmpar__order_touch_gradient(list, device, in->unit, in->use, 0, in->slot);
-        llmpar__order_touch(list, LLMPAR__THING_STORED_GRADIENT, store, LLMPAR__TRACK_UNIT + (size_t)in->unit * LLMPAR__TRACKS_UNIT + LLMPAR__TRACK_STORED_GRADIENTS + (size_t)(in->use * LLMPAR_GRAD_SLOTS + in->slot));
+        llmpar__order_touch_stored_gradient(list, store, in->unit, in->use, in->slot);
         break;
     case LLMPAR_STATE_ACTIVATIONS:
         llmpar__order_touch_micro(order, list, LLMPAR__THING_SAVED, device, in->unit, in->micro_batch);
@@ -18526,12 +18731,18 @@ static void llmpar__order_accesses(const llmpar__order *order, const llmpar_inst
         llmpar__order_touch(list, LLMPAR__THING_NORMS, LLMPAR__ACCESS_WRITE, 1);
         break;
     case LLMPAR_OP_OPTIM:
+        if (order->host_update) {
+            llmpar__order_touch_stored_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, in->slot);
+            llmpar__order_touch_unit(list, LLMPAR__THING_STORED_STATE, LLMPAR__ACCESS_WRITE, unit);
+            llmpar__order_touch_unit(list, LLMPAR__THING_STORED_PARAMS, LLMPAR__ACCESS_WRITE, unit);
+            break;
+        }
         llmpar__order_touch_gradient(list, LLMPAR__ACCESS_WRITE, unit, in->use, 0, in->slot);
         llmpar__order_touch_unit(list, LLMPAR__THING_STATE, LLMPAR__ACCESS_WRITE, unit);
         llmpar__order_touch_unit(list, order->master ? LLMPAR__THING_MASTER : LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
         break;
     case LLMPAR_OP_CAST:
-        llmpar__order_touch_unit(list, LLMPAR__THING_MASTER, LLMPAR__ACCESS_READ, unit);
+        llmpar__order_touch_unit(list, order->host_update ? LLMPAR__THING_STORED_PARAMS : LLMPAR__THING_MASTER, LLMPAR__ACCESS_READ, unit);
         llmpar__order_touch_unit(list, LLMPAR__THING_SHARD, LLMPAR__ACCESS_WRITE, unit);
         break;
     case LLMPAR_OP_FETCH:
@@ -18861,11 +19072,25 @@ static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use,
 static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
+    if (policy->host_update) return;
     if (k < plan->fetched || k >= plan->updates) return;
     plan->fetched = k + 1;
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
+}
+
+/* The next unit's update on the host. What goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
+static void llmpar__plan_host_update(llmpar__plan *plan, int32_t after)
+{
+    const llmpar_policy *policy = &plan->schedule->policy;
+    int32_t unit = plan->update[plan->updated++];
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_OFFLOAD);
+    optim->slot = 0;
+    optim->predicate = LLMPAR_IF_FINITE;
+    llmpar__plan_wait(optim, after);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
+    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
 }
 
 /* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
@@ -18875,6 +19100,10 @@ static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
     int32_t unit = plan->update[plan->updated];
     int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
     llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
+    if (policy->host_update) {
+        llmpar__plan_host_update(plan, after);
+        return;
+    }
     llmpar__plan_fetch(plan, plan->updated);
     llmpar__plan_fetch(plan, plan->updated + 1);
     plan->updated++;
@@ -19102,6 +19331,10 @@ static llmpar_status llmpar__plan_check_pairs(const llmpar_policy *policy, llmpa
     if (policy->chain && policy->no_sync) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: chain with no_sync, expected one of them: a chain adds micro-batches after each is reduced, no_sync reduces only their sum");
     if (inside && policy->micro_batches > 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates inside backward with %d micro-batches, expected 1: a gradient does not outlive its unit, so there is nothing to accumulate into", (int)policy->micro_batches);
     if (inside && (policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: gradients offloaded with updates inside backward, expected one of them: no gradient is kept that could be stored");
+    unsigned on_host = 1u << LLMPAR_STATE_OPTIMIZER | 1u << LLMPAR_STATE_PARAMS | 1u << LLMPAR_STATE_GRADS;
+    if (policy->host_update && (policy->offload & on_host) != on_host)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: updates on the host without%s%s%s offloaded, expected optimizer, params and grads in host memory", policy->offload >> (unsigned)LLMPAR_STATE_OPTIMIZER & 1u ? "" : " optimizer",
+                                policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u ? "" : " params", policy->offload >> (unsigned)LLMPAR_STATE_GRADS & 1u ? "" : " grads");
     if ((policy->offload >> (unsigned)LLMPAR_STATE_PARAMS & 1u) && !policy->master && llmpar_policy_whole_params(policy))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: parameters offloaded that are whole at rest (one shard, or ZeRO 0 to 2) and have no f32 master copy: the whole parameters are in use all the time");
     return LLMPAR_OK;
@@ -19113,6 +19346,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
         {"micro_batches", policy->micro_batches, 1, 1 << 20}, {"prefetch", policy->prefetch, 0, 4}, {"prefetch_backward", policy->prefetch_backward, 0, 4}, {"replicas", policy->replicas, 1, INT32_MAX}, {"shards", policy->shards, 1, INT32_MAX},
         {"zero", policy->zero, LLMPAR_ZERO_0, LLMPAR_ZERO_3}, {"reshard", (int32_t)policy->reshard, LLMPAR_RESHARD_NOT_LAST, LLMPAR_RESHARD_EVERY}, {"reshard_every", policy->reshard_every, 1, INT32_MAX},
         {"update", (int32_t)policy->update, LLMPAR_UPDATE_AFTER, LLMPAR_UPDATE_TWO_PASSES}, {"offload", (int32_t)policy->offload, 0, (1 << LLMPAR_STATE_COUNT) - 1},
+        {"host_update", policy->host_update, 0, 1},
     };
     if (unit_count < 1) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: %d units, expected at least 1", (int)unit_count);
     for (size_t i = 0; i < sizeof range / sizeof range[0]; i++)
@@ -19227,10 +19461,11 @@ static void llmpar__schedule_put_bytes(llmpar__text *out, uint64_t bytes)
     llmpar__text_put(out, " B");
 }
 
-static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *units, const llmpar_instruction *in, int in_place)
+static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *units, const llmpar_instruction *in, const llmpar_policy *policy)
 {
     static const char *const state[] = {"optimizer", "params", "grads", "activations"};
     const char *kind = in->local ? "local" : "shard", *use = in->use ? ".borrowed" : "";
+    int in_place = llmpar_policy_whole_grads(policy), on_host = policy->host_update && (in->op == LLMPAR_OP_OPTIM || in->op == LLMPAR_OP_CAST);
     if (in->unit >= 0) llmpar__text_put(out, " %s", units[in->unit].name);
     switch (in->op) {
     case LLMPAR_OP_FORWARD:
@@ -19252,15 +19487,15 @@ static void llmpar__schedule_put_operands(llmpar__text *out, const llmpar_unit *
         break;
     case LLMPAR_OP_REDUCE_REPLICA:
     case LLMPAR_OP_NORM:
-    case LLMPAR_OP_OPTIM: llmpar__text_put(out, "%s %s%d", use, kind, (int)in->slot); break;
+    case LLMPAR_OP_OPTIM: llmpar__text_put(out, "%s %s%d%s", use, kind, (int)in->slot, on_host ? " on the host" : ""); break;
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE:
         llmpar__text_put(out, "%s %s", use, state[in->what]);
         if (in->what == LLMPAR_STATE_GRADS) llmpar__text_put(out, " shard%d", (int)in->slot);
         if (in->what == LLMPAR_STATE_ACTIVATIONS) llmpar__text_put(out, " mb%d", (int)in->micro_batch);
         break;
-    case LLMPAR_OP_GATHER:
-    case LLMPAR_OP_CAST: break;
+    case LLMPAR_OP_CAST: llmpar__text_put(out, "%s", on_host ? " from the host" : ""); break;
+    case LLMPAR_OP_GATHER: break;
     }
     if (in->predicate == LLMPAR_IF_FINITE) llmpar__text_put(out, " if finite");
 }
@@ -19272,7 +19507,7 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
     for (int32_t i = 0; i < schedule->count; i++) {
         const llmpar_instruction *in = &schedule->list[i];
         llmpar__text_put(&out, "%5d  %-7s  %-14s", (int)i, stream[in->stream], llmpar_op_name(in->op));
-        llmpar__schedule_put_operands(&out, units, in, llmpar_policy_whole_grads(&schedule->policy));
+        llmpar__schedule_put_operands(&out, units, in, &schedule->policy);
         if (bytes && bytes[i]) llmpar__schedule_put_bytes(&out, bytes[i]);
         for (int32_t w = 0; w < in->wait_count; w++) llmpar__text_put(&out, "%s%d", w ? "," : "  after ", (int)in->waits[w]);
         llmpar__text_put(&out, "\n");
@@ -19619,12 +19854,20 @@ static llmpar_status llmpar__proof_optim(llmpar__proof *proof, const llmpar_inst
 {
     llmpar__unit_state *state = &proof->state[in->unit];
     llmpar__buffer *buffer = llmpar__proof_buffer(proof, in->unit, in->use, 0, in->slot);
-    int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES;
-    llmpar_status status = llmpar__proof_read(proof, buffer);
+    int two = proof->policy.update == LLMPAR_UPDATE_TWO_PASSES, host = proof->policy.host_update;
+    llmpar_status status = LLMPAR_OK;
+    if (!host || !buffer->live) status = llmpar__proof_read(proof, buffer);
+    else if (!buffer->stored) status = llmpar__proof_fail(proof, "updates on the host from a gradient that is not in its store");
     if (!status) status = llmpar__proof_complete(proof, in->unit, buffer, two);
     if (status) return status;
     if ((!two && !buffer->normed) || (proof->policy.update != LLMPAR_UPDATE_INSIDE && proof->scalar[1] < 0)) return llmpar__proof_fail(proof, "updates before the norm is known");
     if (state->gathered >= 0) return llmpar__proof_fail(proof, "updates parameters that are still gathered");
+    if (host && (state->has_state || state->has_params)) return llmpar__proof_fail(proof, "updates on the host what is on the device");
+    if (host) {
+        buffer->live = buffer->stored = 0;
+        state->updated = 1;
+        return LLMPAR_OK;
+    }
     if (llmpar__proof_offloads(proof, LLMPAR_STATE_OPTIMIZER) && !state->has_state) return llmpar__proof_fail(proof, "updates with optimizer state that is in its store");
     if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "updates parameters that are in their store");
     buffer->live = 0;
@@ -19638,7 +19881,8 @@ static llmpar_status llmpar__proof_cast(llmpar__proof *proof, const llmpar_instr
     if (!proof->policy.master) return llmpar__proof_fail(proof, "casts parameters that have no master copy");
     if (!state->updated) return llmpar__proof_fail(proof, "casts parameters before their update");
     if (state->cast) return llmpar__proof_fail(proof, "casts parameters twice");
-    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
+    if (llmpar__proof_offloads(proof, LLMPAR_STATE_PARAMS) && !proof->policy.host_update && !state->has_params) return llmpar__proof_fail(proof, "casts parameters that are in their store");
+    if (proof->policy.host_update && state->has_params) return llmpar__proof_fail(proof, "casts on the host what is on the device");
     state->cast = 1;
     return LLMPAR_OK;
 }
@@ -19746,6 +19990,8 @@ static const char *llmpar__proof_hazard(llmpar_op op, const llmpar__hazard *haza
     case LLMPAR__THING_STORED_GRADIENT:
     case LLMPAR__THING_STORED_ACTIVATIONS: break;
     }
+    if (op == LLMPAR_OP_OPTIM) return "updates on the host without waiting for the store";
+    if (op == LLMPAR_OP_CAST) return "casts parameters without waiting for their update";
     return "fetches without waiting for the store";
 }
 
@@ -19988,7 +20234,9 @@ static void llmpar__account_step(llmpar__account *account, const llmpar_instruct
         if (!fsdp->whole_grads) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, 1);
         break;
     case LLMPAR_OP_ACCUMULATE: llmpar__account_gradient(account, in->unit, in->from_use, in->local, in->from, -1); break;
-    case LLMPAR_OP_OPTIM: llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, -1); break;
+    case LLMPAR_OP_OPTIM:
+        if (!fsdp->policy.host_update) llmpar__account_gradient(account, in->unit, in->use, 0, in->slot, -1);
+        break;
     case LLMPAR_OP_FETCH:
     case LLMPAR_OP_STORE:
         if (in->what == LLMPAR_STATE_OPTIMIZER) llmpar__account_optimizer(account, flat, sign);
@@ -20060,14 +20308,21 @@ static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit
     return llmpar_trace_begin(exec->fsdp->trace, stream, &span, id);
 }
 
+static int llmpar__exec_on_tp(const llmpar_unit_op *ops, int32_t count)
+{
+    int on_tp = 0;
+    for (int32_t i = 0; i < count; i++) on_tp |= ops[i].kind != LLMPAR_COMPUTE;
+    return on_tp;
+}
+
 /* What only makes the output is left out of a RECOMPUTE; a wait for it is then a wait for the forward that ran it. */
-static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+static llmpar_status llmpar__exec_list(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_device *device = fsdp->device;
     llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE], *tp = fsdp->stream[LLMPAR_STREAM_TP];
     llmpar_status status = LLMPAR_OK;
-    int used_tp = 0;
+    int used_tp = 0, streams = llmpar__exec_on_tp(ops, count) ? 2 : 1; /* on one nobody waits */
     for (int32_t i = 0; i < count && !status; i++) {
         int on_tp = ops[i].kind != LLMPAR_COMPUTE;
         if (call->pass == LLMPAR_PASS_RECOMPUTE && ops[i].output_only) continue;
@@ -20088,12 +20343,28 @@ static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *
         if (!status && on_tp) status = llmpar__exec_trace_op(exec, &ops[i], call->stream, &span);
         if (!status) status = ops[i].run(call);
         if (!status) status = llmpar_trace_end(fsdp->trace, call->stream, span);
-        if (!status) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
+        if (!status && streams > 1) status = device->event_record(device, call->stream, fsdp->unit_event[i]);
     }
     /* The call's memory is released on the compute stream, so nothing of it may still run on the other. */
     if (used_tp && !status) status = device->event_record(device, tp, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
     if (used_tp && !status) status = device->event_wait(device, compute, fsdp->unit_event[LLMPAR__UNIT_EVENTS]);
     return status;
+}
+
+/* The same, where graphs were asked for as a region of the device: a unit's instructions come again with every step, with the same buffers mostly. */
+static llmpar_status llmpar__exec_ops(llmpar__exec *exec, const llmpar_unit_op *ops, int32_t count, llmpar_unit_call *call)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device;
+    llmpar_stream *compute = fsdp->stream[LLMPAR_STREAM_COMPUTE];
+    const llmpar_instruction *in = exec->now;
+    if (!fsdp->graphs) return llmpar__exec_list(exec, ops, count, call);
+    uint64_t key = (uint64_t)in->unit << 32 | (uint64_t)in->micro_batch << 3 | (uint64_t)call->pass << 1 | (in->again != 0);
+    llmpar_status status = device->region_begin(device, compute, key);
+    if (status) return status;
+    status = llmpar__exec_list(exec, ops, count, call);
+    llmpar_status ended = device->region_end(device, compute);
+    return status ? status : ended;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_sizes(llmpar__exec *exec, int32_t unit, int32_t m, llmpar_unit_sizes *out) { return llmpar__fsdp_unit_sizes(exec->fsdp, unit, &exec->micro[m], out); }
@@ -20353,6 +20624,77 @@ static llmpar_status llmpar__exec_norm(llmpar__exec *exec, const llmpar_instruct
 /* Neither was the step found to be one to skip, nor did no token of it count. */
 static int llmpar__exec_counts(const llmpar__exec *exec) { return !exec->found_inf && exec->run->global_tokens; }
 
+/* Hands a unit's shards to the optimizer. */
+static llmpar_status llmpar__exec_update(llmpar__exec *exec, int32_t unit, void *param, const void *grad, void *const *state, llmpar_device *device, llmpar_stream *stream)
+{
+    llmpar_run *run = exec->run;
+    const llmpar__flat *flat = &exec->fsdp->units[unit];
+    llmpar_update update;
+    if (!run->optimizer || !llmpar__exec_counts(exec)) return LLMPAR_OK;
+    memset(&update, 0, sizeof update);
+    update.unit = unit;
+    update.dtype = exec->fsdp->sum;
+    update.elements = flat->shard_elements;
+    update.param = param;
+    update.grad = grad;
+    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = state[i];
+    update.segments = flat->segments;
+    update.segment_count = flat->segment_count;
+    update.grad_scale = exec->grad_scale;
+    update.stream = stream;
+    update.device = device;
+    return run->optimizer->update(run->optimizer->state, &update);
+}
+
+/* ZeRO-Offload: the host has the gradient once the stream has come here, and works on the stores' memory itself. */
+static llmpar_status llmpar__exec_optim_host(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_run *run = exec->run;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    void *state[LLMPAR_OPTIMIZER_STATES];
+    llmpar_status status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+    if (!status && run->on_gradient) { /* who looks at it does so on the device */
+        llmpar__moved moved[2];
+        llmpar__fsdp_moved(fsdp, in->unit, LLMPAR_STATE_GRADS, in->use, in->slot, 0, moved);
+        status = llmpar__fsdp_fetch(fsdp, in->stream, moved);
+        if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
+        if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, llmpar__exec_part(fsdp, flat, *moved->memory));
+        llmpar_status freed = llmpar__fsdp_put(fsdp, in->stream, moved, 0);
+        if (!status) status = freed;
+    }
+    for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) state[i] = flat->state_place[i].host;
+    if (!status && !fsdp->count_only) status = llmpar__exec_update(exec, in->unit, flat->params_place.host, llmpar__exec_part(fsdp, flat, flat->grad_place[in->use][in->slot].host), state, fsdp->ctx->host, NULL);
+    flat->grad_stored &= ~(1u << in->slot);
+    return status;
+}
+
+/* The compute dtype's copy of what the host has updated: rounded there, piece by piece, each on its way while the next is made. */
+static llmpar_status llmpar__exec_cast_host(llmpar__exec *exec, const llmpar_instruction *in)
+{
+    llmpar_fsdp *fsdp = exec->fsdp;
+    llmpar_device *device = fsdp->device, *host = fsdp->ctx->host;
+    llmpar__flat *flat = &fsdp->units[in->unit];
+    size_t wide = llmpar_dtype_size(fsdp->sum), narrow = llmpar_dtype_size(fsdp->dtype);
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t at = 0; at < flat->shard_elements && !fsdp->count_only && !status; at += LLMPAR__CAST_PIECE) {
+        int32_t turn = fsdp->host_cast_turn;
+        fsdp->host_cast_turn = (turn + 1) % LLMPAR__CAST_BUFFERS;
+        llmpar_cast_args args;
+        memset(&args, 0, sizeof args);
+        args.count = (size_t)(flat->shard_elements - at < LLMPAR__CAST_PIECE ? flat->shard_elements - at : LLMPAR__CAST_PIECE);
+        args.in = (const char *)flat->params_place.host + (size_t)at * wide;
+        args.in_dtype = fsdp->sum;
+        args.out = fsdp->host_cast[turn];
+        args.out_dtype = fsdp->dtype;
+        status = device->event_synchronize(device, fsdp->host_cast_event[turn]);
+        if (!status) status = host->cast(host, NULL, &args);
+        if (!status) status = device->copy(device, fsdp->stream[in->stream], (char *)llmpar__fsdp_own_part(fsdp, flat) + (size_t)at * narrow, args.out, args.count * narrow);
+        if (!status) status = device->event_record(device, fsdp->stream[in->stream], fsdp->host_cast_event[turn]);
+    }
+    return status;
+}
+
 static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruction *in)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
@@ -20363,25 +20705,12 @@ static llmpar_status llmpar__exec_optim(llmpar__exec *exec, const llmpar_instruc
     llmpar_status status = LLMPAR_OK;
     if (!exec->updating) llmpar_arena_get_usage(fsdp->arena, &run->before_optimizer);
     exec->updating = 1;
+    if (fsdp->policy.host_update) return llmpar__exec_optim_host(exec, in);
     if (run->on_gradient) {
         status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
         if (!status) status = run->on_gradient(run->on_gradient_user, fsdp, in->unit, part);
     }
-    if (!status && run->optimizer && llmpar__exec_counts(exec)) {
-        llmpar_update update;
-        memset(&update, 0, sizeof update);
-        update.unit = in->unit;
-        update.dtype = fsdp->sum;
-        update.elements = flat->shard_elements;
-        update.param = llmpar__fsdp_updated(fsdp, flat);
-        update.grad = part;
-        for (int i = 0; i < LLMPAR_OPTIMIZER_STATES; i++) update.state[i] = flat->state[i];
-        update.segments = flat->segments;
-        update.segment_count = flat->segment_count;
-        update.grad_scale = exec->grad_scale;
-        update.stream = fsdp->stream[in->stream];
-        status = run->optimizer->update(run->optimizer->state, &update);
-    }
+    if (!status) status = llmpar__exec_update(exec, in->unit, llmpar__fsdp_updated(fsdp, flat), part, flat->state, fsdp->device, fsdp->stream[in->stream]);
     return status ? status : llmpar__fsdp_free(fsdp, in->stream, grad);
 }
 
@@ -20479,7 +20808,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
     llmpar__moved moved[2];
     switch (in->op) {
     case LLMPAR_OP_GATHER: return skip ? LLMPAR_OK : llmpar__fsdp_gather(fsdp, flat, in->stream);
-    case LLMPAR_OP_CAST: return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
+    case LLMPAR_OP_CAST:
+        if (fsdp->policy.host_update) return skip ? LLMPAR_OK : llmpar__exec_cast_host(exec, in);
+        return skip ? LLMPAR_OK : llmpar__fsdp_cast(fsdp, flat, fsdp->stream[in->stream]);
     case LLMPAR_OP_FREE:
         if (in->slot >= 0) return llmpar__fsdp_free(fsdp, in->stream, &flat->grad[in->use][in->local][in->slot]);
         if (in->what != LLMPAR_STATE_PARAMS) return llmpar__fsdp_release(fsdp, flat, in->stream);
@@ -20506,7 +20837,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
 
 /* ---- scalars ---- */
 
-static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, int64_t *values, size_t count, const char *tag)
+/* fsdp->host_scalars[count] become the sums over all ranks. */
+static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instruction *in, size_t count, const char *tag)
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_stream *stream = fsdp->stream[in->stream];
@@ -20516,10 +20848,10 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
     call.count = count;
     call.dtype = LLMPAR_I64;
     call.tag = tag;
-    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, values, count * sizeof *values);
+    llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, fsdp->host_scalars, count * sizeof(int64_t));
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
-    if (!status) status = fsdp->device->copy(fsdp->device, stream, values, fsdp->scalars, count * sizeof *values);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the caller's values */
+    if (!status) status = fsdp->device->copy(fsdp->device, stream, fsdp->host_scalars, fsdp->scalars, count * sizeof(int64_t));
+    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the values */
     return status ? status : waited;
 }
 
@@ -20537,9 +20869,10 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     /* Every rank of a tp group holds the same sequences: they count once. */
-    int64_t tokens = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
-    llmpar_status status = llmpar__exec_scalars(exec, in, &tokens, 1, "tokens");
+    fsdp->host_scalars[0] = fsdp->mesh->coordinate[LLMPAR_AXIS_TP] == 0 ? exec->run->tokens : 0;
+    llmpar_status status = llmpar__exec_scalars(exec, in, 1, "tokens");
     if (status) return status;
+    int64_t tokens = fsdp->host_scalars[0];
     exec->run->global_tokens = tokens;
     for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
     /* Loss and norm start from zero before any stream adds to them. */
@@ -20555,14 +20888,17 @@ static llmpar_status llmpar__exec_loss(llmpar__exec *exec, const llmpar_instruct
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_run *run = exec->run;
     llmpar_exact_sum sum[2];
-    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], sum, fsdp->scalars, sizeof sum);
+    llmpar_status status = fsdp->device->copy(fsdp->device, fsdp->stream[in->stream], fsdp->host_scalars, fsdp->scalars, sizeof sum);
     if (!status) status = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
     if (status) return status;
+    memcpy(sum, fsdp->host_scalars, sizeof sum);
     if (fsdp->mesh->coordinate[LLMPAR_AXIS_TP] != 0) memset(&sum[0], 0, sizeof sum[0]); /* all of a tp group computed the same loss */
     llmpar_exact_sum_carry(&sum[0]);
     llmpar_exact_sum_carry(&sum[1]);
-    status = llmpar__exec_scalars(exec, in, sum[0].limb, LLMPAR__SCALARS, "loss, norm");
+    memcpy(fsdp->host_scalars, sum, sizeof sum);
+    status = llmpar__exec_scalars(exec, in, LLMPAR__SCALARS, "loss, norm");
     if (status) return status;
+    memcpy(sum, fsdp->host_scalars, sizeof sum);
     run->loss = run->global_tokens ? llmpar_exact_sum_value(&sum[0]) / (double)run->global_tokens : 0;
     run->grad_norm = llmpar_sqrt_f64(llmpar_exact_sum_value(&sum[1])) / run->loss_scale;
     run->skipped = run->global_tokens == 0;
@@ -21013,7 +21349,7 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
 {
     llmpar_optim *optim = (llmpar_optim *)state;
     const llmpar_optim_desc *desc = &optim->desc;
-    llmpar_device *device = llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
+    llmpar_device *device = update->device ? update->device : llmpar_fsdp_mesh(optim->fsdp)->ctx->device;
     int32_t states = llmpar_optim_states(desc);
     llmpar_status status = LLMPAR_OK;
     llmpar_adamw_args adamw;
@@ -24418,6 +24754,7 @@ typedef struct llmpar__hf_load {
     llmpar_hf_files *files;
     llmpar_stream *stream;
     void *raw, *wide;   /* pieces of a slice: as in the file, and in the shards' dtype; `wide` only where these differ */
+    size_t raw_bytes, wide_bytes;
     int64_t capacity;   /* elements of both: half a slice, at most this many */
 } llmpar__hf_load;
 #define LLMPAR__HF_PIECE ((int64_t)128 << 10)
@@ -24526,9 +24863,11 @@ static llmpar_status llmpar__hf_match(llmpar__hf_load *load, int32_t *matched)
             if (segments[s].count > most) most = segments[s].count;
     }
     load->capacity = (most + 1) / 2 < LLMPAR__HF_PIECE ? (most + 1) / 2 : LLMPAR__HF_PIECE;
-    load->raw = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity + 1, raw);
-    load->wide = llmpar_heap_alloc(&ctx->heap, (size_t)load->capacity, wide);
-    return load->raw && load->wide ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
+    load->raw_bytes = ((size_t)load->capacity + 1) * raw;
+    load->wide_bytes = (size_t)load->capacity * wide;
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, load->raw_bytes, &load->raw);
+    if (!status && wide) status = llmpar_device_host_alloc(ctx->device, &ctx->heap, load->wide_bytes, &load->wide);
+    return !status ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory to read pieces of %lld elements", load->files->path, (long long)load->capacity);
 }
 
 /* Nothing else is there, but for what says the same once more. */
@@ -24601,8 +24940,8 @@ LLMPAR_DEF llmpar_status llmpar_hf_load(llmpar_fsdp *fsdp, const char *directory
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(fsdp) && !status; u++) status = llmpar__hf_load_unit(&load, u);
     status = llmpar__hf_agree(load.ctx, load.stream, status, "load/read");
     if (load.stream) device->stream_destroy(device, load.stream);
-    llmpar_heap_free(&load.ctx->heap, load.raw);
-    llmpar_heap_free(&load.ctx->heap, load.wide);
+    llmpar_device_host_free(device, &load.ctx->heap, load.raw, load.raw_bytes);
+    llmpar_device_host_free(device, &load.ctx->heap, load.wide, load.wide_bytes);
     llmpar_hf_files_close(load.files);
     return status;
 }
@@ -24621,6 +24960,7 @@ struct llmpar_tensor_file {
     llmpar_safetensor *tensors;
     void *full, *scratch;              /* device: the largest tensor, and what redistribution needs */
     void *host, *narrow;               /* world rank 0: a piece of a tensor, small enough to stay in the cache; the same in the file's dtype, where that is another */
+    size_t host_bytes;
     int32_t *units, count, next;       /* [count] in the order they come; how many have come */
 };
 
@@ -24691,7 +25031,8 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)most * size, "whole tensor", &file->full);
     if (!status) status = llmpar_arena_alloc(llmpar_fsdp_arena(fsdp), LLMPAR_TAG_COMMUNICATION, (size_t)scratch * size, "whole tensor scratch", &file->scratch);
     if (!status && ctx->rank == 0) {
-        file->host = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, size);
+        file->host_bytes = (size_t)LLMPAR__HF_PIECE * size;
+        llmpar_device_host_alloc(ctx->device, &ctx->heap, file->host_bytes, &file->host);
         if (file->dtype != dtype) file->narrow = llmpar_heap_alloc(&ctx->heap, (size_t)LLMPAR__HF_PIECE, llmpar_dtype_size(file->dtype));
         status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
@@ -24775,7 +25116,7 @@ LLMPAR_DEF void llmpar_tensor_file_abandon(llmpar_tensor_file *file)
     llmpar_safetensors_writer_abandon(file->writer);
     llmpar_hf_writer_abandon(file->directory);
     llmpar_heap_free(&file->ctx->heap, file->tensors);
-    llmpar_heap_free(&file->ctx->heap, file->host);
+    llmpar_device_host_free(file->ctx->device, &file->ctx->heap, file->host, file->host_bytes);
     llmpar_heap_free(&file->ctx->heap, file->narrow);
     llmpar_heap_free(&file->ctx->heap, file->units);
     if (file->stream) file->ctx->device->stream_destroy(file->ctx->device, file->stream);
@@ -25737,8 +26078,9 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
     llmpar__array array[LLMPAR__ARRAYS];
     llmpar__array_unit memory;
     size_t size = llmpar_dtype_size(llmpar_dtype_sum(llmpar_fsdp_dtype(c->fsdp))), at = 0;
-    unsigned char *staging = c->copy ? NULL : (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__CHECKPOINT_STAGING);
-    if (!staging && !c->copy) return llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %zu bytes", LLMPAR__CHECKPOINT_STAGING);
+    void *piece = NULL;
+    if (!c->copy && llmpar_device_host_alloc(device, &ctx->heap, LLMPAR__CHECKPOINT_STAGING, &piece)) return llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for %zu bytes", LLMPAR__CHECKPOINT_STAGING);
+    unsigned char *staging = (unsigned char *)piece;
     llmpar_status status = device->stream_create(device, "checkpoint", &stream);
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(c->fsdp) && !status; u++) {
         status = llmpar__array_fetch(c->fsdp, u, &memory);
@@ -25766,7 +26108,7 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
         if (!status) status = waited ? waited : put;
     }
     if (stream) device->stream_destroy(device, stream);
-    llmpar_heap_free(&ctx->heap, staging);
+    llmpar_device_host_free(device, &ctx->heap, staging, LLMPAR__CHECKPOINT_STAGING);
     if (status && !c->error.status) llmpar_error_set(&c->error, status, "%s", ctx->error.text);
     return status;
 }
@@ -25784,8 +26126,9 @@ static void llmpar__checkpoint_write(llmpar_checkpoint *c)
 {
     c->status = llmpar__checkpoint_open(c);
     if (!c->status && c->writer && c->background) {
-        c->copy = (unsigned char *)llmpar_heap_alloc(&c->ctx->heap, 1, c->bytes);
-        if (!c->copy) c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for a copy of %zu bytes", c->bytes);
+        void *copy = NULL;
+        if (!llmpar_device_host_alloc(c->ctx->device, &c->ctx->heap, c->bytes, &copy)) c->copy = (unsigned char *)copy;
+        else c->status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory for a copy of %zu bytes", c->bytes);
     }
     if (!c->status && c->writer) c->status = llmpar__checkpoint_take(c);
     if (!c->status && c->copy) {
@@ -25804,7 +26147,7 @@ static void llmpar__checkpoint_drop(llmpar_checkpoint *c)
 {
     if (c->running) pthread_join(c->thread, NULL);
     llmpar_safetensors_writer_abandon(c->writer);
-    llmpar_heap_free(&c->ctx->heap, c->copy);
+    llmpar_device_host_free(c->ctx->device, &c->ctx->heap, c->copy, c->copy ? c->bytes : 0);
     c->running = c->busy = 0;
     c->writer = NULL;
     c->copy = NULL;
@@ -26270,16 +26613,17 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     llmpar_error_clear(&error);
     memset(info, 0, sizeof *info);
     llmpar__load *load = (llmpar__load *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *load);
-    unsigned char *buffer = (unsigned char *)llmpar_heap_alloc(&ctx->heap, 1, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD);
-    llmpar_status status = load && buffer ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
+    void *buffer = NULL;
+    llmpar_status status = llmpar_device_host_alloc(ctx->device, &ctx->heap, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD, &buffer);
+    status = load && !status ? LLMPAR_OK : llmpar_error_set(&error, LLMPAR_ERR_MEMORY, "%s: out of memory to load it", path);
     if (!status) {
         load->fsdp = fsdp;
         load->optim = optim;
         load->ctx = ctx;
         load->path = path;
         load->states = optim || llmpar_fsdp_optimizer_states(fsdp);
-        load->piece = buffer;
-        load->ahead = buffer + LLMPAR__LOAD_PIECE;
+        load->piece = (unsigned char *)buffer;
+        load->ahead = load->piece + LLMPAR__LOAD_PIECE;
         status = llmpar__load_check(load);
     }
     status = llmpar__checkpoint_agree(ctx, status, load ? &load->error : &error, "checkpoint verified");
@@ -26291,7 +26635,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
     if (!status && optim) llmpar_optim_set_steps(optim, load->manifest.info.updates);
     if (!status) *info = load->manifest.info;
     if (load) llmpar__manifest_destroy(&ctx->heap, &load->manifest);
-    llmpar_heap_free(&ctx->heap, buffer);
+    llmpar_device_host_free(ctx->device, &ctx->heap, buffer, LLMPAR__LOAD_PIECE + LLMPAR__LOAD_AHEAD);
     llmpar_heap_free(&ctx->heap, load);
     return status;
 }
@@ -26317,13 +26661,13 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 /* launch: rank threads, their contexts, and the root error.
 
    One rank's life, on its own thread (on the caller's for a world of one rank):
-     name, floating-point state -> heap, device, communicator -> agreement with the others -> fn -> failure told to all, record written -> communicator and device destroyed
+     name, floating-point state -> heap, CPU device, communicator of the threads -> what the backend makes (launch_furnish.c) -> agreement with the others -> fn -> failure told to all, record written -> all destroyed
    The check hook runs when all ranks have ended, on the caller's thread, rank by rank.
 
    A rank that never comes back cannot be joined and must not lose its memory. So what the ranks share belongs to all of them and to the caller, and whoever leaves last frees it: if a rank is stuck
    the caller leaves first, with the error. */
 /* ==== src/run/launch_internal.h ==== */
-/* launch_internal: what both ways of making ranks share: launch.c (threads), launch_mpi.c (processes). */
+/* launch_internal: what the ways of making ranks share: launch.c (threads), launch_mpi.c and launch_environment.c (processes); launch_furnish.c gives each rank what its backend makes. */
 #ifndef LLMPAR_LAUNCH_INTERNAL_H
 #define LLMPAR_LAUNCH_INTERNAL_H
 
@@ -26333,12 +26677,30 @@ LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);
 LLMPAR__PRIVATE void llmpar__launch_float_restore(uint64_t state);
 /* Checks the desc and fills in the defaults; ranks stays as it is where it is 0. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, llmpar_cpu_level *level, llmpar_error *error);
+/* Is this a backend that can be used? NULL is. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_backend_check(const llmpar_backend *backend, llmpar_error *error);
+/* ctx has host and host_comm (NULL: the transport has none). Makes device and comm: the backend's, or these. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend);
+/* Destroys what a ctx has of comm, device, host_comm and host, in this order. */
+LLMPAR__PRIVATE void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend *backend);
 /* All ranks compute alike, or all say who does not. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_agree(llmpar_ctx *ctx);
+/* Tells those who wait in the backend's communicator of this rank's failure. */
+LLMPAR__PRIVATE void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error);
+/* *error is LLMPAR_ERR_PEER: becomes the job's failure as the backend's communicator knows it, and 1; 0: it is not, or there is none that would. */
+LLMPAR__PRIVATE int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error);
+/* The rank's record of collectives; NULL: none. */
+LLMPAR__PRIVATE llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx);
+/* The environment's variable as a number from least to most: 1. 0: it is not there. -1: it is something else, *error says so. */
+LLMPAR__PRIVATE int llmpar__launch_variable(const char *name, int32_t least, int32_t most, int32_t *out, llmpar_error *error);
+/* The same for the first there is of the launchers' names for the rank among those of this machine. */
+LLMPAR__PRIVATE int llmpar__launch_local(int32_t *out, llmpar_error *error);
 /* Writes a rank's record, if there is one, to DIRECTORY/llmpar_rank_N.json, unless that is NULL or ""; what goes wrong is a warning. */
-LLMPAR__PRIVATE void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record);
+LLMPAR__PRIVATE void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx);
 /* Runs this process's rank where the job's ranks are MPI processes: 1, and *error is the result. 0: they are not. */
 LLMPAR__PRIVATE int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
+/* Runs this process as the rank that its environment says. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
 #endif
 /* ---- src/run/launch.c goes on ---- */
@@ -26370,6 +26732,7 @@ typedef struct llmpar__launch_rank {
 /* What all ranks of one launch share; read-only while they run, but for `references`. */
 typedef struct llmpar__launch_job {
     llmpar_launch_desc desc;
+    llmpar_backend backend; /* desc.backend's */
     llmpar_cpu_level level;
     llmpar_rank_fn fn;
     void *user;
@@ -26412,86 +26775,6 @@ static void llmpar__launch_log(void *user, int rank, llmpar_log_level level, con
     fprintf(stderr, "llmpar: rank %d: %s%s\n", rank, level == LLMPAR_LOG_WARNING ? "warning: " : "", line);
 }
 
-/* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler) differ here. */
-static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
-{
-    enum { M = 5, N = 19, K = 67 };
-    llmpar_device *device = ctx->device;
-    size_t floats = M * K + N * K + M * N, workspace_bytes;
-    llmpar_gemm_segment segment[4];
-    llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    memset(segment, 0, sizeof segment);
-    float *a = (float *)llmpar_heap_alloc(&ctx->heap, floats, sizeof *a);
-    if (!a) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
-    float *b = a + M * K, *c = b + N * K;
-    for (int i = 0; i < M * K + N * K; i++) a[i] = (float)((i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
-    for (int i = 0; i < 4; i++) {
-        int begin = i * K / 4;
-        segment[i].a = a + begin;
-        segment[i].b = b + begin;
-        segment[i].lda = segment[i].ldb = K;
-        segment[i].k = (i + 1) * K / 4 - begin;
-        segment[i].piece = i;
-    }
-    args.m = M;
-    args.n = N;
-    args.c = c;
-    args.ldc = N;
-    args.segments = segment;
-    args.segment_count = args.pieces = 4;
-    args.kind = LLMPAR_GEMM_NT;
-    args.dtype = LLMPAR_F32;
-    workspace_bytes = device->gemm_workspace(device, &args);
-    llmpar_stream *stream = NULL;
-    llmpar_status st = device->alloc(device, workspace_bytes, &args.workspace);
-    args.workspace_bytes = workspace_bytes;
-    if (!st) st = device->stream_create(device, "self-test", &stream);
-    if (!st) st = device->gemm(device, stream, &args);
-    if (stream) {
-        llmpar_status synchronized = device->synchronize(device, stream);
-        if (!st) st = synchronized;
-        device->stream_destroy(device, stream);
-    }
-    uint64_t hash = 0xcbf29ce484222325u;
-    const unsigned char *bytes = (const unsigned char *)c;
-    for (size_t i = 0; !st && i < M * N * sizeof *c; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
-    for (const char *p = device->name; *p; p++) hash = (hash ^ (unsigned char)*p) * 0x100000001b3u;
-    device->free(device, args.workspace, workspace_bytes);
-    llmpar_heap_free(&ctx->heap, a);
-    *out = hash;
-    return st;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
-{
-    if (ctx->world == 1) return LLMPAR_OK;
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
-    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
-    llmpar_stream *stream = NULL;
-    if (!st) st = ctx->device->stream_create(ctx->device, "launch", &stream);
-    if (!st) {
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = &mine;
-        call.recv = all;
-        call.count = 1;
-        call.dtype = LLMPAR_U64;
-        call.tag = "launch/self_test";
-        st = llmpar_all_gather(ctx->comm, stream, &call);
-        llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
-        if (!st) st = synchronized;
-        ctx->device->stream_destroy(ctx->device, stream);
-    }
-    for (int32_t i = 1; i < ctx->world && !st; i++)
-        if (all[i] != all[0])
-            st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
-                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
-    llmpar_heap_free(&ctx->heap, all);
-    return st;
-}
-
 /* text == NULL: there was no memory for it. */
 static void llmpar__launch_write(const char *directory, const llmpar_ctx *ctx, const char *text)
 {
@@ -26514,8 +26797,9 @@ static char *llmpar__launch_json(llmpar_record *record)
     return text;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx, llmpar_record *record)
+LLMPAR__PRIVATE_DEF void llmpar__launch_dump(const char *directory, const llmpar_ctx *ctx)
 {
+    llmpar_record *record = llmpar__launch_record(ctx);
     if (!directory || !directory[0] || !record) return;
     char *text = llmpar__launch_json(record);
     llmpar__launch_write(directory, ctx, text);
@@ -26556,8 +26840,10 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         cpu.processors = job->processors + (size_t)ctx->rank * (size_t)job->desc.threads;
         llmpar__processors_stay_on(cpu.processors[0]);
     }
-    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
-    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->device, &ctx->error, &ctx->comm);
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->host);
+    if (!st) st = llmpar_threads_comm_create(job->world, ctx->rank, &ctx->heap, ctx->host, &ctx->error, &ctx->host_comm);
+    if (!st) st = llmpar__launch_furnish(ctx, job->desc.backend);
+    if (!st) llmpar_threads_rank_device(job->world, ctx->rank, ctx->device);
     if (!st) st = llmpar__launch_agree(ctx);
     if (!st) st = job->fn(ctx, job->user);
     if (st) {
@@ -26565,17 +26851,17 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
+        int root = llmpar__launch_root(ctx, job->desc.backend, &error);
         llmpar_threads_world_fail(job->world, &error);
+        if (!root) llmpar__launch_abort(ctx, &error);
         llmpar__launch_report(job, ctx);
-        if (ctx->comm) llmpar__launch_dump(job->record, ctx, ctx->comm->record);
-    } else if (job->record[0] && ctx->comm->record) {
-        self->returned = llmpar__launch_json(ctx->comm->record);
+        llmpar__launch_dump(job->record, ctx);
+    } else if (job->record[0] && llmpar__launch_record(ctx)) {
+        self->returned = llmpar__launch_json(llmpar__launch_record(ctx));
     }
     llmpar_threads_rank_finished(job->world, ctx->rank);
-    llmpar_comm_destroy(ctx->comm);
-    llmpar_cpu_destroy(ctx->device);
-    ctx->comm = NULL;
-    ctx->device = NULL;
+    if (ctx->host_comm) llmpar_threads_rank_device(job->world, ctx->rank, ctx->host);
+    llmpar__launch_clear(ctx, job->desc.backend);
 }
 
 /* The last one out frees what all share. */
@@ -26641,6 +26927,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
     if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
+    llmpar_status st = llmpar__launch_backend_check(desc->backend, error);
+    if (st) return st;
     const char *variable = getenv("LLMPAR_CPU"), *text = desc->cpu && desc->cpu[0] ? desc->cpu : variable && variable[0] ? variable : NULL;
     *level = llmpar_cpu_best_level();
     if (text && !llmpar_cpu_level_parse(text, level)) {
@@ -26674,6 +26962,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     if (!error) error = &local;
     llmpar_error_clear(error);
     if (!fn) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: no rank function");
+    if (given && given->transport == LLMPAR_TRANSPORT_ENVIRONMENT) return llmpar__launch_environment(given, fn, user, error);
     if (llmpar__launch_mpi(given, fn, user, error)) return error->status;
     llmpar_launch_desc desc;
     llmpar_cpu_level level;
@@ -26694,6 +26983,10 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ranks);
     }
     job->desc = desc;
+    if (desc.backend) {
+        job->backend = *desc.backend;
+        job->desc.backend = &job->backend;
+    }
     job->level = level;
     job->fn = fn;
     job->user = user;
@@ -26723,6 +27016,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
         rank[i].job = job;
         ctx->rank = i;
         ctx->world = ranks;
+        ctx->local_rank = i;
         llmpar_heap_init(&ctx->heap, desc.allocator);
         llmpar_error_clear(&ctx->error);
         ctx->error.rank = i;
@@ -26785,14 +27079,243 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
 #undef LLMPAR__LAUNCH_MAX_RANKS
 #undef LLMPAR__LAUNCH_DEADLINE
 #undef LLMPAR__LAUNCH_PATH
+/* ==== src/run/launch_furnish.c ==== */
+/* launch_furnish: what a rank computes and communicates with, whatever the ranks are (threads, MPI processes, processes of the environment), and the test that all ranks compute alike.
+
+     host       the CPU device, and host_comm, what the transport makes on it (NULL: nothing): always there first, made by the transport
+     device     the backend's, else host
+     comm       the backend's; else host_comm where the device is host; else the transport's ranks once more, with collectives that compute on the device and run on its streams, which takes memory that the
+                host can touch */
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+
+#define LLMPAR__LAUNCH_END(type, slot) (offsetof(type, slot) + sizeof(((type *)0)->slot))
+
+static const char *llmpar__launch_backend_name(const llmpar_backend *backend) { return backend->name ? backend->name : "without a name"; }
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_backend_check(const llmpar_backend *backend, llmpar_error *error)
+{
+    if (!backend) return LLMPAR_OK;
+    if (backend->abi != LLMPAR_BACKEND_ABI || backend->size < sizeof *backend)
+        return llmpar_error_set(error, LLMPAR_ERR_ABI, "launch: backend with abi %u and %u bytes, expected abi %u and %lu bytes", (unsigned)backend->abi, (unsigned)backend->size, LLMPAR_BACKEND_ABI, (unsigned long)sizeof *backend);
+    if (!backend->device_create != !backend->device_destroy)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: backend %s: device_%s is empty, expected both of device_create and device_destroy or neither", llmpar__launch_backend_name(backend), backend->device_create ? "destroy" : "create");
+    return LLMPAR_OK;
+}
+
+/* Waits for all ranks, through the transport: before a collective step that a rank which has failed by now will not come to. */
+static llmpar_status llmpar__launch_all_here(llmpar_ctx *ctx)
+{
+    llmpar_stream *stream = NULL;
+    if (!ctx->host_comm || ctx->world == 1) return LLMPAR_OK;
+    llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
+    if (st) return st;
+    st = llmpar_comm_barrier(ctx->host_comm, stream, "launch/device");
+    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
+    ctx->host->stream_destroy(ctx->host, stream);
+    return st ? st : synchronized;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend)
+{
+    llmpar_status st = LLMPAR_OK;
+    const char *name = backend ? llmpar__launch_backend_name(backend) : "";
+    llmpar_device *device = ctx->host;
+    if (backend && backend->device_create) {
+        device = NULL;
+        st = backend->device_create(backend->device_user, ctx, &device);
+        if (st) return llmpar_fail(ctx, st, "launch: backend %s: no device for rank %d: %s", name, (int)ctx->rank, llmpar_status_string(st)); /* unless it has said more */
+        ctx->device = device;
+        if (device->abi != LLMPAR_DEVICE_ABI || device->size < LLMPAR__LAUNCH_END(llmpar_device, square_sum))
+            return llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", name, (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI,
+                               (unsigned long)LLMPAR__LAUNCH_END(llmpar_device, square_sum));
+    }
+    ctx->device = device;
+    if (backend && backend->comm_create) {
+        st = llmpar__launch_all_here(ctx);
+        if (!st) st = backend->comm_create(backend->comm_user, ctx, device, &ctx->comm);
+        if (st) return llmpar_fail(ctx, st, "launch: backend %s: no communicator for rank %d of %d: %s", name, (int)ctx->rank, (int)ctx->world, llmpar_status_string(st));
+        if (ctx->comm->abi != LLMPAR_COMM_ABI || ctx->comm->size < LLMPAR__LAUNCH_END(llmpar_comm, abort) || ctx->comm->rank != ctx->rank || ctx->comm->ranks != ctx->world)
+            return llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: communicator with abi %u and %u bytes, rank %d of %d, expected abi %u and at least %lu bytes, rank %d of %d", name, (unsigned)ctx->comm->abi, (unsigned)ctx->comm->size,
+                               (int)ctx->comm->rank, (int)ctx->comm->ranks, LLMPAR_COMM_ABI, (unsigned long)LLMPAR__LAUNCH_END(llmpar_comm, abort), (int)ctx->rank, (int)ctx->world);
+        return LLMPAR_OK;
+    }
+    if (device == ctx->host) {
+        ctx->comm = ctx->host_comm;
+        return LLMPAR_OK;
+    }
+    if (ctx->world > 1 && llmpar_device_apart(device))
+        return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: backend %s: %d ranks on device %s, whose memory is not the host's, and no comm_create: the ranks' own transport moves host memory; expected a communicator for this device (CUDA: rank threads share a GPU by llmpar_cuda_backend, processes use llmpar_nccl_backend)",
+                           name, (int)ctx->world, device->name);
+    st = llmpar_comm_split(ctx->host_comm, 0, ctx->rank, "world", &ctx->comm);
+    if (!st) ctx->comm->device = device;
+    return st;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend *backend)
+{
+    if (ctx->comm != ctx->host_comm) llmpar_comm_destroy(ctx->comm);
+    if (ctx->device && ctx->device != ctx->host) backend->device_destroy(backend->device_user, ctx->device);
+    ctx->device = ctx->host; /* who fails from here on is on the CPU */
+    llmpar_comm_destroy(ctx->host_comm);
+    llmpar_cpu_destroy(ctx->host);
+    ctx->comm = ctx->host_comm = NULL;
+    ctx->device = ctx->host = NULL;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error)
+{
+    if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
+{
+    llmpar_error root;
+    if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || backend->size < LLMPAR__LAUNCH_END(llmpar_backend, comm_finish) || !backend->comm_finish) return 0;
+    llmpar_error_clear(&root);
+    backend->comm_finish(backend->comm_user, ctx->comm, &root);
+    if (root.status) *error = root;
+    return root.status != LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
+{
+    if (ctx->comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, record) && ctx->comm->record) return ctx->comm->record;
+    return ctx->host_comm ? ctx->host_comm->record : NULL;
+}
+
+/* ---- do all ranks compute alike? ---- */
+
+/* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler, another accelerator) differ here. The operands go to the device's memory and the product comes back. */
+static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *stream, uint64_t *out)
+{
+    enum { M = 5, N = 19, K = 67 };
+    llmpar_device *device = ctx->device;
+    size_t inputs = M * K + N * K, bytes = (inputs + M * N) * sizeof(float), workspace_bytes = 0;
+    void *memory = NULL;
+    llmpar_gemm_segment segment[4];
+    llmpar_gemm_args args;
+    memset(&args, 0, sizeof args);
+    memset(segment, 0, sizeof segment);
+    float *host = (float *)llmpar_heap_alloc(&ctx->heap, bytes, 1);
+    if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
+    for (size_t i = 0; i < inputs; i++) host[i] = (float)((int)(i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
+    llmpar_status st = device->alloc(device, bytes, &memory);
+    const float *a = (const float *)memory;
+    if (!st) {
+        for (int i = 0; i < 4; i++) {
+            int begin = i * K / 4;
+            segment[i].a = a + begin;
+            segment[i].b = a + M * K + begin;
+            segment[i].lda = segment[i].ldb = K;
+            segment[i].k = (i + 1) * K / 4 - begin;
+            segment[i].piece = i;
+        }
+        args.m = M;
+        args.n = N;
+        args.c = (float *)memory + inputs;
+        args.ldc = N;
+        args.segments = segment;
+        args.segment_count = args.pieces = 4;
+        args.kind = LLMPAR_GEMM_NT;
+        args.dtype = LLMPAR_F32;
+        args.workspace_bytes = workspace_bytes = device->gemm_workspace(device, &args);
+        st = device->alloc(device, workspace_bytes, &args.workspace);
+    }
+    if (!st) st = device->copy(device, stream, memory, host, inputs * sizeof *host);
+    if (!st) st = device->gemm(device, stream, &args);
+    if (!st) st = device->copy(device, stream, host + inputs, args.c, M * N * sizeof *host);
+    llmpar_status synchronized = device->synchronize(device, stream);
+    if (!st) st = synchronized;
+    uint64_t hash = 0xcbf29ce484222325u;
+    const unsigned char *result = (const unsigned char *)(host + inputs);
+    for (size_t i = 0; !st && i < M * N * sizeof *host; i++) hash = (hash ^ result[i]) * 0x100000001b3u;
+    for (const char *p = device->name; *p; p++) hash = (hash ^ (unsigned char)*p) * 0x100000001b3u;
+    device->free(device, args.workspace, workspace_bytes);
+    device->free(device, memory, bytes);
+    llmpar_heap_free(&ctx->heap, host);
+    *out = hash;
+    return st;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
+{
+    if (ctx->world == 1) return LLMPAR_OK;
+    llmpar_device *device = ctx->device;
+    size_t world = (size_t)ctx->world, bytes = (world + 1) * sizeof(uint64_t);
+    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, world, sizeof *all);
+    void *memory = NULL;
+    llmpar_stream *stream = NULL;
+    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
+    llmpar_status st = device->alloc(device, bytes, &memory);
+    if (!st) st = device->stream_create(device, "launch", &stream);
+    if (!st) st = llmpar__launch_self_test(ctx, stream, &mine);
+    if (!st) {
+        llmpar_collective call;
+        memset(&call, 0, sizeof call);
+        call.send = (uint64_t *)memory + world;
+        call.recv = memory;
+        call.count = 1;
+        call.dtype = LLMPAR_U64;
+        call.tag = "launch/self_test";
+        st = device->copy(device, stream, (uint64_t *)memory + world, &mine, sizeof mine);
+        if (!st) st = llmpar_all_gather(ctx->comm, stream, &call);
+        if (!st) st = device->copy(device, stream, all, memory, world * sizeof *all);
+    }
+    if (stream) {
+        llmpar_status synchronized = device->synchronize(device, stream);
+        if (!st) st = synchronized;
+        device->stream_destroy(device, stream);
+    }
+    for (int32_t i = 1; i < ctx->world && !st; i++)
+        if (all[i] != all[0])
+            st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
+                             (unsigned long long)all[i], (unsigned long long)all[0], device->name);
+    device->free(device, memory, bytes);
+    llmpar_heap_free(&ctx->heap, all);
+    return st;
+}
+
+/* ---- what launchers put into the environment ---- */
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_variable(const char *name, int32_t least, int32_t most, int32_t *out, llmpar_error *error)
+{
+    const char *text = getenv(name);
+    int64_t value = 0;
+    size_t digits = 0;
+    if (!text) return 0;
+    while (digits < 10 && text[digits] >= '0' && text[digits] <= '9') value = value * 10 + (text[digits++] - '0');
+    if (!digits || text[digits] || value < least || value > most) {
+        llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
+        return -1;
+    }
+    *out = (int32_t)value;
+    return 1;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_local(int32_t *out, llmpar_error *error)
+{
+    static const char *const names[] = { "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        int there = llmpar__launch_variable(names[i], 0, INT32_MAX, out, error);
+        if (there) return there;
+    }
+    return 0;
+}
+
+#undef LLMPAR__LAUNCH_END
 /* ==== src/run/launch_mpi.c ==== */
 /* launch_mpi: this process as one rank of an MPI job, on the caller's thread:
-     MPI initialised, if nobody has -> world -> heap, device, communicator -> lowest dispatch level, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
+     MPI initialised, if nobody has -> world -> heap, CPU device, communicator -> lowest dispatch level, what the backend makes, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
    A rank that cannot even start takes part up to the first collective, so that the others hear why. */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 
 #ifdef LLMPAR_USE_MPI
@@ -26808,50 +27331,68 @@ static int llmpar__launch_under_mpirun(void)
     return 0;
 }
 
-/* Device and communicator at a dispatch level. */
-static llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
+/* The CPU device and MPI's communicator on it, at a dispatch level. */
+static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
     llmpar_cpu_desc cpu;
     memset(&cpu, 0, sizeof cpu);
     cpu.threads = desc->threads;
     cpu.crowded = desc->threads > llmpar_mpi_world_threads(world);
     cpu.level = level;
-    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->device);
-    return st ? st : llmpar_mpi_comm_create(world, ctx->device, &ctx->error, &ctx->comm);
+    llmpar_status st = llmpar_cpu_create(&ctx->heap, &ctx->error, &cpu, &ctx->host);
+    return st ? st : llmpar_mpi_comm_create(world, ctx->host, &ctx->error, &ctx->host_comm);
 }
 
-static void llmpar__launch_clear(llmpar_ctx *ctx)
+/* One collective on host memory, done on return: reduces where op is not NULL, gathers else. */
+static llmpar_status llmpar__launch_exchange(llmpar_ctx *ctx, const void *send, void *recv, size_t count, llmpar_dtype dtype, const llmpar_reduce_op *op, const char *tag)
 {
-    llmpar_comm_destroy(ctx->comm);
-    llmpar_cpu_destroy(ctx->device);
-    ctx->comm = NULL;
-    ctx->device = NULL;
+    llmpar_stream *stream = NULL;
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.send = send;
+    call.recv = recv;
+    call.count = count;
+    call.dtype = dtype;
+    call.tag = tag;
+    if (op) call.op = *op;
+    llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
+    if (st) return st;
+    st = op ? llmpar_all_reduce(ctx->host_comm, stream, &call) : llmpar_all_gather(ctx->host_comm, stream, &call);
+    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
+    ctx->host->stream_destroy(ctx->host, stream);
+    return st ? st : synchronized;
 }
 
 /* The lowest dispatch level of all ranks: machines of a job may differ. */
 static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
-    llmpar_status st = llmpar__launch_furnish(ctx, world, desc, level);
+    llmpar_status st = llmpar__launch_host(ctx, world, desc, level);
     if (st || ctx->world == 1) return st;
     int64_t mine = -(int64_t)level, most = 0;
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = &mine;
-    call.recv = &most;
-    call.count = 1;
-    call.dtype = LLMPAR_I64;
-    call.op = LLMPAR_MAX;
-    call.tag = "launch/level";
-    st = ctx->device->stream_create(ctx->device, "launch", &stream);
-    if (st) return st;
-    st = llmpar_all_reduce(ctx->comm, stream, &call);
-    llmpar_status synchronized = ctx->device->synchronize(ctx->device, stream);
-    ctx->device->stream_destroy(ctx->device, stream);
-    if (!st) st = synchronized;
+    llmpar_reduce_op op = LLMPAR_MAX;
+    st = llmpar__launch_exchange(ctx, &mine, &most, 1, LLMPAR_I64, &op, "launch/level");
     if (st || most == mine) return st;
-    llmpar__launch_clear(ctx);
-    return llmpar__launch_furnish(ctx, world, desc, (llmpar_cpu_level)-most);
+    llmpar__launch_clear(ctx, NULL);
+    return llmpar__launch_host(ctx, world, desc, (llmpar_cpu_level)-most);
+}
+
+/* ctx->local_rank: the launcher's word, else the number of lower ranks on machines of this name. */
+static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
+{
+    char name[256] = "";
+    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 }, *all;
+    int32_t local = 0, lower = 0;
+    int given = llmpar__launch_local(&local, &ctx->error);
+    if (given < 0) return ctx->error.status;
+    gethostname(name, sizeof name - 1);
+    for (const char *p = name; *p; p++) mine[0] = (mine[0] ^ (unsigned char)*p) * 0x100000001b3u;
+    all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
+    if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
+    llmpar_status st = llmpar__launch_exchange(ctx, mine, all, 2, LLMPAR_U64, NULL, "launch/machines");
+    for (int32_t i = 0; i < ctx->rank && !st; i++) lower += all[2 * (size_t)i] == mine[0];
+    ctx->local_rank = given ? local : lower;
+    llmpar_heap_free(&ctx->heap, all);
+    return st;
 }
 
 static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level, llmpar_rank_fn fn, void *user)
@@ -26864,6 +27405,8 @@ static llmpar_status llmpar__launch_process(llmpar_ctx *ctx, llmpar_mpi_world *w
         return llmpar_fail(ctx, LLMPAR_ERR_CONFIG, "launch: threads = %d inside a rank, but MPI provides less than MPI_THREAD_SERIALIZED here or on another rank, which leaves a process one thread: ask MPI_Init_thread for it, or use threads = 1",
                            (int)desc->threads);
     llmpar_status st = llmpar__launch_level(ctx, world, desc, level);
+    if (!st) st = llmpar__launch_local_mpi(ctx);
+    if (!st) st = llmpar__launch_furnish(ctx, desc->backend);
     if (!st) st = llmpar__launch_agree(ctx);
     return st ? st : fn(ctx, user);
 }
@@ -26878,15 +27421,18 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
         if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
         error.rank = ctx->rank;
         error.status = st;
-        if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
-        if (ctx->comm) llmpar__launch_dump(desc->record, ctx, ctx->comm->record);
+        llmpar_error known = error;
+        if (llmpar__launch_root(ctx, desc->backend, &known)) llmpar_mpi_world_fail(world, &known);
+        else if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
+        if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(ctx, &error);
+        llmpar__launch_dump(desc->record, ctx);
         llmpar_mpi_world_error(world, root);
         int plain = root->status != LLMPAR_ERR_TIMEOUT && root->status != LLMPAR_ERR_MISMATCH; /* as among threads: an error that says itself what was wrong */
         int late = root->status == LLMPAR_ERR_TIMEOUT; /* the root's own report too: another survivor may end the job before launch returns here */
         if ((root->rank != ctx->rank || late) && error.text[0]) llmpar_log(ctx, plain ? LLMPAR_LOG_INFO : LLMPAR_LOG_ERROR, "%s%s%s%s", error.where[0] ? "(" : "", error.where, error.where[0] ? ") " : "", error.text);
     }
     int orderly = llmpar_mpi_world_finish(world, 0, root);
-    llmpar__launch_clear(ctx);
+    llmpar__launch_clear(ctx, desc->backend);
     return orderly;
 }
 
@@ -26949,6 +27495,123 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
 }
 
 #endif /* LLMPAR_USE_MPI */
+/* ==== src/run/launch_environment.c ==== */
+/* launch_environment: this process as one rank of a job that torchrun or a like launcher has started, on the caller's thread:
+     RANK, WORLD_SIZE .. -> heap, CPU device -> the backend's device and communicator -> agreement -> fn -> failure told through the communicator -> all have ended, or one has failed -> all destroyed
+   Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. */
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+
+#define LLMPAR__LAUNCH_MEETING 264
+
+/* The rank's place by the environment, strictly. */
+static llmpar_status llmpar__launch_place(llmpar_ctx *ctx, const llmpar_launch_desc *desc, int32_t *locals, llmpar_error *error)
+{
+    int32_t world = 0, rank = 0, local = 0;
+    int has_world = llmpar__launch_variable("WORLD_SIZE", 1, 1 << 20, &world, error);
+    int has_rank = has_world < 0 ? -1 : llmpar__launch_variable("RANK", 0, has_world ? world - 1 : INT32_MAX, &rank, error);
+    if (has_world < 0 || has_rank < 0) return error->status;
+    if (!has_world || !has_rank)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment are asked for, but %s is not there, expected RANK, WORLD_SIZE and LOCAL_RANK of torchrun or a like launcher", has_world ? "RANK" : "WORLD_SIZE");
+    int has_locals = llmpar__launch_variable("LOCAL_WORLD_SIZE", 1, world, locals, error);
+    int has_local = has_locals < 0 ? -1 : llmpar__launch_local(&local, error);
+    if (has_locals < 0 || has_local < 0) return error->status;
+    if (has_locals && has_local && local >= *locals)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has LOCAL_RANK = %d, expected a number below LOCAL_WORLD_SIZE = %d", (int)local, (int)*locals);
+    if (!has_locals) *locals = world;
+    ctx->rank = rank;
+    ctx->world = world;
+    ctx->local_rank = has_local ? local : has_locals ? rank % *locals : rank;
+    if (desc->ranks && desc->ranks != world) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks = %d, but the environment has WORLD_SIZE = %d", (int)desc->ranks, (int)world);
+    return LLMPAR_OK;
+}
+
+/* "host:port" of where the ranks meet, in meeting[LLMPAR__LAUNCH_MEETING]; "": the environment does not say, and the backend has to know. */
+static llmpar_status llmpar__launch_meeting(char *meeting, llmpar_error *error)
+{
+    const char *host = getenv("MASTER_ADDR");
+    int32_t port = 0;
+    int has_port = llmpar__launch_variable("MASTER_PORT", 1, 65535, &port, error);
+    meeting[0] = 0;
+    if (has_port < 0) return error->status;
+    if (!host && !has_port) return LLMPAR_OK;
+    if (!host || !host[0] || !has_port) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s without %s, expected both or neither", has_port ? "MASTER_PORT" : "MASTER_ADDR", has_port ? "MASTER_ADDR" : "MASTER_PORT");
+    if (strlen(host) > LLMPAR__LAUNCH_MEETING - 8) return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has a MASTER_ADDR of %lu bytes, expected at most %d", (unsigned long)strlen(host), LLMPAR__LAUNCH_MEETING - 8);
+    snprintf(meeting, LLMPAR__LAUNCH_MEETING, "%s:%d", host, (int)port);
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__launch_refuse(const llmpar_launch_desc *desc, llmpar_error *error)
+{
+    if (desc->mpi) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: ranks by the environment and a desc for MPI, expected one of them");
+    if (desc->lockstep) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: lockstep is for ranks that are threads, not for processes of the environment");
+    if (desc->pin == LLMPAR_PIN_ON) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "launch: pin = on is for ranks that are threads; processes are bound by their launcher");
+    if (!desc->backend || !desc->backend->comm_create)
+        return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: ranks by the environment need a backend with a communicator (comm_create: llmpar_nccl_backend); %s", desc->backend ? "this backend has none" : "there is no backend");
+    return LLMPAR_OK;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error)
+{
+    llmpar_ctx ctx;
+    llmpar_cpu_desc cpu;
+    llmpar_launch_desc desc = *given;
+    llmpar_cpu_level level = LLMPAR_CPU_DEFAULT;
+    int32_t locals = 1;
+    char meeting[LLMPAR__LAUNCH_MEETING];
+    memset(&ctx, 0, sizeof ctx);
+    memset(&cpu, 0, sizeof cpu);
+    llmpar_error_clear(&ctx.error);
+    llmpar_status st = llmpar__launch_resolve(&desc, &level, error);
+    if (!st) st = llmpar__launch_refuse(&desc, error);
+    if (!st) st = llmpar__launch_place(&ctx, &desc, &locals, error);
+    if (!st) st = llmpar__launch_meeting(meeting, error);
+    if (st) return st;
+    llmpar_heap_init(&ctx.heap, desc.allocator);
+    ctx.error.rank = ctx.rank;
+    ctx.log = desc.log;
+    ctx.log_user = desc.log_user;
+    ctx.io = desc.io;
+    ctx.meeting = meeting[0] ? meeting : NULL;
+    llmpar__processors allowed;
+    llmpar__processors_allowed(&allowed);
+    int32_t quota = llmpar__processors_quota(), cores = llmpar__processors_cores(&allowed, NULL);
+    if (quota < cores) cores = quota;
+    cpu.threads = desc.threads ? desc.threads : cores > locals ? cores / locals : 1;
+    cpu.crowded = (int64_t)cpu.threads * locals > allowed.count;
+    cpu.level = level;
+
+    uint64_t state = llmpar__launch_float_state();
+    st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
+    if (!st) st = llmpar__launch_furnish(&ctx, desc.backend);
+    if (!st) st = llmpar__launch_agree(&ctx);
+    if (!st) st = fn(&ctx, user);
+    if (st) {
+        *error = ctx.error;
+        if (error->status == LLMPAR_OK) llmpar_error_set(error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+        error->rank = ctx.rank;
+        error->status = st;
+        if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(&ctx, error);
+        llmpar__launch_dump(desc.record, &ctx);
+    }
+    if (ctx.comm && desc.backend->comm_finish) {
+        llmpar_error root;
+        llmpar_error_clear(&root);
+        desc.backend->comm_finish(desc.backend->comm_user, ctx.comm, &root);
+        if (root.status) *error = root;
+    }
+    llmpar__launch_clear(&ctx, desc.backend);
+    llmpar__launch_float_restore(state);
+    ctx.meeting = NULL;
+    if (desc.check) desc.check(&ctx, user);
+    return error->status;
+}
+
+#undef LLMPAR__LAUNCH_MEETING
 /* ==== src/run/parallelize.c ==== */
 /* ==== src/run/trainer_internal.h ==== */
 /* trainer_internal: the trainer's state, made by parallelize.c, driven by trainer.c, reported by metrics.c. */
@@ -26975,7 +27638,8 @@ struct llmpar_trainer {
     llmpar_data data;
     int64_t local;                  /* sequences of this rank in one micro-batch */
     int32_t *ids, *targets;         /* device [grad_accum * local, T] */
-    int32_t *staging;               /* host [T + 1], then [2][local * T] */
+    int32_t *staging;               /* host [T + 1], then [2][local * T]; for copies */
+    size_t staging_bytes;
     llmpar_micro *micro;            /* [grad_accum] */
     llmpar_stream *stream;
     int64_t steps, resumed;         /* made; of these before this run */
@@ -27075,9 +27739,21 @@ static llmpar_status llmpar__recipe_unused(const llmpar_trainer_desc *d, llmpar_
     if (!d->checkpoint && (d->checkpoint_every || d->keep || d->checkpoint_background)) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: checkpoint_every, keep or checkpoint_background without checkpoint, expected a directory");
     if (!d->checkpoint && d->resume && (!strcmp(d->resume, "auto") || !strncmp(d->resume, "step-", 5)))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: resume = %s without checkpoint, expected the directory that it is in", d->resume);
+    if (d->offload_update == LLMPAR_TIER_HOST && (d->optim.kind == LLMPAR_OPTIM_LOMO || d->optim.kind == LLMPAR_OPTIM_ADALOMO))
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: offload_update = host with %s, expected adamw or sgd: it updates inside backward, where its gradient is", llmpar_optim_name(d->optim.kind));
     if (d->offload[LLMPAR_STATE_OPTIMIZER] != LLMPAR_TIER_DEVICE && (d->dtype == LLMPAR_F32 || d->dtype == LLMPAR_F64) && !llmpar_optim_states(&d->optim))
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "trainer: optimizer state offloaded with %s in %s, expected not: %s", llmpar_optim_name(d->optim.kind), llmpar_dtype_name(d->dtype),
                                 d->optim.kind == LLMPAR_OPTIM_ADALOMO ? "its factors stay on the device" : "it has none");
+    return LLMPAR_OK;
+}
+
+/* What needs a device that has them is fsdp's to say. */
+static llmpar_status llmpar__recipe_graphs(const llmpar_trainer_desc *d, const llmpar_mesh *mesh, llmpar_error *error)
+{
+    int32_t tp = mesh->degree[LLMPAR_AXIS_TP];
+    if (!d->graphs) return LLMPAR_OK;
+    if (d->dtype == LLMPAR_F16) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "trainer: graphs with dtype f16, expected f32 or bf16: the loss scale changes from step to step, and a graph keeps what it was captured with");
+    if (tp > 1) return llmpar_error_set(error, LLMPAR_ERR_UNSUPPORTED, "trainer: graphs with tp = %d, expected 1: tensor-parallel collectives stand between a unit's operations, and a graph holds none", (int)tp);
     return LLMPAR_OK;
 }
 
@@ -27116,6 +27792,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_desc_resolve(llmpar_trainer_desc *d, con
     if (!status) status = llmpar_lr_desc_check(&lr, error);
     if (!status && d->dtype == LLMPAR_F16) status = llmpar_loss_scale_check(&d->loss_scale, error);
     if (!status) status = llmpar__recipe_unused(d, error);
+    if (!status) status = llmpar__recipe_graphs(d, mesh, error);
     if (status) return status;
     int64_t cuts = (int64_t)mesh->dp_ranks * d->grad_accum;
     if (d->batch % cuts)
@@ -27183,7 +27860,9 @@ static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
     if (status) return status;
     t->ids = (int32_t *)ids;
     t->targets = (int32_t *)targets;
-    t->staging = (int32_t *)llmpar_heap_alloc(heap, (size_t)(2 * rows + t->desc.seq_len + 1), sizeof(int32_t));
+    void *staging = NULL;
+    t->staging_bytes = (size_t)(2 * rows + t->desc.seq_len + 1) * sizeof(int32_t);
+    if (!llmpar_device_host_alloc(t->ctx->device, heap, t->staging_bytes, &staging)) t->staging = (int32_t *)staging;
     t->micro = (llmpar_micro *)llmpar_heap_zalloc(heap, (size_t)t->desc.grad_accum, sizeof *t->micro);
     if (!t->staging || !t->micro) return llmpar_fail(t->ctx, LLMPAR_ERR_MEMORY, "trainer: no memory for %lld tokens a micro-batch", (long long)rows);
     for (int32_t m = 0; m < t->desc.grad_accum; m++) {
@@ -27238,7 +27917,9 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.seed = llmpar_llama_seed(t->model);
     memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
     fsdp.offload_dir = t->desc.offload_dir;
+    fsdp.offload_update = t->desc.offload_update;
     fsdp.overlap = t->desc.overlap;
+    fsdp.graphs = t->desc.graphs && !t->count_only;
     fsdp.count_only = t->count_only;
     if (t->desc.sequence || t->desc.data) fsdp.optimizer_states = llmpar_optim_states(&t->desc.optim);
     /* What a step does, as a list, proved before memory is taken: policies that contradict each other end here. Without data: load, save, generate. */
@@ -27347,7 +28028,7 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_fsdp_destroy(t->fsdp);
     llmpar_trace_destroy(t->trace);
     llmpar_file_unmap(&t->file);
-    llmpar_heap_free(heap, t->staging);
+    llmpar_device_host_free(t->ctx->device, heap, t->staging, t->staging_bytes);
     llmpar_heap_free(heap, t->micro);
     llmpar_heap_free(heap, t->gradients);
     llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
@@ -27914,67 +28595,143 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_step(llmpar_trainer *t, const 
     return t->desc.log ? llmpar__metrics_log(t, step) : LLMPAR_OK;
 }
 
-/* What MFU is measured against: a square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all
-   that memory is needed for. */
+/* ---- what MFU is measured against ----
+
+   A square product on every rank at once, the best of a few tries. Its buffers are gone before anything else is taken, and no larger than the limit (then the product is a smaller one), so that a step is all that memory is
+   needed for. A processor shows its rate at 256; an accelerator needs a larger product, how large is found by doubling. */
+
+typedef struct llmpar__peak {
+    llmpar_trainer *t;
+    llmpar_stream *stream;
+    int64_t side;
+    size_t matrix;         /* bytes */
+    llmpar_gemm_args args; /* without pointers */
+    llmpar_gemm_segment segment;
+    double seconds;        /* of one product */
+} llmpar__peak;
+
+/* Sets up a product of this side. 1: it fits the limit. */
+static int llmpar__peak_of(llmpar__peak *p, int64_t side)
+{
+    llmpar_trainer *t = p->t;
+    llmpar_device *device = t->ctx->device;
+    memset(&p->args, 0, sizeof p->args);
+    memset(&p->segment, 0, sizeof p->segment);
+    p->side = side;
+    p->args.segments = &p->segment;
+    p->args.segment_count = p->args.pieces = 1;
+    p->args.kind = LLMPAR_GEMM_NT;
+    p->args.dtype = t->desc.dtype;
+    p->segment.k = p->segment.lda = p->segment.ldb = p->args.m = p->args.n = p->args.ldc = side;
+    p->matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
+    p->args.workspace_bytes = device->gemm_workspace(device, &p->args);
+    return !t->desc.memory_limit || 3 * p->matrix + p->args.workspace_bytes + sizeof(double) + 3 * device->alignment <= t->desc.memory_limit;
+}
+
+/* Two operands of small numbers, made on the host for a part and doubled: products of zeros are faster than others where power is what limits. */
+static llmpar_status llmpar__peak_fill(const llmpar__peak *p, char *data)
+{
+    enum { COUNT = 1024 };
+    llmpar_device *device = p->t->ctx->device;
+    float part[COUNT];
+    double stored[COUNT]; /* in the dtype */
+    size_t bytes = 2 * p->matrix, done = COUNT * llmpar_dtype_size(p->t->desc.dtype);
+    for (int i = 0; i < COUNT; i++) part[i] = (float)(i * 7919 % 1009 - 504) * (1.0f / 504);
+    llmpar_convert(stored, p->t->desc.dtype, part, LLMPAR_F32, COUNT);
+    if (done > bytes) done = bytes;
+    llmpar_status status = device->copy(device, p->stream, data, stored, done);
+    for (; done < bytes && !status; done *= 2) status = device->copy(device, p->stream, data + done, data, bytes - done < done ? bytes - done : done);
+    llmpar_status waited = device->synchronize(device, p->stream); /* in any case: the stream may read `stored` */
+    return status ? status : waited;
+}
+
+/* p->seconds: the best of `tries` behind one that warms up, each of `products` in a row. */
+static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int products)
+{
+    llmpar_ctx *ctx = p->t->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena *arena = NULL;
+    void *data = NULL, *workspace = NULL;
+    llmpar_status status = llmpar_arena_create(ctx, p->t->desc.memory_limit, &arena);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * p->matrix, "peak", &data);
+    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, p->args.workspace_bytes, "peak", &workspace);
+    if (!status) status = llmpar__peak_fill(p, (char *)data);
+    p->segment.a = data;
+    p->segment.b = (char *)data + p->matrix;
+    p->args.c = (char *)data + 2 * p->matrix;
+    p->args.workspace = workspace;
+    p->seconds = 1e9;
+    for (int i = 0; i <= tries && !status; i++) {
+        status = llmpar_comm_barrier(ctx->comm, p->stream, "peak");
+        if (!status) status = device->synchronize(device, p->stream);
+        double begin = llmpar__run_seconds();
+        for (int k = 0; k < products && !status; k++) status = device->gemm(device, p->stream, &p->args);
+        if (!status) status = device->synchronize(device, p->stream);
+        double seconds = (llmpar__run_seconds() - begin) / products + 1e-9;
+        if (i > 0 && seconds < p->seconds) p->seconds = seconds;
+    }
+    if (p->stream) {
+        llmpar_status waited = device->synchronize(device, p->stream); /* in any case: it may use what goes now */
+        if (!status) status = waited;
+    }
+    llmpar_arena_destroy(arena);
+    return status;
+}
+
+/* An accelerator's: from 32 on, as long as the slowest rank takes less than 2 ms. */
+static llmpar_status llmpar__peak_grow(llmpar__peak *p)
+{
+    enum { FIRST = 32, LAST = 4096 };
+    int64_t nanoseconds = 0;
+    llmpar_status status = LLMPAR_OK;
+    for (int64_t side = FIRST; side <= LAST && !status && nanoseconds < 2000000; side *= 2) {
+        if (!llmpar__peak_of(p, side)) break;
+        status = llmpar__peak_measure(p, 1, 1);
+        nanoseconds = (int64_t)(p->seconds * 1e9);
+        if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
+    }
+    if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
+    int64_t side = p->side > LAST ? LAST : p->side;
+    while (side > FIRST && !llmpar__peak_of(p, side)) side /= 2;
+    return llmpar__peak_measure(p, 3, 8);
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 {
-    enum { SIDE = 256, TRIES = 3 };
+    enum { SIDE = 256, TRIES = 2 };
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
-    llmpar_stream *stream = NULL;
-    llmpar_arena *arena = NULL;
-    llmpar_gemm_args args;
-    llmpar_gemm_segment segment;
-    void *data = NULL, *workspace = NULL, *rate = NULL;
-    size_t matrix;
-    int64_t side = 2 * SIDE;
-    memset(&args, 0, sizeof args);
-    memset(&segment, 0, sizeof segment);
-    args.segments = &segment;
-    args.segment_count = args.pieces = 1;
-    args.kind = LLMPAR_GEMM_NT;
-    args.dtype = t->desc.dtype;
-    do {
-        side /= 2;
-        segment.k = segment.lda = segment.ldb = args.m = args.n = args.ldc = side;
-        matrix = (size_t)(side * side) * llmpar_dtype_size(t->desc.dtype);
-        args.workspace_bytes = device->gemm_workspace(device, &args);
-    } while (side > 8 && t->desc.memory_limit && 3 * matrix + args.workspace_bytes + sizeof(double) + 3 * device->alignment > t->desc.memory_limit);
-    llmpar_status status = llmpar_arena_create(ctx, t->desc.memory_limit, &arena);
-    if (!status) status = device->stream_create(device, "peak", &stream);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, 3 * matrix, "peak", &data);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, args.workspace_bytes, "peak", &workspace);
-    if (!status) status = llmpar_arena_alloc(arena, LLMPAR_TAG_WORKSPACE, sizeof(double), "peak", &rate);
-    if (!status) status = device->zero(device, stream, data, 3 * matrix);
-    segment.a = data;
-    segment.b = (char *)data + matrix;
-    args.c = (char *)data + 2 * matrix;
-    args.workspace = workspace;
-    double best = 0;
-    for (int i = 0; i < TRIES && !status; i++) {
-        status = llmpar_comm_barrier(ctx->comm, stream, "peak");
-        if (!status) status = device->synchronize(device, stream);
-        double begin = llmpar__run_seconds();
-        if (!status) status = device->gemm(device, stream, &args);
-        if (!status) status = device->synchronize(device, stream);
-        double flops = 2.0 * (double)side * (double)side * (double)side / (llmpar__run_seconds() - begin + 1e-9);
-        if (i > 0 && flops > best) best = flops; /* the first one warms up */
+    llmpar__peak p;
+    double flops;
+    void *rate = NULL;
+    memset(&p, 0, sizeof p);
+    p.t = t;
+    p.seconds = 1e9;
+    llmpar_status status = device->stream_create(device, "peak", &p.stream);
+    if (!status && llmpar_device_apart(device)) {
+        status = llmpar__peak_grow(&p);
+    } else if (!status) {
+        int64_t side = SIDE;
+        while (!llmpar__peak_of(&p, side) && side > 8) side /= 2;
+        status = llmpar__peak_measure(&p, TRIES, 1);
     }
+    flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
     llmpar_collective call;
     memset(&call, 0, sizeof call);
+    if (!status) status = device->alloc(device, sizeof flops, &rate);
     call.send = call.recv = rate;
     call.count = 1;
     call.dtype = LLMPAR_F64;
     call.tag = "peak";
-    if (!status) status = device->copy(device, stream, rate, &best, sizeof best);
-    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
-    if (!status) status = device->copy(device, stream, &t->peak_flops, rate, sizeof best);
-    if (stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, stream);
+    if (!status) status = device->copy(device, p.stream, rate, &flops, sizeof flops);
+    if (!status) status = llmpar_all_reduce(ctx->comm, p.stream, &call);
+    if (!status) status = device->copy(device, p.stream, &t->peak_flops, rate, sizeof flops);
+    if (p.stream) { /* in any case: the stream may use what goes now */
+        llmpar_status waited = device->synchronize(device, p.stream);
         if (!status) status = waited;
-        device->stream_destroy(device, stream);
+        device->stream_destroy(device, p.stream);
     }
-    llmpar_arena_destroy(arena);
+    device->free(device, rate, sizeof flops);
     return status;
 }
 
@@ -28087,6 +28844,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     degrees.tp = mesh->degree[LLMPAR_AXIS_TP];
     llmpar_status status = llmpar_sim_device_create(&sim.heap, &sim.error, ctx->device, &sim.device);
     if (!status) status = llmpar_sim_comm_create(&sim.heap, &sim.error, sim.device, ctx->comm, 0, &sim.comm);
+    sim.host = sim.device; /* nothing is computed anywhere */
+    sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
     if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);
@@ -29766,7 +30525,8 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int
      p  = fma(-lr, (m / c1) / (sqrt(v / c2) + eps), p * (1 - lr * decay))
    and for SGD
      g' = g * grad_scale, no larger than limit;  m = fma(momentum, m, g');  p = fma(-lr, m, p * (1 - lr * decay))
-   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's. */
+   The scalars 1 - beta and 1 - lr * decay are computed in f64 and rounded once; square root and division are IEEE's, and fma rounds once at every level: the bits are those of the
+   other levels and of other devices. */
 #if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
 
 LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t worker)
@@ -29783,12 +30543,12 @@ LLMPAR__VKERNEL void LLMPAR__VFN(optim_adamw)(void *arg, int64_t task, int32_t w
     for (int64_t i = begin; i < end; i += LLMPAR__VLANES) {
         int64_t n = end - i;
         LLMPAR__VEC g = LLMPAR__V(load_n)(grad + i, n) * scale;
-        LLMPAR__VEC m1 = LLMPAR__V(fma)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
-        LLMPAR__VEC v1 = LLMPAR__V(fma)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
+        LLMPAR__VEC m1 = LLMPAR__V(fma_once)(beta1, LLMPAR__V(load_n)(m + i, n), rest1 * g);
+        LLMPAR__VEC v1 = LLMPAR__V(fma_once)(beta2, LLMPAR__V(load_n)(v + i, n), rest2 * g * g);
         LLMPAR__VEC step = (m1 / c1) / (LLMPAR__V(sqrt)(v1 / c2) + eps);
         LLMPAR__V(store_n)(m + i, n, m1);
         LLMPAR__V(store_n)(v + i, n, v1);
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma_once)(minus_lr, step, LLMPAR__V(load_n)(p + i, n) * keep));
     }
 }
 
@@ -29810,10 +30570,10 @@ LLMPAR__VKERNEL void LLMPAR__VFN(optim_sgd)(void *arg, int64_t task, int32_t wor
             g = LLMPAR__V(less)(g, least, least, g);
         }
         if (m) {
-            g = LLMPAR__V(fma)(momentum, LLMPAR__V(load_n)(m + i, n), g);
+            g = LLMPAR__V(fma_once)(momentum, LLMPAR__V(load_n)(m + i, n), g);
             LLMPAR__V(store_n)(m + i, n, g);
         }
-        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma)(minus_lr, g, LLMPAR__V(load_n)(p + i, n) * keep));
+        LLMPAR__V(store_n)(p + i, n, LLMPAR__V(fma_once)(minus_lr, g, LLMPAR__V(load_n)(p + i, n) * keep));
     }
 }
 
