@@ -1,6 +1,6 @@
 /* gpu_train: a training step of a Llama on one GPU: tokens a second, TFLOP/s, MFU, memory by tag.
 
-     gpu_train [--model 1b] [--seq 2048,8192] [--tokens 16384] [--dtype bf16] [--mode fast|exact] [--cudnn] [--steps 10] [--json FILE]
+     gpu_train [--model 1b] [--seq 2048,8192] [--tokens 16384] [--dtype bf16] [--mode fast|exact] [--graphs] [--cudnn] [--steps 10] [--json FILE]
      gpu_train --model M --seq T --tokens N ... --serve     for bench/peers/run.py
 
    --tokens: of a step; the batch is tokens / seq. FLOPs are 6 N + 12 L H E T a token: attention counts as if it were not causal. They stand beside two bounds: what a square product of the same type reached on
@@ -18,7 +18,7 @@ typedef struct settings {
     bench_results *results;
     llmpar_dtype dtype;
     int64_t seq, tokens;
-    int steps, serve;
+    int steps, serve, graphs;
     long square; /* of the product that is the bound */
 } settings;
 
@@ -151,6 +151,11 @@ static llmpar_status measure(llmpar_ctx *ctx, const settings *s, llmpar_trainer 
     snprintf(name, sizeof name, "%s: arena's peak", head);
     bench_value(s->results, name, "GB", (double)step.memory * 1e-9);
     printf("  loss %.4f after %ld steps\n", step.loss, (long)step.step);
+    if (s->graphs) {
+        llmpar_cuda_graph_counts counts;
+        llmpar_cuda_graphs(ctx->device, &counts);
+        printf("  graphs: %llu regions replayed, %llu captured, %llu plain\n", (unsigned long long)counts.replayed, (unsigned long long)counts.captured, (unsigned long long)counts.plain);
+    }
     print_memory(trainer);
     return LLMPAR_OK;
 }
@@ -193,6 +198,7 @@ static llmpar_status run(llmpar_ctx *ctx, void *user)
     desc.batch = s->tokens / s->seq;
     desc.dtype = s->dtype;
     desc.exact = s->cuda.mode == LLMPAR_CUDA_FAST ? LLMPAR_EXACT_OFF : LLMPAR_EXACT_ON;
+    desc.graphs = s->graphs;
     desc.log_every = -1;
     if (!s->serve) printf("%s\n", ctx->device->name);
     llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
@@ -245,6 +251,7 @@ int main(int argc, char **argv)
         const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(option, "--serve")) { s.serve = 1; continue; }
         if (!strcmp(option, "--cudnn")) { s.cuda.cudnn = 1; continue; }
+        if (!strcmp(option, "--graphs")) { s.graphs = 1; continue; }
         if (strncmp(option, "--", 2)) fail("arguments", option, "an option");
         if (!value) fail(option, "", "a value");
         i++;
@@ -255,7 +262,7 @@ int main(int argc, char **argv)
         else if (!strcmp(option, "--steps")) s.steps = (int)number(option, value, 0, NULL);
         else if (!strcmp(option, "--dtype")) s.dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : !strcmp(value, "f16") ? LLMPAR_F16 : (llmpar_dtype)fail(option, value, "f32, bf16 or f16");
         else if (!strcmp(option, "--mode")) s.cuda.mode = !strcmp(value, "fast") ? LLMPAR_CUDA_FAST : !strcmp(value, "exact") ? LLMPAR_CUDA_EXACT : (llmpar_cuda_mode)fail(option, value, "fast or exact");
-        else fail("arguments", option, "--model, --seq, --tokens, --dtype, --mode, --cudnn, --steps, --square, --serve or --json");
+        else fail("arguments", option, "--model, --seq, --tokens, --dtype, --mode, --graphs, --cudnn, --steps, --square, --serve or --json");
     }
     if (s.steps > MOST_STEPS) fail("--steps", "", "at most 64");
     if (s.serve && strchr(seq, ',')) fail("--serve", seq, "one --seq with it");
