@@ -17715,7 +17715,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
             if (count > LLMPAR__FLAT_CHUNK) count = LLMPAR__FLAT_CHUNK;
             for (int64_t at = 0, n; at < count; at += n) {
                 float *to = fsdp->sum == LLMPAR_F64 ? part : values + at;
-                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? PART : count - at;
+                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? (int64_t)PART : count - at;
                 if (param->init_std == 0)
                     for (int64_t i = 0; i < n; i++) to[i] = (float)param->init_value;
                 else
@@ -28691,7 +28691,7 @@ static llmpar_status llmpar__peak_grow(llmpar__peak *p)
         if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
     }
     if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
-    int64_t side = p->side > LAST ? LAST : p->side;
+    int64_t side = p->side > LAST ? (int64_t)LAST : p->side;
     while (side > FIRST && !llmpar__peak_of(p, side)) side /= 2;
     return llmpar__peak_measure(p, 3, 8);
 }

@@ -72,7 +72,7 @@ LLMPAR_EXTERN_C_END
 
 #if !defined(__CUDACC__) && !defined(LLMPAR_CUDA_EMULATED)
 #error "llmpar_cuda.h: LLMPAR_CUDA_IMPLEMENTATION belongs in a .cu file that nvcc compiles"
-#endif
+#else
 /* ==== src/cuda/probe.cu ==== */
 /* probe: a kernel of which the device asks whether the program holds code for the GPU; and which cannot be compiled with flags that change what the other kernels compute.
    nvcc defines no macro for --use_fast_math and its parts, but the compiler behind it answers __nvvm_reflect (NVVM IR specification, "Reflection parameters"); a call that stays after that names what is wrong, since nobody defines it. */
@@ -7104,6 +7104,7 @@ LLMPAR_DEF void llmpar_cuda_backend(const llmpar_cuda_desc *desc, llmpar_backend
 #undef LLMPAR__CUDA_WORKSPACE
 #undef LLMPAR__CUDA_MAX_ARG
 
+#endif
 #endif
 #endif /* LLMPAR_CUDA_IMPLEMENTATION */
 #endif /* LLMPAR__TEMPLATE */

@@ -38,7 +38,7 @@ LLMPAR_EXTERN_C_END
 
 #if !defined(__CUDACC__) && !defined(LLMPAR_CUDA_EMULATED)
 #error "llmpar_cuda.h: LLMPAR_CUDA_IMPLEMENTATION belongs in a .cu file that nvcc compiles"
-#endif
+#else
 #include "cuda/probe.cu"
 
 #include "cuda/norm.cu"
@@ -68,5 +68,6 @@ LLMPAR_EXTERN_C_END
 #include "cuda/graphs.cu"
 #include "cuda/device.cu"
 
+#endif
 #endif
 #endif /* LLMPAR_CUDA_IMPLEMENTATION */

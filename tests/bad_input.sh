@@ -204,7 +204,7 @@ train 2 '--cudnn: expected --cuda-mode fast beside it' --device cuda --cudnn --c
 train 2 '--cuda-mode, --tf32, --cudnn and --comm nccl say how to compute with --device cuda' --cuda-mode exact
 train 2 '--cuda-mode, --tf32, --cudnn and --comm nccl say how to compute with --device cuda' --device cpu --comm nccl
 train 2 '--cuda-graphs: expected --device cuda --cuda-mode fast beside it' --cuda-graphs
-train 2 '--cuda-graphs: expected --device cuda --cuda-mode fast beside it' --device cuda --cuda-graphs
+train 2 '--cuda-graphs: expected --device cuda --cuda-mode fast beside it' --cuda-graphs --tp 2
 train 2 '--comm "mpi": expected one of threads, nccl' --device cuda --comm mpi
 generate 2 '--device cuda: this program was built without CUDA, expected build/generate_cuda' --prompt-ids 1 --device cuda
 generate 2 '--dtype "f8": expected one of f32, f64, bf16, f16' --prompt-ids 1 --dtype f8

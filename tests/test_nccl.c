@@ -334,7 +334,7 @@ static llmpar_status finishes(llmpar_ctx *ctx, void *user)
     CHECK_STATUS(root.status, fails ? LLMPAR_ERR_IO : LLMPAR_OK);
     if (fails) CHECK_TEXT(root.text, "the disk is full");
     if (fails) CHECK_INT(root.rank, 1);
-    return st;
+    return fails && st == LLMPAR_ERR_PEER ? LLMPAR_OK : st; /* who was still in the barrier hears of it there */
 }
 TEST(the_end)
 {

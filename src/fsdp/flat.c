@@ -175,7 +175,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
             if (count > LLMPAR__FLAT_CHUNK) count = LLMPAR__FLAT_CHUNK;
             for (int64_t at = 0, n; at < count; at += n) {
                 float *to = fsdp->sum == LLMPAR_F64 ? part : values + at;
-                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? PART : count - at;
+                n = fsdp->sum == LLMPAR_F64 && count - at > PART ? (int64_t)PART : count - at;
                 if (param->init_std == 0)
                     for (int64_t i = 0; i < n; i++) to[i] = (float)param->init_value;
                 else

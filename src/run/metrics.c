@@ -232,7 +232,7 @@ static llmpar_status llmpar__peak_grow(llmpar__peak *p)
         if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
     }
     if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
-    int64_t side = p->side > LAST ? LAST : p->side;
+    int64_t side = p->side > LAST ? (int64_t)LAST : p->side;
     while (side > FIRST && !llmpar__peak_of(p, side)) side /= 2;
     return llmpar__peak_measure(p, 3, 8);
 }

@@ -109,14 +109,15 @@ for compiler in gcc clang; do
     refused "$compiler strict mode, system headers first" "llmpar: in strict mode (-std=c99) llmpar.h must come before" $compiler -std=c99 -I$headers $impl -fsyntax-only $out/llmpar.last.c
     refused "$compiler -Ofast" "without -ffast-math" $compiler -Ofast -I$headers $impl -fsyntax-only $out/llmpar.alone.c
     refused "$compiler -ffast-math" "without -ffast-math" $compiler -ffast-math -I$headers $impl -fsyntax-only $out/llmpar.alone.c
-    refused "$compiler CUDA implementation" "not part of this version" $compiler -DLLMPAR_CUDA_IMPLEMENTATION -I$headers -fsyntax-only $out/llmpar_cuda.alone.c
-    refused "$compiler NCCL implementation" "not part of this version" $compiler -DLLMPAR_NCCL_IMPLEMENTATION -I$headers -fsyntax-only $out/llmpar_nccl.alone.c
+    refused "$compiler CUDA implementation" "belongs in a .cu file" $compiler -DLLMPAR_CUDA_IMPLEMENTATION -I$headers -fsyntax-only $out/llmpar_cuda.alone.c
+    check "$compiler NCCL implementation" $compiler -std=c99 $cc_flags -Itests/fake_nccl -DLLMPAR_NCCL_IMPLEMENTATION -fsyntax-only $out/llmpar_nccl.alone.c
 done
 for compiler in g++ clang++; do
     have $compiler ${compiler/clang++/clang} || continue
     for standard in 11 17 20; do
         check "$compiler c++$standard implementation" $compiler -std=c++$standard $cxx_flags $impl -x c++ -fsyntax-only $out/llmpar.first.c
     done
+    check "$compiler NCCL implementation" $compiler -std=c++11 $cxx_flags -Itests/fake_nccl -DLLMPAR_NCCL_IMPLEMENTATION -x c++ -fsyntax-only $out/llmpar_nccl.alone.c
     check "$compiler static" $compiler -std=c++11 $cxx_flags $impl -DLLMPAR_STATIC -x c++ -fsyntax-only $out/llmpar.last.c
 done
 for mpicc in mpicc.openmpi mpicc.mpich; do
