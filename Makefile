@@ -286,7 +286,8 @@ $(eval $(call emulated,emulated_tsan,-O1 $(tsan),build/tsan/llmpar.o))
 
 test-cuda:
 	@tests/need.sh $(CXX) g++ -- $(MAKE) --no-print-directory run-emulated $(if $(TEST),,run-gpu-small)
-run-gpu-small: build/emulated/gpu_ops
+run-gpu-small: run-emulated
+	@$(MAKE) --no-print-directory build/emulated/gpu_ops
 	@build/emulated/gpu_ops --small --json build/emulated/gpu_ops.json >build/emulated/gpu_ops.log || { tail -n 5 build/emulated/gpu_ops.log; exit 1; }
 	@echo "gpu_ops --small          $$(grep -c ' of ' build/emulated/gpu_ops.log) lines"
 test-cuda-asan:
@@ -339,7 +340,8 @@ build/nccl/real_nccl: tests/real_nccl.c build/nccl/llmpar_nccl.o build/nccl/fake
 	@$(CC) -O1 -g -D_GNU_SOURCE -Wall -Wextra -MMD -MP -MF $@.d -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
 
 test-nccl: run-nccl $(if $(TEST),,run-nccl-cuda)
-run-nccl-cuda: build/nccl/real_nccl
+run-nccl-cuda: run-nccl
+	@$(MAKE) --no-print-directory build/nccl/real_nccl
 	@for n in 1 2 4; do printf 'real_nccl, emulated, %d rank threads: ' $$n; build/nccl/real_nccl --threads $$n || exit 1; done
 test-nccl-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan

@@ -64,6 +64,8 @@ build()
     $make $jobs -k build-asan SUITE="$checked" >>build/check/make.log 2>&1
     $make $jobs -k build-header ${full:+build-cxx build-separate} SUITE="$some" >>build/check/make.log 2>&1
     $make $jobs -k build-tsan SUITE="$raced" >>build/check/make.log 2>&1
+    ! command -v g++ >/dev/null || $make $jobs -k build-emulated build/emulated/gpu_ops >>build/check/make.log 2>&1
+    ! command -v g++ >/dev/null || $make $jobs -k build-nccl build/nccl/real_nccl >>build/check/make.log 2>&1
     ! grep -A 6 'warning:' build/check/make.log
 }
 phase build build
@@ -75,9 +77,10 @@ LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header SUITE="$some"
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase cxx $make $jobs test-cxx
 phase examples $make all
 phase valgrind $make test-valgrind
+beside nccl $make test-nccl # mostly waits
 phase cuda $make check-cuda
 LLMPAR_TEST_QUICK=1 phase emulated $make $jobs test-cuda
-phase nccl $make $jobs test-nccl
+phase nccl behind nccl
 # Each of these is one command after the other: two at a time.
 beside package $make test-package
 beside bad_input sh tests/bad_input.sh
