@@ -99,7 +99,7 @@ LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
 LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan
 [ -z "$full" ] || phase nccl-asan $make $jobs test-nccl-asan
-LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan $([ -n "$full" ] || echo TEST=test_cuda_rows)
+[ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan
 [ -z "$full" ] || phase emulated-tsan $make $jobs test-cuda-tsan
 [ -z "$full" ] || phase check-nccl $make check-nccl
 emulated=TEST=test_gemm
