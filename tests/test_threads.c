@@ -48,7 +48,7 @@ static llmpar_status long_ones(llmpar_ctx *ctx, void *user)
     (void)user;
     for (int d = 0; d < 3; d++)
         for (int v = 0; v < 4 && !st; v++) {
-            sample s = { (size_t)(v == 2 ? 33331 : 100003), v == 2 ? 3 : 1, dtypes[d], v == 3 ? LLMPAR_MAX : LLMPAR_SUM, v == 1 };
+            sample s = { (size_t)(v == 2 ? 33331 : 100003), v == 2 ? 3 : 1, dtypes[d], v == 3 ? LLMPAR_MAX : LLMPAR_SUM, v == 1, NULL, 0 };
             st = one_sample(ctx->comm, &s);
         }
     return st;

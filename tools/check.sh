@@ -97,7 +97,7 @@ phase mpi $make $jobs test-mpi
 phase elastic tests/elastic.sh # also with the processes that mpi has built
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
-LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan
+LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan $([ -n "$full" ] || echo TEST=test_nccl_train)
 [ -z "$full" ] || phase nccl-asan $make $jobs test-nccl-asan
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan
 [ -z "$full" ] || phase emulated-tsan $make $jobs test-cuda-tsan
