@@ -459,28 +459,41 @@ test-docs: all
 
 # ---- checks ----
 
-# Symbols and warnings only, so without optimization: seconds instead of a minute.
-LAYERS := $(MODULES:src/%.c=build/layers/%.o)
+# Symbols and warnings only, so without optimization, and what many modules include is parsed once: 20 seconds.
+LAYERS := $(MODULES:src/%.c=build/layers/%.o) $(patsubst src/%.c,build/layers/%.o,$(filter src/nccl/%.c,$(SRC))) $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
+# llmpar_cuda.h and llmpar_nccl.h on stand-ins for the headers of CUDA and NCCL.
+layers_cc = $(CC) -O0 $(SEPARATE_FLAGS) -Werror
+layers_cuda = $(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -g0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc
+layers_nccl = $(layers_cc) -D_DEFAULT_SOURCE -D_POSIX_C_SOURCE=200809L -Ibuild/gen -Itests/fake_nccl
 
 build/layers/%.o: src/%.c
 	@mkdir -p $(@D)
-	@$(CC) -O0 $(SEPARATE_FLAGS) -Werror -MMD -MP -c $< -o $@
-
-# Those of llmpar_cuda.h and llmpar_nccl.h, on stand-ins for the headers of CUDA and NCCL.
-build/layers/cuda/%.o: src/cuda/%.cu build/gen/llmpar.h
+	@$(layers_cc) -MMD -MP -c $< -o $@
+build/layers/cpu/%.o: src/cpu/%.c build/layers/first_cpu.h.gch
 	@mkdir -p $(@D)
-	@$(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc -MMD -MP -x c++ -c $< -o $@
+	@$(layers_cc) -include build/layers/first_cpu.h -MMD -MP -c $< -o $@
+build/layers/cuda/%.o: src/cuda/%.cu build/layers/first_cuda.h.gch
+	@mkdir -p $(@D)
+	@$(layers_cuda) -include build/layers/first_cuda.h -MMD -MP -x c++ -c $< -o $@
 build/layers/nccl/%.o: src/nccl/%.c build/gen/llmpar.h
 	@mkdir -p $(@D)
-	@$(CC) -O0 $(SEPARATE_FLAGS) -D_DEFAULT_SOURCE -D_POSIX_C_SOURCE=200809L -Werror -Ibuild/gen -Itests/fake_nccl -MMD -MP -c $< -o $@
-LAYERS += $(patsubst src/%.c,build/layers/%.o,$(filter src/nccl/%.c,$(SRC))) $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
+	@$(layers_nccl) -MMD -MP -c $< -o $@
+
+build/layers/first_cpu.h.gch: src/cpu/vector.h src/base/platform.h
+	@mkdir -p $(@D)
+	@printf '#include "base/platform.h"\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n' >$(@:.gch=)
+	@$(layers_cc) -x c-header $(@:.gch=) -o $@
+build/layers/first_cuda.h.gch: build/gen/llmpar.h $(wildcard src/cuda/*.h tests/emulated_cuda/*.h)
+	@mkdir -p $(@D)
+	@echo '#include "cuda/cuda_internal.h"' >$(@:.gch=)
+	@$(layers_cuda) -x c++-header $(@:.gch=) -o $@
 
 -include $(wildcard build/layers/*/*.d)
 
 check-layers: build/gen/llmpar.h
 	@mkdir -p build/layers
 	@rm -rf build/layers/failed $(filter-out $(LAYERS),$(wildcard build/layers/*/*.o))
-	@$(MAKE) -s -k $(LAYERS) || touch build/layers/failed
+	@$(MAKE) -s -k $(if $(filter -j%,$(MAKEFLAGS)),,-j$$(nproc 2>/dev/null || echo 1)) $(LAYERS) || touch build/layers/failed
 	@tools/check_layers.sh
 
 check-compile: $(HEADERS:%=build/gen/%)

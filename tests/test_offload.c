@@ -791,7 +791,7 @@ static llmpar_status starved(llmpar_ctx *ctx, void *user)
     uint64_t begun = ctx->heap.calls;
     ctx->heap.fail_at = fail_at ? begun + fail_at : 0;
     llmpar_status status = net_rank(ctx, user);
-    if (!fail_at) took = ctx->heap.calls - begun;
+    if (!fail_at && ctx->rank == 0) took = ctx->heap.calls - begun; /* the others take as many, or fewer */
     ctx->heap.fail_at = 0;
     return status;
 }

@@ -6,7 +6,6 @@
 #   outside world   stdio and the environment only in run/, exit and abort nowhere, nothing of libm
 #   spine           every module is on the list of one
 failures=0
-modules=0
 
 fail()
 {
@@ -33,70 +32,91 @@ below()
 
 [ ! -f build/layers/failed ] || fail "a module does not compile alone, or not silently (above)"
 
-for file in $(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mindepth 2 -name '*.cu' -o -mindepth 2 -name '*.inc' | sort); do
-    modules=$((modules + 1))
-    room=${file#src/}
-    module=$room
-    room=${room%%/*}
-    allowed=$(below "$room") || { fail "$file: src/$room is not a room of docs/architecture.md"; continue; }
-
-    for include in $(sed -n 's/^[ \t]*#[ \t]*include[ \t]*"\([^"]*\)".*/\1/p' "$file"); do
-        case " $allowed $room " in
-        *" ${include%%/*} "*) ;;
-        *) fail "$file: includes \"$include\", which is not below src/$room (allowed: $room $allowed)" ;;
-        esac
-        [ -f "src/$include" ] || [ "$include" = llmpar.h ] || fail "$file: includes \"$include\", which does not exist"
+files=$(find src -mindepth 2 -name '*.h' -o -mindepth 2 -name '*.c' -o -mindepth 2 -name '*.cu' -o -mindepth 2 -name '*.inc' | sort)
+modules=$(echo "$files" | wc -l)
+for room in $(echo "$files" | cut -d / -f 2 | sort -u); do
+    allowed=$(below "$room") || fail "src/$room is not a room of docs/architecture.md" >&2
+    echo "room $room $allowed"
+done >build/layers/rooms
+{
+    sed -n 's/^#include "\(.*\)".*/spine \1/p' src/*.spine.h
+    cat build/layers/rooms
+    for file in $files; do # symbols of the modules' objects
+        object=build/layers/${file#src/}
+        case $file in *.c | *.cu) [ ! -f "${object%.c*}.o" ] || echo "object $file" ;; esac
     done
+} >build/layers/known
+objects=$(sed -n 's|^object src/\(.*\)\.cu*$|build/layers/\1.o|p' build/layers/known)
+objdump -t $objects >build/layers/symbols
+nm -A -u $objects >build/layers/wanted
 
-    guard=0
-    case $file in *.h) guard=1 ;; esac
-    awk -v guard=$guard -v file="$file" '
-        /^[ \t]*#[ \t]*if/ { depth++ }
-        /^[ \t]*#[ \t]*endif/ { depth-- }
-        /^[ \t]*#[ \t]*include[ \t]*"/ && depth > guard && file !~ /\.inc$/ {
-            # A .inc may be inlined inside a conditional: it is a piece of the body.
-            if ($0 !~ /\.inc"/) { print file ":" NR ": own include inside a conditional"; bad = 1 }
-        }
-        END { exit bad }' "$file" || failures=$((failures + 1))
-
-    case $file in
-    *.h)
-        grep -q "^#include \"$module\"" src/*.spine.h || continue # shared between modules, not public
-        for include in $(sed -n 's/^[ \t]*#[ \t]*include[ \t]*<\([^>]*\)>.*/\1/p' "$file"); do
-            case $include in
-            stddef.h | stdint.h) ;;
-            *) fail "$file: public declarations need only stddef.h and stdint.h, not <$include>" ;;
-            esac
-        done
-        ;;
-    esac
-
-    case $file in
-    src/base/platform.h) ;; # defines the feature-test macros of separate builds
-    *)
-        names=$(sed -n 's/^[ \t]*#[ \t]*define[ \t][ \t]*\([A-Za-z0-9_]*\).*/\1/p' "$file" | grep -v '^LLMPAR_\|^llmpar__')
-        [ -z "$names" ] || fail "$file: macros that do not begin with LLMPAR_: $(echo $names)"
-        ;;
-    esac
-
-    case $file in
-    *.c | *.cu)
-        grep -q "^#include \"$module\"" src/*.spine.h || fail "$file: no spine lists it"
-        object=build/layers/${module%.c*}.o
-        [ -f "$object" ] || { fail "$file: does not compile alone"; continue; }
-        globals=$(objdump -t "$object" | awk '($3 == "O" || $2 == "O") && $0 ~ /[ \t](\.data|\.bss|\.tdata|\.tbss|\*COM\*)/ && $0 !~ /\.data\.rel\.ro/ { print $NF }' | grep -v 'emulated_cublaslt')
-        [ -z "$globals" ] || fail "$file: mutable globals: $(echo $globals)"
-        for symbol in $(nm -u "$object" | awk '{ print $2 }'); do
-            case $symbol in
-            exit | _exit | abort | __assert_fail | quick_exit | atexit) fail "$file: calls $symbol: the library returns a status" ;;
-            printf | fprintf | vprintf | vfprintf | puts | putchar | putc | fputs | fputc | fopen* | fdopen | fclose | fread | fwrite | fflush | fgets | fscanf | stdout | stderr | stdin | perror | getenv | setenv)
-                [ "$room" = run ] || fail "$file: uses $symbol: only src/run touches stdio and the environment"
-                ;;
-            esac
-        done
-        ;;
-    esac
-done
+# One line for each violation.
+awk '
+function say(text) { print file ": " text }
+function is_guarded() { return file ~ /\.h$/ }
+FILENAME == "build/layers/known" {
+    if ($1 == "spine") spine[$2] = 1
+    if ($1 == "object") object[$2] = source["build/layers/" substr($2, 5, length($2) - 4 - ($2 ~ /u$/ ? 3 : 2)) ".o"] = $2
+    if ($1 == "room") { allowed[$2] = $0 " "; sub(/^room /, " ", allowed[$2]) }
+    next
+}
+FILENAME == "build/layers/symbols" {
+    if ($2 == "file" && $3 == "format") { file = source[substr($1, 1, length($1) - 1)]; next }
+    if (($3 == "O" || $2 == "O") && /[ \t](\.data|\.bss|\.tdata|\.tbss|\*COM\*)/ && !/\.data\.rel\.ro/ && !/emulated_cublaslt/) say("mutable global: " $NF)
+    next
+}
+FILENAME == "build/layers/wanted" {
+    split($1, part, ":")
+    file = source[part[1]]
+    split(file, place, "/")
+    if ($NF ~ /^(exit|_exit|abort|__assert_fail|quick_exit|atexit)$/) say("calls " $NF ": the library returns a status")
+    if ($NF ~ /^(printf|fprintf|vprintf|vfprintf|puts|putchar|putc|fputs|fputc|fopen.*|fdopen|fclose|fread|fwrite|fflush|fgets|fscanf|stdout|stderr|stdin|perror|getenv|setenv)$/ && place[2] != "run")
+        say("uses " $NF ": only src/run touches stdio and the environment")
+    next
+}
+FNR == 1 {
+    file = FILENAME
+    module = substr(file, 5)
+    room = module
+    sub(/\/.*/, "", room)
+    depth = 0
+    seen = 0
+    if (file ~ /\.cu?$/) {
+        if (!(module in spine)) say("no spine lists it")
+        if (!(file in object)) say("does not compile alone")
+    }
+}
+/^[ \t]*#[ \t]*if/ { depth++ }
+/^[ \t]*#[ \t]*endif/ { depth-- }
+/^[ \t]*#[ \t]*include[ \t]*"/ {
+    include = $0
+    sub(/^[^"]*"/, "", include)
+    sub(/".*/, "", include)
+    of = include
+    sub(/\/.*/, "", of)
+    if (index(allowed[room], " " of " ") == 0) say("includes \"" include "\", which is not below src/" room " (allowed:" allowed[room] ")")
+    if (include != "llmpar.h") {
+        if ((getline line <("src/" include)) < 0) say("includes \"" include "\", which does not exist")
+        close("src/" include)
+    }
+    # A .inc may be inlined inside a conditional: it is a piece of the body.
+    if (depth > is_guarded() && file !~ /\.inc$/ && include !~ /\.inc$/) say(FNR ": own include inside a conditional")
+    if (file ~ /\.cu$/ && !seen++ && of != "cuda") say("does not begin with what the room shares: checked with that parsed before")
+}
+/^[ \t]*#[ \t]*include[ \t]*</ && file ~ /\.h$/ && module in spine { # public; others are shared between modules
+    include = $0
+    sub(/^[^<]*</, "", include)
+    sub(/>.*/, "", include)
+    if (include != "stddef.h" && include != "stdint.h") say("public declarations need only stddef.h and stdint.h, not <" include ">")
+}
+/^[ \t]*#[ \t]*define[ \t]/ && file != "src/base/platform.h" { # which defines the feature-test macros of separate builds
+    name = $0
+    sub(/^[ \t]*#[ \t]*define[ \t]*/, "", name)
+    sub(/[^A-Za-z0-9_].*/, "", name)
+    if (name !~ /^(LLMPAR_|llmpar__)/) say("a macro that does not begin with LLMPAR_: " name)
+}' build/layers/known build/layers/symbols build/layers/wanted $files >build/layers/violations
+cat build/layers/violations
+failures=$((failures + $(wc -l <build/layers/violations)))
 
 if words=$(grep -nE 'TODO|FIXME' -r src tests examples bench tools docs --include='*.[ch]' --include='*.inc' --include='*.md' 2>/dev/null); then
     fail "left over: $words"
