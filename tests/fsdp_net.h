@@ -437,3 +437,36 @@ static void net_launch_ok(const net_job *job, const char *row)
     if (net_launch(job, &error)) TEST_FAIL("rank %d (%s): %s", error.rank, error.where, error.text);
     if (test_failures != before) fprintf(stderr, "  (%s)\n", row);
 }
+
+static const llmpar_mesh_desc net_meshes[] = { { 1, 1, 1, 1, 1 }, { 1, 2, 1, 1, 1 }, { 1, 4, 1, 1, 1 }, { 2, 2, 1, 1, 1 }, { 4, 1, 1, 1, 1 } };
+enum { NET_MESHES = 5 };
+
+static net_job net_job_of(int mesh, llmpar_dtype dtype)
+{
+    net_job job;
+    memset(&job, 0, sizeof job);
+    job.mesh = net_meshes[mesh];
+    job.fsdp.dtype = dtype;
+    job.fsdp.seed = 5;
+    job.fsdp.optimizer_states = 2;
+    job.body = net_train;
+    return job;
+}
+
+/* Two steps, nothing looked at. */
+static llmpar_status net_two_steps(const net_job *job, llmpar_fsdp *fsdp)
+{
+    net_optimizer state = { 0, 0, 0 };
+    llmpar_optimizer table = { &state, net_optimizer_begin, net_optimizer_update };
+    llmpar_schedule *schedule = NULL;
+    net_device = llmpar_fsdp_mesh(fsdp)->ctx->device;
+    llmpar_status status = net_schedule(job, fsdp, &schedule);
+    for (int i = 0; i < 2 && !status; i++) {
+        llmpar_run run;
+        memset(&run, 0, sizeof run);
+        run.optimizer = &table;
+        status = net_step(job, fsdp, i, schedule, &run);
+    }
+    llmpar_schedule_destroy(schedule);
+    return status;
+}
