@@ -1,5 +1,5 @@
 /* collectives: every collective of a communicator against a plain definition, bit for bit: collectives_check(comm, most) on every rank, counts up to `most`;
-   and splits: collectives_splits as the rank function. Buffers are memory of the communicator's device, which the host need not reach. */
+   collectives_here, collectives_below and collectives_splits are rank functions. Buffers are memory of the communicator's device, which the host need not reach. */
 #ifndef COLLECTIVES_H
 #define COLLECTIVES_H
 
@@ -202,6 +202,21 @@ static inline llmpar_status collectives_check(llmpar_comm *comm, size_t most)
     return st;
 }
 
+/* Rank functions; user: size_t, the largest count. On the world, and on communicators of every size with the ranks turned round. */
+static inline llmpar_status collectives_here(llmpar_ctx *ctx, void *user) { return collectives_check(ctx->comm, *(size_t *)user); }
+static inline llmpar_status collectives_below(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = LLMPAR_OK;
+    for (int size = 1; size < ctx->world && !st; size++) {
+        llmpar_comm *comm = NULL;
+        st = llmpar_comm_split(ctx->comm, ctx->rank < size ? 0 : 1, -ctx->rank, "part", &comm);
+        if (!st) CHECK_INT(comm->ranks, ctx->rank < size ? size : ctx->world - size);
+        if (!st) st = collectives_check(comm, *(size_t *)user);
+        llmpar_comm_destroy(comm);
+    }
+    return st;
+}
+
 /* A rank function: splits by rows, by columns, without the first rank and of a split, used in turn. */
 static inline llmpar_status collectives_splits(llmpar_ctx *ctx, void *user)
 {
@@ -236,7 +251,10 @@ static inline llmpar_status collectives_splits(llmpar_ctx *ctx, void *user)
             mirror_get(ctx->comm, NULL, &recv, 8);
             CHECK_BYTES(recv.host, &rest, 8);
         }
+        double pair = (double)(1 << r) + (members == 2 ? (double)(1 << (r ^ 1)) : 0);
         CHECK_OK(llmpar_all_reduce(rows, NULL, &call));
+        mirror_get(ctx->comm, NULL, &recv, 8);
+        CHECK_BYTES(recv.host, &pair, 8);
     }
     llmpar_comm *again = NULL;
     CHECK_OK(llmpar_comm_split(columns, 0, 0, "again", &again));

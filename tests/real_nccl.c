@@ -9,11 +9,10 @@
 #include "collectives.h"
 #include "cuda.h"
 #include "llmpar_nccl.h"
+#include "ports.h"
 #include "train.h"
 
-#include <arpa/inet.h>
 #include <signal.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -187,19 +186,6 @@ static llmpar_status launch(llmpar_transport transport, int ranks, work *w)
     return st;
 }
 
-static int free_port(void)
-{
-    struct sockaddr_in a;
-    socklen_t length = sizeof a;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (bind(fd, (struct sockaddr *)&a, sizeof a) || getsockname(fd, (struct sockaddr *)&a, &length)) a.sin_port = htons(29517);
-    close(fd);
-    return ntohs(a.sin_port);
-}
-
 static void variable(const char *name, const char *format, int value)
 {
     char text[64];
@@ -211,7 +197,7 @@ static void variable(const char *name, const char *format, int value)
 static int processes(int ranks, work *w)
 {
     pid_t child[64];
-    int well = 1, port = free_port();
+    int well = 1, port = port_free();
     for (int r = 0; r < ranks; r++) {
         fflush(NULL);
         child[r] = fork();

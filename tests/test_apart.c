@@ -44,19 +44,7 @@ static llmpar_status talk(train_job *job, llmpar_ctx *ctx, llmpar_llama *model, 
     extra *e = &seen[ctx->rank];
     llmpar_status status = llmpar_llama_logits(model, llmpar_trainer_fsdp(trainer), prompt, PROMPT, e->logits);
     (void)job;
-    for (int i = 0; i < 2 && !status; i++) {
-        llmpar_generate_desc desc;
-        int32_t count = 0;
-        memset(&desc, 0, sizeof desc);
-        desc.prompt = prompt;
-        desc.prompt_count = PROMPT;
-        desc.tokens = GENERATED;
-        desc.temperature = i;
-        desc.top_p = 0.9;
-        desc.seed = 3;
-        status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, e->id[i], &count);
-    }
-    return status;
+    return status ? status : train_generate(model, trainer, prompt, PROMPT, GENERATED, e->id[0]);
 }
 
 static llmpar_status before_step(train_job *job, llmpar_ctx *ctx, llmpar_trainer *trainer, int step)
@@ -106,7 +94,6 @@ static void both_on(train_job *given, const char *name, int order, int talks)
         report.inner_end = late_end;
     }
     job.backend = &backend;
-    job.directory[0] = 0;
     job.before_step = before_step;
     train_run(&job, &got);
     train_same(name, &got, &want);
@@ -121,18 +108,7 @@ static void both_on(train_job *given, const char *name, int order, int talks)
 }
 static void both(train_job *job, const char *name) { both_on(job, name, -1, STRIDE == 1); }
 
-static train_job job_of(const llmpar_llama_config *config, int32_t shard, int32_t tp)
-{
-    train_job job;
-    memset(&job, 0, sizeof job);
-    job.config = config;
-    job.dp_shard = shard;
-    job.tp = tp;
-    job.zero = 3;
-    job.steps = 2;
-    job.keep_files = 1;
-    return job;
-}
+static train_job job_of(const llmpar_llama_config *config, int32_t shard, int32_t tp) { return train_job_of(config, 1, shard, tp); }
 
 TEST(meshes)
 {

@@ -29,14 +29,12 @@ static void launch_ok(int ranks, llmpar_rank_fn fn, void *user)
 
 /* ---- values ---- */
 
-static llmpar_status all_samples(llmpar_ctx *ctx, void *user) { return collectives_check(ctx->comm, *(size_t *)user); }
-
 TEST(values)
 {
     COMM_OPEN();
     for (int ranks = 1; ranks <= 8; ranks += ranks == 5 && cuda_small() ? 3 : 1) {
         size_t most = !cuda_small() || ranks <= 2 ? 20011 : ranks == 3 ? 513 : 64;
-        launch_ok(ranks, all_samples, &most);
+        launch_ok(ranks, collectives_here, &most);
     }
 }
 
@@ -47,7 +45,7 @@ TEST(values_lockstep)
     size_t most = 64;
     llmpar_launch_desc desc = { .ranks = 3, .lockstep = 1, .check = test_no_leak, .backend = &gpu };
     llmpar_cuda_backend(NULL, &gpu);
-    CHECK_OK(llmpar_launch(&desc, all_samples, &most, NULL));
+    CHECK_OK(llmpar_launch(&desc, collectives_here, &most, NULL));
 }
 
 TEST(splits)

@@ -47,18 +47,7 @@ static void compare(train_job *job, const char *name, debug_order order, const t
     free(ranks);
 }
 
-static train_job job_of(const llmpar_llama_config *config, int32_t shard, int32_t tp)
-{
-    train_job job;
-    memset(&job, 0, sizeof job);
-    job.config = config;
-    job.dp_shard = shard;
-    job.tp = tp;
-    job.zero = 3;
-    job.steps = 2;
-    job.keep_files = 1;
-    return job;
-}
+static train_job job_of(const llmpar_llama_config *config, int32_t shard, int32_t tp) { return train_job_of(config, 1, shard, tp); }
 
 /* Under a sanitizer the two jobs with most streams and most releases. */
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -195,22 +184,8 @@ static int32_t generated[TRAIN_RANKS][2][GENERATED]; /* by rank; greedy, sampled
 static llmpar_status generate(train_job *job, llmpar_ctx *ctx, llmpar_llama *model, llmpar_trainer *trainer)
 {
     static const int32_t prompt[PROMPT] = {5, 300, 77};
-    llmpar_status status = LLMPAR_OK;
     (void)job;
-    for (int i = 0; i < 2 && !status; i++) {
-        llmpar_generate_desc desc;
-        int32_t count = 0;
-        memset(&desc, 0, sizeof desc);
-        desc.prompt = prompt;
-        desc.prompt_count = PROMPT;
-        desc.tokens = GENERATED;
-        desc.temperature = i;
-        desc.top_p = 0.9;
-        desc.seed = 3;
-        status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, generated[ctx->rank][i], &count);
-        if (!status) CHECK_INT(count, GENERATED);
-    }
-    return status;
+    return train_generate(model, trainer, prompt, PROMPT, GENERATED, generated[ctx->rank][0]);
 }
 
 TEST(generation)

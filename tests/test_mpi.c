@@ -3,48 +3,31 @@
 
 /* ---- values ---- */
 
-static llmpar_status values_here(llmpar_ctx *ctx, void *user)
-{
-    return collectives_check(ctx->comm, *(size_t *)user);
-}
-/* On communicators of every size, with the ranks turned round. */
-static llmpar_status values_below(llmpar_ctx *ctx, void *user)
-{
-    llmpar_status st = LLMPAR_OK;
-    for (int size = 1; size < ctx->world && !st; size++) {
-        llmpar_comm *comm = NULL;
-        st = llmpar_comm_split(ctx->comm, ctx->rank < size ? 0 : 1, -ctx->rank, "part", &comm);
-        if (!st) CHECK_INT(comm->ranks, ctx->rank < size ? size : ctx->world - size);
-        if (!st) st = collectives_check(comm, *(size_t *)user);
-        llmpar_comm_destroy(comm);
-    }
-    return st;
-}
 TEST(values)
 {
     size_t most = 30000;
-    CHECK_OK(launch(values_here, &most, NULL));
+    CHECK_OK(launch(collectives_here, &most, NULL));
 }
 TEST(values_in_parts)
 {
     size_t most = 100;
-    CHECK_OK(launch(values_below, &most, NULL));
+    CHECK_OK(launch(collectives_below, &most, NULL));
 }
 TEST(values_in_small_slices)
 {
     size_t most = 600;
     llmpar_mpi_desc mpi = { .comm_slice = 200 };
-    CHECK_OK(launch_with(&mpi, 60, values_here, &most, NULL));
+    CHECK_OK(launch_with(&mpi, 60, collectives_here, &most, NULL));
     mpi.comm_slice = 8 * (size_t)test_world; /* an element of each rank */
     most = 10;
-    CHECK_OK(launch_with(&mpi, 60, values_here, &most, NULL));
+    CHECK_OK(launch_with(&mpi, 60, collectives_here, &most, NULL));
 }
 TEST(values_meeting_in_rounds)
 {
     size_t most = 100;
     llmpar_mpi_desc mpi = { .direct = 1 };
-    CHECK_OK(launch_with(&mpi, 60, values_here, &most, NULL));
-    CHECK_OK(launch_with(&mpi, 60, values_below, &most, NULL));
+    CHECK_OK(launch_with(&mpi, 60, collectives_here, &most, NULL));
+    CHECK_OK(launch_with(&mpi, 60, collectives_below, &most, NULL));
 }
 static llmpar_status values_unchecked(llmpar_ctx *ctx, void *user)
 {

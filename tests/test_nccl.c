@@ -1,26 +1,9 @@
 /* The NCCL communicator on a stand-in for NCCL: every collective against a plain definition, bit for bit, with 1 to 8 rank threads; splits, streams with threads of their own, ways to meet. */
 #include "collectives.h"
 #include "nccl_rig.h"
+#include "ports.h"
 
-#include <arpa/inet.h>
-#include <sys/socket.h>
 #include <unistd.h>
-
-static llmpar_status values_here(llmpar_ctx *ctx, void *user) { return collectives_check(ctx->comm, *(size_t *)user); }
-
-/* On communicators of every size, with the ranks turned round. */
-static llmpar_status values_below(llmpar_ctx *ctx, void *user)
-{
-    llmpar_status st = LLMPAR_OK;
-    for (int size = 1; size < ctx->world && !st; size++) {
-        llmpar_comm *comm = NULL;
-        st = llmpar_comm_split(ctx->comm, ctx->rank < size ? 0 : 1, -ctx->rank, "part", &comm);
-        if (!st) CHECK_INT(comm->ranks, ctx->rank < size ? size : ctx->world - size);
-        if (!st) st = collectives_check(comm, *(size_t *)user);
-        llmpar_comm_destroy(comm);
-    }
-    return st;
-}
 
 /* Under a sanitizer not every number of ranks. */
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -41,24 +24,24 @@ TEST(values)
 {
     for (int ranks = STEP > 1 ? 2 : 1; ranks <= 8; ranks += STEP) {
         size_t most = ranks < 5 ? 30000 : STEP > 1 ? 64 : 600;
-        run(ranks, NULL, values_here, &most);
+        run(ranks, NULL, collectives_here, &most);
     }
 }
 TEST(values_in_parts)
 {
     size_t most = 100;
-    run(5, NULL, values_below, &most);
-    if (STEP == 1) run(8, NULL, values_below, &most);
+    run(5, NULL, collectives_below, &most);
+    if (STEP == 1) run(8, NULL, collectives_below, &most);
 }
 TEST(values_in_small_slices)
 {
     for (int ranks = 2; ranks <= 8; ranks += STEP) {
         size_t most = STEP > 1 ? 64 : 600;
         llmpar_nccl_desc desc = { .slice = 200 };
-        run(ranks, &desc, values_here, &most);
+        run(ranks, &desc, collectives_here, &most);
         desc.slice = 8 * (size_t)ranks; /* an element of each rank */
         most = 10;
-        run(ranks, &desc, values_here, &most);
+        run(ranks, &desc, collectives_here, &most);
     }
 }
 TEST(splits)
@@ -161,7 +144,7 @@ TEST(values_without_checks)
 {
     size_t most = 64;
     llmpar_nccl_desc desc = { .unchecked = 1, .deadline = -1, .silence = -1 };
-    run(3, &desc, values_here, &most);
+    run(3, &desc, collectives_here, &most);
     run(3, &desc, collectives_splits, NULL);
 }
 
@@ -238,18 +221,6 @@ static llmpar_status barrier(llmpar_ctx *ctx, void *user)
     (void)user;
     return llmpar_comm_barrier(ctx->comm, NULL, "here");
 }
-static int listening(int port, int *fd)
-{
-    struct sockaddr_in a;
-    socklen_t length = sizeof a;
-    *fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    a.sin_port = htons((uint16_t)port);
-    if (bind(*fd, (struct sockaddr *)&a, sizeof a) || listen(*fd, 64) || getsockname(*fd, (struct sockaddr *)&a, &length)) return 0;
-    return ntohs(a.sin_port);
-}
 TEST(by_address)
 {
     static const char *const hosts[] = { "127.0.0.1", "localhost", "[::1]" };
@@ -257,7 +228,7 @@ TEST(by_address)
     for (int h = 0; h < 3; h++)
         for (through_ctx = 0; through_ctx < 2; through_ctx++) {
             char address[80];
-            int fd, port = listening(0, &fd), six = socket(AF_INET6, SOCK_STREAM, 0);
+            int fd, port = port_listen(0, &fd), six = socket(AF_INET6, SOCK_STREAM, 0);
             struct sockaddr_in6 a;
             memset(&a, 0, sizeof a);
             a.sin6_family = AF_INET6;

@@ -1,10 +1,9 @@
 /* The NCCL communicator where things go wrong, on a stand-in for NCCL: ranks that disagree, fail, stay away, fall silent or die; NCCL's own errors; strangers on the port; ranks that do not belong together. Every rank
    hears of it, the text names who and what, and nothing is left. */
 #include "nccl_rig.h"
+#include "ports.h"
 
-#include <arpa/inet.h>
 #include <pthread.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -282,18 +281,18 @@ TEST(nonsense_on_a_connection)
     }
 }
 
-/* Messages with sound heads and random bodies: whatever they say, nobody crashes and everybody ends. */
+/* Messages that rank 0 reads (kinds 1 to 7), with sound heads and random bodies: whatever they say, nobody crashes and everybody ends. Seeds below 8: of that kind alone. */
 static llmpar_status talks_lies(llmpar_ctx *ctx, void *user)
 {
-    unsigned seed = *(unsigned *)user;
+    unsigned seed = *(unsigned *)user, only = seed < 8 ? seed : 0;
     llmpar_status st = sum(ctx, "first");
     struct { uint32_t word, kind; uint64_t bytes; unsigned char body[2048]; } m;
-    static const size_t sizes[] = { 0, sizeof(llmpar_position), 40 + sizeof(llmpar_call), 40 + sizeof(llmpar_call), 8, sizeof(llmpar_error), sizeof(llmpar_position), 0, 0, 0, 0, 0, 0 };
+    static const size_t sizes[] = { 0, sizeof(llmpar_position), 40 + sizeof(llmpar_call), 40 + sizeof(llmpar_call), 8, sizeof(llmpar_error), sizeof(llmpar_position), 0 };
     if (ctx->rank == 1) {
         for (int i = 0; i < 40; i++) {
             seed = seed * 1664525u + 1013904223u;
             m.word = 0x4c4c4e31u;
-            m.kind = 1 + (seed >> 8) % 12;
+            m.kind = only ? only : 1 + (seed >> 8) % 7;
             m.bytes = sizes[m.kind];
             for (size_t k = 0; k < sizeof m.body; k++) {
                 seed = seed * 1664525u + 1013904223u;
@@ -309,11 +308,12 @@ static llmpar_status talks_lies(llmpar_ctx *ctx, void *user)
 TEST(lies_on_a_connection)
 {
     llmpar_nccl_desc desc = { .deadline = 3 };
-    for (unsigned seed = 1; seed <= (unsigned)test_rounds(12); seed++) {
+    for (unsigned seed = 1; seed < 8 + (unsigned)test_rounds(12); seed++) {
         fake_nccl_reset();
         fake_nccl.quiet = 1;
         run(3, &desc, talks_lies, &seed);
         for (int r = 0; r < 3; r++) CHECK(seen.seconds[r] < 20);
+        if (seed == 4 || seed == 5 || seed == 7) CHECK(!strstr(seen.text[0], "what is no message of this library")); /* whose bodies may be anything: so heads are sound */
     }
 }
 
@@ -484,19 +484,6 @@ TEST(wrong_descriptions)
 
 /* ---- strangers ---- */
 
-static int free_port(void)
-{
-    struct sockaddr_in a;
-    socklen_t length = sizeof a;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (bind(fd, (struct sockaddr *)&a, sizeof a) || getsockname(fd, (struct sockaddr *)&a, &length)) a.sin_port = 0;
-    close(fd);
-    return ntohs(a.sin_port);
-}
-
 typedef struct stranger { int port, how, stop; } stranger;
 static void *knocks(void *arg)
 {
@@ -525,7 +512,7 @@ static void *knocks(void *arg)
 TEST(strangers_on_the_port)
 {
     for (int how = 0; how < 4; how++) {
-        stranger s = { free_port(), how, 0 };
+        stranger s = { port_free(), how, 0 };
         char address[64];
         pthread_t thread;
         snprintf(address, sizeof address, "127.0.0.1:%d", s.port);

@@ -14,7 +14,6 @@ static void both(train_job *given, const char *name)
     rig_backend(NULL, &backend);
     fake_nccl_reset();
     job.backend = &backend;
-    job.directory[0] = 0;
     train_run(&job, &got);
     train_same(name, &got, &want);
     CHECK_INT(fake_nccl.mismatches, 0);
@@ -25,32 +24,18 @@ static void both(train_job *given, const char *name)
     train_result_free(&got);
 }
 
-static train_job job_of(const llmpar_llama_config *config, int32_t replicate, int32_t shard, int32_t tp)
-{
-    train_job job;
-    memset(&job, 0, sizeof job);
-    job.config = config;
-    job.dp_replicate = replicate;
-    job.dp_shard = shard;
-    job.tp = tp;
-    job.zero = 3;
-    job.steps = 2;
-    job.keep_files = 1;
-    return job;
-}
-
 TEST(meshes)
 {
     llmpar_llama_config config = train_config(0), tied = train_config(1);
-    train_job job = job_of(&config, 1, 2, 2);
+    train_job job = train_job_of(&config, 1, 2, 2);
     job.prefetch = 1;
     both(&job, "2 x 2");
-    job = job_of(&tied, 1, 1, 4);
+    job = train_job_of(&tied, 1, 1, 4);
     job.sp = 1;
     both(&job, "tp 4, sequence parallel");
-    job = job_of(&config, 2, 2, 1);
+    job = train_job_of(&config, 2, 2, 1);
     both(&job, "hsdp");
-    job = job_of(&config, 1, 3, 1);
+    job = train_job_of(&config, 1, 3, 1);
     job.batch = 6;
     job.exact = LLMPAR_EXACT_OFF;
     both(&job, "three ranks");
@@ -60,11 +45,11 @@ TEST(meshes)
 TEST(beside_the_compute)
 {
     llmpar_llama_config config = train_config(0);
-    train_job job = job_of(&config, 1, 2, 2);
+    train_job job = train_job_of(&config, 1, 2, 2);
     job.prefetch = 1;
     job.policy.overlap = 1;
     both(&job, "2 x 2, overlapped");
-    job = job_of(&config, 2, 2, 1);
+    job = train_job_of(&config, 2, 2, 1);
     job.policy.overlap = 1;
     both(&job, "hsdp, overlapped");
 }

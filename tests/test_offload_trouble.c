@@ -1,4 +1,4 @@
-/* What goes wrong where states are in host memory or files: the disk is full, a file is cut, a rank fails, memory ends at every single allocation. An error that says what, the ranks end, nothing is left behind; and with
+/* What goes wrong where states are in host memory or files: the disk is full, a file is cut, a rank fails, memory ends at any allocation. An error that says what, the ranks end, nothing is left behind; and with
    more state than memory it trains with the same bits, or says so. */
 #include "fsdp_net.h"
 #include <dirent.h>
@@ -123,7 +123,7 @@ TEST(files_in_trouble)
     CHECK(!rmdir(PLACE));
 }
 
-/* The n-th allocation fails, for every n: an error, nothing leaked. */
+/* The n-th allocation fails, the first ones each, later ones ever further apart: an error, nothing leaked. */
 static uint64_t fail_at, took;
 static llmpar_status starved(llmpar_ctx *ctx, void *user)
 {

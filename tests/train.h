@@ -81,6 +81,21 @@ static inline llmpar_llama_config train_config(int tied)
     return c;
 }
 
+/* What most tests begin with: all sharded, two steps, files kept. */
+static inline train_job train_job_of(const llmpar_llama_config *config, int32_t replicate, int32_t shard, int32_t tp)
+{
+    train_job job;
+    memset(&job, 0, sizeof job);
+    job.config = config;
+    job.dp_replicate = replicate;
+    job.dp_shard = shard;
+    job.tp = tp;
+    job.zero = 3;
+    job.steps = 2;
+    job.keep_files = 1;
+    return job;
+}
+
 static inline uint64_t train_mix(uint64_t x)
 {
     x += 0x9e3779b97f4a7c15u;
@@ -100,6 +115,26 @@ static inline llmpar_status train_sequence(void *user, int64_t index, int32_t *t
         if ((r >> 40) % 9 == 0 || (index % 16 == 5 && i > 0)) tokens[i] = -1;
     }
     return LLMPAR_OK;
+}
+
+/* For a hook: what the model says behind the prompt, ids[0 .. tokens) greedily, ids[tokens .. 2 tokens) sampled. */
+static inline llmpar_status train_generate(llmpar_llama *model, llmpar_trainer *trainer, const int32_t *prompt, int32_t prompt_count, int32_t tokens, int32_t *ids)
+{
+    llmpar_status status = LLMPAR_OK;
+    for (int i = 0; i < 2 && !status; i++) {
+        llmpar_generate_desc desc;
+        int32_t count = 0;
+        memset(&desc, 0, sizeof desc);
+        desc.prompt = prompt;
+        desc.prompt_count = prompt_count;
+        desc.tokens = tokens;
+        desc.temperature = i;
+        desc.top_p = 0.9;
+        desc.seed = 3;
+        status = llmpar_llama_generate(model, llmpar_trainer_fsdp(trainer), &desc, ids + i * tokens, &count);
+        if (!status) CHECK_INT(count, tokens);
+    }
+    return status;
 }
 
 static inline train_bytes train_read(const char *path)
