@@ -12,6 +12,7 @@
 #ifndef BENCH_H
 #define BENCH_H
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,6 +38,16 @@ static inline double bench_median(double *values, int count)
 {
     qsort(values, (size_t)count, sizeof *values, bench_compare);
     return values[count / 2];
+}
+
+/* The tokens of sequence `index`: pseudo-random, so that nothing is learned; bench/peers/llama_torch.py makes the same ones. */
+static inline void bench_tokens(int64_t index, int64_t count, int32_t vocab, int32_t *tokens)
+{
+    uint32_t state = (uint32_t)index * 2654435761u + 12345u;
+    for (int64_t i = 0; i < count; i++) {
+        state = state * 1664525u + 1013904223u;
+        tokens[i] = (int32_t)((state >> 8) % (uint32_t)vocab);
+    }
 }
 
 /* ---- pairs ---- */

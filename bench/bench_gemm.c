@@ -181,6 +181,7 @@ int main(int argc, char **argv)
         int kind = 1;
         llmpar_dtype dtype = argc > 7 && strcmp(argv[7], "f32") ? strcmp(argv[7], "bf16") ? LLMPAR_F16 : LLMPAR_BF16 : LLMPAR_F32;
         while (kind < 3 && strcmp(argv[2], kind_names[kind])) kind++;
+        if (strcmp(argv[2], kind_names[kind]) || (argc > 7 && strcmp(argv[7], llmpar_dtype_name(dtype)))) { fprintf(stderr, "bench_gemm: expected nt, nn or tn, and f32, bf16 or f16, got %s %s\n", argv[2], argc > 7 ? argv[7] : ""); return 2; }
         cpu_begin(&cpu, level, argc > 8 ? atoi(argv[8]) : 1);
         against_peak(&results, &cpu, (llmpar_gemm_kind)kind, dtype, atoll(argv[3]), atoll(argv[4]), atoll(argv[5]), argc > 6 ? atoi(argv[6]) : 8, 0);
         llmpar_cpu_destroy(cpu.device);

@@ -265,11 +265,7 @@ static void wrap_comm(llmpar_comm *c)
 static llmpar_status train_sequence(void *user, int64_t index, int32_t *tokens)
 {
     const settings *s = (const settings *)user;
-    uint32_t state = (uint32_t)index * 2654435761u + 12345u;
-    for (int64_t i = 0; i <= s->seq; i++) {
-        state = state * 1664525u + 1013904223u;
-        tokens[i] = (int32_t)((state >> 8) % (uint32_t)s->config.vocab);
-    }
+    bench_tokens(index, s->seq + 1, s->config.vocab, tokens);
     return LLMPAR_OK;
 }
 

@@ -7,7 +7,7 @@
   process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads     portable  beside our own portable kernels
   fsdp     dp-shard 2 beside FSDP2 over gloo, 2 processes of 1 thread     tp   tp 2 beside DTensor over gloo, 2 processes of 1 thread
 
-PYTHON is the interpreter that has PyTorch (default: this one). A peer that is not there, or fails, is skipped by name. Ratios are of neighbours:
+PYTHON is the interpreter that has PyTorch (default: this one). A peer that is not there, or fails, is skipped by name; exit code 1 where ours fails, or nothing could be compared. Ratios are of neighbours:
 median over the rounds of (a peer's seconds / the mean of ours before and after). Memory is the most that the processes of one side were resident with
 at once (VmHWM, added up), their libraries included; ours without the libraries that are not there."""
 import argparse
@@ -131,16 +131,22 @@ def run(options, which, rows):
     if us.ready and alive:
         before = us.step()
         ratios = {side.name: [] for side, _, _ in alive}
-        for _ in range(options.rounds):
+        for _ in range(options.rounds if before else 0):
             theirs = [(side, side.step()) for side, _, _ in alive if side.ready]
             after = us.step()
+            if after is None:
+                break
             for side, seconds in theirs:
                 if seconds is None:
                     side.ready = False
                 else:
                     ratios[side.name].append(2 * seconds / (before + after))
             before = after
-        our_memory = us.memory()
+        if us.failed:
+            print(f"  {us.name}: failed in a step: {us.failed}", flush=True)
+            alive = []
+        else:
+            our_memory = us.memory()
         for side, bar, memory_bar in alive:
             if not side.ready:
                 print(f"  {side.name}: failed in a step: {side.failed}", flush=True)
@@ -160,6 +166,7 @@ def run(options, which, rows):
             print(f"    losses: {side.name} {' '.join(f'{x:.3f}' for x in side.loss[:4])} .., {us.name} {' '.join(f'{x:.3f}' for x in us.loss[:4])} ..", flush=True)
     for side in sides:
         side.end()
+    return us.failed
 
 
 def first_line(command):
@@ -185,7 +192,7 @@ def main():
         program = options.gpu_program if which == "gpu" else "build/bench/train_step"
         if not os.path.exists(os.path.join(ROOT, program)):
             sys.exit(f"bench/peers/run.py: {program} is missing: make {program}")
-    rows = []
+    rows, failed = [], False
     version = "none"
     if have_torch():
         version = first_line([os.environ.get("PYTHON", sys.executable), "-c", "import torch; print(torch.__version__)"])
@@ -193,7 +200,7 @@ def main():
     for which in options.groups.split(","):
         if which not in ("gpu", "process", "fsdp", "tp", "portable"):
             sys.exit(f"bench/peers/run.py: --groups: expected gpu, process, fsdp, tp, portable, got {which}")
-        run(options, which, rows)
+        failed = run(options, which, rows) is not None or failed
     if options.json:
         with open("/proc/cpuinfo") as f:
             processor = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "?")
@@ -201,6 +208,7 @@ def main():
             head = {"part": "peers", "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "processor": processor, "cores": CORES, "pytorch": version,
                     "commit": first_line(["git", "describe", "--always", "--dirty", "--abbrev=12"]), "command": " ".join(sys.argv)}
             f.write(json.dumps(head, indent=0)[:-2] + ',\n"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n]\n}\n")
+    sys.exit(failed or not rows)
 
 
 main()
