@@ -227,6 +227,10 @@ TEST(bad_descs)
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "pin = 3");
     desc.pin = LLMPAR_PIN_DEFAULT;
+    desc.transport = (llmpar_transport)4;
+    CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
+    CHECK_TEXT(error.text, "transport = 4");
+    desc.transport = LLMPAR_TRANSPORT_THREADS;
     desc.deadline = 0.0 / (desc.threads * 1.0);
     CHECK_STATUS(llmpar_launch(&desc, nothing, &called, &error), LLMPAR_ERR_ARGUMENT);
     CHECK_TEXT(error.text, "the deadline is not a number");
@@ -366,4 +370,53 @@ TEST(nested_launch)
     CHECK_OK(llmpar_launch(&desc, nested, NULL, NULL));
 }
 
-TEST_LIST(T_(threads_and_places), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+/* Who makes something without a desc is told so, and gets nothing. */
+#define REFUSED(call, object, says) do { llmpar_error_clear(&ctx->error); CHECK_STATUS(call, LLMPAR_ERR_ARGUMENT); CHECK_TEXT(ctx->error.text, says); CHECK(!(object)); } while (0)
+static llmpar_status without_descs(llmpar_ctx *ctx, void *user)
+{
+    llmpar_mesh_desc mesh_desc = { .tp = 1 };
+    llmpar_llama_desc model_desc = { .preset = "tiny" };
+    llmpar_trainer_desc trainer_desc = { .seq_len = 8 };
+    llmpar_mesh *mesh = NULL, *no_mesh = (llmpar_mesh *)ctx;
+    llmpar_llama *model = NULL, *no_model = (llmpar_llama *)ctx;
+    llmpar_trainer *trainer = NULL, *no_trainer = (llmpar_trainer *)ctx;
+    llmpar_fsdp *fsdp, *no_fsdp = (llmpar_fsdp *)ctx;
+    llmpar_optim *no_optim = (llmpar_optim *)ctx;
+    llmpar_checkpoint *no_checkpoint = (llmpar_checkpoint *)ctx;
+    llmpar_schedule *no_schedule = (llmpar_schedule *)ctx;
+    llmpar_threads_world *no_world = (llmpar_threads_world *)ctx;
+    llmpar_memory memory;
+    llmpar_data data;
+    int32_t units, ids[4], count = 1;
+    (void)user;
+    CHECK_OK(llmpar_mesh_create(ctx, &mesh_desc, &mesh));
+    CHECK_OK(llmpar_llama_create(ctx, &model_desc, &model));
+    CHECK_OK(llmpar_parallelize(mesh, model, &trainer_desc, &trainer));
+    if (!trainer) return ctx->error.status;
+    fsdp = llmpar_trainer_fsdp(trainer);
+    const llmpar_unit *unit = llmpar_llama_units(model, &units);
+    REFUSED(llmpar_mesh_create(ctx, NULL, &no_mesh), no_mesh, "mesh: no desc");
+    REFUSED(llmpar_llama_create(ctx, NULL, &no_model), no_model, "llama: expected exactly one of preset and config");
+    REFUSED(llmpar_llama_apply(model, ctx->comm, NULL), 0, "llama: no desc");
+    REFUSED(llmpar_parallelize(mesh, model, NULL, &no_trainer), no_trainer, "trainer: no desc");
+    REFUSED(llmpar_plan_memory(mesh, model, NULL, &memory, NULL), memory.step.peak_total, "plan: no desc");
+    REFUSED(llmpar_fsdp_create(mesh, unit, units, NULL, &no_fsdp), no_fsdp, "fsdp: no desc");
+    REFUSED(llmpar_optim_create(fsdp, NULL, &no_optim), no_optim, "optim: no desc");
+    REFUSED(llmpar_checkpoint_create(fsdp, NULL, NULL, &no_checkpoint), no_checkpoint, "checkpoint: no desc");
+    REFUSED(llmpar_llama_generate(model, fsdp, NULL, ids, &count), count, "generation: no desc");
+    REFUSED(llmpar_schedule_create(&ctx->heap, unit, units, NULL, &no_schedule, &ctx->error), no_schedule, "schedule: no policy");
+    REFUSED(llmpar_threads_world_create(&ctx->heap, NULL, &no_world, &ctx->error), no_world, "threads: no desc");
+    REFUSED(llmpar_data_init(NULL, &data, &ctx->error), data.windows, "data: no desc");
+    llmpar_error_clear(&ctx->error);
+    llmpar_trainer_destroy(trainer);
+    llmpar_llama_destroy(model);
+    llmpar_mesh_destroy(mesh);
+    return LLMPAR_OK;
+}
+TEST(no_descs)
+{
+    llmpar_launch_desc desc = { .check = test_no_leak };
+    CHECK_OK(llmpar_launch(&desc, without_descs, NULL, NULL));
+}
+
+TEST_LIST(T_(no_descs), T_(threads_and_places), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))

@@ -351,7 +351,8 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
 {
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
-    if (unit_count < 1) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units, expected at least 1", (int)unit_count);
+    if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: no desc");
+    if (unit_count < 1 || !units) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "fsdp: %d units%s, expected at least 1", (int)unit_count, units ? "" : " at NULL");
     llmpar_fsdp *fsdp = (llmpar_fsdp *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *fsdp);
     if (!fsdp) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory");
     fsdp->ctx = ctx;

@@ -549,8 +549,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__policy_check(const llmpar_unit *units,
 
 LLMPAR_DEF llmpar_status llmpar_schedule_create(llmpar_heap *heap, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_schedule **out, llmpar_error *error)
 {
-    llmpar_policy resolved = *policy;
     *out = NULL;
+    if (!policy) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "schedule: no policy");
+    llmpar_policy resolved = *policy;
     llmpar__policy_resolve(&resolved);
     llmpar_status status = llmpar__policy_check(units, unit_count, &resolved, error);
     if (status) return status;

@@ -69,6 +69,7 @@ static void llmpar__mesh_name_thread(const llmpar_mesh *mesh)
 LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_desc *given, llmpar_mesh **out)
 {
     *out = NULL;
+    if (!given) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "mesh: no desc, expected degrees (0: 1)");
     llmpar_mesh_desc desc = *given;
     llmpar_error error;
     llmpar_error_clear(&error);

@@ -97,7 +97,7 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__llama_home(const llmpar_llama *model, int32_
 LLMPAR_DEF llmpar_status llmpar_llama_create(llmpar_ctx *ctx, const llmpar_llama_desc *desc, llmpar_llama **out)
 {
     *out = NULL;
-    if (!desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
+    if (!desc || !desc->preset == !desc->config) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "llama: expected exactly one of preset and config");
     llmpar_llama_config config;
     llmpar_error error;
     llmpar_error_clear(&error);
@@ -288,6 +288,7 @@ static llmpar_status llmpar__llama_again(const llmpar_llama *model, const llmpar
 LLMPAR_DEF llmpar_status llmpar_llama_apply(llmpar_llama *model, llmpar_comm *tp, const llmpar_llama_apply_desc *desc)
 {
     const llmpar_llama_config *c = &model->config;
+    if (!desc) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: no desc of what it is applied to");
     if (model->applied) return llmpar__llama_again(model, tp, desc);
     if (desc->positions < 1) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "llama: positions = %lld, expected at least 1", (long long)desc->positions);
     if (c->sliding_window && desc->positions > c->sliding_window)

@@ -139,8 +139,9 @@ static llmpar_status llmpar__optim_update(void *state, const llmpar_update *upda
 LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_optim_desc *desc, llmpar_optim **out)
 {
     llmpar_ctx *ctx = llmpar_fsdp_mesh(fsdp)->ctx;
-    llmpar_optim_desc resolved = *desc;
     *out = NULL;
+    if (!desc) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "optim: no desc");
+    llmpar_optim_desc resolved = *desc;
     llmpar_optim_desc_resolve(&resolved);
     llmpar_error error;
     llmpar_error_clear(&error);

@@ -318,10 +318,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
 
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
 {
-    llmpar_trainer_desc resolved = *desc;
     llmpar__recipe_blocks blocks;
     llmpar_error error;
     *out = NULL;
+    if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "trainer: no desc");
+    llmpar_trainer_desc resolved = *desc;
     llmpar_error_clear(&error);
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);

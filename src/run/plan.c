@@ -213,11 +213,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
 
 LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
 {
-    llmpar_trainer_desc resolved = *desc;
     llmpar__recipe_blocks blocks;
     llmpar_error wrong;
     llmpar_error_clear(&wrong);
     memset(out, 0, sizeof *out);
+    if (!desc) return llmpar_fail(mesh->ctx, LLMPAR_ERR_ARGUMENT, "plan: no desc");
+    llmpar_trainer_desc resolved = *desc;
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &wrong);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", wrong.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);

@@ -10,10 +10,11 @@ static const char llmpar__data_phase_name[] = "data.phase", llmpar__data_order_n
 
 LLMPAR_DEF llmpar_status llmpar_data_init(const llmpar_data_desc *desc, llmpar_data *out, llmpar_error *error)
 {
+    memset(out, 0, sizeof *out);
+    if (!desc) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "data: no desc");
     const char *name = desc->name ? desc->name : "data";
     double share = desc->no_held_out ? 0 : desc->held_out == 0 ? 0.05 : desc->held_out;
     int64_t count = (int64_t)desc->count, t = desc->seq_len;
-    memset(out, 0, sizeof *out);
     if (desc->count == 0) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: no data: the text has 0 bytes", name);
     if (!desc->bytes) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: bytes is NULL, expected %zu bytes", name, desc->count);
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: %zu bytes, expected less than 2^63", name, desc->count);
