@@ -21,7 +21,8 @@ enum { DEVICE_OPTION = 258 };
     "device (docs/gpu.md)\n" \
     "  --device cpu|cuda   what ranks compute with; cuda: a program built with CUDA (make build/NAME_cuda). Rank N of a machine takes\n" \
     "                      GPU N modulo its GPUs (default cpu)\n" \
-    "  --cuda-mode exact|fast   exact: the same bits on every mesh (default); fast: products of the vendor's library\n" \
+    "  --cuda-mode exact|fast   exact: the same bits on every mesh (default); fast: products of the vendor's library, and with --comm nccl\n" \
+    "                      sums in NCCL's own order\n" \
     "  --tf32              f32 products in TF32; with --cuda-mode fast\n" \
     "  --cudnn             attention of cuDNN, where built with it; with --cuda-mode fast\n" \
     "  --comm threads|nccl   what GPUs talk through: rank threads, which may share a GPU (default), or NCCL, a GPU each. With nccl, where RANK\n" \
@@ -32,6 +33,9 @@ typedef struct device_settings {
     llmpar_backend backend;
 #ifdef LLMPAR_USE_CUDA
     llmpar_cuda_desc desc;
+#endif
+#ifdef LLMPAR_USE_NCCL
+    llmpar_nccl_desc comm;
 #endif
 } device_settings;
 
@@ -86,7 +90,9 @@ __attribute__((unused)) static void device_launch(device_settings *d, llmpar_lau
 #endif
 #ifdef LLMPAR_USE_NCCL
     if (d->nccl) {
-        llmpar_nccl_backend(NULL, &d->backend);
+        memset(&d->comm, 0, sizeof d->comm);
+        d->comm.fast = d->mode == 2;
+        llmpar_nccl_backend(&d->comm, &d->backend);
         if (getenv("RANK") && getenv("WORLD_SIZE")) launch->transport = LLMPAR_TRANSPORT_ENVIRONMENT;
     }
 #endif
