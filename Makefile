@@ -297,7 +297,7 @@ test-cuda-asan:
 test-cuda-tsan:
 	@tests/need.sh -fsanitize=thread gcc -- $(MAKE) --no-print-directory run-emulated_tsan TEST='$(or $(TEST),test_emulation $(filter $(CUDA_SUITE),$(basename $(notdir $(shell grep -lE 'launch' tests/test_cuda_*.c)))))'
 
-# The NCCL communicator on a stand-in for NCCL between rank threads. $(1) name, $(2) flags, $(3) llmpar.h as an object
+# The NCCL communicator on a stand-in for NCCL between rank threads; test_nccl_processes: on one between processes. $(1) name, $(2) flags, $(3) llmpar.h as an object
 NCCL_SUITE := $(filter test_nccl%,$(or $(TEST),$(patsubst tests/%.c,%,$(wildcard tests/test_nccl*.c))))
 NCCL_FLAGS = -Wall -Wextra -Wshadow -Wundef -D_GNU_SOURCE -Ibuild/dev -Itests -Itests/fake_nccl
 define nccl
@@ -305,11 +305,14 @@ build/$(1)/llmpar_nccl.o: build/dev/llmpar_nccl.h build/dev/llmpar.h tests/fake_
 	@mkdir -p $$(@D)
 	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -DLLMPAR_NCCL_IMPLEMENTATION -x c -c $$< -o $$@
 
-build/$(1)/fake_nccl.o: tests/fake_nccl.c tests/fake_nccl.h tests/fake_nccl/nccl.h
+build/$(1)/fake_nccl.o build/$(1)/fake_nccl_processes.o: build/$(1)/%.o: tests/%.c tests/fake_nccl.h tests/fake_nccl/nccl.h
 	@mkdir -p $$(@D)
 	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -c $$< -o $$@
 
-build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_nccl.o build/$(1)/fake_nccl.o $(3)
+build/$(1)/test_nccl_processes: build/$(1)/fake_nccl_processes.o
+$(filter-out build/$(1)/test_nccl_processes,$(NCCL_SUITE:%=build/$(1)/%)): build/$(1)/fake_nccl.o
+build/$(1)/test_nccl_options: build/dev/llmpar_cuda.h
+build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_nccl.o $(3)
 	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -MMD -MP -MF $$@.d $$(filter %.c %.o %.a,$$^) -o $$@ $(LDLIBS)
 
 build-$(1): $(NCCL_SUITE:%=build/$(1)/%)
@@ -335,14 +338,17 @@ check-nccl: build/dev/llmpar_nccl.h build/dev/llmpar.h $(CUDA_LIB)
 	LD_LIBRARY_PATH=$(NCCL_HOME)/lib:$(cuda_home)lib64 build/nccl/$$o || exit 1; done; \
 	echo "llmpar_nccl.h: compiles with $(NCCL_HOME)/include/nccl.h as C99 and C++11, and links"
 
-# The CUDA device, emulated, with the NCCL communicator: rank threads.
-build/nccl/real_nccl: tests/real_nccl.c build/nccl/llmpar_nccl.o build/nccl/fake_nccl.o build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB)
+# The CUDA device, emulated, with the NCCL communicator: rank threads; processes, by their environment.
+build/nccl/real_nccl: build/nccl/fake_nccl.o
+build/nccl/real_nccl_processes: build/nccl/fake_nccl_processes.o
+build/nccl/real_nccl build/nccl/real_nccl_processes: tests/real_nccl.c build/nccl/llmpar_nccl.o build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB)
 	@$(CC) -O1 -g -D_GNU_SOURCE -Wall -Wextra -MMD -MP -MF $@.d -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
 
 test-nccl: run-nccl $(if $(TEST),,run-nccl-cuda)
 run-nccl-cuda: run-nccl
-	@$(MAKE) --no-print-directory build/nccl/real_nccl
+	@$(MAKE) --no-print-directory build/nccl/real_nccl build/nccl/real_nccl_processes
 	@for n in 1 2 4; do printf 'real_nccl, emulated, %d rank threads: ' $$n; build/nccl/real_nccl --threads $$n || exit 1; done
+	@printf 'real_nccl, emulated, 2 processes: '; build/nccl/real_nccl_processes --processes 2
 test-nccl-asan:
 	@tests/need.sh -fsanitize=address,undefined gcc -- $(MAKE) --no-print-directory run-nccl_asan
 test-nccl-tsan:
@@ -394,8 +400,11 @@ run-check-cuda: build/dev/llmpar_cuda.h build/dev/llmpar.h build/plain/llmpar.o
 
 # 1, 2 and 4 processes, a sample of the faults; test-mpi-full: 8 processes, both MPIs, every fault, five minutes of random delays.
 MPI_PROGRAMS = test_mpi test_mpi_errors test_mpi_life test_mpi_fault test_exact
-build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/train_llama
+build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/test_nccl_processes build/mpi/train_llama
 build-mpich-programs: $(MPI_PROGRAMS:%=build/mpich/%)
+# Ranks that meet through MPI and then have NCCL's stand-in between them.
+build/mpi/test_nccl_processes: tests/test_nccl_processes.c build/nccl/llmpar_nccl.o build/nccl/fake_nccl_processes.o build/mpi/llmpar.o $(wildcard tests/*.h)
+	@$(MPICC) -DLLMPAR_USE_MPI -O1 -g $(NCCL_FLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 build/mpi/train_llama: examples/train_llama.c build/mpi/llmpar.o
 	@$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -Ibuild/dev -Iexamples $^ -o $@ $(LDLIBS)
 test-mpi:

@@ -109,12 +109,14 @@ for case in own single abroad; do program openmpi 2 test_mpi_life $case; done
 train
 if [ "$full" != full ]; then
     for n in 1 2 4; do program openmpi $n test_mpi; program openmpi $n test_mpi_errors; done
+    program openmpi 3 test_nccl_processes
     for n in 1 2 4; do LLMPAR_TEST_QUICK=1 program openmpi $n test_exact matrix; done
     faults openmpi "error 5" "exit 8" "kill 22" "stop 17" "loop 13"
     soak openmpi 8 build/mpi
 else
     export LLMPAR_TEST_FULL=1
     for n in 1 2 3 4 5 6 7 8; do program openmpi $n test_mpi; program openmpi $n test_mpi_errors; done
+    for n in 2 3 4; do program openmpi $n test_nccl_processes; done
     for n in 1 2 4; do LLMPAR_TEST_FULL= program openmpi $n test_exact; done
     LLMPAR_TEST_FULL= LLMPAR_TEST_QUICK=1 program openmpi 8 test_exact
     for case in own single abroad; do program mpich 2 test_mpi_life $case; done

@@ -65,7 +65,7 @@ build()
     $make $jobs -k build-header ${full:+build-cxx build-separate} SUITE="$some" >>build/check/make.log 2>&1
     $make $jobs -k build-tsan SUITE="$raced" >>build/check/make.log 2>&1
     ! command -v g++ >/dev/null || $make $jobs -k build-emulated build/emulated/gpu_ops >>build/check/make.log 2>&1
-    ! command -v g++ >/dev/null || $make $jobs -k build-nccl build/nccl/real_nccl >>build/check/make.log 2>&1
+    ! command -v g++ >/dev/null || $make $jobs -k build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes >>build/check/make.log 2>&1
     ! grep -A 6 'warning:' build/check/make.log
 }
 phase build build

@@ -1,0 +1,269 @@
+/* The NCCL communicator between processes, on a stand-in for NCCL: collectives and splits, a rank that fails, ranks that do not agree or do not come, one that is killed or stopped; and the end, in order or not.
+   The processes are forked here and launched by their environment, as by torchrun; compiled with LLMPAR_USE_MPI they are mpirun's, and meet through MPI. */
+#include "collectives.h"
+#include "nccl_rig.h"
+
+#include <arpa/inet.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { MOST = 4 };
+
+/* How it ended for each rank: of another process only where the memory is shared. */
+typedef struct outcome { int there; llmpar_status status; llmpar_error error; double seconds; long pid; } outcome;
+static outcome *seen;
+
+static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user)
+{
+    llmpar_backend backend;
+    outcome *o = &seen[rank];
+    rig_backend(nccl, &backend);
+    llmpar_launch_desc desc = { .transport = transport, .backend = &backend, .check = test_no_leak, .log = rig_log, .threads = 1, .deadline = 20 };
+    double begin = test_clock();
+    rig_logged[0] = 0;
+    o->status = llmpar_launch(&desc, fn, user, &o->error);
+    o->seconds = test_clock() - begin;
+    CHECK_INT(fake_nccl.comms, 0);
+    CHECK_INT(fake_nccl.blocks, 0);
+    CHECK_INT(fake_nccl.overlaps, 0);
+    CHECK_INT(fake_nccl.mismatches, 0);
+    o->there = 1;
+}
+
+#ifdef LLMPAR_USE_MPI
+
+static int world_of(int ranks) { return (void)ranks, test_world; }
+static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user)
+{
+    static outcome own[64];
+    (void)ranks;
+    seen = own;
+    memset(own, 0, sizeof own);
+    take_part(LLMPAR_TRANSPORT_MPI, test_rank, nccl, fn, user);
+}
+
+#else
+
+static int missing = -1; /* a rank that nobody starts */
+
+static int world_of(int ranks) { return ranks; }
+
+static int free_port(void)
+{
+    struct sockaddr_in a;
+    socklen_t length = sizeof a;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&a, 0, sizeof a);
+    a.sin_family = AF_INET;
+    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(fd, (struct sockaddr *)&a, sizeof a) || getsockname(fd, (struct sockaddr *)&a, &length)) a.sin_port = 0;
+    close(fd);
+    return ntohs(a.sin_port);
+}
+
+static void variable(const char *name, int value)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%d", value);
+    setenv(name, text, 1);
+}
+
+/* fn on as many processes; who is stopped is killed when the others have ended. */
+static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user)
+{
+    pid_t child[MOST];
+    int port = free_port(), running = 0;
+    if (!seen) seen = (outcome *)mmap(NULL, MOST * sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    memset(seen, 0, MOST * sizeof *seen);
+    fflush(NULL);
+    for (int r = 0; r < ranks; r++) {
+        child[r] = r == missing ? -1 : fork();
+        running += child[r] > 0;
+        seen[r].pid = child[r] > 0 ? (long)child[r] : seen[r].pid;
+        if (child[r]) continue;
+        alarm(60); /* whoever hangs ends */
+        variable("RANK", r);
+        variable("WORLD_SIZE", ranks);
+        variable("LOCAL_RANK", r);
+        variable("LOCAL_WORLD_SIZE", ranks);
+        setenv("MASTER_ADDR", "127.0.0.1", 1);
+        variable("MASTER_PORT", port);
+        test_failures = 0;
+        take_part(LLMPAR_TRANSPORT_ENVIRONMENT, r, nccl, fn, user);
+        fflush(NULL);
+        _exit(test_failures != 0);
+    }
+    while (running > 0) {
+        int status = 0, stopped = 0;
+        for (int r = 0; r < ranks; r++) {
+            if (child[r] <= 0 || waitpid(child[r], &status, WNOHANG | WUNTRACED) != child[r]) continue;
+            if (WIFSTOPPED(status)) continue;
+            if (seen[r].there > 0 && status) TEST_FAIL("rank %d ended with %d", r, status);
+            child[r] = -1;
+            running--;
+        }
+        for (int r = 0; r < ranks; r++) stopped += child[r] > 0 && __atomic_load_n(&seen[r].there, __ATOMIC_SEQ_CST) < 0;
+        for (int r = 0; r < ranks; r++)
+            if (stopped == running && child[r] > 0) kill(child[r], SIGKILL);
+        test_sleep(0.002);
+    }
+}
+
+#endif
+
+static float floats[4096];
+static llmpar_status sum(llmpar_ctx *ctx, const char *tag)
+{
+    llmpar_collective call = { .send = floats, .recv = floats, .count = 10, .dtype = LLMPAR_F32, .tag = tag };
+    return llmpar_all_reduce(ctx->comm, NULL, &call);
+}
+
+/* Every rank that could say so says this of the job; culprit -1: all fail, each by itself. */
+static void all_say(int ranks, llmpar_status status, int culprit, const char *text)
+{
+    int said = 0;
+    for (int r = 0; r < ranks; r++) {
+        const outcome *o = &seen[r];
+        if (o->there <= 0) continue;
+        said++;
+        CHECK_STATUS(o->status, status);
+        if (culprit >= 0) CHECK_INT(o->error.rank, culprit);
+        if (status) CHECK_TEXT(o->error.text, text);
+        if (o->seconds > 10) TEST_FAIL("rank %d heard of it after %g s", r, o->seconds);
+    }
+    CHECK(said > 0);
+#ifndef LLMPAR_USE_MPI
+    for (int r = 0; r < ranks; r++)
+        if (seen[r].there == 0 && r != culprit && r != missing) TEST_FAIL("rank %d has not come back", r);
+#endif
+}
+
+/* ---- in order ---- */
+
+static llmpar_status values(llmpar_ctx *ctx, void *user)
+{
+    (void)user;
+#ifdef LLMPAR_USE_MPI
+    CHECK(ctx->host_comm != NULL && !ctx->meeting);
+#else
+    CHECK(ctx->host_comm == NULL && ctx->meeting);
+    CHECK_INT(ctx->local_rank, ctx->rank);
+#endif
+    llmpar_status st = collectives_check(ctx->comm, 64);
+    sample large = { 100003, 1, LLMPAR_F32, LLMPAR_SUM, 0, NULL, 0 }; /* more than the processes can have under way */
+    if (!st) st = one_sample(ctx->comm, &large);
+    return st ? st : collectives_splits(ctx, NULL);
+}
+TEST(values_of_processes)
+{
+    for (int ranks = 2; ranks <= 3; ranks++) {
+        run(ranks, NULL, values, NULL);
+        all_say(world_of(ranks), LLMPAR_OK, -1, "");
+    }
+}
+
+/* The last ones are waited for: who is done first does not take the others' connection away. */
+static llmpar_status one_after_the_other(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    test_sleep(0.2 * (*(int *)user ? ctx->rank : ctx->world - 1 - ctx->rank));
+    return st;
+}
+TEST(the_end)
+{
+    for (int upwards = 0; upwards < 2; upwards++) {
+        run(3, NULL, one_after_the_other, &upwards);
+        all_say(world_of(3), LLMPAR_OK, -1, "");
+    }
+}
+
+/* ---- failures ---- */
+
+static llmpar_status fails(llmpar_ctx *ctx, void *user)
+{
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == *(int *)user) return st ? st : llmpar_fail(ctx, LLMPAR_ERR_IO, "the disk is full");
+    for (int i = 0; i < 50 && !st; i++) st = sum(ctx, "next");
+    return st;
+}
+TEST(a_rank_fails)
+{
+    for (int who = 0; who < 2; who++) {
+        run(3, NULL, fails, &who);
+        all_say(world_of(3), LLMPAR_ERR_IO, who, "the disk is full");
+    }
+}
+
+static llmpar_status otherwise(const llmpar_nccl_desc *given, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    llmpar_nccl_desc desc;
+    memset(&desc, 0, sizeof desc);
+    (void)given;
+    if (ctx->rank == 1) desc.slice = 4096;
+    return llmpar_nccl_comm_create(ctx, device, &desc, out);
+}
+TEST(ranks_that_do_not_agree)
+{
+    int nobody = -1;
+    rig_comm = otherwise;
+    run(2, NULL, fails, &nobody);
+    rig_comm = NULL;
+    all_say(world_of(2), LLMPAR_ERR_MISMATCH, -1, "slice 4096");
+}
+
+#ifndef LLMPAR_USE_MPI
+
+TEST(a_rank_does_not_come)
+{
+    llmpar_nccl_desc desc = { .deadline = 1 };
+    int nobody = -1;
+    missing = 2;
+    run(3, &desc, fails, &nobody);
+    all_say(3, LLMPAR_ERR_TIMEOUT, -1, "rank 0 waited 1 s for ranks 2");
+    missing = 0;
+    run(2, &desc, fails, &nobody);
+    all_say(2, LLMPAR_ERR_TIMEOUT, -1, "rank 0 was not to be found at 127.0.0.1");
+    missing = -1;
+}
+
+typedef struct end { int who, by; } end;
+static llmpar_status ends(llmpar_ctx *ctx, void *user)
+{
+    const end *e = (const end *)user;
+    llmpar_status st = sum(ctx, "first");
+    if (ctx->rank == e->who && !st) {
+        __atomic_store_n(&seen[ctx->rank].there, -1, __ATOMIC_SEQ_CST);
+        raise(e->by);
+    }
+    return st ? st : sum(ctx, "second");
+}
+TEST(a_process_is_killed)
+{
+    for (int who = 0; who < 3; who++) {
+        end e = { who, SIGKILL };
+        char want[160], host[64];
+        run(3, NULL, ends, &e);
+        gethostname(host, sizeof host);
+        host[63] = 0;
+        snprintf(want, sizeof want, "rank %d (%s, pid %ld) died: its connection broke without a farewell", who, host, seen[who].pid);
+        all_say(3, LLMPAR_ERR_TIMEOUT, who, want);
+    }
+}
+TEST(a_process_is_stopped)
+{
+    llmpar_nccl_desc desc = { .silence = 1.5 };
+    end e = { 1, SIGSTOP };
+    run(3, &desc, ends, &e);
+    all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
+}
+
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_does_not_come), T_(a_process_is_killed), T_(a_process_is_stopped))
+
+#else
+
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree))
+
+#endif
