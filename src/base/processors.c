@@ -79,7 +79,8 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__processors_cores(const llmpar__processors *s
     return cores ? cores : set->count;
 }
 
-LLMPAR__PRIVATE_DEF int32_t llmpar__processors_quota(void)
+/* Processors that the control group's quota of time amounts to, rounded up; INT32_MAX: there is none. */
+static int32_t llmpar__processors_quota(void)
 {
     char text[64];
     const char *at = text;
@@ -88,6 +89,12 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__processors_quota(void)
     if (quota <= 0 || *at++ != ' ') return INT32_MAX;
     long period = llmpar__processors_number(&at);
     return period > 0 ? (int32_t)((quota + period - 1) / period) : INT32_MAX;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__processors_share(int32_t cores, int32_t users)
+{
+    int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
+    return usable < users ? 1 : usable / users;
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)

@@ -16,8 +16,8 @@ typedef struct llmpar__processors {
 LLMPAR__PRIVATE void llmpar__processors_allowed(llmpar__processors *out);
 /* Their cores: a core that runs several threads at once has one set of arithmetic units. order[count] (may be NULL): one processor of each core first, then the others. */
 LLMPAR__PRIVATE int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order);
-/* Processors that the control group's quota of time amounts to, rounded up; INT32_MAX: there is none. */
-LLMPAR__PRIVATE int32_t llmpar__processors_quota(void);
+/* Threads for each of `users` that share so many cores, and no more than the control group's quota of time amounts to; at least 1. */
+LLMPAR__PRIVATE int32_t llmpar__processors_share(int32_t cores, int32_t users);
 /* The calling thread runs on these only: 1. 0: the system cannot, or will not. */
 LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
 LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);

@@ -396,10 +396,8 @@ static void llmpar__mpi_neighbours(llmpar_mpi_world *world)
         processors = 0;
         for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) processors += __builtin_popcountll((unsigned long long)all.mask[i]);
     }
-    if (llmpar__processors_quota() < cores) cores = llmpar__processors_quota();
     world->crowded = here > processors;
-    world->threads = memcmp(mine.mask, all.mask, sizeof mine.mask) ? cores : cores / here;
-    if (world->threads < 1) world->threads = 1;
+    world->threads = llmpar__processors_share(cores, memcmp(mine.mask, all.mask, sizeof mine.mask) ? 1 : here);
 }
 
 static void llmpar__mpi_free(llmpar_mpi_world *world)

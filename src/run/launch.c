@@ -154,10 +154,8 @@ static void llmpar__launch_run(llmpar__launch_rank *self)
     if (!st) st = llmpar__launch_agree(ctx);
     if (!st) st = job->fn(ctx, job->user);
     if (st) {
-        llmpar_error error = ctx->error;
-        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
-        error.rank = ctx->rank;
-        error.status = st;
+        llmpar_error error;
+        llmpar__launch_failure(ctx, st, &error);
         int root = llmpar__launch_root(ctx, job->desc.backend, &error);
         llmpar_threads_world_fail(job->world, &error);
         if (!root) llmpar__launch_abort(ctx, &error);
@@ -192,10 +190,7 @@ static llmpar_status llmpar__launch_places(llmpar__launch_job *job, llmpar_error
     int32_t *order = (int32_t *)llmpar_heap_alloc(&job->heap, (size_t)allowed.count, sizeof *order);
     if (!order) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "launch: out of memory for the list of processors");
     int32_t cores = llmpar__processors_cores(&allowed, order);
-    if (!desc->threads) {
-        int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
-        desc->threads = desc->lockstep || usable < desc->ranks ? 1 : usable / desc->ranks;
-    }
+    if (!desc->threads) desc->threads = desc->lockstep ? 1 : llmpar__processors_share(cores, desc->ranks);
     int64_t all = (int64_t)desc->threads * desc->ranks;
     job->crowded = all > allowed.count;
     if (job->crowded || desc->lockstep || desc->pin == LLMPAR_PIN_OFF || !allowed.mask_known || (desc->pin == LLMPAR_PIN_DEFAULT && all != cores && all != allowed.count)) llmpar_heap_free(&job->heap, order);
@@ -232,6 +227,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     if (!desc->record || !desc->record[0]) desc->record = getenv("LLMPAR_RECORD");
     if (desc->record && !desc->record[0]) desc->record = NULL;
     if (desc->record && strlen(desc->record) > LLMPAR__LAUNCH_PATH) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: record: a path of %lu bytes, expected at most %d", (unsigned long)strlen(desc->record), LLMPAR__LAUNCH_PATH);
+    if ((int)desc->transport < (int)LLMPAR_TRANSPORT_DEFAULT || (int)desc->transport > (int)LLMPAR_TRANSPORT_ENVIRONMENT)
+        return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: transport = %d, expected 0 (default), 1 (threads), 2 (MPI) or 3 (environment)", (int)desc->transport);
     if ((int)desc->pin < (int)LLMPAR_PIN_DEFAULT || (int)desc->pin > (int)LLMPAR_PIN_OFF) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "launch: pin = %d, expected 0 (default), 1 (on) or 2 (off)", (int)desc->pin);
     if (!desc->log) desc->log = llmpar__launch_log;
     llmpar_status st = llmpar__launch_backend_check(desc->backend, error);

@@ -1,6 +1,6 @@
 /* launch_environment: this process as one rank of a job that torchrun or a like launcher has started, on the caller's thread:
      RANK, WORLD_SIZE .. -> heap, CPU device -> the backend's device and communicator -> agreement -> fn -> failure told through the communicator -> all have ended, or one has failed -> all destroyed
-   Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. */
+   Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. And what the environment says to any process: which of its machine's ranks is it? */
 #include "run/launch_internal.h"
 
 #include <stdint.h>
@@ -11,6 +11,35 @@
 #include "base/processors_internal.h"
 
 #define LLMPAR__LAUNCH_MEETING 264
+
+/* ---- what launchers put into the environment ---- */
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_variable(const char *name, int32_t least, int32_t most, int32_t *out, llmpar_error *error)
+{
+    const char *text = getenv(name);
+    int64_t value = 0;
+    size_t digits = 0;
+    if (!text) return 0;
+    while (digits < 10 && text[digits] >= '0' && text[digits] <= '9') value = value * 10 + (text[digits++] - '0');
+    if (!digits || text[digits] || value < least || value > most) {
+        llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
+        return -1;
+    }
+    *out = (int32_t)value;
+    return 1;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__launch_local(int32_t *out, llmpar_error *error)
+{
+    static const char *const names[] = { "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        int there = llmpar__launch_variable(names[i], 0, INT32_MAX, out, error);
+        if (there) return there;
+    }
+    return 0;
+}
+
+/* ---- a rank of the environment ---- */
 
 /* The rank's place by the environment, strictly. */
 static llmpar_status llmpar__launch_place(llmpar_ctx *ctx, const llmpar_launch_desc *desc, int32_t *locals, llmpar_error *error)
@@ -83,9 +112,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
     ctx.meeting = meeting[0] ? meeting : NULL;
     llmpar__processors allowed;
     llmpar__processors_allowed(&allowed);
-    int32_t quota = llmpar__processors_quota(), cores = llmpar__processors_cores(&allowed, NULL);
-    if (quota < cores) cores = quota;
-    cpu.threads = desc.threads ? desc.threads : cores > locals ? cores / locals : 1;
+    cpu.threads = desc.threads ? desc.threads : llmpar__processors_share(llmpar__processors_cores(&allowed, NULL), locals);
     cpu.crowded = (int64_t)cpu.threads * locals > allowed.count;
     cpu.level = level;
 
@@ -95,10 +122,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
     if (!st) st = llmpar__launch_agree(&ctx);
     if (!st) st = fn(&ctx, user);
     if (st) {
-        *error = ctx.error;
-        if (error->status == LLMPAR_OK) llmpar_error_set(error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
-        error->rank = ctx.rank;
-        error->status = st;
+        llmpar__launch_failure(&ctx, st, error);
         if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(&ctx, error);
         llmpar__launch_dump(desc.record, &ctx);
     }

@@ -6,8 +6,6 @@
                 host can touch */
 #include "run/launch_internal.h"
 
-#include <limits.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "tables/device.h"
@@ -86,6 +84,14 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_back
     ctx->device = ctx->host = NULL;
 }
 
+LLMPAR__PRIVATE_DEF void llmpar__launch_failure(const llmpar_ctx *ctx, llmpar_status st, llmpar_error *error)
+{
+    *error = ctx->error;
+    if (error->status == LLMPAR_OK) llmpar_error_set(error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
+    error->rank = ctx->rank;
+    error->status = st;
+}
+
 LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error)
 {
     if (ctx->comm && ctx->comm != ctx->host_comm && ctx->comm->size >= LLMPAR__LAUNCH_END(llmpar_comm, abort) && ctx->comm->abort) ctx->comm->abort(ctx->comm, error);
@@ -94,7 +100,7 @@ LLMPAR__PRIVATE_DEF void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_erro
 LLMPAR__PRIVATE_DEF int llmpar__launch_root(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_error *error)
 {
     llmpar_error root;
-    if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || backend->size < LLMPAR__LAUNCH_END(llmpar_backend, comm_finish) || !backend->comm_finish) return 0;
+    if (error->status != LLMPAR_ERR_PEER || !ctx->comm || ctx->comm == ctx->host_comm || !backend || !backend->comm_finish) return 0;
     llmpar_error_clear(&root);
     backend->comm_finish(backend->comm_user, ctx->comm, &root);
     if (root.status) *error = root;
@@ -197,33 +203,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
     device->free(device, memory, bytes);
     llmpar_heap_free(&ctx->heap, all);
     return st;
-}
-
-/* ---- what launchers put into the environment ---- */
-
-LLMPAR__PRIVATE_DEF int llmpar__launch_variable(const char *name, int32_t least, int32_t most, int32_t *out, llmpar_error *error)
-{
-    const char *text = getenv(name);
-    int64_t value = 0;
-    size_t digits = 0;
-    if (!text) return 0;
-    while (digits < 10 && text[digits] >= '0' && text[digits] <= '9') value = value * 10 + (text[digits++] - '0');
-    if (!digits || text[digits] || value < least || value > most) {
-        llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: the environment has %s = \"%.40s\", expected a number from %d to %d", name, text, (int)least, (int)most);
-        return -1;
-    }
-    *out = (int32_t)value;
-    return 1;
-}
-
-LLMPAR__PRIVATE_DEF int llmpar__launch_local(int32_t *out, llmpar_error *error)
-{
-    static const char *const names[] = { "LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID" };
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
-        int there = llmpar__launch_variable(names[i], 0, INT32_MAX, out, error);
-        if (there) return there;
-    }
-    return 0;
 }
 
 #undef LLMPAR__LAUNCH_END

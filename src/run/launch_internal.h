@@ -19,6 +19,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmp
 LLMPAR__PRIVATE void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend *backend);
 /* All ranks compute alike, or all say who does not. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_agree(llmpar_ctx *ctx);
+/* What a rank whose function (or start) has returned st has failed with, as the others are to hear of it. */
+LLMPAR__PRIVATE void llmpar__launch_failure(const llmpar_ctx *ctx, llmpar_status st, llmpar_error *error);
 /* Tells those who wait in the backend's communicator of this rank's failure. */
 LLMPAR__PRIVATE void llmpar__launch_abort(llmpar_ctx *ctx, const llmpar_error *error);
 /* *error is LLMPAR_ERR_PEER: becomes the job's failure as the backend's communicator knows it, and 1; 0: it is not, or there is none that would. */

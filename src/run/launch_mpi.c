@@ -109,10 +109,8 @@ static int llmpar__launch_rank_of(llmpar_ctx *ctx, llmpar_mpi_world *world, cons
     ctx->error.rank = ctx->rank;
     if (!st) st = llmpar__launch_process(ctx, world, desc, level, fn, user);
     if (st) {
-        llmpar_error error = ctx->error;
-        if (error.status == LLMPAR_OK) llmpar_error_set(&error, st, "the rank's function returned \"%s\" without a text", llmpar_status_string(st));
-        error.rank = ctx->rank;
-        error.status = st;
+        llmpar_error error;
+        llmpar__launch_failure(ctx, st, &error);
         llmpar_error known = error;
         if (llmpar__launch_root(ctx, desc->backend, &known)) llmpar_mpi_world_fail(world, &known);
         else if (st != LLMPAR_ERR_PEER && ctx->error.status != LLMPAR_ERR_PEER) llmpar_mpi_world_fail(world, &error); /* another rank's failure by another name is still the other rank's */
