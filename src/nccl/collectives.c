@@ -377,7 +377,7 @@ static llmpar_status llmpar__nccl_do(llmpar__nccl_job *job, const char *send, ch
 {
     if (job->call.op == LLMPAR_CALL_BARRIER && job->n > 1) return llmpar__nccl_gather(job, job->a + job->r, job->a, 1, 1);
     if (!job->part) return LLMPAR_OK;
-    if (!job->tc->nccl && job->n == 1) return recv && recv != send ? job->device->copy(job->device, job->stream, recv, send, job->part * job->blocks) : LLMPAR_OK;
+    if (job->n == 1 && !job->tc->nccl) return recv && recv != send ? job->device->copy(job->device, job->stream, recv, send, job->part * job->blocks) : LLMPAR_OK;
     switch (job->call.op) {
     case LLMPAR_CALL_ALL_GATHER: return llmpar__nccl_do_all_gather(job, send, recv);
     case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__nccl_do_reduce_scatter(job, send, recv);

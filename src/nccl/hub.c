@@ -17,21 +17,6 @@
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
 #define LLMPAR__NCCL_TELL 1.0 /* seconds for which positions are collected */
 
-LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
-{
-    size_t bytes = ((size_t)world->ranks + 7) / 8;
-    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
-    world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
-    world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
-    if (!world->slot || !world->here) return 0;
-    for (int32_t i = 0; i < world->slots; i++) {
-        world->slot[i].here = world->here + (size_t)i * bytes;
-        world->slot[i].next = i + 1 < world->slots ? i + 1 : -1;
-    }
-    world->free_slot = 0;
-    return 1;
-}
-
 static void llmpar__nccl_context_free(llmpar__nccl_context *context)
 {
     free(context->member);
@@ -49,7 +34,7 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
     llmpar_heap_free(world->heap, world->here);
 }
 
-/* members NULL: all ranks. */
+/* members NULL: all ranks. The first one, 0, is the world's. */
 static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world, const int32_t *member, int32_t members)
 {
     size_t n = (size_t)members;
@@ -72,9 +57,23 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
     return context;
 }
 
+LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
+{
+    size_t bytes = ((size_t)world->ranks + 7) / 8;
+    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
+    world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
+    world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
+    if (!world->slot || !world->here || !llmpar__nccl_context_make(world, NULL, world->ranks)) return 0;
+    for (int32_t i = 0; i < world->slots; i++) {
+        world->slot[i].here = world->here + (size_t)i * bytes;
+        world->slot[i].next = i + 1 < world->slots ? i + 1 : -1;
+    }
+    world->free_slot = 0;
+    return 1;
+}
+
 static llmpar__nccl_context *llmpar__nccl_context_of(llmpar__nccl_world *world, uint64_t id)
 {
-    if (!world->next_context) llmpar__nccl_context_make(world, NULL, world->ranks); /* 0: the world */
     for (llmpar__nccl_context *c = world->contexts; c; c = c->next)
         if (c->id == id) return c;
     return NULL;
@@ -146,7 +145,6 @@ static void llmpar__nccl_slot_free(llmpar__nccl_world *world, llmpar__nccl_slot 
     if (before < 0) context->oldest = slot->next;
     else world->slot[before].next = slot->next;
     if (context->newest == me) context->newest = before;
-    slot->used = 0;
     slot->next = world->free_slot;
     world->free_slot = me;
 }
@@ -171,7 +169,7 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
     int32_t member = ask->call.member;
     if (world->convicted) return 1;
     if (!context || member < 0 || member >= context->members || context->member[member] != rank) return -1;
-    if (ask->from >= context->members || ask->to >= context->members) return -1;
+    if (ask->from < 0 ? ask->from != -1 || ask->to != -1 : ask->from >= context->members || ask->to < 0 || ask->to >= context->members || (member != ask->from && member != ask->to)) return -1;
     if (world->free_slot < 0 && (ask->from >= 0 || ask->index > context->highest)) return 0;
     llmpar__nccl_slot *slot = llmpar__nccl_slot_of(world, context, ask);
     if (!slot) {
@@ -183,7 +181,6 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
         if (context->newest < 0) context->oldest = me;
         else world->slot[context->newest].next = me;
         context->newest = me;
-        slot->used = 1;
         slot->first = *ask;
         slot->first_rank = rank;
         slot->context = context;
@@ -270,11 +267,16 @@ static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const
     return 1;
 }
 
-static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, uint64_t id)
+static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, int32_t rank, uint64_t id)
 {
+    if (world->convicted) return 1; /* it may come from the midst of anything */
     for (llmpar__nccl_context **at = &world->contexts; *at; at = &(*at)->next) {
         llmpar__nccl_context *context = *at;
+        int32_t member = 0;
         if (context->id != id) continue;
+        while (member < context->members && context->member[member] != rank) member++;
+        if (member == context->members || context->waits[member]) return -1;
+        context->waits[member] = 1; /* nothing comes from it any more */
         if (++context->dropped < context->members) return 1;
         while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
         *at = context->next;
@@ -300,7 +302,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
         return kind == LLMPAR__NCCL_CALL ? llmpar__nccl_hub_call(world, rank, &ask) : llmpar__nccl_hub_split(world, rank, &ask);
     case LLMPAR__NCCL_DROP:
         memcpy(&id, bytes, sizeof id);
-        return llmpar__nccl_hub_drop(world, id);
+        return llmpar__nccl_hub_drop(world, rank, id);
     case LLMPAR__NCCL_FAIL:
         memcpy(&error, bytes, sizeof error);
         llmpar__nccl_mend_error(&error);
@@ -328,23 +330,23 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
 /* A call that a rank has returned without. */
 static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
 {
-    for (int32_t i = 0; i < world->slots && !world->convicted; i++) {
-        llmpar__nccl_slot *slot = &world->slot[i];
-        if (!slot->used || now < slot->since + LLMPAR__NCCL_GONE) continue;
-        const llmpar__nccl_context *context = slot->context;
-        for (int32_t m = 0; m < context->members && !world->convicted; m++) {
-            if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
-            if ((slot->here[m / 8] & 1 << m % 8) || !world->peer[context->member[m]].finished) continue;
-            llmpar_error error;
-            char what[320];
-            llmpar_call_print(&slot->first.call, what, sizeof what);
-            llmpar_error_clear(&error);
-            llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it", what, (int)context->member[m]);
-            error.rank = slot->first_rank;
-            memcpy(error.where, slot->first.call.where, sizeof error.where);
-            llmpar__nccl_hub_fail(world, &error, -1);
+    for (const llmpar__nccl_context *context = world->contexts; context; context = context->next)
+        for (int32_t i = context->oldest; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
+            const llmpar__nccl_slot *slot = &world->slot[i];
+            for (int32_t m = 0; m < context->members; m++) {
+                if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
+                if ((slot->here[m / 8] & 1 << m % 8) || !world->peer[context->member[m]].finished) continue;
+                llmpar_error error;
+                char what[320];
+                llmpar_call_print(&slot->first.call, what, sizeof what);
+                llmpar_error_clear(&error);
+                llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it", what, (int)context->member[m]);
+                error.rank = slot->first_rank;
+                memcpy(error.where, slot->first.call.where, sizeof error.where);
+                llmpar__nccl_hub_fail(world, &error, -1);
+                return;
+            }
         }
-    }
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)

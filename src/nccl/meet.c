@@ -65,6 +65,7 @@ static int llmpar__nccl_place_write(const char *path, const char *text)
     }
     int fd = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (fd < 0) return 0;
+    errno = ENOSPC; /* what a part of it means */
     int written = write(fd, text, length) == (ssize_t)length;
     if (close(fd)) written = 0;
     if (written && !rename(beside, path)) return 1;
@@ -222,7 +223,10 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
     }
-    if (hello->error.status && error->status == LLMPAR_OK) *error = hello->error;
+    if (hello->error.status && error->status == LLMPAR_OK) {
+        *error = hello->error;
+        error->rank = hello->rank;
+    }
     all[hello->rank] = *hello;
     peer->there = 1;
     peer->link.fd = fd;
@@ -311,7 +315,11 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar_error error;
     uint64_t key = 0;
     int listener = -1;
-    if (!st && (!all || !stranger)) st = llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+    if (!all || !stranger) { /* not even able to say so */
+        llmpar_heap_free(world->heap, all);
+        llmpar_heap_free(world->heap, stranger);
+        return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+    }
     st = llmpar__nccl_open(world, ctx, st, &listener, &key);
     llmpar_error_clear(&error);
     if (st) {
@@ -319,8 +327,9 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         error.status = st;
         error.rank = 0;
     }
-    if (all) llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
-    if (listener >= 0 && all && stranger) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
+    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    else if (world->desc.file) llmpar__nccl_nap(LLMPAR__NCCL_AFTER); /* the file says why */
     llmpar__nccl_close(&listener);
     if (world->desc.file) unlink(world->desc.file);
     llmpar_heap_free(world->heap, all);

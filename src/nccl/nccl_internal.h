@@ -95,7 +95,6 @@ typedef struct llmpar__nccl_slot {
     llmpar__nccl_ask first;    /* of who came first */
     int32_t first_rank, arrived, expected, next; /* next: of the free ones, or of this communicator's; -1: none */
     double since;
-    int32_t used;
     struct llmpar__nccl_context *context;
     unsigned char *here;       /* a bit a member */
 } llmpar__nccl_slot;

@@ -331,8 +331,9 @@ static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_
         if (st) llmpar__nccl_unborn(tc);
         pthread_mutex_lock(&world->nccl_lock);
         if (!st && made) made->nccl = tc->born;
+        result = made && made->nccl ? ncclInProgress : ncclInternalError;
         pthread_mutex_unlock(&world->nccl_lock);
-        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", made->nccl ? ncclInProgress : ncclInternalError);
+        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", result);
     }
     if (st) {
         if (made) llmpar__nccl_destroy(&made->comm);
