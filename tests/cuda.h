@@ -17,6 +17,8 @@
 
 #include "llmpar_cuda.h"
 #include "ops.h"
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* Of the emulation (tests/emulated_cuda/cuda_runtime.h); absent, so NULL, in a build for a GPU. The codes are CUDA's. */
 int emulated_cuda(void) __attribute__((weak));
@@ -219,6 +221,24 @@ static inline void cuda_same(const char *what, const double *got, const double *
             TEST_FAIL("%s[%lld of %lld]: got %.9g, want the same bits as %.9g", what, (long long)i, (long long)count, got[i], want[i]);
             return;
         }
+}
+
+/* Those of this program's tests whose names contain `tests`, on an emulated device of another compute capability, with less shared memory ("80": 163 KiB, "86": 99): other ways through the same kernels. In a child, since the
+   runtime reads its environment once. On a GPU: nothing. */
+static inline void cuda_again(const char *capability, const char *tests)
+{
+    pid_t child;
+    int status = -1;
+    if (!cuda_emulated()) return;
+    fflush(NULL);
+    child = fork();
+    if (child == 0) {
+        setenv("EMULATED_CUDA_CAPABILITY", capability, 1);
+        if (freopen("/dev/null", "w", stdout)) execl("/proc/self/exe", "again", tests, (char *)NULL);
+        _exit(127);
+    }
+    waitpid(child, &status, 0);
+    if (status) TEST_FAIL("%s on compute capability %s: status %d", tests, capability, status);
 }
 
 static inline void cuda_end(void)

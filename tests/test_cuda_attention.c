@@ -373,12 +373,12 @@ TEST(odd_groups)
     problem_free(&p);
 }
 
-/* Query rows in calls of 1, 2, 7 and 40 rows on a growing cache give the rows of one call. */
+/* Query rows in calls of 1, 2, 7 and 40 rows on a growing cache give the rows of one call. packed: documents end inside calls of 40 rows; 2: inside one of 7 too, behind several tiles of keys. */
 static void decoding(llmpar_dtype dtype, int64_t e, int packed)
 {
-    const int64_t steps[4] = { 1, 2, 7, 40 }, lengths[3] = { 66, 3, 500 }, d[7] = { 2, 110, 110, 110, 4, 2, e };
+    const int64_t steps[4] = { 1, 2, 7, 40 }, lengths[2][3] = { { 66, 3, 500 }, { 40, 65, 500 } }, d[7] = { 2, 110, 110, 110, 4, 2, e };
     problem p = problem_make(dtype, d);
-    if (packed) documents(&p, lengths, 3);
+    if (packed) documents(&p, lengths[packed - 1], 3);
     forward(&p, cuda_gpu, dtype, 1);
     for (int64_t at = 0, i = 0; at < 110; i++) {
         int64_t rows = at + steps[i % 4] > 110 ? 110 - at : steps[i % 4];
@@ -407,7 +407,15 @@ TEST(decoding_has_the_same_bits)
     CUDA_OPEN();
     decoding(LLMPAR_BF16, 64, 0);
     decoding(LLMPAR_F16, 128, 1);
+    decoding(LLMPAR_BF16, 64, 2);
     decoding(LLMPAR_F32, 16, 1);
+}
+
+/* Two blocks of 128 rows of head_dim 128 have all of what one block may have there. */
+TEST(less_shared_memory)
+{
+    CUDA_OPEN();
+    cuda_again("86", "parts_have_the_same_bits_128");
 }
 
 TEST(refusals)
@@ -448,4 +456,4 @@ TEST(refusals)
     cuda_done();
 }
 
-TEST_LIST(T_(forward_is_the_cpus), T_(backward_is_the_cpus), T_(parts_have_the_same_bits_64), T_(parts_have_the_same_bits_128), T_(parts_have_the_same_bits_f32), T_(odd_groups), T_(decoding_has_the_same_bits), T_(refusals), T_(cuda_end))
+TEST_LIST(T_(forward_is_the_cpus), T_(backward_is_the_cpus), T_(parts_have_the_same_bits_64), T_(parts_have_the_same_bits_128), T_(parts_have_the_same_bits_f32), T_(odd_groups), T_(decoding_has_the_same_bits), T_(less_shared_memory), T_(refusals), T_(cuda_end))

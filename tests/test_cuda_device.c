@@ -1,7 +1,5 @@
 /* The CUDA device itself: what it says without a GPU, memory, streams, events, host calls, failures. */
 #include "cuda.h"
-#include <sys/wait.h>
-#include <unistd.h>
 
 /* ---- without a device ---- */
 
@@ -357,6 +355,24 @@ TEST(host_call_fails)
     llmpar_error_clear(&cuda_ctx.error);
 }
 
+/* An error that other code left with the thread is not the next operation's. */
+int cudaSetDevice(int device);
+TEST(errors_of_others)
+{
+    llmpar_stream *stream;
+    void *memory;
+    CUDA_OPEN();
+    CUDA_OK(cuda_gpu->stream_create(cuda_gpu, "compute", &stream));
+    CUDA_OK(cuda_gpu->alloc(cuda_gpu, 64, &memory));
+    CHECK(cudaSetDevice(1 << 20) != 0);
+    CUDA_OK(cuda_gpu->zero(cuda_gpu, stream, memory, 64));
+    CHECK(cudaSetDevice(1 << 20) != 0);
+    CUDA_OK(cuda_gpu->zero(cuda_gpu, NULL, memory, 64));
+    CUDA_OK(cuda_gpu->synchronize(cuda_gpu, stream));
+    cuda_gpu->stream_destroy(cuda_gpu, stream);
+    cuda_gpu->free(cuda_gpu, memory, 64);
+}
+
 /* ---- failures of launches and kernels, which the emulation can be asked for ---- */
 
 TEST(kernel_fails)
@@ -398,4 +414,4 @@ TEST(kernel_fails)
     cuda_done();
 }
 
-TEST_LIST(T_(no_device), T_(creates), T_(host_memory_runs_out), T_(copies), T_(memory), T_(pinned), T_(free_waits), T_(events), T_(host_calls), T_(host_call_fails), T_(kernel_fails), T_(cuda_end))
+TEST_LIST(T_(no_device), T_(creates), T_(host_memory_runs_out), T_(copies), T_(memory), T_(pinned), T_(free_waits), T_(events), T_(host_calls), T_(host_call_fails), T_(errors_of_others), T_(kernel_fails), T_(cuda_end))

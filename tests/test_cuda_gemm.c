@@ -549,6 +549,14 @@ TEST(refusals)
     cuda_done();
 }
 
+/* Partial tiles all in the workspace, fewer stages. */
+TEST(less_shared_memory)
+{
+    CUDA_OPEN();
+    cuda_again("80", "exact_aligned");
+    cuda_again("86", "trees");
+}
+
 static llmpar_device *fast_device(int tf32)
 {
     llmpar_cuda_desc desc;
@@ -639,4 +647,4 @@ TEST(fast_groups)
     llmpar_cuda_destroy(device);
 }
 
-TEST_LIST(T_(exact_products), T_(exact_aligned), T_(pieces_over_ranks), T_(trees), T_(position), T_(accumulate), T_(exact_bias), T_(zeros), T_(exact_many), T_(refusals), T_(fast_products), T_(fast_groups), T_(cuda_end))
+TEST_LIST(T_(exact_products), T_(exact_aligned), T_(pieces_over_ranks), T_(trees), T_(position), T_(accumulate), T_(exact_bias), T_(zeros), T_(exact_many), T_(refusals), T_(less_shared_memory), T_(fast_products), T_(fast_groups), T_(cuda_end))

@@ -41,6 +41,10 @@ TEST(casts)
     wrong.in_dtype = LLMPAR_F32;
     wrong.out_dtype = LLMPAR_U8;
     CUDA_REFUSED(cuda_gpu->cast(cuda_gpu, NULL, &wrong), LLMPAR_ERR_UNSUPPORTED, "cast: from f32 to u8");
+    wrong.out_dtype = LLMPAR_F32;
+    wrong.out = cuda_put_vector(cuda_gpu, LLMPAR_F32, NULL, 1);
+    CUDA_REFUSED(cuda_gpu->cast(cuda_gpu, NULL, &wrong), LLMPAR_ERR_INTERNAL, "copy: device"); /* from NULL, as a copy: what that says is the cast's */
+    cuda_done();
     wrong.out_dtype = LLMPAR_BF16;
     wrong.count = 0;
     CUDA_OK(cuda_gpu->cast(cuda_gpu, NULL, &wrong));

@@ -25,7 +25,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const int offset = a.tk - a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1);
     const uint16_t *k = (const uint16_t *)a.k + p.b * a.tk_stride * a.ldk + (int64_t)p.kv * E, *v = (const uint16_t *)a.v + p.b * a.tk_stride * a.ldv + (int64_t)p.kv * E;
     const uint16_t **mine = (const uint16_t **)(void *)(values + TILE * E) + threadIdx.x; /* of keys, then of values: sums take all registers */
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
     float out[2][E / 8][4], top[2][2], total[2][2];
     mine[0] = llmpar__cuda_tile_mine<E>(k, a.ldk);
@@ -216,16 +216,15 @@ LLMPAR__CUDA_SLOT(attention, llmpar_attention_args)
     llmpar__cuda_attention_call all, a;
     int64_t step;
     size_t size = llmpar_dtype_size(args->dtype);
-    llmpar_status status;
-    if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+    llmpar_status status = llmpar__cuda_begin(device, stream);
+    if (status || args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return status;
 #ifdef LLMPAR_USE_CUDNN
     if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, args, NULL);
 #endif
     status = llmpar__cuda_attention_check(device, "attention", args, llmpar__cuda_attention_workspace(device, args), 0);
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     llmpar__cuda_attention_take(args, &all);
-    all.scores = (float *)args->workspace;
+    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 3u) & ~(uintptr_t)3u);
     step = llmpar__cuda_attention_sequences((args->tk + 15) / 16 * args->heads * 8, args->batch); /* more blocks a sequence than any kernel has */
     for (int64_t b = 0; !status && b < args->batch; b += step) {
         a = all;

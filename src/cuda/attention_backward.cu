@@ -166,7 +166,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
-                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = llmpar__cuda_minus_infinity();
                         }
             }
 #pragma unroll
@@ -347,7 +347,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
-                            if (row + down_by < low || row + down_by >= high || right_by - down_by > row - key) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                            if (row + down_by < low || row + down_by >= high || right_by - down_by > row - key) p[m][n][i] = llmpar__cuda_minus_infinity();
                         }
             }
 #pragma unroll
@@ -466,8 +466,8 @@ LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
     unsigned char *workspace;
     size_t size, dkv_size;
     llmpar_dtype dkv = args->dkv_dtype == LLMPAR_DTYPE_DEFAULT ? f->dtype : args->dkv_dtype;
-    llmpar_status status;
-    if (f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return LLMPAR_OK;
+    llmpar_status status = llmpar__cuda_begin(device, stream);
+    if (status || f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return status;
 #ifdef LLMPAR_USE_CUDNN
     if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, f, args);
 #endif
@@ -475,7 +475,6 @@ LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
     if (!status && dkv != f->dtype && dkv != llmpar_dtype_sum(f->dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(f->dtype), llmpar_dtype_name(llmpar_dtype_sum(f->dtype)));
     if (!status && args->ld_dkv < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "attention_backward: ld_dkv %lld, expected 0 or the distance of two rows", (long long)args->ld_dkv);
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     plan = llmpar__cuda_attention_plan_of(f);
     size = llmpar_dtype_size(f->dtype);

@@ -156,6 +156,7 @@ static size_t llmpar__cuda_attention_cudnn_workspace(llmpar_device *device, cons
     return g ? llmpar__cuda_cudnn_bytes(g) : 0;
 }
 
+/* Behind the slot's llmpar__cuda_begin. */
 static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
 {
     const char *what = backward ? "attention_backward" : "attention";
@@ -165,7 +166,6 @@ static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_
     unsigned char *workspace;
     uintptr_t places;
     size_t need;
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     g = llmpar__cuda_cudnn_find(device, what, a, backward, device->error);
     if (!g) return device->error && device->error->status ? device->error->status : LLMPAR_ERR_UNSUPPORTED;

@@ -74,7 +74,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     int kv = (int)(task % a.kv_heads);
     const uint16_t *v = (const uint16_t *)a.v + b * a.tk_stride * a.ldv + (int64_t)kv * a.head_dim + slice * COLUMNS;
     const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     float out[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } }, top[2] = { least, least }, total[2] = { 0, 0 };
     int position[2] = { offset + (lane >> 2) / a.group, offset + ((lane >> 2) + 8) / a.group }; /* of this thread's rows; behind the last query: none */
     const float *scores = a.scores + (task * rows + (lane >> 2)) * a.ld_scores;
@@ -96,7 +96,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
                     s[n][i] = at >= low && at < high && key <= at ? scores[(i >> 1) * 8 * a.ld_scores + key] : least;
                 }
             llmpar__cu_copy_async_wait<STAGES - 2>();
-            __syncwarp();
+            __syncwarp(); /* no test can tell: the products of the tile before meet here too, but order no memory */
             llmpar__cuda_decode_load(tiles + (tile + STAGES - 1) % STAGES * (TILE * COLUMNS), v, a.ldv, first + (STAGES - 1) * TILE, high, a.wide);
             llmpar__cu_copy_async_commit();
             llmpar__cuda_attention_softmax(s, top, total, factor, a.scale_log2);
@@ -114,8 +114,8 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
                 llmpar__cuda_attention_mma(Type(), out[1], left, right + 2);
             }
         }
-        llmpar__cu_copy_async_wait<0>();
-        __syncwarp();
+        llmpar__cu_copy_async_wait<0>(); /* zeros behind this document's end, too: they would come over what the next one asks for */
+        __syncwarp(); /* no test can tell: as above */
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -132,12 +132,12 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     }
 }
 
-/* Scores of the most rows that queries up to args->tq can have here, so that what serves many queries serves few. */
+/* Scores of the most rows that queries up to args->tq can have here, so that what serves many queries serves few; with room to align. */
 static size_t llmpar__cuda_attention_decode_workspace(const llmpar_attention_args *args)
 {
     int64_t group = args->heads / args->kv_heads, queries = LLMPAR__CUDA_ATTENTION_FEW / group;
     if (queries > args->tq) queries = args->tq;
-    return (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float);
+    return queries > 0 ? (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float) + 3 : 0;
 }
 
 template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)

@@ -157,7 +157,7 @@ static __device__ __forceinline__ void llmpar__cuda_attention_softmax(float s[8]
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         now = fmaxf(top[r], __fmul_rn(most, scale_log2));
-        base = now == -__uint_as_float(0x7f800000u) ? 0.0f : now;
+        base = now == llmpar__cuda_minus_infinity() ? 0.0f : now;
         factor[r] = llmpar__cu_exp2(__fsub_rn(top[r], base));
         sum = __fmul_rn(total[r], factor[r]);
 #pragma unroll

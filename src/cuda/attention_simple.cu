@@ -53,7 +53,8 @@ static __device__ __forceinline__ void llmpar__cuda_simple_scores(float sum[LLMP
     }
 }
 
-/* sums[i][:] = sums[i][:] * factor[i] + chain over the 32 rows of other of weights[i][j] * other[j][:]. */
+/* sums[i][:] = sums[i][:] * factor[i] + chain over the 32 rows of other of weights[i][j] * other[j][:]. A column of sums is one lane's from the first zero to the last store, and the weights are written again behind the
+   block's next barrier: so nobody has to wait behind this. */
 static __device__ __forceinline__ void llmpar__cuda_simple_sums(float *sums, int step, const float factor[LLMPAR__CUDA_SIMPLE_OWN], const float *weights, int weights_step, const float *other, int ld, int e)
 {
     for (int x = (int)threadIdx.x & 31; x < e; x += 32) {
@@ -117,7 +118,7 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_queries(llmpar
     int e = a.head_dim, width = (e + 3) / 4 * 4, ld = width + 1, rows = OWN * p.warps, offset = a.tk - a.tq, backward = a.dq != NULL;
     float *queries = memory, *sums = queries + rows * width, *weights = sums + rows * width, *douts = weights + rows * STEP, *keys = douts + (backward ? rows * width : 0), *values = keys + STEP * ld;
     const int32_t *start = a.doc_start ? a.doc_start + p.b * a.tk : NULL;
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     int64_t k = p.b * a.tk_stride * a.ldk + (int64_t)p.kv * e, v = p.b * a.tk_stride * a.ldv + (int64_t)p.kv * e;
     float top[OWN], total[OWN], factor[OWN];
     int position[OWN]; /* -1: no row */
@@ -167,10 +168,8 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_queries(llmpar
             }
             __syncwarp();
             llmpar__cuda_simple_sums(sums + p.warp * width, p.warps * width, factor, weights + p.warp * STEP, p.warps * STEP, backward ? keys : values, ld, e);
-            __syncwarp();
         }
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         int row = p.warp + i * p.warps, at = p.first + row, query = at / a.group, h = p.kv * a.group + at % a.group;
@@ -230,10 +229,8 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_keys(llmpar__c
             __syncwarp();
             llmpar__cuda_simple_sums(dk + warp * width, warps * width, factor, slopes + warp * STEP, warps * STEP, queries, ld, e);
             llmpar__cuda_simple_sums(dv + warp * width, warps * width, factor, weights + warp * STEP, warps * STEP, douts, ld, e);
-            __syncwarp();
         }
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         int row = warp + i * warps, key = key0 + row, dtype = a.dk_heads || a.dkv_float ? (int)LLMPAR_F32 : a.dtype;

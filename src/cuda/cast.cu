@@ -64,24 +64,25 @@ template <typename In, typename Out> __global__ void __launch_bounds__(256) llmp
 }
 
 /* The null pointers name the types. */
-template <typename In, typename Out> static void llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
+template <typename In, typename Out> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
 {
     int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 8;
     unsigned blocks = llmpar__cuda_blocks(llmpar__cuda_of(device), groups ? (count + 7) / 8 : count, 256, 8);
     llmpar__cuda_launch(device, stream, llmpar__cuda_cast_kernel<In, Out>, dim3(blocks), dim3(256), 0, (Out *)args->out, (const In *)args->in, count, groups);
+    return llmpar__cuda_end(device, stream, "cast");
 }
 /* One type: a copy, which is no kernel. */
-template <typename T> static void llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const T *, const T *)
+template <typename T> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const T *, const T *)
 {
-    if (args->out != args->in) device->copy(device, stream, args->out, args->in, args->count * sizeof(T));
+    return args->out == args->in ? LLMPAR_OK : device->copy(device, stream, args->out, args->in, args->count * sizeof(T));
 }
 
-template <typename In> static void llmpar__cuda_cast_from(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *in)
+template <typename In> static llmpar_status llmpar__cuda_cast_from(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *in)
 {
-    if (args->out_dtype == LLMPAR_F32) llmpar__cuda_cast_launch(device, stream, args, in, (const float *)NULL);
-    else if (args->out_dtype == LLMPAR_BF16) llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_bf16 *)NULL);
-    else if (args->out_dtype == LLMPAR_F16) llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_f16 *)NULL);
-    else llmpar__cuda_cast_launch(device, stream, args, in, (const double *)NULL);
+    if (args->out_dtype == LLMPAR_F32) return llmpar__cuda_cast_launch(device, stream, args, in, (const float *)NULL);
+    if (args->out_dtype == LLMPAR_BF16) return llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_bf16 *)NULL);
+    if (args->out_dtype == LLMPAR_F16) return llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_f16 *)NULL);
+    return llmpar__cuda_cast_launch(device, stream, args, in, (const double *)NULL);
 }
 
 static int llmpar__cuda_cast_floating(llmpar_dtype dtype) { return dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_BF16 || dtype == LLMPAR_F16; }
@@ -93,9 +94,8 @@ static llmpar_status llmpar__cuda_cast(llmpar_device *device, llmpar_stream *str
     if (!llmpar__cuda_cast_floating(args->in_dtype) || !llmpar__cuda_cast_floating(args->out_dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "cast: from %s to %s, expected floating types", llmpar_dtype_name(args->in_dtype), llmpar_dtype_name(args->out_dtype));
     if (!args->count) return LLMPAR_OK;
-    if (args->in_dtype == LLMPAR_F32) llmpar__cuda_cast_from(device, stream, args, (const float *)NULL);
-    else if (args->in_dtype == LLMPAR_BF16) llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_bf16 *)NULL);
-    else if (args->in_dtype == LLMPAR_F16) llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_f16 *)NULL);
-    else llmpar__cuda_cast_from(device, stream, args, (const double *)NULL);
-    return llmpar__cuda_end(device, stream, "cast");
+    if (args->in_dtype == LLMPAR_F32) return llmpar__cuda_cast_from(device, stream, args, (const float *)NULL);
+    if (args->in_dtype == LLMPAR_BF16) return llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_bf16 *)NULL);
+    if (args->in_dtype == LLMPAR_F16) return llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_f16 *)NULL);
+    return llmpar__cuda_cast_from(device, stream, args, (const double *)NULL);
 }

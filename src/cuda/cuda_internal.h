@@ -24,7 +24,8 @@ typedef struct llmpar__cuda_stream {
     struct llmpar__cuda_stream *next; /* of the device's list */
     cudaStream_t handle;       /* NULL: not in use */
     llmpar_status status;      /* sticks; the first failure of what was enqueued here. Atomic: host calls set it from the driver's thread */
-    llmpar_error error;        /* what host calls said; complete once status is set */
+    llmpar_error error;        /* what a host call said that failed */
+    int told;                  /* atomic: that is complete. The rank's thread may set status while a host call still speaks */
     void *library;             /* desc.library_workspace bytes for products, made with the stream in FAST mode; else NULL */
     char name[24];
 } llmpar__cuda_stream;
@@ -124,12 +125,12 @@ LLMPAR__CUDA_SLOT(swiglu_backward, llmpar_swiglu_backward_args);
 LLMPAR__CUDA_SLOT(embedding, llmpar_embedding_args);
 LLMPAR__CUDA_SLOT(embedding_backward, llmpar_embedding_backward_args);
 static size_t llmpar__cuda_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
-/* xent.cu */
+/* xent.cu; xent_loss.cu: xent_loss */
 LLMPAR__CUDA_SLOT(xent_max, llmpar_xent_args);
 LLMPAR__CUDA_SLOT(xent_sum, llmpar_xent_args);
 LLMPAR__CUDA_SLOT(xent_loss, llmpar_xent_loss_args);
 LLMPAR__CUDA_SLOT(xent_backward, llmpar_xent_backward_args);
-/* elementwise.cu: add, scale, cast, copy_rows; tree_sum.cu: tree_sum, max */
+/* elementwise.cu: add, scale, copy_rows; cast.cu; tree_sum.cu: tree_sum, max */
 LLMPAR__CUDA_SLOT(tree_sum, llmpar_tree_sum_args);
 LLMPAR__CUDA_SLOT(max, llmpar_max_args);
 LLMPAR__CUDA_SLOT(add, llmpar_add_args);
@@ -168,7 +169,12 @@ static __device__ __forceinline__ void llmpar__cuda_store(llmpar__cuda_bf16 *out
 }
 static __device__ __forceinline__ void llmpar__cuda_store(llmpar__cuda_f16 *out, float x) { out->bits = llmpar__cu_f32_to_f16(x); }
 
-/* The same cuts and trees as base/size.h, on the device. */
+static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return __uint_as_float(0xff800000u); }
+
+/* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
+template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
+
+/* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
 
 #endif

@@ -48,7 +48,7 @@ static llmpar__cuda_stream *llmpar__cuda_stream_of(llmpar_device *device, llmpar
 static llmpar_status llmpar__cuda_stuck(llmpar_device *device, llmpar__cuda_stream *own)
 {
     llmpar_status status = __atomic_load_n(&own->status, __ATOMIC_ACQUIRE);
-    if (status && own->error.status && device->error && device->error->status == LLMPAR_OK) {
+    if (status && __atomic_load_n(&own->told, __ATOMIC_ACQUIRE) && device->error && device->error->status == LLMPAR_OK) {
         llmpar_error taken = own->error;
         if (device->error->where[0]) memcpy(taken.where, device->error->where, sizeof taken.where);
         if (device->error->rank >= 0) taken.rank = device->error->rank;
@@ -70,6 +70,7 @@ static llmpar_status llmpar__cuda_begin(llmpar_device *device, llmpar_stream *st
     llmpar_status status;
     if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
     status = stream ? llmpar__cuda_stuck(device, llmpar__cuda_stream_of(device, stream)) : LLMPAR_OK;
+    if (!status) (void)cudaGetLastError(); /* of other code on this thread: `end` would take it for the operation's */
     return status ? status : llmpar__cuda_stick(device, stream, llmpar__cuda_check(device, cudaSetDevice(llmpar__cuda_of(device)->index), "cudaSetDevice"));
 }
 
@@ -166,6 +167,7 @@ static llmpar_status llmpar__cuda_stream_open(llmpar_device *device, llmpar__cud
     int least = 0, greatest = 0;
     llmpar_status status = llmpar__cuda_begin(device, NULL);
     own->status = LLMPAR_OK;
+    own->told = 0;
     llmpar_error_clear(&own->error);
     snprintf(own->name, sizeof own->name, "%.23s", name ? name : "stream");
     /* Communication goes first: others wait for it. */
@@ -298,6 +300,7 @@ static void CUDART_CB llmpar__cuda_host_run(void *user)
         llmpar_status status = call->fn(call->arg.bytes);
         if (status) {
             (void)llmpar_error_set(&call->stream->error, status, "a host call on stream %s failed: %s", call->stream->name, llmpar_status_string(status)); /* unless it said more */
+            __atomic_store_n(&call->stream->told, 1, __ATOMIC_RELEASE);
             __atomic_store_n(&call->stream->status, status, __ATOMIC_RELEASE);
         }
     }

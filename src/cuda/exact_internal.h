@@ -11,7 +11,6 @@
 #define LLMPAR_CUDA_EXACT_INTERNAL_H
 
 #include "cuda/launch.h"
-#include "cuda/launch.h"
 
 #define LLMPAR__CUDA_WARP 0xffffffffu
 enum { LLMPAR__CUDA_EXACT_INFINITY = 69, LLMPAR__CUDA_EXACT_NEGATIVE_INFINITY = 70, LLMPAR__CUDA_EXACT_NAN = 71, LLMPAR__CUDA_EXACT_NUMBER = 67 };

@@ -166,8 +166,8 @@ static llmpar_status llmpar__cuda_gemm_exact(llmpar_device *device, llmpar_strea
     size_t need = llmpar__cuda_gemm_bytes(&plan), bytes = args->workspace ? args->workspace_bytes : 0, size = llmpar_dtype_size(llmpar__cuda_gemm_out(args));
     unsigned char *at = (unsigned char *)args->workspace;
     void (*kernel)(llmpar__cuda_gemm_job);
-    if (plan.tiles_m > INT32_MAX / 2 / plan.tiles_n)
-        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: m = %lld, n = %lld on device %s: expected fewer than 2^30 tiles", (long long)args->m, (long long)args->n, device->name);
+    if (plan.tiles_m > INT32_MAX / (2 * LLMPAR__CUDA_GEMM_GROUP) / plan.tiles_n) /* times GROUP it is an int32_t in kernels */
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: m = %lld, n = %lld on device %s: expected fewer than 2^26 tiles", (long long)args->m, (long long)args->n, device->name);
     for (int32_t s = 0; s < args->segment_count; s++)
         if (args->segments[s].k >= INT32_MAX / 2) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld on device %s, expected less than 2^30", (int)s, (long long)args->segments[s].k, device->name);
     if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);

@@ -35,12 +35,8 @@ struct llmpar__cuda_gemm_group { const unsigned char *a, *b; int64_t lda, ldb, k
 
 static llmpar_status llmpar__cuda_library_check(llmpar_device *device, llmpar_stream *stream, cublasStatus_t code, const char *what)
 {
-    llmpar__cuda_stream *state;
     if (code == CUBLAS_STATUS_SUCCESS) return LLMPAR_OK;
-    llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "gemm: %s: %s: %s", what, cublasLtGetStatusName(code), cublasLtGetStatusString(code));
-    state = stream ? llmpar__cuda_stream_of(device, stream) : NULL;
-    if (state && !state->status) state->status = LLMPAR_ERR_INTERNAL;
-    return LLMPAR_ERR_INTERNAL;
+    return llmpar__cuda_stick(device, stream, llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "gemm: %s: %s: %s", what, cublasLtGetStatusName(code), cublasLtGetStatusString(code)));
 }
 
 static llmpar_status llmpar__cuda_library_create(llmpar_device *device)

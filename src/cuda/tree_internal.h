@@ -51,7 +51,4 @@ template <typename Group, typename Operands> static __device__ __forceinline__ G
     return sum;
 }
 
-/* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
-template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
-
 #endif

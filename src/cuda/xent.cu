@@ -1,12 +1,9 @@
-/* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocabulary pieces, gradient in place. (The loss, which adds into the exact accumulator: squares.cu.)
+/* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocabulary pieces, gradient in place. (The loss, which adds into the exact accumulator: xent_loss.cu.)
    The maximum has no order, and the gradient is element-wise. A piece's sum belongs to one warp, whose lanes count from the piece's begin: each lane takes 16 bytes of columns, again and again 512 bytes further on, adds the 16 bytes up as a tree
    and these in a chain; then a tree over the lanes. So a shard's border at a piece's border changes nothing. The warps of a block are pieces of a row, side by side, and rows where a shard has few pieces. */
 #include "cuda/rows_internal.h"
 
-static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return __uint_as_float(0xff800000u); }
-
-/* The larger one, NaN if either is; and over the lanes of a row, as llmpar__cuda_row_sum. */
-static __device__ __forceinline__ float llmpar__cuda_larger(float a, float b) { return a != a || a > b ? a : b; }
+/* The largest over the lanes of a row, as llmpar__cuda_row_sum; NaN if one is. */
 static __device__ __forceinline__ float llmpar__cuda_row_max(float x, int lanes, float *partial)
 {
     for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) x = llmpar__cuda_larger(x, __shfl_xor_sync(0xffffffffu, x, o));

@@ -3,7 +3,7 @@
 
    Environment, read once:  EMULATED_CUDA_SEED (1)          of every random choice
                             EMULATED_CUDA_DEVICES (1)       0: as without a driver; -1: a driver without a device
-                            EMULATED_CUDA_CAPABILITY (90)   of each
+                            EMULATED_CUDA_CAPABILITY (90)   of each; 80, 86 and 89 have the shared memory of those
                             EMULATED_CUDA_MEMORY (4 GiB)    bytes of each
                             EMULATED_CUDA_NO_IMAGE (0)      1: as a program without code for them
    A wrong kernel (a barrier that some threads miss, lanes in different operations, a write beside shared memory, ..) ends the program with a line that names kernel, block and thread. */

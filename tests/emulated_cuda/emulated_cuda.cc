@@ -629,6 +629,8 @@ struct Engine {
         capability = (int)setting("EMULATED_CUDA_CAPABILITY", 90);
         total = (size_t)setting("EMULATED_CUDA_MEMORY", (long long)4 << 30);
     }
+    /* Of a block, at most. */
+    int shared_limit() const { return capability == 80 || capability == 87 ? 163 * 1024 : capability == 86 || capability == 89 ? 99 * 1024 : SHARED_LIMIT; }
     bool ready(cudaStream_t stream, bool host)
     {
         if (stream->running || stream->queue.empty()) return false;
@@ -851,12 +853,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device)
     out->uuid.bytes[0] = (char)(1 + device);
     out->totalGlobalMem = e.total;
     out->sharedMemPerBlock = SHARED_DEFAULT;
-    out->sharedMemPerBlockOptin = SHARED_LIMIT;
-    out->sharedMemPerMultiprocessor = SHARED_LIMIT + 1024;
+    out->sharedMemPerBlockOptin = (size_t)e.shared_limit();
+    out->sharedMemPerMultiprocessor = (size_t)e.shared_limit() + 1024;
     out->major = e.capability / 10;
     out->minor = e.capability % 10;
     out->multiProcessorCount = MULTIPROCESSORS;
-    out->maxThreadsPerMultiProcessor = 2048;
+    out->maxThreadsPerMultiProcessor = e.shared_limit() < 100 * 1024 ? 1536 : 2048;
     out->maxThreadsPerBlock = THREADS;
     out->l2CacheSize = 1 << 20;
     out->regsPerBlock = 65536;
@@ -1180,7 +1182,7 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute attr
     BEGIN
     if (!kernel || value < 0) return failed(cudaErrorInvalidValue);
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value > SHARED_LIMIT) return failed(cudaErrorInvalidValue);
+    if (value > e.shared_limit()) return failed(cudaErrorInvalidValue);
     e.shared_limits[kernel] = value;
     return cudaSuccess;
 }
