@@ -4,7 +4,7 @@
 
    Bytes are those that have to move: each operand read once, each result written once. A reading is some milliseconds of one operation again and again on a stream, each time on other memory (more of it than the second-level cache
    holds), from the first call to the end of the wait; the bound is read the same way before and after it (bench.h). Copy: device->copy of 256 MB, read and written counted. --cudnn: the library's attention beside ours (a build with
-   LLMPAR_USE_CUDNN). --small: a try-out, for the emulated device. Without a device: skipped, with the reason. */
+   LLMPAR_USE_CUDNN). --small: a try-out, for the emulated device. */
 #include "bench.h"
 #include "llmpar_cuda.h"
 
@@ -517,8 +517,8 @@ int main(int argc, char **argv)
     }
     llmpar_error_clear(&none);
     if (llmpar_cuda_count(&none) < 1) {
-        printf("gpu_ops: skipped: %s\n", none.text);
-        return 0;
+        fprintf(stderr, "gpu_ops: %s\n", none.text);
+        return 1;
     }
     const shape *s = small ? &tiny : &large;
     gpu_open(&exact, LLMPAR_CUDA_EXACT, 0);

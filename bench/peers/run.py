@@ -157,9 +157,9 @@ def run(options, which, rows):
                 row.update(bar=f">= {bar}", met=ratio >= bar)
             rows.append(row)
             print(f"  {row['name']:<60} {seconds:8.3f} s of {mine:8.3f} s  {ratio:5.2f} x ({bad:.2f} .. {good:.2f})" + (f"   bar >= {bar}: {'met' if ratio >= bar else 'NOT met'}" if bar else ""), flush=True)
-            if not memory_bar:
+            theirs = side.memory() if memory_bar else 0
+            if not theirs:  # on a device that does not say
                 continue
-            theirs = side.memory()
             row = {"name": f"{head}: memory of {us.name}, of {side.name}", "value": our_memory / 1e6, "unit": "MB", "bound": theirs / 1e6, "of": side.name, "ratio": round(our_memory / theirs, 4), "bar": f"<= {memory_bar}", "met": our_memory <= memory_bar * theirs}
             rows.append(row)
             print(f"  {row['name']:<60} {our_memory / 1e6:8.0f} MB of {theirs / 1e6:8.0f} MB {our_memory / theirs:4.2f} x   bar <= {memory_bar}: {'met' if row['met'] else 'NOT met'}", flush=True)
