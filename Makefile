@@ -32,7 +32,7 @@ help:
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
 	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md); _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
 	@echo 'make test-nccl     the NCCL communicator on a stand-in for NCCL; test-nccl-asan, test-nccl-tsan: under the sanitizers; check-nccl: compiles and links with the real one'
-	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan: under the sanitizers'
+	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan, test-cuda-tsan: under the sanitizers; test-cuda-plant: without each barrier once'
 	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
 	@echo 'make test-mpi      ranks as MPI processes: 1, 2 and 4 of them; test-mpi-full: 8, Open MPI and MPICH, every fault'
 	@echo 'make test-plant    plants faults and expects the tests to find them'
@@ -140,6 +140,17 @@ bench: $(if $(filter bench,$(MAKECMDGOALS)),$(foreach part,$(BENCH),$(call bench
 # After a build that failed: programs that are not up to date go, so that none of an earlier build is run in their place.
 drop_stale = for t in $(2); do $(MAKE) -q $(1)/$$t 2>/dev/null || rm -f $(1)/$$t; done
 
+# $(1) folder in build/, $(2) its programs
+define suite
+build-$(1): $(2:%=build/$(1)/%)
+run-$(1):
+	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$(2))
+	@tests/run.sh build/$(1) $(2)
+
+-include $(wildcard build/$(1)/*.d)
+.PHONY: build-$(1) run-$(1)
+endef
+
 # $(1) name, $(2) folder of llmpar.h, $(3) compiler of the tests and linker, $(4) their flags, $(5) command that compiles the implementation
 define configuration
 build/$(1)/llmpar.o: $(if $(filter .,$(2)),llmpar.h,build/dev/llmpar.h)
@@ -150,12 +161,7 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar.o
 	@mkdir -p $$(@D)
 	@$(3) $(4) -Wall -Wextra -MMD -MP -MF $$@.d -I$(2) -Itests $$< build/$(1)/llmpar.o -o $$@ $(LDLIBS)
 
-build-$(1): $(SUITE:%=build/$(1)/%)
-run-$(1):
-	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(SUITE))
-	@tests/run.sh build/$(1) $(SUITE)
-
--include $(wildcard build/$(1)/*.d)
+$(call suite,$(1),$(SUITE))
 endef
 
 asan = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
@@ -194,12 +200,8 @@ build/separate/llmpar.h:
 build/separate/test_%: tests/test_%.c build/separate/llmpar.a build/separate/llmpar.h
 	@$(CC) -O1 -g -Wall -Wextra -DLLMPAR__SEPARATE -Ibuild/separate -Isrc -Itests -MMD -MP -MF $@.d $< build/separate/llmpar.a -o $@ $(LDLIBS)
 
-build-separate: $(SUITE:%=build/separate/%)
-run-separate:
-	@$(MAKE) --no-print-directory -k build-separate || $(call drop_stale,build/separate,$(SUITE))
-	@tests/run.sh build/separate $(SUITE)
-
--include $(wildcard build/separate/*/*.d build/separate/*.d)
+$(eval $(call suite,separate,$(SUITE)))
+-include $(wildcard build/separate/*/*.d)
 
 print-suite:
 	@echo $(SUITE)
@@ -273,12 +275,7 @@ build/$(1)/gpu_%: bench/gpu_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3) 
 build/$(1)/test_emulation: tests/emulated_cuda/test_emulation.cc build/$(1)/cuda.o
 	@$(CXX) $(CUDA_CXXFLAGS) $(2) $$^ -o $$@ $(LDLIBS)
 
-build-$(1): $(CUDA_SUITE:%=build/$(1)/%)
-run-$(1):
-	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(CUDA_SUITE))
-	@tests/run.sh build/$(1) $(CUDA_SUITE)
-
--include $(wildcard build/$(1)/*.d)
+$(call suite,$(1),$(CUDA_SUITE))
 endef
 $(eval $(call emulated,emulated,-O1,$(CUDA_LIB)))
 $(eval $(call emulated,emulated_asan,-O1 $(asan),build/asan/llmpar.o))
@@ -315,12 +312,7 @@ build/$(1)/test_nccl_options: build/dev/llmpar_cuda.h
 build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_nccl.o $(3)
 	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -MMD -MP -MF $$@.d $$(filter %.c %.o %.a,$$^) -o $$@ $(LDLIBS)
 
-build-$(1): $(NCCL_SUITE:%=build/$(1)/%)
-run-$(1):
-	@$$(MAKE) --no-print-directory -k build-$(1) || $$(call drop_stale,build/$(1),$$(NCCL_SUITE))
-	@tests/run.sh build/$(1) $(NCCL_SUITE)
-
--include $(wildcard build/$(1)/*.d)
+$(call suite,$(1),$(NCCL_SUITE))
 endef
 $(eval $(call nccl,nccl,,$(CUDA_LIB)))
 $(eval $(call nccl,nccl_asan,$(asan),build/asan/llmpar.o))
@@ -363,33 +355,39 @@ NVCC = nvcc
 CUDA_FOR = all
 cuda_home = $(dir $(shell dirname $$(readlink -f $$(command -v $(NVCC)))))
 cuda_libs = -lcublasLt -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
+nccl_libs = -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -lnccl
+# Where the object of nvcc and what is linked with it are: tools/check_cuda.sh has another one.
+CUDA_ROOM = build/cuda
 
 cuda:
 	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory build/cuda/llmpar_cuda.o
-build/cuda/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
+$(CUDA_ROOM)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION -x cu -c $< -o $@
-build/cuda/test_%: tests/test_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o
-	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
-build/cuda/gpu_%: bench/gpu_%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard bench/*.h)
-	@$(NVCC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $(filter %.c %.o,$^) -o $@ $(cuda_libs)
-# Against the real NCCL (tools/gpu_check).
+$(CUDA_ROOM)/test_%: tests/test_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB)
+	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(cuda_libs)
+$(CUDA_ROOM)/gpu_%: bench/gpu_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard bench/*.h)
+	@$(NVCC) -O2 -g -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(cuda_libs)
+# Against the real NCCL.
 print-nccl-home:
 	@echo $(NCCL_HOME)
-build/cuda/real_nccl: tests/real_nccl.c build/dev/llmpar_nccl.h build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard tests/*.h)
+$(CUDA_ROOM)/llmpar_nccl.o: build/dev/llmpar_nccl.h build/dev/llmpar.h
+	@[ -n '$(NCCL_HOME)' ] || { echo 'there is no nccl.h (Debian package: libnccl-dev; NCCL_HOME=/where/it/is)'; exit 1; }
 	@mkdir -p $(@D)
-	$(CC) -O1 -g -DLLMPAR_NCCL_IMPLEMENTATION -Ibuild/dev -I$(NCCL_HOME)/include -I$(cuda_home)include -x c -c build/dev/llmpar_nccl.h -o build/cuda/llmpar_nccl.o
-	$(NVCC) -O1 -g -D_GNU_SOURCE -Ibuild/dev -Itests $(filter tests/%.c %.o,$^) build/cuda/llmpar_nccl.o -o $@ -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -lnccl $(cuda_libs)
-build-cuda: $(filter-out build/cuda/test_emulation,$(CUDA_SUITE:%=build/cuda/%))
-run-cuda: build-cuda
-	@tests/run.sh build/cuda $(filter-out test_emulation,$(CUDA_SUITE))
+	$(CC) -O1 -g -DLLMPAR_NCCL_IMPLEMENTATION -Ibuild/dev -I$(NCCL_HOME)/include -I$(cuda_home)include -x c -c $< -o $@
+$(CUDA_ROOM)/real_nccl: tests/real_nccl.c $(CUDA_ROOM)/llmpar_nccl.o $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard tests/*.h)
+	$(NVCC) -O1 -g -D_GNU_SOURCE -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(nccl_libs) $(cuda_libs)
+$(eval $(call suite,cuda,$(filter-out test_emulation,$(CUDA_SUITE))))
 
 # The programs with --device cuda: on GPUs, with NCCL as well, and with the device emulated on the CPU.
 CUDA_PROGRAMS := train_llama generate
-$(CUDA_PROGRAMS:%=build/%_cuda): build/%_cuda: examples/%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o $(wildcard examples/common/*.h)
-	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o,$^) -o $@ $(cuda_libs)
-$(CUDA_PROGRAMS:%=build/%_nccl): build/%_nccl: examples/%.c build/cuda/llmpar_cuda.o build/plain/llmpar.o build/dev/llmpar_nccl.h $(wildcard examples/common/*.h)
-	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -DLLMPAR_USE_NCCL -Ibuild/dev $(filter %.c %.o,$^) -o $@ -lnccl $(cuda_libs)
+define cuda_programs
+$(CUDA_PROGRAMS:%=$(1)/%_cuda): $(1)/%_cuda: examples/%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard examples/common/*.h)
+	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $$(filter %.c %.o %.a,$$^) -o $$@ $$(cuda_libs)
+$(CUDA_PROGRAMS:%=$(1)/%_nccl): $(1)/%_nccl: examples/%.c $(CUDA_ROOM)/llmpar_nccl.o $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard examples/common/*.h)
+	$(NVCC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR__NCCL_IMPLEMENTED -DLLMPAR_USE_CUDA -DLLMPAR_USE_NCCL -Ibuild/dev $$(filter %.c %.o %.a,$$^) -o $$@ $$(nccl_libs) $$(cuda_libs)
+endef
+$(foreach place,build $(CUDA_ROOM),$(eval $(call cuda_programs,$(place))))
 $(CUDA_PROGRAMS:%=build/%_emulated): build/%_emulated: examples/%.c build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB) $(wildcard examples/common/*.h)
 	$(CC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
 
@@ -524,7 +522,8 @@ check-full:
 clean:
 	rm -rf build
 
-.PHONY: test-cuda-plant print-nccl-home test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl $(foreach c,nccl nccl_asan nccl_tsan,build-$(c) run-$(c)) cuda build-cuda run-cuda check-cuda run-check-cuda test-cuda test-cuda-asan test-cuda-tsan build-emulated_tsan run-emulated_tsan build-emulated run-emulated build-emulated_asan run-emulated_asan print-suite all help gen check-gen demo bench test test-separate test-header test-cxx test-asan test-tsan test-exact test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
-	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind clean FORCE \
-	$(foreach c,plain header cxx asan tsan separate bf16 aarch64 aarch64_portable musl,build-$(c) run-$(c))
+.PHONY: all help gen check-gen demo bench print-suite test test-separate test-header test-cxx test-asan test-tsan test-bf16 test-aarch64 test-aarch64-portable test-musl run-ported test-valgrind build-valgrind run-valgrind test-exact \
+	test-cuda test-cuda-asan test-cuda-tsan test-cuda-plant run-gpu-small cuda check-cuda run-check-cuda test-nccl run-nccl-cuda test-nccl-asan test-nccl-tsan check-nccl print-nccl-home \
+	test-mpi test-mpi-full run-mpi-quick run-mpi-full build-mpi-programs build-mpich-programs test-plant test-fuzz build-fuzz run-fuzz \
+	check-layers check-compile check-budget coverage check check-full install uninstall test-package test-docs clean FORCE
 .SECONDARY:

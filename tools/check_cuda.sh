@@ -1,5 +1,6 @@
 #!/bin/bash
-# The CUDA device as nvcc builds it, without a GPU: no warnings, no spills in hot kernels, links, and says cleanly that there is no device. tools/check_cuda.sh [NVCC]; the compiler's report is build/cuda_ci/ptxas.log.
+# The CUDA device as nvcc builds it, without a GPU: no warnings, no spills in hot kernels; every program of it links, those with NCCL where there is one, and says cleanly that there is no device.
+# tools/check_cuda.sh [NVCC]; the compiler's report is build/cuda_ci/ptxas.log.
 nvcc=${1:-nvcc}
 folder=build/cuda_ci
 passed=0 failed=0
@@ -38,23 +39,45 @@ for flag in --use_fast_math --ftz=true; do
     else good "$flag is refused"; fi
 done
 
-# Every test program links, and is skipped where no device is to be seen, whatever this machine has.
-home=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
-for source in tests/test_cuda_*.c; do
-    test=$(basename "$source" .c)
-    if ! "$nvcc" -O0 -Ibuild/dev -Itests "$source" $folder/llmpar_cuda.o "${CUDA_LIB:-build/plain/llmpar.o}" -o "$folder/$test" -lcublasLt -Xlinker "-rpath=$home/lib64" -lpthread -lm >$folder/link.log 2>&1; then
-        bad "$test does not link:"
-        tail -n 5 $folder/link.log
-        continue
-    fi
-    CUDA_VISIBLE_DEVICES=-1 timeout 60 "$folder/$test" >$folder/run.log 2>&1
+# Every program links, and says why it cannot run where no device is to be seen, whatever this machine has: tests are skipped, the others end with one line on stderr.
+tests=$(cd tests && ls test_cuda_*.c | sed 's/\.c$//')
+nccl=$(make -s print-nccl-home NVCC="$nvcc")
+programs=$(printf "$folder/%s " $tests train_llama_cuda generate_cuda gpu_train gpu_ops ${nccl:+train_llama_nccl real_nccl})
+rm -f $programs
+make -k -j "$(nproc 2>/dev/null || echo 1)" --no-print-directory NVCC="$nvcc" CUDA_ROOM=$folder $programs >$folder/link.log 2>&1
+export CUDA_VISIBLE_DEVICES=-1
+for test in $tests; do
+    [ -x "$folder/$test" ] || { bad "$test does not link"; continue; }
+    timeout 60 "$folder/$test" >$folder/run.log 2>&1
     code=$?
     if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^[01] passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "$test links; without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
     else
         bad "$test without a device: exit code $code"
         tail -n 5 $folder/run.log
     fi
-    rm -f "$folder/$test"
 done
+# ends PROGRAM ARGUMENTS...: with exit code 1, nothing on stdout, and one line on stderr
+ends()
+{
+    local program=$1 code
+    shift
+    [ -x "$folder/$program" ] || { bad "$program does not link"; return; }
+    timeout 60 "$folder/$program" "$@" >$folder/run.out 2>$folder/run.log </dev/null
+    code=$?
+    if [ $code -eq 1 ] && [ ! -s $folder/run.out ] && [ "$(wc -l <$folder/run.log)" -eq 1 ] && grep -q 'cuda: no device: ' $folder/run.log; then good "$program links; without a device: $(cat $folder/run.log)"
+    else
+        bad "$program $* without a device: exit code $code"
+        head -n 5 $folder/run.out $folder/run.log
+    fi
+}
+ends train_llama_cuda --device cuda --model tiny --data README.md
+[ -z "$nccl" ] || ends train_llama_nccl --device cuda --comm nccl --model tiny --data README.md
+ends gpu_train --model tiny
+ends gpu_ops
+for program in generate_cuda ${nccl:+real_nccl}; do
+    if [ -x "$folder/$program" ]; then good "$program links"; else bad "$program does not link"; fi
+done
+[ $failed -eq 0 ] || grep -E 'error|undefined|cannot find' $folder/link.log | head -n 20
+rm -f $programs
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
