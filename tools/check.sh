@@ -58,14 +58,12 @@ some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model
 raced="test_cpu test_comm test_stream test_stream_ranks test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_offload_trouble test_inside test_checkpoint_resume"
 checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of the others together
 [ -z "$full" ] || some=$all raced=$all checked=$all
-build()
+build() # in one go, the implementations first: each takes one processor long, and what waits for it starts as soon as it is there
 {
-    $make $jobs -k build-plain build-fuzz all ${full:+FUZZ_OPT=-O1} >build/check/make.log 2>&1
-    $make $jobs -k build-asan SUITE="$checked" >>build/check/make.log 2>&1
-    $make $jobs -k build-header ${full:+build-cxx build-separate} SUITE="$some" >>build/check/make.log 2>&1
-    $make $jobs -k build-tsan SUITE="$raced" >>build/check/make.log 2>&1
-    ! command -v g++ >/dev/null || $make $jobs -k build-emulated build/emulated/gpu_ops >>build/check/make.log 2>&1
-    ! command -v g++ >/dev/null || $make $jobs -k build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes >>build/check/make.log 2>&1
+    programs() { local folder=$1; shift; printf "build/$folder/%s " "$@"; }
+    implementations=$(for c in asan tsan header plain mpi bf16 ${full:+cxx}; do programs $c llmpar.o; done)
+    $make $jobs -k $implementations build/emulated/llmpar_cuda.o build-fuzz build-plain all $(programs asan $checked) $(programs header $some) $(programs tsan $raced) build-emulated build/emulated/gpu_ops build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
+        build-mpi-programs ${full:+build-cxx build-separate FUZZ_OPT=-O1} >build/check/make.log 2>&1
     ! grep -A 6 'warning:' build/check/make.log
 }
 phase build build

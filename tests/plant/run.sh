@@ -54,8 +54,9 @@ worker()
     passed=0 failed=0
     mkdir -p $tree/build
     cp -a Makefile src tests tools examples $tree/
-    # Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` left is taken along.
-    [ ! -d build/separate ] || cp -a build/separate $tree/build/
+    # Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` and `make test-cuda` left is taken along.
+    for left in build/separate build/dev build/emulated; do [ ! -d $left ] || cp -a $left $tree/build/; done
+    rm -f $tree/build/emulated/test_* # linked with another archive
     while index=$(next); do
         patch=${patches[$index]}
         [ -n "$patch" ] || break
