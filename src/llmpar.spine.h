@@ -128,6 +128,7 @@ LLMPAR_EXTERN_C_BEGIN
 #include "tables/comm.h"
 #include "tables/backend.h"
 #include "tables/record.h"
+#include "tables/halving.h"
 #include "tables/arena.h"
 
 /* Chapter: cpu */
@@ -252,6 +253,7 @@ LLMPAR_EXTERN_C_END
 #include "tables/ctx.c"
 #include "tables/comm.c"
 #include "tables/record.c"
+#include "tables/halving.c"
 #include "tables/arena.c"
 #include "tables/trace.c"
 

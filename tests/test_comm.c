@@ -522,6 +522,101 @@ static llmpar_status slot_of_slots(llmpar_ctx *ctx, void *user)
 }
 TEST(a_slot_calls_another) { CHECK_OK(launch(5, slot_of_slots, NULL, NULL)); }
 
-TEST_LIST(T_(a_slot_calls_another), T_(values), T_(values_lockstep), T_(counts_bytes), T_(split), T_(split_without_memory), T_(mismatch), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody),
+/* ---- for who writes a communicator ---- */
+
+/* Every rank's way up, acted out: each gets its part of the sum, with the bits of the tree, from whom the others think. */
+TEST(halving)
+{
+    enum { MOST = 19 };
+    static float value[MOST][MOST], next[MOST][MOST]; /* [rank][part] */
+    static int held[MOST][MOST];
+    llmpar_heap heap;
+    llmpar_heap_init(&heap, NULL);
+    for (int n = 1; n <= MOST; n++) {
+        llmpar_halving h[MOST];
+        int deepest = 0;
+        for (int r = 0; r < n; r++) {
+            CHECK(llmpar_halving_make(&heap, n, r, &h[r]));
+            if (h[r].levels > deepest) deepest = h[r].levels;
+            for (int j = 0; j < n; j++) {
+                element(&value[r][j], LLMPAR_F32, r, (size_t)j);
+                held[r][j] = 1;
+            }
+        }
+        for (int up = deepest; up-- > 0;) { /* the levels of all ranks are counted from the root */
+            for (int r = 0; r < n; r++) {
+                if (h[r].levels <= up) continue;
+                int l = h[r].levels - 1 - up, keeps = 0, gives = 0;
+                const llmpar_halving_level *level = &h[r].level[l];
+                for (int j = 0; j < n; j++) {
+                    int c = h[r].label[l * n + j];
+                    if (!held[r][j]) continue;
+                    if (c != level->mine) {
+                        gives++;
+                        continue;
+                    }
+                    int p = level->partner, theirs = h[p].levels - 1 - up;
+                    CHECK(p != r && held[p][j] && h[p].level[theirs].lo == level->lo && h[p].level[theirs].left != level->left);
+                    CHECK_INT(h[p].level[theirs].lo + h[p].label[theirs * n + j], r); /* and gives it to this one */
+                    next[r][j] = level->left ? value[r][j] + value[p][j] : value[p][j] + value[r][j];
+                    keeps++;
+                }
+                CHECK(keeps <= h[r].most_kept && gives <= h[r].most_given);
+            }
+            for (int r = 0; r < n; r++)
+                for (int j = 0; j < n && h[r].levels > up; j++) {
+                    int l = h[r].levels - 1 - up;
+                    held[r][j] = held[r][j] && h[r].label[l * n + j] == h[r].level[l].mine;
+                    value[r][j] = next[r][j];
+                }
+        }
+        for (int r = 0; r < n; r++) {
+            float want;
+            reduced(&want, LLMPAR_F32, LLMPAR_SUM, 0, n, (size_t)r);
+            CHECK_BYTES(&value[r][r], &want, sizeof want);
+            for (int j = 0; j < n; j++) CHECK_INT(held[r][j], j == r);
+            llmpar_halving_free(&heap, &h[r]);
+        }
+    }
+    llmpar_halving none;
+    heap.fail_at = heap.calls + 1;
+    CHECK(!llmpar_halving_make(&heap, 4, 1, &none) && !none.level);
+    llmpar_halving_free(&heap, &none);
+    CHECK_INT(heap.live, 0);
+}
+
+static int32_t last_op;
+static const char *last_tag;
+static llmpar_status every_collective(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op)
+{
+    CHECK(!stream && comm->rank == 1);
+    last_op = op;
+    last_tag = call->tag;
+    return op == LLMPAR_CALL_SEND ? LLMPAR_ERR_IO : LLMPAR_OK;
+}
+TEST(slots_that_are_one_function)
+{
+    int64_t x[2] = { 0, 0 }, y[2];
+    llmpar_error error;
+    llmpar_comm comm = { .abi = LLMPAR_COMM_ABI, .size = sizeof comm, .rank = 1, .ranks = 2, .axis = "one", .error = &error };
+    llmpar_collective call = { .send = x, .recv = y, .count = 1, .dtype = LLMPAR_I64, .tag = "here" };
+    llmpar_error_clear(&error);
+    llmpar_comm_fill(&comm, every_collective);
+    static const struct { llmpar_status (*call)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call); llmpar_call_op op; llmpar_status status; } calls[] = {
+        { llmpar_all_gather, LLMPAR_CALL_ALL_GATHER, LLMPAR_OK }, { llmpar_reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER, LLMPAR_OK }, { llmpar_all_reduce, LLMPAR_CALL_ALL_REDUCE, LLMPAR_OK },
+        { llmpar_broadcast, LLMPAR_CALL_BROADCAST, LLMPAR_OK }, { llmpar_all_to_all, LLMPAR_CALL_ALL_TO_ALL, LLMPAR_OK }, { llmpar_send, LLMPAR_CALL_SEND, LLMPAR_ERR_IO }, { llmpar_recv, LLMPAR_CALL_RECV, LLMPAR_OK },
+    };
+    for (size_t i = 0; i < sizeof calls / sizeof calls[0]; i++) {
+        last_tag = "";
+        CHECK_STATUS(calls[i].call(&comm, NULL, &call), calls[i].status);
+        CHECK_INT(last_op, calls[i].op);
+        CHECK_TEXT(last_tag, "here");
+    }
+    CHECK_OK(llmpar_comm_barrier(&comm, NULL, "all"));
+    CHECK_INT(last_op, LLMPAR_CALL_BARRIER);
+    CHECK_TEXT(last_tag, "all");
+}
+
+TEST_LIST(T_(a_slot_calls_another), T_(halving), T_(slots_that_are_one_function), T_(values), T_(values_lockstep), T_(counts_bytes), T_(split), T_(split_without_memory), T_(mismatch), T_(mismatch_of_a_message), T_(peer_failure_wakes_everybody),
           T_(a_rank_that_returns_while_others_wait), T_(deadline), T_(lockstep_finds_a_deadlock), T_(lockstep_runs_one_rank_at_a_time), T_(abort_by_hand), T_(random_failures), T_(wrappers_refuse),
           T_(collectives_on_a_late_device), T_(device_failure), T_(many_ranks))

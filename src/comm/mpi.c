@@ -4,14 +4,8 @@
    thread or that of the call's stream, with stream NULL, as in threads.c; the whole collective is one host call on the stream. The headers of all communicators travel in one order, so calls on
    different streams run one after the other even where these have threads (llmpar_order): compute overlaps with them, they do not with each other.
 
-   Reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
-   The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
-     label in the left part    c < p ? c : c - p
-     label in the right part   c < p ? c mod q : c - p        (c: the label at the node)
-   Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those
-   ranks of the left part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n messages, and (n-1)/n of the data.
-       n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3)
-   A slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts go to everybody. */
+   Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts
+   go to everybody. */
 #include "comm/mpi_internal.h"
 
 #include <string.h>
@@ -20,12 +14,6 @@
 #include "tables/device.h"
 
 #ifdef LLMPAR_USE_MPI
-
-/* A node of the reduction's tree that this rank is in. */
-struct llmpar__mpi_level {
-    int32_t lo, p, q;
-    int32_t left; /* 1: this rank is in the left part */
-};
 
 /* The argument of the host call. */
 typedef struct llmpar__mpi_job {
@@ -94,7 +82,7 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
     if (!scatter && call->op != LLMPAR_CALL_ALL_REDUCE) return LLMPAR_OK;
     size_t n = (size_t)tc->comm.ranks, item = llmpar_dtype_size((llmpar_dtype)call->dtype), total = (size_t)(call->count * call->blocks), step = llmpar__mpi_step(tc, item, scatter);
     if (llmpar__mpi_is_small(tc, total * item * (scatter ? n : 1))) return LLMPAR_OK;
-    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->most_kept + (size_t)tc->most_given) * room * item;
+    size_t room = scatter ? llmpar__mpi_min(step, (size_t)call->count) : (llmpar__mpi_min(step, total) + n - 1) / n, bytes = (2 * (size_t)tc->halving.most_kept + (size_t)tc->halving.most_given) * room * item;
     if (world->scratch_bytes >= bytes) return LLMPAR_OK;
     llmpar_status st = llmpar_order_wait(&world->order);
     if (st) return st;
@@ -109,7 +97,7 @@ static llmpar_status llmpar__mpi_reserve(llmpar__mpi_comm *tc, const llmpar_call
 /* Gives the held parts with label c at this level to the member `to`. A single part of the input goes from where it is; else they are packed behind `pack`. */
 static llmpar_status llmpar__mpi_give(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s, int32_t l, int32_t held, int32_t c, int32_t to, size_t room, const char *partial, char **pack)
 {
-    const int32_t *label = tc->label + (size_t)l * s->parts, *kept = tc->kept;
+    const int32_t *label = tc->halving.label + (size_t)l * s->parts, *kept = tc->halving.kept;
     char *begin = *pack, *only = NULL;
     size_t bytes = 0, parts = 0, count;
     llmpar_status st = LLMPAR_OK;
@@ -137,19 +125,18 @@ static llmpar_status llmpar__mpi_give(llmpar__mpi_comm *tc, const llmpar_call *c
 static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *call, const llmpar__mpi_slice *s)
 {
     size_t n = s->parts, room = (s->stride ? s->count : (s->count + n - 1) / n) * s->item, count;
-    size_t keep = (size_t)tc->most_kept * room, give = (size_t)tc->most_given * room;
+    size_t keep = (size_t)tc->halving.most_kept * room, give = (size_t)tc->halving.most_given * room;
     llmpar_status st = LLMPAR_OK;
     if (tc->world->scratch_bytes < 2 * keep + give)
         return llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_INTERNAL, "%s \"%s\" on %s: %llu bytes of scratch, expected %llu", llmpar_call_op_name((llmpar_call_op)call->op), call->tag, tc->axis,
                                 (unsigned long long)tc->world->scratch_bytes, (unsigned long long)(2 * keep + give));
     char *partial = tc->world->scratch, *incoming = partial + keep, *pack;
-    int32_t held = (int32_t)n, *kept = tc->kept;
+    int32_t held = (int32_t)n, levels = tc->halving.levels, *kept = tc->halving.kept;
     for (int32_t i = 0; i < held; i++) kept[i] = i;
-    for (int32_t l = 0; l < tc->levels && !st; l++) {
-        const struct llmpar__mpi_level *level = &tc->level[l];
-        const int32_t *label = tc->label + (size_t)l * n;
-        int32_t a = tc->comm.rank - level->lo - (level->left ? 0 : level->p), mine = level->left ? a : level->p + a, keeps = 0;
-        int32_t partner = level->left ? level->lo + level->p + a % level->q : level->lo + a;
+    for (int32_t l = 0; l < levels && !st; l++) {
+        const llmpar_halving_level *level = &tc->halving.level[l];
+        const int32_t *label = tc->halving.label + (size_t)l * n;
+        int32_t mine = level->mine, keeps = 0;
         const char *held_partial = l ? partial : NULL;
         size_t expected = 0;
         pack = incoming + keep;
@@ -158,11 +145,11 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
                 llmpar__mpi_part(s, (size_t)kept[i], &count);
                 expected = (size_t)keeps++ * room + count * s->item;
             }
-        st = llmpar__mpi_post(tc, call, 1, partner, incoming, expected);
+        st = llmpar__mpi_post(tc, call, 1, level->partner, incoming, expected);
         if (level->left) {
-            if (a < level->q && !st) st = llmpar__mpi_give(tc, call, s, l, held, a + level->p, level->lo + level->p + a, room, held_partial, &pack);
+            if (mine < level->q && !st) st = llmpar__mpi_give(tc, call, s, l, held, level->p + mine, level->lo + level->p + mine, room, held_partial, &pack);
         } else {
-            for (int32_t c = a; c < level->p && !st; c += level->q) st = llmpar__mpi_give(tc, call, s, l, held, c, level->lo + c, room, held_partial, &pack);
+            for (int32_t c = mine - level->p; c < level->p && !st; c += level->q) st = llmpar__mpi_give(tc, call, s, l, held, c, level->lo + c, room, held_partial, &pack);
         }
         if (!st) st = llmpar__mpi_complete(tc, call);
         keeps = 0;
@@ -172,7 +159,7 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
             const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
             in[0] = level->left ? own : theirs;
             in[1] = level->left ? theirs : own;
-            st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == tc->levels ? s->out : (void *)(partial + (size_t)keeps * room));
+            st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == levels ? s->out : (void *)(partial + (size_t)keeps * room));
             kept[keeps++] = kept[i];
         }
         held = keeps;
@@ -340,32 +327,17 @@ static llmpar_status llmpar__mpi_run(void *arg)
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+static llmpar_status llmpar__mpi_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
     llmpar__mpi_job job;
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__mpi_comm *)comm->state;
     job.send = given->send;
     job.recv = given->recv;
-    llmpar_call_describe(comm, op, given, &job.call);
+    llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call);
     if (job.call.rank < 0) job.call.rank = job.tc->world->rank;
     llmpar_status st = llmpar__mpi_reserve(job.tc, &job.call);
     return st ? llmpar__mpi_failed(job.tc, st) : llmpar_order_call(&job.tc->world->order, comm->device, stream, llmpar__mpi_run, &job, sizeof job);
-}
-
-static llmpar_status llmpar__mpi_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__mpi_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__mpi_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__mpi_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__mpi_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__mpi_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
-static llmpar_status llmpar__mpi_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__mpi_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
-static llmpar_status llmpar__mpi_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__mpi_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 static void llmpar__mpi_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -384,47 +356,11 @@ static void llmpar__mpi_destroy(llmpar_comm *comm)
     llmpar_heap *heap = tc->world->heap;
     if (--tc->world->comms == 0) llmpar_order_destroy(&tc->world->order);
     llmpar_heap_free(heap, tc->member);
-    llmpar_heap_free(heap, tc->level);
-    llmpar_heap_free(heap, tc->label);
-    llmpar_heap_free(heap, tc->kept);
+    llmpar_halving_free(heap, &tc->halving);
     llmpar_heap_free(heap, tc);
 }
 
 static llmpar_status llmpar__mpi_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
-
-/* The path from this rank's leaf up to the root, and the labels of all parts along it. */
-static void llmpar__mpi_plan(llmpar__mpi_comm *tc)
-{
-    int32_t n = tc->comm.ranks, r = tc->comm.rank, lo = 0, m = n, l = tc->levels;
-    while (m > 1) {
-        int32_t p = (int32_t)llmpar_tree_split(m), *label = tc->label + (size_t)--l * (size_t)n;
-        const int32_t *above = label + n;
-        struct llmpar__mpi_level *level = &tc->level[l];
-        for (int32_t j = 0; j < n; j++) {
-            int32_t c = j;
-            if (l + 1 < tc->levels) { /* from the node above */
-                const struct llmpar__mpi_level *up = level + 1;
-                c = above[j];
-                if (up->left) c = c < up->p ? c : c - up->p;
-                else c = c < up->p ? c % up->q : c - up->p;
-            }
-            label[j] = c;
-        }
-        level->lo = lo;
-        level->p = p;
-        level->q = m - p;
-        level->left = r < lo + p;
-        int32_t a = level->left ? r - lo : r - lo - p, keeps = 0, gives = 0;
-        for (int32_t j = 0; j < n; j++) {
-            keeps += label[j] == (level->left ? a : p + a);
-            gives += level->left ? label[j] == a + p : label[j] < p && label[j] % level->q == a;
-        }
-        if (keeps > tc->most_kept) tc->most_kept = keeps;
-        if (gives > tc->most_given) tc->most_given = gives;
-        if (level->left) m = p;
-        else lo += p, m -= p;
-    }
-}
 
 /* A communicator of these world ranks (copied). Local. */
 static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *member, int32_t ranks, int32_t rank, uint64_t context, const char *name, llmpar_device *device, llmpar_error *error, llmpar_comm **out)
@@ -433,21 +369,12 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
     llmpar__mpi_comm *tc = (llmpar__mpi_comm *)llmpar_heap_zalloc(heap, 1, sizeof *tc);
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
-    int32_t lo = 0;
-    for (int32_t m = ranks; m > 1; tc->levels++) {
-        int32_t p = (int32_t)llmpar_tree_split(m);
-        if (rank < lo + p) m = p;
-        else lo += p, m -= p;
-    }
     tc->world = world;
     world->comms++;
     tc->context = context;
     tc->member = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *tc->member);
-    tc->level = (struct llmpar__mpi_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
-    tc->label = (int32_t *)llmpar_heap_zalloc(heap, (size_t)tc->levels * (size_t)ranks, sizeof *tc->label);
-    tc->kept = (int32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *tc->kept);
     comm->state = tc;
-    if (!tc->member || !tc->level || !tc->label || !tc->kept) {
+    if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member) {
         llmpar__mpi_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
@@ -462,18 +389,10 @@ static llmpar_status llmpar__mpi_make(llmpar_mpi_world *world, const int32_t *me
     comm->error = error;
     comm->split = llmpar__mpi_split;
     comm->destroy = llmpar__mpi_destroy;
-    comm->barrier = llmpar__mpi_barrier;
-    comm->all_gather = llmpar__mpi_all_gather;
-    comm->reduce_scatter = llmpar__mpi_reduce_scatter;
-    comm->all_reduce = llmpar__mpi_all_reduce;
-    comm->broadcast = llmpar__mpi_broadcast;
-    comm->all_to_all = llmpar__mpi_all_to_all;
-    comm->send = llmpar__mpi_send;
-    comm->recv = llmpar__mpi_recv;
+    llmpar_comm_fill(comm, llmpar__mpi_enqueue);
     comm->abort = llmpar__mpi_abort;
     comm->unchecked = world->desc.unchecked;
     comm->one_thread = world->serialized ? NULL : "MPI was initialised with less than MPI_THREAD_SERIALIZED";
-    llmpar__mpi_plan(tc);
     if (llmpar_record_attach(world->record, comm, member)) {
         llmpar__mpi_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for its record", name);

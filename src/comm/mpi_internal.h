@@ -4,6 +4,7 @@
 #define LLMPAR_COMM_MPI_INTERNAL_H
 
 #include "comm/mpi.h"
+#include "tables/halving.h"
 #include "tables/record.h"
 
 #ifdef LLMPAR_USE_MPI
@@ -97,11 +98,7 @@ typedef struct llmpar__mpi_comm {
     llmpar_mpi_world *world;
     uint64_t context;
     int32_t *member;        /* [ranks] world ranks */
-    int32_t levels;         /* of the reduction's tree above this rank */
-    struct llmpar__mpi_level *level; /* [levels], from the leaf up */
-    int32_t *label;         /* [levels][ranks], see mpi.c */
-    int32_t *kept;          /* [ranks] scratch: the parts that this rank holds */
-    int32_t most_kept, most_given; /* parts that this rank keeps and gives at a level, at most */
+    llmpar_halving halving;
     char axis[24];
 } llmpar__mpi_comm;
 

@@ -290,31 +290,16 @@ static llmpar_status llmpar__threads_run(void *arg)
     return st ? llmpar__threads_failed(tc, st) : LLMPAR_OK;
 }
 
-static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+static llmpar_status llmpar__threads_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
     llmpar__threads_job job;
     memset(&job, 0, sizeof job);
     job.tc = (llmpar__threads_comm *)comm->state;
-    llmpar_call_describe(comm, op, given, &job.call.what);
+    llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call.what);
     if (job.call.what.rank < 0) job.call.what.rank = job.tc->world_rank;
     job.call.send = given->send;
     job.call.recv = given->recv;
     return llmpar_order_call(&job.tc->order, comm->device, stream, llmpar__threads_run, &job, sizeof job);
-}
-
-static llmpar_status llmpar__threads_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__threads_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__threads_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__threads_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__threads_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__threads_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
-static llmpar_status llmpar__threads_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__threads_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
-static llmpar_status llmpar__threads_meet_all(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__threads_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 static void llmpar__threads_abort(llmpar_comm *comm, const llmpar_error *error)
@@ -375,14 +360,7 @@ static llmpar_status llmpar__threads_half(llmpar__threads_group *group, int32_t 
     comm->state = tc;
     comm->split = llmpar__threads_split;
     comm->destroy = llmpar__threads_destroy;
-    comm->barrier = llmpar__threads_meet_all;
-    comm->all_gather = llmpar__threads_all_gather;
-    comm->reduce_scatter = llmpar__threads_reduce_scatter;
-    comm->all_reduce = llmpar__threads_all_reduce;
-    comm->broadcast = llmpar__threads_broadcast;
-    comm->all_to_all = llmpar__threads_all_to_all;
-    comm->send = llmpar__threads_send;
-    comm->recv = llmpar__threads_recv;
+    llmpar_comm_fill(comm, llmpar__threads_enqueue);
     comm->abort = llmpar__threads_abort;
     *out = comm;
     return LLMPAR_OK;

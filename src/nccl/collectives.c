@@ -1,12 +1,6 @@
 /* collectives: the collectives of comm.h as NCCL operations and device operations on the call's stream.
 
-   Exact reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
-   The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
-     label in the left part    c < p ? c : c - p
-     label in the right part   c < p ? c mod q : c - p        (c: the label at the node)
-   Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those
-   ranks of the left part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n exchanges, and (n-1)/n of the data.
-       n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3)
+   Exact reductions go on with the tree over the rank index by halves (tables/halving.h).
    A level is one group of ncclSend and ncclRecv, straight from where the parts are, and a tree_sum of two operands a part. A slice at a time, so scratch is bounded. What is small takes one exchange with everybody
    and one tree_sum of n operands instead: the same tree.
    All-reduce: the same on parts of about equal length, then the parts go to everybody.
@@ -186,21 +180,20 @@ static llmpar_status llmpar__nccl_halve(llmpar__nccl_job *job, const llmpar__ncc
     if (n * room <= LLMPAR__NCCL_DIRECT && n * room <= tc->world->part_bytes) return llmpar__nccl_at_once(job, s, room);
     if (n == 1) return s->out == s->base ? LLMPAR_OK : job->device->copy(job->device, job->stream, s->out, s->base, s->count * job->item);
     char *partial = job->a, *incoming = job->b;
-    int32_t held = (int32_t)n, *kept = tc->kept;
+    int32_t held = (int32_t)n, levels = tc->halving.levels, *kept = tc->halving.kept;
     for (int32_t i = 0; i < held; i++) kept[i] = i;
-    for (int32_t l = 0; l < tc->levels && !st; l++) {
-        const llmpar__nccl_level *level = &tc->level[l];
-        const int32_t *label = tc->label + (size_t)l * n;
-        int32_t a = tc->comm.rank - level->lo - (level->left ? 0 : level->p), mine = level->left ? a : level->p + a, keeps = 0;
-        int32_t partner = level->left ? level->lo + level->p + a % level->q : level->lo + a;
+    for (int32_t l = 0; l < levels && !st; l++) {
+        const llmpar_halving_level *level = &tc->halving.level[l];
+        const int32_t *label = tc->halving.label + (size_t)l * n;
+        int32_t mine = level->mine, keeps = 0;
         st = llmpar__nccl_group_begin(job, &result);
         if (st) return st;
         for (int32_t i = 0; i < held; i++) {
             size_t offset = llmpar__nccl_piece(job, s, (size_t)kept[i], &count);
             const char *from = l ? partial + (size_t)i * room : s->base + offset;
             int32_t c = label[kept[i]];
-            if (c == mine) llmpar__nccl_recv_part(job, &result, incoming + (size_t)keeps++ * room, count * job->item, (size_t)partner);
-            else llmpar__nccl_send_part(job, &result, from, count * job->item, (size_t)(level->lo + c)); /* left: c = p + a; right: c < p */
+            if (c == mine) llmpar__nccl_recv_part(job, &result, incoming + (size_t)keeps++ * room, count * job->item, (size_t)level->partner);
+            else llmpar__nccl_send_part(job, &result, from, count * job->item, (size_t)(level->lo + c));
         }
         st = llmpar__nccl_group_end(job, result, "ncclSend, ncclRecv");
         keeps = 0;
@@ -210,7 +203,7 @@ static llmpar_status llmpar__nccl_halve(llmpar__nccl_job *job, const llmpar__ncc
             const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
             in[0] = level->left ? own : theirs;
             in[1] = level->left ? theirs : own;
-            st = llmpar__nccl_combine(job, in, 2, count, l + 1 == tc->levels ? s->out : (void *)(partial + (size_t)keeps * room));
+            st = llmpar__nccl_combine(job, in, 2, count, l + 1 == levels ? s->out : (void *)(partial + (size_t)keeps * room));
             kept[keeps++] = kept[i];
         }
         held = keeps;
@@ -403,7 +396,7 @@ static llmpar_status llmpar__nccl_after(void *arg)
     return llmpar__nccl_sound(mark->tc, &mark->call);
 }
 
-static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
     llmpar__nccl_comm *tc = (llmpar__nccl_comm *)comm->state;
     llmpar__nccl_world *world = tc->world;
@@ -413,10 +406,10 @@ static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stre
     job.tc = tc;
     job.device = device;
     job.stream = stream;
-    llmpar_call_describe(comm, op, given, &job.call);
+    llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call);
     if (job.call.rank < 0) job.call.rank = world->rank;
     if (llmpar_device_thread_error(device, NULL))
-        return llmpar__nccl_failed(tc, llmpar_error_set(llmpar__nccl_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: called on the thread of a stream; calls of NCCL belong to the rank's own thread", llmpar_call_op_name(op), job.call.tag, tc->axis));
+        return llmpar__nccl_failed(tc, llmpar_error_set(llmpar__nccl_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: called on the thread of a stream; calls of NCCL belong to the rank's own thread", llmpar_call_op_name((llmpar_call_op)op), job.call.tag, tc->axis));
     job.native = (cudaStream_t)device->native_stream(device, stream);
     job.n = (size_t)comm->ranks;
     job.r = (size_t)comm->rank;
@@ -444,60 +437,6 @@ static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stre
         if (!st) st = llmpar__nccl_sound(tc, &job.call);
     }
     return st ? llmpar__nccl_failed(tc, st) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__nccl_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__nccl_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__nccl_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__nccl_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__nccl_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__nccl_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
-static llmpar_status llmpar__nccl_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
-static llmpar_status llmpar__nccl_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__nccl_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__nccl_fill(llmpar_comm *comm)
-{
-    comm->barrier = llmpar__nccl_barrier;
-    comm->all_gather = llmpar__nccl_all_gather;
-    comm->reduce_scatter = llmpar__nccl_reduce_scatter;
-    comm->all_reduce = llmpar__nccl_all_reduce;
-    comm->broadcast = llmpar__nccl_broadcast;
-    comm->all_to_all = llmpar__nccl_all_to_all;
-    comm->send = llmpar__nccl_send;
-    comm->recv = llmpar__nccl_recv;
-}
-
-/* The path from this rank's leaf up to the root, and the labels of all parts along it. */
-LLMPAR__PRIVATE_DEF void llmpar__nccl_plan(llmpar__nccl_comm *tc)
-{
-    int32_t n = tc->comm.ranks, r = tc->comm.rank, lo = 0, m = n, l = tc->levels;
-    while (m > 1) {
-        int32_t p = (int32_t)llmpar_tree_split(m), *label = tc->label + (size_t)--l * (size_t)n;
-        const int32_t *above = label + n;
-        llmpar__nccl_level *level = &tc->level[l];
-        for (int32_t j = 0; j < n; j++) {
-            int32_t c = j;
-            if (l + 1 < tc->levels) { /* from the node above */
-                const llmpar__nccl_level *up = level + 1;
-                c = above[j];
-                if (up->left) c = c < up->p ? c : c - up->p;
-                else c = c < up->p ? c % up->q : c - up->p;
-            }
-            label[j] = c;
-        }
-        level->lo = lo;
-        level->p = p;
-        level->q = m - p;
-        level->left = r < lo + p;
-        if (level->left) m = p;
-        else lo += p, m -= p;
-    }
 }
 
 #undef LLMPAR__NCCL_GROUPED

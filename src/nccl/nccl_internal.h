@@ -110,8 +110,6 @@ typedef struct llmpar__nccl_context {
     int32_t *color, *key, *waits;
 } llmpar__nccl_context;
 
-typedef struct llmpar__nccl_level { int32_t lo, p, q, left; } llmpar__nccl_level;
-
 typedef struct llmpar__nccl_comm llmpar__nccl_comm;
 
 typedef struct llmpar__nccl_world {
@@ -172,10 +170,7 @@ struct llmpar__nccl_comm {
     uint64_t context, calls;
     uint64_t *sent, *received; /* [ranks] messages to and from each member */
     int32_t *member;           /* [ranks] world ranks */
-    int32_t levels;            /* of the reduction's tree above this rank */
-    llmpar__nccl_level *level; /* [levels], from the leaf up */
-    int32_t *label;            /* [levels][ranks] */
-    int32_t *kept;             /* [ranks] */
+    llmpar_halving halving;
     char axis[24];
 };
 
@@ -244,8 +239,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__nccl_memory_begin(llmpar_heap *heap, llmpa
 LLMPAR__PRIVATE void llmpar__nccl_memory_end(llmpar_device *device);
 
 /* collectives.c */
-LLMPAR__PRIVATE void llmpar__nccl_plan(llmpar__nccl_comm *tc);
 LLMPAR__PRIVATE size_t llmpar__nccl_part_bytes(size_t slice, int32_t ranks); /* of each of the three parts of scratch */
-LLMPAR__PRIVATE void llmpar__nccl_fill(llmpar_comm *comm);
+LLMPAR__PRIVATE llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op); /* for llmpar_comm_fill */
 
 #endif

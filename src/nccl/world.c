@@ -165,12 +165,6 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     *out = NULL;
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
-    int32_t lo = 0;
-    for (int32_t m = ranks; m > 1; tc->levels++) {
-        int32_t p = (int32_t)llmpar_tree_split(m);
-        if (rank < lo + p) m = p;
-        else lo += p, m -= p;
-    }
     size_t n = (size_t)ranks, length = strlen(name);
     tc->world = world;
     world->comms++;
@@ -178,9 +172,6 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     tc->member = (int32_t *)llmpar_heap_alloc(heap, n, sizeof *tc->member);
     tc->sent = (uint64_t *)llmpar_heap_zalloc(heap, n, sizeof *tc->sent);
     tc->received = (uint64_t *)llmpar_heap_zalloc(heap, n, sizeof *tc->received);
-    tc->level = (llmpar__nccl_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
-    tc->label = (int32_t *)llmpar_heap_zalloc(heap, (size_t)tc->levels * n, sizeof *tc->label);
-    tc->kept = (int32_t *)llmpar_heap_alloc(heap, n, sizeof *tc->kept);
     comm->state = tc;
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
@@ -194,19 +185,18 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     comm->abort = llmpar__nccl_abort;
     comm->unchecked = world->desc.unchecked;
     memcpy(tc->axis, name, length < sizeof tc->axis ? length : sizeof tc->axis - 1);
-    llmpar__nccl_fill(comm);
+    llmpar_comm_fill(comm, llmpar__nccl_enqueue);
     pthread_mutex_lock(&world->nccl_lock);
     tc->next = world->first;
     tc->previous = &world->first;
     if (world->first) world->first->previous = &tc->next;
     world->first = tc;
     pthread_mutex_unlock(&world->nccl_lock);
-    if (!tc->member || !tc->sent || !tc->received || !tc->level || !tc->label || !tc->kept) {
+    if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member || !tc->sent || !tc->received) {
         llmpar__nccl_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
     memcpy(tc->member, member, n * sizeof *member);
-    llmpar__nccl_plan(tc);
     if (llmpar_record_attach(world->record, comm, member)) {
         llmpar__nccl_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for its record", name);
@@ -256,9 +246,7 @@ static void llmpar__nccl_destroy(llmpar_comm *comm)
     llmpar_heap_free(heap, tc->member);
     llmpar_heap_free(heap, tc->sent);
     llmpar_heap_free(heap, tc->received);
-    llmpar_heap_free(heap, tc->level);
-    llmpar_heap_free(heap, tc->label);
-    llmpar_heap_free(heap, tc->kept);
+    llmpar_halving_free(heap, &tc->halving);
     llmpar_heap_free(heap, tc);
     llmpar__nccl_release(world);
 }

@@ -199,6 +199,40 @@ LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *s
     return st;
 }
 
+/* ---- slots that are one function ---- */
+
+#define LLMPAR__COMM_ONE(slot, op) \
+    static llmpar_status llmpar__comm_one_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return comm->collective(comm, stream, call, (int32_t)op); }
+LLMPAR__COMM_ONE(all_gather, LLMPAR_CALL_ALL_GATHER)
+LLMPAR__COMM_ONE(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER)
+LLMPAR__COMM_ONE(all_reduce, LLMPAR_CALL_ALL_REDUCE)
+LLMPAR__COMM_ONE(broadcast, LLMPAR_CALL_BROADCAST)
+LLMPAR__COMM_ONE(all_to_all, LLMPAR_CALL_ALL_TO_ALL)
+LLMPAR__COMM_ONE(send, LLMPAR_CALL_SEND)
+LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
+#undef LLMPAR__COMM_ONE
+
+static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
+}
+
+LLMPAR_DEF void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op))
+{
+    comm->collective = collective;
+    comm->barrier = llmpar__comm_one_barrier;
+    comm->all_gather = llmpar__comm_one_all_gather;
+    comm->reduce_scatter = llmpar__comm_one_reduce_scatter;
+    comm->all_reduce = llmpar__comm_one_all_reduce;
+    comm->broadcast = llmpar__comm_one_broadcast;
+    comm->all_to_all = llmpar__comm_one_all_to_all;
+    comm->send = llmpar__comm_one_send;
+    comm->recv = llmpar__comm_one_recv;
+}
+
 LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
 {
     *out = NULL;

@@ -64,7 +64,12 @@ struct llmpar_comm {
     int32_t unchecked;               /* 1: the ranks' fingerprints are not compared (check level 0); inherited by split */
     const char *one_thread;          /* not NULL: collectives run on the rank's own thread only, so not on a stream that has a thread of its own (device.h), and why. NULL: on any; those on one communicator
                                         run in the order of the calls, whatever their streams */
+    /* What the slots that llmpar_comm_fill has filled in call; else empty. op: llmpar_call_op (record.h). */
+    llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op);
 };
+
+/* For implementations whose collectives are one function: fills barrier, all_gather .. send, recv with functions that call it. A barrier's call has a tag alone. Local. */
+LLMPAR_API void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op));
 
 /* Wrappers with checks common to all implementations (abi, sizes, dtype and op allowed, root and peer in range, NULL buffers with a count). With ranks == 1 they copy
    send to recv on the stream where these differ and call no slot. They keep `sequence` and `bytes_sent`. Collective. */
