@@ -223,9 +223,9 @@ static inline void cuda_same(const char *what, const double *got, const double *
         }
 }
 
-/* Those of this program's tests whose names contain `tests`, on an emulated device of another compute capability, with less shared memory ("80": 163 KiB, "86": 99): other ways through the same kernels. In a child, since the
-   runtime reads its environment once. On a GPU: nothing. */
-static inline void cuda_again(const char *capability, const char *tests)
+/* Those of this program's tests whose names contain `tests` on other emulated devices (tests/emulated_cuda/cuda_runtime.h): EMULATED_CUDA_CAPABILITY 80 and 86 have less shared memory (163 and 99 KiB), so there are other ways
+   through the same kernels; of EMULATED_CUDA_DEVICES ranks take one each. In a child, since the runtime reads its environment once. On a GPU: nothing. */
+static inline void cuda_again(const char *variable, const char *value, const char *tests)
 {
     pid_t child;
     int status = -1;
@@ -233,12 +233,12 @@ static inline void cuda_again(const char *capability, const char *tests)
     fflush(NULL);
     child = fork();
     if (child == 0) {
-        setenv("EMULATED_CUDA_CAPABILITY", capability, 1);
+        setenv(variable, value, 1);
         if (freopen("/dev/null", "w", stdout)) execl("/proc/self/exe", "again", tests, (char *)NULL);
         _exit(127);
     }
     waitpid(child, &status, 0);
-    if (status) TEST_FAIL("%s on compute capability %s: status %d", tests, capability, status);
+    if (status) TEST_FAIL("%s with %s=%s: status %d", tests, variable, value, status);
 }
 
 static inline void cuda_end(void)

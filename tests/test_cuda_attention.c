@@ -415,7 +415,7 @@ TEST(decoding_has_the_same_bits)
 TEST(less_shared_memory)
 {
     CUDA_OPEN();
-    cuda_again("86", "parts_have_the_same_bits_128");
+    cuda_again("EMULATED_CUDA_CAPABILITY", "86", "parts_have_the_same_bits_128");
 }
 
 TEST(refusals)

@@ -191,6 +191,15 @@ TEST(messages)
     for (int ranks = 2; ranks <= 4; ranks++) launch_ok(ranks, line_of_messages, NULL);
 }
 
+/* Ranks with a GPU each, and three ranks on two: each reads and writes the others' memory. */
+TEST(several_gpus)
+{
+    COMM_OPEN();
+    cuda_again("EMULATED_CUDA_DEVICES", "2", "messages");
+    cuda_again("EMULATED_CUDA_DEVICES", "2", "values_lockstep");
+    cuda_again("EMULATED_CUDA_DEVICES", "3", "splits");
+}
+
 /* ---- failures ---- */
 
 typedef struct report { int how; llmpar_status status[8]; char text[8][1600]; } report;
@@ -421,4 +430,4 @@ TEST(nothing_is_left)
     if (cuda_emulated()) CHECK_INT(emulated_cuda_live(), 0);
 }
 
-TEST_LIST(T_(values), T_(values_lockstep), T_(splits), T_(buffers_are_used_again_at_once), T_(messages), T_(mismatch), T_(mismatch_of_a_message), T_(a_rank_goes), T_(a_launch_is_refused), T_(split_without_memory), T_(unchecked), T_(nothing_is_left))
+TEST_LIST(T_(values), T_(values_lockstep), T_(splits), T_(buffers_are_used_again_at_once), T_(messages), T_(several_gpus), T_(mismatch), T_(mismatch_of_a_message), T_(a_rank_goes), T_(a_launch_is_refused), T_(split_without_memory), T_(unchecked), T_(nothing_is_left))

@@ -553,8 +553,8 @@ TEST(refusals)
 TEST(less_shared_memory)
 {
     CUDA_OPEN();
-    cuda_again("80", "exact_aligned");
-    cuda_again("86", "trees");
+    cuda_again("EMULATED_CUDA_CAPABILITY", "80", "exact_aligned");
+    cuda_again("EMULATED_CUDA_CAPABILITY", "86", "trees");
 }
 
 static llmpar_device *fast_device(int tf32)

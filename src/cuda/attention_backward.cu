@@ -33,7 +33,7 @@ template <typename Type> static __global__ void llmpar__cuda_attention_delta(llm
     out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim;
     dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
     for (int x = lane; x < a.head_dim; x += 32) sum = __fmaf_rn(llmpar__cuda_load(out[x]), llmpar__cuda_load(dout[x]), sum);
-    for (int step = 16; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+    sum = llmpar__cuda_attention_sum(sum);
     if (lane) return;
     a.delta[(b * a.heads + h) * a.tq + i] = sum;
     if (h == 0 && a.doc_start) {

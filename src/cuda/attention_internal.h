@@ -101,6 +101,13 @@ static __device__ __forceinline__ float llmpar__cuda_attention_log(float x)
     return __fmaf_rn((float)exponent, LLMPAR__CUDA_ATTENTION_LN2, series);
 }
 
+/* The sum over the lanes of a warp, as a tree; every lane gets it. */
+static __device__ __forceinline__ float llmpar__cuda_attention_sum(float x)
+{
+    for (int step = 16; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
 /* ---- 16-bit elements: tiles and fragments ---- */
 
 static __device__ __forceinline__ void llmpar__cuda_attention_mma(llmpar__cuda_bf16, float d[4], const uint32_t a[4], const uint32_t b[2]) { llmpar__cu_mma_bf16(d, a, b); }

@@ -76,11 +76,6 @@ static __device__ __forceinline__ void llmpar__cuda_simple_sums(float *sums, int
     }
 }
 
-static __device__ __forceinline__ float llmpar__cuda_simple_tree(float x)
-{
-    for (int step = 16; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
 static __device__ __forceinline__ float llmpar__cuda_simple_most(float x)
 {
     for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -161,7 +156,7 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_queries(llmpar
                     float now = fmaxf(top[i], llmpar__cuda_simple_most(seen ? s[i] : least)), base = now == least ? 0.0f : now;
                     weight = seen ? llmpar__cu_exp2(__fsub_rn(s[i], base)) : 0.0f;
                     factor[i] = llmpar__cu_exp2(__fsub_rn(top[i], base));
-                    total[i] = __fadd_rn(__fmul_rn(total[i], factor[i]), llmpar__cuda_simple_tree(weight));
+                    total[i] = __fadd_rn(__fmul_rn(total[i], factor[i]), llmpar__cuda_attention_sum(weight));
                     top[i] = now;
                 }
                 weights[(p.warp + i * p.warps) * STEP + p.lane] = weight;
