@@ -1,5 +1,5 @@
 /* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows with weights larger than the caches, then whole tokens.
-   Each beside the speed at which memory is read, measured right before and after.
+   Each beside the speed at which memory is read, measured right before and after; a product whose multiply-adds take longer at their peak than reading its weights, beside that peak.
 
      bench_generate [--json FILE] [products [ROWS N K DTYPE THREADS]]
      bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile] */
@@ -30,12 +30,22 @@ static double product_work(void *user)
     return (double)p->bytes / (bench_now() - start);
 }
 
+/* Bytes of weights a second that the multiply-adds at their peak would take. */
+typedef struct product_arithmetic { bench_fma_of fma; double flops_a_byte; } product_arithmetic;
+static double product_arithmetic_rate(void *user)
+{
+    product_arithmetic *of = (product_arithmetic *)user;
+    return bench_fma(&of->fma) / of->flops_a_byte;
+}
+
 static void product_line(bench_results *results, llmpar_device *device, bench_memory_of *memory, int threads, int64_t rows, int64_t n, int64_t k, int32_t pieces, llmpar_dtype dtype)
 {
     product p;
     char name[100];
     size_t size = llmpar_dtype_size(dtype);
     void *a = NULL, *c = NULL;
+    product_arithmetic arithmetic;
+    double reading[9], computing[9];
     memset(&p, 0, sizeof p);
     p.device = device;
     p.args.m = rows;
@@ -60,7 +70,15 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
     p.args.workspace_bytes = device->gemm_workspace(device, &p.args);
     if (device->alloc(device, p.args.workspace_bytes, &p.args.workspace)) exit(1);
     snprintf(name, sizeof name, "%2d x %d x %d %s, %d piece%s, %d thread%s", (int)rows, (int)n, (int)k, llmpar_dtype_name(dtype), (int)pieces, pieces > 1 ? "s" : "", threads, threads > 1 ? "s" : "");
-    bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs(bench_read, memory, product_work, &p, 21), 0.9);
+    arithmetic.fma.kind = bench_fma_kind(llmpar_cpu_level_name(llmpar_cpu_best_level()), dtype == LLMPAR_BF16);
+    arithmetic.fma.threads = threads;
+    arithmetic.flops_a_byte = 2.0 * (double)rows / (double)size;
+    for (int i = 0; i < 9; i++) {
+        reading[i] = bench_read(memory);
+        computing[i] = product_arithmetic_rate(&arithmetic);
+    }
+    if (bench_median(computing, 9) < bench_median(reading, 9)) bench_row(results, name, "GB/s", 1e-9, bench_fma_name(arithmetic.fma.kind), bench_pairs(product_arithmetic_rate, &arithmetic, product_work, &p, 21), 0.9);
+    else bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs(bench_read, memory, product_work, &p, 21), 0.9);
     device->free(device, p.args.workspace, p.args.workspace_bytes);
     device->free(device, a, (size_t)(rows * k) * size);
     device->free(device, c, (size_t)(rows * n) * size);

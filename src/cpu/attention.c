@@ -98,8 +98,9 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     }
     job.decode = NULL;
     job.decode_columns = 0;
+    job.decode_block = 0;
     /* all scores of 16 rows take no more than the tiled path's keys and values */
-    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns, &job.decode_block);
     if (job.decode) kernels = llmpar__attention_decode_kernels;
     job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);

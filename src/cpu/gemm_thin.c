@@ -1,14 +1,14 @@
 /* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
    memory, so everything serves one purpose: each byte is read once, in order, without a pause.
 
-     b: 2 * LANES rows, 64 bytes of each at a time                                 c[m, n .. n + 2 * LANES]: chains in registers, lanes are n
-        |--####....----------|                                                     x[k][m] * | word of k of LANES rows |
-        |--####....----------|   -- LANES x 16 words are transposed into L1 -->              | ...                     |
+     b: 16 rows, 64 bytes of each at a time                                        c[m, n .. n + 16]: chains in registers, lanes are n
+        |--####....----------|                                                     x[k][m] * | word of k of 16 rows |
+        |--####....----------|   -- 16 x 16 words are transposed in L1 -->                   | ...                  |
         |--####....----------|      while the chains take them, the same rows
         |--####....----------|      are fetched some lines further on (....)
 
-   A chain goes on from memory after each 16 words, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a
-   product of many rows. */
+   Of 9 to 16 rows of x vectors of 16 lanes take a k of all of them at a time, times one weight: then lanes are m and nothing is transposed. A chain may go on from memory anywhere,
+   which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 #include "cpu/gemm_thin_internal.h"
 
 #include "base/size.h"
@@ -22,9 +22,10 @@
 
 #if !defined(LLMPAR_NO_SIMD)
 
-enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
+enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
+enum { LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -33,8 +34,11 @@ enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_PANELS = 2, LLMPAR__THIN_AHEAD = 25
 #endif
 
 typedef struct llmpar__gemm_thin_level {
-    int64_t lanes;
+    int64_t columns; /* of a tile */
+    int32_t block;   /* rows of x side by side */
     llmpar__gemm_thin_fn span;
+    void (*turn_8)(const char *in, int64_t ld, float *out); /* out[8][8] = in[8][8], rows ld bytes apart, and so for 16; NULL: this level has none */
+    void (*turn_16)(const char *in, int64_t ld, float *out);
 } llmpar__gemm_thin_level;
 
 #if defined(__x86_64__)
@@ -72,11 +76,12 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #define LLMPAR__THIN_TARGET __attribute__((target("avx")))
 #define LLMPAR__THIN_VECTOR __m256
 #define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_PANELS 2
 #define LLMPAR__THIN_MANY 0
 #define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
-#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_WIDE 0
+#define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) (word)
 #include "cpu/gemm_thin.inc"
@@ -98,11 +103,12 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX2))
 #define LLMPAR__THIN_VECTOR __m256
 #define LLMPAR__THIN_LANES 8
+#define LLMPAR__THIN_PANELS 2
 #define LLMPAR__THIN_MANY 0
 #define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_SPREAD(p) _mm256_broadcast_ss(p)
-#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(a), "x"(b)); t_; })
+#define LLMPAR__THIN_WIDE 0
+#define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
 #include "cpu/gemm_thin.inc"
@@ -113,29 +119,37 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
 #define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
-#define LLMPAR__THIN_LOAD_16(r) _mm512_loadu_ps((const void *)(in + (r) * ld))
-#define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (j + (t)) * 16), v)
-/* Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together. Rows r, r + 4, r + 8, r + 12 give vectors whose quarters are four words of each. */
+#define LLMPAR__THIN_LINE(r) _mm512_loadu_ps((const void *)(in + (r) * ld))
+/* A transposition has two halves of four steps each, so that it can go on between multiplications. Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together:
+   rows 0, 4, 8, 12 from `in` on give four vectors whose quarters are four words of each, 4 * 16 floats apart. */
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_quarters(const char *in, int64_t ld, float *out)
+{
+    __m512 a = LLMPAR__THIN_LINE(0), b = LLMPAR__THIN_LINE(4), c = LLMPAR__THIN_LINE(8), d = LLMPAR__THIN_LINE(12);
+    __m512 y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+    _mm512_store_ps((void *)out, LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
+    _mm512_store_ps((void *)(out + 64), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
+    _mm512_store_ps((void *)(out + 128), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
+    _mm512_store_ps((void *)(out + 192), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
+}
+/* Four words of all rows. */
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_columns(const float *in, __m512 out[4])
+{
+    __m512 a = _mm512_load_ps(in), b = _mm512_load_ps(in + 16), c = _mm512_load_ps(in + 32), d = _mm512_load_ps(in + 48);
+    __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
+    out[0] = LLMPAR__THIN_SHUFFLE(y0, y1, 0x44);
+    out[1] = LLMPAR__THIN_SHUFFLE(y0, y1, 0xee);
+    out[2] = LLMPAR__THIN_SHUFFLE(y2, y3, 0x44);
+    out[3] = LLMPAR__THIN_SHUFFLE(y2, y3, 0xee);
+}
 __attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
 {
-    __m512 x[4][4], y0, y1, y2, y3;
-    int r, j;
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < 4; r++) {
-        __m512 a = LLMPAR__THIN_LOAD_16(r), b = LLMPAR__THIN_LOAD_16(r + 4), c = LLMPAR__THIN_LOAD_16(r + 8), d = LLMPAR__THIN_LOAD_16(r + 12);
-        y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44);
-        y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44);
-        y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee);
-        y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
-        x[r][0] = LLMPAR__THIN_QUARTERS(y0, y1, 0x88);
-        x[r][1] = LLMPAR__THIN_QUARTERS(y0, y1, 0xdd);
-        x[r][2] = LLMPAR__THIN_QUARTERS(y2, y3, 0x88);
-        x[r][3] = LLMPAR__THIN_QUARTERS(y2, y3, 0xdd);
-    }
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < 4; r++) {
-        j = 4 * r;
-        LLMPAR__THIN_FOUR(LLMPAR__THIN_LOW, LLMPAR__THIN_HIGH, LLMPAR__THIN_SHUFFLE, x[0][r], x[1][r], x[2][r], x[3][r], LLMPAR__THIN_STORE_16);
+    float half[16 * 16] __attribute__((aligned(64)));
+    __m512 word[4];
+    int g, i;
+    for (g = 0; g < 4; g++) llmpar__gemm_thin_avx512_quarters(in + g * ld, ld, half + g * 16);
+    for (g = 0; g < 4; g++) {
+        llmpar__gemm_thin_avx512_columns(half + g * 64, word);
+        for (i = 0; i < 4; i++) _mm512_store_ps((void *)(out + (4 * g + i) * 16), word[i]);
     }
 }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
@@ -153,15 +167,23 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX512))
 #define LLMPAR__THIN_VECTOR __m512
 #define LLMPAR__THIN_LANES 16
+#define LLMPAR__THIN_PANELS 1
 #define LLMPAR__THIN_MANY 1
 #define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
-#define LLMPAR__THIN_SPREAD(p) _mm512_set1_ps(*(p))
-#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#define LLMPAR__THIN_WIDE 1
+#define LLMPAR__THIN_LOOSE(p) _mm512_loadu_ps(p)
+#define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; }) /* spread on its way in: one instruction less */
 #if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
-#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 odd_ = LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 1), llmpar__gemm_thin_avx512_bf16(b, 1), sum); LLMPAR__THIN_MULTIPLY_ADD(llmpar__gemm_thin_avx512_bf16(a, 0), llmpar__gemm_thin_avx512_bf16(b, 0), odd_); })
+static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_dot(__m512 a, __m512 b, __m512 sum)
+{
+    LLMPAR__THIN_UNROLL
+    for (int i = 1; i >= 0; i--) __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(llmpar__gemm_thin_avx512_bf16(a, i)), "v"(llmpar__gemm_thin_avx512_bf16(b, i)));
+    return sum;
+}
+#define LLMPAR__THIN_DOT(p, b, sum) llmpar__gemm_thin_avx512_dot(_mm512_set1_ps(*(p)), b, sum)
 #elif (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
-#define LLMPAR__THIN_DOT(a, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2, %1, %0" : "+v"(t_) : "v"(a), "v"(b)); t_; })
+#define LLMPAR__THIN_DOT(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; })
 #endif
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx512_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx512_f16(word, i)
@@ -177,13 +199,13 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #undef LLMPAR__THIN_HIGH
 #undef LLMPAR__THIN_SHUFFLE
 #undef LLMPAR__THIN_QUARTERS
-#undef LLMPAR__THIN_LOAD_16
-#undef LLMPAR__THIN_STORE_16
+#undef LLMPAR__THIN_LINE
 
-/* lanes = 0: nothing for this type here. */
+/* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level none = { 0, NULL }, avx = { 8, llmpar__gemm_thin_avx_span }, avx2 = { 8, llmpar__gemm_thin_avx2_span }, avx512 = { 16, llmpar__gemm_thin_avx512_span };
+    llmpar__gemm_thin_level none = { 0, 8, NULL, NULL, NULL }, avx = { 16, 8, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose, NULL }, avx2 = { 16, 8, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose, NULL };
+    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose, llmpar__gemm_thin_avx512_transpose };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
@@ -216,18 +238,19 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 #define LLMPAR__THIN_TARGET
 #define LLMPAR__THIN_VECTOR float32x4_t
 #define LLMPAR__THIN_LANES 4
+#define LLMPAR__THIN_PANELS 2
 #define LLMPAR__THIN_MANY 1
 #define LLMPAR__THIN_READ(p) vld1q_f32(p)
 #define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
-#define LLMPAR__THIN_SPREAD(p) vdupq_n_f32(*(p))
-#define LLMPAR__THIN_MULTIPLY_ADD(a, b, sum) vfmaq_f32(sum, a, b)
+#define LLMPAR__THIN_WIDE 0
+#define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) vfmaq_f32(sum, vdupq_n_f32(*(p)), b)
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
 #include "cpu/gemm_thin.inc"
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level neon = { 4, llmpar__gemm_thin_neon_span };
+    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL, NULL };
     (void)cpu;
     (void)dtype;
     return neon;
@@ -241,14 +264,14 @@ typedef struct llmpar__gemm_thin_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
-    int64_t links, panels;            /* of all segments together; columns in vectors */
-    int32_t rows, levels, kind;       /* rows: filled up to blocks of 8 and one of 1, 4 or 8; levels: partial sums that wait at any time */
-    int32_t shares;                   /* tasks */
+    int64_t links, tiles;             /* of all segments together; of columns */
+    int32_t rows, levels, kind;       /* rows: filled up to whole blocks; levels: partial sums that wait at any time */
+    int32_t shares, threads;          /* shares: tasks */
     float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
 } llmpar__gemm_thin_run;
 
-/* A span: elements [begin, begin + k) of a segment, rows of b of one or two panels. */
-typedef struct llmpar__gemm_thin_place { int64_t panel, panels, begin, k; int32_t segment; } llmpar__gemm_thin_place;
+/* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
+typedef struct llmpar__gemm_thin_place { int64_t tile, begin, k; int32_t segment; } llmpar__gemm_thin_place;
 
 /* Of a chain over k elements. */
 static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t k) { return run->kind == LLMPAR__THIN_KIND_PAIRS ? (k + 1) / 2 : k; }
@@ -264,22 +287,23 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
-    run->rows = llmpar__gemm_thin_filled(args->m);
-    run->panels = (args->n + run->level.lanes - 1) / run->level.lanes;
+    run->rows = llmpar__gemm_thin_filled(args->m, run->level.block);
+    run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns)
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block)
 {
     llmpar__gemm_thin_level level = llmpar__gemm_thin_choose(cpu, dtype);
-    *columns = LLMPAR__THIN_PANELS * level.lanes;
+    *columns = level.columns;
+    *block = level.block;
     return level.span;
 }
 
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).lanes > 0;
+    return args->kind == LLMPAR_GEMM_NT && args->m <= LLMPAR__THIN_ROWS && args->dtype != LLMPAR_F64 && llmpar__gemm_thin_choose(cpu, args->dtype).columns > 0;
 }
 
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
@@ -292,16 +316,17 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 /* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
 static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 {
-    enum { PART = 64 };
+    enum { PART = 64, MOST = 16 };
     const llmpar_gemm_args *args = run->args;
-    float wide[8][PART];
+    float wide[MOST][PART];
     int64_t at = 0, k, i;
     int32_t s, row, r;
     memset(wide, 0, sizeof wide);
     for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
-        for (row = 0; row < run->rows; row += 8) {
-            int32_t rows = run->rows - row < 8 ? run->rows - row : 8, valid = args->m - row < 8 ? (int32_t)args->m - row : 8;
+        for (row = 0; row < run->rows; row += run->level.block) {
+            int32_t rows = run->rows - row < run->level.block ? run->rows - row : run->level.block, valid = args->m - row < run->level.block ? (int32_t)args->m - row : run->level.block;
+            void (*turn)(const char *in, int64_t ld, float *out) = rows == 16 ? run->level.turn_16 : rows == 8 ? run->level.turn_8 : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
                 for (k = 0; k < segment->k; k += 2, out += rows)
@@ -314,21 +339,19 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
             }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
-                const float *in[8];
-                for (r = 0; r < rows; r++) in[r] = r < valid ? (const float *)llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]) : wide[r];
-                for (; r < 8; r++) in[r] = wide[r];
-                if (rows == 8)
-                    for (i = 0; i < count; i++, out += 8)
-                        for (r = 0; r < 8; r++) out[r] = in[r][i];
-                else
-                    for (i = 0; i < count; i++)
-                        for (r = 0; r < rows; r++) *out++ = in[r][i];
+                for (r = 0; r < valid; r++) {
+                    const void *in = llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]);
+                    if (in != (const void *)wide[r]) memcpy(wide[r], in, (size_t)count * sizeof(float));
+                }
+                for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out);
+                for (; i < count; i++)
+                    for (r = 0; r < rows; r++) *out++ = wide[r][i];
             }
         }
     }
 }
 
-/* The span after `at` of the same panels; 0: there is none. A segment without terms has no span. */
+/* The span after `at` of the same tile; 0: there is none. A segment without terms has no span. */
 static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place *at)
 {
     at->begin += at->k;
@@ -345,39 +368,75 @@ static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm
 static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
     const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
-    return (const char *)segment->b + (at->panel * run->level.lanes * segment->ldb + at->begin) * run->half.size;
+    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin) * run->half.size;
 }
 
 static int64_t llmpar__gemm_thin_columns(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
-    int64_t left = run->args->n - at->panel * run->level.lanes, most = at->panels * run->level.lanes;
-    return left < most ? left : most;
+    int64_t left = run->args->n - at->tile * run->level.columns;
+    return left < run->level.columns ? left : run->level.columns;
 }
 
-/* First panel of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->panels, run->shares); }
+/* First tile of task `share`. */
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
+
+/* What a span's kernel asks for ahead of itself, for the first one of a task. */
+static void llmpar__gemm_thin_ask(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at, int64_t columns)
+{
+    const char *w = llmpar__gemm_thin_address(run, at);
+    int64_t ld = run->args->segments[at->segment].ldb * run->half.size, bytes = at->k * run->half.size, i, line;
+    for (line = 0; line < bytes && line < LLMPAR__THIN_AHEAD; line += 64)
+        for (i = 0; i < columns; i++) __builtin_prefetch(w + i * ld + line);
+}
+
+/* The lanes of sums are rows. */
+static int llmpar__gemm_thin_wide(const llmpar__gemm_thin_run *run) { return run->level.block == 16 && run->rows == 16; }
+
+/* sums = c[rows, columns] */
+static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
+{
+    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS], *to = llmpar__gemm_thin_wide(run) ? turned : sums;
+    int64_t r;
+    memset(turned, 0, sizeof turned);
+    for (r = 0; r < run->args->m; r++) memcpy(to + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
+    if (to == turned) run->level.turn_16((const char *)turned, LLMPAR__THIN_COLUMNS * sizeof *turned, sums);
+}
+
+/* c[rows, columns], element c_at of args->c and on, = sums */
+static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const float *sums, int64_t c_at, int64_t columns)
+{
+    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS] __attribute__((aligned(64)));
+    int64_t r;
+    if (llmpar__gemm_thin_wide(run)) {
+        run->level.turn_16((const char *)sums, LLMPAR__THIN_ROWS * sizeof *sums, turned);
+        sums = turned;
+    }
+    for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
+        if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
+        else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
+    }
+}
 
 static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
-    int64_t end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
     float *sums = run->sums + worker * (1 + run->levels) * size, *stack = sums + size;
     llmpar__gemm_thin_place at, next;
-    int32_t r;
     memset(&at, 0, sizeof at);
-    for (at.panel = llmpar__gemm_thin_begin(run, task); at.panel < end; at.panel += at.panels) {
+    for (at.tile = begin; at.tile < end; at.tile++) {
         int64_t columns, x = 0;
         int32_t piece = 0, depth = 0, done;
         int more;
-        at.panels = end - at.panel < LLMPAR__THIN_PANELS ? end - at.panel : (int64_t)LLMPAR__THIN_PANELS;
         at.segment = 0;
         at.begin = at.k = 0;
         columns = llmpar__gemm_thin_columns(run, &at);
         more = llmpar__gemm_thin_next(run, &at);
+        if (more && at.tile == begin) llmpar__gemm_thin_ask(run, &at, columns);
         for (piece = 0; piece < args->pieces; piece++) {
             memset(sums, 0, (size_t)size * sizeof *sums);
-            for (r = 0; args->accumulate && r < args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)args->c + r * args->ldc + at.panel * run->level.lanes, (size_t)columns * sizeof(float));
+            if (args->accumulate) llmpar__gemm_thin_load(run, (const float *)args->c + at.tile * run->level.columns, columns, sums);
             while (more && args->segments[at.segment].piece == piece) {
                 llmpar__gemm_thin_span span;
                 span.w = llmpar__gemm_thin_address(run, &at);
@@ -395,10 +454,10 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 more = llmpar__gemm_thin_next(run, &next);
                 span.next = span.w;
                 span.next_ld = span.ld;
-                if (more || at.panel + at.panels < end) {
+                if (more || at.tile + 1 < end || task + run->threads < run->shares) {
                     llmpar__gemm_thin_place then = next;
                     if (!more) {
-                        then.panel += then.panels;
+                        then.tile = at.tile + 1 < end ? then.tile + 1 : llmpar__gemm_thin_begin(run, task + run->threads); /* where the others are as fast, this task is this thread's */
                         then.segment = 0;
                         then.begin = 0;
                         llmpar__gemm_thin_next(run, &then);
@@ -416,11 +475,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             }
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
-        for (r = 0; r < args->m; r++) {
-            int64_t c = r * args->ldc + at.panel * run->level.lanes;
-            if (run->half_out.narrow) llmpar__half_write(&run->half_out, args->c, c, columns, sums + r * LLMPAR__THIN_COLUMNS);
-            else memcpy((float *)args->c + c, sums + r * LLMPAR__THIN_COLUMNS, (size_t)columns * sizeof(float));
-        }
+        llmpar__gemm_thin_store(run, sums, at.tile * run->level.columns, columns);
     }
 }
 
@@ -433,7 +488,8 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
-    run.shares = (int32_t)(threads == 1 ? 1 : run.panels < 4 * threads ? (run.panels < threads ? run.panels : threads) : 4 * threads);
+    run.threads = threads;
+    run.shares = (int32_t)(threads == 1 ? 1 : run.tiles < LLMPAR__THIN_SHARES * threads ? run.tiles : LLMPAR__THIN_SHARES * threads);
     if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
@@ -446,7 +502,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 
 #else
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns) { (void)cpu; (void)dtype; *columns = 0; return NULL; }
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block) { (void)cpu; (void)dtype; *columns = 0; *block = 8; return NULL; }
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }

@@ -45,6 +45,7 @@ typedef struct llmpar__attention_job {
     int64_t ld_dk, ld_dv;
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
     int64_t decode_columns;
+    int32_t decode_block;  /* rows of queries that lie side by side */
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
 LLMPAR__VDECLARE_AT(attention_decode, portable)
