@@ -2,11 +2,10 @@
    The processes are forked here and launched by their environment, as by torchrun; compiled with LLMPAR_USE_MPI they are mpirun's, and meet through MPI. */
 #include "collectives.h"
 #include "nccl_rig.h"
+#include "ports.h"
 
-#include <arpa/inet.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -51,19 +50,6 @@ static int missing = -1; /* a rank that nobody starts */
 
 static int world_of(int ranks) { return ranks; }
 
-static int free_port(void)
-{
-    struct sockaddr_in a;
-    socklen_t length = sizeof a;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&a, 0, sizeof a);
-    a.sin_family = AF_INET;
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (bind(fd, (struct sockaddr *)&a, sizeof a) || getsockname(fd, (struct sockaddr *)&a, &length)) a.sin_port = 0;
-    close(fd);
-    return ntohs(a.sin_port);
-}
-
 static void variable(const char *name, int value)
 {
     char text[32];
@@ -75,7 +61,7 @@ static void variable(const char *name, int value)
 static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user)
 {
     pid_t child[MOST];
-    int port = free_port(), running = 0;
+    int port = port_free(), running = 0;
     if (!seen) seen = (outcome *)mmap(NULL, MOST * sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     memset(seen, 0, MOST * sizeof *seen);
     fflush(NULL);
