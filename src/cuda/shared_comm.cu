@@ -307,11 +307,12 @@ static llmpar_status llmpar__cuda_shared_wait(llmpar__cuda_shared *shared, cudaS
     return status;
 }
 
-static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, llmpar_call_op op)
+static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t operation)
 {
     llmpar__cuda_shared *shared = llmpar__cuda_shared_of(comm);
     llmpar__cuda_shared_group *group = shared->group;
     llmpar__cuda_shared_place *mine = &group->place[comm->rank];
+    llmpar_call_op op = (llmpar_call_op)operation;
     const char *name = llmpar_call_op_name(op);
     if (shared->broken) return llmpar__cuda_shared_refuse(shared, call->tag);
     llmpar_status status = llmpar__cuda_begin(comm->device, stream);
@@ -349,19 +350,6 @@ static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *s
     status = llmpar__cuda_shared_wait(shared, handle, name, 1);
     if (!status) status = llmpar__cuda_end(comm->device, stream, name);
     return status ? llmpar__cuda_shared_fail(shared, status) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__cuda_shared_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__cuda_shared_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__cuda_shared_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__cuda_shared_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__cuda_shared_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__cuda_shared_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__cuda_shared_run(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 /* ---- messages ---- */
@@ -564,12 +552,7 @@ static llmpar_status llmpar__cuda_shared_half(llmpar_comm *inner, llmpar_device 
         comm->unchecked = inner->unchecked;
         comm->split = llmpar__cuda_shared_split;
         comm->destroy = llmpar__cuda_shared_destroy;
-        comm->barrier = llmpar__cuda_shared_barrier;
-        comm->all_gather = llmpar__cuda_shared_all_gather;
-        comm->reduce_scatter = llmpar__cuda_shared_reduce_scatter;
-        comm->all_reduce = llmpar__cuda_shared_all_reduce;
-        comm->broadcast = llmpar__cuda_shared_broadcast;
-        comm->all_to_all = llmpar__cuda_shared_all_to_all;
+        llmpar_comm_fill(comm, llmpar__cuda_shared_run);
         comm->send = llmpar__cuda_shared_send;
         comm->recv = llmpar__cuda_shared_recv;
         comm->abort = llmpar__cuda_shared_abort;
@@ -614,7 +597,7 @@ static llmpar_status llmpar__cuda_shared_split(llmpar_comm *comm, int32_t color,
     call.tag = name;
     *out = NULL;
     /* Compared as a call of its own kind, so that the inner split finds all ranks in it. */
-    llmpar_status status = llmpar__cuda_shared_run(comm, NULL, &call, LLMPAR_CALL_SPLIT);
+    llmpar_status status = llmpar__cuda_shared_run(comm, NULL, &call, (int32_t)LLMPAR_CALL_SPLIT);
     if (status) return status;
     status = shared->inner->split(shared->inner, color, key, name, &inner);
     if (status || !inner) return status;
