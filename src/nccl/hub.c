@@ -234,10 +234,10 @@ static void llmpar__nccl_hub_groups(llmpar__nccl_world *world, llmpar__nccl_cont
             of->waits[member[k]] = 0;
             member[k] = of->member[member[k]];
         }
-        llmpar__nccl_context *made = llmpar__nccl_context_make(world, member, group.ranks);
-        if (!made) short_of_memory = 1;
-        for (int32_t k = 0; k < group.ranks && made; k++) {
-            group.context = made->id;
+        llmpar__nccl_context *made = group.ranks > 1 ? llmpar__nccl_context_make(world, member, group.ranks) : NULL; /* who is alone asks nobody */
+        short_of_memory = group.ranks > 1 && !made;
+        if (made) group.context = made->id;
+        for (int32_t k = 0; k < group.ranks && !short_of_memory; k++) {
             group.rank = k;
             llmpar__nccl_to_rank(world, member[k], LLMPAR__NCCL_GROUP, &group, sizeof group, member, (size_t)group.ranks * sizeof *member);
         }
@@ -269,20 +269,18 @@ static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const
 
 static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, int32_t rank, uint64_t id)
 {
+    llmpar__nccl_context **at = &world->contexts, *context;
+    int32_t member = 0;
     if (world->convicted) return 1; /* it may come from the midst of anything */
-    for (llmpar__nccl_context **at = &world->contexts; *at; at = &(*at)->next) {
-        llmpar__nccl_context *context = *at;
-        int32_t member = 0;
-        if (context->id != id) continue;
-        while (member < context->members && context->member[member] != rank) member++;
-        if (member == context->members || context->waits[member]) return -1;
-        context->waits[member] = 1; /* nothing comes from it any more */
-        if (++context->dropped < context->members) return 1;
-        while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
-        *at = context->next;
-        llmpar__nccl_context_free(context);
-        return 1;
-    }
+    while (*at && (*at)->id != id) at = &(*at)->next;
+    context = *at;
+    while (context && member < context->members && context->member[member] != rank) member++;
+    if (!context || member == context->members || context->waits[member]) return -1;
+    context->waits[member] = 1; /* nothing comes from it any more */
+    if (++context->dropped < context->members) return 1;
+    while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
+    *at = context->next;
+    llmpar__nccl_context_free(context);
     return 1;
 }
 

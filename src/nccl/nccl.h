@@ -20,12 +20,14 @@ typedef struct llmpar_nccl_desc {
     int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, which NCCL reaches without copies */
     int32_t one_device;        /* 1: several ranks may share a GPU, each taken for a machine of its own by NCCL (NCCL_HOSTID in its environment): for tests; default 0: two ranks on one GPU are refused by name */
     /* Where the ranks meet: the first of these that is given; default: ctx->host_comm (rank threads, MPI), else ctx->meeting (MASTER_ADDR and MASTER_PORT). */
-    const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come */
+    const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come, or it gives up */
     const char *address;       /* "host:port" or "[address]:port" of rank 0. Where another program listens there (torchrun's store), one of the 15 ports behind it serves */
 } llmpar_nccl_desc;
 
 /* The world's communicator of ctx->rank of ctx->world on `device`, whose native_stream gives cudaStream_t and whose memory NCCL can reach; on the rank's own thread, as everything below. desc NULL: defaults.
-   ctx->error has the text of a failure, the same on all ranks that have met. Destroy it after its splits; rank 0's destroy waits until all ranks have ended theirs, or failed. Collective. */
+   Borrows ctx and device. Destroy it after its splits; rank 0's destroy waits until all ranks have ended theirs, or failed. Errors, with the text in ctx->error, the same on all ranks that have met: LLMPAR_ERR_ARGUMENT (the
+   desc), LLMPAR_ERR_CONFIG (nowhere to meet, or two ranks on one GPU), LLMPAR_ERR_MISMATCH (ranks that do not belong together), LLMPAR_ERR_TIMEOUT (who has not come within the deadline), LLMPAR_ERR_UNSUPPORTED (device or
+   NCCL), LLMPAR_ERR_IO, _MEMORY, _INTERNAL, _PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out);
 /* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or it is known who has failed; *root: the job's failure, status OK: none. Collective. */
 LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
