@@ -108,6 +108,7 @@ if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
 else
     phase plant $make test-plant
+    phase cuda-plant $make test-cuda-plant
     LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase exact-full $make test-exact
     LLMPAR_TEST_TIMEOUT=3600 LLMPAR_TEST_FULL=1 phase resume-full $make test TEST="test_checkpoint test_checkpoint_crash"
     LLMPAR_TEST_SOAK=300 phase soak $make test TEST=test_stuck
