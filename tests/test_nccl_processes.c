@@ -70,7 +70,7 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
         running += child[r] > 0;
         seen[r].pid = child[r] > 0 ? (long)child[r] : seen[r].pid;
         if (child[r]) continue;
-        alarm(60); /* whoever hangs ends */
+        alarm(30); /* whoever hangs ends */
         variable("RANK", r);
         variable("WORLD_SIZE", ranks);
         variable("LOCAL_RANK", r);

@@ -7,8 +7,8 @@ jobs=${LLMPAR_TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
 export LLMPAR_TEST_TIMEOUT=150 LLMPAR_TEST_QUICK=1
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
-# Programs of the CUDA device run on its emulation.
-program() { case $1 in test_cuda_*) echo "build/emulated/$1" ;; *) echo "build/separate/$1" ;; esac; }
+# Programs of the CUDA device run on its emulation, those of the NCCL communicator on a stand-in for NCCL.
+program() { case $1 in test_cuda_*) echo "build/emulated/$1" ;; test_nccl*) echo "build/nccl/$1" ;; *) echo "build/separate/$1" ;; esac; }
 build() { make -C $tree --no-print-directory CUDA_LIB=build/separate/llmpar.a "$(program "$1")" >$tree/build.log 2>&1; }
 run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "$(program "$1")" >run.log 2>&1) 2>/dev/null; }
 
