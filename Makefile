@@ -51,7 +51,7 @@ help:
 	@echo 'make test-bf16     a part of the suite with the instruction for BF16 products emulated on AVX-512'
 	@echo 'make test-aarch64  a part of the suite for aarch64, emulated by qemu; test-musl: linked statically with musl'
 	@echo 'make test-package  installs, and builds a C and a C++ program in every way a project can take llmpar in'
-	@echo 'make test-docs     runs the commands of docs/ and compares what they print; links, pictures'
+	@echo 'make test-docs     runs the commands of README.md and docs/ and compares what they print; links, pictures'
 	@echo 'make bench         the benchmarks (BENCH=gemm: one part: peak gemm ops attention comm train generate ..)    make clean: removes build/'
 
 # ---- generated headers ----

@@ -208,13 +208,14 @@ static double read_rate(void *user)
 {
     bench_case *c = (bench_case *)user;
     llmpar_device *d = c->gpu->device;
+    const char *name = c->call == call_gemm ? "product" : c->call == call_attention ? "attention" : c->call == call_copy ? "copy" : operation[c->op].name;
     double start = bench_now();
     for (int i = 0; i < c->repeat; i++) {
         c->at += c->span;
         if (c->at + c->span > c->pool_bytes) c->at = 0;
-        must(c->gpu, c->call(c, c->pool + c->at), operation[c->op].name);
+        must(c->gpu, c->call(c, c->pool + c->at), name);
     }
-    must(c->gpu, d->synchronize(d, c->gpu->stream), operation[c->op].name);
+    must(c->gpu, d->synchronize(d, c->gpu->stream), name);
     return c->work * c->repeat / (bench_now() - start);
 }
 

@@ -62,8 +62,9 @@ build() # in one go, the implementations first: each takes one processor long, a
 {
     programs() { local folder=$1; shift; printf "build/$folder/%s " "$@"; }
     implementations=$(for c in asan tsan header plain mpi bf16 ${full:+cxx}; do programs $c llmpar.o; done)
+    $make $jobs build/dev/llmpar.h build/dev/llmpar_cuda.h build/dev/llmpar_nccl.h >build/check/make.log 2>&1 # or make would begin with what does not wait for them
     $make $jobs -k $implementations build/emulated/llmpar_cuda.o build-fuzz build-plain all $(programs asan $checked) $(programs header $some) $(programs tsan $raced) build-emulated build/emulated/gpu_ops build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
-        build-mpi-programs ${full:+build-cxx build-separate FUZZ_OPT=-O1} >build/check/make.log 2>&1
+        build-mpi-programs ${full:+build-cxx build-separate FUZZ_OPT=-O1} >>build/check/make.log 2>&1
     ! grep -A 6 'warning:' build/check/make.log
 }
 phase build build
