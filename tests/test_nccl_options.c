@@ -67,4 +67,18 @@ TEST(ranks_of_a_launcher)
     unsetenv("WORLD_SIZE");
 }
 
-TEST_LIST(T_(fast_is_both), T_(ranks_of_a_launcher))
+/* Of the job's failure the first rank speaks, and the one that failed; of what a process found out alone, that one. */
+TEST(who_prints)
+{
+    static const struct { const char *rank; int32_t culprit; int prints; } cases[] = { { "0", 0, 1 }, { "0", 2, 1 }, { "1", 2, 0 }, { "2", 2, 1 }, { "1", -1, 1 }, { NULL, 2, 1 } };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        llmpar_error error;
+        llmpar_error_clear(&error);
+        error.rank = cases[i].culprit;
+        if (cases[i].rank) setenv("RANK", cases[i].rank, 1);
+        else unsetenv("RANK");
+        CHECK_INT(prints_error(&error), cases[i].prints);
+    }
+}
+
+TEST_LIST(T_(fast_is_both), T_(ranks_of_a_launcher), T_(who_prints))

@@ -75,14 +75,19 @@ __attribute__((unused)) static void quiet_log(void *user, int rank, llmpar_log_l
     if (level == LLMPAR_LOG_ERROR) fprintf(stderr, "rank %d %s\n", rank, line);
 }
 
-/* Under mpirun every process comes here with the same error: one of them prints it. */
-__attribute__((unused)) static int is_first_process(void)
+/* Under mpirun every process comes here with the same error: one of them prints it. A process of another launcher prints what is its own too: it may have failed before the ranks met. */
+__attribute__((unused)) static int prints_error(const llmpar_error *error)
 {
     static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK",
 #ifdef LLMPAR_USE_NCCL
                                         "RANK",
 #endif
     };
+#ifdef LLMPAR_USE_NCCL
+    if (getenv("RANK") && (error->rank < 0 || error->rank == atoi(getenv("RANK")))) return 1;
+#else
+    (void)error;
+#endif
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         if (getenv(names[i]) && strcmp(getenv(names[i]), "0")) return 0;
     return 1;
@@ -91,7 +96,7 @@ __attribute__((unused)) static int is_first_process(void)
 /* "train_llama: rank 3 (dp_shard=1 tp=1): ..."; returns 1. */
 __attribute__((unused)) static int print_error(const char *program, const llmpar_error *error)
 {
-    if (!is_first_process()) {
+    if (!prints_error(error)) {
         struct timespec moment = {0, 300000000};
         nanosleep(&moment, NULL); /* mpirun ends the job with the first process that exits with an error: the one that prints comes first */
         return 1;

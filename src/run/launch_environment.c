@@ -123,6 +123,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
     if (!st) st = fn(&ctx, user);
     if (st) {
         llmpar__launch_failure(&ctx, st, error);
+        if (ctx.error.rank >= 0) error->rank = ctx.error.rank; /* where the ranks met, the one that they could not meet for */
         if (st != LLMPAR_ERR_PEER) llmpar__launch_abort(&ctx, error);
         llmpar__launch_dump(desc.record, &ctx);
     }
