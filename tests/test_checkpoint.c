@@ -108,6 +108,12 @@ static void exact_resume(const char *name, llmpar_trainer_desc policy, const mes
     whole.steps = CP_STEPS;
     whole.take = &snapshot;
     CP_GOES(&whole);
+    int halved = 0, doubled = 0;
+    for (int s = 1; s < CP_STEPS; s++) {
+        halved += whole.step[s].loss_scale < whole.step[s - 1].loss_scale;
+        doubled += whole.step[s].loss_scale > whole.step[s - 1].loss_scale;
+    }
+    if (policy.loss_scale.scale > 0 && !(halved && doubled)) TEST_FAIL("%s: the loss scale was halved %d and doubled %d times, expected both", name, halved, doubled);
     for (int i = 0; i < 3; i++) {
         run = cp_make(part[i]->replicate, part[i]->shard, part[i]->tp, part[i]->zero);
         run.wrap = part[i]->wrap;
@@ -191,7 +197,7 @@ TEST(exact_f16)
     llmpar_trainer_desc d;
     memset(&d, 0, sizeof d);
     d.dtype = LLMPAR_F16;
-    d.loss_scale.scale = 16777216.0; /* too large at first, so that steps are skipped and it moves both ways */
+    d.loss_scale.scale = 2097152.0; /* too large at first, so that steps are skipped and it moves both ways */
     d.loss_scale.interval = 2;
     exact_resume("f16", d, &square, &shard2, &one);
 }
