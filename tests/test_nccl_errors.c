@@ -3,6 +3,7 @@
 #include "nccl_rig.h"
 #include "ports.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -23,6 +24,14 @@ ssize_t send(int fd, const void *bytes, size_t count, int flags)
     int mute = __atomic_load_n(&muted, __ATOMIC_SEQ_CST);
     if (mute >= 0 && __atomic_load_n(&fd_of[mute], __ATOMIC_SEQ_CST) == fd) return (ssize_t)count;
     return syscall(SYS_sendto, fd, bytes, count, flags, NULL, 0);
+}
+
+static int deaf; /* 1: nobody can listen */
+int listen(int fd, int backlog)
+{
+    if (!deaf) return (int)syscall(SYS_listen, fd, backlog);
+    errno = EMFILE;
+    return -1;
 }
 
 /* ---- running ---- */
@@ -506,6 +515,28 @@ TEST(wrong_descriptions)
     rig_comm = NULL;
 }
 
+/* Rank 0 says why there is nowhere to meet, in the way in which it would have said where. */
+TEST(rank_0_cannot_listen)
+{
+    char directory[] = "/tmp/llmpar_nccl_XXXXXX", path[100];
+    CHECK(mkdtemp(directory) != NULL);
+    snprintf(path, sizeof path, "%s/meeting", directory);
+    for (int by_file = 0; by_file < 2; by_file++) {
+        llmpar_nccl_desc desc = { .file = by_file ? path : NULL, .deadline = 30 };
+        double begin = test_clock();
+        fake_nccl_reset();
+        deaf = 1;
+        run(3, &desc, several, NULL);
+        deaf = 0;
+        CHECK_STATUS(seen.job, LLMPAR_ERR_IO);
+        CHECK_TEXT(seen.error.text, "rank 0 cannot listen for the others: Too many open files");
+        CHECK_INT(seen.error.rank, 0);
+        CHECK(test_clock() - begin < 15);
+        CHECK(access(path, F_OK) != 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
 /* ---- strangers ---- */
 
 typedef struct stranger { int port, how, stop; } stranger;
@@ -599,4 +630,4 @@ TEST(split_without_memory)
 }
 
 TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
-          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(strangers_on_the_port), T_(set_up_without_memory), T_(split_without_memory))
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(set_up_without_memory), T_(split_without_memory))
