@@ -57,8 +57,6 @@ template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_d
     llmpar__cu_copy_async_commit();
 }
 
-struct __align__(8) llmpar__cuda_attention_two { float x[2]; };
-
 /* What one warp's rows of dk or dv become: each head's own in f32, or at once what the caller gets. */
 template <typename Type, int E> static __device__ __forceinline__ void llmpar__cuda_attention_dkv_store(const llmpar__cuda_attention_call &a, const float sum[E / 8][4], float factor, float *heads, void *out, int64_t ld, int64_t token, int limit, int h, int kv)
 {
@@ -72,8 +70,8 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
             if (heads) {
-                llmpar__cuda_attention_two two = { { low, high } };
-                *(llmpar__cuda_attention_two *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+                llmpar__cuda_pair_of_floats two = { { low, high } };
+                *(llmpar__cuda_pair_of_floats *)(void *)(heads + (row * a.heads + h) * E + x) = two;
             } else if (a.dkv_float) {
                 float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;

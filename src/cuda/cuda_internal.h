@@ -49,7 +49,6 @@ typedef struct llmpar__cuda {
     int capability;            /* 80, 90, 100 .. */
     int multiprocessors, threads_resident; /* the latter of each */
     size_t shared_limit;       /* dynamic shared memory that a block may ask for */
-    size_t l2_bytes;
     cublasLtHandle_t lt;       /* FAST mode; else NULL */
     void *products;            /* FAST mode: the algorithms chosen, by shape (gemm_library.cu); else NULL */
     void *attention;           /* desc.cudnn: its handle and graphs (attention_cudnn.cu); else NULL */
@@ -155,6 +154,8 @@ struct llmpar__cuda_f16 { uint16_t bits; };
 
 /* 16 bytes, as kernels move them where pointers and strides allow. */
 struct __align__(16) llmpar__cuda_16 { uint32_t word[4]; };
+/* Two neighbouring sums of mma.sync, likewise. */
+struct __align__(8) llmpar__cuda_pair_of_floats { float x[2]; };
 
 static __device__ __forceinline__ float llmpar__cuda_load(float x) { return x; }
 static __device__ __forceinline__ float llmpar__cuda_load(llmpar__cuda_bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }

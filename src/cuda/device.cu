@@ -451,7 +451,6 @@ static llmpar_status llmpar__cuda_examine(llmpar_ctx *ctx, llmpar__cuda *cuda)
     cuda->multiprocessors = properties.multiProcessorCount;
     cuda->threads_resident = properties.maxThreadsPerMultiProcessor;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
-    cuda->l2_bytes = (size_t)properties.l2CacheSize;
     snprintf(cuda->name, sizeof cuda->name, "cuda sm_%d %s%s %.70s", cuda->capability, cuda->desc.mode == LLMPAR_CUDA_FAST ? cuda->desc.tf32 ? "fast tf32" : "fast" : "exact", cuda->desc.cudnn ? " cudnn" : "", properties.name);
     if (cuda->capability < 80) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "cuda: device %d (%s) has compute capability %d.%d, expected 8.0 or later", cuda->index, properties.name, properties.major, properties.minor);
     code = cudaFuncGetAttributes(&probe, llmpar__cuda_probe);

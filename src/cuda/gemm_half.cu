@@ -134,8 +134,6 @@ template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half
     }
 }
 
-struct __align__(8) llmpar__cuda_gemm_pair { float first, second; };
-
 /* The tile from or to f32. */
 template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_half_f32(const llmpar__cuda_gemm_job &job, int64_t i0, int64_t j0, float (&sum)[LLMPAR__CUDA_GEMM_HALF_FLOATS])
 {
@@ -152,8 +150,8 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
                 sum[at] = c[8 * b];
                 if (column + 8 * b + 1 < job.n) sum[at + 1] = c[8 * b + 1];
             } else if (job.aligned && column + 8 * b + 1 < job.n) {
-                llmpar__cuda_gemm_pair pair = { sum[at], sum[at + 1] };
-                *(llmpar__cuda_gemm_pair *)(void *)(c + 8 * b) = pair;
+                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
+                *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
             } else {
                 c[8 * b] = sum[at];
                 if (column + 8 * b + 1 < job.n) c[8 * b + 1] = sum[at + 1];
