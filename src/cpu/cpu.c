@@ -33,7 +33,7 @@ LLMPAR_DEF llmpar_cpu_level llmpar_cpu_best_level(void)
 {
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return LLMPAR_CPU_PORTABLE;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !llmpar__half_has_f16c()) return LLMPAR_CPU_PORTABLE;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return llmpar__gemm_has_bf16() ? LLMPAR_CPU_AVX512BF16 : LLMPAR_CPU_AVX512;
     return LLMPAR_CPU_AVX2;
 #else

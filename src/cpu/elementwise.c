@@ -6,6 +6,7 @@
 static const llmpar__kernel llmpar__elementwise_max_kernels[4] = LLMPAR__VKERNELS(elementwise_max);
 static const llmpar__kernel llmpar__elementwise_add_kernels[4] = LLMPAR__VKERNELS(elementwise_add);
 static const llmpar__kernel llmpar__elementwise_scale_kernels[4] = LLMPAR__VKERNELS(elementwise_scale);
+static const llmpar__kernel llmpar__elementwise_cast_kernels[4] = LLMPAR__VKERNELS(elementwise_cast);
 
 static void llmpar__elementwise_run(llmpar_device *device, const llmpar__kernel *kernels, llmpar_dtype dtype, const void *args, size_t count)
 {
@@ -42,65 +43,39 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args)
 {
-    llmpar__elementwise_job job;
     llmpar_status status = llmpar__v_check(device, "add", args->dtype);
     (void)stream;
     if (status) return status;
-    job.add = args;
-    job.scale = NULL;
-    job.half = llmpar__half_of((llmpar__cpu *)device->state, args->dtype);
-    llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, &job, args->count);
+    llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
     return LLMPAR_OK;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args)
 {
-    llmpar__elementwise_job job;
     llmpar_status status = llmpar__v_check(device, "scale", args->dtype);
     (void)stream;
     if (status) return status;
-    job.add = NULL;
-    job.scale = args;
-    job.half = llmpar__half_of((llmpar__cpu *)device->state, args->dtype);
-    llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, &job, args->count);
+    llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
     return LLMPAR_OK;
 }
 
-typedef struct llmpar__elementwise_cast_job { const llmpar_cast_args *args; llmpar__half in, out; } llmpar__elementwise_cast_job;
-
-/* The bits of llmpar_convert. Between BF16 and F16 by way of f32, which holds both; pairs with F64 are llmpar_convert's own. */
-static void llmpar__elementwise_cast(void *arg, int64_t task, int32_t worker)
+/* Pairs with F64 are llmpar_convert's own, and so are those of one type. */
+static void llmpar__elementwise_convert(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar__elementwise_cast_job *job = (const llmpar__elementwise_cast_job *)arg;
-    const llmpar_cast_args *a = job->args;
-    int64_t begin = task * LLMPAR__ELEMENTWISE_CHUNK, end = llmpar__v_min((int64_t)a->count, begin + LLMPAR__ELEMENTWISE_CHUNK);
-    const char *in = (const char *)a->in + begin * job->in.size;
-    char *out = (char *)a->out + begin * job->out.size;
+    const llmpar_cast_args *a = (const llmpar_cast_args *)arg;
+    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, count = a->count - begin < LLMPAR__ELEMENTWISE_CHUNK ? a->count - begin : LLMPAR__ELEMENTWISE_CHUNK;
     (void)worker;
-    if (job->in.widen && a->out_dtype == LLMPAR_F32) job->in.widen((float *)(void *)out, in, end - begin);
-    else if (job->out.narrow && a->in_dtype == LLMPAR_F32) job->out.narrow(out, (const float *)(const void *)in, end - begin);
-    else if (job->in.widen && job->out.narrow && a->in_dtype != a->out_dtype) {
-        float scratch[LLMPAR__HALF_ROOM];
-        for (; begin < end; begin += LLMPAR__HALF_PART) {
-            int64_t n = llmpar__v_min(LLMPAR__HALF_PART, end - begin);
-            llmpar__half_read(&job->in, a->in, begin, n, scratch);
-            llmpar__half_write(&job->out, a->out, begin, n, scratch);
-        }
-    } else llmpar_convert(out, a->out_dtype, in, a->in_dtype, (size_t)(end - begin));
+    llmpar_convert((char *)a->out + begin * llmpar_dtype_size(a->out_dtype), a->out_dtype, (const char *)a->in + begin * llmpar_dtype_size(a->in_dtype), a->in_dtype, count);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args)
 {
-    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
-    llmpar__elementwise_cast_job job;
     (void)stream;
     /* A conversion of nothing says whether the pair is known. */
     if (!llmpar_convert(args->out, args->out_dtype, args->in, args->in_dtype, 0))
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "cast: from %s to %s, expected floating types", llmpar_dtype_name(args->in_dtype), llmpar_dtype_name(args->out_dtype));
-    job.args = args;
-    job.in = llmpar__half_of(cpu, args->in_dtype);
-    job.out = llmpar__half_of(cpu, args->out_dtype);
-    llmpar__pool_run(cpu, llmpar__elementwise_cast, &job, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
+    if (args->in_dtype != args->out_dtype && args->in_dtype != LLMPAR_F64 && args->out_dtype != LLMPAR_F64) llmpar__elementwise_run(device, llmpar__elementwise_cast_kernels, LLMPAR_F32, args, args->count);
+    else llmpar__pool_run((llmpar__cpu *)device->state, llmpar__elementwise_convert, (void *)(uintptr_t)args, llmpar__v_blocks((int64_t)args->count, LLMPAR__ELEMENTWISE_CHUNK));
     return LLMPAR_OK;
 }
 

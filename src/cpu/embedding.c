@@ -76,7 +76,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_embedding_backward(llmpar_device *
     job.args = args;
     job.begin = begin;
     job.order = order;
-    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__embedding_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(v_local, LLMPAR__EMBEDDING_IDS));
     return LLMPAR_OK;
 }

@@ -294,15 +294,15 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
                 for (i = 0; i < columns; i++, in += packing->ld * half->size) {
                     int64_t ahead;
                     for (ahead = 0; ahead < ROW * 2; ahead += 64) __builtin_prefetch(in + ROW * 2 + ahead);
-                    half->widen_factors(scratch + i * LD, in, part.k);
+                    half->widen(scratch + i * LD, in, part.k);
                 }
             } else {
                 for (i = 0; i < part.k; i++, in += packing->ld * half->size) {
                     const char *ahead = in + 8 * packing->ld * half->size, *end = ahead + columns * half->size;
                     for (; ahead < end; ahead += 64) __builtin_prefetch(ahead);
                     if (direct)
-                        for (p = 0; p < part.panels; p++) half->widen_factors(part.out + p * packing->distance + i * width, in + p * width * half->size, width);
-                    else half->widen_factors(scratch + i * STRIP_LD, in, columns);
+                        for (p = 0; p < part.panels; p++) half->widen(part.out + p * packing->distance + i * width, in + p * width * half->size, width);
+                    else half->widen(scratch + i * STRIP_LD, in, columns);
                 }
                 if (direct) continue;
             }

@@ -1,4 +1,4 @@
-/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level. */
+/* half: widening and rounding of BF16 and F16, with the bits of base/dtype.h at every level (but that a signalling NaN may stay one until it is rounded). */
 #include "cpu/half_internal.h"
 
 #include "cpu/vector.h"
@@ -16,12 +16,7 @@ static void llmpar__half_narrow_f16(void *out, const float *in, int64_t count) {
 
 #define LLMPAR__HALF_AVX2 __attribute__((target("avx2,f16c")))
 
-static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_bf16(__m128i half)
-{
-    __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-    __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(0x7f800000));
-    return _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_and_si256(nan, _mm256_set1_epi32(0x00400000))));
-}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_bf16(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
 
 /* To nearest: half a unit less one, and one more where the unit is odd. A NaN keeps its leading bits and becomes quiet. */
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_bf16(__m256 value)
@@ -35,8 +30,6 @@ static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__h
 
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_from_f16(__m128i half) { return _mm256_cvtph_ps(half); }
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m128i llmpar__half_8_to_f16(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-
-static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__half_8_factors_from_bf16(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
 
 /* Eights; what is left over goes through a copy of eight. */
 #define LLMPAR__HALF_WIDEN(name, from_half) \
@@ -65,7 +58,6 @@ static inline __attribute__((always_inline)) LLMPAR__HALF_AVX2 __m256 llmpar__ha
         memcpy(to + i, last, (size_t)(count - i) * sizeof *last); \
     }
 LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx2, llmpar__half_8_from_bf16)
-LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx2, llmpar__half_8_factors_from_bf16)
 LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx2, llmpar__half_8_from_f16)
 LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx2, llmpar__half_8_to_bf16)
 LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
@@ -78,13 +70,7 @@ LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx2, llmpar__half_8_to_f16)
 #define LLMPAR__HALF_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 #define LLMPAR__HALF_ALL ((__mmask16)0xffff)
 
-static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_factors_from_bf16(__m256i half) { return _mm512_maskz_slli_epi32(LLMPAR__HALF_ALL, _mm512_maskz_cvtepu16_epi32(LLMPAR__HALF_ALL, half), 16); }
-static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_bf16(__m256i half)
-{
-    __m512i bits = llmpar__half_16_factors_from_bf16(half);
-    __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
-    return _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x00400000));
-}
+static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m512i llmpar__half_16_from_bf16(__m256i half) { return _mm512_maskz_slli_epi32(LLMPAR__HALF_ALL, _mm512_maskz_cvtepu16_epi32(LLMPAR__HALF_ALL, half), 16); }
 static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar__half_16_to_bf16(__m512i bits)
 {
     __mmask16 nan = _mm512_cmp_ps_mask(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(bits), _CMP_UNORD_Q);
@@ -119,7 +105,6 @@ static inline __attribute__((always_inline)) LLMPAR__HALF_AVX512 __m256i llmpar_
         } \
     }
 LLMPAR__HALF_WIDEN(llmpar__half_widen_bf16_avx512, llmpar__half_16_from_bf16)
-LLMPAR__HALF_WIDEN(llmpar__half_widen_factors_bf16_avx512, llmpar__half_16_factors_from_bf16)
 LLMPAR__HALF_WIDEN(llmpar__half_widen_f16_avx512, llmpar__half_16_from_f16)
 LLMPAR__HALF_NARROW(llmpar__half_narrow_bf16_avx512, llmpar__half_16_to_bf16)
 LLMPAR__HALF_NARROW(llmpar__half_narrow_f16_avx512, llmpar__half_16_to_f16)
@@ -153,16 +138,14 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
         half.widen = llmpar__half_widen_f16;
         half.narrow = llmpar__half_narrow_f16;
     }
-    half.widen_factors = half.widen;
 #if LLMPAR__VX86
     if ((int)cpu->level >= (int)LLMPAR_CPU_AVX2 && cpu->f16c) { /* every known processor with AVX2 has F16C */
         int wide = (int)cpu->level >= (int)LLMPAR_CPU_AVX512;
         if (dtype == LLMPAR_BF16) {
             half.widen = wide ? llmpar__half_widen_bf16_avx512 : llmpar__half_widen_bf16_avx2;
             half.narrow = wide ? llmpar__half_narrow_bf16_avx512 : llmpar__half_narrow_bf16_avx2;
-            half.widen_factors = wide ? llmpar__half_widen_factors_bf16_avx512 : llmpar__half_widen_factors_bf16_avx2;
         } else if (dtype == LLMPAR_F16) {
-            half.widen_factors = half.widen = wide ? llmpar__half_widen_f16_avx512 : llmpar__half_widen_f16_avx2;
+            half.widen = wide ? llmpar__half_widen_f16_avx512 : llmpar__half_widen_f16_avx2;
             half.narrow = wide ? llmpar__half_narrow_f16_avx512 : llmpar__half_narrow_f16_avx2;
         }
     }

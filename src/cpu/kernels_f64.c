@@ -1,6 +1,5 @@
 /* kernels_f64: every kernel at f64, the level of finite differences. */
 #include "cpu/kernels_internal.h"
-#include "cpu/squares_internal.h"
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VDOUBLE 1
@@ -19,6 +18,7 @@
 #include "cpu/elementwise.inc"
 #include "cpu/optim.inc"
 #include "cpu/squares.inc"
+#include "cpu/adalomo.inc"
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
 #undef LLMPAR__ATTENTION_ROWS

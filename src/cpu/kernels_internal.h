@@ -3,23 +3,22 @@
 #define LLMPAR_KERNELS_INTERNAL_H
 
 #include "cpu/gemm_thin_internal.h"
+#include "cpu/squares_internal.h"
 #include "cpu/vector.h"
 
 /* norm */
-typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; const void *w; llmpar__half half; } llmpar__norm_job; /* w: widened, or NULL */
+typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
 typedef struct llmpar__norm_backward_job {
     const llmpar_rmsnorm_backward_args *args;
     int64_t step;
-    const void *w;           /* widened, or NULL */
     int64_t leaf, piece, pieces, column, columns, stride; /* a run's first leaf, its pieces and columns of dw */
     void *chains;            /* [leaves of the run][pieces][stride], of the sum type */
     int with_dx;
-    llmpar__half half;
 } llmpar__norm_backward_job;
-LLMPAR__VDECLARE_NARROW(norm_forward)
-LLMPAR__VDECLARE_NARROW(norm_dx)
-LLMPAR__VDECLARE_NARROW(norm_piece)
-LLMPAR__VDECLARE_NARROW(norm_tree)
+LLMPAR__VDECLARE(norm_forward)
+LLMPAR__VDECLARE(norm_dx)
+LLMPAR__VDECLARE(norm_piece)
+LLMPAR__VDECLARE(norm_tree)
 /* The rows of a sequence that lie in the piece and in this shard. */
 static inline void llmpar__norm_piece_rows(const llmpar_tokens *tokens, int64_t piece, int64_t *t0, int64_t *t1)
 {
@@ -28,8 +27,8 @@ static inline void llmpar__norm_piece_rows(const llmpar_tokens *tokens, int64_t 
 }
 
 /* rope */
-typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; llmpar__half half; } llmpar__rope_job;
-LLMPAR__VDECLARE_NARROW(rope_rotate)
+typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } llmpar__rope_job;
+LLMPAR__VDECLARE(rope_rotate)
 
 /* attention */
 enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
@@ -62,7 +61,7 @@ LLMPAR__PRIVATE int64_t llmpar__attention_split(int64_t n);
 LLMPAR__PRIVATE int64_t llmpar__attention_slots(int64_t n);
 
 /* swiglu */
-typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; llmpar__half half; } llmpar__swiglu_job;
+typedef struct llmpar__swiglu_job { const llmpar_swiglu_args *forward; const llmpar_swiglu_backward_args *backward; int64_t step; } llmpar__swiglu_job;
 LLMPAR__VDECLARE(swiglu_forward)
 LLMPAR__VDECLARE(swiglu_backward)
 
@@ -72,23 +71,33 @@ typedef struct llmpar__embedding_backward_job {
     const llmpar_embedding_backward_args *args;
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
-    llmpar__half half;
 } llmpar__embedding_backward_job;
 LLMPAR__VDECLARE_NARROW(embedding_gradient)
 
 /* xent */
-typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; llmpar__half half; } llmpar__xent_job;
+typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
 LLMPAR__VDECLARE(xent_rows_max)
 LLMPAR__VDECLARE(xent_rows_sum)
 LLMPAR__VDECLARE(xent_rows_backward)
 
 /* elementwise, optim: elements a task */
 enum { LLMPAR__ELEMENTWISE_CHUNK = 16384, LLMPAR__OPTIM_CHUNK = 8192 };
-typedef struct llmpar__elementwise_job { const llmpar_add_args *add; const llmpar_scale_args *scale; llmpar__half half; } llmpar__elementwise_job; /* one of the two */
 LLMPAR__VDECLARE(elementwise_max)
 LLMPAR__VDECLARE(elementwise_add)
 LLMPAR__VDECLARE(elementwise_scale)
+LLMPAR__VDECLARE(elementwise_cast)
 LLMPAR__VDECLARE_NARROW(optim_adamw)
 LLMPAR__VDECLARE_NARROW(optim_sgd)
+
+/* adalomo */
+enum { LLMPAR__ADALOMO_BLOCK = 4096, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
+typedef struct llmpar__adalomo_largest_job { const llmpar_largest_args *args; int64_t step; double part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_largest_job;
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t step; double down, by_row, by_col; } llmpar__adalomo_sum_job;
+typedef struct llmpar__adalomo_square_job { const llmpar_adalomo_args *args; llmpar__cpu *cpu; int64_t step; llmpar_exact_sum part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_square_job;
+typedef struct llmpar__adalomo_apply_job { const llmpar_adalomo_args *args; double keep, minus; } llmpar__adalomo_apply_job;
+LLMPAR__VDECLARE_NARROW(adalomo_largest)
+LLMPAR__VDECLARE_NARROW(adalomo_squares)
+LLMPAR__VDECLARE_NARROW(adalomo_apply)
+LLMPAR__VDECLARE(adalomo_sums)
 
 #endif

@@ -1,6 +1,5 @@
 /* kernels_portable: every kernel on any processor. */
 #include "cpu/kernels_internal.h"
-#include "cpu/squares_internal.h"
 
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VDOUBLE 0
@@ -19,6 +18,7 @@
 #include "cpu/elementwise.inc"
 #include "cpu/optim.inc"
 #include "cpu/squares.inc"
+#include "cpu/adalomo.inc"
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
 #undef LLMPAR__ATTENTION_ROWS

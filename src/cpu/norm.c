@@ -3,32 +3,22 @@
 #include "cpu/cpu_internal.h"
 #include "cpu/kernels_internal.h"
 
-static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_forward);
-static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_dx);
-static const llmpar__kernel llmpar__norm_piece_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_piece);
-static const llmpar__kernel llmpar__norm_tree_kernels[4] = LLMPAR__VKERNELS_NARROW(norm_tree);
+static const llmpar__kernel llmpar__norm_forward_kernels[4] = LLMPAR__VKERNELS(norm_forward);
+static const llmpar__kernel llmpar__norm_dx_kernels[4] = LLMPAR__VKERNELS(norm_dx);
+static const llmpar__kernel llmpar__norm_piece_kernels[4] = LLMPAR__VKERNELS(norm_piece);
+static const llmpar__kernel llmpar__norm_tree_kernels[4] = LLMPAR__VKERNELS(norm_tree);
 
-enum { LLMPAR__NORM_WIDE = 4096, LLMPAR__NORM_CHAINS = 16384 }; /* on the caller's stack: weights that are widened once a call, and doubles that hold chains of dw */
-
-static const void *llmpar__norm_widen(const llmpar__half *half, const void *w, int64_t dim, float *wide)
-{
-    if (!half->widen || dim > LLMPAR__NORM_WIDE) return NULL;
-    half->widen_factors(wide, w, dim);
-    return wide;
-}
+enum { LLMPAR__NORM_CHAINS = 16384 }; /* on the caller's stack: doubles that hold chains of dw */
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args)
 {
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__norm_job job;
-    float wide[LLMPAR__NORM_WIDE];
     llmpar_status status = llmpar__v_check(device, "rmsnorm", args->dtype);
     (void)stream;
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
-    job.half = llmpar__half_of(cpu, args->dtype);
-    job.w = llmpar__norm_widen(&job.half, args->w, args->dim, wide);
     llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -70,7 +60,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
     llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     const llmpar_tokens *tokens = &args->tokens;
     llmpar__norm_backward_job job;
-    float wide[LLMPAR__NORM_WIDE];
     double chains[LLMPAR__NORM_CHAINS];
     llmpar_status status = llmpar__v_check(device, "rmsnorm_backward", args->dtype);
     int done = 0;
@@ -79,8 +68,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *de
     memset(&job, 0, sizeof job);
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
-    job.half = llmpar__half_of(cpu, args->dtype);
-    job.w = llmpar__norm_widen(&job.half, args->w, args->dim, wide);
     if (args->dw_leaves && tokens->leaves > 0) {
         if (tokens->canon < 1 || tokens->batch % tokens->leaves)
             return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "rmsnorm_backward: %lld leaves for batch %lld, canon %d: expected leaves that divide the batch, canon >= 1", (long long)tokens->leaves, (long long)tokens->batch, (int)tokens->canon);

@@ -24,6 +24,7 @@ typedef struct llmpar__squares_window {
 
 typedef struct llmpar__squares_job {
     const void *value;
+    const void *ahead;        /* ahead[i + LLMPAR__SQUARES_BLOCK] is asked for while value[i] is summed: `value` itself, or what the next ones will be made of */
     int64_t count, step;
     llmpar_exact_sum *sums; /* [tasks] */
 } llmpar__squares_job;
@@ -31,8 +32,8 @@ typedef struct llmpar__squares_job {
 /* Makes the window fit a block whose absolute values, as bits, are at most `largest` and, where not zero, at least `least`. Returns the words to use, 0: neither. */
 LLMPAR__PRIVATE int llmpar__squares_choose(llmpar__squares_window *window, llmpar_exact_sum *sum, uint32_t largest, uint32_t least);
 LLMPAR__PRIVATE void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum);
-/* Adds value[i]^2, i < count. The bits are those of llmpar_exact_sum_add_squares_f32 at every level. */
-LLMPAR__PRIVATE void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count);
+/* Adds value[i]^2, i < count; `ahead` is as in the job. The bits are those of llmpar_exact_sum_add_squares_f32 at every level. */
+LLMPAR__PRIVATE void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count, const float *ahead);
 
 /* f64 has no kernel of this kind. */
 #if LLMPAR__VX86

@@ -15,7 +15,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmp
     job.forward = args;
     job.backward = NULL;
     job.step = llmpar__v_max(1, 8192 / args->dim);
-    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__swiglu_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -30,7 +29,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
     job.forward = NULL;
     job.backward = args;
     job.step = llmpar__v_max(1, 8192 / args->dim);
-    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, llmpar__swiglu_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }

@@ -53,8 +53,8 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VLANES_avx512 16
 #define LLMPAR__VTARGET_portable_f64
 #define LLMPAR__VTARGET_portable
-#define LLMPAR__VTARGET_avx2 __attribute__((target("avx2,fma")))
-#define LLMPAR__VTARGET_avx512 __attribute__((target("avx512f,avx2,fma")))
+#define LLMPAR__VTARGET_avx2 __attribute__((target("avx2,fma,f16c")))
+#define LLMPAR__VTARGET_avx512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define LLMPAR__VBUILT_portable_f64 1
 #define LLMPAR__VBUILT_portable 1
 #define LLMPAR__VBUILT_avx2 LLMPAR__VX86
@@ -73,6 +73,10 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VKERNELS_NARROW(name) LLMPAR__VKERNELS(name)
 #endif
 
+/* How an array lies in memory: as the vectors' own type, or as one of the types that are of storage alone (a vector's get and put: vector_math.inc). */
+enum { LLMPAR__AS_OWN, LLMPAR__AS_BF16, LLMPAR__AS_F16 };
+enum { LLMPAR__VGROUP = 4, LLMPAR__VAHEAD = 512 }; /* vectors that a kernel takes at a time; bytes that it asks for ahead */
+static inline int llmpar__v_as(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? LLMPAR__AS_BF16 : dtype == LLMPAR_F16 ? LLMPAR__AS_F16 : LLMPAR__AS_OWN; }
 /* Which of the four a call runs; BF16 and F16 are computed in F32. */
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
@@ -129,6 +133,32 @@ static inline llmpar__vec_portable llmpar__v_sqrt_portable(llmpar__vec_portable 
     llmpar__vec_portable y = { llmpar_sqrt_f32(x[0]), llmpar_sqrt_f32(x[1]), llmpar_sqrt_f32(x[2]), llmpar_sqrt_f32(x[3]) };
     return y;
 }
+typedef uint16_t llmpar__words_portable __attribute__((vector_size(8)));
+static inline llmpar__bits_portable llmpar__v_load_words_portable(const uint16_t *p, int64_t n)
+{
+    llmpar__words_portable y = { 0, 0, 0, 0 };
+    if (n >= 4) memcpy(&y, p, sizeof y);
+    else if (n > 0) memcpy(&y, p, (size_t)n * sizeof *p);
+    return __builtin_convertvector(y, llmpar__bits_portable);
+}
+static inline void llmpar__v_store_words_portable(uint16_t *p, int64_t n, llmpar__bits_portable x)
+{
+    llmpar__words_portable y = __builtin_convertvector(x, llmpar__words_portable);
+    if (n >= 4) memcpy(p, &y, sizeof y);
+    else if (n > 0) memcpy(p, &y, (size_t)n * sizeof *p);
+}
+static inline llmpar__vec_portable llmpar__v_load_f16_portable(const uint16_t *p, int64_t n)
+{
+    float y[4] = { 0, 0, 0, 0 };
+    llmpar_convert(y, LLMPAR_F32, p, LLMPAR_F16, n >= 4 ? 4 : n > 0 ? (size_t)n : 0);
+    return llmpar__v_load_portable(y);
+}
+static inline void llmpar__v_store_f16_portable(uint16_t *p, int64_t n, llmpar__vec_portable x)
+{
+    float y[4];
+    llmpar__v_store_portable(y, x);
+    llmpar_convert(p, LLMPAR_F16, y, LLMPAR_F32, n >= 4 ? 4 : n > 0 ? (size_t)n : 0);
+}
 /* a*b + c rounded once, as hardware's fma: what an optimizer computes has the same bits at every level and on every device. The product is exact in a double; the sum is rounded to odd (with what Knuth's two-sum
    says was lost), and that, once more, to a float: the bits of one rounding (Boldo & Melquiond 2008). */
 static inline float llmpar__v_fma_one(float a, float b, float c)
@@ -184,6 +214,30 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_more_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_less_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_min_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
+LLMPAR__VINLINE __m128i llmpar__v_halves_avx2(const uint16_t *p, int64_t n)
+{
+    uint16_t some[8] = { 0 };
+    if (n >= 8) return _mm_loadu_si128((const __m128i *)(const void *)p);
+    if (n > 0) memcpy(some, p, (size_t)n * sizeof *p);
+    return _mm_loadu_si128((const __m128i *)(const void *)some);
+}
+LLMPAR__VINLINE void llmpar__v_keep_halves_avx2(uint16_t *p, int64_t n, __m128i x)
+{
+    uint16_t all[8];
+    if (n >= 8) {
+        _mm_storeu_si128((__m128i *)(void *)p, x);
+        return;
+    }
+    _mm_storeu_si128((__m128i *)(void *)all, x);
+    if (n > 0) memcpy(p, all, (size_t)n * sizeof *p);
+}
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_load_words_avx2(const uint16_t *p, int64_t n) { return (llmpar__bits_avx2)_mm256_cvtepu16_epi32(llmpar__v_halves_avx2(p, n)); }
+LLMPAR__VINLINE void llmpar__v_store_words_avx2(uint16_t *p, int64_t n, llmpar__bits_avx2 x)
+{
+    llmpar__v_keep_halves_avx2(p, n, _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)));
+}
+LLMPAR__VINLINE __m256 llmpar__v_load_f16_avx2(const uint16_t *p, int64_t n) { return _mm256_cvtph_ps(llmpar__v_halves_avx2(p, n)); }
+LLMPAR__VINLINE void llmpar__v_store_f16_avx2(uint16_t *p, int64_t n, __m256 x) { llmpar__v_keep_halves_avx2(p, n, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 /* out[8, 8] = in[8, 8] transposed */
 LLMPAR__VINLINE void llmpar__v_transpose_avx2(float *out, int64_t ld_out, const float *in, int64_t ld_in)
 {
@@ -236,6 +290,28 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx512(__m512 x)
 }
 LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_more_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_max_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
 LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_less_bits_avx512(llmpar__bits_avx512 a, llmpar__bits_avx512 b) { return (llmpar__bits_avx512)_mm512_maskz_min_epu32((__mmask16)0xffff, (__m512i)a, (__m512i)b); }
+LLMPAR__VINLINE __m256i llmpar__v_halves_avx512(const uint16_t *p, int64_t n) { return n >= 16 ? _mm256_loadu_si256((const __m256i *)(const void *)p) : _mm256_maskz_loadu_epi16(llmpar__v_mask_avx512(n), p); }
+LLMPAR__VINLINE void llmpar__v_keep_halves_avx512(uint16_t *p, int64_t n, __m256i x)
+{
+    if (n >= 16) _mm256_storeu_si256((__m256i *)(void *)p, x);
+    else _mm256_mask_storeu_epi16(p, llmpar__v_mask_avx512(n), x);
+}
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_load_words_avx512(const uint16_t *p, int64_t n) { return (llmpar__bits_avx512)_mm512_maskz_cvtepu16_epi32((__mmask16)0xffff, llmpar__v_halves_avx512(p, n)); }
+LLMPAR__VINLINE void llmpar__v_store_words_avx512(uint16_t *p, int64_t n, llmpar__bits_avx512 x) { llmpar__v_keep_halves_avx512(p, n, _mm512_maskz_cvtepi32_epi16((__mmask16)0xffff, (__m512i)x)); }
+/* As vector_math.inc's, in fewer instructions: the processor looks for NaN and makes it quiet; the upper halves of two vectors are put together. */
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_round_words_avx512(__m512 x)
+{
+    __m512i bits = _mm512_castps_si512(x), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    up = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
+    return (llmpar__bits_avx512)_mm512_fixupimm_ps(_mm512_castsi512_ps(up), x, _mm512_set1_epi32(0x22), 0);
+}
+LLMPAR__VINLINE void llmpar__v_store_pair_avx512(uint16_t *p, __m512 a, __m512 b)
+{
+    const __m512i upper = _mm512_set_epi32(0x3f003d, 0x3b0039, 0x370035, 0x330031, 0x2f002d, 0x2b0029, 0x270025, 0x230021, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0x0f000d, 0x0b0009, 0x070005, 0x030001);
+    _mm512_storeu_si512((void *)p, _mm512_permutex2var_epi16(_mm512_castps_si512(a), upper, _mm512_castps_si512(b)));
+}
+LLMPAR__VINLINE __m512 llmpar__v_load_f16_avx512(const uint16_t *p, int64_t n) { return _mm512_maskz_cvtph_ps((__mmask16)0xffff, llmpar__v_halves_avx512(p, n)); }
+LLMPAR__VINLINE void llmpar__v_store_f16_avx512(uint16_t *p, int64_t n, __m512 x) { llmpar__v_keep_halves_avx512(p, n, _mm512_maskz_cvtps_ph((__mmask16)0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL

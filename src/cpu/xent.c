@@ -18,7 +18,6 @@ static llmpar_status llmpar__xent_run(llmpar_device *device, const char *name, c
     job.args = args;
     job.step = llmpar__v_max(1, 8192 / llmpar__v_max(1, args->v_local));
     job.scale = scale;
-    job.half = llmpar__half_of(cpu, args->dtype);
     llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
