@@ -63,8 +63,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpa
 static void llmpar__elementwise_convert(void *arg, int64_t task, int32_t worker)
 {
     const llmpar_cast_args *a = (const llmpar_cast_args *)arg;
-    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, count = a->count - begin < LLMPAR__ELEMENTWISE_CHUNK ? a->count - begin : LLMPAR__ELEMENTWISE_CHUNK;
+    size_t begin = (size_t)task * LLMPAR__ELEMENTWISE_CHUNK, count = a->count - begin;
     (void)worker;
+    if (count > LLMPAR__ELEMENTWISE_CHUNK) count = LLMPAR__ELEMENTWISE_CHUNK;
     llmpar_convert((char *)a->out + begin * llmpar_dtype_size(a->out_dtype), a->out_dtype, (const char *)a->in + begin * llmpar_dtype_size(a->in_dtype), a->in_dtype, count);
 }
 
