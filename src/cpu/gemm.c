@@ -202,11 +202,15 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
 static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
 {
     llmpar__gemm_step *step = &run->steps[run->step_count++];
+    int64_t size = run->kernel.rows * run->kernel.columns;
     int32_t kept = run->depth - merges;
     step->k = k;
-    step->depth = run->depth;
-    step->merges = merges;
     step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
+    step->merges = merges - step->merges_saved;
+    step->slot = (run->depth - 1) * size;
+    step->slot_saved = step->slot - step->merges * size;
+    step->to = kept * size;
+    step->kept = kept;
     step->save = 0;
     if (kept < run->lowest) run->lowest = kept;
 }
@@ -262,9 +266,9 @@ static int llmpar__gemm_next_part(llmpar__gemm_run *run)
     /* What is pushed and not taken off before the part ends is saved. */
     lowest = run->levels + 1;
     for (s = run->step_count - 1; s >= 0; s--) {
-        int32_t kept = run->steps[s].depth - run->steps[s].merges;
-        run->steps[s].save = kept < lowest && !(s == run->step_count - 1 && run->store);
-        if (kept < lowest) lowest = kept;
+        llmpar__gemm_step *step = &run->steps[s];
+        step->save = step->kept < lowest && !(s == run->step_count - 1 && run->store);
+        if (step->kept < lowest) lowest = step->kept;
     }
     return 1;
 }
@@ -371,6 +375,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.step_count = run->step_count;
     tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
+    tile.saves = run->levels_saved > 0;
     tile.load = run->load;
     tile.store = run->store;
     llmpar__gemm_run_tile(&run->kernel, &tile);

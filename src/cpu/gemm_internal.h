@@ -8,10 +8,9 @@
 
 typedef struct llmpar__gemm_step {
     int64_t k;
-    int32_t depth;        /* partial tiles on the stack before the step */
-    int32_t merges;       /* how many of them are added, from the top; the result is pushed, unless it is the part's last and goes to c */
-    int32_t merges_saved; /* how many of those, the lowest ones, were pushed in an earlier part */
-    int32_t save;         /* what is pushed is needed in a later part */
+    int64_t merges, merges_saved; /* how many partial tiles are added, from the stack's top down: those of this part, then those that an earlier part saved */
+    int64_t slot, slot_saved, to; /* floats from the stack's begin, or from that of what is saved: the topmost of either, and where the result is pushed, unless it is the part's last and goes to c */
+    int32_t kept, save;           /* partial tiles below what is pushed; it is needed in a later part */
 } llmpar__gemm_step;
 
 /* One tile of c during one part of the summed dim. */
@@ -24,14 +23,8 @@ typedef struct llmpar__gemm_tile {
     int64_t step_count;
     int rows, columns;                 /* that exist */
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
+    int saves;                         /* something is saved */
 } llmpar__gemm_tile;
-
-/* Where c is, or a saved tile, asked for into L2 while the chains run, a line every 4 k: rows of `row` lines, `jump` bytes from the end of one to the next. A long step goes on to the
-   rows of the tiles below. All at once, at the tile's begin, they would stand in the way of the panels. */
-typedef struct llmpar__gemm_walk {
-    const char *at;
-    int64_t left, row, jump;           /* lines left of the current row */
-} llmpar__gemm_walk;
 
 /* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
 typedef struct llmpar__gemm_chains {
@@ -43,7 +36,10 @@ typedef struct llmpar__gemm_chains {
     int64_t merges, merges_saved, slot_bytes;
     float *to;
     int64_t to_step;
-    llmpar__gemm_walk *walk;
+    /* What is asked for while the chains run, two lines every 8 k, rows of the tile `jump` bytes apart: where the step ends, a saved tile, c. A long step goes on to the rows of the tiles below.
+       All at once, at the tile's begin, they would stand in the way of the panels. */
+    const char *at;
+    int64_t jump;
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
@@ -60,7 +56,7 @@ typedef struct llmpar__gemm_kernel {
     int pairs;                         /* a link of the chain takes two k of BF16, which are packed side by side as a float is; else one k of F32 */
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
+    void (*chains[4])(llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */

@@ -340,10 +340,9 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 #define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
 #define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
 #define LLMPAR__GEMM_FUNCTION(count, rows) \
-static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) \
+static void llmpar__gemm_neon_chains_##count(llmpar__gemm_chains *chains) \
 { \
     const float *a = chains->a, *b = chains->b, *from, *slot; \
-    llmpar__gemm_walk *walk = chains->walk; \
     float *to; \
     float32x4_t spread, b0, b1, b2; \
     int64_t i; \
@@ -351,13 +350,10 @@ static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) 
     if (chains->from) { rows(LLMPAR__GEMM_READ_ROW, 0) } \
     else { rows(LLMPAR__GEMM_ZERO_ROW, 0) } \
     for (i = 0; i < chains->k; i++, a += 8, b += 12) { \
-        if (i % 4 == 0) { \
-            __builtin_prefetch(walk->at); \
-            walk->at += 64; \
-            if (--walk->left == 0) { \
-                walk->left = walk->row; \
-                walk->at += walk->jump; \
-            } \
+        if (i % 8 == 0) { \
+            __builtin_prefetch(chains->at); \
+            __builtin_prefetch(chains->at + 47); \
+            chains->at += chains->jump; \
         } \
         __builtin_prefetch(b + 96); \
         b0 = vld1q_f32(b); \
@@ -414,42 +410,38 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
-    llmpar__gemm_walk walk;
     if (is_edge && tile->load) {
         memset(edge, 0, (size_t)(size * 4));
         for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
     }
     chains.a = tile->a;
     chains.b = tile->b;
+    chains.from = tile->load ? c : NULL;
+    chains.from_step = ldc * (int64_t)sizeof(float);
     chains.slot_bytes = size * (int64_t)sizeof(float);
-    chains.walk = &walk;
-    walk.at = (const char *)tile->saved; /* what is saved, first; c next */
-    walk.left = walk.row = 1;
-    walk.jump = 0;
+    chains.to_step = width;
     for (s = 0; s < tile->step_count; s++) {
         const llmpar__gemm_step *step = &tile->steps[s];
-        int64_t fresh = step->merges - step->merges_saved;
-        if (tile->store && (s == 1 || tile->step_count == 1)) {
-            walk.at = (const char *)tile->c;
-            walk.left = walk.row = (width + (int64_t)((uintptr_t)walk.at % 64) + 63) / 64;
-            walk.jump = tile->ldc * (int64_t)sizeof(float) - walk.row * 64;
-        }
         chains.k = step->k;
-        chains.from = s == 0 && tile->load ? c : NULL;
-        chains.from_step = ldc * (int64_t)sizeof(float);
-        chains.merges = fresh;
-        chains.slot = tile->stack + (step->depth - 1) * size;
+        chains.merges = step->merges;
+        chains.slot = tile->stack + step->slot;
         chains.merges_saved = step->merges_saved;
-        chains.slot_saved = tile->saved + (step->depth - 1 - fresh) * size;
-        chains.to = (step->save ? tile->saved : tile->stack) + (step->depth - step->merges) * size;
-        chains.to_step = width;
+        chains.slot_saved = tile->saved + step->slot_saved;
+        chains.to = (step->save ? tile->saved : tile->stack) + step->to;
+        chains.at = (const char *)(s == 0 && tile->saves ? tile->saved : chains.to); /* what is saved first, then c; else where the step ends */
+        chains.jump = width;
         if (s == tile->step_count - 1 && tile->store) {
             chains.to = c;
-            chains.to_step = ldc * (int64_t)sizeof(float);
+            chains.to_step = chains.from_step;
+        }
+        if (tile->store && (s == 1 || tile->step_count == 1)) {
+            chains.at = (const char *)tile->c;
+            chains.jump = tile->ldc * (int64_t)sizeof(float);
         }
         kernel->chains[variant](&chains);
         chains.a += step->k * kernel->rows;
         chains.b += step->k * kernel->columns;
+        chains.from = NULL;
     }
     llmpar__gemm_rest();
     if (is_edge && tile->store)
