@@ -53,6 +53,9 @@ LLMPAR__PRIVATE int32_t llmpar__pool_threads(const llmpar__cpu *cpu); /* >= 1 */
 LLMPAR__PRIVATE llmpar_status llmpar__pool_create(llmpar__cpu *cpu, llmpar_error *error, struct llmpar__pool **out);
 LLMPAR__PRIVATE void llmpar__pool_destroy(struct llmpar__pool *pool);
 
+/* A row of so many bytes; the lines that will be read and written soon are asked for, those of the next row behind this one's (elementwise.c). */
+LLMPAR__PRIVATE void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in);
+
 /* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
 LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots: gemm.c */

@@ -80,6 +80,19 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar
     return LLMPAR_OK;
 }
 
+/* memcpy asks for no line that it will write. */
+LLMPAR__PRIVATE_DEF void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in)
+{
+    enum { LINE = 64, AHEAD = 512 };
+    size_t i = 0;
+    for (; i + LINE <= bytes; i += LINE) {
+        __builtin_prefetch(i + AHEAD < bytes ? in + i + AHEAD : next_in + (i + AHEAD - bytes), 0, 3);
+        __builtin_prefetch(i + AHEAD < bytes ? out + i + AHEAD : next_out + (i + AHEAD - bytes), 1, 3);
+        memcpy(out + i, in + i, LINE);
+    }
+    memcpy(out + i, in + i, bytes - i);
+}
+
 typedef struct llmpar__elementwise_copy_job { const llmpar_copy_rows_args *args; int64_t step; } llmpar__elementwise_copy_job;
 
 static void llmpar__elementwise_copy(void *arg, int64_t task, int32_t worker)
@@ -88,8 +101,11 @@ static void llmpar__elementwise_copy(void *arg, int64_t task, int32_t worker)
     const llmpar_copy_rows_args *a = job->args;
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
     (void)worker;
-    for (int64_t r = task * job->step; r < end; r++)
-        memcpy((char *)a->out + (size_t)(r * a->ld_out) * a->size, (const char *)a->in + (size_t)(r * a->ld_in) * a->size, (size_t)a->width * a->size);
+    for (int64_t r = task * job->step; r < end; r++) {
+        char *out = (char *)a->out + (size_t)(r * a->ld_out) * a->size;
+        const char *in = (const char *)a->in + (size_t)(r * a->ld_in) * a->size;
+        llmpar__copy_row(out, in, (size_t)a->width * a->size, out + (size_t)a->ld_out * a->size, in + (size_t)a->ld_in * a->size);
+    }
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args)

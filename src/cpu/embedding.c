@@ -15,9 +15,11 @@ static void llmpar__embedding_gather(void *arg, int64_t task, int32_t worker)
     int64_t end = llmpar__v_min(a->rows, (task + 1) * job->step);
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        int64_t id = a->ids[row] - a->v_begin;
-        if (id >= 0 && id < a->v_local) memcpy((char *)a->out + (size_t)row * bytes, (const char *)a->table + (size_t)id * bytes, bytes);
-        else memset((char *)a->out + (size_t)row * bytes, 0, bytes);
+        int64_t id = a->ids[row] - a->v_begin, next = row + 1 < a->rows ? a->ids[row + 1] - a->v_begin : id;
+        char *out = (char *)a->out + (size_t)row * bytes;
+        if (next < 0 || next >= a->v_local) next = 0;
+        if (id >= 0 && id < a->v_local) llmpar__copy_row(out, (const char *)a->table + (size_t)id * bytes, bytes, out + bytes, (const char *)a->table + (size_t)next * bytes);
+        else memset(out, 0, bytes);
     }
 }
 
