@@ -165,7 +165,6 @@ TEST(loss_scale)
         for (int i = 0; i < job.steps; i++) skipped[k] += r->step[0][i].found_inf;
     }
     CHECK_INT(skipped[0], skipped[1]);
-    CHECK(skipped[0] > 0 && skipped[0] < 4);
     CHECK(skipped[1] > 0 && skipped[1] < 4);
     free(got);
     free(cpu);
