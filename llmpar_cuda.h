@@ -48,17 +48,21 @@ typedef struct llmpar_cuda_desc {
 
 /* How many devices the driver shows (CUDA_VISIBLE_DEVICES chooses); 0 with the reason in *error (NULL is fine) where there is no driver or no device. Never fails otherwise. Local, thread-safe. */
 LLMPAR_API int32_t llmpar_cuda_count(llmpar_error *error);
-/* The device of a rank: number ctx->local_rank modulo the devices shown. desc NULL: defaults. Text of failures in ctx->error: LLMPAR_ERR_UNSUPPORTED without a driver, a device, or a kernel image for it. Local. */
+/* The device of a rank: number ctx->local_rank modulo the devices shown. desc NULL: defaults; it is copied. ctx is borrowed, for its heap and its error, until llmpar_cuda_destroy. The device belongs to the rank's thread: no other
+   one calls it (but for thread_error), and host calls, which the driver's threads run, do not call CUDA; devices of several ranks are apart, also on one GPU. Text of failures in ctx->error: LLMPAR_ERR_ARGUMENT for the desc,
+   LLMPAR_ERR_UNSUPPORTED without a driver, a device, or a kernel image for it, LLMPAR_ERR_MEMORY. Local. */
 LLMPAR_API llmpar_status llmpar_cuda_create(llmpar_ctx *ctx, const llmpar_cuda_desc *desc, llmpar_device **out);
-LLMPAR_API void llmpar_cuda_destroy(llmpar_device *device); /* NULL is fine; waits for what is enqueued */
+/* NULL is fine. Waits for what is enqueued, and takes streams that are left along; memory and events are given back before, by who asked for them. On the rank's thread. */
+LLMPAR_API void llmpar_cuda_destroy(llmpar_device *device);
 /* What became of the regions of a device (region_begin, tables/device.h), which mode FAST alone has: replayed with one launch; captured, which runs them too; issued operation by operation (the first time, with arguments that
    changed, and what ended early). kept: graphs it holds now. Local; device is one of llmpar_cuda_create. */
 typedef struct llmpar_cuda_graph_counts { uint64_t replayed, captured, plain, kept; } llmpar_cuda_graph_counts;
 LLMPAR_API void llmpar_cuda_graphs(llmpar_device *device, llmpar_cuda_graph_counts *out);
 /* The communicator of rank threads on one device: each collective is a kernel over the peers' memory. host: the world of rank threads (ctx->host_comm), borrowed; through it the ranks meet, compare calls, time out and
-   learn of failures. All ranks' devices are the same GPU, or GPUs that reach each other's memory (LLMPAR_ERR_UNSUPPORTED names the two otherwise). The same bits as every communicator. Collective. */
+   learn of failures. All ranks' devices are the same GPU, or GPUs that reach each other's memory (LLMPAR_ERR_UNSUPPORTED names the two otherwise). The same bits as every communicator. At most 128 ranks.
+   device is borrowed until llmpar_comm_destroy, which goes before llmpar_cuda_destroy. Failures are everybody's: LLMPAR_ERR_ARGUMENT without host, LLMPAR_ERR_MEMORY, LLMPAR_ERR_PEER where another rank's is the root. Collective. */
 LLMPAR_API llmpar_status llmpar_cuda_shared_comm_create(llmpar_ctx *ctx, llmpar_device *device, llmpar_comm *host, llmpar_comm **out);
-/* For a launch desc: device_create and, for rank threads, comm_create. desc (borrowed until launch returns, NULL: defaults). Local. */
+/* Fills *out for a launch desc: device_create and, for rank threads, comm_create. desc: borrowed until the launch returns; NULL: defaults. Local, thread-safe. */
 LLMPAR_API void llmpar_cuda_backend(const llmpar_cuda_desc *desc, llmpar_backend *out);
 
 #endif
@@ -208,7 +212,8 @@ typedef struct llmpar__cuda_stream {
     struct llmpar__cuda_stream *next; /* of the device's list */
     cudaStream_t handle;       /* NULL: not in use */
     llmpar_status status;      /* sticks; the first failure of what was enqueued here. Atomic: host calls set it from the driver's thread */
-    llmpar_error error;        /* what host calls said; complete once status is set */
+    llmpar_error error;        /* what a host call said that failed */
+    int told;                  /* atomic: that is complete. The rank's thread may set status while a host call still speaks */
     void *library;             /* desc.library_workspace bytes for products, made with the stream in FAST mode; else NULL */
     char name[24];
 } llmpar__cuda_stream;
@@ -232,7 +237,6 @@ typedef struct llmpar__cuda {
     int capability;            /* 80, 90, 100 .. */
     int multiprocessors, threads_resident; /* the latter of each */
     size_t shared_limit;       /* dynamic shared memory that a block may ask for */
-    size_t l2_bytes;
     cublasLtHandle_t lt;       /* FAST mode; else NULL */
     void *products;            /* FAST mode: the algorithms chosen, by shape (gemm_library.cu); else NULL */
     void *attention;           /* desc.cudnn: its handle and graphs (attention_cudnn.cu); else NULL */
@@ -308,12 +312,12 @@ LLMPAR__CUDA_SLOT(swiglu_backward, llmpar_swiglu_backward_args);
 LLMPAR__CUDA_SLOT(embedding, llmpar_embedding_args);
 LLMPAR__CUDA_SLOT(embedding_backward, llmpar_embedding_backward_args);
 static size_t llmpar__cuda_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
-/* xent.cu */
+/* xent.cu; xent_loss.cu: xent_loss */
 LLMPAR__CUDA_SLOT(xent_max, llmpar_xent_args);
 LLMPAR__CUDA_SLOT(xent_sum, llmpar_xent_args);
 LLMPAR__CUDA_SLOT(xent_loss, llmpar_xent_loss_args);
 LLMPAR__CUDA_SLOT(xent_backward, llmpar_xent_backward_args);
-/* elementwise.cu: add, scale, cast, copy_rows; tree_sum.cu: tree_sum, max */
+/* elementwise.cu: add, scale, copy_rows; cast.cu; tree_sum.cu: tree_sum, max */
 LLMPAR__CUDA_SLOT(tree_sum, llmpar_tree_sum_args);
 LLMPAR__CUDA_SLOT(max, llmpar_max_args);
 LLMPAR__CUDA_SLOT(add, llmpar_add_args);
@@ -338,6 +342,8 @@ struct llmpar__cuda_f16 { uint16_t bits; };
 
 /* 16 bytes, as kernels move them where pointers and strides allow. */
 struct __align__(16) llmpar__cuda_16 { uint32_t word[4]; };
+/* Two neighbouring sums of mma.sync, likewise. */
+struct __align__(8) llmpar__cuda_pair_of_floats { float x[2]; };
 
 static __device__ __forceinline__ float llmpar__cuda_load(float x) { return x; }
 static __device__ __forceinline__ float llmpar__cuda_load(llmpar__cuda_bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
@@ -352,7 +358,12 @@ static __device__ __forceinline__ void llmpar__cuda_store(llmpar__cuda_bf16 *out
 }
 static __device__ __forceinline__ void llmpar__cuda_store(llmpar__cuda_f16 *out, float x) { out->bits = llmpar__cu_f32_to_f16(x); }
 
-/* The same cuts and trees as base/size.h, on the device. */
+static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return __uint_as_float(0xff800000u); }
+
+/* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
+template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
+
+/* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
 
 #endif
@@ -1547,14 +1558,11 @@ static llmpar_status llmpar__cuda_embedding_backward(llmpar_device *device, llmp
     return llmpar__cuda_end(device, stream, "embedding_backward");
 }
 /* ==== src/cuda/xent.cu ==== */
-/* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocabulary pieces, gradient in place. (The loss, which adds into the exact accumulator: squares.cu.)
+/* xent: vocab-parallel softmax cross-entropy in steps (Shoeybi et al. 2019, section 3): row maximum, sum of exp in vocabulary pieces, gradient in place. (The loss, which adds into the exact accumulator: xent_loss.cu.)
    The maximum has no order, and the gradient is element-wise. A piece's sum belongs to one warp, whose lanes count from the piece's begin: each lane takes 16 bytes of columns, again and again 512 bytes further on, adds the 16 bytes up as a tree
    and these in a chain; then a tree over the lanes. So a shard's border at a piece's border changes nothing. The warps of a block are pieces of a row, side by side, and rows where a shard has few pieces. */
 
-static __device__ __forceinline__ float llmpar__cuda_minus_infinity() { return __uint_as_float(0xff800000u); }
-
-/* The larger one, NaN if either is; and over the lanes of a row, as llmpar__cuda_row_sum. */
-static __device__ __forceinline__ float llmpar__cuda_larger(float a, float b) { return a != a || a > b ? a : b; }
+/* The largest over the lanes of a row, as llmpar__cuda_row_sum; NaN if one is. */
 static __device__ __forceinline__ float llmpar__cuda_row_max(float x, int lanes, float *partial)
 {
     for (int o = (lanes < 32 ? lanes : 32) / 2; o > 0; o /= 2) x = llmpar__cuda_larger(x, __shfl_xor_sync(0xffffffffu, x, o));
@@ -2160,8 +2168,6 @@ template <int F16> static __device__ __forceinline__ void llmpar__cuda_gemm_half
     }
 }
 
-struct __align__(8) llmpar__cuda_gemm_pair { float first, second; };
-
 /* The tile from or to f32. */
 template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_half_f32(const llmpar__cuda_gemm_job &job, int64_t i0, int64_t j0, float (&sum)[LLMPAR__CUDA_GEMM_HALF_FLOATS])
 {
@@ -2178,8 +2184,8 @@ template <int Load> static __device__ __forceinline__ void llmpar__cuda_gemm_hal
                 sum[at] = c[8 * b];
                 if (column + 8 * b + 1 < job.n) sum[at + 1] = c[8 * b + 1];
             } else if (job.aligned && column + 8 * b + 1 < job.n) {
-                llmpar__cuda_gemm_pair pair = { sum[at], sum[at + 1] };
-                *(llmpar__cuda_gemm_pair *)(void *)(c + 8 * b) = pair;
+                llmpar__cuda_pair_of_floats pair = { { sum[at], sum[at + 1] } };
+                *(llmpar__cuda_pair_of_floats *)(void *)(c + 8 * b) = pair;
             } else {
                 c[8 * b] = sum[at];
                 if (column + 8 * b + 1 < job.n) c[8 * b + 1] = sum[at + 1];
@@ -2557,8 +2563,8 @@ static llmpar_status llmpar__cuda_gemm_exact(llmpar_device *device, llmpar_strea
     size_t need = llmpar__cuda_gemm_bytes(&plan), bytes = args->workspace ? args->workspace_bytes : 0, size = llmpar_dtype_size(llmpar__cuda_gemm_out(args));
     unsigned char *at = (unsigned char *)args->workspace;
     void (*kernel)(llmpar__cuda_gemm_job);
-    if (plan.tiles_m > INT32_MAX / 2 / plan.tiles_n)
-        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: m = %lld, n = %lld on device %s: expected fewer than 2^30 tiles", (long long)args->m, (long long)args->n, device->name);
+    if (plan.tiles_m > INT32_MAX / (2 * LLMPAR__CUDA_GEMM_GROUP) / plan.tiles_n) /* times GROUP it is an int32_t in kernels */
+        return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: m = %lld, n = %lld on device %s: expected fewer than 2^26 tiles", (long long)args->m, (long long)args->n, device->name);
     for (int32_t s = 0; s < args->segment_count; s++)
         if (args->segments[s].k >= INT32_MAX / 2) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d has k = %lld on device %s, expected less than 2^30", (int)s, (long long)args->segments[s].k, device->name);
     if (bytes < need) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)bytes);
@@ -2638,12 +2644,8 @@ struct llmpar__cuda_gemm_group { const unsigned char *a, *b; int64_t lda, ldb, k
 
 static llmpar_status llmpar__cuda_library_check(llmpar_device *device, llmpar_stream *stream, cublasStatus_t code, const char *what)
 {
-    llmpar__cuda_stream *state;
     if (code == CUBLAS_STATUS_SUCCESS) return LLMPAR_OK;
-    llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "gemm: %s: %s: %s", what, cublasLtGetStatusName(code), cublasLtGetStatusString(code));
-    state = stream ? llmpar__cuda_stream_of(device, stream) : NULL;
-    if (state && !state->status) state->status = LLMPAR_ERR_INTERNAL;
-    return LLMPAR_ERR_INTERNAL;
+    return llmpar__cuda_stick(device, stream, llmpar_error_set(device->error, LLMPAR_ERR_INTERNAL, "gemm: %s: %s: %s", what, cublasLtGetStatusName(code), cublasLtGetStatusString(code)));
 }
 
 static llmpar_status llmpar__cuda_library_create(llmpar_device *device)
@@ -3028,6 +3030,13 @@ static __device__ __forceinline__ float llmpar__cuda_attention_log(float x)
     return __fmaf_rn((float)exponent, LLMPAR__CUDA_ATTENTION_LN2, series);
 }
 
+/* The sum over the lanes of a warp, as a tree; every lane gets it. */
+static __device__ __forceinline__ float llmpar__cuda_attention_sum(float x)
+{
+    for (int step = 16; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+
 /* ---- 16-bit elements: tiles and fragments ---- */
 
 static __device__ __forceinline__ void llmpar__cuda_attention_mma(llmpar__cuda_bf16, float d[4], const uint32_t a[4], const uint32_t b[2]) { llmpar__cu_mma_bf16(d, a, b); }
@@ -3084,7 +3093,7 @@ static __device__ __forceinline__ void llmpar__cuda_attention_softmax(float s[8]
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         now = fmaxf(top[r], __fmul_rn(most, scale_log2));
-        base = now == -__uint_as_float(0x7f800000u) ? 0.0f : now;
+        base = now == llmpar__cuda_minus_infinity() ? 0.0f : now;
         factor[r] = llmpar__cu_exp2(__fsub_rn(top[r], base));
         sum = __fmul_rn(total[r], factor[r]);
 #pragma unroll
@@ -3135,7 +3144,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
     const int offset = a.tk - a.tq, lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, down = llmpar__cuda_tile_lane<E>(0), across = llmpar__cuda_tile_lane<E>(1);
     const uint16_t *k = (const uint16_t *)a.k + p.b * a.tk_stride * a.ldk + (int64_t)p.kv * E, *v = (const uint16_t *)a.v + p.b * a.tk_stride * a.ldv + (int64_t)p.kv * E;
     const uint16_t **mine = (const uint16_t **)(void *)(values + TILE * E) + threadIdx.x; /* of keys, then of values: sums take all registers */
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     const int position = offset + p.first + warp * 32, limit = offset + min(p.first + ROWS, a.tq); /* of the warp's first row; the end of the block's */
     float out[2][E / 8][4], top[2][2], total[2][2];
     mine[0] = llmpar__cuda_tile_mine<E>(k, a.ldk);
@@ -3326,16 +3335,15 @@ LLMPAR__CUDA_SLOT(attention, llmpar_attention_args)
     llmpar__cuda_attention_call all, a;
     int64_t step;
     size_t size = llmpar_dtype_size(args->dtype);
-    llmpar_status status;
-    if (args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return LLMPAR_OK;
+    llmpar_status status = llmpar__cuda_begin(device, stream);
+    if (status || args->batch <= 0 || args->tq <= 0 || args->heads <= 0) return status;
 #ifdef LLMPAR_USE_CUDNN
     if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, args, NULL);
 #endif
     status = llmpar__cuda_attention_check(device, "attention", args, llmpar__cuda_attention_workspace(device, args), 0);
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     llmpar__cuda_attention_take(args, &all);
-    all.scores = (float *)args->workspace;
+    all.scores = (float *)(void *)(((uintptr_t)args->workspace + 3u) & ~(uintptr_t)3u);
     step = llmpar__cuda_attention_sequences((args->tk + 15) / 16 * args->heads * 8, args->batch); /* more blocks a sequence than any kernel has */
     for (int64_t b = 0; !status && b < args->batch; b += step) {
         a = all;
@@ -3427,7 +3435,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     int kv = (int)(task % a.kv_heads);
     const uint16_t *v = (const uint16_t *)a.v + b * a.tk_stride * a.ldv + (int64_t)kv * a.head_dim + slice * COLUMNS;
     const int32_t *start = a.doc_start ? a.doc_start + b * a.tk : NULL;
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     float out[2][4] = { { 0, 0, 0, 0 }, { 0, 0, 0, 0 } }, top[2] = { least, least }, total[2] = { 0, 0 };
     int position[2] = { offset + (lane >> 2) / a.group, offset + ((lane >> 2) + 8) / a.group }; /* of this thread's rows; behind the last query: none */
     const float *scores = a.scores + (task * rows + (lane >> 2)) * a.ld_scores;
@@ -3449,7 +3457,7 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
                     s[n][i] = at >= low && at < high && key <= at ? scores[(i >> 1) * 8 * a.ld_scores + key] : least;
                 }
             llmpar__cu_copy_async_wait<STAGES - 2>();
-            __syncwarp();
+            __syncwarp(); /* no test can tell: the products of the tile before meet here too, but order no memory */
             llmpar__cuda_decode_load(tiles + (tile + STAGES - 1) % STAGES * (TILE * COLUMNS), v, a.ldv, first + (STAGES - 1) * TILE, high, a.wide);
             llmpar__cu_copy_async_commit();
             llmpar__cuda_attention_softmax(s, top, total, factor, a.scale_log2);
@@ -3467,8 +3475,8 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
                 llmpar__cuda_attention_mma(Type(), out[1], left, right + 2);
             }
         }
-        llmpar__cu_copy_async_wait<0>();
-        __syncwarp();
+        llmpar__cu_copy_async_wait<0>(); /* zeros behind this document's end, too: they would come over what the next one asks for */
+        __syncwarp(); /* no test can tell: as above */
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -3485,12 +3493,12 @@ template <typename Type> static __global__ void __launch_bounds__(32) llmpar__cu
     }
 }
 
-/* Scores of the most rows that queries up to args->tq can have here, so that what serves many queries serves few. */
+/* Scores of the most rows that queries up to args->tq can have here, so that what serves many queries serves few; with room to align. */
 static size_t llmpar__cuda_attention_decode_workspace(const llmpar_attention_args *args)
 {
     int64_t group = args->heads / args->kv_heads, queries = LLMPAR__CUDA_ATTENTION_FEW / group;
     if (queries > args->tq) queries = args->tq;
-    return (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float);
+    return queries > 0 ? (size_t)(args->batch * args->heads * queries * args->tk) * sizeof(float) + 3 : 0;
 }
 
 template <typename Type> static void llmpar__cuda_decode_launch(llmpar_device *device, llmpar_stream *stream, const llmpar__cuda_attention_call *a)
@@ -3545,7 +3553,7 @@ template <typename Type> static __global__ void llmpar__cuda_attention_delta(llm
     out = (const Type *)a.out + token * a.ldo + (int64_t)h * a.head_dim;
     dout = (const Type *)a.dout + token * a.ldo + (int64_t)h * a.head_dim;
     for (int x = lane; x < a.head_dim; x += 32) sum = __fmaf_rn(llmpar__cuda_load(out[x]), llmpar__cuda_load(dout[x]), sum);
-    for (int step = 16; step > 0; step /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
+    sum = llmpar__cuda_attention_sum(sum);
     if (lane) return;
     a.delta[(b * a.heads + h) * a.tq + i] = sum;
     if (h == 0 && a.doc_start) {
@@ -3569,8 +3577,6 @@ template <int E> static __device__ __forceinline__ void llmpar__cuda_attention_d
     llmpar__cu_copy_async_commit();
 }
 
-struct __align__(8) llmpar__cuda_attention_two { float x[2]; };
-
 /* What one warp's rows of dk or dv become: each head's own in f32, or at once what the caller gets. */
 template <typename Type, int E> static __device__ __forceinline__ void llmpar__cuda_attention_dkv_store(const llmpar__cuda_attention_call &a, const float sum[E / 8][4], float factor, float *heads, void *out, int64_t ld, int64_t token, int limit, int h, int kv)
 {
@@ -3584,8 +3590,8 @@ template <typename Type, int E> static __device__ __forceinline__ void llmpar__c
             int x = 8 * n + 2 * (lane & 3);
             float low = __fadd_rn(__fmul_rn(sum[n][2 * r], factor), 0.0f), high = __fadd_rn(__fmul_rn(sum[n][2 * r + 1], factor), 0.0f);
             if (heads) {
-                llmpar__cuda_attention_two two = { { low, high } };
-                *(llmpar__cuda_attention_two *)(void *)(heads + (row * a.heads + h) * E + x) = two;
+                llmpar__cuda_pair_of_floats two = { { low, high } };
+                *(llmpar__cuda_pair_of_floats *)(void *)(heads + (row * a.heads + h) * E + x) = two;
             } else if (a.dkv_float) {
                 float *to = (float *)out + row * ld + (int64_t)kv * E + x;
                 to[0] = low;
@@ -3678,7 +3684,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
-                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                            if (key + down_by < low || key + down_by >= high || down_by - right_by > query - key || query + right_by >= end) p[m][n][i] = llmpar__cuda_minus_infinity();
                         }
             }
 #pragma unroll
@@ -3859,7 +3865,7 @@ template <typename Type, int E> static __global__ void __launch_bounds__(LLMPAR_
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int down_by = 16 * m + 8 * (i >> 1), right_by = 8 * n + (i & 1);
-                            if (row + down_by < low || row + down_by >= high || right_by - down_by > row - key) p[m][n][i] = -__uint_as_float(0x7f800000u);
+                            if (row + down_by < low || row + down_by >= high || right_by - down_by > row - key) p[m][n][i] = llmpar__cuda_minus_infinity();
                         }
             }
 #pragma unroll
@@ -3978,8 +3984,8 @@ LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
     unsigned char *workspace;
     size_t size, dkv_size;
     llmpar_dtype dkv = args->dkv_dtype == LLMPAR_DTYPE_DEFAULT ? f->dtype : args->dkv_dtype;
-    llmpar_status status;
-    if (f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return LLMPAR_OK;
+    llmpar_status status = llmpar__cuda_begin(device, stream);
+    if (status || f->batch <= 0 || f->tq <= 0 || f->heads <= 0) return status;
 #ifdef LLMPAR_USE_CUDNN
     if (llmpar__cuda_of(device)->desc.cudnn) return llmpar__cuda_attention_cudnn(device, stream, f, args);
 #endif
@@ -3987,7 +3993,6 @@ LLMPAR__CUDA_SLOT(attention_backward, llmpar_attention_backward_args)
     if (!status && dkv != f->dtype && dkv != llmpar_dtype_sum(f->dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "attention_backward: dkv_dtype %s for dtype %s, expected the same or %s", llmpar_dtype_name(args->dkv_dtype), llmpar_dtype_name(f->dtype), llmpar_dtype_name(llmpar_dtype_sum(f->dtype)));
     if (!status && args->ld_dkv < 0) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "attention_backward: ld_dkv %lld, expected 0 or the distance of two rows", (long long)args->ld_dkv);
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     plan = llmpar__cuda_attention_plan_of(f);
     size = llmpar_dtype_size(f->dtype);
@@ -4083,7 +4088,8 @@ static __device__ __forceinline__ void llmpar__cuda_simple_scores(float sum[LLMP
     }
 }
 
-/* sums[i][:] = sums[i][:] * factor[i] + chain over the 32 rows of other of weights[i][j] * other[j][:]. */
+/* sums[i][:] = sums[i][:] * factor[i] + chain over the 32 rows of other of weights[i][j] * other[j][:]. A column of sums is one lane's from the first zero to the last store, and the weights are written again behind the
+   block's next barrier: so nobody has to wait behind this. */
 static __device__ __forceinline__ void llmpar__cuda_simple_sums(float *sums, int step, const float factor[LLMPAR__CUDA_SIMPLE_OWN], const float *weights, int weights_step, const float *other, int ld, int e)
 {
     for (int x = (int)threadIdx.x & 31; x < e; x += 32) {
@@ -4105,11 +4111,6 @@ static __device__ __forceinline__ void llmpar__cuda_simple_sums(float *sums, int
     }
 }
 
-static __device__ __forceinline__ float llmpar__cuda_simple_tree(float x)
-{
-    for (int step = 16; step > 0; step /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-}
 static __device__ __forceinline__ float llmpar__cuda_simple_most(float x)
 {
     for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -4147,7 +4148,7 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_queries(llmpar
     int e = a.head_dim, width = (e + 3) / 4 * 4, ld = width + 1, rows = OWN * p.warps, offset = a.tk - a.tq, backward = a.dq != NULL;
     float *queries = memory, *sums = queries + rows * width, *weights = sums + rows * width, *douts = weights + rows * STEP, *keys = douts + (backward ? rows * width : 0), *values = keys + STEP * ld;
     const int32_t *start = a.doc_start ? a.doc_start + p.b * a.tk : NULL;
-    const float least = -__uint_as_float(0x7f800000u);
+    const float least = llmpar__cuda_minus_infinity();
     int64_t k = p.b * a.tk_stride * a.ldk + (int64_t)p.kv * e, v = p.b * a.tk_stride * a.ldv + (int64_t)p.kv * e;
     float top[OWN], total[OWN], factor[OWN];
     int position[OWN]; /* -1: no row */
@@ -4190,17 +4191,15 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_queries(llmpar
                     float now = fmaxf(top[i], llmpar__cuda_simple_most(seen ? s[i] : least)), base = now == least ? 0.0f : now;
                     weight = seen ? llmpar__cu_exp2(__fsub_rn(s[i], base)) : 0.0f;
                     factor[i] = llmpar__cu_exp2(__fsub_rn(top[i], base));
-                    total[i] = __fadd_rn(__fmul_rn(total[i], factor[i]), llmpar__cuda_simple_tree(weight));
+                    total[i] = __fadd_rn(__fmul_rn(total[i], factor[i]), llmpar__cuda_attention_sum(weight));
                     top[i] = now;
                 }
                 weights[(p.warp + i * p.warps) * STEP + p.lane] = weight;
             }
             __syncwarp();
             llmpar__cuda_simple_sums(sums + p.warp * width, p.warps * width, factor, weights + p.warp * STEP, p.warps * STEP, backward ? keys : values, ld, e);
-            __syncwarp();
         }
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         int row = p.warp + i * p.warps, at = p.first + row, query = at / a.group, h = p.kv * a.group + at % a.group;
@@ -4260,10 +4259,8 @@ static __global__ void __launch_bounds__(256) llmpar__cuda_simple_keys(llmpar__c
             __syncwarp();
             llmpar__cuda_simple_sums(dk + warp * width, warps * width, factor, slopes + warp * STEP, warps * STEP, queries, ld, e);
             llmpar__cuda_simple_sums(dv + warp * width, warps * width, factor, weights + warp * STEP, warps * STEP, douts, ld, e);
-            __syncwarp();
         }
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         int row = warp + i * warps, key = key0 + row, dtype = a.dk_heads || a.dkv_float ? (int)LLMPAR_F32 : a.dtype;
@@ -4475,6 +4472,7 @@ static size_t llmpar__cuda_attention_cudnn_workspace(llmpar_device *device, cons
     return g ? llmpar__cuda_cudnn_bytes(g) : 0;
 }
 
+/* Behind the slot's llmpar__cuda_begin. */
 static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *a, const llmpar_attention_backward_args *backward)
 {
     const char *what = backward ? "attention_backward" : "attention";
@@ -4484,7 +4482,6 @@ static llmpar_status llmpar__cuda_attention_cudnn(llmpar_device *device, llmpar_
     unsigned char *workspace;
     uintptr_t places;
     size_t need;
-    if (!status) status = llmpar__cuda_begin(device, stream);
     if (status) return status;
     g = llmpar__cuda_cudnn_find(device, what, a, backward, device->error);
     if (!g) return device->error && device->error->status ? device->error->status : LLMPAR_ERR_UNSUPPORTED;
@@ -4583,24 +4580,25 @@ template <typename In, typename Out> __global__ void __launch_bounds__(256) llmp
 }
 
 /* The null pointers name the types. */
-template <typename In, typename Out> static void llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
+template <typename In, typename Out> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *, const Out *)
 {
     int64_t count = (int64_t)args->count, groups = (((uintptr_t)args->in | (uintptr_t)args->out) & 15) ? 0 : count / 8;
     unsigned blocks = llmpar__cuda_blocks(llmpar__cuda_of(device), groups ? (count + 7) / 8 : count, 256, 8);
     llmpar__cuda_launch(device, stream, llmpar__cuda_cast_kernel<In, Out>, dim3(blocks), dim3(256), 0, (Out *)args->out, (const In *)args->in, count, groups);
+    return llmpar__cuda_end(device, stream, "cast");
 }
 /* One type: a copy, which is no kernel. */
-template <typename T> static void llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const T *, const T *)
+template <typename T> static llmpar_status llmpar__cuda_cast_launch(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const T *, const T *)
 {
-    if (args->out != args->in) device->copy(device, stream, args->out, args->in, args->count * sizeof(T));
+    return args->out == args->in ? LLMPAR_OK : device->copy(device, stream, args->out, args->in, args->count * sizeof(T));
 }
 
-template <typename In> static void llmpar__cuda_cast_from(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *in)
+template <typename In> static llmpar_status llmpar__cuda_cast_from(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args, const In *in)
 {
-    if (args->out_dtype == LLMPAR_F32) llmpar__cuda_cast_launch(device, stream, args, in, (const float *)NULL);
-    else if (args->out_dtype == LLMPAR_BF16) llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_bf16 *)NULL);
-    else if (args->out_dtype == LLMPAR_F16) llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_f16 *)NULL);
-    else llmpar__cuda_cast_launch(device, stream, args, in, (const double *)NULL);
+    if (args->out_dtype == LLMPAR_F32) return llmpar__cuda_cast_launch(device, stream, args, in, (const float *)NULL);
+    if (args->out_dtype == LLMPAR_BF16) return llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_bf16 *)NULL);
+    if (args->out_dtype == LLMPAR_F16) return llmpar__cuda_cast_launch(device, stream, args, in, (const llmpar__cuda_f16 *)NULL);
+    return llmpar__cuda_cast_launch(device, stream, args, in, (const double *)NULL);
 }
 
 static int llmpar__cuda_cast_floating(llmpar_dtype dtype) { return dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_BF16 || dtype == LLMPAR_F16; }
@@ -4612,11 +4610,10 @@ static llmpar_status llmpar__cuda_cast(llmpar_device *device, llmpar_stream *str
     if (!llmpar__cuda_cast_floating(args->in_dtype) || !llmpar__cuda_cast_floating(args->out_dtype))
         return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "cast: from %s to %s, expected floating types", llmpar_dtype_name(args->in_dtype), llmpar_dtype_name(args->out_dtype));
     if (!args->count) return LLMPAR_OK;
-    if (args->in_dtype == LLMPAR_F32) llmpar__cuda_cast_from(device, stream, args, (const float *)NULL);
-    else if (args->in_dtype == LLMPAR_BF16) llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_bf16 *)NULL);
-    else if (args->in_dtype == LLMPAR_F16) llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_f16 *)NULL);
-    else llmpar__cuda_cast_from(device, stream, args, (const double *)NULL);
-    return llmpar__cuda_end(device, stream, "cast");
+    if (args->in_dtype == LLMPAR_F32) return llmpar__cuda_cast_from(device, stream, args, (const float *)NULL);
+    if (args->in_dtype == LLMPAR_BF16) return llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_bf16 *)NULL);
+    if (args->in_dtype == LLMPAR_F16) return llmpar__cuda_cast_from(device, stream, args, (const llmpar__cuda_f16 *)NULL);
+    return llmpar__cuda_cast_from(device, stream, args, (const double *)NULL);
 }
 /* ==== src/cuda/tree_sum.cu ==== */
 /* tree_sum: the balanced tree over whole buffers, and the largest element of several. The bits of the CPU device: additions alone have one rounding each, in the order of docs/exact.md.
@@ -4674,9 +4671,6 @@ template <typename Group, typename Operands> static __device__ __forceinline__ G
     }
     return sum;
 }
-
-/* NaN wins, the first one; of equal zeros the later one. By comparisons and choices alone: bits are kept. */
-template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T a, T b) { return a != a || a > b ? a : b; }
 
 #endif
 /* ---- src/cuda/tree_sum.cu goes on ---- */
@@ -5821,11 +5815,12 @@ static llmpar_status llmpar__cuda_shared_wait(llmpar__cuda_shared *shared, cudaS
     return status;
 }
 
-static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, llmpar_call_op op)
+static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t operation)
 {
     llmpar__cuda_shared *shared = llmpar__cuda_shared_of(comm);
     llmpar__cuda_shared_group *group = shared->group;
     llmpar__cuda_shared_place *mine = &group->place[comm->rank];
+    llmpar_call_op op = (llmpar_call_op)operation;
     const char *name = llmpar_call_op_name(op);
     if (shared->broken) return llmpar__cuda_shared_refuse(shared, call->tag);
     llmpar_status status = llmpar__cuda_begin(comm->device, stream);
@@ -5863,19 +5858,6 @@ static llmpar_status llmpar__cuda_shared_run(llmpar_comm *comm, llmpar_stream *s
     status = llmpar__cuda_shared_wait(shared, handle, name, 1);
     if (!status) status = llmpar__cuda_end(comm->device, stream, name);
     return status ? llmpar__cuda_shared_fail(shared, status) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__cuda_shared_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__cuda_shared_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__cuda_shared_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__cuda_shared_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__cuda_shared_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__cuda_shared_run(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__cuda_shared_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__cuda_shared_run(comm, stream, &call, LLMPAR_CALL_BARRIER);
 }
 
 /* ---- messages ---- */
@@ -6078,12 +6060,7 @@ static llmpar_status llmpar__cuda_shared_half(llmpar_comm *inner, llmpar_device 
         comm->unchecked = inner->unchecked;
         comm->split = llmpar__cuda_shared_split;
         comm->destroy = llmpar__cuda_shared_destroy;
-        comm->barrier = llmpar__cuda_shared_barrier;
-        comm->all_gather = llmpar__cuda_shared_all_gather;
-        comm->reduce_scatter = llmpar__cuda_shared_reduce_scatter;
-        comm->all_reduce = llmpar__cuda_shared_all_reduce;
-        comm->broadcast = llmpar__cuda_shared_broadcast;
-        comm->all_to_all = llmpar__cuda_shared_all_to_all;
+        llmpar_comm_fill(comm, llmpar__cuda_shared_run);
         comm->send = llmpar__cuda_shared_send;
         comm->recv = llmpar__cuda_shared_recv;
         comm->abort = llmpar__cuda_shared_abort;
@@ -6128,7 +6105,7 @@ static llmpar_status llmpar__cuda_shared_split(llmpar_comm *comm, int32_t color,
     call.tag = name;
     *out = NULL;
     /* Compared as a call of its own kind, so that the inner split finds all ranks in it. */
-    llmpar_status status = llmpar__cuda_shared_run(comm, NULL, &call, LLMPAR_CALL_SPLIT);
+    llmpar_status status = llmpar__cuda_shared_run(comm, NULL, &call, (int32_t)LLMPAR_CALL_SPLIT);
     if (status) return status;
     status = shared->inner->split(shared->inner, color, key, name, &inner);
     if (status || !inner) return status;
@@ -6606,7 +6583,7 @@ static llmpar__cuda_stream *llmpar__cuda_stream_of(llmpar_device *device, llmpar
 static llmpar_status llmpar__cuda_stuck(llmpar_device *device, llmpar__cuda_stream *own)
 {
     llmpar_status status = __atomic_load_n(&own->status, __ATOMIC_ACQUIRE);
-    if (status && own->error.status && device->error && device->error->status == LLMPAR_OK) {
+    if (status && __atomic_load_n(&own->told, __ATOMIC_ACQUIRE) && device->error && device->error->status == LLMPAR_OK) {
         llmpar_error taken = own->error;
         if (device->error->where[0]) memcpy(taken.where, device->error->where, sizeof taken.where);
         if (device->error->rank >= 0) taken.rank = device->error->rank;
@@ -6628,6 +6605,7 @@ static llmpar_status llmpar__cuda_begin(llmpar_device *device, llmpar_stream *st
     llmpar_status status;
     if (llmpar__cuda_notes(device, stream)) llmpar__cuda_region_break(device);
     status = stream ? llmpar__cuda_stuck(device, llmpar__cuda_stream_of(device, stream)) : LLMPAR_OK;
+    if (!status) (void)cudaGetLastError(); /* of other code on this thread: `end` would take it for the operation's */
     return status ? status : llmpar__cuda_stick(device, stream, llmpar__cuda_check(device, cudaSetDevice(llmpar__cuda_of(device)->index), "cudaSetDevice"));
 }
 
@@ -6724,6 +6702,7 @@ static llmpar_status llmpar__cuda_stream_open(llmpar_device *device, llmpar__cud
     int least = 0, greatest = 0;
     llmpar_status status = llmpar__cuda_begin(device, NULL);
     own->status = LLMPAR_OK;
+    own->told = 0;
     llmpar_error_clear(&own->error);
     snprintf(own->name, sizeof own->name, "%.23s", name ? name : "stream");
     /* Communication goes first: others wait for it. */
@@ -6856,6 +6835,7 @@ static void CUDART_CB llmpar__cuda_host_run(void *user)
         llmpar_status status = call->fn(call->arg.bytes);
         if (status) {
             (void)llmpar_error_set(&call->stream->error, status, "a host call on stream %s failed: %s", call->stream->name, llmpar_status_string(status)); /* unless it said more */
+            __atomic_store_n(&call->stream->told, 1, __ATOMIC_RELEASE);
             __atomic_store_n(&call->stream->status, status, __ATOMIC_RELEASE);
         }
     }
@@ -7006,7 +6986,6 @@ static llmpar_status llmpar__cuda_examine(llmpar_ctx *ctx, llmpar__cuda *cuda)
     cuda->multiprocessors = properties.multiProcessorCount;
     cuda->threads_resident = properties.maxThreadsPerMultiProcessor;
     cuda->shared_limit = properties.sharedMemPerBlockOptin;
-    cuda->l2_bytes = (size_t)properties.l2CacheSize;
     snprintf(cuda->name, sizeof cuda->name, "cuda sm_%d %s%s %.70s", cuda->capability, cuda->desc.mode == LLMPAR_CUDA_FAST ? cuda->desc.tf32 ? "fast tf32" : "fast" : "exact", cuda->desc.cudnn ? " cudnn" : "", properties.name);
     if (cuda->capability < 80) return llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "cuda: device %d (%s) has compute capability %d.%d, expected 8.0 or later", cuda->index, properties.name, properties.major, properties.minor);
     code = cudaFuncGetAttributes(&probe, llmpar__cuda_probe);

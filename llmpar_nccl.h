@@ -61,12 +61,14 @@ typedef struct llmpar_nccl_desc {
     int32_t own_memory;        /* 1: the device keeps its own allocator; default 0: while the communicator lives, device->alloc takes blocks of 1 MiB and more from ncclMemAlloc, which NCCL reaches without copies */
     int32_t one_device;        /* 1: several ranks may share a GPU, each taken for a machine of its own by NCCL (NCCL_HOSTID in its environment): for tests; default 0: two ranks on one GPU are refused by name */
     /* Where the ranks meet: the first of these that is given; default: ctx->host_comm (rank threads, MPI), else ctx->meeting (MASTER_ADDR and MASTER_PORT). */
-    const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come */
+    const char *file;          /* a path that all ranks see and nobody else uses: rank 0 writes its address there, and removes it when all have come, or it gives up */
     const char *address;       /* "host:port" or "[address]:port" of rank 0. Where another program listens there (torchrun's store), one of the 15 ports behind it serves */
 } llmpar_nccl_desc;
 
 /* The world's communicator of ctx->rank of ctx->world on `device`, whose native_stream gives cudaStream_t and whose memory NCCL can reach; on the rank's own thread, as everything below. desc NULL: defaults.
-   ctx->error has the text of a failure, the same on all ranks that have met. Destroy it after its splits; rank 0's destroy waits until all ranks have ended theirs, or failed. Collective. */
+   Borrows ctx and device. Destroy it after its splits; rank 0's destroy waits until all ranks have ended theirs, or failed. Errors, with the text in ctx->error, the same on all ranks that have met: LLMPAR_ERR_ARGUMENT (the
+   desc), LLMPAR_ERR_CONFIG (nowhere to meet, or two ranks on one GPU), LLMPAR_ERR_MISMATCH (ranks that do not belong together), LLMPAR_ERR_TIMEOUT (who has not come within the deadline), LLMPAR_ERR_UNSUPPORTED (device or
+   NCCL), LLMPAR_ERR_IO, _MEMORY, _INTERNAL, _PEER. Collective. */
 LLMPAR_API llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out);
 /* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or it is known who has failed; *root: the job's failure, status OK: none. Collective. */
 LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
@@ -188,7 +190,6 @@ typedef struct llmpar__nccl_slot {
     llmpar__nccl_ask first;    /* of who came first */
     int32_t first_rank, arrived, expected, next; /* next: of the free ones, or of this communicator's; -1: none */
     double since;
-    int32_t used;
     struct llmpar__nccl_context *context;
     unsigned char *here;       /* a bit a member */
 } llmpar__nccl_slot;
@@ -203,8 +204,6 @@ typedef struct llmpar__nccl_context {
     int32_t *member;           /* [members] world ranks; behind it color, key and waits, [members] each */
     int32_t *color, *key, *waits;
 } llmpar__nccl_context;
-
-typedef struct llmpar__nccl_level { int32_t lo, p, q, left; } llmpar__nccl_level;
 
 typedef struct llmpar__nccl_comm llmpar__nccl_comm;
 
@@ -266,10 +265,7 @@ struct llmpar__nccl_comm {
     uint64_t context, calls;
     uint64_t *sent, *received; /* [ranks] messages to and from each member */
     int32_t *member;           /* [ranks] world ranks */
-    int32_t levels;            /* of the reduction's tree above this rank */
-    llmpar__nccl_level *level; /* [levels], from the leaf up */
-    int32_t *label;            /* [levels][ranks] */
-    int32_t *kept;             /* [ranks] */
+    llmpar_halving halving;
     char axis[24];
 };
 
@@ -338,9 +334,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__nccl_memory_begin(llmpar_heap *heap, llmpa
 LLMPAR__PRIVATE void llmpar__nccl_memory_end(llmpar_device *device);
 
 /* collectives.c */
-LLMPAR__PRIVATE void llmpar__nccl_plan(llmpar__nccl_comm *tc);
 LLMPAR__PRIVATE size_t llmpar__nccl_part_bytes(size_t slice, int32_t ranks); /* of each of the three parts of scratch */
-LLMPAR__PRIVATE void llmpar__nccl_fill(llmpar_comm *comm);
+LLMPAR__PRIVATE llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op); /* for llmpar_comm_fill */
 
 #endif
 /* ---- src/nccl/socket.c goes on ---- */
@@ -766,6 +761,7 @@ static int llmpar__nccl_place_write(const char *path, const char *text)
     }
     int fd = open(beside, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     if (fd < 0) return 0;
+    errno = ENOSPC; /* what a part of it means */
     int written = write(fd, text, length) == (ssize_t)length;
     if (close(fd)) written = 0;
     if (written && !rename(beside, path)) return 1;
@@ -923,7 +919,10 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
     }
-    if (hello->error.status && error->status == LLMPAR_OK) *error = hello->error;
+    if (hello->error.status && error->status == LLMPAR_OK) {
+        *error = hello->error;
+        error->rank = hello->rank;
+    }
     all[hello->rank] = *hello;
     peer->there = 1;
     peer->link.fd = fd;
@@ -1012,7 +1011,11 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar_error error;
     uint64_t key = 0;
     int listener = -1;
-    if (!st && (!all || !stranger)) st = llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+    if (!all || !stranger) { /* not even able to say so */
+        llmpar_heap_free(world->heap, all);
+        llmpar_heap_free(world->heap, stranger);
+        return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for the meeting of %d ranks", (int)world->ranks);
+    }
     st = llmpar__nccl_open(world, ctx, st, &listener, &key);
     llmpar_error_clear(&error);
     if (st) {
@@ -1020,8 +1023,9 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         error.status = st;
         error.rank = 0;
     }
-    if (all) llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
-    if (listener >= 0 && all && stranger) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
+    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    else if (world->desc.file) llmpar__nccl_nap(LLMPAR__NCCL_AFTER); /* the file says why */
     llmpar__nccl_close(&listener);
     if (world->desc.file) unlink(world->desc.file);
     llmpar_heap_free(world->heap, all);
@@ -1451,21 +1455,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
 #define LLMPAR__NCCL_TELL 1.0 /* seconds for which positions are collected */
 
-LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
-{
-    size_t bytes = ((size_t)world->ranks + 7) / 8;
-    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
-    world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
-    world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
-    if (!world->slot || !world->here) return 0;
-    for (int32_t i = 0; i < world->slots; i++) {
-        world->slot[i].here = world->here + (size_t)i * bytes;
-        world->slot[i].next = i + 1 < world->slots ? i + 1 : -1;
-    }
-    world->free_slot = 0;
-    return 1;
-}
-
 static void llmpar__nccl_context_free(llmpar__nccl_context *context)
 {
     free(context->member);
@@ -1483,7 +1472,7 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_free(llmpar__nccl_world *world)
     llmpar_heap_free(world->heap, world->here);
 }
 
-/* members NULL: all ranks. */
+/* members NULL: all ranks. The first one, 0, is the world's. */
 static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world, const int32_t *member, int32_t members)
 {
     size_t n = (size_t)members;
@@ -1506,9 +1495,23 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
     return context;
 }
 
+LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
+{
+    size_t bytes = ((size_t)world->ranks + 7) / 8;
+    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
+    world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
+    world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
+    if (!world->slot || !world->here || !llmpar__nccl_context_make(world, NULL, world->ranks)) return 0;
+    for (int32_t i = 0; i < world->slots; i++) {
+        world->slot[i].here = world->here + (size_t)i * bytes;
+        world->slot[i].next = i + 1 < world->slots ? i + 1 : -1;
+    }
+    world->free_slot = 0;
+    return 1;
+}
+
 static llmpar__nccl_context *llmpar__nccl_context_of(llmpar__nccl_world *world, uint64_t id)
 {
-    if (!world->next_context) llmpar__nccl_context_make(world, NULL, world->ranks); /* 0: the world */
     for (llmpar__nccl_context *c = world->contexts; c; c = c->next)
         if (c->id == id) return c;
     return NULL;
@@ -1580,7 +1583,6 @@ static void llmpar__nccl_slot_free(llmpar__nccl_world *world, llmpar__nccl_slot 
     if (before < 0) context->oldest = slot->next;
     else world->slot[before].next = slot->next;
     if (context->newest == me) context->newest = before;
-    slot->used = 0;
     slot->next = world->free_slot;
     world->free_slot = me;
 }
@@ -1605,7 +1607,7 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
     int32_t member = ask->call.member;
     if (world->convicted) return 1;
     if (!context || member < 0 || member >= context->members || context->member[member] != rank) return -1;
-    if (ask->from >= context->members || ask->to >= context->members) return -1;
+    if (ask->from < 0 ? ask->from != -1 || ask->to != -1 : ask->from >= context->members || ask->to < 0 || ask->to >= context->members || (member != ask->from && member != ask->to)) return -1;
     if (world->free_slot < 0 && (ask->from >= 0 || ask->index > context->highest)) return 0;
     llmpar__nccl_slot *slot = llmpar__nccl_slot_of(world, context, ask);
     if (!slot) {
@@ -1617,7 +1619,6 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
         if (context->newest < 0) context->oldest = me;
         else world->slot[context->newest].next = me;
         context->newest = me;
-        slot->used = 1;
         slot->first = *ask;
         slot->first_rank = rank;
         slot->context = context;
@@ -1671,10 +1672,10 @@ static void llmpar__nccl_hub_groups(llmpar__nccl_world *world, llmpar__nccl_cont
             of->waits[member[k]] = 0;
             member[k] = of->member[member[k]];
         }
-        llmpar__nccl_context *made = llmpar__nccl_context_make(world, member, group.ranks);
-        if (!made) short_of_memory = 1;
-        for (int32_t k = 0; k < group.ranks && made; k++) {
-            group.context = made->id;
+        llmpar__nccl_context *made = group.ranks > 1 ? llmpar__nccl_context_make(world, member, group.ranks) : NULL; /* who is alone asks nobody */
+        short_of_memory = group.ranks > 1 && !made;
+        if (made) group.context = made->id;
+        for (int32_t k = 0; k < group.ranks && !short_of_memory; k++) {
             group.rank = k;
             llmpar__nccl_to_rank(world, member[k], LLMPAR__NCCL_GROUP, &group, sizeof group, member, (size_t)group.ranks * sizeof *member);
         }
@@ -1704,17 +1705,20 @@ static int llmpar__nccl_hub_split(llmpar__nccl_world *world, int32_t rank, const
     return 1;
 }
 
-static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, uint64_t id)
+static int llmpar__nccl_hub_drop(llmpar__nccl_world *world, int32_t rank, uint64_t id)
 {
-    for (llmpar__nccl_context **at = &world->contexts; *at; at = &(*at)->next) {
-        llmpar__nccl_context *context = *at;
-        if (context->id != id) continue;
-        if (++context->dropped < context->members) return 1;
-        while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
-        *at = context->next;
-        llmpar__nccl_context_free(context);
-        return 1;
-    }
+    llmpar__nccl_context **at = &world->contexts, *context;
+    int32_t member = 0;
+    if (world->convicted) return 1; /* it may come from the midst of anything */
+    while (*at && (*at)->id != id) at = &(*at)->next;
+    context = *at;
+    while (context && member < context->members && context->member[member] != rank) member++;
+    if (!context || member == context->members || context->waits[member]) return -1;
+    context->waits[member] = 1; /* nothing comes from it any more */
+    if (++context->dropped < context->members) return 1;
+    while (context->oldest >= 0) llmpar__nccl_slot_free(world, &world->slot[context->oldest]); /* nobody will come to these any more */
+    *at = context->next;
+    llmpar__nccl_context_free(context);
     return 1;
 }
 
@@ -1734,7 +1738,7 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
         return kind == LLMPAR__NCCL_CALL ? llmpar__nccl_hub_call(world, rank, &ask) : llmpar__nccl_hub_split(world, rank, &ask);
     case LLMPAR__NCCL_DROP:
         memcpy(&id, bytes, sizeof id);
-        return llmpar__nccl_hub_drop(world, id);
+        return llmpar__nccl_hub_drop(world, rank, id);
     case LLMPAR__NCCL_FAIL:
         memcpy(&error, bytes, sizeof error);
         llmpar__nccl_mend_error(&error);
@@ -1762,23 +1766,23 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_take(llmpar__nccl_world *world, int32_t
 /* A call that a rank has returned without. */
 static void llmpar__nccl_hub_returned(llmpar__nccl_world *world, double now)
 {
-    for (int32_t i = 0; i < world->slots && !world->convicted; i++) {
-        llmpar__nccl_slot *slot = &world->slot[i];
-        if (!slot->used || now < slot->since + LLMPAR__NCCL_GONE) continue;
-        const llmpar__nccl_context *context = slot->context;
-        for (int32_t m = 0; m < context->members && !world->convicted; m++) {
-            if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
-            if ((slot->here[m / 8] & 1 << m % 8) || !world->peer[context->member[m]].finished) continue;
-            llmpar_error error;
-            char what[320];
-            llmpar_call_print(&slot->first.call, what, sizeof what);
-            llmpar_error_clear(&error);
-            llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it", what, (int)context->member[m]);
-            error.rank = slot->first_rank;
-            memcpy(error.where, slot->first.call.where, sizeof error.where);
-            llmpar__nccl_hub_fail(world, &error, -1);
+    for (const llmpar__nccl_context *context = world->contexts; context; context = context->next)
+        for (int32_t i = context->oldest; i >= 0 && now >= world->slot[i].since + LLMPAR__NCCL_GONE; i = world->slot[i].next) {
+            const llmpar__nccl_slot *slot = &world->slot[i];
+            for (int32_t m = 0; m < context->members; m++) {
+                if (slot->first.from >= 0 && m != slot->first.from && m != slot->first.to) continue;
+                if ((slot->here[m / 8] & 1 << m % 8) || !world->peer[context->member[m]].finished) continue;
+                llmpar_error error;
+                char what[320];
+                llmpar_call_print(&slot->first.call, what, sizeof what);
+                llmpar_error_clear(&error);
+                llmpar_error_set(&error, LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it", what, (int)context->member[m]);
+                error.rank = slot->first_rank;
+                memcpy(error.where, slot->first.call.where, sizeof error.where);
+                llmpar__nccl_hub_fail(world, &error, -1);
+                return;
+            }
         }
-    }
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
@@ -2150,13 +2154,7 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_memory_end(llmpar_device *device)
 /* ==== src/nccl/collectives.c ==== */
 /* collectives: the collectives of comm.h as NCCL operations and device operations on the call's stream.
 
-   Exact reductions go on with the tree over the rank index (docs/exact.md). A node of the tree covers ranks [lo, lo+m) and has two parts: `left` of p ranks, the largest power of two below m, and `right` of q = m - p.
-   The sum over a node is spread over its ranks: part j of the result (one a rank of the communicator) lies with rank lo + label(j). At the root label(j) = j, so that part j ends where it belongs; going down,
-     label in the left part    c < p ? c : c - p
-     label in the right part   c < p ? c mod q : c - p        (c: the label at the node)
-   Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those
-   ranks of the left part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n exchanges, and (n-1)/n of the data.
-       n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3)
+   Exact reductions go on with the tree over the rank index by halves (tables/halving.h).
    A level is one group of ncclSend and ncclRecv, straight from where the parts are, and a tree_sum of two operands a part. A slice at a time, so scratch is bounded. What is small takes one exchange with everybody
    and one tree_sum of n operands instead: the same tree.
    All-reduce: the same on parts of about equal length, then the parts go to everybody.
@@ -2334,21 +2332,20 @@ static llmpar_status llmpar__nccl_halve(llmpar__nccl_job *job, const llmpar__ncc
     if (n * room <= LLMPAR__NCCL_DIRECT && n * room <= tc->world->part_bytes) return llmpar__nccl_at_once(job, s, room);
     if (n == 1) return s->out == s->base ? LLMPAR_OK : job->device->copy(job->device, job->stream, s->out, s->base, s->count * job->item);
     char *partial = job->a, *incoming = job->b;
-    int32_t held = (int32_t)n, *kept = tc->kept;
+    int32_t held = (int32_t)n, levels = tc->halving.levels, *kept = tc->halving.kept;
     for (int32_t i = 0; i < held; i++) kept[i] = i;
-    for (int32_t l = 0; l < tc->levels && !st; l++) {
-        const llmpar__nccl_level *level = &tc->level[l];
-        const int32_t *label = tc->label + (size_t)l * n;
-        int32_t a = tc->comm.rank - level->lo - (level->left ? 0 : level->p), mine = level->left ? a : level->p + a, keeps = 0;
-        int32_t partner = level->left ? level->lo + level->p + a % level->q : level->lo + a;
+    for (int32_t l = 0; l < levels && !st; l++) {
+        const llmpar_halving_level *level = &tc->halving.level[l];
+        const int32_t *label = tc->halving.label + (size_t)l * n;
+        int32_t mine = level->mine, keeps = 0;
         st = llmpar__nccl_group_begin(job, &result);
         if (st) return st;
         for (int32_t i = 0; i < held; i++) {
             size_t offset = llmpar__nccl_piece(job, s, (size_t)kept[i], &count);
             const char *from = l ? partial + (size_t)i * room : s->base + offset;
             int32_t c = label[kept[i]];
-            if (c == mine) llmpar__nccl_recv_part(job, &result, incoming + (size_t)keeps++ * room, count * job->item, (size_t)partner);
-            else llmpar__nccl_send_part(job, &result, from, count * job->item, (size_t)(level->lo + c)); /* left: c = p + a; right: c < p */
+            if (c == mine) llmpar__nccl_recv_part(job, &result, incoming + (size_t)keeps++ * room, count * job->item, (size_t)level->partner);
+            else llmpar__nccl_send_part(job, &result, from, count * job->item, (size_t)(level->lo + c));
         }
         st = llmpar__nccl_group_end(job, result, "ncclSend, ncclRecv");
         keeps = 0;
@@ -2358,7 +2355,7 @@ static llmpar_status llmpar__nccl_halve(llmpar__nccl_job *job, const llmpar__ncc
             const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
             in[0] = level->left ? own : theirs;
             in[1] = level->left ? theirs : own;
-            st = llmpar__nccl_combine(job, in, 2, count, l + 1 == tc->levels ? s->out : (void *)(partial + (size_t)keeps * room));
+            st = llmpar__nccl_combine(job, in, 2, count, l + 1 == levels ? s->out : (void *)(partial + (size_t)keeps * room));
             kept[keeps++] = kept[i];
         }
         held = keeps;
@@ -2525,7 +2522,7 @@ static llmpar_status llmpar__nccl_do(llmpar__nccl_job *job, const char *send, ch
 {
     if (job->call.op == LLMPAR_CALL_BARRIER && job->n > 1) return llmpar__nccl_gather(job, job->a + job->r, job->a, 1, 1);
     if (!job->part) return LLMPAR_OK;
-    if (!job->tc->nccl && job->n == 1) return recv && recv != send ? job->device->copy(job->device, job->stream, recv, send, job->part * job->blocks) : LLMPAR_OK;
+    if (job->n == 1 && !job->tc->nccl) return recv && recv != send ? job->device->copy(job->device, job->stream, recv, send, job->part * job->blocks) : LLMPAR_OK;
     switch (job->call.op) {
     case LLMPAR_CALL_ALL_GATHER: return llmpar__nccl_do_all_gather(job, send, recv);
     case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__nccl_do_reduce_scatter(job, send, recv);
@@ -2551,7 +2548,7 @@ static llmpar_status llmpar__nccl_after(void *arg)
     return llmpar__nccl_sound(mark->tc, &mark->call);
 }
 
-static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op op)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op)
 {
     llmpar__nccl_comm *tc = (llmpar__nccl_comm *)comm->state;
     llmpar__nccl_world *world = tc->world;
@@ -2561,10 +2558,10 @@ static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stre
     job.tc = tc;
     job.device = device;
     job.stream = stream;
-    llmpar_call_describe(comm, op, given, &job.call);
+    llmpar_call_describe(comm, (llmpar_call_op)op, given, &job.call);
     if (job.call.rank < 0) job.call.rank = world->rank;
     if (llmpar_device_thread_error(device, NULL))
-        return llmpar__nccl_failed(tc, llmpar_error_set(llmpar__nccl_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: called on the thread of a stream; calls of NCCL belong to the rank's own thread", llmpar_call_op_name(op), job.call.tag, tc->axis));
+        return llmpar__nccl_failed(tc, llmpar_error_set(llmpar__nccl_own_error(tc), LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: called on the thread of a stream; calls of NCCL belong to the rank's own thread", llmpar_call_op_name((llmpar_call_op)op), job.call.tag, tc->axis));
     job.native = (cudaStream_t)device->native_stream(device, stream);
     job.n = (size_t)comm->ranks;
     job.r = (size_t)comm->rank;
@@ -2592,60 +2589,6 @@ static llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stre
         if (!st) st = llmpar__nccl_sound(tc, &job.call);
     }
     return st ? llmpar__nccl_failed(tc, st) : LLMPAR_OK;
-}
-
-static llmpar_status llmpar__nccl_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_GATHER); }
-static llmpar_status llmpar__nccl_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_REDUCE_SCATTER); }
-static llmpar_status llmpar__nccl_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_REDUCE); }
-static llmpar_status llmpar__nccl_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_BROADCAST); }
-static llmpar_status llmpar__nccl_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_ALL_TO_ALL); }
-static llmpar_status llmpar__nccl_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_SEND); }
-static llmpar_status llmpar__nccl_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return llmpar__nccl_enqueue(comm, stream, call, LLMPAR_CALL_RECV); }
-static llmpar_status llmpar__nccl_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return llmpar__nccl_enqueue(comm, stream, &call, LLMPAR_CALL_BARRIER);
-}
-
-LLMPAR__PRIVATE_DEF void llmpar__nccl_fill(llmpar_comm *comm)
-{
-    comm->barrier = llmpar__nccl_barrier;
-    comm->all_gather = llmpar__nccl_all_gather;
-    comm->reduce_scatter = llmpar__nccl_reduce_scatter;
-    comm->all_reduce = llmpar__nccl_all_reduce;
-    comm->broadcast = llmpar__nccl_broadcast;
-    comm->all_to_all = llmpar__nccl_all_to_all;
-    comm->send = llmpar__nccl_send;
-    comm->recv = llmpar__nccl_recv;
-}
-
-/* The path from this rank's leaf up to the root, and the labels of all parts along it. */
-LLMPAR__PRIVATE_DEF void llmpar__nccl_plan(llmpar__nccl_comm *tc)
-{
-    int32_t n = tc->comm.ranks, r = tc->comm.rank, lo = 0, m = n, l = tc->levels;
-    while (m > 1) {
-        int32_t p = (int32_t)llmpar_tree_split(m), *label = tc->label + (size_t)--l * (size_t)n;
-        const int32_t *above = label + n;
-        llmpar__nccl_level *level = &tc->level[l];
-        for (int32_t j = 0; j < n; j++) {
-            int32_t c = j;
-            if (l + 1 < tc->levels) { /* from the node above */
-                const llmpar__nccl_level *up = level + 1;
-                c = above[j];
-                if (up->left) c = c < up->p ? c : c - up->p;
-                else c = c < up->p ? c % up->q : c - up->p;
-            }
-            label[j] = c;
-        }
-        level->lo = lo;
-        level->p = p;
-        level->q = m - p;
-        level->left = r < lo + p;
-        if (level->left) m = p;
-        else lo += p, m -= p;
-    }
 }
 
 #undef LLMPAR__NCCL_GROUPED
@@ -2817,12 +2760,6 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     *out = NULL;
     if (!tc) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory", name);
     llmpar_comm *comm = &tc->comm;
-    int32_t lo = 0;
-    for (int32_t m = ranks; m > 1; tc->levels++) {
-        int32_t p = (int32_t)llmpar_tree_split(m);
-        if (rank < lo + p) m = p;
-        else lo += p, m -= p;
-    }
     size_t n = (size_t)ranks, length = strlen(name);
     tc->world = world;
     world->comms++;
@@ -2830,9 +2767,6 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     tc->member = (int32_t *)llmpar_heap_alloc(heap, n, sizeof *tc->member);
     tc->sent = (uint64_t *)llmpar_heap_zalloc(heap, n, sizeof *tc->sent);
     tc->received = (uint64_t *)llmpar_heap_zalloc(heap, n, sizeof *tc->received);
-    tc->level = (llmpar__nccl_level *)llmpar_heap_zalloc(heap, (size_t)tc->levels, sizeof *tc->level);
-    tc->label = (int32_t *)llmpar_heap_zalloc(heap, (size_t)tc->levels * n, sizeof *tc->label);
-    tc->kept = (int32_t *)llmpar_heap_alloc(heap, n, sizeof *tc->kept);
     comm->state = tc;
     comm->abi = LLMPAR_COMM_ABI;
     comm->size = (uint32_t)sizeof *comm;
@@ -2846,19 +2780,18 @@ static llmpar_status llmpar__nccl_make(llmpar__nccl_world *world, const int32_t 
     comm->abort = llmpar__nccl_abort;
     comm->unchecked = world->desc.unchecked;
     memcpy(tc->axis, name, length < sizeof tc->axis ? length : sizeof tc->axis - 1);
-    llmpar__nccl_fill(comm);
+    llmpar_comm_fill(comm, llmpar__nccl_enqueue);
     pthread_mutex_lock(&world->nccl_lock);
     tc->next = world->first;
     tc->previous = &world->first;
     if (world->first) world->first->previous = &tc->next;
     world->first = tc;
     pthread_mutex_unlock(&world->nccl_lock);
-    if (!tc->member || !tc->sent || !tc->received || !tc->level || !tc->label || !tc->kept) {
+    if (!llmpar_halving_make(heap, ranks, rank, &tc->halving) || !tc->member || !tc->sent || !tc->received) {
         llmpar__nccl_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for %d ranks", name, (int)ranks);
     }
     memcpy(tc->member, member, n * sizeof *member);
-    llmpar__nccl_plan(tc);
     if (llmpar_record_attach(world->record, comm, member)) {
         llmpar__nccl_destroy(comm);
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "communicator %.23s: out of memory for its record", name);
@@ -2908,9 +2841,7 @@ static void llmpar__nccl_destroy(llmpar_comm *comm)
     llmpar_heap_free(heap, tc->member);
     llmpar_heap_free(heap, tc->sent);
     llmpar_heap_free(heap, tc->received);
-    llmpar_heap_free(heap, tc->level);
-    llmpar_heap_free(heap, tc->label);
-    llmpar_heap_free(heap, tc->kept);
+    llmpar_halving_free(heap, &tc->halving);
     llmpar_heap_free(heap, tc);
     llmpar__nccl_release(world);
 }
@@ -2983,8 +2914,9 @@ static llmpar_status llmpar__nccl_split(llmpar_comm *comm, int32_t color, int32_
         if (st) llmpar__nccl_unborn(tc);
         pthread_mutex_lock(&world->nccl_lock);
         if (!st && made) made->nccl = tc->born;
+        result = made && made->nccl ? ncclInProgress : ncclInternalError;
         pthread_mutex_unlock(&world->nccl_lock);
-        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", made->nccl ? ncclInProgress : ncclInternalError);
+        if (!st && made && group.ranks > 1) st = llmpar__nccl_settle(made, &call, "ncclCommSplit", result);
     }
     if (st) {
         if (made) llmpar__nccl_destroy(&made->comm);
