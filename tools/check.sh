@@ -56,7 +56,8 @@ beside compile $make check-compile
 all=$($make -s print-suite)
 some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model test_checkpoint"
 raced="test_cpu test_comm test_stream test_stream_ranks test_trace test_debug test_fail test_launch test_mismatch test_record test_stuck test_offload test_offload_trouble test_inside test_checkpoint_resume"
-checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of the others together
+checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of the others together;
+checked=${checked/test_threads /} # and this one repeats what others run, for bits
 [ -z "$full" ] || some=$all raced=$all checked=$all
 build() # in one go, the implementations first: each takes one processor long, and what waits for it starts as soon as it is there
 {

@@ -79,6 +79,8 @@ for patch in $(for p in tests/plant/*.patch; do echo "$(head -n 1 "$p" | tr -d '
     elif [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi
     patches+=("$patch")
 done
+# Once for all workers; what does not compile is reported where a program is built.
+make --no-print-directory -j$jobs build/separate/llmpar.a >build/plant/make.log 2>&1
 for ((k = 0; k < jobs; k++)); do worker $k & done
 wait
 passed=0 failed=0
