@@ -5,9 +5,9 @@
 # #include "room/module.h" and .c are replaced by the file's text the first time and dropped afterwards. .inc templates,
 # which are included several times, stand once at the end of the header: it includes itself for each use. Templates included
 # line after line go together, and one alone of at most 100 lines is copied to each use, because compilers read the whole
-# header at every inclusion (60 ms each). Own includes are written from src/ and
-# so contain a slash: <system.h> and "llmpar.h" pass through. lines=1 adds #line directives, so that compilers, gdb and
-# coverage name the file under src/.
+# header at every inclusion (60 ms each). Own includes are written from src/ and so contain a slash: "llmpar.h" passes through.
+# <system.h> stays the first time that no condition stands around it, and always inside of one; an empty line that has nothing
+# left above it goes. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
 
 BEGIN {
     if (ARGC != 2 || src == "") die("usage: awk -v src=src -f tools/amalgamate.awk SPINE")
@@ -24,13 +24,20 @@ BEGIN {
     exit failed
 }
 
-function inline_file(path, depth,    line, number, name, status, pending) {
+function inline_file(path, depth,    line, number, name, status, pending, conditions) {
     if (depth > 20) die(path ": includes itself")
-    if (depth > 0) print "/* ==== " path " ==== */"
+    if (depth > 0) fence("/* ==== " path " ==== */")
     mark(path, 1)
     number = 0
+    conditions = path ~ /\.h$/ ? -1 : 0 # its guard is none
     while ((status = (getline line < path)) > 0) {
         number++
+        if (line ~ /^[ \t]*#[ \t]*if/) conditions++
+        if (line ~ /^[ \t]*#[ \t]*endif/) conditions--
+        if (line ~ /^#include </ && depth > 0 && conditions <= 0 && seen[line]++) {
+            mark(path, number + 1)
+            continue
+        }
         name = own_include(line, path ":" number)
         if (name ~ /\.inc$/) {
             pending = pending " " name
@@ -42,14 +49,15 @@ function inline_file(path, depth,    line, number, name, status, pending) {
             mark(path, number)
         }
         if (name == "") {
-            print line
+            if (line != "" || !empty || lines) print line
+            empty = line == ""
             continue
         }
         if (!(name in seen)) {
             seen[name] = 1
             where = path ":" number
             inline_file(src "/" name, depth + 1)
-            if (depth > 0) print "/* ---- " path " goes on ---- */"
+            if (depth > 0) fence("/* ---- " path " goes on ---- */")
         }
         mark(path, number + 1)
     }
@@ -81,6 +89,12 @@ function use_templates(names,    name) {
     }
     print "#define LLMPAR__TEMPLATE " seen[names] " /*" names " */"
     print "#include LLMPAR_HEADER"
+    empty = 0
+}
+
+function fence(text) {
+    print text
+    empty = 1
 }
 
 function line_count(path,    line, count) {

@@ -1,5 +1,6 @@
 /* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
 #include "cpu/gemm_internal.h"
+#include "cpu/gemm_x86_internal.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -229,68 +230,54 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
 
-/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
+/* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
-#define LLMPAR__GEMM_32_REGISTERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
-#define LLMPAR__GEMM_ZERO_Y(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ZERO_Z(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
-/* With 16 registers: rows 0 to 3. */
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, 4, 5, 6)
 #define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, 7, 8, 9)
 #define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, 10, 11, 12) X(i, 3, 13, 14, 15)
-
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
 #define LLMPAR__GEMM_A_BYTES "16"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
+/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
 #define LLMPAR__GEMM_READ_B(i)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
-#include "cpu/gemm_x86.inc"
-
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx2_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
-#define LLMPAR__GEMM_Z "ymm"
-#define LLMPAR__GEMM_VECTOR_BYTES "32"
-#define LLMPAR__GEMM_A_BYTES "16"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y)
+LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y)
+LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y)
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_PRODUCT
 #define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
-#include "cpu/gemm_x86.inc"
+LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y)
+LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y)
+LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y)
+#undef LLMPAR__GEMM_EACH_ROW_1Y
+#undef LLMPAR__GEMM_EACH_ROW_2Y
+#undef LLMPAR__GEMM_EACH_ROW_4Y
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_PRODUCT
 
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx512_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+/* Vectors of 64 bytes in 32. */
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
 #define LLMPAR__GEMM_A_BYTES "32"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
 #define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
-#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
-#include "cpu/gemm_x86.inc"
-
+LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_bf16_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
-#define LLMPAR__GEMM_Z "zmm"
-#define LLMPAR__GEMM_VECTOR_BYTES "64"
-#define LLMPAR__GEMM_A_BYTES "32"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
-#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
 #define LLMPAR__GEMM_PRODUCT(i, v, s) \
     "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
@@ -300,21 +287,32 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
-#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
-#include "cpu/gemm_x86.inc"
+LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_PRODUCT
 #endif
+#undef LLMPAR__GEMM_16_REGISTERS
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_READ_ROW
+#undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_ZERO_ROW
+#undef LLMPAR__GEMM_MERGE_ONE
+#undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_LINK_ROW
+#undef LLMPAR__GEMM_PREFETCH_A
+#undef LLMPAR__GEMM_PREFETCH_B
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_FUNCTION
 
 #pragma GCC diagnostic pop
-#undef LLMPAR__GEMM_16_REGISTERS
-#undef LLMPAR__GEMM_32_REGISTERS
-#undef LLMPAR__GEMM_ZERO_Y
-#undef LLMPAR__GEMM_ZERO_Z
-#undef LLMPAR__GEMM_EACH_ROW_1Y
-#undef LLMPAR__GEMM_EACH_ROW_2Y
-#undef LLMPAR__GEMM_EACH_ROW_4Y
+
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
     llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };

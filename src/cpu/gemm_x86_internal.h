@@ -1,16 +1,19 @@
-/* gemm_x86: the chains of a register tile, as instructions. Included by gemm_kernel.c once a vector width. The whole loop over k is one asm statement, because
+/* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
    what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
    A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
-   Parameters, text but for the first:
-     LLMPAR__GEMM_CHAINS                 name(rows): the function for so many rows
-     LLMPAR__GEMM_TARGET, LLMPAR__GEMM_CLOBBERS
+     LLMPAR__GEMM_FUNCTION(name, isa, rows)   rows(X, i) is X(i, row, s0, s1, s2) for each row: its three accumulators
+   Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
+     LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
      LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
      LLMPAR__GEMM_A_BYTES                of one k of the panel of A
      LLMPAR__GEMM_ZERO(s)                vector s becomes +0
      LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
-     LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B
-     LLMPAR__GEMM_ROWS_1(X, i), _2, _4   X(i, row, s0, s1, s2) for each row: its three accumulators; and _8 where there are as many registers */
+     LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B */
+#ifndef LLMPAR_GEMM_X86_INTERNAL_H
+#define LLMPAR_GEMM_X86_INTERNAL_H
+
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 
 #define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) \
     "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
@@ -35,8 +38,8 @@
 
 /* rsi, rdi: the panels; rdx: k; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row).
    The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
-#define LLMPAR__GEMM_FUNCTION(count, rows) \
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_CHAINS(count)(llmpar__gemm_chains *chains) \
+#define LLMPAR__GEMM_FUNCTION(name, isa, rows) \
+__attribute__((target(isa))) static void llmpar__gemm_##name(llmpar__gemm_chains *chains) \
 { \
     __asm__ __volatile__( \
         "mov %c[from](%[chains]), %%rax\n\t" \
@@ -123,33 +126,6 @@ LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_CHAINS(count)(llmpar__gemm_chains *
         : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
 }
 
-LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_ROWS_1)
-LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_ROWS_2)
-LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_ROWS_4)
-#if defined(LLMPAR__GEMM_ROWS_8)
-LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_ROWS_8)
-#undef LLMPAR__GEMM_ROWS_8
 #endif
 
-#undef LLMPAR__GEMM_READ_ROW
-#undef LLMPAR__GEMM_WRITE_ROW
-#undef LLMPAR__GEMM_ZERO_ROW
-#undef LLMPAR__GEMM_MERGE_ONE
-#undef LLMPAR__GEMM_MERGE_ROW
-#undef LLMPAR__GEMM_LINK_ROW
-#undef LLMPAR__GEMM_PREFETCH_A
-#undef LLMPAR__GEMM_PREFETCH_B
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_FUNCTION
-#undef LLMPAR__GEMM_CHAINS
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_CLOBBERS
-#undef LLMPAR__GEMM_Z
-#undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
-#undef LLMPAR__GEMM_ZERO
-#undef LLMPAR__GEMM_READ_B
-#undef LLMPAR__GEMM_PRODUCT
-#undef LLMPAR__GEMM_ROWS_1
-#undef LLMPAR__GEMM_ROWS_2
-#undef LLMPAR__GEMM_ROWS_4
+#endif
