@@ -1,12 +1,11 @@
 /* train_step: one training step (forward, backward, clipping, AdamW) of a Llama on several meshes: tokens a second, GFLOP/s as a part of the multiply-add peak, communication that nothing hides, peak memory.
 
-     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--overlap] [--tight] [--profile] [--json FILE]
+     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--overlap] [--profile] [--json FILE]
      train_step --model M --seq T --dtype D --layout L [--batch N] --serve     for bench/peers/run.py
 
    A layout is dpN, tpN or AxB (dp_shard x tp), and tN behind it: threads a rank (default 1). Without options: every model, length and dtype on 1x1, 1x1t2, dp2, tp2 and 2x2. Two sequences a step (--batch; dp8: eight), so that what one
    rank does is what several do. The layouts named together stay in memory together and take turns, step by step, each after one that is not counted: their ratio is one of neighbours.
 
-   --tight: the arena's limit is what the plan says, so that it gives blocks back that it would keep for requests of their size.
 
    FLOPs are 6 N + 12 L H E T a token: attention counts as if it were not causal. The peak beside a step is measured inside it, for a millisecond on all cores that the layout uses, whenever it comes to an attention (which all ranks do together), and
    its time is taken off again; layouts with more threads than cores have it before and after the step. Communication: time of a rank inside collectives, waiting for the others included, mean over the ranks. */
@@ -31,7 +30,7 @@ typedef struct settings {
     llmpar_dtype dtype;
     enum bench_kind peak;
     int64_t seq, batch;
-    int steps, profile, overlap, serve, tight;
+    int steps, profile, overlap, serve;
 } settings;
 
 /* What one kind of call took: of gemm one kind a shape. */
@@ -324,13 +323,6 @@ static llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     if (!status) wrap_comm(mesh->dp);
     if (!status) wrap_comm(mesh->world);
     if (!status) status = llmpar_llama_create(ctx, &model_desc, &model);
-    llmpar_memory plan;
-    if (!status && s->tight) {
-        llmpar_error error;
-        llmpar_error_clear(&error);
-        status = llmpar_plan_memory(mesh, model, &desc, &plan, &error);
-        if (!status) desc.memory_limit = plan.step.peak_total;
-    }
     if (!status) status = llmpar_parallelize(mesh, model, &desc, &trainer);
     while (!status && take(t)) {
         r->communication = r->sampled = r->peak = 0;
@@ -626,7 +618,6 @@ int main(int argc, char **argv)
         const char *option = argv[i], *value = i + 1 < argc ? argv[i + 1] : NULL;
         if (!strcmp(option, "--profile")) { s.profile = 1; continue; }
         if (!strcmp(option, "--overlap")) { s.overlap = 1; continue; }
-        if (!strcmp(option, "--tight")) { s.tight = 1; continue; }
         if (!strcmp(option, "--serve")) { s.serve = 1; continue; }
         if (strncmp(option, "--", 2)) fail("arguments", option, "an option");
         if (!value) fail(option, "", "a value");
@@ -638,7 +629,7 @@ int main(int argc, char **argv)
         else if (!strcmp(option, "--batch")) s.batch = parse_number(option, value, 1024);
         else if (!strcmp(option, "--steps")) s.steps = (int)parse_number(option, value, MOST_STEPS);
         else if (!strcmp(option, "--dtype")) dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : (llmpar_dtype)fail(option, value, "f32 or bf16");
-        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --profile, --overlap, --tight, --serve or --json");
+        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --profile, --overlap, --serve or --json");
     }
     if (s.serve && (!model || !layouts || strchr(layouts, ',') || strchr(seq, ',') || !dtype)) fail("--serve", "", "one --model, --seq, --dtype and --layout with it");
     for (int m = 0; m < 3; m++) {

@@ -152,6 +152,10 @@ static void same_usage(const attempt *a, int rank, const char *mark, const llmpa
         TEST_FAIL("%dx%dx%d %s: rank %d %s %s: planned live %llu peak %llu, real live %llu peak %llu", (int)a->dp_replicate, (int)a->dp_shard, (int)a->tp, a->policy, rank, mark,
                   tag < LLMPAR_TAG_COUNT ? llmpar_tag_name((llmpar_tag)tag) : "together", live[0], peak[0], live[1], peak[1]);
     }
+    /* Every block lies where it did when it was counted: the device is asked once, for exactly what is used. */
+    if (planned->extent != real->extent || planned->reserved != real->reserved || (real->extent && real->reserved != a->real[rank].step.extent))
+        TEST_FAIL("%dx%dx%d %s: rank %d %s: planned extent %llu reserved %llu, real extent %llu reserved %llu", (int)a->dp_replicate, (int)a->dp_shard, (int)a->tp, a->policy, rank, mark, (unsigned long long)planned->extent,
+                  (unsigned long long)planned->reserved, (unsigned long long)real->extent, (unsigned long long)real->reserved);
 }
 
 /* 1: trained. Where the recipe refuses, plan and llmpar_parallelize have to say the same. */

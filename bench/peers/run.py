@@ -82,7 +82,7 @@ class Side:
 
 
 def ours(options, layout, level=None):
-    command = [os.path.join(ROOT, "build/bench/train_step"), "--model", options.model, "--seq", str(options.seq), "--dtype", options.dtype, "--layout", layout, "--batch", str(options.batch), "--tight", "--serve"]
+    command = [os.path.join(ROOT, "build/bench/train_step"), "--model", options.model, "--seq", str(options.seq), "--dtype", options.dtype, "--layout", layout, "--batch", str(options.batch), "--serve"]
     return Side(f"llmpar {layout}{' ' + level if level else ''}", command + (["--level", level] if level else []))
 
 

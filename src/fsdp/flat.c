@@ -368,6 +368,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
         fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
         status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
     }
+    if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);
     if (!status) status = llmpar__fsdp_setup(fsdp, units, desc);
     if (status) {
         llmpar_fsdp_destroy(fsdp);

@@ -27,6 +27,7 @@ typedef struct llmpar_fsdp_desc {
     llmpar_dtype dtype;        /* compute dtype of parameters and activations: F32 (default), F64, BF16, F16. Below F32 the optimizer works on f32 master parameters; gradients are of the sum type */
     llmpar_dtype reduce_dtype; /* gradients are rounded to it on their way between ranks; default: the sum type. BF16, F16: half the bytes, and no longer the same bits on every mesh (docs/exact.md) */
     uint64_t memory_limit;     /* arena limit in bytes, 0 = none */
+    uint64_t memory_reserve;   /* bytes that the arena takes at once (llmpar_arena_reserve), 0 = as requests come */
     uint64_t seed;             /* initialisation */
     int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */

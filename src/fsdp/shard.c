@@ -11,11 +11,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_s
 {
     llmpar_status status = llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);
     if (status) return status;
-    uint64_t mark = llmpar_arena_mark(fsdp->arena, *out), serial = mark / LLMPAR_STREAM_COUNT;
-    int other = (int)(mark % LLMPAR_STREAM_COUNT);
-    if (!mark || other == (int)stream || fsdp->free_seen[stream][other] >= serial) return LLMPAR_OK;
-    status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other][serial % LLMPAR__FREE_EVENTS]);
-    fsdp->free_seen[stream][other] = serial + (fsdp->free_serial[other] - serial) / LLMPAR__FREE_EVENTS * LLMPAR__FREE_EVENTS; /* the event was recorded again by each of these */
+    for (int other = 0; other < LLMPAR_STREAM_COUNT && !status; other++) {
+        uint64_t serial = llmpar_arena_mark(fsdp->arena, *out, other);
+        if (other == (int)stream || fsdp->free_seen[stream][other] >= serial) continue;
+        status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other][serial % LLMPAR__FREE_EVENTS]);
+        fsdp->free_seen[stream][other] = serial + (fsdp->free_serial[other] - serial) / LLMPAR__FREE_EVENTS * LLMPAR__FREE_EVENTS; /* the event was recorded again by each of these */
+    }
     return status;
 }
 
@@ -23,7 +24,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_st
 {
     if (!*memory) return LLMPAR_OK;
     uint64_t serial = ++fsdp->free_serial[stream];
-    llmpar_arena_free_marked(fsdp->arena, *memory, serial * LLMPAR_STREAM_COUNT + (uint64_t)stream);
+    llmpar_arena_free_marked(fsdp->arena, *memory, (int32_t)stream, serial);
     *memory = NULL;
     return fsdp->device->event_record(fsdp->device, fsdp->stream[stream], fsdp->free_event[stream][serial % LLMPAR__FREE_EVENTS]);
 }

@@ -235,6 +235,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.dtype = t->desc.dtype;
     fsdp.reduce_dtype = t->desc.reduce_dtype;
     fsdp.memory_limit = t->desc.memory_limit;
+    fsdp.memory_reserve = t->reserve;
     fsdp.seed = llmpar_llama_seed(t->model);
     memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
     fsdp.offload_dir = t->desc.offload_dir;
@@ -285,7 +286,7 @@ static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char *
     return !text || *out;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
@@ -296,6 +297,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     t->model = model;
     t->desc = *desc;
     t->count_only = count_only;
+    t->reserve = reserve;
     t->scale = desc->loss_scale;
     llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
@@ -327,8 +329,9 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
-    if (resolved.memory_limit && (resolved.data || resolved.sequence)) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
-    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, out);
+    int trains = resolved.data || resolved.sequence;
+    if (trains && resolved.memory_limit) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, trains ? llmpar__plan_extent(mesh, model, &resolved, &blocks) : 0, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)

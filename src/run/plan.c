@@ -36,9 +36,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
-    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);
+    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, (uint64_t)1 << 45 /* more than enough */, &trainer);
     if (!status) status = llmpar_trainer_step(trainer, NULL);
     if (!status) llmpar_trainer_memory(trainer, out);
+    if (out->step.extent) out->init.reserved = out->before_optimizer.reserved = out->step.reserved = out->step.extent; /* what a trainer reserves */
     if (status) *error = sim.error;
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(sim_model);
@@ -58,6 +59,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 }
 
 #endif
+
+LLMPAR__PRIVATE_DEF uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks)
+{
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    /* What is wrong with the recipe shows when it is made. */
+    return desc->memory_limit || llmpar__plan_step(mesh, model, desc, blocks, &memory, &error) ? 0 : memory.step.extent;
+}
 
 /* ---- fitting a limit ---- */
 

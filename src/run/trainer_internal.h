@@ -39,6 +39,7 @@ struct llmpar_trainer {
     llmpar_trace *trace;            /* NULL: none */
     llmpar_writer *trace_file;      /* world rank 0, while it is written */
     int count_only;                 /* made by plan.c: no data, no files, no metrics */
+    uint64_t reserve;               /* of the arena */
     llmpar_memory memory;
 };
 
@@ -57,10 +58,12 @@ LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was b
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_resume(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_poll(llmpar_trainer *trainer, int wait);
 
-/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
+/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts; reserve: of the arena (llmpar_arena_reserve). Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out);
 LLMPAR__PRIVATE void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out); /* all but AUTO */
 LLMPAR__PRIVATE int32_t llmpar__recipe_block_units(llmpar_llama *model);
+/* plan.c: how much memory in one piece serves this rank's steps; 0: there is a limit, or it cannot be counted. Local. */
+LLMPAR__PRIVATE uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks);
 /* plan.c: finds the blocks of AUTO; LLMPAR_ERR_MEMORY on every rank where a step would not fit desc->memory_limit, with what other policies would take. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
