@@ -324,33 +324,34 @@ TEST(odd_groups)
     }
 }
 
-/* Query rows in calls of 1, 2, 7 and 64 rows on a growing cache give the rows of one call. */
+/* Query rows in calls of 1, 2, 7 and 64 rows on a growing cache give the rows of one call, whether a task has all KV heads or one. */
 TEST(decoding_has_the_same_bits)
 {
+    enum { H = 6, KV = 3, E = 32 };
     ops_way ways[4];
     const int64_t steps[4] = { 1, 2, 7, 64 };
     int n = ops_ways(ways);
     for (int w = 0; w < n; w++) for (int packed = 0; packed < 2; packed++) {
-        llmpar_device *device = ops_device(ways[w].level, 2);
+        llmpar_device *device = ops_device(ways[w].level, 1 + packed);
         const int64_t lengths[3] = { 66, 3, 500 };
-        problem p = problem_make(2, 150, 150, 150, 4, 2, 16);
+        problem p = problem_make(2, 150, 150, 150, H, KV, E);
         if (packed) documents(&p, lengths, 3);
         forward(&p, device, ways[w].dtype, 1);
         for (int64_t at = 0, i = 0; at < 150; i++) {
             int64_t rows = at + steps[i % 4] > 150 ? 150 - at : steps[i % 4];
             problem s = p;
-            double *want = cut(p.out, 150, 4, 16, 0, 2, at, at + rows, 0, 4);
+            double *want = cut(p.out, 150, H, E, 0, 2, at, at + rows, 0, H);
             s.tq = rows;
             s.tk = at + rows;
-            s.q = cut(p.q, 150, 4, 16, 0, 2, at, at + rows, 0, 4);
-            s.out = ops_zeros(2 * rows * 64);
-            s.lse = ops_zeros(2 * rows * 4);
+            s.q = cut(p.q, 150, H, E, 0, 2, at, at + rows, 0, H);
+            s.out = ops_zeros(2 * rows * H * E);
+            s.lse = ops_zeros(2 * rows * H);
             if (packed) {
                 s.doc = (int32_t *)malloc((size_t)(2 * s.tk) * sizeof *s.doc);
                 for (int64_t b = 0; b < 2; b++) memcpy(s.doc + b * s.tk, p.doc + b * 150, (size_t)s.tk * sizeof *s.doc);
             }
             forward(&s, device, ways[w].dtype, 1);
-            ops_same("decode", ways[w], s.out, want, 2 * rows * 64);
+            ops_same("decode", ways[w], s.out, want, 2 * rows * H * E);
             free(s.q); free(s.out); free(s.lse); free(want);
             if (packed) free(s.doc);
             at += rows;

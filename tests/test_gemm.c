@@ -443,6 +443,34 @@ TEST(pieces_over_ranks)
     }
 }
 
+/* Few rows, weights of all pieces side by side as a model's lie: whole lines of 64 bytes and not, an empty piece, lengths that differ, and what is left behind the last line. */
+TEST(pieces_side_by_side)
+{
+    static const int64_t lengths[3][4] = { { 32, 64, 0, 43 }, { 96, 32, 128, 64 }, { 32, 40, 16, 24 } };
+    FOR_LEVELS(level) for (int half = 0; half < 2; half++) for (int l = 0; l < 3; l++) for (int64_t m = 1; m <= 16; m += 3) {
+        machine w;
+        problem p;
+        int64_t k = 0, n = 1 + random_below(70);
+        machine_begin(&w, (llmpar_cpu_level)level, 1 + random_below(2));
+        problem_begin(&p, LLMPAR_GEMM_NT, half ? LLMPAR_BF16 : LLMPAR_F32, m, n, 4);
+        for (int s = 0; s < 4; s++) k += lengths[l][s];
+        problem_segment(&p, 0, k);
+        for (int s = 0; s < 4; s++) {
+            if (s) {
+                p.segments[s] = p.segments[s - 1];
+                p.segments[s].a = (const char *)p.segments[s].a + (size_t)p.segments[s].k * llmpar_dtype_size(p.args.dtype);
+                p.segments[s].b = (const char *)p.segments[s].b + (size_t)p.segments[s].k * llmpar_dtype_size(p.args.dtype);
+            }
+            p.segments[s].piece = s;
+            p.segments[s].k = lengths[l][s];
+        }
+        p.args.segment_count = 4;
+        check_bytes(&w, (llmpar_cpu_level)level, &p);
+        problem_end(&p);
+        machine_end(&w);
+    }
+}
+
 TEST(thread_counts)
 {
     FOR_LEVELS(level) FOR_KINDS(kind) for (int32_t pieces = 1; pieces <= 8; pieces += 7) {
@@ -597,4 +625,4 @@ TEST(bad_arguments)
     machine_end(&w);
 }
 
-TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(primes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments))
+TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(primes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(pieces_side_by_side), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments))

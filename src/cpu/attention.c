@@ -99,11 +99,18 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.decode = NULL;
     job.decode_columns = 0;
     job.decode_block = 0;
-    /* all scores of 16 rows take no more than the tiled path's keys and values */
+    job.decode_parts = 1;
     if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns, &job.decode_block);
-    if (job.decode) kernels = llmpar__attention_decode_kernels;
-    job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
-    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
+    if (job.decode) {
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq, job.decode_block), threads = llmpar__pool_threads(cpu);
+        kernels = llmpar__attention_decode_kernels;
+        job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
+        if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));
+        if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
+    }
+    job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;
+    job.by_task = a->batch * job.decode_parts <= llmpar__pool_threads(cpu);
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * job.decode_parts);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)

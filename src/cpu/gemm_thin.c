@@ -25,7 +25,7 @@
 enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
-enum { LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
+enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -269,7 +269,9 @@ typedef struct llmpar__gemm_thin_run {
     int64_t links, tiles;             /* of all segments together; of columns */
     int32_t rows, levels, kind;       /* rows: filled up to whole blocks; levels: partial sums that wait at any time */
     int32_t shares, threads;          /* shares: tasks */
-    float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
+    int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
+    int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
+    float *x, *sums;                  /* sums: [threads][slots][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
@@ -278,6 +280,7 @@ typedef struct llmpar__gemm_thin_place { int64_t tile, begin, k; int32_t segment
 /* Of a chain over k elements. */
 static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t k) { return run->kind == LLMPAR__THIN_KIND_PAIRS ? (k + 1) / 2 : k; }
 
+static int64_t llmpar__gemm_thin_slots(const llmpar__gemm_thin_run *run) { return (run->args->pieces < LLMPAR__THIN_PARTS ? run->args->pieces : (int64_t)LLMPAR__THIN_PARTS) + run->levels; }
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
 static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
@@ -292,6 +295,12 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->rows = llmpar__gemm_thin_filled(args->m, run->level.block);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
+    if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
+    for (s = 0; s < run->parts; s++) {
+        const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
+        run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
+        if (segment->piece != s || segment->ldb != before->ldb || (s + 1 < run->parts && run->ends[s] * run->half.size % 64) || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size))) run->parts = 0;
+    }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
@@ -312,7 +321,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
 /* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -339,6 +348,11 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                     }
                 continue;
             }
+            if (rows == 1) {
+                const void *in = llmpar__half_read(&run->half, segment->a, row * segment->lda, segment->k, out);
+                if (in != (const void *)out) memcpy(out, in, (size_t)segment->k * sizeof *out);
+                continue;
+            }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 for (r = 0; r < valid; r++) {
@@ -357,6 +371,11 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place *at)
 {
     at->begin += at->k;
+    if (run->parts) {
+        at->segment = at->k ? run->args->segment_count : 0;
+        at->k = at->segment ? 0 : run->ends[run->parts - 1];
+        return at->k > 0;
+    }
     at->k = 0;
     while (at->segment < run->args->segment_count && at->begin == run->args->segments[at->segment].k) {
         at->segment++;
@@ -424,7 +443,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
     int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
-    float *sums = run->sums + worker * (1 + run->levels) * size, *stack = sums + size;
+    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * size, *stack = all + (run->parts ? run->parts : 1) * size;
     llmpar__gemm_thin_place at, next;
     memset(&at, 0, sizeof at);
     for (at.tile = begin; at.tile < end; at.tile++) {
@@ -437,7 +456,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
         more = llmpar__gemm_thin_next(run, &at);
         if (more && at.tile == begin) llmpar__gemm_thin_ask(run, &at, columns);
         for (piece = 0; piece < args->pieces; piece++) {
-            memset(sums, 0, (size_t)size * sizeof *sums);
+            float *sums = all + (run->parts ? piece * size : 0);
+            if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
             if (args->accumulate) llmpar__gemm_thin_load(run, (const float *)args->c + at.tile * run->level.columns, columns, sums);
             while (more && args->segments[at.segment].piece == piece) {
                 llmpar__gemm_thin_span span;
@@ -451,6 +471,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 span.columns = columns;
                 span.rows = run->rows;
                 span.kind = run->kind;
+                span.parts = run->parts ? run->parts : 1;
+                span.ends = run->ends;
                 x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
@@ -477,7 +499,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             }
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
-        llmpar__gemm_thin_store(run, sums, at.tile * run->level.columns, columns);
+        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0), at.tile * run->level.columns, columns);
     }
 }
 

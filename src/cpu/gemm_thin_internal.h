@@ -12,9 +12,10 @@ typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
     const float *x;                   /* [blocks of rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4, 8 or 16 rows */
-    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    float *sums;                      /* [parts][rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [parts][LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
-    int32_t rows, kind;
+    int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
 

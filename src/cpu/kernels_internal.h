@@ -31,7 +31,7 @@ typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } 
 LLMPAR__VDECLARE(rope_rotate)
 
 /* attention */
-enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
+enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12, LLMPAR__ATTENTION_DECODE = 96 }; /* keys a tile, which the bits depend on; query rows a block, a strip of it, and a task of decoding at most, which they do not */
 #define LLMPAR__ATTENTION_LOG2E 1.4426950408889634 /* 1 / ln 2: scores are in units of ln 2 */
 #define LLMPAR__ATTENTION_LN2 0.6931471805599453
 typedef struct llmpar__attention_job {
@@ -45,6 +45,7 @@ typedef struct llmpar__attention_job {
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
     int64_t decode_columns;
     int32_t decode_block;  /* rows of queries that lie side by side */
+    int64_t decode_parts;  /* tasks of a sequence: each takes neighbouring KV heads, whose rows of the cache are read together */
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
 LLMPAR__VDECLARE_AT(attention_decode, portable)
