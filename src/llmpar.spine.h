@@ -240,22 +240,10 @@ LLMPAR_EXTERN_C_END
 #endif
 #include "cpu/kernels_portable.c"
 
-/* From here on little is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+/* From here on little is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
-
-#include "base/status.c"
-#include "base/heap.c"
-#include "base/processors.c"
-
-#include "tables/device.c"
-#include "tables/ctx.c"
-#include "tables/comm.c"
-#include "tables/record.c"
-#include "tables/halving.c"
-#include "tables/arena.c"
-#include "tables/trace.c"
 
 #include "cpu/optim.c"
 #include "cpu/squares.c"
@@ -263,7 +251,6 @@ LLMPAR_EXTERN_C_END
 #include "cpu/cpu.c"
 #include "cpu/pool.c"
 #include "cpu/stream.c"
-#include "cpu/kernels_f64.c"
 
 #include "comm/threads_wait.c"
 #include "comm/threads.c"
@@ -273,10 +260,23 @@ LLMPAR_EXTERN_C_END
 
 #include "model/generate.c"
 
-/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step. */
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O0")
 #endif
+
+#include "base/status.c"
+#include "base/heap.c"
+#include "base/processors.c"
+#include "tables/device.c"
+#include "tables/ctx.c"
+#include "tables/comm.c"
+#include "tables/record.c"
+#include "tables/halving.c"
+#include "tables/arena.c"
+#include "tables/trace.c"
+
+#include "cpu/kernels_f64.c"
 
 #include "base/json.c"
 #include "base/text.c"

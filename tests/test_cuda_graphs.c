@@ -402,7 +402,7 @@ static llmpar_llama_config config_of(int tied)
     return config;
 }
 
-/* The same bits with and without; from the third step on all regions of every rank are replayed but for `plain` of each micro-batch. plain -1: some, since saving gradients takes memory in between. */
+/* The same bits with and without; from the third step on all regions of every rank are replayed but for `plain` of each micro-batch. plain -1: some, since saving the gradients of the first and the last step takes memory in between, and blocks lie elsewhere. */
 static void trains(const char *name, train_job job, int plain)
 {
     train_result *want = (train_result *)malloc(sizeof *want), *got = (train_result *)malloc(sizeof *got);
@@ -466,6 +466,7 @@ TEST(trains_sharded)
     job.policy.recompute = LLMPAR_RECOMPUTE_FULL;
     trains("bf16, dp 2, recompute", job, 0);
     job.dp_shard = 1;
+    job.steps = TRAIN_STEPS;
     trains("with gradients and the model", job, -1);
 }
 

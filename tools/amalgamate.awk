@@ -6,8 +6,8 @@
 # which are included several times, stand once at the end of the header: it includes itself for each use. Templates included
 # line after line go together, and one alone of at most 100 lines is copied to each use, because compilers read the whole
 # header at every inclusion (60 ms each). Own includes are written from src/ and so contain a slash: "llmpar.h" passes through.
-# <system.h> stays the first time that no condition stands around it, and always inside of one; an empty line that has nothing
-# left above it goes. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
+# <system.h> stays the first time that no condition stands around it, and always inside of one; the guards of headers go, and an
+# empty line that has nothing left above it. lines=1 adds #line directives, so that compilers, gdb and coverage name the file under src/.
 
 BEGIN {
     if (ARGC != 2 || src == "") die("usage: awk -v src=src -f tools/amalgamate.awk SPINE")
@@ -24,17 +24,22 @@ BEGIN {
     exit failed
 }
 
-function inline_file(path, depth,    line, number, name, status, pending, conditions) {
+function inline_file(path, depth,    line, number, name, status, pending, conditions, guard) {
     if (depth > 20) die(path ": includes itself")
     if (depth > 0) fence("/* ==== " path " ==== */")
     mark(path, 1)
     number = 0
-    conditions = path ~ /\.h$/ ? -1 : 0 # its guard is none
+    conditions = path ~ /\.h$/ && depth > 0 ? -1 : 0 # of a header that stands there once the guard is none
     while ((status = (getline line < path)) > 0) {
         number++
-        if (line ~ /^[ \t]*#[ \t]*if/) conditions++
-        if (line ~ /^[ \t]*#[ \t]*endif/) conditions--
-        if (line ~ /^#include </ && depth > 0 && conditions <= 0 && seen[line]++) {
+        guard = 0
+        if (line ~ /^[ \t]*#[ \t]*if/ && ++conditions == 0) {
+            guard = 1
+            getline line < path # its #define
+            number++
+        }
+        if (line ~ /^[ \t]*#[ \t]*endif/ && --conditions < 0) guard = 1
+        if (guard || line ~ /^#include </ && depth > 0 && conditions <= 0 && seen[line]++) {
             mark(path, number + 1)
             continue
         }
