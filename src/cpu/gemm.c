@@ -67,17 +67,21 @@ typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half ha
 /* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
 typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in elements */ llmpar__gemm_chunk;
 
+/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+   outlive a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8 };
+
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
     int64_t unit;                         /* elements of a link */
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
-    int64_t group_panels;                 /* of B that are packed at a time */
+    int64_t group_panels;                 /* of B that a worker packs at a time, for itself */
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
+    int thin;                             /* few rows */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -87,18 +91,14 @@ typedef struct llmpar__gemm_run {
     int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store, last;                /* last: the block's last part */
-    int64_t group, group_end;             /* the current group of B's panels */
-    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
-    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
+    int64_t groups, bundle;               /* of B; panels of A that are packed at a time */
+    int64_t taken[LLMPAR__GEMM_BLOCK_N / 12 + 1]; /* panels of A that somebody has taken, of each group; atomic */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
     int64_t segment_done;                 /* elements of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
-   outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24 };
 /* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
 enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
@@ -161,13 +161,14 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->block_m = llmpar__gemm_even_blocks(args->m, outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+    while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
     if (run->half_out.narrow) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -341,18 +342,12 @@ static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t fir
 
 static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
 
-/* Shares of the current group of B, then, when it is their turn, the panels of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t i = task * run->bundle, left = run->a_panels - i;
     (void)worker;
-    if (task < run->pack_shares) {
-        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
-        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
-    } else {
-        int64_t i = task - run->pack_shares;
-        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
-    }
+    llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
@@ -383,53 +378,43 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
-/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
+/* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
+   for anybody in between, and a worker whose core does something else holds up the others for one panel only. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
-    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
-    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
-    for (; i < i_end; i++)
-        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
-}
-
-/* One panel of B, packed here, with the few panels of A. */
-static void llmpar__gemm_narrow_task(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->kernel.columns * run->block_k;
-    int64_t i;
-    llmpar__gemm_pack(run, 1, task, 1, b);
-    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+    llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
+    float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->thin, g, i, i_end, j, j_end;
+    for (g = 0; g < run->groups && task >= run->groups; g++) {
+        int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
+        if (taken >= least) continue;
+        least = taken;
+        group = g;
+    }
+    if (group >= run->groups) return;
+    j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
+    llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
+        i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
+        if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+        for (; i < i_end; i++)
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+    }
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
 {
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
-    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
-    run->bundle = 1;
-    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
+    run->groups = (run->b_panels + run->group_panels - 1) / run->group_panels;
+    run->bundle = run->args->kind != LLMPAR_GEMM_TN || run->thin ? 1 : LLMPAR__GEMM_BUNDLE_M / run->kernel.rows / (run->threads > 1 ? 2 : 1);
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
-        if (run->thin) {
-            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
-            llmpar__pool_run(cpu, llmpar__gemm_narrow_task, run, run->b_panels);
-            continue;
-        }
-        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
-            int64_t panels = run->b_panels - run->group;
-            if (panels > run->group_panels) panels = run->group_panels;
-            run->group_end = run->group + panels;
-            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
-            if (run->splits > panels) run->splits = panels;
-            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
-            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
-            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
-        }
+        memset(run->taken, 0, sizeof run->taken);
+        if (run->threads > 1 || run->thin) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
+        llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
     }
 }
 
