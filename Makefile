@@ -4,6 +4,8 @@ CC = cc
 CXX = c++
 # Of the implementation, in the suite that gdb and tests use.
 OPT = -O3
+# Of the suites: `make check` has -g1, line numbers alone, which saves a quarter of a compilation.
+DEBUG ?= -g
 CLANG = clang
 LDLIBS = -lpthread -lm
 # TEST=test_gemm runs one program of a suite.
@@ -56,7 +58,7 @@ help:
 
 # ---- generated headers ----
 
-amalgamate = awk -v src=src $(1) -f tools/amalgamate.awk src/$(basename $(notdir $@)).spine.h > $@.tmp && mv $@.tmp $@
+amalgamate = awk -v src=src $(1) -f tools/amalgamate.awk src/$(basename $(notdir $@)).spine.h > $@.$$$$ && mv $@.$$$$ $@
 
 gen: $(HEADERS:%=build/gen/%)
 	cp $(HEADERS:%=build/gen/%) .
@@ -156,7 +158,10 @@ define configuration
 build/$(1)/llmpar.o: $(if $(filter .,$(2)),llmpar.h,build/dev/llmpar.h)
 	@mkdir -p $$(@D)
 	$(5) -DLLMPAR_IMPLEMENTATION -c $$< -o $$@
+$(call programs,$(1),$(2),$(3),$(4))
+endef
 
+define programs
 build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar.o
 	@mkdir -p $$(@D)
 	@$(3) $(4) -Wall -Wextra -MMD -MP -MF $$@.d -I$(2) -Itests $$< build/$(1)/llmpar.o -o $$@ $(LDLIBS)
@@ -164,30 +169,50 @@ build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar.o
 $(call suite,$(1),$(SUITE))
 endef
 
+# The same with PARTS=1, as `make check` has it, for a configuration that only the modules with its macro know of: those alone are compiled, and linked with the others of build/separate.
+# $(5) macro, $(6) flags of the modules
+define parts
+parts_$(1) := $(patsubst src/%.c,%.o,$(shell grep -l '$(5)' $(MODULES)))
+build/$(1)/parts/%.o: src/%.c
+	@mkdir -p $$(@D)
+	@$(3) $(6) -D$(5) -MMD -MP -c $$< -o $$@
+build/$(1)/llmpar.o: $$(parts_$(1):%=build/$(1)/parts/%) $$(filter-out $$(parts_$(1):%=build/separate/%),$(SEPARATE))
+	@$(LD) -r $$^ -o $$@
+-include $(wildcard build/$(1)/parts/*/*.d)
+$(call programs,$(1),$(2),$(3),$(4))
+endef
+
 asan = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 tsan = -fsanitize=thread
-WARN = -Wall -Wextra -Wshadow -Wundef
-
-$(eval $(call configuration,plain,build/dev,$(CC),-O1 -g,$(CC) $(OPT) -g $(WARN) -x c))
-$(eval $(call configuration,header,.,$(CLANG),-O0 -g,$(CLANG) -O2 -g -std=c99 $(WARN) -x c))
-$(eval $(call configuration,cxx,build/dev,$(CC),-O1 -g,$(CXX) -O1 -g -std=c++11 $(WARN) -x c++))
-$(eval $(call configuration,asan,build/dev,$(CC),-O0 -g $(asan),$(CC) -O1 -g $(asan) -x c))
-$(eval $(call configuration,tsan,build/dev,$(CC),-O0 -g $(tsan),$(CC) -O1 -g $(tsan) -x c))
-$(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -x c))
-$(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 -g -static,aarch64-linux-gnu-gcc -O2 -g $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
-$(eval $(call configuration,bf16,build/dev,$(CC),-O1 -g,$(CC) -O1 -g $(WARN) -DLLMPAR_BF16_EMULATED -x c))
-$(eval $(call configuration,musl,build/dev,musl-gcc,-O1 -g -static,musl-gcc -O2 -g $(WARN) -x c))
-
-$(eval $(call configuration,mpi,build/dev,$(MPICC) -DLLMPAR_USE_MPI,-O1 -g,$(MPICC) -DLLMPAR_USE_MPI $(OPT) -g $(WARN) -x c))
-$(eval $(call configuration,mpich,build/dev,mpicc.mpich -DLLMPAR_USE_MPI,-O1 -g,mpicc.mpich -DLLMPAR_USE_MPI $(OPT) -g $(WARN) -x c))
+# gcc looks up every line of a file for -Wmisleading-indentation: four seconds of seven for the whole header. check-layers has it, module by module, and the compile matrix once as C and once as C++.
+WARN = -Wall -Wextra -Wshadow -Wundef -Wno-misleading-indentation
 
 # Module by module: extern instead of static between them, one object each.
 SEPARATE := $(MODULES:src/%.c=build/separate/%.o)
 SEPARATE_FLAGS = -std=c99 -pedantic $(WARN) -Wconversion -Wno-sign-conversion -ffp-contract=off -DLLMPAR__SEPARATE -Isrc
 
+$(eval $(call configuration,plain,build/dev,$(CC),-O1 $(DEBUG),$(CC) $(OPT) $(DEBUG) $(WARN) -x c))
+$(eval $(call configuration,header,.,$(CLANG),-O0 $(DEBUG),$(CLANG) -O2 $(DEBUG) -std=c99 $(WARN) -x c))
+$(eval $(call configuration,cxx,build/dev,$(CC),-O1 $(DEBUG),$(CXX) -O1 $(DEBUG) -std=c++11 $(WARN) -x c++))
+$(eval $(call configuration,asan,build/dev,$(CC),-O0 $(DEBUG) $(asan),$(CC) -O1 $(DEBUG) $(asan) -x c))
+$(eval $(call configuration,tsan,build/dev,$(CC),-O0 $(DEBUG) $(tsan),$(CC) -O1 $(DEBUG) $(tsan) -x c))
+$(eval $(call configuration,aarch64,build/dev,aarch64-linux-gnu-gcc,-O1 $(DEBUG) -static,aarch64-linux-gnu-gcc -O2 $(DEBUG) $(WARN) -x c))
+$(eval $(call configuration,aarch64_portable,build/dev,aarch64-linux-gnu-gcc,-O1 $(DEBUG) -static,aarch64-linux-gnu-gcc -O2 $(DEBUG) $(WARN) -DLLMPAR_NO_SIMD -DLLMPAR_NO_LLAMA -DLLMPAR_NO_TEXT -DLLMPAR_NO_IO -Wno-unused-function -x c))
+$(eval $(call configuration,musl,build/dev,musl-gcc,-O1 $(DEBUG) -static,musl-gcc -O2 $(DEBUG) $(WARN) -x c))
+
+ifndef PARTS
+$(eval $(call configuration,bf16,build/dev,$(CC),-O1 $(DEBUG),$(CC) -O1 $(DEBUG) $(WARN) -DLLMPAR_BF16_EMULATED -x c))
+$(eval $(call configuration,mpi,build/dev,$(MPICC) -DLLMPAR_USE_MPI,-O1 $(DEBUG),$(MPICC) -DLLMPAR_USE_MPI $(OPT) $(DEBUG) $(WARN) -x c))
+else
+$(eval $(call parts,bf16,build/dev,$(CC),-O1 $(DEBUG),LLMPAR_BF16_EMULATED,-O1 $(DEBUG) $(SEPARATE_FLAGS)))
+$(eval $(call parts,mpi,build/dev,$(MPICC) -DLLMPAR_USE_MPI,-O1 $(DEBUG),LLMPAR_USE_MPI,-O1 $(DEBUG) $(SEPARATE_FLAGS)))
+endif
+$(eval $(call configuration,mpich,build/dev,mpicc.mpich -DLLMPAR_USE_MPI,-O1 $(DEBUG),mpicc.mpich -DLLMPAR_USE_MPI $(OPT) $(DEBUG) $(WARN) -x c))
+
+# The modules one by one.
 build/separate/%.o: src/%.c
 	@mkdir -p $(@D)
-	@$(CC) -O3 -g $(SEPARATE_FLAGS) -MMD -MP -c $< -o $@
+	@$(CC) -O3 $(DEBUG) $(SEPARATE_FLAGS) -MMD -MP -c $< -o $@
 
 build/separate/llmpar.a: $(SEPARATE)
 	@rm -f $@
@@ -198,7 +223,7 @@ build/separate/llmpar.h:
 	@echo '#include "llmpar.spine.h"' > $@
 
 build/separate/test_%: tests/test_%.c build/separate/llmpar.a build/separate/llmpar.h
-	@$(CC) -O1 -g -Wall -Wextra -DLLMPAR__SEPARATE -Ibuild/separate -Isrc -Itests -MMD -MP -MF $@.d $< build/separate/llmpar.a -o $@ $(LDLIBS)
+	@$(CC) -O1 $(DEBUG) -Wall -Wextra -DLLMPAR__SEPARATE -Ibuild/separate -Isrc -Itests -MMD -MP -MF $@.d $< build/separate/llmpar.a -o $@ $(LDLIBS)
 
 $(eval $(call suite,separate,$(SUITE)))
 -include $(wildcard build/separate/*/*.d)
@@ -219,7 +244,7 @@ test-tsan:
 
 # Another processor, emulated (NEON and the portable kernels), and another C library: the programs that have something to find there.
 build/aarch64/train_llama build/musl/train_llama: build/%/train_llama: examples/train_llama.c build/%/llmpar.o
-	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 -g -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
+	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 $(DEBUG) -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
 
 AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_attention test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
 MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_fsdp_fail test_safetensors test_hf test_model)
@@ -254,7 +279,7 @@ test-exact: build/plain/test_exact
 CUDA_SUITE := $(or $(TEST),test_emulation $(patsubst tests/%.c,%,$(wildcard tests/test_cuda_*.c)))
 # What programs of the emulated device link beside it: another object or archive of llmpar.h is as good (CUDA_LIB=build/separate/llmpar.a).
 CUDA_LIB = build/plain/llmpar.o
-CUDA_CXXFLAGS = -std=c++17 -g -Wall -Wextra -fno-strict-aliasing -Wno-unknown-pragmas -Wno-unused-function -ffp-contract=off -Itests/emulated_cuda -Ibuild/dev
+CUDA_CXXFLAGS = -std=c++17 $(DEBUG) -Wall -Wextra -fno-strict-aliasing -Wno-unknown-pragmas -Wno-unused-function -ffp-contract=off -Itests/emulated_cuda -Ibuild/dev
 
 # $(1) name, $(2) flags, $(3) llmpar.h as an object
 define emulated
@@ -267,10 +292,10 @@ build/$(1)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h $(wildcard 
 	$(CXX) $(CUDA_CXXFLAGS) $(2) -DLLMPAR_CUDA_EMULATED -DLLMPAR_CUDA_IMPLEMENTATION -x c++ -c $$< -o $$@
 
 build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3)
-	@$(CC) $(2) -g -Wall -Wextra -MMD -MP -MF $$@.d -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
+	@$(CC) $(2) $(DEBUG) -Wall -Wextra -MMD -MP -MF $$@.d -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
 
 build/$(1)/gpu_%: bench/gpu_%.c build/$(1)/llmpar_cuda.o build/$(1)/cuda.o $(3) $(wildcard bench/*.h)
-	@$(CC) $(2) -g -Wall -Wextra -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
+	@$(CC) $(2) $(DEBUG) -Wall -Wextra -D_GNU_SOURCE -DBENCH_FLAGS='"$(OPT)"' -Ibuild/dev -Itests $$(filter %.c %.o %.a,$$^) -o $$@ -lstdc++ $(LDLIBS)
 
 build/$(1)/test_emulation: tests/emulated_cuda/test_emulation.cc build/$(1)/cuda.o
 	@$(CXX) $(CUDA_CXXFLAGS) $(2) $$^ -o $$@ $(LDLIBS)
@@ -300,17 +325,17 @@ NCCL_FLAGS = -Wall -Wextra -Wshadow -Wundef -D_GNU_SOURCE -Ibuild/dev -Itests -I
 define nccl
 build/$(1)/llmpar_nccl.o: build/dev/llmpar_nccl.h build/dev/llmpar.h tests/fake_nccl/nccl.h
 	@mkdir -p $$(@D)
-	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -DLLMPAR_NCCL_IMPLEMENTATION -x c -c $$< -o $$@
+	@$(CC) -O1 $(DEBUG) $(2) $(NCCL_FLAGS) -DLLMPAR_NCCL_IMPLEMENTATION -x c -c $$< -o $$@
 
 build/$(1)/fake_nccl.o build/$(1)/fake_nccl_processes.o: build/$(1)/%.o: tests/%.c tests/fake_nccl.h tests/fake_nccl/nccl.h
 	@mkdir -p $$(@D)
-	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -c $$< -o $$@
+	@$(CC) -O1 $(DEBUG) $(2) $(NCCL_FLAGS) -c $$< -o $$@
 
 build/$(1)/test_nccl_processes: build/$(1)/fake_nccl_processes.o
 $(filter-out build/$(1)/test_nccl_processes,$(NCCL_SUITE:%=build/$(1)/%)): build/$(1)/fake_nccl.o
 build/$(1)/test_nccl_options: build/dev/llmpar_cuda.h
 build/$(1)/test_%: tests/test_%.c build/$(1)/llmpar_nccl.o $(3)
-	@$(CC) -O1 -g $(2) $(NCCL_FLAGS) -MMD -MP -MF $$@.d $$(filter %.c %.o %.a,$$^) -o $$@ $(LDLIBS)
+	@$(CC) -O1 $(DEBUG) $(2) $(NCCL_FLAGS) -MMD -MP -MF $$@.d $$(filter %.c %.o %.a,$$^) -o $$@ $(LDLIBS)
 
 $(call suite,$(1),$(NCCL_SUITE))
 endef
@@ -334,7 +359,7 @@ check-nccl: build/dev/llmpar_nccl.h build/dev/llmpar.h $(CUDA_LIB)
 build/nccl/real_nccl: build/nccl/fake_nccl.o
 build/nccl/real_nccl_processes: build/nccl/fake_nccl_processes.o
 build/nccl/real_nccl build/nccl/real_nccl_processes: tests/real_nccl.c build/nccl/llmpar_nccl.o build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB)
-	@$(CC) -O1 -g -D_GNU_SOURCE -Wall -Wextra -MMD -MP -MF $@.d -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
+	@$(CC) -O1 $(DEBUG) -D_GNU_SOURCE -Wall -Wextra -MMD -MP -MF $@.d -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
 
 test-nccl: run-nccl $(if $(TEST),,run-nccl-cuda)
 run-nccl-cuda: run-nccl
@@ -374,7 +399,7 @@ print-nccl-home:
 $(CUDA_ROOM)/llmpar_nccl.o: build/dev/llmpar_nccl.h build/dev/llmpar.h
 	@[ -n '$(NCCL_HOME)' ] || { echo 'there is no nccl.h (Debian package: libnccl-dev; NCCL_HOME=/where/it/is)'; exit 1; }
 	@mkdir -p $(@D)
-	$(CC) -O1 -g -DLLMPAR_NCCL_IMPLEMENTATION -Ibuild/dev -I$(NCCL_HOME)/include -I$(cuda_home)include -x c -c $< -o $@
+	$(CC) -O1 $(DEBUG) -DLLMPAR_NCCL_IMPLEMENTATION -Ibuild/dev -I$(NCCL_HOME)/include -I$(cuda_home)include -x c -c $< -o $@
 $(CUDA_ROOM)/real_nccl: tests/real_nccl.c $(CUDA_ROOM)/llmpar_nccl.o $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard tests/*.h)
 	$(NVCC) -O1 -g -D_GNU_SOURCE -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(nccl_libs) $(cuda_libs)
 $(eval $(call suite,cuda,$(filter-out test_emulation,$(CUDA_SUITE))))
@@ -389,7 +414,7 @@ $(CUDA_PROGRAMS:%=$(1)/%_nccl): $(1)/%_nccl: examples/%.c $(CUDA_ROOM)/llmpar_nc
 endef
 $(foreach place,build $(CUDA_ROOM),$(eval $(call cuda_programs,$(place))))
 $(CUDA_PROGRAMS:%=build/%_emulated): build/%_emulated: examples/%.c build/emulated/llmpar_cuda.o build/emulated/cuda.o $(CUDA_LIB) $(wildcard examples/common/*.h)
-	$(CC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
+	$(CC) -O2 $(DEBUG) -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_CUDA -Ibuild/dev $(filter %.c %.o %.a,$^) -o $@ -lstdc++ $(LDLIBS)
 
 check-cuda:
 	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory run-check-cuda
@@ -402,9 +427,9 @@ build-mpi-programs: $(MPI_PROGRAMS:%=build/mpi/%) build/mpi/test_nccl_processes 
 build-mpich-programs: $(MPI_PROGRAMS:%=build/mpich/%)
 # Ranks that meet through MPI and then have NCCL's stand-in between them.
 build/mpi/test_nccl_processes: tests/test_nccl_processes.c build/nccl/llmpar_nccl.o build/nccl/fake_nccl_processes.o build/mpi/llmpar.o $(wildcard tests/*.h)
-	@$(MPICC) -DLLMPAR_USE_MPI -O1 -g $(NCCL_FLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
+	@$(MPICC) -DLLMPAR_USE_MPI -O1 $(DEBUG) $(NCCL_FLAGS) $(filter %.c %.o,$^) -o $@ $(LDLIBS)
 build/mpi/train_llama: examples/train_llama.c build/mpi/llmpar.o
-	@$(MPICC) -O2 -g -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -Ibuild/dev -Iexamples $^ -o $@ $(LDLIBS)
+	@$(MPICC) -O2 $(DEBUG) -DLLMPAR__IMPLEMENTED -DLLMPAR_USE_MPI -Ibuild/dev -Iexamples $^ -o $@ $(LDLIBS)
 test-mpi:
 	@tests/need.sh $(MPICC) 'openmpi-bin libopenmpi-dev' -- $(MAKE) --no-print-directory run-mpi-quick
 run-mpi-quick: build-mpi-programs
@@ -423,7 +448,7 @@ FUZZ = 8
 FUZZERS := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 # Two sanitizers and -O1 take clang minutes for the header; check-full has them.
 FUZZ_OPT = -O0
-fuzz_flags = -g $(FUZZ_OPT) -fno-sanitize-recover=all -fsanitize=address,undefined
+fuzz_flags = $(DEBUG) $(FUZZ_OPT) -fno-sanitize-recover=all -fsanitize=address,undefined
 
 build/fuzz/llmpar.o: build/dev/llmpar.h
 	@mkdir -p $(@D)
@@ -469,7 +494,7 @@ test-docs: all
 # Symbols and warnings only, so without optimization, and what many modules include is parsed once: 20 seconds.
 LAYERS := $(MODULES:src/%.c=build/layers/%.o) $(patsubst src/%.c,build/layers/%.o,$(filter src/nccl/%.c,$(SRC))) $(patsubst src/%.cu,build/layers/%.o,$(filter %.cu,$(SRC)))
 # llmpar_cuda.h and llmpar_nccl.h on stand-ins for the headers of CUDA and NCCL.
-layers_cc = $(CC) -O0 $(SEPARATE_FLAGS) -Werror
+layers_cc = $(CC) -O0 $(SEPARATE_FLAGS) -Wmisleading-indentation -Werror
 layers_cuda = $(CXX) $(subst build/dev,build/gen,$(CUDA_CXXFLAGS)) -O0 -g0 -w -fno-exceptions -DLLMPAR_CUDA_EMULATED -Isrc
 layers_nccl = $(layers_cc) -D_DEFAULT_SOURCE -D_POSIX_C_SOURCE=200809L -Ibuild/gen -Itests/fake_nccl
 

@@ -2,7 +2,7 @@
      TEST_LIST(T_(a), T_(b), T_(c))
    CHECKs may be used on rank threads. Compiled with LLMPAR_USE_MPI it runs under mpirun: every process runs every test, a test has failed if it failed on one of them, and rank 0 prints.
    The last line printed is "N passed, N failed[, N skipped]"; exit code 0 only with none failed.
-   argv[1], if given, runs only tests whose name contains it. */
+   argv[1], if given, runs only tests whose name contains it. With LLMPAR_TEST_FIRST set the first that fails is the last. */
 #ifndef TEST_H
 #define TEST_H
 
@@ -107,6 +107,7 @@ static inline int test_main(int argc, char **argv, const test_entry *tests, int 
         else if (test_skip_now) test_skipped++;
         else test_passed++;
         fflush(stdout);
+        if (test_failed && getenv("LLMPAR_TEST_FIRST")) break;
     }
     if (test_skipped) printf("%d passed, %d failed, %d skipped\n", test_passed, test_failed, test_skipped);
     else printf("%d passed, %d failed\n", test_passed, test_failed);

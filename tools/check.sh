@@ -25,7 +25,8 @@ phase()
         if [ "$code" -ne 0 ] && [ "$f" -eq 0 ]; then f=1; fi
     elif [ "$code" -eq 0 ]; then p=1; else f=1; fi
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    table+=$(printf '%-10s %5d s  %5d passed, %d failed, %d skipped' "$name" "$seconds" "$p" "$f" "$s")$'\n'
+    [ "$1" = behind ] && last=", $(cut -d' ' -f2 "build/check/beside.$2.code") s beside others" || last=
+    table+=$(printf '%-10s %5d s  %5d passed, %d failed, %d skipped%s' "$name" "$seconds" "$p" "$f" "$s" "$last")$'\n'
 }
 
 # beside NAME COMMAND...: runs on while other phases do; `phase NAME behind NAME` waits for its end and counts it.
@@ -34,24 +35,30 @@ beside()
     local log=build/check/beside.$1
     shift
     rm -f "$log.code"
-    { "$@" >"$log" 2>&1; echo $? >"$log.code"; } &
+    { start=$(date +%s); "$@" >"$log" 2>&1; echo "$? $(($(date +%s) - start))" >"$log.end"; mv "$log.end" "$log.code"; } &
 }
-behind() # in a pipeline, whose shell cannot wait for a job of the outer one
+ended() { while [ ! -s "build/check/beside.$1.code" ]; do sleep 0.2; done; } # in a pipeline, whose shell cannot wait for a job of the outer one
+behind()
 {
-    local log=build/check/beside.$1
-    while [ ! -s "$log.code" ]; do sleep 0.2; done
-    cat "$log"
-    return "$(cat "$log.code")"
+    ended "$1"
+    cat "build/check/beside.$1"
+    return "$(cut -d' ' -f1 "build/check/beside.$1.code")"
+}
+# patiently [after NAME] COMMAND...: with what time the tests leave, which wait for each other and for deadlines: beside compilers of low priority they find a processor as soon as they want one.
+patiently()
+{
+    renice -n 15 -p "$BASHPID" >/dev/null
+    if [ "$1" = after ]; then ended "$2"; shift 2; fi
+    "$@"
 }
 
 make="make --no-print-directory"
-export EXAMPLE_LIB=build/plain/llmpar.o
+export EXAMPLE_LIB=build/plain/llmpar.o DEBUG=-g1
+[ -n "$full" ] || export PARTS=1 # the matrix compiles the whole header with both MPIs
 phase gen $make check-gen
 phase layers $make $jobs check-layers
 phase budget $make check-budget
-# The compile matrix is one command after the other: it runs beside the builds.
-beside compile $make check-compile
-# All configurations at once keep the processors busy. A warning is a failure; what cannot be built here is reported by its own phase.
+# Many programs at once keep the processors busy. A warning is a failure; what cannot be built here is reported by its own phase.
 # In the further builds of the same code not all programs run; in check-full they do.
 all=$($make -s print-suite)
 some="test_base test_comm test_gemm test_half test_fsdp test_schedule test_model test_checkpoint"
@@ -59,17 +66,30 @@ raced="test_cpu test_comm test_stream test_stream_ranks test_trace test_debug te
 checked=${all/test_plan /} # under AddressSanitizer it takes as long as half of the others together;
 checked=${checked/test_threads /} # and this one repeats what others run, for bits
 [ -z "$full" ] || some=$all raced=$all checked=$all
-build() # in one go, the implementations first: each takes one processor long, and what waits for it starts as soon as it is there
+programs() { local folder=$1; shift; printf "build/$folder/%s " "$@"; }
+build() # LOG TARGET...
 {
-    programs() { local folder=$1; shift; printf "build/$folder/%s " "$@"; }
-    implementations=$(for c in asan tsan header plain mpi bf16 ${full:+cxx}; do programs $c llmpar.o; done)
-    $make $jobs build/dev/llmpar.h build/dev/llmpar_cuda.h build/dev/llmpar_nccl.h >build/check/make.log 2>&1 # or make would begin with what does not wait for them
-    $make $jobs -k $implementations build/emulated/llmpar_cuda.o build-fuzz build-plain all $(programs asan $checked) $(programs header $some) $(programs tsan $raced) build-emulated build/emulated/gpu_ops build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
-        build-mpi-programs ${full:+build-cxx build-separate FUZZ_OPT=-O1} >>build/check/make.log 2>&1
-    ! grep -A 6 'warning:' build/check/make.log
+    local log=build/check/make.$1
+    shift
+    $make $jobs -k "$@" >"$log" 2>&1
+    ! grep -A 6 'warning:' "$log"
 }
-phase build build
-phase compile behind compile
+# What the first suites need; then, while those run, the rest, the compile matrix and nvcc. The implementations first: each takes one processor long, and what waits for it starts as soon as it is there.
+build_first()
+{
+    build headers build/dev/llmpar.h build/dev/llmpar_cuda.h build/dev/llmpar_nccl.h # or make would begin with what does not wait for them
+    build first $(programs header llmpar.o) $(programs plain llmpar.o) build/separate/llmpar.a ${full:+build/cxx/llmpar.o} build-plain build/plain/test_exact all $(programs header $some) build/bf16/test_gemm build-mpi-programs \
+        ${full:+build-cxx build-separate}
+}
+build_rest()
+{
+    build rest build/asan/llmpar.o build/tsan/llmpar.o build/emulated/llmpar_cuda.o build-emulated build/emulated/gpu_ops build-nccl build/nccl/real_nccl build/nccl/real_nccl_processes \
+        build-fuzz $(programs asan $checked) $(programs tsan $raced) build/nccl_tsan/test_nccl_train ${full:+FUZZ_OPT=-O1}
+}
+phase build build_first
+beside rest patiently build_rest
+beside compile patiently after rest $make check-compile
+beside cuda patiently after rest $make check-cuda
 phase suite $make $jobs test
 # The same tests in other builds: a quarter of what they draw at random.
 LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header SUITE="$some"
@@ -77,10 +97,9 @@ LLMPAR_TEST_QUICK=1 phase header $make $jobs test-header SUITE="$some"
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase cxx $make $jobs test-cxx
 phase examples $make all
 phase valgrind $make test-valgrind
-beside nccl $make test-nccl # mostly waits
-phase cuda $make check-cuda
-LLMPAR_TEST_QUICK=1 phase emulated $make $jobs test-cuda
-phase nccl behind nccl
+emulated=TEST=test_gemm
+[ -z "$full" ] || emulated=
+LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16 $emulated
 # Each of these is one command after the other: two at a time.
 beside package $make test-package
 beside bad_input sh tests/bad_input.sh
@@ -95,16 +114,17 @@ LLMPAR_TEST_QUICK=1 phase exact $make test-exact
 phase grade behind grade
 phase mpi $make $jobs test-mpi
 phase elastic tests/elastic.sh # also with the processes that mpi has built
+phase rest behind rest
+beside nccl $make test-nccl # mostly waits
+LLMPAR_TEST_QUICK=1 phase emulated $make $jobs test-cuda
 LLMPAR_TEST_QUICK=1 phase asan $make $jobs test-asan SUITE="$checked"
+phase nccl behind nccl
 LLMPAR_TEST_QUICK=1 phase tsan $make $jobs test-tsan SUITE="$raced"
 LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan $([ -n "$full" ] || echo TEST=test_nccl_train)
 [ -z "$full" ] || phase nccl-asan $make $jobs test-nccl-asan
 [ -z "$full" ] || LLMPAR_TEST_QUICK=1 phase emulated-asan $make $jobs test-cuda-asan
 [ -z "$full" ] || phase emulated-tsan $make $jobs test-cuda-tsan
 [ -z "$full" ] || phase check-nccl $make check-nccl
-emulated=TEST=test_gemm
-[ -z "$full" ] || emulated=
-LLMPAR_TEST_QUICK=1 phase bf16 $make $jobs test-bf16 $emulated
 phase fuzz $make test-fuzz ${full:+FUZZ_OPT=-O1} FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
@@ -121,6 +141,8 @@ else
     phase demo $make demo
     phase coverage $make $jobs coverage
 fi
+phase compile behind compile
+phase cuda behind cuda
 
 echo
 echo "$table"

@@ -1,28 +1,28 @@
 #!/bin/bash
 # Plants faults: applies each tests/plant/*.patch to a copy of the tree and expects the test program that the patch names
-# (first line "test: test_name", second "fault: what") to fail there, and to pass without it. A patch that no longer applies is a failure.
+# (first line "test: test_name", second "fault: what") to fail there; the test of it that fails first has to pass without the fault, or all of them where none is named (a crash, a hang). A patch that no longer applies is a failure.
 # tests/plant/run.sh [NAME...] takes only the patches so named; --sample: every sixteenth (a quick look; `make test-plant` takes all). Each processor, at most four, has a tree of its own (LLMPAR_TEST_JOBS).
 jobs=${LLMPAR_TEST_JOBS:-$(nproc 2>/dev/null || echo 1)}
 [ "$jobs" -le 4 ] || jobs=4
-export LLMPAR_TEST_TIMEOUT=150 LLMPAR_TEST_QUICK=1
+export LLMPAR_TEST_TIMEOUT=150 LLMPAR_TEST_QUICK=1 LLMPAR_TEST_FIRST=1
 
 bad() { failed=$((failed + 1)); echo "FAILED $1: $2"; [ -z "$3" ] || tail -n 8 "$3" | sed 's/^/    /'; }
 # Programs of the CUDA device run on its emulation, those of the NCCL communicator on a stand-in for NCCL.
 program() { case $1 in test_cuda_*) echo "build/emulated/$1" ;; test_nccl*) echo "build/nccl/$1" ;; *) echo "build/separate/$1" ;; esac; }
 build() { make -C $tree --no-print-directory CUDA_LIB=build/separate/llmpar.a "$(program "$1")" >$tree/build.log 2>&1; }
-run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "$(program "$1")" >run.log 2>&1) 2>/dev/null; }
+run() { (cd $tree && timeout $LLMPAR_TEST_TIMEOUT "$@" >run.log 2>&1) 2>/dev/null; } # PROGRAM [TEST]
 
 # plant PATCH in $tree, a sound one; leaves it sound.
 plant()
 {
-    local patch=$1 name test fault code how
+    local patch=$1 name test fault code first how=
     name=$(basename "$patch" .patch)
     test=$(sed -n '1s/^test: //p' "$patch")
     fault=$(sed -n '2s/^fault: //p' "$patch")
     if [ -z "$test" ] || [ ! -f "tests/$test.c" ]; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; return; fi
     if [ -z "${sound[$test]}" ]; then
         build "$test" || { bad "$name" "$test does not build without the fault" $tree/build.log; return; }
-        run "$test" || { bad "$name" "$test fails without the fault" $tree/run.log; return; }
+        cp "$tree/$(program "$test")" "$tree/$(program "$test").sound"
         sound[$test]=1
     fi
     if ! patch -d $tree -p1 --fuzz=0 -s -f <"$patch" >$tree/patch.log 2>&1; then
@@ -32,14 +32,15 @@ plant()
     fi
     if ! build "$test"; then bad "$name" "does not build with the fault" $tree/build.log
     else
-        run "$test"
+        run "$(program "$test")"
         code=$?
+        [ $code -ne 124 ] || how=", it hung"
+        first=$(sed -n 's/^FAILED //p' $tree/run.log | head -n 1)
         if [ $code -eq 0 ]; then bad "$name" "$test did not notice: $fault"
+        elif ! run "$(program "$test").sound" $first; then bad "$name" "$test $first fails without the fault" $tree/run.log
         else
             passed=$((passed + 1))
-            how="exit code $code"
-            [ $code -ne 124 ] || how="it hung"
-            printf '%-24s caught by %s (%s): %s\n' "$name" "$test" "$how" "$fault"
+            printf '%-24s caught by %s (exit code %s%s): %s\n' "$name" "$test${first:+ $first}" $code "$how" "$fault"
         fi
     fi
     patch -d $tree -p1 -R -s -f <"$patch" >/dev/null
