@@ -48,7 +48,7 @@ make -k -j "$(nproc 2>/dev/null || echo 1)" --no-print-directory NVCC="$nvcc" CU
 export CUDA_VISIBLE_DEVICES=-1
 for test in $tests; do
     [ -x "$folder/$test" ] || { bad "$test does not link"; continue; }
-    timeout 60 "$folder/$test" >$folder/run.log 2>&1
+    timeout 300 "$folder/$test" >$folder/run.log 2>&1
     code=$?
     if [ $code -eq 0 ] && grep -q 'skipped: cuda: no device: ' $folder/run.log && grep -qE '^[01] passed, 0 failed, [1-9][0-9]* skipped$' $folder/run.log; then good "$test links; without a device: $(grep -m 1 -o 'cuda: no device.*' $folder/run.log)"
     else
@@ -62,7 +62,7 @@ ends()
     local program=$1 code
     shift
     [ -x "$folder/$program" ] || { bad "$program does not link"; return; }
-    timeout 60 "$folder/$program" "$@" >$folder/run.out 2>$folder/run.log </dev/null
+    timeout 300 "$folder/$program" "$@" >$folder/run.out 2>$folder/run.log </dev/null
     code=$?
     if [ $code -eq 1 ] && [ ! -s $folder/run.out ] && [ "$(wc -l <$folder/run.log)" -eq 1 ] && grep -q 'cuda: no device: ' $folder/run.log; then good "$program links; without a device: $(cat $folder/run.log)"
     else
