@@ -118,16 +118,17 @@ static void products(bench_results *results, int argc, char **argv)
 
 /* ---- whole tokens ---- */
 
-enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24 };
+enum { MOST_TOKENS = 64, MOST_RANKS = 8, MOST_KINDS = 24, PROMPTS = 7 /* readings of a prompt of more than 16 */ };
 
 typedef struct kind { const char *name; long calls; double seconds; } kind;
 
 typedef struct rank {
     bench_memory_of memory;
-    double before, after;                                        /* of the prompt; when the last token was done with */
+    double before, after;                                        /* when the prompt began; when the last token was done with */
+    double prompt[PROMPTS], prompt_peak[PROMPTS];                /* seconds, and the peak during them */
     double seconds[MOST_TOKENS], bound[MOST_TOKENS + 1];         /* a token's; reading around it */
     double peak, sampled;                                        /* during the prompt: sum of the samples; seconds that they took */
-    int tokens, samples, depth;
+    int tokens, samples, prompts;
     kind kinds[MOST_KINDS];
 } rank;
 
@@ -194,8 +195,13 @@ static llmpar_status generate_token(void *user, int32_t id)
     double now = bench_now();
     (void)user;
     (void)id;
-    if (self->tokens == 0) self->before = now - self->before - self->sampled; /* the prompt and its first token */
-    else self->seconds[self->tokens - 1] = now - self->after;
+    if (self->tokens == 0) { /* the prompt and its first token */
+        self->prompt[self->prompts] = now - self->before - self->sampled;
+        self->prompt_peak[self->prompts++] = self->samples ? self->peak / self->samples : 0;
+        self->before = self->peak = self->sampled = 0;
+        self->samples = 0;
+        if (self->prompts < PROMPTS && job->prompt > 16) return LLMPAR_OK;
+    } else self->seconds[self->tokens - 1] = now - self->after;
     self->bound[self->tokens++] = bench_read(&self->memory);
     self->after = bench_now();
     return LLMPAR_OK;
@@ -240,9 +246,11 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
 #undef SLOT
     desc.prompt = prompt;
     desc.prompt_count = g->prompt;
-    desc.tokens = g->tokens;
     desc.on_token = generate_token;
-    if (!status) status = llmpar_llama_generate(model, fsdp, &desc, ids, &made);
+    for (int i = 0; i < (g->prompt > 16 ? PROMPTS : 1) && !status; i++) {
+        desc.tokens = i + 1 < PROMPTS && g->prompt > 16 ? 1 : g->tokens;
+        status = llmpar_llama_generate(model, fsdp, &desc, ids, &made);
+    }
 #define SLOT(name) ctx->device->name = real.name;
     SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding)
 #undef SLOT
@@ -262,7 +270,7 @@ static void generate(bench_results *results, generation *g)
     char name[120], layout[32];
     double heads = (double)c->heads * c->head_dim, kv = (double)c->kv_heads * c->head_dim;
     double block = (double)c->hidden * (2 * heads + 2 * kv + 3.0 * c->intermediate), head = (double)c->vocab * c->hidden, size = (double)llmpar_dtype_size(g->dtype);
-    double work[MOST_TOKENS], bound[MOST_TOKENS + 1], flops, peak = 0;
+    double work[MOST_TOKENS], bound[MOST_TOKENS + 1], prompt[PROMPTS], peak[PROMPTS], flops;
     memset(g->rank, 0, sizeof g->rank);
     memset(&desc, 0, sizeof desc);
     desc.ranks = g->ranks;
@@ -290,12 +298,19 @@ static void generate(bench_results *results, generation *g)
     }
     /* the last row alone meets the head; attention is causal */
     flops = 2 * block * c->layers * g->prompt + 2 * head + 2 * heads * c->layers * (double)g->prompt * (g->prompt + 1.0);
-    for (int k = 0; k < g->ranks; k++) peak += g->rank[k].samples ? g->rank[k].peak / g->rank[k].samples : 0;
     if (g->prompt > 16) {
-        work[0] = flops / r->before;
-        bound[0] = bound[1] = peak;
+        for (int i = 0; i < PROMPTS; i++) {
+            peak[i] = 0;
+            for (int k = 0; k < g->ranks; k++) peak[i] += g->rank[k].prompt_peak[i];
+            prompt[i] = flops / r->prompt[i];
+            work[i] = prompt[i] / peak[i]; /* each beside its own peak */
+            bound[i] = bound[i + 1] = 1;
+        }
+        bench_ratio ratio = bench_pairs_of(work, bound, PROMPTS);
+        ratio.work = bench_median(prompt, PROMPTS);
+        ratio.bound = bench_median(peak, PROMPTS);
         snprintf(name, sizeof name, "%s %s, %s: prompt of %d", g->model, llmpar_dtype_name(g->dtype), layout, g->prompt);
-        bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(g->peak), bench_pairs_of(work, bound, 1), 0.7);
+        bench_row(results, name, "GFLOP/s", 1e-9, bench_fma_name(g->peak), ratio, 0.7);
     }
 }
 
