@@ -23,7 +23,7 @@ for try in 1 2 3; do
     now=$(echo "$seconds $before $after $reference" | awk '{ printf "%d", $1 * $4 * 2 / ($2 + $3) * 10 + 0.5 }')
     printf 'implementation at -O2: %s s of processor time, the reference file %s and %s s\n' "$seconds" "$before" "$after"
     [ "$now" -ge "$tenths" ] || tenths=$now
-    [ "$tenths" -gt 150 ] || break
+    [ "$tenths" -gt 140 ] || break
 done
 failed=0
 
@@ -33,13 +33,13 @@ line()
     printf '%-36s %9s of %9s  %s\n' "$1" "$2" "$3" "$verdict"
 }
 
-line "llmpar.h, lines" "$lines" 31000
-line "llmpar.h, bytes" "$bytes" 1782580
+line "llmpar.h, lines" "$lines" 30800
+line "llmpar.h, bytes" "$bytes" 1750000
 line "llmpar_cuda.h, lines" "$(wc -l <build/gen/llmpar_cuda.h)" 9000
 line "llmpar_nccl.h, lines" "$(wc -l <build/gen/llmpar_nccl.h)" 3500
 line "declarations, lines" "$declarations" 2600
 # The aim is 10 s. Neighbours in the caches slow the implementation down more than the reference, which is smaller: up to half again was seen. So what is
 # over the aim is said, and only what is over that too fails.
-if [ "$tenths" -gt 100 ] && [ "$tenths" -le 150 ]; then echo "implementation at -O2: $((tenths / 10)).$((tenths % 10)) s, over the aim of 10 s: is this machine quiet?"; fi
-line "implementation at -O2, 0.1 s" "$tenths" 150
+if [ "$tenths" -gt 100 ] && [ "$tenths" -le 140 ]; then echo "implementation at -O2: $((tenths / 10)).$((tenths % 10)) s, over the aim of 10 s: is this machine quiet?"; fi
+line "implementation at -O2, 0.1 s" "$tenths" 140
 exit $failed
