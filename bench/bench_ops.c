@@ -219,9 +219,9 @@ int main(int argc, char **argv)
             c.ids = ids;
             c.workspace_bytes = 1 << 20;
             c.workspace = calloc(1, c.workspace_bytes);
-            for (int i = 0; i < 64 * COLD_ROWS; i++) ((float *)c.workspace)[i] = i < 32 * COLD_ROWS ? 0.8f : 0.6f;
             for (int half = 0; half < 2; half++) {
                 c.dtype = half ? LLMPAR_BF16 : LLMPAR_F32;
+                for (int i = 0; i < 64 * COLD_ROWS; i++) ((float *)c.workspace)[i] = i < 32 * COLD_ROWS ? 0.8f : 0.6f; /* an embedding's gradient has sorted in it */
                 if (type && strcmp(type, llmpar_dtype_name(c.dtype))) continue;
                 for (c.op = 0; c.op < OPERATIONS; c.op++)
                     for (int warm = 0; warm < 2; warm++) {

@@ -61,7 +61,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.down = llmpar__adalomo_power(-e);
+    job.down = llmpar__adalomo_power(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
     job.by_row = llmpar__adalomo_power(args->row_bits);
     job.by_col = llmpar__adalomo_power(args->col_bits);
     job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * llmpar__pool_threads(cpu)) * 16);

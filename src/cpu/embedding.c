@@ -5,7 +5,7 @@
 
 typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
 
-static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS_NARROW(embedding_gradient);
+static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
 
 static void llmpar__embedding_gather(void *arg, int64_t task, int32_t worker)
 {

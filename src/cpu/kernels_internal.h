@@ -73,7 +73,7 @@ typedef struct llmpar__embedding_backward_job {
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
 } llmpar__embedding_backward_job;
-LLMPAR__VDECLARE_NARROW(embedding_gradient)
+LLMPAR__VDECLARE(embedding_gradient)
 
 /* xent */
 typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;

@@ -159,6 +159,17 @@ static inline void llmpar__v_store_f16_portable(uint16_t *p, int64_t n, llmpar__
     llmpar__v_store_portable(y, x);
     llmpar_convert(p, LLMPAR_F16, y, LLMPAR_F32, n >= 4 ? 4 : n > 0 ? (size_t)n : 0);
 }
+static inline llmpar__vec_portable llmpar__v_fma_from_portable(llmpar__vec_portable x, llmpar__vec_portable least, llmpar__vec_portable a, llmpar__vec_portable b, llmpar__vec_portable c)
+{
+    return (llmpar__vec_portable)((llmpar__bits_portable)(a * b + c) & ~(llmpar__bits_portable)(x < least));
+}
+#define LLMPAR__VROOTS 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7
+static inline llmpar__bits_portable llmpar__v_root_portable(llmpar__bits_portable t)
+{
+    static const uint32_t root[8] = { LLMPAR__VROOTS };
+    llmpar__bits_portable y = { root[t[0] & 7], root[t[1] & 7], root[t[2] & 7], root[t[3] & 7] };
+    return y;
+}
 /* a*b + c rounded once, as hardware's fma: what an optimizer computes has the same bits at every level and on every device. The product is exact in a double; the sum is rounded to odd (with what Knuth's two-sum
    says was lost), and that, once more, to a float: the bits of one rounding (Boldo & Melquiond 2008). */
 static inline float llmpar__v_fma_one(float a, float b, float c)
@@ -213,6 +224,12 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
 }
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_more_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_less_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_min_epu32((__m256i)a, (__m256i)b); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_from_avx2(__m256 x, __m256 least, __m256 a, __m256 b, __m256 c) { return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), _mm256_fmadd_ps(a, b, c)); }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_root_avx2(llmpar__bits_avx2 t)
+{
+    const llmpar__bits_avx2 root = { LLMPAR__VROOTS };
+    return (llmpar__bits_avx2)_mm256_permutevar8x32_epi32((__m256i)root, (__m256i)t);
+}
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 LLMPAR__VINLINE __m128i llmpar__v_halves_avx2(const uint16_t *p, int64_t n)
 {
@@ -313,8 +330,15 @@ LLMPAR__VINLINE void llmpar__v_store_pair_avx512(uint16_t *p, __m512 a, __m512 b
 LLMPAR__VINLINE __m512 llmpar__v_load_f16_avx512(const uint16_t *p, int64_t n) { return _mm512_maskz_cvtph_ps((__mmask16)0xffff, llmpar__v_halves_avx512(p, n)); }
 LLMPAR__VINLINE void llmpar__v_store_f16_avx512(uint16_t *p, int64_t n, __m512 x) { llmpar__v_keep_halves_avx512(p, n, _mm512_maskz_cvtps_ph((__mmask16)0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
+LLMPAR__VINLINE __m512 llmpar__v_fma_from_avx512(__m512 x, __m512 least, __m512 a, __m512 b, __m512 c) { return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a, b, c); }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_root_avx512(llmpar__bits_avx512 t)
+{
+    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d };
+    return (llmpar__bits_avx512)_mm512_maskz_permutexvar_epi32((__mmask16)0xffff, (__m512i)t, (__m512i)root);
+}
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
+#undef LLMPAR__VROOTS
 
 #endif
