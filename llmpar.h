@@ -111,8 +111,6 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 /* ==== src/base/platform.h ==== */
 /* platform: what every module may assume about the compiler, and the linkage macros.
    The only module that tests the platform; everything else is plain C99 that is also C++11. */
-#ifndef LLMPAR_PLATFORM_H
-#define LLMPAR_PLATFORM_H
 
 /* Modules built one by one include this before any system header; the generated header does the same at its top. */
 #ifdef LLMPAR__SEPARATE
@@ -188,16 +186,11 @@ fsdp - optim - io - text - model - model_io - run. Each declaration says its sha
 #define LLMPAR_EXTERN_C_END
 #endif
 
-#endif
-
 LLMPAR_EXTERN_C_BEGIN
 
 /* Chapter: base */
 /* ==== src/base/status.h ==== */
 /* status: what every fallible call returns, and the text that says what, where, expected and got. */
-#ifndef LLMPAR_STATUS_H
-#define LLMPAR_STATUS_H
-
 
 /* One list makes the enum and the strings. */
 #define LLMPAR_STATUS_LIST(X) \
@@ -245,12 +238,8 @@ LLMPAR_API llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
 /* Back to "no error" (status OK, rank -1, empty texts). */
 LLMPAR_API void llmpar_error_clear(llmpar_error *error);
 
-#endif
 /* ==== src/base/heap.h ==== */
 /* heap: allocator hooks and live-byte counting. Every byte of host memory the library takes goes through one. */
-#ifndef LLMPAR_HEAP_H
-#define LLMPAR_HEAP_H
-
 
 /* User hooks. alloc returns memory aligned to at least 16 bytes or NULL; free gets the size that was asked for.
    Both are called from the rank's own thread only. Zero-initialised = malloc/free;
@@ -282,12 +271,8 @@ LLMPAR_API char *llmpar_heap_strdup(llmpar_heap *heap, const char *text);
 /* memory may be NULL. */
 LLMPAR_API void llmpar_heap_free(llmpar_heap *heap, void *memory);
 
-#endif
 /* ==== src/base/size.h ==== */
 /* size: checked integer arithmetic, and the two rules of docs/exact.md that cut extents and shape trees. */
-#ifndef LLMPAR_SIZE_H
-#define LLMPAR_SIZE_H
-
 
 /* Each returns 1 and stores the result, or returns 0 and leaves *out alone when it would overflow. */
 LLMPAR_API int llmpar_size_mul(size_t a, size_t b, size_t *out);
@@ -306,12 +291,8 @@ LLMPAR_API int64_t llmpar_piece_begin(int64_t i, int64_t grains, int64_t pieces)
 /* Where a balanced tree over n >= 2 leaves splits: the largest power of two below n (left part [0, split)). */
 LLMPAR_API int64_t llmpar_tree_split(int64_t n);
 
-#endif
 /* ==== src/base/dtype.h ==== */
 /* dtype: element types and conversions. Every narrowing rounds to nearest, ties to even; NaN stays NaN. */
-#ifndef LLMPAR_DTYPE_H
-#define LLMPAR_DTYPE_H
-
 
 typedef enum llmpar_dtype {
     LLMPAR_DTYPE_DEFAULT = 0, /* each desc says what it means there; never a stored type */
@@ -344,14 +325,10 @@ LLMPAR_API float llmpar_f16_to_f32(uint16_t bits);
    Buffers must not overlap unless identical types. Returns 0 for a dtype that is not floating, else 1. */
 LLMPAR_API int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in, llmpar_dtype in_dtype, size_t count);
 
-#endif
 /* ==== src/base/math.h ==== */
 /* math: the library's own elementary functions. Kernels call no libm, so that the same source gives the same bits with any
    C library; each states its error. All are pure and thread-safe. The *_f32 functions are written branch-light so that a loop over
    them can be vectorised; they use no fma (bits do not depend on the instruction set). */
-#ifndef LLMPAR_MATH_H
-#define LLMPAR_MATH_H
-
 
 LLMPAR_API float llmpar_exp_f32(float x);   /* <= 2 ulp; under -104 gives 0, over 88.73 inf; NaN in, NaN out; results may be subnormal (<= 1 ulp of the smallest subnormal) */
 LLMPAR_API float llmpar_log_f32(float x);   /* <= 2 ulp, subnormals included; 0 gives -inf, negative gives NaN */
@@ -366,13 +343,9 @@ LLMPAR_API float llmpar_sqrt_f32(float x);   /* correctly rounded (IEEE) */
 LLMPAR_API int llmpar_isfinite_f32(float x); /* by bits; immune to compiler flags */
 LLMPAR_API int llmpar_isfinite_f64(double x);
 
-#endif
 /* ==== src/base/exact_sum.h ==== */
 /* exact_sum: an order-free, exact sum of doubles (Kulisch's long accumulator in 32-bit limbs held in int64).
    Adding limbs of two accumulators as integers merges them, so ranks combine by an i64 sum all-reduce in any order and every mesh gets the same bits. */
-#ifndef LLMPAR_EXACT_SUM_H
-#define LLMPAR_EXACT_SUM_H
-
 
 /* limb[i] has weight 2^(32*i - 1088), i < 67; the last three count +inf, -inf and NaN terms. All zero = empty sum. At most 2^30 additions
    (merged ones counted) before llmpar_exact_sum_carry. */
@@ -388,13 +361,9 @@ LLMPAR_API void llmpar_exact_sum_carry(llmpar_exact_sum *sum);
 /* The sum rounded once to the nearest double, ties to even; inf/NaN as IEEE addition would give; an empty or zero sum is +0. Does not change *sum. */
 LLMPAR_API double llmpar_exact_sum_value(const llmpar_exact_sum *sum);
 
-#endif
 /* ==== src/base/rng.h ==== */
 /* rng: counter-based random numbers (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
    A number is a pure function of its key and position, so a rank generates only its own slices and no mesh changes a value. */
-#ifndef LLMPAR_RNG_H
-#define LLMPAR_RNG_H
-
 
 typedef enum llmpar_rng_purpose { LLMPAR_RNG_INIT = 1, LLMPAR_RNG_SAMPLE = 2, LLMPAR_RNG_DATA = 3, LLMPAR_RNG_DROPOUT = 4, LLMPAR_RNG_USER = 100 } llmpar_rng_purpose;
 
@@ -413,12 +382,8 @@ LLMPAR_API double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index);
 /* out[i] = mean + stddev * normal(first + i) rounded to f32, i < count. */
 LLMPAR_API void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out);
 
-#endif
 /* ==== src/base/xxh64.h ==== */
 /* xxh64: the 64-bit checksum XXH64 (Collet, xxHash specification 0.1.1, seed 0), which `xxhsum -H64` prints. No protection against intent. */
-#ifndef LLMPAR_XXH64_H
-#define LLMPAR_XXH64_H
-
 
 /* Plain data; may be copied. */
 typedef struct llmpar_xxh64 {
@@ -431,12 +396,8 @@ LLMPAR_API void llmpar_xxh64_begin(llmpar_xxh64 *state);
 LLMPAR_API void llmpar_xxh64_add(llmpar_xxh64 *state, const void *data, size_t bytes); /* in any portions */
 LLMPAR_API uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state); /* of what was added so far; may go on */
 
-#endif
 /* ==== src/base/json.h ==== */
 /* json: an RFC 8259 reader with byte positions, and string escaping for writers. */
-#ifndef LLMPAR_JSON_H
-#define LLMPAR_JSON_H
-
 
 typedef enum llmpar_json_type { LLMPAR_JSON_NULL = 0, LLMPAR_JSON_BOOL, LLMPAR_JSON_NUMBER, LLMPAR_JSON_STRING, LLMPAR_JSON_ARRAY, LLMPAR_JSON_OBJECT } llmpar_json_type;
 
@@ -473,18 +434,11 @@ LLMPAR_API const llmpar_json *llmpar_json_get(const llmpar_json *object, const c
    replaced by U+FFFD. */
 LLMPAR_API size_t llmpar_json_escape(const char *text, size_t length, char *out, size_t capacity);
 
-#endif
-
 /* Chapter: tables */
 /* ==== src/tables/io.h ==== */
 /* io: what the library asks of the operating system about files, as a table: a test fails, cuts short or loses any call, a user brings another store. The system's own is llmpar_io_system (io/system.h).
 
    Every function returns 0 or an errno value. EINTR means: ask again (not after close, which has closed in any case). Short reads and writes are the caller's affair. Several threads may use a table at once. */
-#ifndef LLMPAR_IO_H
-#define LLMPAR_IO_H
-
-#include <stddef.h>
-#include <stdint.h>
 
 /* READ: an existing regular file. WRITE: a new file, or an old regular one, emptied. DIRECTORY: only to be synced. */
 typedef enum llmpar_io_mode { LLMPAR_IO_READ = 0, LLMPAR_IO_WRITE = 1, LLMPAR_IO_DIRECTORY = 2 } llmpar_io_mode;
@@ -509,13 +463,9 @@ typedef struct llmpar_io {
 
 #define LLMPAR_IO_ABI 1u
 
-#endif
 /* ==== src/tables/ctx.h ==== */
 /* ctx: one rank's view of the job: heap, device, world communicator, error text, log. Made and ended by llmpar_launch; never
    shared between ranks. */
-#ifndef LLMPAR_CTX_H
-#define LLMPAR_CTX_H
-
 
 struct llmpar_device;
 struct llmpar_comm;
@@ -547,7 +497,6 @@ LLMPAR_API const char *llmpar_last_error(const llmpar_ctx *ctx);
 /* Sends one line to the log sink, if any. Local. */
 LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...) LLMPAR_PRINTF(3, 4);
 
-#endif
 /* ==== src/tables/device.h ==== */
 /* device: the table of everything that touches tensor memory. A user may bring another implementation, or replace one slot.
 
@@ -561,9 +510,6 @@ LLMPAR_API void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *
    otherwise: F32, F64 (runs the portable code), and for the operations of forward and backward (gemm .. xent, add, scale, copy_rows) BF16 and F16: these compute in F32 and round once at each store; what is summed stays in llmpar_dtype_sum(dtype),
    called the sum type below: rstd, lse, softmax statistics, RoPE tables and the gradients of parameters. N = rows = batch * t tokens. Results never depend on alignment or on what stands beside an element (docs/exact.md).
    Every chain starts from +0, so a chain of additions is never -0 and absent terms may be left out; a chain of fused products can underflow to -0, so the product adds the +0 of an empty piece. Zero-size calls are fine and do nothing (a gemm with k = 0 stores +0 unless accumulate). */
-#ifndef LLMPAR_DEVICE_H
-#define LLMPAR_DEVICE_H
-
 
 #define LLMPAR_DEVICE_ABI 1u
 
@@ -861,16 +807,12 @@ LLMPAR_API llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *d
 LLMPAR_API llmpar_status llmpar_order_wait(llmpar_order *order);
 LLMPAR_API void llmpar_order_destroy(llmpar_order *order);
 
-#endif
 /* ==== src/tables/comm.h ==== */
 /* comm: the communicator table: collectives between the ranks of one mesh axis. A user may bring another implementation, or replace one slot.
 
    Every collective is an enqueue on a stream of the communicator's device: it returns when accepted; buffers belong to the stream until an event behind it completes; all ranks of the communicator make the
    same calls in the same order. Reductions combine the ranks' contributions in the balanced binary tree over the rank index (llmpar_tree_split), lower index on the left, in the dtype given: the
    same bits on every implementation. When a rank fails, every other rank's pending and next collective returns LLMPAR_ERR_PEER; nothing hangs. */
-#ifndef LLMPAR_COMM_H
-#define LLMPAR_COMM_H
-
 
 #define LLMPAR_COMM_ABI 1u
 
@@ -946,12 +888,8 @@ LLMPAR_API llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, c
 LLMPAR_API llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out);
 LLMPAR_API void llmpar_comm_destroy(llmpar_comm *comm); /* NULL is fine; local */
 
-#endif
 /* ==== src/tables/backend.h ==== */
 /* backend: what ranks compute and communicate with where that is not the CPU and the launch's own transport. A launch desc names one; llmpar_cuda_backend and llmpar_nccl_backend fill one, or a user does. */
-#ifndef LLMPAR_BACKEND_H
-#define LLMPAR_BACKEND_H
-
 
 #define LLMPAR_BACKEND_ABI 1u
 
@@ -970,16 +908,12 @@ typedef struct llmpar_backend {
     void (*comm_finish)(const void *comm_user, llmpar_comm *comm, llmpar_error *root);
 } llmpar_backend;
 
-#endif
 /* ==== src/tables/record.h ==== */
 /* record: what a collective is, said the same way by every rank and every transport: a fingerprint to compare before data moves, a text to report, and a ring of each
    rank's last collectives (all of its communicators) that can be dumped as JSON with the field names of PyTorch's Flight Recorder.
 
    The wrappers of comm.h describe each call (comm->call), enter it in the record and mark it, on its stream, as started and as completed. A communicator
    attaches itself to its rank's record, compares fingerprints when its ranks meet, and reports with the functions below. One rank alone is not recorded: it waits for nobody. */
-#ifndef LLMPAR_RECORD_H
-#define LLMPAR_RECORD_H
-
 
 #define LLMPAR_RECORD_ENTRIES 256
 
@@ -1048,7 +982,6 @@ LLMPAR_API void llmpar_record_position(llmpar_record *record, llmpar_position *o
 /* The dump: version, pg_config, pg_status, entries (oldest first; the tag stands in `frames`), and this rank with its mesh coordinate. From any thread. */
 LLMPAR_API size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity);
 
-#endif
 /* ==== src/tables/halving.h ==== */
 /* halving: how ranks that exchange messages go on with the tree over the rank index (docs/exact.md): a reduce-scatter in which each step halves what a rank holds. Arithmetic only; for whoever writes a communicator.
 
@@ -1059,9 +992,6 @@ LLMPAR_API size_t llmpar_record_json(llmpar_record *record, char *text, size_t c
    Going up, rank a of the left part keeps the parts with c = a and gives those with c = a + p to rank a of the right part; rank a of the right part keeps c = p + a and gives c = a, a + q, .. < p to those ranks of the left
    part. For powers of two that is recursive halving with the partners r^1, r^2, r^4 ..: log2 n exchanges, and (n-1)/n of the data.
        n = 4, rank 1 (parts 0 1 2 3):   0 2 -> rank 0, keeps 1 3 of (x0+x1)     1 keeps, 3 -> rank 3: part 1 of (x0+x1)+(x2+x3) */
-#ifndef LLMPAR_HALVING_H
-#define LLMPAR_HALVING_H
-
 
 /* A node above this rank. The parts with label c at it: c == mine are kept, and their other operand comes from `partner`; the others go to rank lo + c. */
 typedef struct llmpar_halving_level {
@@ -1083,13 +1013,9 @@ typedef struct llmpar_halving {
 LLMPAR_API int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t rank, llmpar_halving *out);
 LLMPAR_API void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving); /* a zeroed one is fine; local */
 
-#endif
 /* ==== src/tables/arena.h ==== */
 /* arena: the one place device memory comes from. Every allocation carries a tag; live and peak bytes are kept per tag, so that a plan can be
-   compared with reality to the byte. Requests are rounded to the device's alignment; freed blocks are kept for requests of the same size. */
-#ifndef LLMPAR_ARENA_H
-#define LLMPAR_ARENA_H
-
+   compared with reality to the byte. Requests are rounded to the device's alignment; freed blocks are kept for later requests. */
 
 typedef enum llmpar_tag {
     LLMPAR_TAG_PARAMETERS = 0, /* shards */
@@ -1104,12 +1030,18 @@ typedef enum llmpar_tag {
 
 LLMPAR_API const char *llmpar_tag_name(llmpar_tag tag); /* "parameters", ... */
 
-typedef struct llmpar_arena_usage { uint64_t live[LLMPAR_TAG_COUNT], peak[LLMPAR_TAG_COUNT], live_total, peak_total, reserved; } llmpar_arena_usage;
+/* In bytes. reserved: what the device has given, blocks that are free now included. extent: of what llmpar_arena_reserve took, from its begin to the end of the furthest block there ever was. */
+typedef struct llmpar_arena_usage { uint64_t live[LLMPAR_TAG_COUNT], peak[LLMPAR_TAG_COUNT], live_total, peak_total, reserved, extent; } llmpar_arena_usage;
+
+enum { LLMPAR_ARENA_STREAMS = 8 }; /* that marks tell apart */
 
 typedef struct llmpar_arena llmpar_arena;
 
-/* limit in bytes of live allocations, 0 = none. Borrows ctx and its device. Local. */
+/* limit in bytes of live allocations, 0 = none; with a limit what is reserved keeps to it too. Borrows ctx and its device. Local. */
 LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out);
+/* Takes so many bytes from the device now, in one piece, in which blocks lie closer together than in pieces taken as requests come; before the first request. Advice: with a limit, or where the device has not
+   so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. Local. */
+LLMPAR_API llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes);
 /* NULL is fine. Blocks still live are freed too. */
 LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 /* Aligned, uninitialised. label names the buffer in messages ("layers.3 saved"); it is borrowed and must outlive the block. LLMPAR_ERR_MEMORY names tag, label, request, limit and the
@@ -1117,21 +1049,17 @@ LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
 LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out);
 /* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
 LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
-/* The same for a block that something enqueued may still use: a number > 0 that stays with the block and tells who allocates it next what to wait for. mark: of a live block when it was free before; 0: nothing. */
-LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark);
-LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory);
+/* The same for a block that something enqueued on a stream (0 to LLMPAR_ARENA_STREAMS - 1, as the caller numbers them) may still use: mark, > 0 and larger than any before on this stream, stays with the
+   memory and tells who allocates it next what to wait for. llmpar_arena_mark: the largest of a live block's memory on this stream, from when it was free before; 0: nothing to wait for. */
+LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark);
+LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream);
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
 /* Peaks start again from the live bytes. */
 LLMPAR_API void llmpar_arena_reset_peaks(llmpar_arena *arena);
 
-#endif
-
 /* Chapter: cpu */
 /* ==== src/cpu/cpu.h ==== */
 /* cpu: the CPU device. Portable kernels are the readable specification (also in f64); faster levels are chosen at run time. */
-#ifndef LLMPAR_CPU_H
-#define LLMPAR_CPU_H
-
 
 typedef enum llmpar_cpu_level { LLMPAR_CPU_DEFAULT = 0, LLMPAR_CPU_PORTABLE = 1, LLMPAR_CPU_AVX2 = 2, LLMPAR_CPU_AVX512 = 3,
     LLMPAR_CPU_AVX512BF16 = 4 /* AVX-512, whose products of BF16 take two k at a time (vdpbf16ps) */ } llmpar_cpu_level;
@@ -1156,14 +1084,9 @@ typedef struct llmpar_cpu_desc {
 LLMPAR_API llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *error, const llmpar_cpu_desc *desc, llmpar_device **out);
 LLMPAR_API void llmpar_cpu_destroy(llmpar_device *device); /* NULL is fine; waits for streams with threads, joins these and the workers */
 
-#endif
-
 /* Chapter: comm */
 /* ==== src/comm/threads.h ==== */
 /* threads: the communicator between rank threads of one process: collectives straight through shared memory in tree order. */
-#ifndef LLMPAR_COMM_THREADS_H
-#define LLMPAR_COMM_THREADS_H
-
 
 /* What the rank threads of a job share: barriers, published pointers, the first failure. */
 typedef struct llmpar_threads_world llmpar_threads_world;
@@ -1195,16 +1118,12 @@ LLMPAR_API int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
 /* llmpar_record_json of a rank that need not be this thread's; 0 and "" if the rank has no record any more. */
 LLMPAR_API size_t llmpar_threads_rank_json(llmpar_threads_world *world, int32_t rank, char *text, size_t capacity);
 
-#endif
 /* ==== src/comm/mpi.h ==== */
 /* mpi: the communicator between MPI processes. Its functions exist where LLMPAR_USE_MPI is defined beside LLMPAR_IMPLEMENTATION; these declarations need no mpi.h.
 
    llmpar_launch does all of this by itself under mpirun. By hand, one world a process:
      llmpar_mpi_world_create -> llmpar_mpi_comm_create -> ... collectives ... -> llmpar_mpi_world_finish -> llmpar_comm_destroy -> llmpar_mpi_world_destroy
    After world_create no MPI call blocks and none is collective: Isend, Irecv and Test alone, so that a rank which fails, ends or dies is found by the others wherever they wait. */
-#ifndef LLMPAR_COMM_MPI_H
-#define LLMPAR_COMM_MPI_H
-
 
 /* A static function that is left out would be warned of: declared extern, a call of it fails to link. */
 #if defined(LLMPAR_STATIC) && !defined(LLMPAR_USE_MPI)
@@ -1250,17 +1169,12 @@ LLMPAR__MPI_API void llmpar_mpi_world_destroy(llmpar_mpi_world *world); /* NULL 
 
 #undef LLMPAR__MPI_API
 
-#endif
-
 /* Chapter: sim */
 /* ==== src/sim/sim.h ==== */
 /* sim: a device and communicators that only count. The same step runs on them, and the arena says what every buffer would take: there is no second model of memory (docs/architecture.md).
 
    The device hands out addresses that are no memory and computes nothing; its workspace queries are those of the device it stands for. A copy to the host gives zeros. A communicator keeps the size, the rank and the
    byte counters of the one it stands for and moves nothing; split alone is real, since only the ranks together know the result. */
-#ifndef LLMPAR_SIM_H
-#define LLMPAR_SIM_H
-
 
 /* A device that stands for `of` (borrowed, only asked for workspaces). heap and error are those of the rank's simulated ctx. Local. */
 LLMPAR_API llmpar_status llmpar_sim_device_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *of, llmpar_device **out);
@@ -1268,14 +1182,9 @@ LLMPAR_API void llmpar_sim_device_destroy(llmpar_device *device); /* NULL is fin
 /* A communicator that stands for `of`. own: 1: `of` is destroyed with it. Local. */
 LLMPAR_API llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error *error, llmpar_device *device, llmpar_comm *of, int own, llmpar_comm **out);
 
-#endif
-
 /* Chapter: mesh */
 /* ==== src/mesh/mesh.h ==== */
 /* mesh: ranks on named axes, tp innermost, and a communicator for every axis and for the flattened data axes. */
-#ifndef LLMPAR_MESH_H
-#define LLMPAR_MESH_H
-
 
 #define LLMPAR_MESH_AXES 5
 typedef enum llmpar_axis { LLMPAR_AXIS_DP_REPLICATE = 0, LLMPAR_AXIS_DP_SHARD = 1, LLMPAR_AXIS_CP = 2, LLMPAR_AXIS_PP = 3, LLMPAR_AXIS_TP = 4 } llmpar_axis;
@@ -1305,12 +1214,8 @@ LLMPAR_API int32_t llmpar_mesh_rank_at(const llmpar_mesh *mesh, const int32_t co
 /* Writes a picture of the mesh (rows: data coordinates, columns: tp) into text, cut at capacity; returns bytes needed without the NUL. Local. */
 LLMPAR_API size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t capacity);
 
-#endif
 /* ==== src/mesh/dtensor.h ==== */
 /* dtensor: which part of a global tensor a rank holds. Local arithmetic only: no communication, no allocation. */
-#ifndef LLMPAR_DTENSOR_H
-#define LLMPAR_DTENSOR_H
-
 
 #define LLMPAR_MAX_DIMS 4
 
@@ -1361,15 +1266,11 @@ LLMPAR_API size_t llmpar_dtensor_print(const llmpar_dtensor *tensor, const llmpa
 /* The same picture as an SVG document; each cell has the id "cell-ROW-COLUMN" and data-ranks, each legend line "rank-N". A tensor of other dims, or without elements, has the legend only. Local. */
 LLMPAR_API size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, char *text, size_t capacity);
 
-#endif
 /* ==== src/mesh/redistribute.h ==== */
 /* redistribute: a tensor from any placements to any others on the same mesh, planned as a short list of collectives. A plan is plain data, which every rank makes for itself from the same request. Where a collective
    of the table does a step exactly, it is taken; everything else is an exchange: pairs of send and recv with just the elements that are needed. Sums are trees over the coordinate of each axis, the last listed axis first.
    A target may be Partial. On an axis where `from` is Partial of the same kind contributions stay where they are (if sums and maxima are mixed: as long as their order of undoing stays); else Partial(sum) is the
    tensor at coordinate 0 and zeros (-0 of f32, f64, which changes no sum) elsewhere, and Partial(max) is the tensor at every coordinate. */
-#ifndef LLMPAR_REDISTRIBUTE_H
-#define LLMPAR_REDISTRIBUTE_H
-
 
 /* LOCAL: every rank has what it needs. ALL_GATHER undoes the last cut, BROADCAST too where parts are uneven (one from each owner). REDUCE_SCATTER reduces and cuts evenly. ALL_TO_ALL: all pairs of ranks of an axis move
    the same number of elements. EXCHANGE: send and recv between pairs of the world; contributions go to one rank for each element, which combines them, and from there to the others. */
@@ -1412,17 +1313,12 @@ LLMPAR_API llmpar_status llmpar_dtensor_full(const llmpar_dtensor *tensor, const
 /* local <- this rank's part of full, both in host memory: FLAT writes only its range inside the flat shard. Local. */
 LLMPAR_API void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_mesh *mesh, const void *full, void *local);
 
-#endif
-
 /* Chapter: tp */
 /* ==== src/tp/tp.h ==== */
 /* tp: tensor parallelism over one mesh axis: column- and row-parallel linear layers, sequence-parallel gather and reduce, vocab-parallel select. Shoeybi et al. 2019 (Megatron), Korthikanti et al. 2022 (sequence parallel).
    Every function enqueues on the stream it is given and works for one rank, where it is plain. Sums follow docs/exact.md: pieces of the sharded dim, balanced tree, collective.
 
    Shapes: N = B*T rows of all tokens; Ns = B*(T/tp) rows with sequence parallel, else N. G grains (heads, rows of F, vocabulary ids) of `grain` elements are cut over tp by llmpar_piece_begin. */
-#ifndef LLMPAR_TP_H
-#define LLMPAR_TP_H
-
 
 typedef struct llmpar_tp {
     llmpar_ctx *ctx;          /* borrowed */
@@ -1471,8 +1367,6 @@ LLMPAR_API llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *st
 /* The same for rows that exactly one rank holds and all others hold as zero bits (vocab-parallel embedding): a select by integer sum, so that -0 survives. More than one rank: dim * size of dtype is a multiple of 8, else LLMPAR_ERR_SHAPE. */
 LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype);
 
-#endif
-
 /* Chapter: fsdp */
 /* ==== src/fsdp/unit.h ==== */
 /* unit: what FSDP gathers at once: named tensors and callbacks. FSDP knows units, never a model, so anybody's network is a first-class client.
@@ -1480,9 +1374,6 @@ LLMPAR_API llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
    A step runs the units in order: forward 0..n-1, backward n-1..0. Unit u's output is unit u+1's input; the first unit reads the token ids of the micro-batch, the last one
    computes the loss. A unit's forward and backward are lists of instructions themselves (compute, tensor-parallel gather, tensor-parallel reduce), so that
    tensor-parallel communication is planned, printed and overlapped like the rest. */
-#ifndef LLMPAR_UNIT_H
-#define LLMPAR_UNIT_H
-
 
 /* One parameter. name and everything in it are copied by llmpar_fsdp_create. */
 typedef struct llmpar_param {
@@ -1572,12 +1463,8 @@ typedef struct llmpar_unit {
     int32_t frozen;                   /* 1: gathered, never reduced and never updated; backward only hands dinput on */
 } llmpar_unit;
 
-#endif
 /* ==== src/fsdp/schedule.h ==== */
 /* schedule: what a step does, as data. A pure function turns (units, policy) into a list of instructions; validate.h proves it; the executor runs it. */
-#ifndef LLMPAR_SCHEDULE_H
-#define LLMPAR_SCHEDULE_H
-
 
 /* GATHER u            whole parameters of unit u from the shards (all-gather over dp_shard); where parameters are whole at rest (ZeRO-1, 2): in place, after the update and with its predicate
    FREE u              the gathered parameters, or gradient buffer `slot` where slot >= 0; slot -1 and what PARAMS: the fetched shard, unchanged. A shard buffer (local 0) is freed only in the first of two passes, after its NORM
@@ -1680,7 +1567,6 @@ LLMPAR_API const char *llmpar_op_name(llmpar_op op);
    LLMPAR_ERR_SCHEDULE names the instruction and the reason; LLMPAR_ERR_ARGUMENT as llmpar_schedule_create. heap: scratch. Local. */
 LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpar_instruction *list, int32_t count, const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
 
-#endif
 /* ==== src/fsdp/fsdp.h ==== */
 /* fsdp: flat shards of units, and the executor that runs a schedule over them. It knows no model and no policy.
 
@@ -1689,17 +1575,12 @@ LLMPAR_API llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
 
    A unit's tp-local parameters lie one after the other in one flat buffer, each beginning at a multiple of 128 elements, cut evenly over dp_shard (shards are multiples of 128; padding is zero, in
    no file and no norm). Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (FSDP). */
-#ifndef LLMPAR_FSDP_H
-#define LLMPAR_FSDP_H
 
 /* ==== src/tables/trace.h ==== */
 /* trace: what ran when, on which stream of which rank, and how many bytes the arena held, as a Chrome trace: chrome://tracing and ui.perfetto.dev load it.
 
    Each rank keeps its spans in memory; a span begins and ends where its stream comes to its marks, which are host calls, so on a device that works late it shows when the work was done and not when it was
    enqueued. llmpar_trace_write collects the ranks' events into one text: process = rank, thread = stream, times in microseconds since the first rank began its trace, on one clock. */
-#ifndef LLMPAR_TRACE_H
-#define LLMPAR_TRACE_H
-
 
 #define LLMPAR_TRACE_LANES 16
 
@@ -1731,9 +1612,7 @@ LLMPAR_API void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usag
 /* Hands the whole trace to sink on rank 0 of world, which is a communicator of all ranks that trace. Every rank's streams must be done. sink is not looked at elsewhere. Collective. */
 LLMPAR_API llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user);
 
-#endif
 /* ---- src/fsdp/fsdp.h goes on ---- */
-
 #define LLMPAR_FLAT_ALIGN 128
 
 typedef struct llmpar_fsdp llmpar_fsdp;
@@ -1749,6 +1628,7 @@ typedef struct llmpar_fsdp_desc {
     llmpar_dtype dtype;        /* compute dtype of parameters and activations: F32 (default), F64, BF16, F16. Below F32 the optimizer works on f32 master parameters; gradients are of the sum type */
     llmpar_dtype reduce_dtype; /* gradients are rounded to it on their way between ranks; default: the sum type. BF16, F16: half the bytes, and no longer the same bits on every mesh (docs/exact.md) */
     uint64_t memory_limit;     /* arena limit in bytes, 0 = none */
+    uint64_t memory_reserve;   /* bytes that the arena takes at once (llmpar_arena_reserve), 0 = as requests come */
     uint64_t seed;             /* initialisation */
     int32_t optimizer_states;  /* arrays of the sum type, one number an element of the shard, zeroed, that the optimizer gets with each update (AdamW 2, momentum 1); 0 .. LLMPAR_OPTIMIZER_STATES */
     llmpar_tier offload[LLMPAR_STATE_COUNT]; /* by llmpar_state */
@@ -1868,8 +1748,6 @@ LLMPAR_API llmpar_status llmpar_fsdp_reshard(llmpar_fsdp *fsdp, int32_t unit);
 /* Writes into text the first parameter with a non-finite element over the world, "" if none. Collective. */
 LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *text, size_t capacity);
 
-#endif
-
 /* Chapter: optim */
 /* ==== src/optim/lr.h ==== */
 /* lr: learning-rate schedules, and the dynamic loss scale of f16. Pure functions of the step and plain data: every rank computes the same.
@@ -1879,9 +1757,6 @@ LLMPAR_API llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
         |                 /       ''--..           /            \                    /    \
         |  lr_min -      /              ''----    /              \----              /        \----
         +---------->    | warmup  total         warmup  | decay_steps | total        total/2  total          step */
-#ifndef LLMPAR_LR_H
-#define LLMPAR_LR_H
-
 
 /* After the warm-up, with x from 0 at its end (wsd: where the decay begins) to 1 at step total:
      COSINE     lr_min + (lr - lr_min) (1 + cos(pi x)) / 2                    (Loshchilov & Hutter 2017)
@@ -1927,7 +1802,6 @@ LLMPAR_API llmpar_status llmpar_loss_scale_check(const llmpar_loss_scale *state,
 /* After a step. LLMPAR_ERR_NONFINITE: the gradient is not finite at the least scale, so that it is not the scale's fault; the state is unchanged. */
 LLMPAR_API llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int32_t found_inf, llmpar_error *error);
 
-#endif
 /* ==== src/optim/optim.h ==== */
 /* optim: the optimizers behind fsdp's table: AdamW, SGD with momentum, LOMO and AdaLomo. Each updates this rank's shards of the (master) parameters and nothing else.
 
@@ -1937,9 +1811,6 @@ LLMPAR_API llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int3
      LOMO     p -= lr g', inside backward, so that no gradient outlives its unit (Lv et al. 2023, arXiv 2306.09782)                              none
      ADALOMO  adalomo.c: factored second moments and an update normalised tensor by tensor, inside backward (Lv et al. 2023, arXiv 2310.10195)   a row and a column of each matrix
    All are element-wise but AdaLomo, whose sums are order-free: the same bits on every mesh. */
-#ifndef LLMPAR_OPTIM_H
-#define LLMPAR_OPTIM_H
-
 
 typedef enum llmpar_optim_kind { LLMPAR_OPTIM_ADAMW = 0, LLMPAR_OPTIM_SGD = 1, LLMPAR_OPTIM_LOMO = 2, LLMPAR_OPTIM_ADALOMO = 3, LLMPAR_OPTIM_COUNT = 4 } llmpar_optim_kind;
 
@@ -1987,15 +1858,10 @@ LLMPAR_API int64_t llmpar_optim_bytes(const llmpar_optim *optim);
 /* Factor that brings a gradient of this norm down to max_norm: min(1, max_norm / norm); max_norm <= 0: 1. Pure. */
 LLMPAR_API double llmpar_clip_scale(double norm, double max_norm);
 
-#endif
-
 /* Chapter: model */
 /* ==== src/model/config.h ==== */
 /* config: the shape of a Llama or of a near relative: presets, reading and writing a Hugging Face config.json, and what follows from the shape alone
    (parameter count, FLOPs, RoPE tables). Plain data, all functions are local and pure. Shape letters: V vocab, D hidden, F intermediate, L layers, H heads, K kv heads, E head dim, T positions. */
-#ifndef LLMPAR_CONFIG_H
-#define LLMPAR_CONFIG_H
-
 
 typedef enum llmpar_rope_kind { LLMPAR_ROPE_NONE = 0, LLMPAR_ROPE_LINEAR = 1, LLMPAR_ROPE_LLAMA3 = 2, LLMPAR_ROPE_DYNAMIC = 3, LLMPAR_ROPE_YARN = 4 } llmpar_rope_kind;
 
@@ -2068,16 +1934,12 @@ LLMPAR_API void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
    positions, or an angle beyond 1e9. Uses `heap` for E/2 doubles. */
 LLMPAR_API llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error);
 
-#endif
 /* ==== src/model/llama.h ==== */
 /* llama: a Llama 3, or a near relative (llmpar_family), as a list of units. The model knows its mathematics and its tp axis; neither FSDP nor any transport.
 
    One block, Ns = rows of the residual stream on this rank (B*T, or B*T/tp with sequence parallel), N = B*T:
      x[Ns,D] -> rmsnorm -> (gather) -> q,k,v (+ bias, norm over heads) -> rope -> attention -> wo -> (reduce) -> + x -> rmsnorm -> (gather) -> gate, up -> swiglu -> down -> (reduce) -> +
    Touvron et al. 2023; Shoeybi et al. 2019, fig. 3; Korthikanti et al. 2022, fig. 5. */
-#ifndef LLMPAR_LLAMA_H
-#define LLMPAR_LLAMA_H
-
 
 typedef struct llmpar_llama llmpar_llama;
 
@@ -2133,24 +1995,15 @@ typedef struct llmpar_generate_desc {
 /* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
-#endif
-
 /* Chapter: io */
 /* ==== src/io/system.h ==== */
 /* system: the operating system's files as a table. */
-#ifndef LLMPAR_SYSTEM_H
-#define LLMPAR_SYSTEM_H
-
 
 /* POSIX calls, nothing else. Static, never changed. Local. */
 LLMPAR_API const llmpar_io *llmpar_io_system(void);
 
-#endif
 /* ==== src/io/file.h ==== */
 /* file: reading, atomic writing and directories over a table of files. io NULL: the system's files. Errors name path, operation and the errno's text. Everything here is local. */
-#ifndef LLMPAR_FILE_H
-#define LLMPAR_FILE_H
-
 
 /* An open file for reading, which may shrink or grow meanwhile: then a read fails, nothing else. Plain data; several threads may read. Closed by llmpar_file_close. */
 typedef struct llmpar_file {
@@ -2204,13 +2057,9 @@ LLMPAR_API llmpar_io_kind llmpar_file_kind(const llmpar_io *io, const char *path
 LLMPAR_API int llmpar_is_directory(const char *path);
 LLMPAR_API int llmpar_is_file(const char *path);
 
-#endif
 /* ==== src/io/safetensors.h ==== */
 /* safetensors: reader (validated as the format's reference does, and stricter) and writer.
    Format: u64 little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data. */
-#ifndef LLMPAR_SAFETENSORS_H
-#define LLMPAR_SAFETENSORS_H
-
 
 typedef struct llmpar_safetensor {
     const char *name;
@@ -2255,8 +2104,6 @@ LLMPAR_API llmpar_status llmpar_safetensors_writer_settle(llmpar_safetensors_wri
 LLMPAR_API void llmpar_safetensors_writer_sum(const llmpar_safetensors_writer *writer, uint64_t *bytes, uint64_t *xxh64); /* of the file so far */
 LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *writer); /* NULL is fine */
 
-#endif
-
 /* Chapter: text */
 /* ==== src/text/data.h ==== */
 /* data: token sequences for training and evaluation out of one text. Plain data, no allocation; every function is local and pure, so ranks agree without talking.
@@ -2268,9 +2115,6 @@ LLMPAR_API void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
    The order. A sequence is known by its global index g = step * B + i (i-th sequence of a step with B sequences over all ranks and micro-batches). The training part is cut
    into S windows; epoch e = g / S starts its first window at phase(seed, e), and g mod S goes through a permutation keyed by (seed, e): every window once an epoch, in shuffled order.
    Nothing else enters, so neither the mesh nor the number of micro-batches can change what a step sees. */
-#ifndef LLMPAR_DATA_H
-#define LLMPAR_DATA_H
-
 
 /* Fills tokens[T+1] of the training sequence `global_index` >= 0: T inputs, each followed by its target. Must be a pure function of the index. */
 typedef llmpar_status (*llmpar_sequence_fn)(void *user, int64_t global_index, int32_t *tokens);
@@ -2305,14 +2149,9 @@ LLMPAR_API llmpar_status llmpar_data_sequence(void *data, int64_t global_index, 
 /* tokens[T+1] of held-out sequence `index` in [0, eval_windows): consecutive windows, so that their targets are tokens [train_count + 1, train_count + eval_windows * T]. */
 LLMPAR_API llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int64_t index, int32_t *tokens);
 
-#endif
-
 /* Chapter: model_io */
 /* ==== src/model_io/hf_files.h ==== */
 /* hf_files: the weight files of a Hugging Face directory, model.safetensors or model.safetensors.index.json and its shards, read and written by one process without knowing a model. io may be NULL (the system's). All local. */
-#ifndef LLMPAR_HF_FILES_H
-#define LLMPAR_HF_FILES_H
-
 
 #define LLMPAR_HF_MAX_FILES 1024 /* shards of one model; each is an open file while it is read */
 
@@ -2359,12 +2198,8 @@ LLMPAR_API llmpar_status llmpar_hf_writer_write(llmpar_hf_writer *writer, const 
 LLMPAR_API llmpar_status llmpar_hf_writer_commit(llmpar_hf_writer *writer, llmpar_error *error); /* destroys it in any case */
 LLMPAR_API void llmpar_hf_writer_abandon(llmpar_hf_writer *writer);                               /* NULL is fine; removes what it made */
 
-#endif
 /* ==== src/model_io/hf.h ==== */
 /* hf: Hugging Face directories: config.json and weights, read into any mesh and written from any mesh. */
-#ifndef LLMPAR_HF_H
-#define LLMPAR_HF_H
-
 
 /* Reads DIR/config.json. LLMPAR_ERR_IO, or what llmpar_llama_config_parse says. Local. */
 LLMPAR_API llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out);
@@ -2394,7 +2229,6 @@ LLMPAR_API llmpar_status llmpar_tensor_file_write(llmpar_tensor_file *file, int3
 LLMPAR_API llmpar_status llmpar_tensor_file_commit(llmpar_tensor_file *file);                                         /* collective; destroys it */
 LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);                                                 /* NULL is fine; local */
 
-#endif
 /* ==== src/model_io/checkpoint.h ==== */
 /* checkpoint: the whole state of a training run in a directory, written so that whatever happens, the newest complete one is whole; read into any mesh, ZeRO stage and wrapping (docs/checkpoints.md).
 
@@ -2405,9 +2239,6 @@ LLMPAR_API void llmpar_tensor_file_abandon(llmpar_tensor_file *file);           
         rank-00003.safetensors   what world rank 3 owns: master parameters and optimizer state, "param/NAME", "state0/NAME" .., flat
 
    What several ranks hold alike is written by one of them. Numbers are keyed by tensor name and global index, so nothing of the mesh that wrote them is needed to read them. */
-#ifndef LLMPAR_CHECKPOINT_H
-#define LLMPAR_CHECKPOINT_H
-
 
 /* The numbers of a run beside its tensors. */
 typedef struct llmpar_checkpoint_info {
@@ -2450,14 +2281,9 @@ LLMPAR_API llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
 typedef llmpar_status (*llmpar_checkpoint_accept)(void *user, const char *path, const llmpar_checkpoint_info *info);
 LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim *optim, const char *path, llmpar_checkpoint_accept accept, void *user, llmpar_checkpoint_info *info);
 
-#endif
-
 /* Chapter: run */
 /* ==== src/run/launch.h ==== */
 /* launch: makes the ranks (threads of this process), gives each its ctx, and collects the root error. */
-#ifndef LLMPAR_LAUNCH_H
-#define LLMPAR_LAUNCH_H
-
 
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads.
    ENVIRONMENT: processes that torchrun or a like launcher has started: this one is rank RANK of WORLD_SIZE, with LOCAL_RANK and LOCAL_WORLD_SIZE on its machine, and meets the others at MASTER_ADDR:MASTER_PORT. It has no communicator of its own (ctx->host_comm is
@@ -2502,12 +2328,8 @@ typedef llmpar_status (*llmpar_rank_fn)(llmpar_ctx *ctx, void *user);
    Environment: every process calls it and gets the same error, as far as the backend's communicator tells (comm_finish); else its own, which is LLMPAR_ERR_PEER with the other rank's text where another one has failed. */
 LLMPAR_API llmpar_status llmpar_launch(const llmpar_launch_desc *desc, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
-#endif
 /* ==== src/run/trainer.h ==== */
 /* trainer: the recipe (mesh + model + placements + units + optimizer) and the training loop with its metrics. */
-#ifndef LLMPAR_TRAINER_H
-#define LLMPAR_TRAINER_H
-
 
 typedef enum llmpar_exact { LLMPAR_EXACT_DEFAULT = 0, LLMPAR_EXACT_OFF = 1, LLMPAR_EXACT_ON = 2, LLMPAR_EXACT_REQUIRE = 3 } llmpar_exact;
 
@@ -2619,18 +2441,12 @@ LLMPAR_API const llmpar_data *llmpar_trainer_data(const llmpar_trainer *trainer)
 LLMPAR_API llmpar_status llmpar_load_hf(llmpar_trainer *trainer, const char *directory);
 LLMPAR_API llmpar_status llmpar_save_hf(llmpar_trainer *trainer, const char *directory);
 
-#endif
 /* ==== src/run/plan.h ==== */
 /* plan: what a step would hold, before a byte of it is allocated: the recipe runs on a device that only counts (sim/sim.h), so the plan cannot differ from the program. */
-#ifndef LLMPAR_PLAN_H
-#define LLMPAR_PLAN_H
-
 
 /* Memory of this rank for one step of the recipe that llmpar_parallelize would make from the same arguments; desc.memory_limit counts: a step that does not fit is LLMPAR_ERR_MEMORY, whose text goes to *error (it may be NULL) and not
    to the ctx. Nothing is read, written or allocated beyond descriptions. Collective. */
 LLMPAR_API llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error);
-
-#endif
 
 LLMPAR_EXTERN_C_END
 
@@ -2667,7 +2483,6 @@ LLMPAR_EXTERN_C_END
 #endif
 
 /* ==== src/base/size.c ==== */
-
 LLMPAR_DEF int llmpar_size_mul(size_t a, size_t b, size_t *out)
 {
     size_t product;
@@ -2723,7 +2538,6 @@ LLMPAR_DEF int64_t llmpar_tree_split(int64_t n)
     return split;
 }
 /* ==== src/base/dtype.c ==== */
-
 #include <string.h>
 
 /* All conversions work on bit patterns or on normal numbers only, so their results do not depend on the thread's
@@ -2885,19 +2699,12 @@ LLMPAR_DEF int llmpar_convert(void *out, llmpar_dtype out_dtype, const void *in,
 /* ==== src/base/math.c ==== */
 /* ==== src/base/math_internal.h ==== */
 /* math_internal: the one place where an integer becomes a correctly rounded double; shared by json and exact_sum. */
-#ifndef LLMPAR_MATH_INTERNAL_H
-#define LLMPAR_MATH_INTERNAL_H
-
 
 /* (significand + d) * 2^exponent with 0 < d < 1 if `sticky`, else d = 0; rounded once to nearest, ties to even.
    Subnormals and infinity as IEEE has them. With sticky set the significand must have at least 55 bits. */
 LLMPAR__PRIVATE double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent);
 
-#endif
 /* ---- src/base/math.c goes on ---- */
-
-#include <string.h>
-
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #else
@@ -3202,9 +3009,6 @@ LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int s
     return llmpar__math_from_bits_f64(kept + ((uint64_t)(exponent + drop + 1074) << 52));
 }
 /* ==== src/base/exact_sum.c ==== */
-
-#include <string.h>
-
 /* limb i of the number    ... | 66 | 65 | ... | 1 | 0 |   weight 2^(32 i - 1088)
    A finite double is a 53-bit integer at bit position max(exponent, 1) + 13 of this register, so it touches three limbs, each
    by less than 2^32. Limbs are signed and hold 2^30 such terms without a carry. */
@@ -3371,7 +3175,6 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
 #undef LLMPAR__EXACT_NEGATIVE_INFINITY
 #undef LLMPAR__EXACT_NAN
 /* ==== src/base/rng.c ==== */
-
 /* Philox4x32-10: ten rounds of two 32 x 32 -> 64 bit products, the key bumped by Weyl constants between them.
    Constants and order from Random123's philox.h (Salmon et al. 2011, section 3.3). */
 static void llmpar__rng_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
@@ -3474,9 +3277,6 @@ LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first
     }
 }
 /* ==== src/base/xxh64.c ==== */
-
-#include <string.h>
-
 #define LLMPAR__XXH64_P1 0x9E3779B185EBCA87u
 #define LLMPAR__XXH64_P2 0xC2B2AE3D27D4EB4Fu
 #define LLMPAR__XXH64_P3 0x165667B19E3779F9u
@@ -3571,14 +3371,9 @@ LLMPAR_DEF uint64_t llmpar_xxh64_end(const llmpar_xxh64 *state)
 /* ==== src/cpu/half_internal.h ==== */
 /* half: BF16 and F16 in memory, for products and attention, whose kernels compute in f32 on parts that are widened into a scratch, or packed, first; each store rounds once. Kernels that go over rows widen
    and round in registers (vector_math.inc: get and put). */
-#ifndef LLMPAR_HALF_INTERNAL_H
-#define LLMPAR_HALF_INTERNAL_H
 
 /* ==== src/cpu/cpu_internal.h ==== */
 /* cpu_internal: what the operation files of the CPU device share: the device's state, the worker pool, and one function a slot. */
-#ifndef LLMPAR_CPU_INTERNAL_H
-#define LLMPAR_CPU_INTERNAL_H
-
 
 struct llmpar__pool;
 
@@ -3679,9 +3474,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, l
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
 
-#endif
 /* ---- src/cpu/half_internal.h goes on ---- */
-
 /* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
 typedef struct llmpar__half {
     int64_t size;                                               /* bytes of an element in memory */
@@ -3711,9 +3504,7 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
     if (half->narrow) half->narrow((char *)base + index * half->size, scratch, count);
 }
 
-#endif
 /* ---- src/cpu/half.c goes on ---- */
-
 /* ==== src/cpu/vector.h ==== */
 /* vector: short vectors of one level, and the names a kernel template is made from.
 
@@ -3725,10 +3516,6 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
    NARROW ones wait for memory, not for arithmetic: they have no instance for AVX-512, where AVX2's serves as well.
    Sums along a vector have a fixed lane structure, tails run the same code masked, loads and stores need no alignment: no result
    depends on where an element lies. */
-#ifndef LLMPAR_VECTOR_H
-#define LLMPAR_VECTOR_H
-
-#include <string.h>
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #define LLMPAR__VX86 1
@@ -3971,6 +3758,17 @@ static inline void llmpar__v_store_f16_portable(uint16_t *p, int64_t n, llmpar__
     llmpar__v_store_portable(y, x);
     llmpar_convert(p, LLMPAR_F16, y, LLMPAR_F32, n >= 4 ? 4 : n > 0 ? (size_t)n : 0);
 }
+static inline llmpar__vec_portable llmpar__v_fma_from_portable(llmpar__vec_portable x, llmpar__vec_portable least, llmpar__vec_portable a, llmpar__vec_portable b, llmpar__vec_portable c)
+{
+    return (llmpar__vec_portable)((llmpar__bits_portable)(a * b + c) & ~(llmpar__bits_portable)(x < least));
+}
+#define LLMPAR__VROOTS 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7
+static inline llmpar__bits_portable llmpar__v_root_portable(llmpar__bits_portable t)
+{
+    static const uint32_t root[8] = { LLMPAR__VROOTS };
+    llmpar__bits_portable y = { root[t[0] & 7], root[t[1] & 7], root[t[2] & 7], root[t[3] & 7] };
+    return y;
+}
 /* a*b + c rounded once, as hardware's fma: what an optimizer computes has the same bits at every level and on every device. The product is exact in a double; the sum is rounded to odd (with what Knuth's two-sum
    says was lost), and that, once more, to a float: the bits of one rounding (Boldo & Melquiond 2008). */
 static inline float llmpar__v_fma_one(float a, float b, float c)
@@ -4025,6 +3823,12 @@ LLMPAR__VINLINE float llmpar__v_larger_lane_avx2(__m256 x)
 }
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_more_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_less_bits_avx2(llmpar__bits_avx2 a, llmpar__bits_avx2 b) { return (llmpar__bits_avx2)_mm256_min_epu32((__m256i)a, (__m256i)b); }
+LLMPAR__VINLINE __m256 llmpar__v_fma_from_avx2(__m256 x, __m256 least, __m256 a, __m256 b, __m256 c) { return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_NLT_UQ), _mm256_fmadd_ps(a, b, c)); }
+LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_root_avx2(llmpar__bits_avx2 t)
+{
+    const llmpar__bits_avx2 root = { LLMPAR__VROOTS };
+    return (llmpar__bits_avx2)_mm256_permutevar8x32_epi32((__m256i)root, (__m256i)t);
+}
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 LLMPAR__VINLINE __m128i llmpar__v_halves_avx2(const uint16_t *p, int64_t n)
 {
@@ -4125,13 +3929,18 @@ LLMPAR__VINLINE void llmpar__v_store_pair_avx512(uint16_t *p, __m512 a, __m512 b
 LLMPAR__VINLINE __m512 llmpar__v_load_f16_avx512(const uint16_t *p, int64_t n) { return _mm512_maskz_cvtph_ps((__mmask16)0xffff, llmpar__v_halves_avx512(p, n)); }
 LLMPAR__VINLINE void llmpar__v_store_f16_avx512(uint16_t *p, int64_t n, __m512 x) { llmpar__v_keep_halves_avx512(p, n, _mm512_maskz_cvtps_ph((__mmask16)0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 LLMPAR__VINLINE void llmpar__v_transpose_avx512(float *out, int64_t ld_out, const float *in, int64_t ld_in) { llmpar__v_transpose_avx2(out, ld_out, in, ld_in); }
+LLMPAR__VINLINE __m512 llmpar__v_fma_from_avx512(__m512 x, __m512 least, __m512 a, __m512 b, __m512 c) { return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), a, b, c); }
+LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_root_avx512(llmpar__bits_avx512 t)
+{
+    const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d };
+    return (llmpar__bits_avx512)_mm512_maskz_permutexvar_epi32((__mmask16)0xffff, (__m512i)t, (__m512i)root);
+}
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
+#undef LLMPAR__VROOTS
 
-#endif
 /* ---- src/cpu/half.c goes on ---- */
-
 #if LLMPAR__VX86
 #include <cpuid.h>
 #endif
@@ -4296,9 +4105,6 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
    which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 /* ==== src/cpu/gemm_thin_internal.h ==== */
 /* gemm_thin: products of few rows with weights as they lie, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
-#ifndef LLMPAR_GEMM_THIN_INTERNAL_H
-#define LLMPAR_GEMM_THIN_INTERNAL_H
-
 
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
@@ -4308,9 +4114,10 @@ typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
     const float *x;                   /* [blocks of rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4, 8 or 16 rows */
-    float *sums;                      /* [rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    float *sums;                      /* [parts][rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [parts][LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
-    int32_t rows, kind;
+    int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
 
@@ -4330,11 +4137,7 @@ LLMPAR__PRIVATE size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const
 /* args->workspace has that many bytes. */
 LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args);
 
-#endif
 /* ---- src/cpu/gemm_thin.c goes on ---- */
-
-
-#include <string.h>
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #include <immintrin.h>
 #elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
@@ -4346,7 +4149,7 @@ LLMPAR__PRIVATE void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args 
 enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
-enum { LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
+enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
@@ -4594,7 +4397,9 @@ typedef struct llmpar__gemm_thin_run {
     int64_t links, tiles;             /* of all segments together; of columns */
     int32_t rows, levels, kind;       /* rows: filled up to whole blocks; levels: partial sums that wait at any time */
     int32_t shares, threads;          /* shares: tasks */
-    float *x, *sums;                  /* sums: [threads][1 + levels][rows][COLUMNS] */
+    int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
+    int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
+    float *x, *sums;                  /* sums: [threads][slots][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
@@ -4603,6 +4408,7 @@ typedef struct llmpar__gemm_thin_place { int64_t tile, begin, k; int32_t segment
 /* Of a chain over k elements. */
 static int64_t llmpar__gemm_thin_links(const llmpar__gemm_thin_run *run, int64_t k) { return run->kind == LLMPAR__THIN_KIND_PAIRS ? (k + 1) / 2 : k; }
 
+static int64_t llmpar__gemm_thin_slots(const llmpar__gemm_thin_run *run) { return (run->args->pieces < LLMPAR__THIN_PARTS ? run->args->pieces : (int64_t)LLMPAR__THIN_PARTS) + run->levels; }
 static size_t llmpar__gemm_thin_round(int64_t floats) { return (size_t)llmpar_round_up(floats, 16) * sizeof(float); }
 
 static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
@@ -4617,6 +4423,12 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->rows = llmpar__gemm_thin_filled(args->m, run->level.block);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
+    if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
+    for (s = 0; s < run->parts; s++) {
+        const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
+        run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
+        if (segment->piece != s || segment->ldb != before->ldb || (s + 1 < run->parts && run->ends[s] * run->half.size % 64) || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size))) run->parts = 0;
+    }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
@@ -4637,7 +4449,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round((int64_t)llmpar__pool_threads(cpu) * (1 + run.levels) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
 /* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -4664,6 +4476,11 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                     }
                 continue;
             }
+            if (rows == 1) {
+                const void *in = llmpar__half_read(&run->half, segment->a, row * segment->lda, segment->k, out);
+                if (in != (const void *)out) memcpy(out, in, (size_t)segment->k * sizeof *out);
+                continue;
+            }
             for (k = 0; k < segment->k; k += PART) {
                 int64_t count = segment->k - k < PART ? segment->k - k : (int64_t)PART;
                 for (r = 0; r < valid; r++) {
@@ -4682,6 +4499,11 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place *at)
 {
     at->begin += at->k;
+    if (run->parts) {
+        at->segment = at->k ? run->args->segment_count : 0;
+        at->k = at->segment ? 0 : run->ends[run->parts - 1];
+        return at->k > 0;
+    }
     at->k = 0;
     while (at->segment < run->args->segment_count && at->begin == run->args->segments[at->segment].k) {
         at->segment++;
@@ -4749,7 +4571,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
     int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
-    float *sums = run->sums + worker * (1 + run->levels) * size, *stack = sums + size;
+    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * size, *stack = all + (run->parts ? run->parts : 1) * size;
     llmpar__gemm_thin_place at, next;
     memset(&at, 0, sizeof at);
     for (at.tile = begin; at.tile < end; at.tile++) {
@@ -4762,7 +4584,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
         more = llmpar__gemm_thin_next(run, &at);
         if (more && at.tile == begin) llmpar__gemm_thin_ask(run, &at, columns);
         for (piece = 0; piece < args->pieces; piece++) {
-            memset(sums, 0, (size_t)size * sizeof *sums);
+            float *sums = all + (run->parts ? piece * size : 0);
+            if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
             if (args->accumulate) llmpar__gemm_thin_load(run, (const float *)args->c + at.tile * run->level.columns, columns, sums);
             while (more && args->segments[at.segment].piece == piece) {
                 llmpar__gemm_thin_span span;
@@ -4776,6 +4599,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 span.columns = columns;
                 span.rows = run->rows;
                 span.kind = run->kind;
+                span.parts = run->parts ? run->parts : 1;
+                span.ends = run->ends;
                 x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
@@ -4802,7 +4627,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             }
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
-        llmpar__gemm_thin_store(run, sums, at.tile * run->level.columns, columns);
+        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0), at.tile * run->level.columns, columns);
     }
 }
 
@@ -4840,9 +4665,6 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 /* gemm_kernel: the inner parts of the matrix product for each vector width: panels are packed, and a tile of c takes its steps through them. */
 /* ==== src/cpu/gemm_internal.h ==== */
 /* gemm_internal: what the matrix product's blocks (gemm.c) and its kernels (gemm_kernel.c) share: steps, tiles, panels. */
-#ifndef LLMPAR_GEMM_INTERNAL_H
-#define LLMPAR_GEMM_INTERNAL_H
-
 
 #if !defined(LLMPAR_NO_SIMD)
 
@@ -4908,11 +4730,137 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 
 #endif
 
-#endif
 /* ---- src/cpu/gemm_kernel.c goes on ---- */
+/* ==== src/cpu/gemm_x86_internal.h ==== */
+/* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
+   what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
+   A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
+     LLMPAR__GEMM_FUNCTION(name, isa, rows)   rows(X, i) is X(i, row, s0, s1, s2) for each row: its three accumulators
+   Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
+     LLMPAR__GEMM_CLOBBERS
+     LLMPAR__GEMM_Z                      "ymm" or "zmm"
+     LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
+     LLMPAR__GEMM_A_BYTES                of one k of the panel of A
+     LLMPAR__GEMM_ZERO(s)                vector s becomes +0
+     LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
+     LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B */
 
-#include <stddef.h>
-#include <string.h>
+#if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
+
+#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) \
+    "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
+    "vmovups 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s2 "\n\t" "add %%rcx, %%rax\n\t"
+#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) \
+    "vmovups %%" LLMPAR__GEMM_Z #s0 ", (%%rax)\n\t" "vmovups %%" LLMPAR__GEMM_Z #s1 ", " LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" \
+    "vmovups %%" LLMPAR__GEMM_Z #s2 ", 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" "add %%rcx, %%rax\n\t"
+#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_ZERO(s0) LLMPAR__GEMM_ZERO(s1) LLMPAR__GEMM_ZERO(s2)
+#define LLMPAR__GEMM_MERGE_ONE(r, v, s) "vaddps (3*" #r "+" #v ")*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s ", %%" LLMPAR__GEMM_Z #s "\n\t"
+#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_MERGE_ONE(r, 0, s0) LLMPAR__GEMM_MERGE_ONE(r, 1, s1) LLMPAR__GEMM_MERGE_ONE(r, 2, s2)
+#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) \
+    "vbroadcastss " #i "*" LLMPAR__GEMM_A_BYTES "+4*" #r "(%%rsi), %%" LLMPAR__GEMM_Z "3\n\t" \
+    LLMPAR__GEMM_PRODUCT(i, 0, s0) LLMPAR__GEMM_PRODUCT(i, 1, s1) LLMPAR__GEMM_PRODUCT(i, 2, s2)
+/* One k. The panel of B comes from L2: what will be wanted 8 k later is asked for; of 32-byte vectors every other k has one line and a half. */
+#define LLMPAR__GEMM_PREFETCH_B(i) \
+    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" \
+    "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" \
+    ".elseif " #i " & 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+32(%%rdi)\n\t" \
+    ".else\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t"
+#define LLMPAR__GEMM_PREFETCH_A(line) ".if 8*" LLMPAR__GEMM_A_BYTES " > 64*" #line "\n\t" "prefetcht0 1024+64*" #line "(%%rsi)\n\t" ".endif\n\t"
+#define LLMPAR__GEMM_LINK(i, rows) LLMPAR__GEMM_READ_B(i) LLMPAR__GEMM_PREFETCH_B(i) rows(LLMPAR__GEMM_LINK_ROW, i)
+
+/* rsi, rdi: the panels; rdx: k; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row).
+   The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
+#define LLMPAR__GEMM_FUNCTION(name, isa, rows) \
+__attribute__((target(isa))) static void llmpar__gemm_##name(llmpar__gemm_chains *chains) \
+{ \
+    __asm__ __volatile__( \
+        "mov %c[from](%[chains]), %%rax\n\t" \
+        "mov %c[from_step](%[chains]), %%rcx\n\t" \
+        "test %%rax, %%rax\n\t" \
+        "jz 1f\n\t" \
+        rows(LLMPAR__GEMM_READ_ROW, 0) \
+        "jmp 2f\n" \
+    "1:\n\t" \
+        rows(LLMPAR__GEMM_ZERO_ROW, 0) \
+    "2:\n\t" \
+        "mov %c[a](%[chains]), %%rsi\n\t" \
+        "mov %c[b](%[chains]), %%rdi\n\t" \
+        "mov %c[k](%[chains]), %%rdx\n\t" \
+        "mov %c[at](%[chains]), %%r8\n\t" \
+        "mov %c[jump](%[chains]), %%r9\n\t" \
+        "mov %%rdx, %%rcx\n\t" \
+        "mov %%r9, %%r10\n\t" \
+        "mov $2*" LLMPAR__GEMM_VECTOR_BYTES ", %%r9d\n\t" \
+        "shr $3, %%rcx\n\t" \
+        "jz 4f\n\t" \
+        ".p2align 5\n" \
+    "3:\n\t" \
+        LLMPAR__GEMM_LINK(0, rows) LLMPAR__GEMM_PREFETCH_A(0) \
+        LLMPAR__GEMM_LINK(1, rows) \
+        LLMPAR__GEMM_LINK(2, rows) LLMPAR__GEMM_PREFETCH_A(1) \
+        LLMPAR__GEMM_LINK(3, rows) "prefetcht0 (%%r8)\n\t" \
+        LLMPAR__GEMM_LINK(4, rows) LLMPAR__GEMM_PREFETCH_A(2) \
+        LLMPAR__GEMM_LINK(5, rows) \
+        LLMPAR__GEMM_LINK(6, rows) LLMPAR__GEMM_PREFETCH_A(3) \
+        LLMPAR__GEMM_LINK(7, rows) ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" \
+        "add %%r9, %%r8\n\t" \
+        "sub %%r10, %%r9\n\t" \
+        "neg %%r9\n\t" \
+        ".else\n\t" "prefetcht0 95(%%r8)\n\t" \
+        "add %%r10, %%r8\n\t" \
+        ".endif\n\t" \
+        "add $8*" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
+        "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 3b\n" \
+        "mov %%r8, %c[at](%[chains])\n" \
+    "4:\n\t" \
+        "and $7, %%rdx\n\t" \
+        "jz 6f\n" \
+    "5:\n\t" \
+        LLMPAR__GEMM_LINK(0, rows) \
+        "add $" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
+        "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
+        "dec %%rdx\n\t" \
+        "jnz 5b\n" \
+    "6:\n\t" \
+        "mov %c[merges](%[chains]), %%rcx\n\t" \
+        "mov %c[slot](%[chains]), %%rax\n\t" \
+        "test %%rcx, %%rcx\n\t" \
+        "jz 8f\n" \
+    "7:\n\t" \
+        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
+        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 7b\n" \
+    "8:\n\t" \
+        "mov %c[merges_saved](%[chains]), %%rcx\n\t" \
+        "mov %c[slot_saved](%[chains]), %%rax\n\t" \
+        "test %%rcx, %%rcx\n\t" \
+        "jz 10f\n" \
+    "9:\n\t" \
+        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
+        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
+        "dec %%rcx\n\t" \
+        "jnz 9b\n" \
+    "10:\n\t" \
+        "mov %c[to](%[chains]), %%rax\n\t" \
+        "mov %c[to_step](%[chains]), %%rcx\n\t" \
+        rows(LLMPAR__GEMM_WRITE_ROW, 0) \
+        : \
+        : [chains] "r"(chains), [a] "i"(offsetof(llmpar__gemm_chains, a)), [b] "i"(offsetof(llmpar__gemm_chains, b)), [k] "i"(offsetof(llmpar__gemm_chains, k)), \
+          [from] "i"(offsetof(llmpar__gemm_chains, from)), [from_step] "i"(offsetof(llmpar__gemm_chains, from_step)), \
+          [to] "i"(offsetof(llmpar__gemm_chains, to)), [to_step] "i"(offsetof(llmpar__gemm_chains, to_step)), \
+          [slot] "i"(offsetof(llmpar__gemm_chains, slot)), [merges] "i"(offsetof(llmpar__gemm_chains, merges)), \
+          [slot_saved] "i"(offsetof(llmpar__gemm_chains, slot_saved)), [merges_saved] "i"(offsetof(llmpar__gemm_chains, merges_saved)), \
+          [slot_bytes] "i"(offsetof(llmpar__gemm_chains, slot_bytes)), \
+          [at] "i"(offsetof(llmpar__gemm_chains, at)), [jump] "i"(offsetof(llmpar__gemm_chains, jump)) \
+        : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
+}
+
+#endif
+
+/* ---- src/cpu/gemm_kernel.c goes on ---- */
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #include <immintrin.h>
 #elif defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
@@ -5139,71 +5087,54 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
 
-/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
+/* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
-#define LLMPAR__GEMM_32_REGISTERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
-#define LLMPAR__GEMM_ZERO_Y(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ZERO_Z(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
-/* With 16 registers: rows 0 to 3. */
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, 4, 5, 6)
 #define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, 7, 8, 9)
 #define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, 10, 11, 12) X(i, 3, 13, 14, 15)
-
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx")))
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
 #define LLMPAR__GEMM_A_BYTES "16"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+#define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
+/* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
 #define LLMPAR__GEMM_READ_B(i)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
-#include LLMPAR_HEADER
-
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx2_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx2,fma")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
-#define LLMPAR__GEMM_Z "ymm"
-#define LLMPAR__GEMM_VECTOR_BYTES "32"
-#define LLMPAR__GEMM_A_BYTES "16"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Y
+LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y)
+LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y)
+LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y)
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_PRODUCT
 #define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1Y
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2Y
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4Y
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
-#include LLMPAR_HEADER
+LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y)
+LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y)
+LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y)
+#undef LLMPAR__GEMM_EACH_ROW_1Y
+#undef LLMPAR__GEMM_EACH_ROW_2Y
+#undef LLMPAR__GEMM_EACH_ROW_4Y
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_PRODUCT
 
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_avx512_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
+/* Vectors of 64 bytes in 32. */
+#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
 #define LLMPAR__GEMM_A_BYTES "32"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
+#define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
 #define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
-#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
-#include LLMPAR_HEADER
-
+LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
-#define LLMPAR__GEMM_CHAINS(rows) llmpar__gemm_bf16_chains_##rows
-#define LLMPAR__GEMM_TARGET __attribute__((target("avx512f")))
-#define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_32_REGISTERS
-#define LLMPAR__GEMM_Z "zmm"
-#define LLMPAR__GEMM_VECTOR_BYTES "64"
-#define LLMPAR__GEMM_A_BYTES "32"
-#define LLMPAR__GEMM_ZERO LLMPAR__GEMM_ZERO_Z
-#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
 #define LLMPAR__GEMM_PRODUCT(i, v, s) \
     "vpsrld $16, %%zmm" #v ", %%zmm4\n\t" "vpslld $16, %%zmm4, %%zmm4\n\t" "vpsrld $16, %%zmm3, %%zmm5\n\t" "vpslld $16, %%zmm5, %%zmm5\n\t" \
@@ -5213,22 +5144,32 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-#define LLMPAR__GEMM_ROWS_1 LLMPAR__GEMM_EACH_ROW_1
-#define LLMPAR__GEMM_ROWS_2 LLMPAR__GEMM_EACH_ROW_2
-#define LLMPAR__GEMM_ROWS_4 LLMPAR__GEMM_EACH_ROW_4
-#define LLMPAR__GEMM_ROWS_8 LLMPAR__GEMM_EACH_ROW_8
-#define LLMPAR__TEMPLATE 2 /* cpu/gemm_x86.inc */
-#include LLMPAR_HEADER
+LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
+LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
+LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
+LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+#undef LLMPAR__GEMM_PRODUCT
 #endif
+#undef LLMPAR__GEMM_16_REGISTERS
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
+#undef LLMPAR__GEMM_READ_ROW
+#undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_ZERO_ROW
+#undef LLMPAR__GEMM_MERGE_ONE
+#undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_LINK_ROW
+#undef LLMPAR__GEMM_PREFETCH_A
+#undef LLMPAR__GEMM_PREFETCH_B
+#undef LLMPAR__GEMM_LINK
+#undef LLMPAR__GEMM_FUNCTION
 
 #pragma GCC diagnostic pop
-#undef LLMPAR__GEMM_16_REGISTERS
-#undef LLMPAR__GEMM_32_REGISTERS
-#undef LLMPAR__GEMM_ZERO_Y
-#undef LLMPAR__GEMM_ZERO_Z
-#undef LLMPAR__GEMM_EACH_ROW_1Y
-#undef LLMPAR__GEMM_EACH_ROW_2Y
-#undef LLMPAR__GEMM_EACH_ROW_4Y
+
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
     llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
@@ -5388,9 +5329,6 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
    are paired from each segment's begin, and an odd one at its end with zero, so that no cut into parts shows. Below, k counts links, but for what is
    said to count elements. Where c is stored below f32, tiles work on f32 ones of their own in the
    workspace, and each is rounded into c once, when its last part is done. */
-
-
-#include <string.h>
 
 /* One step of a portable chain. Two roundings on x86-64, where not every processor has fma; one where fma is part of the architecture. */
 #if defined(__aarch64__)
@@ -5576,17 +5514,21 @@ static void LLMPAR__GEMM_ROW(void *arg, int64_t i, int32_t worker)
 /* A stretch of one segment inside the current part; the next chunk follows it in the panels. */
 typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in elements */ llmpar__gemm_chunk;
 
+/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
+   outlive a part grow with it, so a block with stacks is smaller. */
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8 };
+
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
     int64_t unit;                         /* elements of a link */
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
-    int64_t group_panels;                 /* of B that are packed at a time */
+    int64_t group_panels;                 /* of B that a worker packs at a time, for itself */
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin;                             /* few rows: a task packs its panel of B itself and uses it at once */
+    int thin;                             /* few rows */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -5596,18 +5538,14 @@ typedef struct llmpar__gemm_run {
     int64_t i0, j0, m, n, a_panels, b_panels;
     int64_t k, step_count, chunk_count;
     int load, store, last;                /* last: the block's last part */
-    int64_t group, group_end;             /* the current group of B's panels */
-    int64_t pack_shares, splits, bundle;  /* tasks that pack it; tasks that share it for the same panels of A; panels of A a task */
-    int pack_a_first;                     /* few panels of A: they are packed before, not by the first task that uses one */
+    int64_t groups, bundle;               /* of B; panels of A that are packed at a time */
+    int64_t taken[LLMPAR__GEMM_BLOCK_N / 12 + 1]; /* panels of A that somebody has taken, of each group; atomic */
     /* where the next part begins */
     int32_t segment, piece, depth, lowest; /* lowest: stack depth reached in the current part; what lies below is from earlier ones */
     int64_t segment_done;                 /* elements of `segment` already taken */
     int inside;                           /* a part ended inside `piece` */
 } llmpar__gemm_run;
 
-/* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
-   outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24 };
 /* Longest parts of the summed dim: in general, of whole pieces, and of a thin product. */
 enum { LLMPAR__GEMM_PART_K = 768, LLMPAR__GEMM_PIECE_K = 1024, LLMPAR__GEMM_THIN_K = 256 };
 /* Fewer multiplications than this are done before a worker has woken up. */
@@ -5670,13 +5608,14 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->block_m = llmpar__gemm_even_blocks(args->m, outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+    while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
     if (run->half_out.narrow) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round((run->thin ? run->threads : run->group_panels) * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -5850,18 +5789,12 @@ static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t fir
 
 static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
 
-/* Shares of the current group of B, then, when it is their turn, the panels of A. */
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
+    int64_t i = task * run->bundle, left = run->a_panels - i;
     (void)worker;
-    if (task < run->pack_shares) {
-        int64_t group = run->group_end - run->group, first = llmpar_piece_begin(task, group, run->pack_shares), end = llmpar_piece_begin(task + 1, group, run->pack_shares);
-        llmpar__gemm_pack(run, 1, run->group + first, end - first, run->b + first * run->kernel.columns * run->k);
-    } else {
-        int64_t i = task - run->pack_shares;
-        llmpar__gemm_pack(run, 0, i, 1, llmpar__gemm_a_panel(run, i));
-    }
+    llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
@@ -5892,53 +5825,43 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
-/* Each panel of A of a bundle, which stays in L1, with a share of the group of B, which stays in L2 for the next one. */
+/* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
+   for anybody in between, and a worker whose core does something else holds up the others for one panel only. */
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task / run->splits * run->bundle, i_end = i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels, share = task % run->splits;
-    int64_t group = run->group_end - run->group, begin = llmpar_piece_begin(share, group, run->splits), end = llmpar_piece_begin(share + 1, group, run->splits), j;
-    if (run->group == 0 && !run->pack_a_first) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
-    for (; i < i_end; i++)
-        for (j = begin; j < end; j++) llmpar__gemm_tile_at(run, i, run->group + j, run->b + j * run->kernel.columns * run->k, worker);
-}
-
-/* One panel of B, packed here, with the few panels of A. */
-static void llmpar__gemm_narrow_task(void *arg, int64_t task, int32_t worker)
-{
-    const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->kernel.columns * run->block_k;
-    int64_t i;
-    llmpar__gemm_pack(run, 1, task, 1, b);
-    for (i = 0; i < run->a_panels; i++) llmpar__gemm_tile_at(run, i, task, b, worker);
+    llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
+    float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->thin, g, i, i_end, j, j_end;
+    for (g = 0; g < run->groups && task >= run->groups; g++) {
+        int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
+        if (taken >= least) continue;
+        least = taken;
+        group = g;
+    }
+    if (group >= run->groups) return;
+    j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
+    llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
+        i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
+        if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
+        for (; i < i_end; i++)
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+    }
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
 {
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
-    run->pack_a_first = run->threads > 1 && run->a_panels < 4 * run->threads; /* a few tasks a worker */
-    run->bundle = 1;
-    if (run->args->kind == LLMPAR_GEMM_TN && (run->threads == 1 || run->m >= 4 * run->threads * LLMPAR__GEMM_BUNDLE_M)) run->bundle = LLMPAR__GEMM_BUNDLE_M / run->kernel.rows;
+    run->groups = (run->b_panels + run->group_panels - 1) / run->group_panels;
+    run->bundle = run->args->kind != LLMPAR_GEMM_TN || run->thin ? 1 : LLMPAR__GEMM_BUNDLE_M / run->kernel.rows / (run->threads > 1 ? 2 : 1);
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
-        if (run->thin) {
-            llmpar__gemm_pack(run, 0, 0, run->a_panels, run->a);
-            llmpar__pool_run(cpu, llmpar__gemm_narrow_task, run, run->b_panels);
-            continue;
-        }
-        for (run->group = 0; run->group < run->b_panels; run->group = run->group_end) {
-            int64_t panels = run->b_panels - run->group;
-            if (panels > run->group_panels) panels = run->group_panels;
-            run->group_end = run->group + panels;
-            run->splits = run->pack_a_first ? (4 * run->threads + run->a_panels - 1) / run->a_panels : 1;
-            if (run->splits > panels) run->splits = panels;
-            run->pack_shares = run->threads == 1 ? 1 : panels < 2 * run->threads ? panels : 2 * run->threads;
-            llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, run->pack_shares + (run->group == 0 && run->pack_a_first ? run->a_panels : 0));
-            llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, (run->a_panels + run->bundle - 1) / run->bundle * run->splits);
-        }
+        memset(run->taken, 0, sizeof run->taken);
+        if (run->threads > 1 || run->thin) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
+        llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
     }
 }
 
@@ -6068,14 +5991,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar
    A task is one KV head of one sequence; its keys are packed once and used by every query head of the group. */
 /* ==== src/cpu/kernels_internal.h ==== */
 /* kernels: what the operations' files and their kernels (.inc, compiled once a level by kernels_*.c) tell each other: jobs, sizes of tasks, and the names. */
-#ifndef LLMPAR_KERNELS_INTERNAL_H
-#define LLMPAR_KERNELS_INTERNAL_H
 
 /* ==== src/cpu/squares_internal.h ==== */
 /* squares: what squares.c and its kernel (squares.inc) tell each other. */
-#ifndef LLMPAR_SQUARES_INTERNAL_H
-#define LLMPAR_SQUARES_INTERNAL_H
-
 
 /* A block's largest and smallest exponent decide how it is added: two words hold exponents that lie up to 20 apart, three 42; what is wider, or not finite, goes number by number (base/exact_sum.c). */
 enum {
@@ -6116,9 +6034,7 @@ LLMPAR__VDECLARE_AT(squares, portable)
 #define LLMPAR__SQUARES_KERNELS { NULL, llmpar__squares_portable, llmpar__squares_portable, llmpar__squares_portable }
 #endif
 
-#endif
 /* ---- src/cpu/kernels_internal.h goes on ---- */
-
 /* norm */
 typedef struct llmpar__norm_job { const llmpar_rmsnorm_args *args; int64_t step; } llmpar__norm_job;
 typedef struct llmpar__norm_backward_job {
@@ -6144,7 +6060,7 @@ typedef struct llmpar__rope_job { const llmpar_rope_args *args; int64_t step; } 
 LLMPAR__VDECLARE(rope_rotate)
 
 /* attention */
-enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12 }; /* keys a tile, which the bits depend on; query rows a block and a strip of it, which they do not */
+enum { LLMPAR__ATTENTION_TILE = 64, LLMPAR__ATTENTION_BLOCK = 192, LLMPAR__ATTENTION_STRIP = 12, LLMPAR__ATTENTION_DECODE = 96 }; /* keys a tile, which the bits depend on; query rows a block, a strip of it, and a task of decoding at most, which they do not */
 #define LLMPAR__ATTENTION_LOG2E 1.4426950408889634 /* 1 / ln 2: scores are in units of ln 2 */
 #define LLMPAR__ATTENTION_LN2 0.6931471805599453
 typedef struct llmpar__attention_job {
@@ -6158,6 +6074,7 @@ typedef struct llmpar__attention_job {
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
     int64_t decode_columns;
     int32_t decode_block;  /* rows of queries that lie side by side */
+    int64_t decode_parts;  /* tasks of a sequence: each takes neighbouring KV heads, whose rows of the cache are read together */
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
 LLMPAR__VDECLARE_AT(attention_decode, portable)
@@ -6185,7 +6102,7 @@ typedef struct llmpar__embedding_backward_job {
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
     const int64_t *order;
 } llmpar__embedding_backward_job;
-LLMPAR__VDECLARE_NARROW(embedding_gradient)
+LLMPAR__VDECLARE(embedding_gradient)
 
 /* xent */
 typedef struct llmpar__xent_job { const llmpar_xent_args *args; int64_t step; double scale; } llmpar__xent_job;
@@ -6213,9 +6130,7 @@ LLMPAR__VDECLARE_NARROW(adalomo_squares)
 LLMPAR__VDECLARE_NARROW(adalomo_apply)
 LLMPAR__VDECLARE(adalomo_sums)
 
-#endif
 /* ---- src/cpu/attention.c goes on ---- */
-
 LLMPAR__PRIVATE_DEF int64_t llmpar__attention_document(const llmpar_attention_args *a, int64_t sequence, int64_t i, int64_t *begin)
 {
     const int32_t *start = a->doc_start ? a->doc_start + sequence * a->tk : NULL;
@@ -6300,11 +6215,18 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.decode = NULL;
     job.decode_columns = 0;
     job.decode_block = 0;
-    /* all scores of 16 rows take no more than the tiled path's keys and values */
+    job.decode_parts = 1;
     if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns, &job.decode_block);
-    if (job.decode) kernels = llmpar__attention_decode_kernels;
-    job.by_task = a->batch * a->kv_heads <= llmpar__pool_threads(cpu);
-    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * a->kv_heads);
+    if (job.decode) {
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq, job.decode_block), threads = llmpar__pool_threads(cpu);
+        kernels = llmpar__attention_decode_kernels;
+        job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
+        if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));
+        if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
+    }
+    job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;
+    job.by_task = a->batch * job.decode_parts <= llmpar__pool_threads(cpu);
+    llmpar__pool_run(cpu, kernels[llmpar__v_index(cpu, a->dtype)], &job, a->batch * job.decode_parts);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args)
@@ -6466,7 +6388,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
 
 typedef struct llmpar__embedding_job { const llmpar_embedding_args *args; int64_t step; } llmpar__embedding_job;
 
-static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS_NARROW(embedding_gradient);
+static const llmpar__kernel llmpar__embedding_backward_kernels[4] = LLMPAR__VKERNELS(embedding_gradient);
 
 static void llmpar__embedding_gather(void *arg, int64_t task, int32_t worker)
 {
@@ -6727,8 +6649,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, l
    All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or so on their way. So the loop names every line some time before it is needed, the
    lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). Additions alone have the same bits in vectors of any
    width, so there is one level for all. */
-
-#include <string.h>
 
 #define LLMPAR__TREE_LINE 64u
 #define LLMPAR__TREE_AHEAD 512u /* bytes; 1,024 is the same, 4,096 slower: beyond the first-level cache's ways */
@@ -7015,7 +6935,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -7030,7 +6950,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #define LLMPAR__ATTENTION_ROWS 6 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 4 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -7048,7 +6968,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
 #define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
 #define LLMPAR__ATTENTION_LOG llmpar_log_f32
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
 #include LLMPAR_HEADER
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VDOUBLE
@@ -7056,1686 +6976,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #undef LLMPAR__ATTENTION_COLUMNS
 #undef LLMPAR__ATTENTION_LOG
 
-/* From here on little is hot (f64 is for checking gradients): gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
+/* From here on little is hot: gcc's lower level halves its work. Not where nothing was to be optimized: debuggers want -O0. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O1")
 #endif
-
-/* ==== src/base/status.c ==== */
-
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-
-LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
-{
-    switch ((int)status) {
-#define LLMPAR__STATUS_CASE(name, value, text) case value: return text;
-    LLMPAR_STATUS_LIST(LLMPAR__STATUS_CASE)
-#undef LLMPAR__STATUS_CASE
-    default: return "unknown status";
-    }
-}
-
-LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
-{
-    /* Formatted aside first: an argument may point into *error. */
-    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
-    va_list arguments;
-    int length;
-    size_t i;
-    if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
-    va_start(arguments, format);
-    length = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    if (length < 0) text[0] = 0;
-    if (length >= (int)sizeof text) {
-        size_t end = sizeof text - 4;
-        while (end > 0 && ((unsigned char)text[end] & 0xC0) == 0x80) end--; /* never half of a UTF-8 character */
-        memcpy(text + end, "...", 4);
-    }
-    for (i = 0; text[i]; i++)
-        if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
-    while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
-    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
-    memcpy(where, error->where, sizeof where);
-    llmpar_error_clear(error);
-    memcpy(error->where, where, sizeof where);
-    error->status = status;
-    memcpy(error->text, text, i + 1);
-    return status;
-}
-
-LLMPAR_DEF void llmpar_error_clear(llmpar_error *error)
-{
-    if (!error) return;
-    memset(error, 0, sizeof *error);
-    error->rank = -1;
-}
-/* ==== src/base/heap.c ==== */
-
-#include <errno.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-/* What lies just below every pointer that was handed out:
-
-     raw              memory - sizeof(header)     memory (multiple of 64)
-      |... up to 63 ...| header                  | bytes ...              */
-typedef struct llmpar__heap_header {
-    void *raw;       /* as the hook gave it */
-    size_t total;    /* as asked of the hook */
-    size_t bytes;    /* as asked by the caller */
-} llmpar__heap_header;
-
-#define LLMPAR__HEAP_ALIGN 64
-#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
-
-/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
-   (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
-static void *llmpar__heap_malloc(void *user, size_t bytes)
-{
-    void *memory = malloc(bytes);
-    (void)user;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
-        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
-        int kept = errno;
-        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
-    }
-#endif
-    return memory;
-}
-
-static void llmpar__heap_release(void *user, void *memory, size_t bytes)
-{
-    (void)user;
-    (void)bytes;
-    free(memory);
-}
-
-LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allocator)
-{
-    memset(heap, 0, sizeof *heap);
-    if (allocator && allocator->alloc) {
-        heap->allocator = *allocator; /* without a free hook nothing is given back: the user's region goes at once */
-    } else {
-        heap->allocator.alloc = llmpar__heap_malloc;
-        heap->allocator.free = llmpar__heap_release;
-    }
-}
-
-LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
-{
-    llmpar__heap_header header;
-    char *memory;
-    if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
-    if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
-    if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
-    header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
-    if (!header.raw) return NULL;
-    memory = (char *)header.raw + sizeof header;
-    memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
-    memcpy(memory - sizeof header, &header, sizeof header);
-    heap->calls++;
-    heap->live += header.bytes;
-    if (heap->live > heap->peak) heap->peak = heap->live;
-    return memory;
-}
-
-LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size)
-{
-    void *memory = llmpar_heap_alloc(heap, count, size);
-    if (memory) memset(memory, 0, count * size);
-    return memory;
-}
-
-LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
-{
-    size_t bytes = strlen(text) + 1;
-    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
-    if (copy) memcpy(copy, text, bytes);
-    return copy;
-}
-
-LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
-{
-    llmpar__heap_header header;
-    if (!memory) return;
-    memcpy(&header, (char *)memory - sizeof header, sizeof header);
-    heap->live -= header.bytes;
-    if (heap->allocator.free) heap->allocator.free(heap->allocator.user, header.raw, header.total);
-}
-
-#undef LLMPAR__HEAP_ALIGN
-#undef LLMPAR__HEAP_LARGE
-/* ==== src/base/processors.c ==== */
-/* ==== src/base/processors_internal.h ==== */
-/* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
-#ifndef LLMPAR_PROCESSORS_INTERNAL_H
-#define LLMPAR_PROCESSORS_INTERNAL_H
-
-
-enum { LLMPAR__PROCESSORS_WORDS = 128 }; /* of 64 processors; the kernel's limit is 8,192 */
-
-typedef struct llmpar__processors {
-    uint64_t mask[LLMPAR__PROCESSORS_WORDS]; /* as the system numbers them; all zero where it does not say */
-    int32_t count;                           /* >= 1 */
-    int32_t mask_known;
-} llmpar__processors;
-
-/* Those the calling thread may run on. */
-LLMPAR__PRIVATE void llmpar__processors_allowed(llmpar__processors *out);
-/* Their cores: a core that runs several threads at once has one set of arithmetic units. order[count] (may be NULL): one processor of each core first, then the others. */
-LLMPAR__PRIVATE int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order);
-/* Threads for each of `users` that share so many cores, and no more than the control group's quota of time amounts to; at least 1. */
-LLMPAR__PRIVATE int32_t llmpar__processors_share(int32_t cores, int32_t users);
-/* The calling thread runs on these only: 1. 0: the system cannot, or will not. */
-LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
-LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);
-
-#endif
-/* ---- src/base/processors.c goes on ---- */
-
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
-
-LLMPAR__PRIVATE_DEF void llmpar__processors_allowed(llmpar__processors *out)
-{
-    memset(out, 0, sizeof *out);
-#if defined(__linux__)
-    if (syscall(SYS_sched_getaffinity, 0, sizeof out->mask, out->mask) < 0) memset(out->mask, 0, sizeof out->mask);
-    for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) out->count += __builtin_popcountll((unsigned long long)out->mask[i]);
-#endif
-    out->mask_known = out->count > 0;
-    if (!out->count) {
-        long online = sysconf(_SC_NPROCESSORS_ONLN);
-        out->count = online < 1 ? 1 : online > 64 * LLMPAR__PROCESSORS_WORDS ? 64 * LLMPAR__PROCESSORS_WORDS : (int32_t)online;
-    }
-}
-
-static int llmpar__processors_has(const llmpar__processors *set, long i) { return i >= 0 && i < 64 * LLMPAR__PROCESSORS_WORDS && (set->mask[i / 64] >> (i % 64) & 1); }
-
-/* The beginning of a file, as text; "" if there is none. */
-static void llmpar__processors_read(const char *path, char *out, size_t size)
-{
-    int file = open(path, O_RDONLY);
-    ssize_t bytes = file < 0 ? 0 : read(file, out, size - 1);
-    if (file >= 0) close(file);
-    out[bytes > 0 ? bytes : 0] = 0;
-}
-
-/* A number at *text, which moves behind it; -1: there is none. */
-static long llmpar__processors_number(const char **text)
-{
-    long value = -1;
-    for (; **text >= '0' && **text <= '9' && value < 100000000; ++*text) value = (value < 0 ? 0 : value * 10) + (**text - '0');
-    return value;
-}
-
-/* Is a processor with a smaller number in the set on the same core? The system's list of a core's processors is "0,4" or "0-1". */
-static int llmpar__processors_second(const llmpar__processors *set, long processor)
-{
-    char path[96], text[200];
-    const char *at = text;
-    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/topology/thread_siblings_list", processor);
-    llmpar__processors_read(path, text, sizeof text);
-    while (*at >= '0' && *at <= '9') {
-        long first = llmpar__processors_number(&at), last = first;
-        if (*at == '-') {
-            at++;
-            last = llmpar__processors_number(&at);
-        }
-        for (; first <= last && first < processor; first++)
-            if (llmpar__processors_has(set, first)) return 1;
-        if (*at == ',') at++;
-    }
-    return 0;
-}
-
-LLMPAR__PRIVATE_DEF int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order)
-{
-    int32_t cores = 0, seconds = 0;
-    uint64_t second[LLMPAR__PROCESSORS_WORDS];
-    memset(second, 0, sizeof second);
-    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS; i++) {
-        if (!llmpar__processors_has(set, i)) continue;
-        if (llmpar__processors_second(set, i)) second[i / 64] |= (uint64_t)1 << (i % 64);
-        else {
-            if (order) order[cores] = (int32_t)i;
-            cores++;
-        }
-    }
-    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS && order; i++)
-        if (second[i / 64] >> (i % 64) & 1) order[cores + seconds++] = (int32_t)i;
-    return cores ? cores : set->count;
-}
-
-/* Processors that the control group's quota of time amounts to, rounded up; INT32_MAX: there is none. */
-static int32_t llmpar__processors_quota(void)
-{
-    char text[64];
-    const char *at = text;
-    llmpar__processors_read("/sys/fs/cgroup/cpu.max", text, sizeof text); /* "150000 100000": one processor and a half; "max 100000": no quota */
-    long quota = llmpar__processors_number(&at);
-    if (quota <= 0 || *at++ != ' ') return INT32_MAX;
-    long period = llmpar__processors_number(&at);
-    return period > 0 ? (int32_t)((quota + period - 1) / period) : INT32_MAX;
-}
-
-LLMPAR__PRIVATE_DEF int32_t llmpar__processors_share(int32_t cores, int32_t users)
-{
-    int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
-    return usable < users ? 1 : usable / users;
-}
-
-LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)
-{
-#if defined(__linux__)
-    return syscall(SYS_sched_setaffinity, 0, sizeof set->mask, set->mask) == 0;
-#else
-    (void)set;
-    return 0;
-#endif
-}
-
-LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
-{
-    llmpar__processors one;
-    memset(&one, 0, sizeof one);
-    one.mask[processor / 64] = (uint64_t)1 << (processor % 64);
-    one.count = 1;
-    return llmpar__processors_stay(&one);
-}
-
-/* ==== src/tables/device.c ==== */
-/* device: the optional slots with their fallbacks. */
-
-#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
-
-LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
-{
-    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
-    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
-}
-
-LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
-{
-    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
-    return error ? error : own;
-}
-
-LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
-{
-    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
-}
-
-LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
-{
-    llmpar_tree_sum_args sum;
-    size_t bytes = args->count * llmpar_dtype_size(args->dtype);
-    llmpar_status status = LLMPAR_OK;
-    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
-    if (!bytes || args->outs < 1) return LLMPAR_OK;
-    sum.in = args->in;
-    sum.n = args->n;
-    sum.count = args->count;
-    sum.out = args->out[0];
-    sum.dtype = args->dtype;
-    if (args->n > 1) status = device->tree_sum(device, NULL, &sum);
-    for (int32_t i = args->n > 1; i < args->outs && !status; i++) {
-        const void *from = args->n > 1 ? sum.out : args->in[0];
-        if (args->out[i] != from) status = device->copy(device, NULL, args->out[i], from, bytes);
-    }
-    return status;
-}
-
-LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
-{
-    *out = NULL;
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
-    *out = llmpar_heap_alloc(heap, 1, bytes);
-    return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
-}
-
-LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
-{
-    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
-    else llmpar_heap_free(heap, memory);
-}
-
-LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
-{
-    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
-}
-
-LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
-{
-    llmpar_status status = LLMPAR_OK;
-    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
-    if (order->device != device) {
-        status = llmpar_order_wait(order);
-        llmpar_order_destroy(order);
-        if (!status) status = device->event_create(device, &order->event);
-        if (status) return status;
-        order->device = device;
-    }
-    status = device->event_wait(device, stream, order->event);
-    if (!status) status = device->host_call(device, stream, fn, arg, arg_bytes);
-    return status ? status : device->event_record(device, stream, order->event);
-}
-
-LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->event ? order->device->event_synchronize(order->device, order->event) : LLMPAR_OK; }
-
-LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
-{
-    if (order->event) order->device->event_destroy(order->device, order->event);
-    order->device = NULL;
-    order->event = NULL;
-}
-
-#undef LLMPAR__DEVICE_HAS
-/* ==== src/tables/ctx.c ==== */
-/* ctx: failing with a text, and logging. */
-
-
-#include <stdarg.h>
-#include <stdio.h>
-
-LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
-{
-    llmpar_error *error = llmpar_device_thread_error(ctx->device, &ctx->error);
-    if (error->status != LLMPAR_OK) return status;
-    char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    llmpar_error_set(error, status, "%s", text);
-    error->rank = ctx->rank;
-    return status;
-}
-
-LLMPAR_DEF const char *llmpar_last_error(const llmpar_ctx *ctx)
-{
-    return ctx->error.status != LLMPAR_OK ? ctx->error.text : "";
-}
-
-LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...)
-{
-    if (!ctx->log) return;
-    char line[1024];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
-    va_end(args);
-    ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
-}
-/* ==== src/tables/comm.c ==== */
-/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
-
-#include <string.h>
-
-
-/* A slot that lies beyond the table's size is empty. */
-#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
-
-typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
-
-static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
-{
-    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
-    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
-                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
-}
-
-static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
-{
-    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
-    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
-}
-
-static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
-{
-    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
-    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
-}
-
-/* One rank: every collective is at most a copy. */
-static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
-{
-    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
-    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
-}
-
-/* The argument of the host calls that mark an entry of the record when its stream comes there. */
-typedef struct llmpar__comm_mark {
-    llmpar_record *record;
-    uint64_t id;
-} llmpar__comm_mark;
-
-static llmpar_status llmpar__comm_started(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_started(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-static llmpar_status llmpar__comm_completed(void *arg)
-{
-    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
-    llmpar_record_completed(mark->record, mark->id);
-    return LLMPAR_OK;
-}
-
-/* Is there a description of the call that the slot was asked for? */
-static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
-
-LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
-{
-    const llmpar_call *shown = llmpar__comm_shown(comm);
-    const char *tag = call->tag ? call->tag : "";
-    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
-    memset(out, 0, sizeof *out);
-    out->count = call->count;
-    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
-    out->op = (int32_t)op;
-    out->dtype = (int32_t)call->dtype;
-    out->reduce = (int32_t)call->op;
-    out->root = call->root;
-    out->peer = call->peer;
-    out->member = comm->rank;
-    out->members = comm->ranks;
-    out->number = shown ? shown->number : 0;
-    out->rank = shown ? shown->rank : -1;
-    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
-    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
-    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
-    out->tag_bits = 0xcbf29ce484222325u ^ length;
-    for (size_t i = 0; i < length; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
-        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
-        out->tag_bits ^= out->tag_bits >> 32;
-    }
-}
-
-/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
-static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
-{
-    llmpar_call_describe(comm, op, call, out);
-    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
-    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
-}
-
-/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
-static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
-{
-    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
-    const llmpar_call *before = comm->call;
-    comm->call = call;
-    return before;
-}
-
-/* The slot between its marks. */
-static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
-{
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    llmpar__comm_enter(comm, op, call, &described, &mark);
-    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
-    if (st) return st;
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
-    llmpar__comm_show(comm, before);
-    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
-    return st;
-}
-
-static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
-{
-    const char *name = llmpar_call_op_name(kind);
-    llmpar_status st = llmpar__comm_abi(comm, slot_end);
-    if (st) return st;
-    llmpar_collective call = *given;
-    if (!call.blocks) call.blocks = 1;
-    if (!call.tag) call.tag = "";
-    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
-    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
-    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
-                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
-    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
-    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
-                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
-    if (!reduces) call.op = LLMPAR_SUM;
-    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
-    if (call.root < 0 || call.root >= comm->ranks)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
-    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
-    if (!point) call.peer = 0;
-    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
-                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
-    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
-    if (!needs_send) call.send = NULL; /* a broadcast in place, send == recv on every rank, is a root's only on the root */
-    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
-    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
-        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
-
-    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
-    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
-        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
-        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
-        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
-        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
-        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
-        if (!fine)
-            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
-                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
-    }
-
-    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
-    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
-    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
-    if (st) return st;
-    comm->sequence++;
-    uint64_t moved = part;
-    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
-    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
-    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
-    comm->bytes_sent += moved;
-    return LLMPAR_OK;
-}
-
-#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
-
-LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
-LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
-LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
-LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
-LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
-LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
-LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
-
-LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag ? tag : "";
-    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
-    if (!st) comm->sequence++;
-    return st;
-}
-
-/* ---- slots that are one function ---- */
-
-#define LLMPAR__COMM_ONE(slot, op) \
-    static llmpar_status llmpar__comm_one_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return comm->collective(comm, stream, call, (int32_t)op); }
-LLMPAR__COMM_ONE(all_gather, LLMPAR_CALL_ALL_GATHER)
-LLMPAR__COMM_ONE(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER)
-LLMPAR__COMM_ONE(all_reduce, LLMPAR_CALL_ALL_REDUCE)
-LLMPAR__COMM_ONE(broadcast, LLMPAR_CALL_BROADCAST)
-LLMPAR__COMM_ONE(all_to_all, LLMPAR_CALL_ALL_TO_ALL)
-LLMPAR__COMM_ONE(send, LLMPAR_CALL_SEND)
-LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
-#undef LLMPAR__COMM_ONE
-
-static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
-{
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.tag = tag;
-    return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
-}
-
-LLMPAR_DEF void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op))
-{
-    comm->collective = collective;
-    comm->barrier = llmpar__comm_one_barrier;
-    comm->all_gather = llmpar__comm_one_all_gather;
-    comm->reduce_scatter = llmpar__comm_one_reduce_scatter;
-    comm->all_reduce = llmpar__comm_one_all_reduce;
-    comm->broadcast = llmpar__comm_one_broadcast;
-    comm->all_to_all = llmpar__comm_one_all_to_all;
-    comm->send = llmpar__comm_one_send;
-    comm->recv = llmpar__comm_one_recv;
-}
-
-LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
-{
-    *out = NULL;
-    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
-    if (st) return st;
-    llmpar_collective call;
-    llmpar_call described;
-    llmpar__comm_mark mark;
-    memset(&call, 0, sizeof call);
-    call.tag = name ? name : "";
-    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
-    if (mark.id) llmpar_record_started(mark.record, mark.id);
-    const llmpar_call *before = llmpar__comm_show(comm, &described);
-    st = comm->split(comm, color, key, call.tag, out);
-    llmpar__comm_show(comm, before);
-    if (st) return st;
-    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
-    if (mark.id) llmpar_record_completed(mark.record, mark.id);
-    comm->sequence++;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
-{
-    if (comm) comm->destroy(comm);
-}
-
-#undef LLMPAR__COMM_END
-#undef LLMPAR__COMM_CALL
-/* ==== src/tables/record.c ==== */
-/* record: descriptions, fingerprints and the ring.
-
-   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
-   A mark for an id that has been overwritten does nothing. */
-
-#include <sched.h>
-#include <stdio.h>
-#include <string.h>
-#include <time.h>
-
-/* ==== src/base/text_internal.h ==== */
-/* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
-#ifndef LLMPAR_TEXT_INTERNAL_H
-#define LLMPAR_TEXT_INTERNAL_H
-
-
-typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
-
-/* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
-LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
-/* Appends like printf. */
-LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-
-#endif
-/* ---- src/tables/record.c goes on ---- */
-
-typedef struct llmpar__record_entry {
-    llmpar_call call;
-    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
-    int32_t group;
-} llmpar__record_entry;
-
-typedef struct llmpar__record_group {
-    char axis[24];
-    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
-    int32_t *world_rank;      /* [ranks] */
-    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
-} llmpar__record_group;
-
-struct llmpar_record {
-    llmpar_heap *heap;
-    int32_t rank;
-    uint32_t lock;           /* atomic; of everything below */
-    uint64_t timeout_ms, last_id, changed_ns;
-    char where[48];
-    llmpar_call last;        /* completed */
-    llmpar__record_group *groups;
-    int32_t group_count, group_capacity;
-    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
-};
-
-/* ---- texts ---- */
-
-LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
-{
-    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
-    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
-}
-
-static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
-
-static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
-{
-    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
-    if (call->op == LLMPAR_CALL_NONE) return;
-    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
-    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
-    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
-    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
-    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
-    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
-    llmpar__text_put(out, " \"%s\"", call->tag);
-    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
-    else llmpar__text_put(out, " (on %s)", call->axis);
-}
-
-LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
-{
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar__record_put_call(&out, call);
-    return out.used;
-}
-
-static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
-{
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    return hash ^ (hash >> 29);
-}
-
-LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
-{
-    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
-    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
-    memcpy(axis, call->axis, sizeof axis);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
-    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
-    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
-    else hash = llmpar__record_mix(hash, call->number);
-    hash = llmpar__record_mix(hash, call->count);
-    hash = llmpar__record_mix(hash, call->blocks);
-    hash = llmpar__record_mix(hash, call->tag_bits);
-    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
-    return hash;
-}
-
-LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
-{
-    const llmpar_call *side[2];
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
-    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
-    side[0] = a;
-    side[1] = b;
-    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
-    differ[1] = !messages && a->op != b->op;
-    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
-    differ[3] = a->dtype != b->dtype;
-    differ[4] = a->count != b->count;
-    differ[5] = a->blocks != b->blocks;
-    differ[6] = a->root != b->root;
-    differ[7] = a->reduce != b->reduce;
-    differ[8] = a->tag_bits != b->tag_bits;
-    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
-    for (int i = 0; i < 9; i++)
-        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
-    for (int i = 0; i < 2; i++) {
-        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
-        llmpar__record_put_call(&out, side[i]);
-    }
-    return out.used;
-}
-
-/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
-static uint64_t llmpar__record_situation(const llmpar_position *p)
-{
-    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
-    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
-}
-
-LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
-{
-    enum { SITUATIONS = 24, NAMED = 12 };
-    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
-    uint64_t seen[SITUATIONS];
-    int count = 0;
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar_position p, q;
-    for (int inside = 0; inside < 2; inside++)
-        for (int32_t i = 0; i < ranks; i++) {
-            get(user, i, &p);
-            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
-            uint64_t key = llmpar__record_situation(&p);
-            int k = 0;
-            while (k < count && seen[k] != key) k++;
-            if (k < count) continue;
-            if (count == SITUATIONS) {
-                llmpar__text_put(&out, "; ...");
-                return out.used;
-            }
-            seen[count++] = key;
-            int32_t alike = 1, named = 1;
-            for (int32_t j = i + 1; j < ranks; j++) {
-                get(user, j, &q);
-                alike += llmpar__record_situation(&q) == key;
-            }
-            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
-            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
-                get(user, j, &q);
-                if (llmpar__record_situation(&q) != key) continue;
-                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
-                named++;
-            }
-            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
-            llmpar__text_put(&out, ": %s", states[p.state]);
-            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
-            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
-            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
-        }
-    return out.used;
-}
-
-/* ---- the ring ---- */
-
-static void llmpar__record_lock(llmpar_record *record)
-{
-    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
-}
-static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
-
-static uint64_t llmpar__record_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
-{
-    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
-    if (!record) return LLMPAR_ERR_MEMORY;
-    record->heap = heap;
-    record->rank = rank;
-    record->timeout_ms = timeout_ms;
-    record->changed_ns = llmpar__record_now();
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
-{
-    if (!record) return;
-    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
-    llmpar_heap_free(record->heap, record->groups);
-    llmpar_heap_free(record->heap, record);
-}
-
-LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
-{
-    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
-    char axis[sizeof record->groups->axis];
-    int32_t same_name = 0;
-    memset(axis, 0, sizeof axis);
-    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        llmpar__record_group *g = &record->groups[i];
-        if (memcmp(g->axis, axis, sizeof axis)) continue;
-        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
-            comm->record = record;
-            comm->group = i;
-            return LLMPAR_OK;
-        }
-        same_name++;
-    }
-    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
-    llmpar__record_group *grown = NULL, *old = record->groups;
-    int32_t capacity = record->group_capacity;
-    if (members && record->group_count == capacity) {
-        capacity = capacity ? 2 * capacity : 8;
-        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
-    }
-    if (!members || (record->group_count == record->group_capacity && !grown)) {
-        llmpar_heap_free(record->heap, members);
-        return LLMPAR_ERR_MEMORY;
-    }
-    memcpy(members, world_rank, n * sizeof *members);
-    llmpar__record_lock(record);
-    if (grown) {
-        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
-        record->groups = grown;
-        record->group_capacity = capacity;
-    }
-    llmpar__record_group *g = &record->groups[record->group_count];
-    memset(g, 0, sizeof *g);
-    memcpy(g->axis, axis, sizeof axis);
-    g->ranks = comm->ranks;
-    g->same_name = same_name;
-    g->world_rank = members;
-    comm->record = record;
-    comm->group = record->group_count++;
-    llmpar__record_unlock(record);
-    if (grown) llmpar_heap_free(record->heap, old);
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_group *g = &record->groups[group];
-    uint64_t id = ++record->last_id;
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    call->rank = record->rank;
-    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
-    if (!llmpar__record_message(call)) g->enqueued = call->number;
-    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
-    e->call = *call;
-    e->id = id;
-    e->created_ns = record->changed_ns = now;
-    e->started_ns = e->completed_ns = 0;
-    e->group = group;
-    llmpar__record_unlock(record);
-    return id;
-}
-
-static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
-{
-    uint64_t now = llmpar__record_now();
-    llmpar__record_lock(record);
-    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-    record->changed_ns = now;
-    if (e->id == id) {
-        llmpar__record_group *g = &record->groups[e->group];
-        if (completed) {
-            e->completed_ns = now;
-            record->last = e->call;
-        } else {
-            e->started_ns = now;
-        }
-        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
-    }
-    llmpar__record_unlock(record);
-}
-
-LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
-LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
-
-static uint64_t llmpar__record_oldest(const llmpar_record *record)
-{
-    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
-}
-
-LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
-{
-    memset(out, 0, sizeof *out);
-    llmpar__record_lock(record);
-    out->rank = record->rank;
-    out->time_ns = record->changed_ns;
-    memcpy(out->where, record->where, sizeof out->where);
-    out->last = record->last;
-    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
-        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
-        if (!e->started_ns || e->completed_ns) continue;
-        out->state = LLMPAR_POSITION_INSIDE;
-        out->now = e->call;
-        break;
-    }
-    llmpar__record_unlock(record);
-}
-
-/* ---- the dump ---- */
-
-static const char *llmpar__record_torch_dtype(int32_t dtype)
-{
-    switch (dtype) {
-    case LLMPAR_F32: return "Float";
-    case LLMPAR_F64: return "Double";
-    case LLMPAR_BF16: return "BFloat16";
-    case LLMPAR_F16: return "Half";
-    case LLMPAR_I32: return "Int";
-    case LLMPAR_I64: return "Long";
-    case LLMPAR_U64: return "UInt64";
-    default: return "Byte";
-    }
-}
-
-/* "tp"; the second communicator of that name with other members is "tp.1". */
-static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
-{
-    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
-    else snprintf(text, capacity, "%s", g->axis);
-}
-
-static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
-{
-    const llmpar_call *c = &e->call;
-    const llmpar__record_group *g = &record->groups[e->group];
-    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
-    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
-    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
-    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
-    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
-    llmpar__record_group_name(group, sizeof group, g);
-    llmpar_json_escape(group, strlen(group), name, sizeof name);
-    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
-    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
-    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
-    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
-    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
-    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
-    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
-                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
-                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
-    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
-                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
-    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
-                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
-                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
-                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
-}
-
-LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
-{
-    llmpar__text out = llmpar__text_begin(text, capacity);
-    char group[48], name[320], axis[160], where[320];
-    llmpar__record_lock(record);
-    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
-    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__record_group_name(group, sizeof group, g);
-        llmpar_json_escape(group, strlen(group), name, sizeof name);
-        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
-        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
-        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
-        llmpar__text_put(&out, "]\"}");
-    }
-    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
-    for (int32_t i = 0; i < record->group_count; i++) {
-        const llmpar__record_group *g = &record->groups[i];
-        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
-                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
-    }
-    llmpar__text_put(&out, "\n },\n \"entries\": [");
-    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
-        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
-        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
-    }
-    llmpar__text_put(&out, "\n ]\n}\n");
-    llmpar__record_unlock(record);
-    return out.used;
-}
-/* ==== src/tables/halving.c ==== */
-
-#include <string.h>
-
-
-LLMPAR_DEF int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t rank, llmpar_halving *out)
-{
-    size_t n = (size_t)ranks, levels = 0;
-    int32_t lo = 0;
-    memset(out, 0, sizeof *out);
-    for (int32_t m = ranks; m > 1; levels++) {
-        int32_t p = (int32_t)llmpar_tree_split(m);
-        if (rank < lo + p) m = p;
-        else lo += p, m -= p;
-    }
-    out->level = (llmpar_halving_level *)llmpar_heap_zalloc(heap, 1, levels * sizeof *out->level + (levels + 1) * n * sizeof(int32_t));
-    if (!out->level) return 0;
-    out->levels = (int32_t)levels;
-    out->label = (int32_t *)(void *)(out->level + levels);
-    out->kept = out->label + levels * n;
-    lo = 0;
-    for (int32_t m = ranks, l = out->levels; m > 1;) {
-        int32_t p = (int32_t)llmpar_tree_split(m), *label = out->label + (size_t)--l * n;
-        const int32_t *above = label + n;
-        llmpar_halving_level *level = &out->level[l];
-        for (int32_t j = 0; j < ranks; j++) {
-            int32_t c = j;
-            if (l + 1 < out->levels) { /* from the node above */
-                const llmpar_halving_level *up = level + 1;
-                c = above[j];
-                if (up->left) c = c < up->p ? c : c - up->p;
-                else c = c < up->p ? c % up->q : c - up->p;
-            }
-            label[j] = c;
-        }
-        level->lo = lo;
-        level->p = p;
-        level->q = m - p;
-        level->left = rank < lo + p;
-        int32_t a = rank - lo - (level->left ? 0 : p), keeps = 0, gives = 0;
-        level->mine = level->left ? a : p + a;
-        level->partner = level->left ? lo + p + a % level->q : lo + a;
-        for (int32_t j = 0; j < ranks; j++) {
-            keeps += label[j] == level->mine;
-            gives += level->left ? label[j] == a + p : label[j] < p && label[j] % level->q == a;
-        }
-        if (keeps > out->most_kept) out->most_kept = keeps;
-        if (gives > out->most_given) out->most_given = gives;
-        if (level->left) m = p;
-        else lo += p, m -= p;
-    }
-    return 1;
-}
-
-LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
-{
-    llmpar_heap_free(heap, halving->level);
-    memset(halving, 0, sizeof *halving);
-}
-/* ==== src/tables/arena.c ==== */
-/* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
-
-   Every block is in one of two hash tables of chains: live blocks by address, idle blocks by size. An idle block serves a later request of exactly its
-   (rounded) size, so a step that repeats takes memory from the device only the first time, and the same requests always give the same usage. Of several the oldest serves: so which blocks a step gets follows from what is live
-   when it begins, and a step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). */
-
-#include <stdio.h>
-#include <string.h>
-
-
-#define LLMPAR__ARENA_BUCKETS 256u
-
-typedef struct llmpar__arena_block {
-    struct llmpar__arena_block *next; /* in its chain */
-    void *memory;
-    size_t bytes;                     /* rounded */
-    llmpar_tag tag;
-    const char *label;                /* borrowed */
-    uint64_t mark;                    /* of its last release */
-    uint64_t number;                  /* of all that were taken from the device */
-} llmpar__arena_block;
-
-struct llmpar_arena {
-    llmpar_ctx *ctx; /* borrowed */
-    uint64_t limit;
-    llmpar_arena_usage usage;
-    llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
-    llmpar__arena_block *idle[LLMPAR__ARENA_BUCKETS]; /* by size; a chain in the order of their numbers */
-    uint64_t taken;
-};
-
-LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
-{
-    static const char *const names[] = { "parameters", "gathered", "gradients", "optimizer", "activations", "communication", "workspace" };
-    return (unsigned)tag < LLMPAR_TAG_COUNT ? names[tag] : "?";
-}
-
-static unsigned llmpar__arena_hash(uint64_t key)
-{
-    return (unsigned)((key * 0x9e3779b97f4a7c15u) >> 32) % LLMPAR__ARENA_BUCKETS;
-}
-
-LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
-{
-    *out = NULL;
-    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
-    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
-    arena->ctx = ctx;
-    arena->limit = limit;
-    *out = arena;
-    return LLMPAR_OK;
-}
-
-static void llmpar__arena_release(llmpar_arena *arena, llmpar__arena_block **chains)
-{
-    for (unsigned i = 0; i < LLMPAR__ARENA_BUCKETS; i++) {
-        llmpar__arena_block *block = chains[i];
-        chains[i] = NULL;
-        while (block) {
-            llmpar__arena_block *next = block->next;
-            arena->ctx->device->free(arena->ctx->device, block->memory, block->bytes);
-            arena->usage.reserved -= block->bytes;
-            llmpar_heap_free(&arena->ctx->heap, block);
-            block = next;
-        }
-    }
-}
-
-LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
-{
-    if (!arena) return;
-    llmpar__arena_release(arena, arena->live);
-    llmpar__arena_release(arena, arena->idle);
-    llmpar_heap_free(&arena->ctx->heap, arena);
-}
-
-/* `why` completes "arena: activations "layers.3 saved": 4096 bytes: ...". */
-static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
-{
-    char list[320];
-    size_t used = 0;
-    list[0] = 0;
-    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
-        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
-    return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
-                       (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
-}
-
-/* Drops the device's own text about a failure that is mended, or that the arena can tell better. */
-static void llmpar__arena_forget(llmpar_ctx *ctx)
-{
-    ctx->error.status = LLMPAR_OK;
-    ctx->error.text[0] = 0;
-}
-
-LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out)
-{
-    llmpar_ctx *ctx = arena->ctx;
-    llmpar_device *device = ctx->device;
-    llmpar_arena_usage *usage = &arena->usage;
-    *out = NULL;
-    if (!label) label = "";
-    if ((unsigned)tag >= LLMPAR_TAG_COUNT) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "arena: \"%s\": tag %d, expected 0 to %d", label, (int)tag, LLMPAR_TAG_COUNT - 1);
-    size_t need;
-    if (!llmpar_size_add(bytes ? bytes : 1, device->alignment - 1, &need)) return llmpar__arena_full(arena, tag, bytes, label, "size overflow");
-    need &= ~(device->alignment - 1);
-    if (arena->limit && (need > arena->limit || usage->live_total > arena->limit - need)) return llmpar__arena_full(arena, tag, need, label, "over the limit");
-
-    unsigned bucket = llmpar__arena_hash(need);
-    llmpar__arena_block **link = &arena->idle[bucket], *block;
-    while (*link && (*link)->bytes != need) link = &(*link)->next;
-    block = *link;
-    if (block) {
-        *link = block->next;
-    } else {
-        /* Idle blocks must not push what is really held over the limit. */
-        if (arena->limit && usage->reserved > arena->limit - need) llmpar__arena_release(arena, arena->idle);
-        block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
-        if (!block) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
-        int clean = ctx->error.status == LLMPAR_OK;
-        llmpar_status st = device->alloc(device, need, &block->memory);
-        if (st == LLMPAR_ERR_MEMORY && usage->reserved > usage->live_total) {
-            llmpar__arena_release(arena, arena->idle);
-            if (clean) llmpar__arena_forget(ctx);
-            st = device->alloc(device, need, &block->memory);
-        }
-        if (st) {
-            if (st == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
-            llmpar_heap_free(&ctx->heap, block);
-            return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
-        }
-        block->bytes = need;
-        block->number = arena->taken++;
-        usage->reserved += need;
-    }
-    block->tag = tag;
-    block->label = label;
-    bucket = llmpar__arena_hash((uint64_t)(uintptr_t)block->memory);
-    block->next = arena->live[bucket];
-    arena->live[bucket] = block;
-    usage->live[tag] += need;
-    usage->live_total += need;
-    if (usage->live[tag] > usage->peak[tag]) usage->peak[tag] = usage->live[tag];
-    if (usage->live_total > usage->peak_total) usage->peak_total = usage->live_total;
-    *out = block->memory;
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory)
-{
-    const llmpar__arena_block *block = arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)];
-    while (block && block->memory != memory) block = block->next;
-    return block ? block->mark : 0;
-}
-
-LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0); }
-
-LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, uint64_t mark)
-{
-    if (!memory) return;
-    llmpar__arena_block **link = &arena->live[llmpar__arena_hash((uint64_t)(uintptr_t)memory)], *block;
-    while (*link && (*link)->memory != memory) link = &(*link)->next;
-    block = *link;
-    if (!block) { /* nothing to return an error through: it shows up as the rank's error */
-        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
-        return;
-    }
-    *link = block->next;
-    block->mark = mark;
-    arena->usage.live[block->tag] -= block->bytes;
-    arena->usage.live_total -= block->bytes;
-    for (link = &arena->idle[llmpar__arena_hash(block->bytes)]; *link && (*link)->number < block->number;) link = &(*link)->next;
-    block->next = *link;
-    *link = block;
-}
-
-LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
-{
-    *out = arena->usage;
-}
-
-LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
-{
-    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) arena->usage.peak[t] = arena->usage.live[t];
-    arena->usage.peak_total = arena->usage.live_total;
-}
-
-#undef LLMPAR__ARENA_BUCKETS
-/* ==== src/tables/trace.c ==== */
-/* trace: events in blocks that never move, because a stream writes an event's times while the rank's thread goes on adding events. */
-
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-#include <time.h>
-
-
-#define LLMPAR__TRACE_BLOCK 256u
-#define LLMPAR__TRACE_TEXT 65536u /* bytes that are put together before they are handed on */
-#define LLMPAR__TRACE_LINE 2048u  /* the longest event */
-
-typedef struct llmpar__trace_event {
-    uint64_t begin_ns, end_ns; /* 0: its stream has not come there */
-    uint64_t bytes;
-    const char *category;      /* NULL: live bytes per tag at begin_ns */
-    int32_t lane, micro_batch;
-    union {
-        struct { char name[24], unit[40]; } span;
-        uint64_t live[LLMPAR_TAG_COUNT];
-    } of;
-} llmpar__trace_event;
-
-typedef struct llmpar__trace_block {
-    struct llmpar__trace_block *next;
-    llmpar__trace_event event[LLMPAR__TRACE_BLOCK];
-} llmpar__trace_block;
-
-struct llmpar_trace {
-    llmpar_ctx *ctx;
-    uint64_t limit, count, dropped;
-    uint64_t created_ns;
-    int64_t clock_ns;          /* what the time of day is ahead of this machine's steady clock */
-    llmpar__trace_block *first, *last;
-    uint64_t live[LLMPAR_TAG_COUNT]; /* as last counted */
-    char lane[LLMPAR_TRACE_LANES][24];
-    char text[LLMPAR__TRACE_TEXT];   /* of write */
-};
-
-static uint64_t llmpar__trace_clock(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
-
-LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
-{
-    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
-    if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
-    trace->ctx = ctx;
-    trace->limit = limit ? limit : 262144;
-    trace->created_ns = llmpar__trace_now();
-    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
-    return LLMPAR_OK;
-}
-
-LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
-{
-    if (!trace) return;
-    while (trace->first) {
-        llmpar__trace_block *next = trace->first->next;
-        llmpar_heap_free(&trace->ctx->heap, trace->first);
-        trace->first = next;
-    }
-    llmpar_heap_free(&trace->ctx->heap, trace);
-}
-
-static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
-{
-    size_t length = text ? strlen(text) : 0;
-    if (length >= capacity) length = capacity - 1;
-    if (length) memcpy(out, text, length);
-    out[length] = 0;
-}
-
-LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
-{
-    if (trace && lane >= 0 && lane < LLMPAR_TRACE_LANES) llmpar__trace_copy(trace->lane[lane], sizeof trace->lane[lane], name);
-}
-
-/* The next event, zeroed; NULL: none is left. A trace that is cut is better than a step that fails. */
-static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
-{
-    uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
-    if (trace->count < trace->limit && at == 0) {
-        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
-        if (!block) trace->limit = trace->count;
-        else if (trace->last) trace->last->next = block;
-        else trace->first = block;
-        if (block) trace->last = block;
-    }
-    if (trace->count >= trace->limit) {
-        trace->dropped++;
-        return NULL;
-    }
-    trace->count++;
-    return &trace->last->event[at];
-}
-
-static llmpar_status llmpar__trace_mark(void *arg)
-{
-    *(*(uint64_t **)arg) = llmpar__trace_now();
-    return LLMPAR_OK;
-}
-
-static llmpar_status llmpar__trace_enqueue(llmpar_trace *trace, llmpar_stream *stream, uint64_t *time)
-{
-    return trace->ctx->device->host_call(trace->ctx->device, stream, llmpar__trace_mark, &time, sizeof time);
-}
-
-LLMPAR_DEF llmpar_status llmpar_trace_begin(llmpar_trace *trace, llmpar_stream *stream, const llmpar_trace_span *span, uint64_t *id)
-{
-    *id = 0;
-    if (!trace) return LLMPAR_OK;
-    llmpar__trace_event *event = span->lane >= 0 && span->lane < LLMPAR_TRACE_LANES ? llmpar__trace_add(trace) : NULL;
-    if (!event) return LLMPAR_OK;
-    event->bytes = span->bytes;
-    event->category = span->category ? span->category : "";
-    event->lane = span->lane;
-    event->micro_batch = span->micro_batch;
-    llmpar__trace_copy(event->of.span.name, sizeof event->of.span.name, span->name);
-    llmpar__trace_copy(event->of.span.unit, sizeof event->of.span.unit, span->unit);
-    *id = (uint64_t)(uintptr_t)event;
-    return llmpar__trace_enqueue(trace, stream, &event->begin_ns);
-}
-
-LLMPAR_DEF llmpar_status llmpar_trace_end(llmpar_trace *trace, llmpar_stream *stream, uint64_t id)
-{
-    if (!trace || !id) return LLMPAR_OK;
-    return llmpar__trace_enqueue(trace, stream, &((llmpar__trace_event *)(uintptr_t)id)->end_ns);
-}
-
-LLMPAR_DEF void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usage *usage)
-{
-    if (!trace || (trace->count && !memcmp(trace->live, usage->live, sizeof trace->live))) return;
-    llmpar__trace_event *event = llmpar__trace_add(trace);
-    if (!event) return;
-    event->begin_ns = llmpar__trace_now();
-    memcpy(event->of.live, usage->live, sizeof event->of.live);
-    memcpy(trace->live, usage->live, sizeof trace->live);
-}
-
-/* ---- writing ---- */
-
-typedef struct llmpar__trace_out {
-    llmpar_trace *trace;
-    llmpar_comm *world;
-    llmpar_stream *stream;
-    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
-    llmpar_trace_sink sink; /* rank 0 */
-    void *user;
-    size_t used;
-    uint64_t base_ns;       /* 0 of the trace on this rank's clock */
-    llmpar_status status, sunk; /* of the transport; of the sink, whose failure the other ranks need not wait for */
-} llmpar__trace_out;
-
-static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *values, size_t count, llmpar_dtype dtype)
-{
-    llmpar_device *device = out->world->device;
-    size_t bytes = count * llmpar_dtype_size(dtype);
-    llmpar_collective call;
-    if (out->status) return;
-    memset(&call, 0, sizeof call);
-    call.send = sends ? out->memory : NULL;
-    call.recv = sends ? NULL : out->memory;
-    call.count = count;
-    call.dtype = dtype;
-    call.peer = peer;
-    call.tag = "trace";
-    if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
-    if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
-    if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
-}
-
-static void llmpar__trace_sink(llmpar__trace_out *out, size_t bytes)
-{
-    if (bytes && !out->sunk && !out->status) out->sunk = out->sink(out->user, out->trace->text, bytes);
-}
-
-/* Hands on what there is: to the sink, or to rank 0, for which a piece of 0 bytes is the last one. */
-static void llmpar__trace_flush(llmpar__trace_out *out)
-{
-    int64_t bytes = (int64_t)out->used;
-    if (out->world->rank == 0) {
-        llmpar__trace_sink(out, out->used);
-    } else {
-        llmpar__trace_move(out, 1, 0, &bytes, 1, LLMPAR_I64);
-        if (bytes) llmpar__trace_move(out, 1, 0, out->trace->text, out->used, LLMPAR_U8);
-    }
-    out->used = 0;
-}
-
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
-static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
-{
-    va_list args;
-    if (out->used + LLMPAR__TRACE_LINE > LLMPAR__TRACE_TEXT) llmpar__trace_flush(out);
-    va_start(args, format);
-    int n = vsnprintf(out->trace->text + out->used, LLMPAR__TRACE_LINE, format, args);
-    va_end(args);
-    if (n > 0) out->used += (size_t)n < LLMPAR__TRACE_LINE ? (size_t)n : LLMPAR__TRACE_LINE - 1;
-}
-
-static const char *llmpar__trace_quote(const char *text, char out[336])
-{
-    llmpar_json_escape(text, strlen(text), out, 336);
-    return out;
-}
-
-static void llmpar__trace_span(llmpar__trace_out *out, const llmpar__trace_event *event, uint64_t last_ns)
-{
-    char name[336], unit[336], label[72], category[336];
-    const char *of = event->of.span.unit;
-    uint64_t end = event->end_ns ? event->end_ns : last_ns, ts = event->begin_ns - out->base_ns, dur = end - event->begin_ns;
-    if (!event->begin_ns) return; /* its stream failed before */
-    snprintf(label, sizeof label, "%s%s%s", event->of.span.name, of[0] ? " " : "", of);
-    llmpar__trace_put(out, ",\n{\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%llu.%03u,\"dur\":%llu.%03u,\"name\":%s,\"cat\":%s,\"args\":{", (int)out->world->rank, (int)event->lane, (unsigned long long)(ts / 1000),
-                      (unsigned)(ts % 1000), (unsigned long long)(dur / 1000), (unsigned)(dur % 1000), llmpar__trace_quote(label, name), llmpar__trace_quote(event->category, category));
-    llmpar__trace_put(out, "\"op\":%s", llmpar__trace_quote(event->of.span.name, name));
-    if (of[0]) llmpar__trace_put(out, ",\"unit\":%s", llmpar__trace_quote(of, unit));
-    if (event->micro_batch >= 0) llmpar__trace_put(out, ",\"micro_batch\":%d", (int)event->micro_batch);
-    if (event->bytes) llmpar__trace_put(out, ",\"bytes\":%llu", (unsigned long long)event->bytes);
-    llmpar__trace_put(out, "%s}}", event->end_ns ? "" : ",\"unfinished\":true");
-}
-
-static void llmpar__trace_counter(llmpar__trace_out *out, const llmpar__trace_event *event)
-{
-    uint64_t ts = event->begin_ns - out->base_ns;
-    llmpar__trace_put(out, ",\n{\"ph\":\"C\",\"pid\":%d,\"tid\":0,\"ts\":%llu.%03u,\"name\":\"arena bytes\",\"args\":{", (int)out->world->rank, (unsigned long long)(ts / 1000), (unsigned)(ts % 1000));
-    for (int tag = 0; tag < (int)LLMPAR_TAG_COUNT; tag++) llmpar__trace_put(out, "%s\"%s\":%llu", tag ? "," : "", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)event->of.live[tag]);
-    llmpar__trace_put(out, "}}");
-}
-
-static void llmpar__trace_rank(llmpar__trace_out *out)
-{
-    const llmpar_trace *trace = out->trace;
-    const char *where = trace->ctx->error.where;
-    char label[96], name[336];
-    int pid = (int)out->world->rank;
-    uint64_t last_ns = llmpar__trace_now(), left = trace->count;
-    snprintf(label, sizeof label, "rank %d%s%s%s", pid, where[0] ? " (" : "", where, where[0] ? ")" : "");
-    llmpar__trace_put(out, "%s{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_name\",\"args\":{\"name\":%s}}", pid ? ",\n" : "", pid, llmpar__trace_quote(label, name));
-    llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_sort_index\",\"args\":{\"sort_index\":%d}}", pid, pid);
-    if (trace->dropped) llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_labels\",\"args\":{\"labels\":\"%llu later events not recorded\"}}", pid, (unsigned long long)trace->dropped);
-    for (int lane = 0; lane < LLMPAR_TRACE_LANES; lane++) {
-        if (!trace->lane[lane][0]) continue;
-        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_name\",\"args\":{\"name\":%s}}", pid, lane, llmpar__trace_quote(trace->lane[lane], name));
-        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_sort_index\",\"args\":{\"sort_index\":%d}}", pid, lane, lane);
-    }
-    for (const llmpar__trace_block *block = trace->first; block; block = block->next)
-        for (uint32_t i = 0; i < LLMPAR__TRACE_BLOCK && left; i++, left--) {
-            if (block->event[i].category) llmpar__trace_span(out, &block->event[i], last_ns);
-            else llmpar__trace_counter(out, &block->event[i]);
-        }
-}
-
-/* The ranks' clocks: those of one machine are the same; of another one they are told by the time of day, which agrees to some milliseconds. */
-static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
-{
-    llmpar_trace *trace = out->trace;
-    llmpar_device *device = out->world->device;
-    int64_t mine[2], earliest = INT64_MAX, shift = 0;
-    llmpar_collective call;
-    mine[0] = (int64_t)trace->created_ns;
-    mine[1] = trace->clock_ns;
-    memset(&call, 0, sizeof call);
-    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
-    call.recv = out->memory;
-    call.count = 2;
-    call.dtype = LLMPAR_I64;
-    call.tag = "trace";
-    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
-    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
-    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
-    for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
-        int64_t ahead = all[2 * r + 1] - all[1], created;
-        if (ahead < 1000000000 && ahead > -1000000000) ahead = 0;
-        created = all[2 * r] + ahead; /* on rank 0's clock */
-        if (created < earliest) earliest = created;
-        if (r == out->world->rank) shift = ahead;
-    }
-    out->base_ns = (uint64_t)(earliest - shift);
-}
-
-LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user)
-{
-    llmpar_device *device = world->device;
-    llmpar__trace_out out;
-    memset(&out, 0, sizeof out);
-    out.trace = trace;
-    out.world = world;
-    out.sink = sink;
-    out.user = user;
-    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
-    if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
-    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
-    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
-    out.status = device->alloc(device, room, &out.memory);
-    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
-    if (out.stream) llmpar__trace_agree(&out, all);
-    llmpar_heap_free(&trace->ctx->heap, all);
-    if (!out.status) {
-        if (world->rank == 0) llmpar__trace_put(&out, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
-        llmpar__trace_rank(&out);
-        if (out.used) llmpar__trace_flush(&out);
-        if (world->rank) llmpar__trace_flush(&out);
-        for (int32_t r = 1; r < world->ranks && world->rank == 0; r++)
-            for (int64_t bytes = 1; bytes && !out.status;) {
-                llmpar__trace_move(&out, 0, r, &bytes, 1, LLMPAR_I64);
-                if (!out.status && (bytes < 0 || bytes > (int64_t)LLMPAR__TRACE_TEXT)) out.status = llmpar_fail(trace->ctx, LLMPAR_ERR_INTERNAL, "trace: a piece of %lld bytes from rank %d", (long long)bytes, (int)r);
-                if (!bytes || out.status) continue;
-                llmpar__trace_move(&out, 0, r, trace->text, (size_t)bytes, LLMPAR_U8);
-                llmpar__trace_sink(&out, (size_t)bytes);
-            }
-        if (world->rank == 0) {
-            llmpar__trace_put(&out, "\n]}\n");
-            llmpar__trace_flush(&out);
-        }
-    }
-    if (out.stream) device->stream_destroy(device, out.stream);
-    device->free(device, out.memory, room);
-    return out.status ? out.status : out.sunk;
-}
-
-#undef LLMPAR__TRACE_BLOCK
-#undef LLMPAR__TRACE_TEXT
-#undef LLMPAR__TRACE_LINE
 
 /* ==== src/cpu/optim.c ==== */
 /* optim: AdamW (Loshchilov & Hutter 2019) and SGD, element by element. */
@@ -8929,7 +7173,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     (void)stream;
     if (status || args->count <= 0 || !llmpar__adalomo_exponent(*args->largest, args->grad_scale, args->dtype, &e)) return status;
     job.args = args;
-    job.down = llmpar__adalomo_power(-e);
+    job.down = llmpar__adalomo_power(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
     job.by_row = llmpar__adalomo_power(args->row_bits);
     job.by_col = llmpar__adalomo_power(args->col_bits);
     job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * llmpar__pool_threads(cpu)) * 16);
@@ -9015,7 +7259,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
    runs what is enqueued later (stream.c). */
 
 #include <stdio.h>
-#include <string.h>
 
 #define LLMPAR__CPU_MAX_THREADS 1024
 
@@ -9382,10 +7625,29 @@ LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 /* ==== src/cpu/pool.c ==== */
 /* pool: a few persistent worker threads of one rank. A run is a counter that everybody takes tasks from; the caller's thread is worker 0.
    Waiting spins for some microseconds (a run is often followed by the next) and then sleeps; where there are more threads than processors it sleeps almost at once. */
+/* ==== src/base/processors_internal.h ==== */
+/* processors_internal: which ones this thread may run on, and staying on one. Private: llmpar_launch decides who runs where. */
 
+enum { LLMPAR__PROCESSORS_WORDS = 128 }; /* of 64 processors; the kernel's limit is 8,192 */
+
+typedef struct llmpar__processors {
+    uint64_t mask[LLMPAR__PROCESSORS_WORDS]; /* as the system numbers them; all zero where it does not say */
+    int32_t count;                           /* >= 1 */
+    int32_t mask_known;
+} llmpar__processors;
+
+/* Those the calling thread may run on. */
+LLMPAR__PRIVATE void llmpar__processors_allowed(llmpar__processors *out);
+/* Their cores: a core that runs several threads at once has one set of arithmetic units. order[count] (may be NULL): one processor of each core first, then the others. */
+LLMPAR__PRIVATE int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order);
+/* Threads for each of `users` that share so many cores, and no more than the control group's quota of time amounts to; at least 1. */
+LLMPAR__PRIVATE int32_t llmpar__processors_share(int32_t cores, int32_t users);
+/* The calling thread runs on these only: 1. 0: the system cannot, or will not. */
+LLMPAR__PRIVATE int llmpar__processors_stay(const llmpar__processors *set);
+LLMPAR__PRIVATE int llmpar__processors_stay_on(int32_t processor);
+
+/* ---- src/cpu/pool.c goes on ---- */
 #include <pthread.h>
-#include <stdio.h>
-#include <string.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
@@ -9636,9 +7898,6 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__pool_threads(const llmpar__cpu *cpu)
 
    A thread sees the device through a view: a copy of the table whose error is the stream's and whose worker pool is there for one stream only, the first that got a thread (operations of the others run on their
    thread alone, with the same bits). A stream's struct stays with the device when the stream is destroyed and serves the next one, so what still names it finds a position that has been reached. */
-
-#include <pthread.h>
-#include <string.h>
 
 #define LLMPAR__STREAM_RING 65536u           /* bytes, a power of two */
 #define LLMPAR__STREAM_GRAIN 32u             /* items begin at its multiples: at least a header fits before the ring's end */
@@ -10029,21 +8288,6 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 #undef LLMPAR__STREAM_GRAIN
 #undef LLMPAR__STREAM_STACK
 #undef LLMPAR__STREAM_NOBODY
-/* ==== src/cpu/kernels_f64.c ==== */
-/* kernels_f64: every kernel at f64, the level of finite differences. */
-
-#define LLMPAR__VLEVEL portable_f64
-#define LLMPAR__VDOUBLE 1
-#define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
-#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
-#define LLMPAR__ATTENTION_LOG llmpar_log_f64
-#define LLMPAR__TEMPLATE 3 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
-#include LLMPAR_HEADER
-#undef LLMPAR__VLEVEL
-#undef LLMPAR__VDOUBLE
-#undef LLMPAR__ATTENTION_ROWS
-#undef LLMPAR__ATTENTION_COLUMNS
-#undef LLMPAR__ATTENTION_LOG
 
 /* ==== src/comm/threads_wait.c ==== */
 /* threads_wait: how rank threads wait for each other, and every way in which such a wait ends.
@@ -10065,11 +8309,6 @@ LLMPAR__PRIVATE_DEF void llmpar__stream_end_all(llmpar__cpu *cpu)
 /* ==== src/comm/threads_internal.h ==== */
 /* threads_internal: what the two files of the threads communicator share: threads.c (the collectives) stands on
    threads_wait.c (who waits for whom, and how a wait ends). */
-#ifndef LLMPAR_COMM_THREADS_INTERNAL_H
-#define LLMPAR_COMM_THREADS_INTERNAL_H
-
-
-#include <pthread.h>
 
 #define LLMPAR__THREADS_INLINE 2048u /* bytes a rank can send inside its slot */
 
@@ -10190,12 +8429,8 @@ LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 /* Lockstep: waits for the rank's first turn. Nothing otherwise. */
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
 
-#endif
 /* ---- src/comm/threads_wait.c goes on ---- */
-
 #include <sched.h>
-#include <stdio.h>
-#include <string.h>
 #include <time.h>
 
 #define LLMPAR__THREADS_YIELDS 4
@@ -10760,9 +8995,6 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 
-#include <stdio.h>
-#include <string.h>
-
 #define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
 #define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
@@ -11195,9 +9427,6 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 /* ==== src/comm/mpi_internal.h ==== */
 /* mpi_internal: what the files of the MPI communicator share: mpi_world.c (set-up, control messages, failing), mpi_wait.c (messages under way, and how ranks meet before data moves),
    mpi.c (the collectives). */
-#ifndef LLMPAR_COMM_MPI_INTERNAL_H
-#define LLMPAR_COMM_MPI_INTERNAL_H
-
 
 #ifdef LLMPAR_USE_MPI
 
@@ -11327,14 +9556,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 
 #endif /* LLMPAR_USE_MPI */
 
-#endif
 /* ---- src/comm/mpi_world.c goes on ---- */
-
-
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-
 
 #ifdef LLMPAR_USE_MPI
 
@@ -11947,9 +10170,6 @@ LLMPAR_DEF void llmpar_mpi_world_destroy(llmpar_mpi_world *world)
    Waiting looks a few times, then gives the processor away (there may be more ranks than processors), then sleeps for ever longer moments. It ends with an error when another rank fails, when a rank
    that has not come has returned from its function, and at the deadline. */
 
-#include <stdio.h>
-#include <string.h>
-
 #ifdef LLMPAR_USE_MPI
 
 #include <sched.h>
@@ -12320,9 +10540,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
 
    Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts
    go to everybody. */
-
-#include <string.h>
-
 
 #ifdef LLMPAR_USE_MPI
 
@@ -12783,9 +11000,6 @@ LLMPAR_DEF llmpar_status llmpar_mpi_comm_create(llmpar_mpi_world *world, llmpar_
 /* ==== src/model/generate.c ==== */
 /* ==== src/model/llama_internal.h ==== */
 /* llama_internal: the model's state and the shapes its unit files share. */
-#ifndef LLMPAR_LLAMA_INTERNAL_H
-#define LLMPAR_LLAMA_INTERNAL_H
-
 
 #if !defined(LLMPAR_NO_LLAMA)
 
@@ -12879,12 +11093,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_rmsnorm(llmpar_ctx *ctx, llmpar_stre
 
 #endif /* LLMPAR_NO_LLAMA */
 
-#endif
 /* ---- src/model/generate.c goes on ---- */
-
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* Inference under tensor parallelism: the block's forward with a KV cache, on parameters that stay gathered.
@@ -13334,15 +11543,1758 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
 
 #endif /* LLMPAR_NO_LLAMA */
 
-/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step. */
+/* And from here on nothing is: what runs once a job, or some microseconds an instruction of a step; f64 is for checking gradients. */
 #if defined(__OPTIMIZE__) && !defined(__clang__)
 #pragma GCC optimize ("O0")
 #endif
 
+/* ==== src/base/status.c ==== */
+#include <stdarg.h>
+
+LLMPAR_DEF const char *llmpar_status_string(llmpar_status status)
+{
+    switch ((int)status) {
+#define LLMPAR__STATUS_CASE(name, value, text) case value: return text;
+    LLMPAR_STATUS_LIST(LLMPAR__STATUS_CASE)
+#undef LLMPAR__STATUS_CASE
+    default: return "unknown status";
+    }
+}
+
+LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status status, const char *format, ...)
+{
+    /* Formatted aside first: an argument may point into *error. */
+    char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
+    va_list arguments;
+    int length;
+    size_t i;
+    if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
+    va_start(arguments, format);
+    length = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (length < 0) text[0] = 0;
+    if (length >= (int)sizeof text) {
+        size_t end = sizeof text - 4;
+        while (end > 0 && ((unsigned char)text[end] & 0xC0) == 0x80) end--; /* never half of a UTF-8 character */
+        memcpy(text + end, "...", 4);
+    }
+    for (i = 0; text[i]; i++)
+        if ((unsigned char)text[i] < 0x20) text[i] = ' '; /* one line, whatever a file name holds */
+    while (i > 0 && text[i - 1] == ' ') text[--i] = 0;
+    /* `where` was filled in beforehand by whoever knows the rank's place; it belongs to every error of that rank. */
+    memcpy(where, error->where, sizeof where);
+    llmpar_error_clear(error);
+    memcpy(error->where, where, sizeof where);
+    error->status = status;
+    memcpy(error->text, text, i + 1);
+    return status;
+}
+
+LLMPAR_DEF void llmpar_error_clear(llmpar_error *error)
+{
+    if (!error) return;
+    memset(error, 0, sizeof *error);
+    error->rank = -1;
+}
+/* ==== src/base/heap.c ==== */
+#include <errno.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+/* What lies just below every pointer that was handed out:
+
+     raw              memory - sizeof(header)     memory (multiple of 64)
+      |... up to 63 ...| header                  | bytes ...              */
+typedef struct llmpar__heap_header {
+    void *raw;       /* as the hook gave it */
+    size_t total;    /* as asked of the hook */
+    size_t bytes;    /* as asked by the caller */
+} llmpar__heap_header;
+
+#define LLMPAR__HEAP_ALIGN 64
+#define LLMPAR__HEAP_LARGE ((size_t)4 << 20)
+
+/* Large blocks ask for huge pages: a product walks through megabytes with a stride, and every 4 KiB of them is a place in a table that is looked up
+   (twice over in a virtual machine). Advice: a system without them says no, and nothing else changes. */
+static void *llmpar__heap_malloc(void *user, size_t bytes)
+{
+    void *memory = malloc(bytes);
+    (void)user;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (memory && bytes >= LLMPAR__HEAP_LARGE) {
+        uintptr_t page = 65536 /* of any system a multiple of its own */, begin = ((uintptr_t)memory + page - 1) / page * page, end = ((uintptr_t)memory + bytes) / page * page;
+        int kept = errno;
+        if (madvise((void *)begin, (size_t)(end - begin), MADV_HUGEPAGE)) errno = kept;
+    }
+#endif
+    return memory;
+}
+
+static void llmpar__heap_release(void *user, void *memory, size_t bytes)
+{
+    (void)user;
+    (void)bytes;
+    free(memory);
+}
+
+LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allocator)
+{
+    memset(heap, 0, sizeof *heap);
+    if (allocator && allocator->alloc) {
+        heap->allocator = *allocator; /* without a free hook nothing is given back: the user's region goes at once */
+    } else {
+        heap->allocator.alloc = llmpar__heap_malloc;
+        heap->allocator.free = llmpar__heap_release;
+    }
+}
+
+LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    llmpar__heap_header header;
+    char *memory;
+    if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
+    if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
+    if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
+    header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
+    if (!header.raw) return NULL;
+    memory = (char *)header.raw + sizeof header;
+    memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
+    memcpy(memory - sizeof header, &header, sizeof header);
+    heap->calls++;
+    heap->live += header.bytes;
+    if (heap->live > heap->peak) heap->peak = heap->live;
+    return memory;
+}
+
+LLMPAR_DEF void *llmpar_heap_zalloc(llmpar_heap *heap, size_t count, size_t size)
+{
+    void *memory = llmpar_heap_alloc(heap, count, size);
+    if (memory) memset(memory, 0, count * size);
+    return memory;
+}
+
+LLMPAR_DEF char *llmpar_heap_strdup(llmpar_heap *heap, const char *text)
+{
+    size_t bytes = strlen(text) + 1;
+    char *copy = (char *)llmpar_heap_alloc(heap, bytes, 1);
+    if (copy) memcpy(copy, text, bytes);
+    return copy;
+}
+
+LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
+{
+    llmpar__heap_header header;
+    if (!memory) return;
+    memcpy(&header, (char *)memory - sizeof header, sizeof header);
+    heap->live -= header.bytes;
+    if (heap->allocator.free) heap->allocator.free(heap->allocator.user, header.raw, header.total);
+}
+
+#undef LLMPAR__HEAP_ALIGN
+#undef LLMPAR__HEAP_LARGE
+/* ==== src/base/processors.c ==== */
+#include <fcntl.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
+LLMPAR__PRIVATE_DEF void llmpar__processors_allowed(llmpar__processors *out)
+{
+    memset(out, 0, sizeof *out);
+#if defined(__linux__)
+    if (syscall(SYS_sched_getaffinity, 0, sizeof out->mask, out->mask) < 0) memset(out->mask, 0, sizeof out->mask);
+    for (int32_t i = 0; i < LLMPAR__PROCESSORS_WORDS; i++) out->count += __builtin_popcountll((unsigned long long)out->mask[i]);
+#endif
+    out->mask_known = out->count > 0;
+    if (!out->count) {
+        long online = sysconf(_SC_NPROCESSORS_ONLN);
+        out->count = online < 1 ? 1 : online > 64 * LLMPAR__PROCESSORS_WORDS ? 64 * LLMPAR__PROCESSORS_WORDS : (int32_t)online;
+    }
+}
+
+static int llmpar__processors_has(const llmpar__processors *set, long i) { return i >= 0 && i < 64 * LLMPAR__PROCESSORS_WORDS && (set->mask[i / 64] >> (i % 64) & 1); }
+
+/* The beginning of a file, as text; "" if there is none. */
+static void llmpar__processors_read(const char *path, char *out, size_t size)
+{
+    int file = open(path, O_RDONLY);
+    ssize_t bytes = file < 0 ? 0 : read(file, out, size - 1);
+    if (file >= 0) close(file);
+    out[bytes > 0 ? bytes : 0] = 0;
+}
+
+/* A number at *text, which moves behind it; -1: there is none. */
+static long llmpar__processors_number(const char **text)
+{
+    long value = -1;
+    for (; **text >= '0' && **text <= '9' && value < 100000000; ++*text) value = (value < 0 ? 0 : value * 10) + (**text - '0');
+    return value;
+}
+
+/* Is a processor with a smaller number in the set on the same core? The system's list of a core's processors is "0,4" or "0-1". */
+static int llmpar__processors_second(const llmpar__processors *set, long processor)
+{
+    char path[96], text[200];
+    const char *at = text;
+    snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%ld/topology/thread_siblings_list", processor);
+    llmpar__processors_read(path, text, sizeof text);
+    while (*at >= '0' && *at <= '9') {
+        long first = llmpar__processors_number(&at), last = first;
+        if (*at == '-') {
+            at++;
+            last = llmpar__processors_number(&at);
+        }
+        for (; first <= last && first < processor; first++)
+            if (llmpar__processors_has(set, first)) return 1;
+        if (*at == ',') at++;
+    }
+    return 0;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__processors_cores(const llmpar__processors *set, int32_t *order)
+{
+    int32_t cores = 0, seconds = 0;
+    uint64_t second[LLMPAR__PROCESSORS_WORDS];
+    memset(second, 0, sizeof second);
+    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS; i++) {
+        if (!llmpar__processors_has(set, i)) continue;
+        if (llmpar__processors_second(set, i)) second[i / 64] |= (uint64_t)1 << (i % 64);
+        else {
+            if (order) order[cores] = (int32_t)i;
+            cores++;
+        }
+    }
+    for (long i = 0; i < 64 * LLMPAR__PROCESSORS_WORDS && order; i++)
+        if (second[i / 64] >> (i % 64) & 1) order[cores + seconds++] = (int32_t)i;
+    return cores ? cores : set->count;
+}
+
+/* Processors that the control group's quota of time amounts to, rounded up; INT32_MAX: there is none. */
+static int32_t llmpar__processors_quota(void)
+{
+    char text[64];
+    const char *at = text;
+    llmpar__processors_read("/sys/fs/cgroup/cpu.max", text, sizeof text); /* "150000 100000": one processor and a half; "max 100000": no quota */
+    long quota = llmpar__processors_number(&at);
+    if (quota <= 0 || *at++ != ' ') return INT32_MAX;
+    long period = llmpar__processors_number(&at);
+    return period > 0 ? (int32_t)((quota + period - 1) / period) : INT32_MAX;
+}
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__processors_share(int32_t cores, int32_t users)
+{
+    int32_t quota = llmpar__processors_quota(), usable = quota < cores ? quota : cores;
+    return usable < users ? 1 : usable / users;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__processors_stay(const llmpar__processors *set)
+{
+#if defined(__linux__)
+    return syscall(SYS_sched_setaffinity, 0, sizeof set->mask, set->mask) == 0;
+#else
+    (void)set;
+    return 0;
+#endif
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__processors_stay_on(int32_t processor)
+{
+    llmpar__processors one;
+    memset(&one, 0, sizeof one);
+    one.mask[processor / 64] = (uint64_t)1 << (processor % 64);
+    one.count = 1;
+    return llmpar__processors_stay(&one);
+}
+/* ==== src/tables/device.c ==== */
+/* device: the optional slots with their fallbacks. */
+
+#define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
+
+LLMPAR_DEF llmpar_status llmpar_device_stream_thread(llmpar_device *device, llmpar_stream *stream)
+{
+    if (LLMPAR__DEVICE_HAS(device, stream_thread)) return device->stream_thread(device, stream);
+    return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "device %s: its streams cannot have threads of their own", device->name);
+}
+
+LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpar_error *own)
+{
+    llmpar_error *error = device && LLMPAR__DEVICE_HAS(device, thread_error) ? device->thread_error(device) : NULL;
+    return error ? error : own;
+}
+
+LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
+{
+    return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+}
+
+LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
+{
+    llmpar_tree_sum_args sum;
+    size_t bytes = args->count * llmpar_dtype_size(args->dtype);
+    llmpar_status status = LLMPAR_OK;
+    if (LLMPAR__DEVICE_HAS(device, tree_sum_to)) return device->tree_sum_to(device, args);
+    if (!bytes || args->outs < 1) return LLMPAR_OK;
+    sum.in = args->in;
+    sum.n = args->n;
+    sum.count = args->count;
+    sum.out = args->out[0];
+    sum.dtype = args->dtype;
+    if (args->n > 1) status = device->tree_sum(device, NULL, &sum);
+    for (int32_t i = args->n > 1; i < args->outs && !status; i++) {
+        const void *from = args->n > 1 ? sum.out : args->in[0];
+        if (args->out[i] != from) status = device->copy(device, NULL, args->out[i], from, bytes);
+    }
+    return status;
+}
+
+LLMPAR_DEF llmpar_status llmpar_device_host_alloc(llmpar_device *device, llmpar_heap *heap, size_t bytes, void **out)
+{
+    *out = NULL;
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) return device->host_alloc(device, bytes, out);
+    *out = llmpar_heap_alloc(heap, 1, bytes);
+    return *out ? LLMPAR_OK : LLMPAR_ERR_MEMORY;
+}
+
+LLMPAR_DEF void llmpar_device_host_free(llmpar_device *device, llmpar_heap *heap, void *memory, size_t bytes)
+{
+    if (LLMPAR__DEVICE_HAS(device, host_free) && device->host_alloc) device->host_free(device, memory, bytes);
+    else llmpar_heap_free(heap, memory);
+}
+
+LLMPAR_DEF int llmpar_device_apart(const llmpar_device *device)
+{
+    return device->size >= offsetof(llmpar_device, apart) + sizeof device->apart && device->apart;
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_call(llmpar_order *order, llmpar_device *device, llmpar_stream *stream, llmpar_status (*fn)(void *arg), const void *arg, size_t arg_bytes)
+{
+    llmpar_status status = LLMPAR_OK;
+    if (!stream || !LLMPAR__DEVICE_HAS(device, stream_thread)) return device->host_call(device, stream, fn, arg, arg_bytes);
+    if (order->device != device) {
+        status = llmpar_order_wait(order);
+        llmpar_order_destroy(order);
+        if (!status) status = device->event_create(device, &order->event);
+        if (status) return status;
+        order->device = device;
+    }
+    status = device->event_wait(device, stream, order->event);
+    if (!status) status = device->host_call(device, stream, fn, arg, arg_bytes);
+    return status ? status : device->event_record(device, stream, order->event);
+}
+
+LLMPAR_DEF llmpar_status llmpar_order_wait(llmpar_order *order) { return order->event ? order->device->event_synchronize(order->device, order->event) : LLMPAR_OK; }
+
+LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
+{
+    if (order->event) order->device->event_destroy(order->device, order->event);
+    order->device = NULL;
+    order->event = NULL;
+}
+
+#undef LLMPAR__DEVICE_HAS
+/* ==== src/tables/ctx.c ==== */
+/* ctx: failing with a text, and logging. */
+
+LLMPAR_DEF llmpar_status llmpar_fail(llmpar_ctx *ctx, llmpar_status status, const char *format, ...)
+{
+    llmpar_error *error = llmpar_device_thread_error(ctx->device, &ctx->error);
+    if (error->status != LLMPAR_OK) return status;
+    char text[sizeof ctx->error.text + 8]; /* a little longer, so that error_set sees that it must cut */
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    llmpar_error_set(error, status, "%s", text);
+    error->rank = ctx->rank;
+    return status;
+}
+
+LLMPAR_DEF const char *llmpar_last_error(const llmpar_ctx *ctx)
+{
+    return ctx->error.status != LLMPAR_OK ? ctx->error.text : "";
+}
+
+LLMPAR_DEF void llmpar_log(llmpar_ctx *ctx, llmpar_log_level level, const char *format, ...)
+{
+    if (!ctx->log) return;
+    char line[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    ctx->log(ctx->log_user, ctx->rank, level == LLMPAR_LOG_DEFAULT ? LLMPAR_LOG_INFO : level, line);
+}
+/* ==== src/tables/comm.c ==== */
+/* comm: the wrappers: what is checked before any implementation sees a call, the counters, the record, and the one-rank case. */
+
+/* A slot that lies beyond the table's size is empty. */
+#define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
+
+typedef llmpar_status (*llmpar__comm_slot)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call);
+
+static llmpar_status llmpar__comm_abi(const llmpar_comm *comm, size_t slot_end)
+{
+    if (comm->abi == LLMPAR_COMM_ABI && comm->size >= slot_end) return LLMPAR_OK;
+    return llmpar_error_set(comm->error, LLMPAR_ERR_ABI, "communicator %s: table with abi %u and %u bytes, expected abi %u and at least %lu bytes",
+                            comm->axis ? comm->axis : "?", (unsigned)comm->abi, (unsigned)comm->size, LLMPAR_COMM_ABI, (unsigned long)slot_end);
+}
+
+static int llmpar__comm_overlap(const void *a, size_t a_bytes, const void *b, size_t b_bytes)
+{
+    uintptr_t a0 = (uintptr_t)a, b0 = (uintptr_t)b;
+    return a_bytes && b_bytes && a0 < b0 + b_bytes && b0 < a0 + a_bytes;
+}
+
+static int llmpar__comm_reducible(llmpar_reduce_op op, llmpar_dtype dtype)
+{
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_F64 || dtype == LLMPAR_I64) return op == LLMPAR_SUM || op == LLMPAR_MAX;
+    return dtype == LLMPAR_U64 && op == LLMPAR_SUM;
+}
+
+/* One rank: every collective is at most a copy. */
+static llmpar_status llmpar__comm_alone(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, size_t bytes)
+{
+    if (!bytes || !call->recv || call->recv == call->send) return LLMPAR_OK;
+    return comm->device->copy(comm->device, stream, call->recv, call->send, bytes);
+}
+
+/* The argument of the host calls that mark an entry of the record when its stream comes there. */
+typedef struct llmpar__comm_mark {
+    llmpar_record *record;
+    uint64_t id;
+} llmpar__comm_mark;
+
+static llmpar_status llmpar__comm_started(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_started(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+static llmpar_status llmpar__comm_completed(void *arg)
+{
+    const llmpar__comm_mark *mark = (const llmpar__comm_mark *)arg;
+    llmpar_record_completed(mark->record, mark->id);
+    return LLMPAR_OK;
+}
+
+/* Is there a description of the call that the slot was asked for? */
+static const llmpar_call *llmpar__comm_shown(const llmpar_comm *comm) { return comm->size >= LLMPAR__COMM_END(call) ? comm->call : NULL; }
+
+LLMPAR_DEF void llmpar_call_describe(const llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out)
+{
+    const llmpar_call *shown = llmpar__comm_shown(comm);
+    const char *tag = call->tag ? call->tag : "";
+    size_t length = strlen(tag), axis = comm->axis ? strlen(comm->axis) : 0;
+    memset(out, 0, sizeof *out);
+    out->count = call->count;
+    out->blocks = call->count && !call->blocks ? 1 : call->blocks;
+    out->op = (int32_t)op;
+    out->dtype = (int32_t)call->dtype;
+    out->reduce = (int32_t)call->op;
+    out->root = call->root;
+    out->peer = call->peer;
+    out->member = comm->rank;
+    out->members = comm->ranks;
+    out->number = shown ? shown->number : 0;
+    out->rank = shown ? shown->rank : -1;
+    if (axis) memcpy(out->axis, comm->axis, axis < sizeof out->axis ? axis : sizeof out->axis - 1);
+    if (comm->error) memcpy(out->where, comm->error->where, sizeof out->where);
+    memcpy(out->tag, tag, length < sizeof out->tag ? length : sizeof out->tag - 1);
+    out->tag_bits = 0xcbf29ce484222325u ^ length;
+    for (size_t i = 0; i < length; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, tag + i, length - i < 8 ? length - i : 8);
+        out->tag_bits = (out->tag_bits ^ word) * 0x9e3779b97f4a7c15u;
+        out->tag_bits ^= out->tag_bits >> 32;
+    }
+}
+
+/* Describes the call in *out (kept by the caller until the slot has returned) and enters it in the record, if there is one; mark->id is 0 otherwise. */
+static void llmpar__comm_enter(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *call, llmpar_call *out, llmpar__comm_mark *mark)
+{
+    llmpar_call_describe(comm, op, call, out);
+    mark->record = comm->size >= LLMPAR__COMM_END(group) ? comm->record : NULL;
+    mark->id = mark->record && comm->ranks > 1 ? llmpar_record_begin(mark->record, comm->group, out) : 0;
+}
+
+/* Shows the description to the slot, unless the table is too old to have a place for it; returns what stood there (a slot may be made of other collectives of the same table). */
+static const llmpar_call *llmpar__comm_show(llmpar_comm *comm, const llmpar_call *call)
+{
+    if (comm->size < LLMPAR__COMM_END(call)) return NULL;
+    const llmpar_call *before = comm->call;
+    comm->call = call;
+    return before;
+}
+
+/* The slot between its marks. */
+static llmpar_status llmpar__comm_slot_run(llmpar_comm *comm, llmpar_stream *stream, llmpar_call_op op, const llmpar_collective *call, llmpar__comm_slot slot)
+{
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    llmpar__comm_enter(comm, op, call, &described, &mark);
+    llmpar_status st = mark.id ? comm->device->host_call(comm->device, stream, llmpar__comm_started, &mark, sizeof mark) : LLMPAR_OK;
+    if (st) return st;
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = slot ? slot(comm, stream, call) : comm->barrier(comm, stream, call->tag);
+    llmpar__comm_show(comm, before);
+    if (!st && mark.id) st = comm->device->host_call(comm->device, stream, llmpar__comm_completed, &mark, sizeof mark);
+    return st;
+}
+
+static llmpar_status llmpar__comm_call(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, llmpar_call_op kind, llmpar__comm_slot slot, size_t slot_end)
+{
+    const char *name = llmpar_call_op_name(kind);
+    llmpar_status st = llmpar__comm_abi(comm, slot_end);
+    if (st) return st;
+    llmpar_collective call = *given;
+    if (!call.blocks) call.blocks = 1;
+    if (!call.tag) call.tag = "";
+    size_t item = llmpar_dtype_size(call.dtype), part, all, ranks = (size_t)comm->ranks;
+    if (!item) return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: dtype %d is not a stored type", name, call.tag, comm->axis, (int)call.dtype);
+    if (!llmpar_size_mul(call.count, call.blocks, &part) || !llmpar_size_mul(part, item, &part) || !llmpar_size_mul(part, ranks, &all))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_OVERFLOW, "%s \"%s\" on %s: %lu elements in %lu blocks overflow the address space",
+                                name, call.tag, comm->axis, (unsigned long)call.count, (unsigned long)call.blocks);
+    int reduces = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_REDUCE;
+    if (reduces && !llmpar__comm_reducible(call.op, call.dtype))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s \"%s\" on %s: no %s of %s (sum: f32 f64 i64 u64; max: f32 f64 i64)",
+                                name, call.tag, comm->axis, call.op == LLMPAR_SUM ? "sum" : call.op == LLMPAR_MAX ? "max" : "such operation", llmpar_dtype_name(call.dtype));
+    if (!reduces) call.op = LLMPAR_SUM;
+    if (kind != LLMPAR_CALL_BROADCAST) call.root = 0;
+    if (call.root < 0 || call.root >= comm->ranks)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: root %d, expected 0 to %d", name, call.tag, comm->axis, (int)call.root, (int)comm->ranks - 1);
+    int point = kind == LLMPAR_CALL_SEND || kind == LLMPAR_CALL_RECV;
+    if (!point) call.peer = 0;
+    else if (call.peer < 0 || call.peer >= comm->ranks || call.peer == comm->rank)
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: peer %d of rank %d, expected another rank from 0 to %d",
+                                name, call.tag, comm->axis, (int)call.peer, (int)comm->rank, (int)comm->ranks - 1);
+    int needs_send = kind != LLMPAR_CALL_RECV && !(kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root);
+    if (!needs_send) call.send = NULL; /* a broadcast in place, send == recv on every rank, is a root's only on the root */
+    int needs_recv = kind != LLMPAR_CALL_SEND && !(kind == LLMPAR_CALL_BROADCAST && comm->rank == call.root);
+    if (part && ((needs_send && !call.send) || (needs_recv && !call.recv)))
+        return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: %s is NULL with %lu elements", name, call.tag, comm->axis, needs_send && !call.send ? "send" : "recv", (unsigned long)call.count);
+
+    size_t send_bytes = kind == LLMPAR_CALL_REDUCE_SCATTER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    size_t recv_bytes = kind == LLMPAR_CALL_ALL_GATHER || kind == LLMPAR_CALL_ALL_TO_ALL ? all : part;
+    if (call.send && call.recv && needs_send && !point && llmpar__comm_overlap(call.send, send_bytes, call.recv, recv_bytes)) {
+        size_t shift = call.blocks == 1 ? part * (size_t)comm->rank : 0;
+        const char *send = (const char *)call.send, *recv = (const char *)call.recv;
+        int fine = send == recv && (kind == LLMPAR_CALL_ALL_REDUCE || kind == LLMPAR_CALL_BROADCAST || ranks == 1);
+        if (kind == LLMPAR_CALL_ALL_GATHER && call.blocks == 1) fine = send == recv + shift;
+        if (kind == LLMPAR_CALL_REDUCE_SCATTER && call.blocks == 1) fine = recv == send + shift;
+        if (!fine)
+            return llmpar_error_set(comm->error, LLMPAR_ERR_ARGUMENT, "%s \"%s\" on %s: send and recv overlap in a way that is not the in-place form (send %p, recv %p, %lu bytes)",
+                                    name, call.tag, comm->axis, call.send, call.recv, (unsigned long)part);
+    }
+
+    if (ranks == 1) st = llmpar__comm_alone(comm, stream, &call, part);
+    else if (!slot) st = llmpar_error_set(comm->error, LLMPAR_ERR_UNSUPPORTED, "%s on %s: this communicator has no such collective", name, comm->axis);
+    else st = llmpar__comm_slot_run(comm, stream, kind, &call, slot);
+    if (st) return st;
+    comm->sequence++;
+    uint64_t moved = part;
+    if (kind == LLMPAR_CALL_ALL_REDUCE) moved = (uint64_t)(2 * ((double)(ranks - 1) / (double)ranks) * (double)part + 0.5);
+    else if (kind == LLMPAR_CALL_RECV || (kind == LLMPAR_CALL_BROADCAST && comm->rank != call.root)) moved = 0;
+    else if (kind != LLMPAR_CALL_SEND) moved = (uint64_t)part * (ranks - 1);
+    comm->bytes_sent += moved;
+    return LLMPAR_OK;
+}
+
+#define LLMPAR__COMM_CALL(slot, kind) llmpar__comm_call(comm, stream, call, kind, comm->slot, LLMPAR__COMM_END(slot))
+
+LLMPAR_DEF llmpar_status llmpar_all_gather(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_gather, LLMPAR_CALL_ALL_GATHER); }
+LLMPAR_DEF llmpar_status llmpar_reduce_scatter(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER); }
+LLMPAR_DEF llmpar_status llmpar_all_reduce(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_reduce, LLMPAR_CALL_ALL_REDUCE); }
+LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(broadcast, LLMPAR_CALL_BROADCAST); }
+LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
+LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
+LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag ? tag : "";
+    if (!st && comm->ranks > 1) st = llmpar__comm_slot_run(comm, stream, LLMPAR_CALL_BARRIER, &call, NULL);
+    if (!st) comm->sequence++;
+    return st;
+}
+
+/* ---- slots that are one function ---- */
+
+#define LLMPAR__COMM_ONE(slot, op) \
+    static llmpar_status llmpar__comm_one_##slot(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return comm->collective(comm, stream, call, (int32_t)op); }
+LLMPAR__COMM_ONE(all_gather, LLMPAR_CALL_ALL_GATHER)
+LLMPAR__COMM_ONE(reduce_scatter, LLMPAR_CALL_REDUCE_SCATTER)
+LLMPAR__COMM_ONE(all_reduce, LLMPAR_CALL_ALL_REDUCE)
+LLMPAR__COMM_ONE(broadcast, LLMPAR_CALL_BROADCAST)
+LLMPAR__COMM_ONE(all_to_all, LLMPAR_CALL_ALL_TO_ALL)
+LLMPAR__COMM_ONE(send, LLMPAR_CALL_SEND)
+LLMPAR__COMM_ONE(recv, LLMPAR_CALL_RECV)
+#undef LLMPAR__COMM_ONE
+
+static llmpar_status llmpar__comm_one_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
+{
+    llmpar_collective call;
+    memset(&call, 0, sizeof call);
+    call.tag = tag;
+    return comm->collective(comm, stream, &call, (int32_t)LLMPAR_CALL_BARRIER);
+}
+
+LLMPAR_DEF void llmpar_comm_fill(llmpar_comm *comm, llmpar_status (*collective)(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call, int32_t op))
+{
+    comm->collective = collective;
+    comm->barrier = llmpar__comm_one_barrier;
+    comm->all_gather = llmpar__comm_one_all_gather;
+    comm->reduce_scatter = llmpar__comm_one_reduce_scatter;
+    comm->all_reduce = llmpar__comm_one_all_reduce;
+    comm->broadcast = llmpar__comm_one_broadcast;
+    comm->all_to_all = llmpar__comm_one_all_to_all;
+    comm->send = llmpar__comm_one_send;
+    comm->recv = llmpar__comm_one_recv;
+}
+
+LLMPAR_DEF llmpar_status llmpar_comm_split(llmpar_comm *comm, int32_t color, int32_t key, const char *name, llmpar_comm **out)
+{
+    *out = NULL;
+    llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(split));
+    if (st) return st;
+    llmpar_collective call;
+    llmpar_call described;
+    llmpar__comm_mark mark;
+    memset(&call, 0, sizeof call);
+    call.tag = name ? name : "";
+    llmpar__comm_enter(comm, LLMPAR_CALL_SPLIT, &call, &described, &mark);
+    if (mark.id) llmpar_record_started(mark.record, mark.id);
+    const llmpar_call *before = llmpar__comm_show(comm, &described);
+    st = comm->split(comm, color, key, call.tag, out);
+    llmpar__comm_show(comm, before);
+    if (st) return st;
+    if (*out && (*out)->size >= LLMPAR__COMM_END(unchecked) && comm->size >= LLMPAR__COMM_END(unchecked)) (*out)->unchecked = comm->unchecked;
+    if (mark.id) llmpar_record_completed(mark.record, mark.id);
+    comm->sequence++;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_comm_destroy(llmpar_comm *comm)
+{
+    if (comm) comm->destroy(comm);
+}
+
+#undef LLMPAR__COMM_END
+#undef LLMPAR__COMM_CALL
+/* ==== src/tables/record.c ==== */
+/* record: descriptions, fingerprints and the ring.
+
+   ring: entry of call `id` (1, 2, ..) stands at id % 256:   | 257 | 258 | 3 | 4 | .. | 255 | 256 |      next id 259: the oldest is 3
+   A mark for an id that has been overwritten does nothing. */
+
+/* ==== src/base/text_internal.h ==== */
+/* text_internal: a text that may be longer than its buffer: it is cut there, always ends in 0, and `used` counts what the whole takes, as snprintf does. */
+
+typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
+
+/* An empty one in the caller's text[capacity]; NULL with capacity 0 only counts. */
+LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
+/* Appends like printf. */
+LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+
+/* ---- src/tables/record.c goes on ---- */
+typedef struct llmpar__record_entry {
+    llmpar_call call;
+    uint64_t id, created_ns, started_ns, completed_ns; /* 0: not yet */
+    int32_t group;
+} llmpar__record_entry;
+
+typedef struct llmpar__record_group {
+    char axis[24];
+    int32_t ranks, same_name; /* same_name: groups before it with this axis but other members */
+    int32_t *world_rank;      /* [ranks] */
+    uint64_t collectives, messages, enqueued, started, completed; /* numbers given; the last collective's in each state */
+} llmpar__record_group;
+
+struct llmpar_record {
+    llmpar_heap *heap;
+    int32_t rank;
+    uint32_t lock;           /* atomic; of everything below */
+    uint64_t timeout_ms, last_id, changed_ns;
+    char where[48];
+    llmpar_call last;        /* completed */
+    llmpar__record_group *groups;
+    int32_t group_count, group_capacity;
+    llmpar__record_entry entry[LLMPAR_RECORD_ENTRIES];
+};
+
+/* ---- texts ---- */
+
+LLMPAR_DEF const char *llmpar_call_op_name(llmpar_call_op op)
+{
+    static const char *const names[] = { "no collective", "barrier", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "all_to_all", "send", "recv", "split" };
+    return (unsigned)op < sizeof names / sizeof names[0] ? names[op] : "?";
+}
+
+static int llmpar__record_message(const llmpar_call *call) { return call->op == LLMPAR_CALL_SEND || call->op == LLMPAR_CALL_RECV; }
+
+static void llmpar__record_put_call(llmpar__text *out, const llmpar_call *call)
+{
+    llmpar__text_put(out, "%s", llmpar_call_op_name((llmpar_call_op)call->op));
+    if (call->op == LLMPAR_CALL_NONE) return;
+    if (call->op == LLMPAR_CALL_REDUCE_SCATTER || call->op == LLMPAR_CALL_ALL_REDUCE) llmpar__text_put(out, call->reduce == LLMPAR_MAX ? " max" : " sum");
+    if (call->blocks > 1) llmpar__text_put(out, " %s[%llu x %llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->blocks, (unsigned long long)call->count);
+    else if (call->blocks) llmpar__text_put(out, " %s[%llu]", llmpar_dtype_name((llmpar_dtype)call->dtype), (unsigned long long)call->count);
+    if (call->op == LLMPAR_CALL_BROADCAST) llmpar__text_put(out, " from root %d", (int)call->root);
+    if (call->op == LLMPAR_CALL_SEND) llmpar__text_put(out, " to %d", (int)call->peer);
+    if (call->op == LLMPAR_CALL_RECV) llmpar__text_put(out, " from %d", (int)call->peer);
+    llmpar__text_put(out, " \"%s\"", call->tag);
+    if (call->number) llmpar__text_put(out, " (%s %llu on %s)", llmpar__record_message(call) ? "message" : "call", (unsigned long long)call->number, call->axis);
+    else llmpar__text_put(out, " (on %s)", call->axis);
+}
+
+LLMPAR_DEF size_t llmpar_call_print(const llmpar_call *call, char *text, size_t capacity)
+{
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar__record_put_call(&out, call);
+    return out.used;
+}
+
+static uint64_t llmpar__record_mix(uint64_t hash, uint64_t word)
+{
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    return hash ^ (hash >> 29);
+}
+
+LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
+{
+    uint64_t axis[3], hash = 0x243f6a8885a308d3u;
+    int message = llmpar__record_message(call), sends = call->op == LLMPAR_CALL_SEND;
+    memcpy(axis, call->axis, sizeof axis);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(message ? (int32_t)LLMPAR_CALL_SEND : call->op) << 32 | (uint32_t)call->dtype);
+    hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)call->reduce << 32 | (uint32_t)call->root);
+    if (message) hash = llmpar__record_mix(hash, (uint64_t)(uint32_t)(sends ? call->member : call->peer) << 32 | (uint32_t)(sends ? call->peer : call->member));
+    else hash = llmpar__record_mix(hash, call->number);
+    hash = llmpar__record_mix(hash, call->count);
+    hash = llmpar__record_mix(hash, call->blocks);
+    hash = llmpar__record_mix(hash, call->tag_bits);
+    for (int i = 0; i < 3; i++) hash = llmpar__record_mix(hash, axis[i]);
+    return hash;
+}
+
+LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
+{
+    const llmpar_call *side[2];
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
+    static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
+    side[0] = a;
+    side[1] = b;
+    differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
+    differ[1] = !messages && a->op != b->op;
+    differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
+    differ[3] = a->dtype != b->dtype;
+    differ[4] = a->count != b->count;
+    differ[5] = a->blocks != b->blocks;
+    differ[6] = a->root != b->root;
+    differ[7] = a->reduce != b->reduce;
+    differ[8] = a->tag_bits != b->tag_bits;
+    llmpar__text_put(&out, "the ranks of %s disagree in", a->axis);
+    for (int i = 0; i < 9; i++)
+        if (differ[i]) llmpar__text_put(&out, "%s%s", fields++ ? ", " : " ", name[i]);
+    for (int i = 0; i < 2; i++) {
+        llmpar__text_put(&out, "%srank %d%s%s%s: ", i ? "; " : ": ", (int)side[i]->rank, side[i]->where[0] ? " (" : "", side[i]->where, side[i]->where[0] ? ")" : "");
+        llmpar__record_put_call(&out, side[i]);
+    }
+    return out.used;
+}
+
+/* What is alike for ranks that are reported together: the two ends of a message, which have one fingerprint, are not. */
+static uint64_t llmpar__record_situation(const llmpar_position *p)
+{
+    uint64_t ends = llmpar__record_mix((uint64_t)(uint32_t)p->now.op << 32 | (uint32_t)p->last.op, (uint64_t)(uint32_t)p->state);
+    return llmpar__record_mix(llmpar__record_mix(ends, llmpar_call_fingerprint(&p->now)), llmpar_call_fingerprint(&p->last));
+}
+
+LLMPAR_DEF size_t llmpar_position_print(llmpar_position_fn get, void *user, int32_t ranks, char *text, size_t capacity)
+{
+    enum { SITUATIONS = 24, NAMED = 12 };
+    static const char *const states[] = { "outside", "in ", "has returned", "unknown" };
+    uint64_t seen[SITUATIONS];
+    int count = 0;
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    llmpar_position p, q;
+    for (int inside = 0; inside < 2; inside++)
+        for (int32_t i = 0; i < ranks; i++) {
+            get(user, i, &p);
+            if ((p.state == LLMPAR_POSITION_INSIDE) != inside) continue;
+            uint64_t key = llmpar__record_situation(&p);
+            int k = 0;
+            while (k < count && seen[k] != key) k++;
+            if (k < count) continue;
+            if (count == SITUATIONS) {
+                llmpar__text_put(&out, "; ...");
+                return out.used;
+            }
+            seen[count++] = key;
+            int32_t alike = 1, named = 1;
+            for (int32_t j = i + 1; j < ranks; j++) {
+                get(user, j, &q);
+                alike += llmpar__record_situation(&q) == key;
+            }
+            llmpar__text_put(&out, "%s%s %d%s%s%s", count > 1 ? "; " : "", alike > 1 ? "ranks" : "rank", (int)p.rank, p.where[0] ? " (" : "", p.where, p.where[0] ? ")" : "");
+            for (int32_t j = i + 1; j < ranks && named < alike && named < NAMED; j++) {
+                get(user, j, &q);
+                if (llmpar__record_situation(&q) != key) continue;
+                llmpar__text_put(&out, " %d%s%s%s", (int)q.rank, q.where[0] && alike <= 4 ? " (" : "", alike <= 4 ? q.where : "", q.where[0] && alike <= 4 ? ")" : "");
+                named++;
+            }
+            if (named < alike) llmpar__text_put(&out, " and %d more", (int)(alike - named));
+            llmpar__text_put(&out, ": %s", states[p.state]);
+            if (p.state == LLMPAR_POSITION_INSIDE) llmpar__record_put_call(&out, &p.now);
+            llmpar__text_put(&out, p.last.op == LLMPAR_CALL_NONE ? ", completed none" : ", last completed ");
+            if (p.last.op != LLMPAR_CALL_NONE) llmpar__record_put_call(&out, &p.last);
+        }
+    return out.used;
+}
+
+/* ---- the ring ---- */
+
+static void llmpar__record_lock(llmpar_record *record)
+{
+    while (__atomic_exchange_n(&record->lock, 1u, __ATOMIC_ACQUIRE)) sched_yield();
+}
+static void llmpar__record_unlock(llmpar_record *record) { __atomic_store_n(&record->lock, 0u, __ATOMIC_RELEASE); }
+
+static uint64_t llmpar__record_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t); /* the dumps of several machines are read together */
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_create(llmpar_heap *heap, int32_t rank, uint64_t timeout_ms, llmpar_record **out)
+{
+    llmpar_record *record = *out = (llmpar_record *)llmpar_heap_zalloc(heap, 1, sizeof *record);
+    if (!record) return LLMPAR_ERR_MEMORY;
+    record->heap = heap;
+    record->rank = rank;
+    record->timeout_ms = timeout_ms;
+    record->changed_ns = llmpar__record_now();
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_record_destroy(llmpar_record *record)
+{
+    if (!record) return;
+    for (int32_t i = 0; i < record->group_count; i++) llmpar_heap_free(record->heap, record->groups[i].world_rank);
+    llmpar_heap_free(record->heap, record->groups);
+    llmpar_heap_free(record->heap, record);
+}
+
+LLMPAR_DEF llmpar_status llmpar_record_attach(llmpar_record *record, llmpar_comm *comm, const int32_t *world_rank)
+{
+    size_t n = (size_t)comm->ranks, length = strlen(comm->axis);
+    char axis[sizeof record->groups->axis];
+    int32_t same_name = 0;
+    memset(axis, 0, sizeof axis);
+    memcpy(axis, comm->axis, length < sizeof axis ? length : sizeof axis - 1);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        llmpar__record_group *g = &record->groups[i];
+        if (memcmp(g->axis, axis, sizeof axis)) continue;
+        if (g->ranks == comm->ranks && !memcmp(g->world_rank, world_rank, n * sizeof *world_rank)) {
+            comm->record = record;
+            comm->group = i;
+            return LLMPAR_OK;
+        }
+        same_name++;
+    }
+    int32_t *members = (int32_t *)llmpar_heap_alloc(record->heap, n, sizeof *members);
+    llmpar__record_group *grown = NULL, *old = record->groups;
+    int32_t capacity = record->group_capacity;
+    if (members && record->group_count == capacity) {
+        capacity = capacity ? 2 * capacity : 8;
+        grown = (llmpar__record_group *)llmpar_heap_zalloc(record->heap, (size_t)capacity, sizeof *grown);
+    }
+    if (!members || (record->group_count == record->group_capacity && !grown)) {
+        llmpar_heap_free(record->heap, members);
+        return LLMPAR_ERR_MEMORY;
+    }
+    memcpy(members, world_rank, n * sizeof *members);
+    llmpar__record_lock(record);
+    if (grown) {
+        if (old) memcpy(grown, old, (size_t)record->group_count * sizeof *grown);
+        record->groups = grown;
+        record->group_capacity = capacity;
+    }
+    llmpar__record_group *g = &record->groups[record->group_count];
+    memset(g, 0, sizeof *g);
+    memcpy(g->axis, axis, sizeof axis);
+    g->ranks = comm->ranks;
+    g->same_name = same_name;
+    g->world_rank = members;
+    comm->record = record;
+    comm->group = record->group_count++;
+    llmpar__record_unlock(record);
+    if (grown) llmpar_heap_free(record->heap, old);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF uint64_t llmpar_record_begin(llmpar_record *record, int32_t group, llmpar_call *call)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_group *g = &record->groups[group];
+    uint64_t id = ++record->last_id;
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    call->rank = record->rank;
+    call->number = llmpar__record_message(call) ? ++g->messages : ++g->collectives;
+    if (!llmpar__record_message(call)) g->enqueued = call->number;
+    if (call->where[0]) memcpy(record->where, call->where, sizeof record->where);
+    e->call = *call;
+    e->id = id;
+    e->created_ns = record->changed_ns = now;
+    e->started_ns = e->completed_ns = 0;
+    e->group = group;
+    llmpar__record_unlock(record);
+    return id;
+}
+
+static void llmpar__record_mark(llmpar_record *record, uint64_t id, int completed)
+{
+    uint64_t now = llmpar__record_now();
+    llmpar__record_lock(record);
+    llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+    record->changed_ns = now;
+    if (e->id == id) {
+        llmpar__record_group *g = &record->groups[e->group];
+        if (completed) {
+            e->completed_ns = now;
+            record->last = e->call;
+        } else {
+            e->started_ns = now;
+        }
+        if (!llmpar__record_message(&e->call)) *(completed ? &g->completed : &g->started) = e->call.number;
+    }
+    llmpar__record_unlock(record);
+}
+
+LLMPAR_DEF void llmpar_record_started(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 0); }
+LLMPAR_DEF void llmpar_record_completed(llmpar_record *record, uint64_t id) { llmpar__record_mark(record, id, 1); }
+
+static uint64_t llmpar__record_oldest(const llmpar_record *record)
+{
+    return record->last_id < LLMPAR_RECORD_ENTRIES ? 1 : record->last_id - LLMPAR_RECORD_ENTRIES + 1;
+}
+
+LLMPAR_DEF void llmpar_record_position(llmpar_record *record, llmpar_position *out)
+{
+    memset(out, 0, sizeof *out);
+    llmpar__record_lock(record);
+    out->rank = record->rank;
+    out->time_ns = record->changed_ns;
+    memcpy(out->where, record->where, sizeof out->where);
+    out->last = record->last;
+    for (uint64_t id = record->last_id; id >= llmpar__record_oldest(record) && id; id--) {
+        const llmpar__record_entry *e = &record->entry[id % LLMPAR_RECORD_ENTRIES];
+        if (!e->started_ns || e->completed_ns) continue;
+        out->state = LLMPAR_POSITION_INSIDE;
+        out->now = e->call;
+        break;
+    }
+    llmpar__record_unlock(record);
+}
+
+/* ---- the dump ---- */
+
+static const char *llmpar__record_torch_dtype(int32_t dtype)
+{
+    switch (dtype) {
+    case LLMPAR_F32: return "Float";
+    case LLMPAR_F64: return "Double";
+    case LLMPAR_BF16: return "BFloat16";
+    case LLMPAR_F16: return "Half";
+    case LLMPAR_I32: return "Int";
+    case LLMPAR_I64: return "Long";
+    case LLMPAR_U64: return "UInt64";
+    default: return "Byte";
+    }
+}
+
+/* "tp"; the second communicator of that name with other members is "tp.1". */
+static void llmpar__record_group_name(char *text, size_t capacity, const llmpar__record_group *g)
+{
+    if (g->same_name) snprintf(text, capacity, "%s.%d", g->axis, (int)g->same_name);
+    else snprintf(text, capacity, "%s", g->axis);
+}
+
+static void llmpar__record_json_entry(const llmpar_record *record, const llmpar__record_entry *e, llmpar__text *json)
+{
+    const llmpar_call *c = &e->call;
+    const llmpar__record_group *g = &record->groups[e->group];
+    char group[48], name[320], axis[160], tag[400], where[32] = "", started[24] = "null", completed[24] = "null", duration[48] = "";
+    uint64_t part = c->count * c->blocks, all = part * (uint64_t)c->members, in = part, out = part;
+    if (c->op == LLMPAR_CALL_ALL_GATHER) out = all;
+    if (c->op == LLMPAR_CALL_REDUCE_SCATTER) in = all;
+    if (c->op == LLMPAR_CALL_ALL_TO_ALL) in = out = all;
+    llmpar__record_group_name(group, sizeof group, g);
+    llmpar_json_escape(group, strlen(group), name, sizeof name);
+    llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+    llmpar_json_escape(c->tag, strlen(c->tag), tag, sizeof tag);
+    if (c->op == LLMPAR_CALL_SEND) snprintf(where, sizeof where, " %d->%d", (int)c->member, (int)c->peer);
+    if (c->op == LLMPAR_CALL_RECV) snprintf(where, sizeof where, " %d<-%d", (int)c->member, (int)c->peer);
+    if (e->started_ns) snprintf(started, sizeof started, "%llu", (unsigned long long)e->started_ns);
+    if (e->completed_ns) snprintf(completed, sizeof completed, "%llu", (unsigned long long)e->completed_ns);
+    if (e->completed_ns && e->started_ns) snprintf(duration, sizeof duration, "\"duration_ms\": %.6f, ", 1e-6 * (double)(int64_t)(e->completed_ns - e->started_ns));
+    llmpar__text_put(json, "  {\"record_id\": %llu, \"pg_id\": %d, \"process_group\": [%s, %s], \"collective_seq_id\": %llu, \"p2p_seq_id\": %llu, \"op_id\": %llu, \"profiling_name\": \"llmpar:%s%s\", ",
+                          (unsigned long long)(e->id - 1), (int)e->group, name, axis, (unsigned long long)(llmpar__record_message(c) ? 0 : c->number),
+                          (unsigned long long)(llmpar__record_message(c) ? c->number : 0), (unsigned long long)e->id, llmpar_call_op_name((llmpar_call_op)c->op), where);
+    llmpar__text_put(json, "\"time_created_ns\": %llu, %s\"input_sizes\": [[%llu]], \"input_dtypes\": [\"%s\"], \"output_sizes\": [[%llu]], \"output_dtypes\": [\"%s\"], ",
+                          (unsigned long long)e->created_ns, duration, (unsigned long long)in, llmpar__record_torch_dtype(c->dtype), (unsigned long long)out, llmpar__record_torch_dtype(c->dtype));
+    llmpar__text_put(json, "\"state\": \"%s\", \"time_discovered_started_ns\": %s, \"time_discovered_completed_ns\": %s, \"retired\": %s, \"timeout_ms\": %llu, \"is_p2p\": %s, "
+                          "\"root\": %d, \"reduce_op\": \"%s\", \"frames\": [{\"name\": %s, \"filename\": \"\", \"line\": 0}]}",
+                          e->completed_ns ? "completed" : e->started_ns ? "started" : "scheduled", started, completed, e->completed_ns ? "true" : "false", (unsigned long long)record->timeout_ms,
+                          llmpar__record_message(c) ? "true" : "false", (int)c->root, c->reduce == LLMPAR_MAX ? "max" : c->op == LLMPAR_CALL_ALL_REDUCE || c->op == LLMPAR_CALL_REDUCE_SCATTER ? "sum" : "", tag);
+}
+
+LLMPAR_DEF size_t llmpar_record_json(llmpar_record *record, char *text, size_t capacity)
+{
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    char group[48], name[320], axis[160], where[320];
+    llmpar__record_lock(record);
+    llmpar_json_escape(record->where, strlen(record->where), where, sizeof where);
+    llmpar__text_put(&out, "{\n \"version\": \"2.10\",\n \"rank\": %d,\n \"where\": %s,\n \"pg_config\": {", (int)record->rank, where);
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__record_group_name(group, sizeof group, g);
+        llmpar_json_escape(group, strlen(group), name, sizeof name);
+        llmpar_json_escape(g->axis, strlen(g->axis), axis, sizeof axis);
+        llmpar__text_put(&out, "%s\n  %s: {\"name\": %s, \"desc\": %s, \"ranks\": \"[", i ? "," : "", name, name, axis);
+        for (int32_t k = 0; k < g->ranks; k++) llmpar__text_put(&out, "%s%d", k ? ", " : "", (int)g->world_rank[k]);
+        llmpar__text_put(&out, "]\"}");
+    }
+    llmpar__text_put(&out, "\n },\n \"pg_status\": {");
+    for (int32_t i = 0; i < record->group_count; i++) {
+        const llmpar__record_group *g = &record->groups[i];
+        llmpar__text_put(&out, "%s\n  \"%d\": {\"last_enqueued_collective\": %llu, \"last_started_collective\": %llu, \"last_completed_collective\": %llu}", i ? "," : "", (int)i,
+                              (unsigned long long)g->enqueued, (unsigned long long)g->started, (unsigned long long)g->completed);
+    }
+    llmpar__text_put(&out, "\n },\n \"entries\": [");
+    for (uint64_t id = llmpar__record_oldest(record); id <= record->last_id; id++) {
+        llmpar__text_put(&out, id == llmpar__record_oldest(record) ? "\n" : ",\n");
+        llmpar__record_json_entry(record, &record->entry[id % LLMPAR_RECORD_ENTRIES], &out);
+    }
+    llmpar__text_put(&out, "\n ]\n}\n");
+    llmpar__record_unlock(record);
+    return out.used;
+}
+/* ==== src/tables/halving.c ==== */
+LLMPAR_DEF int llmpar_halving_make(llmpar_heap *heap, int32_t ranks, int32_t rank, llmpar_halving *out)
+{
+    size_t n = (size_t)ranks, levels = 0;
+    int32_t lo = 0;
+    memset(out, 0, sizeof *out);
+    for (int32_t m = ranks; m > 1; levels++) {
+        int32_t p = (int32_t)llmpar_tree_split(m);
+        if (rank < lo + p) m = p;
+        else lo += p, m -= p;
+    }
+    out->level = (llmpar_halving_level *)llmpar_heap_zalloc(heap, 1, levels * sizeof *out->level + (levels + 1) * n * sizeof(int32_t));
+    if (!out->level) return 0;
+    out->levels = (int32_t)levels;
+    out->label = (int32_t *)(void *)(out->level + levels);
+    out->kept = out->label + levels * n;
+    lo = 0;
+    for (int32_t m = ranks, l = out->levels; m > 1;) {
+        int32_t p = (int32_t)llmpar_tree_split(m), *label = out->label + (size_t)--l * n;
+        const int32_t *above = label + n;
+        llmpar_halving_level *level = &out->level[l];
+        for (int32_t j = 0; j < ranks; j++) {
+            int32_t c = j;
+            if (l + 1 < out->levels) { /* from the node above */
+                const llmpar_halving_level *up = level + 1;
+                c = above[j];
+                if (up->left) c = c < up->p ? c : c - up->p;
+                else c = c < up->p ? c % up->q : c - up->p;
+            }
+            label[j] = c;
+        }
+        level->lo = lo;
+        level->p = p;
+        level->q = m - p;
+        level->left = rank < lo + p;
+        int32_t a = rank - lo - (level->left ? 0 : p), keeps = 0, gives = 0;
+        level->mine = level->left ? a : p + a;
+        level->partner = level->left ? lo + p + a % level->q : lo + a;
+        for (int32_t j = 0; j < ranks; j++) {
+            keeps += label[j] == level->mine;
+            gives += level->left ? label[j] == a + p : label[j] < p && label[j] % level->q == a;
+        }
+        if (keeps > out->most_kept) out->most_kept = keeps;
+        if (gives > out->most_given) out->most_given = gives;
+        if (level->left) m = p;
+        else lo += p, m -= p;
+    }
+    return 1;
+}
+
+LLMPAR_DEF void llmpar_halving_free(llmpar_heap *heap, llmpar_halving *halving)
+{
+    llmpar_heap_free(heap, halving->level);
+    memset(halving, 0, sizeof *halving);
+}
+/* ==== src/tables/arena.c ==== */
+/* arena: blocks of device memory with tags. The bookkeeping lives on the rank's heap, apart from the blocks: device memory need not be readable from the host.
+
+   Memory comes from the device in stretches, one for each request that nothing free serves. A stretch is cut where a smaller request takes a part of it, and free neighbours become one again:
+
+     a stretch:  | live | free        | live    | free |        blocks, linked from left to right
+
+   Live blocks are in a hash table of chains by address, free ones in a list; the first that is large enough serves. A piece that was reserved comes first, by address: whoever counts the same requests in a larger one sees the same places, so
+   what it counts is enough. Other free blocks follow by size; of equals the stretch that was taken first, then the lower address. A small one of these requests does not cut a large block: it may live on when the large one is wanted again.
+   So a gradient lies where activations were, and a step that repeats takes memory from the device only the first time. Nothing depends on addresses but their order inside a stretch: the same requests always give the same usage, and a
+   step that repeats gets the same addresses (which is what lets a device replay it: region_begin, tables/device.h). With a limit nothing is cut: a stretch goes back to the device only as a whole, and what is reserved could not keep to
+   the limit. */
+
+#define LLMPAR__ARENA_BUCKETS 256u
+/* A request takes a part of a block that is at most so many times as large; with AddressSanitizer none, so that it sees where every block ends. */
+#define LLMPAR__ARENA_CUT 8
+#if defined(__SANITIZE_ADDRESS__)
+#undef LLMPAR__ARENA_CUT
+#define LLMPAR__ARENA_CUT 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#undef LLMPAR__ARENA_CUT
+#define LLMPAR__ARENA_CUT 1
+#endif
+#endif
+
+typedef struct llmpar__arena_block {
+    struct llmpar__arena_block *next;         /* in its chain, or in the list of free ones */
+    struct llmpar__arena_block *left, *right; /* in its stretch; NULL: here it begins, or ends */
+    char *memory;
+    size_t bytes;                             /* rounded */
+    llmpar_tag tag;
+    const char *label;                        /* borrowed; NULL: the block is free */
+    uint64_t mark[LLMPAR_ARENA_STREAMS];      /* of the last releases of its memory */
+    uint64_t number;                          /* of the stretch, as they were taken from the device */
+} llmpar__arena_block;
+
+struct llmpar_arena {
+    llmpar_ctx *ctx; /* borrowed */
+    uint64_t limit;
+    llmpar_arena_usage usage;
+    llmpar__arena_block *live[LLMPAR__ARENA_BUCKETS]; /* by address */
+    llmpar__arena_block *idle;                        /* those of the piece by address, then all others by size, number, address */
+    uint64_t taken;
+    char *piece;                                      /* stretch 0, if it was reserved */
+};
+
+LLMPAR_DEF const char *llmpar_tag_name(llmpar_tag tag)
+{
+    static const char *const names[] = { "parameters", "gathered", "gradients", "optimizer", "activations", "communication", "workspace" };
+    return (unsigned)tag < LLMPAR_TAG_COUNT ? names[tag] : "?";
+}
+
+/* The link in a chain that leads to this live block, or the chain's end. */
+static llmpar__arena_block **llmpar__arena_find(const llmpar_arena *arena, const void *memory)
+{
+    llmpar__arena_block **link = (llmpar__arena_block **)&arena->live[(unsigned)(((uint64_t)(uintptr_t)memory * 0x9e3779b97f4a7c15u) >> 32) % LLMPAR__ARENA_BUCKETS];
+    while (*link && (*link)->memory != memory) link = &(*link)->next;
+    return link;
+}
+
+static int llmpar__arena_in_piece(const llmpar_arena *arena, const llmpar__arena_block *block) { return arena->piece && block->number == 0; }
+
+/* The order of the list of free blocks. */
+static int llmpar__arena_before(const llmpar_arena *arena, const llmpar__arena_block *x, const llmpar__arena_block *y)
+{
+    int x_in = llmpar__arena_in_piece(arena, x), y_in = llmpar__arena_in_piece(arena, y);
+    if (x_in || y_in) return x_in && (!y_in || x->memory < y->memory);
+    if (x->bytes != y->bytes) return x->bytes < y->bytes;
+    return x->number < y->number || (x->number == y->number && x->memory < y->memory);
+}
+
+/* The link in the list of free blocks that leads to this one, or to where it belongs. */
+static llmpar__arena_block **llmpar__arena_place(llmpar_arena *arena, const llmpar__arena_block *block)
+{
+    llmpar__arena_block **link = &arena->idle;
+    while (*link && llmpar__arena_before(arena, *link, block)) link = &(*link)->next;
+    return link;
+}
+
+static void llmpar__arena_add_idle(llmpar_arena *arena, llmpar__arena_block *block)
+{
+    llmpar__arena_block **link = llmpar__arena_place(arena, block);
+    block->label = NULL;
+    block->next = *link;
+    *link = block;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out)
+{
+    *out = NULL;
+    llmpar_arena *arena = (llmpar_arena *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *arena);
+    if (!arena) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: %lu bytes for its tables", (unsigned long)sizeof *arena);
+    arena->ctx = ctx;
+    arena->limit = limit;
+    *out = arena;
+    return LLMPAR_OK;
+}
+
+/* Two free neighbours, neither in the list, become one. */
+static llmpar__arena_block *llmpar__arena_join(llmpar_arena *arena, llmpar__arena_block *left, llmpar__arena_block *right)
+{
+    for (int i = 0; i < LLMPAR_ARENA_STREAMS; i++)
+        if (right->mark[i] > left->mark[i]) left->mark[i] = right->mark[i];
+    left->bytes += right->bytes;
+    left->right = right->right;
+    if (left->right) left->right->left = left;
+    llmpar_heap_free(&arena->ctx->heap, right);
+    return left;
+}
+
+/* Out of its chain: into the list, with the free blocks beside it. */
+static void llmpar__arena_retire(llmpar_arena *arena, llmpar__arena_block **link)
+{
+    llmpar__arena_block *block = *link, *left = block->left, *right = block->right;
+    *link = block->next;
+    arena->usage.live[block->tag] -= block->bytes;
+    arena->usage.live_total -= block->bytes;
+    if (left && !left->label) {
+        link = llmpar__arena_place(arena, left);
+        *link = left->next;
+        block = llmpar__arena_join(arena, left, block);
+    }
+    if (right && !right->label) {
+        link = llmpar__arena_place(arena, right);
+        *link = right->next;
+        block = llmpar__arena_join(arena, block, right);
+    }
+    llmpar__arena_add_idle(arena, block);
+}
+
+/* Gives back the stretches of which nothing is live. */
+static void llmpar__arena_release(llmpar_arena *arena)
+{
+    llmpar__arena_block **link = &arena->idle, *block;
+    while ((block = *link) != NULL) {
+        if (block->left || block->right) {
+            link = &block->next;
+            continue;
+        }
+        *link = block->next;
+        if (llmpar__arena_in_piece(arena, block)) arena->piece = NULL;
+        arena->ctx->device->free(arena->ctx->device, block->memory, block->bytes);
+        arena->usage.reserved -= block->bytes;
+        llmpar_heap_free(&arena->ctx->heap, block);
+    }
+}
+
+LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
+{
+    if (!arena) return;
+    for (unsigned i = 0; i < LLMPAR__ARENA_BUCKETS; i++)
+        while (arena->live[i]) llmpar__arena_retire(arena, &arena->live[i]);
+    llmpar__arena_release(arena);
+    llmpar_heap_free(&arena->ctx->heap, arena);
+}
+
+/* `why` completes "arena: activations "layers.3 saved": 4096 bytes: ...". */
+static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
+{
+    char list[320];
+    size_t used = 0;
+    list[0] = 0;
+    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
+        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
+    return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
+                       (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
+}
+
+/* Drops the device's own text about a failure that is mended, or that the arena can tell better. */
+static void llmpar__arena_forget(llmpar_ctx *ctx)
+{
+    ctx->error.status = LLMPAR_OK;
+    ctx->error.text[0] = 0;
+}
+
+/* A stretch of the device's becomes this new block. */
+static llmpar_status llmpar__arena_take(llmpar_arena *arena, llmpar__arena_block *block, size_t bytes)
+{
+    void *memory = NULL;
+    llmpar_status status = arena->ctx->device->alloc(arena->ctx->device, bytes, &memory);
+    if (status) return status;
+    block->memory = (char *)memory;
+    block->bytes = bytes;
+    block->number = arena->taken++;
+    arena->usage.reserved += bytes;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes)
+{
+    llmpar_ctx *ctx = arena->ctx;
+    size_t alignment = ctx->device->alignment;
+    if (LLMPAR__ARENA_CUT == 1 || arena->limit || arena->taken || !bytes || bytes > SIZE_MAX - alignment) return LLMPAR_OK;
+    llmpar__arena_block *block = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *block);
+    if (!block) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "arena: no host memory for a block's entry");
+    int clean = ctx->error.status == LLMPAR_OK;
+    llmpar_status status = llmpar__arena_take(arena, block, ((size_t)bytes + alignment - 1) & ~(alignment - 1));
+    if (status) {
+        llmpar_heap_free(&ctx->heap, block);
+        if (status == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
+        return status == LLMPAR_ERR_MEMORY ? LLMPAR_OK : status;
+    }
+    arena->piece = block->memory;
+    llmpar__arena_add_idle(arena, block);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, void **out)
+{
+    llmpar_ctx *ctx = arena->ctx;
+    llmpar_device *device = ctx->device;
+    llmpar_arena_usage *usage = &arena->usage;
+    *out = NULL;
+    if (!label) label = "";
+    if ((unsigned)tag >= LLMPAR_TAG_COUNT) return llmpar_fail(ctx, LLMPAR_ERR_ARGUMENT, "arena: \"%s\": tag %d, expected 0 to %d", label, (int)tag, LLMPAR_TAG_COUNT - 1);
+    size_t need;
+    if (!llmpar_size_add(bytes ? bytes : 1, device->alignment - 1, &need)) return llmpar__arena_full(arena, tag, bytes, label, "size overflow");
+    need &= ~(device->alignment - 1);
+    if (arena->limit && (need > arena->limit || usage->live_total > arena->limit - need)) return llmpar__arena_full(arena, tag, need, label, "over the limit");
+
+    llmpar__arena_block **link = &arena->idle, *block, *rest = NULL;
+    while (*link && (*link)->bytes < need) link = &(*link)->next;
+    block = *link;
+    if (block && block->bytes > need && !llmpar__arena_in_piece(arena, block) && (arena->limit || (block->bytes - 1) / LLMPAR__ARENA_CUT >= need)) block = NULL;
+    if (!block || block->bytes > need) {
+        rest = (llmpar__arena_block *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *rest);
+        if (!rest) return llmpar__arena_full(arena, tag, need, label, "no host memory for the block's entry");
+    }
+    if (block) {
+        *link = block->next;
+        if (rest) {
+            *rest = *block;
+            rest->memory += need;
+            rest->bytes -= need;
+            rest->left = block;
+            if (rest->right) rest->right->left = rest;
+            llmpar__arena_add_idle(arena, rest);
+            block->bytes = need;
+            block->right = rest;
+        }
+    } else {
+        /* Idle blocks must not push what is really held over the limit. */
+        if (arena->limit && usage->reserved > arena->limit - need) llmpar__arena_release(arena);
+        int clean = ctx->error.status == LLMPAR_OK;
+        llmpar_status st = llmpar__arena_take(arena, rest, need);
+        if (st == LLMPAR_ERR_MEMORY && usage->reserved > usage->live_total) {
+            llmpar__arena_release(arena);
+            if (clean) llmpar__arena_forget(ctx);
+            st = llmpar__arena_take(arena, rest, need);
+        }
+        if (st) {
+            if (st == LLMPAR_ERR_MEMORY && clean) llmpar__arena_forget(ctx);
+            llmpar_heap_free(&ctx->heap, rest);
+            return st == LLMPAR_ERR_MEMORY ? llmpar__arena_full(arena, tag, need, label, "the device has no more memory") : st;
+        }
+        block = rest;
+    }
+    if (llmpar__arena_in_piece(arena, block) && (uint64_t)(block->memory - arena->piece) + need > usage->extent) usage->extent = (uint64_t)(block->memory - arena->piece) + need;
+    block->tag = tag;
+    block->label = label;
+    link = llmpar__arena_find(arena, block->memory);
+    block->next = NULL;
+    *link = block;
+    usage->live[tag] += need;
+    usage->live_total += need;
+    if (usage->live[tag] > usage->peak[tag]) usage->peak[tag] = usage->live[tag];
+    if (usage->live_total > usage->peak_total) usage->peak_total = usage->live_total;
+    *out = block->memory;
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream)
+{
+    const llmpar__arena_block *block = *llmpar__arena_find(arena, memory);
+    return block ? block->mark[stream] : 0;
+}
+
+LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0, 0); }
+
+LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark)
+{
+    if (!memory) return;
+    llmpar__arena_block **link = llmpar__arena_find(arena, memory), *block = *link;
+    if (!block) { /* nothing to return an error through: it shows up as the rank's error */
+        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
+        return;
+    }
+    memset(block->mark, 0, sizeof block->mark); /* what it had before is behind this release */
+    block->mark[stream] = mark;
+    llmpar__arena_retire(arena, link);
+}
+
+LLMPAR_DEF void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out)
+{
+    *out = arena->usage;
+}
+
+LLMPAR_DEF void llmpar_arena_reset_peaks(llmpar_arena *arena)
+{
+    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) arena->usage.peak[t] = arena->usage.live[t];
+    arena->usage.peak_total = arena->usage.live_total;
+}
+
+#undef LLMPAR__ARENA_BUCKETS
+#undef LLMPAR__ARENA_CUT
+/* ==== src/tables/trace.c ==== */
+/* trace: events in blocks that never move, because a stream writes an event's times while the rank's thread goes on adding events. */
+
+#define LLMPAR__TRACE_BLOCK 256u
+#define LLMPAR__TRACE_TEXT 65536u /* bytes that are put together before they are handed on */
+#define LLMPAR__TRACE_LINE 2048u  /* the longest event */
+
+typedef struct llmpar__trace_event {
+    uint64_t begin_ns, end_ns; /* 0: its stream has not come there */
+    uint64_t bytes;
+    const char *category;      /* NULL: live bytes per tag at begin_ns */
+    int32_t lane, micro_batch;
+    union {
+        struct { char name[24], unit[40]; } span;
+        uint64_t live[LLMPAR_TAG_COUNT];
+    } of;
+} llmpar__trace_event;
+
+typedef struct llmpar__trace_block {
+    struct llmpar__trace_block *next;
+    llmpar__trace_event event[LLMPAR__TRACE_BLOCK];
+} llmpar__trace_block;
+
+struct llmpar_trace {
+    llmpar_ctx *ctx;
+    uint64_t limit, count, dropped;
+    uint64_t created_ns;
+    int64_t clock_ns;          /* what the time of day is ahead of this machine's steady clock */
+    llmpar__trace_block *first, *last;
+    uint64_t live[LLMPAR_TAG_COUNT]; /* as last counted */
+    char lane[LLMPAR_TRACE_LANES][24];
+    char text[LLMPAR__TRACE_TEXT];   /* of write */
+};
+
+static uint64_t llmpar__trace_clock(clockid_t clock)
+{
+    struct timespec t;
+    clock_gettime(clock, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t llmpar__trace_now(void) { return llmpar__trace_clock(CLOCK_MONOTONIC); } /* one for all processes of a machine */
+
+LLMPAR_DEF llmpar_status llmpar_trace_create(llmpar_ctx *ctx, uint64_t limit, llmpar_trace **out)
+{
+    llmpar_trace *trace = *out = (llmpar_trace *)llmpar_heap_zalloc(&ctx->heap, 1, sizeof *trace);
+    if (!trace) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trace: out of memory");
+    trace->ctx = ctx;
+    trace->limit = limit ? limit : 262144;
+    trace->created_ns = llmpar__trace_now();
+    trace->clock_ns = (int64_t)(llmpar__trace_clock(CLOCK_REALTIME) - trace->created_ns);
+    return LLMPAR_OK;
+}
+
+LLMPAR_DEF void llmpar_trace_destroy(llmpar_trace *trace)
+{
+    if (!trace) return;
+    while (trace->first) {
+        llmpar__trace_block *next = trace->first->next;
+        llmpar_heap_free(&trace->ctx->heap, trace->first);
+        trace->first = next;
+    }
+    llmpar_heap_free(&trace->ctx->heap, trace);
+}
+
+static void llmpar__trace_copy(char *out, size_t capacity, const char *text)
+{
+    size_t length = text ? strlen(text) : 0;
+    if (length >= capacity) length = capacity - 1;
+    if (length) memcpy(out, text, length);
+    out[length] = 0;
+}
+
+LLMPAR_DEF void llmpar_trace_lane(llmpar_trace *trace, int32_t lane, const char *name)
+{
+    if (trace && lane >= 0 && lane < LLMPAR_TRACE_LANES) llmpar__trace_copy(trace->lane[lane], sizeof trace->lane[lane], name);
+}
+
+/* The next event, zeroed; NULL: none is left. A trace that is cut is better than a step that fails. */
+static llmpar__trace_event *llmpar__trace_add(llmpar_trace *trace)
+{
+    uint64_t at = trace->count % LLMPAR__TRACE_BLOCK;
+    if (trace->count < trace->limit && at == 0) {
+        llmpar__trace_block *block = (llmpar__trace_block *)llmpar_heap_zalloc(&trace->ctx->heap, 1, sizeof *block);
+        if (!block) trace->limit = trace->count;
+        else if (trace->last) trace->last->next = block;
+        else trace->first = block;
+        if (block) trace->last = block;
+    }
+    if (trace->count >= trace->limit) {
+        trace->dropped++;
+        return NULL;
+    }
+    trace->count++;
+    return &trace->last->event[at];
+}
+
+static llmpar_status llmpar__trace_mark(void *arg)
+{
+    *(*(uint64_t **)arg) = llmpar__trace_now();
+    return LLMPAR_OK;
+}
+
+static llmpar_status llmpar__trace_enqueue(llmpar_trace *trace, llmpar_stream *stream, uint64_t *time)
+{
+    return trace->ctx->device->host_call(trace->ctx->device, stream, llmpar__trace_mark, &time, sizeof time);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_begin(llmpar_trace *trace, llmpar_stream *stream, const llmpar_trace_span *span, uint64_t *id)
+{
+    *id = 0;
+    if (!trace) return LLMPAR_OK;
+    llmpar__trace_event *event = span->lane >= 0 && span->lane < LLMPAR_TRACE_LANES ? llmpar__trace_add(trace) : NULL;
+    if (!event) return LLMPAR_OK;
+    event->bytes = span->bytes;
+    event->category = span->category ? span->category : "";
+    event->lane = span->lane;
+    event->micro_batch = span->micro_batch;
+    llmpar__trace_copy(event->of.span.name, sizeof event->of.span.name, span->name);
+    llmpar__trace_copy(event->of.span.unit, sizeof event->of.span.unit, span->unit);
+    *id = (uint64_t)(uintptr_t)event;
+    return llmpar__trace_enqueue(trace, stream, &event->begin_ns);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_end(llmpar_trace *trace, llmpar_stream *stream, uint64_t id)
+{
+    if (!trace || !id) return LLMPAR_OK;
+    return llmpar__trace_enqueue(trace, stream, &((llmpar__trace_event *)(uintptr_t)id)->end_ns);
+}
+
+LLMPAR_DEF void llmpar_trace_memory(llmpar_trace *trace, const llmpar_arena_usage *usage)
+{
+    if (!trace || (trace->count && !memcmp(trace->live, usage->live, sizeof trace->live))) return;
+    llmpar__trace_event *event = llmpar__trace_add(trace);
+    if (!event) return;
+    event->begin_ns = llmpar__trace_now();
+    memcpy(event->of.live, usage->live, sizeof event->of.live);
+    memcpy(trace->live, usage->live, sizeof trace->live);
+}
+
+/* ---- writing ---- */
+
+typedef struct llmpar__trace_out {
+    llmpar_trace *trace;
+    llmpar_comm *world;
+    llmpar_stream *stream;
+    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
+    llmpar_trace_sink sink; /* rank 0 */
+    void *user;
+    size_t used;
+    uint64_t base_ns;       /* 0 of the trace on this rank's clock */
+    llmpar_status status, sunk; /* of the transport; of the sink, whose failure the other ranks need not wait for */
+} llmpar__trace_out;
+
+static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, void *values, size_t count, llmpar_dtype dtype)
+{
+    llmpar_device *device = out->world->device;
+    size_t bytes = count * llmpar_dtype_size(dtype);
+    llmpar_collective call;
+    if (out->status) return;
+    memset(&call, 0, sizeof call);
+    call.send = sends ? out->memory : NULL;
+    call.recv = sends ? NULL : out->memory;
+    call.count = count;
+    call.dtype = dtype;
+    call.peer = peer;
+    call.tag = "trace";
+    if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
+    if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
+    if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
+    llmpar_status waited = device->synchronize(device, out->stream);
+    if (!out->status) out->status = waited;
+}
+
+static void llmpar__trace_sink(llmpar__trace_out *out, size_t bytes)
+{
+    if (bytes && !out->sunk && !out->status) out->sunk = out->sink(out->user, out->trace->text, bytes);
+}
+
+/* Hands on what there is: to the sink, or to rank 0, for which a piece of 0 bytes is the last one. */
+static void llmpar__trace_flush(llmpar__trace_out *out)
+{
+    int64_t bytes = (int64_t)out->used;
+    if (out->world->rank == 0) {
+        llmpar__trace_sink(out, out->used);
+    } else {
+        llmpar__trace_move(out, 1, 0, &bytes, 1, LLMPAR_I64);
+        if (bytes) llmpar__trace_move(out, 1, 0, out->trace->text, out->used, LLMPAR_U8);
+    }
+    out->used = 0;
+}
+
+static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+static void llmpar__trace_put(llmpar__trace_out *out, const char *format, ...)
+{
+    va_list args;
+    if (out->used + LLMPAR__TRACE_LINE > LLMPAR__TRACE_TEXT) llmpar__trace_flush(out);
+    va_start(args, format);
+    int n = vsnprintf(out->trace->text + out->used, LLMPAR__TRACE_LINE, format, args);
+    va_end(args);
+    if (n > 0) out->used += (size_t)n < LLMPAR__TRACE_LINE ? (size_t)n : LLMPAR__TRACE_LINE - 1;
+}
+
+static const char *llmpar__trace_quote(const char *text, char out[336])
+{
+    llmpar_json_escape(text, strlen(text), out, 336);
+    return out;
+}
+
+static void llmpar__trace_span(llmpar__trace_out *out, const llmpar__trace_event *event, uint64_t last_ns)
+{
+    char name[336], unit[336], label[72], category[336];
+    const char *of = event->of.span.unit;
+    uint64_t end = event->end_ns ? event->end_ns : last_ns, ts = event->begin_ns - out->base_ns, dur = end - event->begin_ns;
+    if (!event->begin_ns) return; /* its stream failed before */
+    snprintf(label, sizeof label, "%s%s%s", event->of.span.name, of[0] ? " " : "", of);
+    llmpar__trace_put(out, ",\n{\"ph\":\"X\",\"pid\":%d,\"tid\":%d,\"ts\":%llu.%03u,\"dur\":%llu.%03u,\"name\":%s,\"cat\":%s,\"args\":{", (int)out->world->rank, (int)event->lane, (unsigned long long)(ts / 1000),
+                      (unsigned)(ts % 1000), (unsigned long long)(dur / 1000), (unsigned)(dur % 1000), llmpar__trace_quote(label, name), llmpar__trace_quote(event->category, category));
+    llmpar__trace_put(out, "\"op\":%s", llmpar__trace_quote(event->of.span.name, name));
+    if (of[0]) llmpar__trace_put(out, ",\"unit\":%s", llmpar__trace_quote(of, unit));
+    if (event->micro_batch >= 0) llmpar__trace_put(out, ",\"micro_batch\":%d", (int)event->micro_batch);
+    if (event->bytes) llmpar__trace_put(out, ",\"bytes\":%llu", (unsigned long long)event->bytes);
+    llmpar__trace_put(out, "%s}}", event->end_ns ? "" : ",\"unfinished\":true");
+}
+
+static void llmpar__trace_counter(llmpar__trace_out *out, const llmpar__trace_event *event)
+{
+    uint64_t ts = event->begin_ns - out->base_ns;
+    llmpar__trace_put(out, ",\n{\"ph\":\"C\",\"pid\":%d,\"tid\":0,\"ts\":%llu.%03u,\"name\":\"arena bytes\",\"args\":{", (int)out->world->rank, (unsigned long long)(ts / 1000), (unsigned)(ts % 1000));
+    for (int tag = 0; tag < (int)LLMPAR_TAG_COUNT; tag++) llmpar__trace_put(out, "%s\"%s\":%llu", tag ? "," : "", llmpar_tag_name((llmpar_tag)tag), (unsigned long long)event->of.live[tag]);
+    llmpar__trace_put(out, "}}");
+}
+
+static void llmpar__trace_rank(llmpar__trace_out *out)
+{
+    const llmpar_trace *trace = out->trace;
+    const char *where = trace->ctx->error.where;
+    char label[96], name[336];
+    int pid = (int)out->world->rank;
+    uint64_t last_ns = llmpar__trace_now(), left = trace->count;
+    snprintf(label, sizeof label, "rank %d%s%s%s", pid, where[0] ? " (" : "", where, where[0] ? ")" : "");
+    llmpar__trace_put(out, "%s{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_name\",\"args\":{\"name\":%s}}", pid ? ",\n" : "", pid, llmpar__trace_quote(label, name));
+    llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_sort_index\",\"args\":{\"sort_index\":%d}}", pid, pid);
+    if (trace->dropped) llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":0,\"name\":\"process_labels\",\"args\":{\"labels\":\"%llu later events not recorded\"}}", pid, (unsigned long long)trace->dropped);
+    for (int lane = 0; lane < LLMPAR_TRACE_LANES; lane++) {
+        if (!trace->lane[lane][0]) continue;
+        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_name\",\"args\":{\"name\":%s}}", pid, lane, llmpar__trace_quote(trace->lane[lane], name));
+        llmpar__trace_put(out, ",\n{\"ph\":\"M\",\"pid\":%d,\"tid\":%d,\"name\":\"thread_sort_index\",\"args\":{\"sort_index\":%d}}", pid, lane, lane);
+    }
+    for (const llmpar__trace_block *block = trace->first; block; block = block->next)
+        for (uint32_t i = 0; i < LLMPAR__TRACE_BLOCK && left; i++, left--) {
+            if (block->event[i].category) llmpar__trace_span(out, &block->event[i], last_ns);
+            else llmpar__trace_counter(out, &block->event[i]);
+        }
+}
+
+/* The ranks' clocks: those of one machine are the same; of another one they are told by the time of day, which agrees to some milliseconds. */
+static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
+{
+    llmpar_trace *trace = out->trace;
+    llmpar_device *device = out->world->device;
+    int64_t mine[2], earliest = INT64_MAX, shift = 0;
+    llmpar_collective call;
+    mine[0] = (int64_t)trace->created_ns;
+    mine[1] = trace->clock_ns;
+    memset(&call, 0, sizeof call);
+    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
+    call.recv = out->memory;
+    call.count = 2;
+    call.dtype = LLMPAR_I64;
+    call.tag = "trace";
+    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
+    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
+    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
+    llmpar_status waited = device->synchronize(device, out->stream);
+    if (!out->status) out->status = waited;
+    for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
+        int64_t ahead = all[2 * r + 1] - all[1], created;
+        if (ahead < 1000000000 && ahead > -1000000000) ahead = 0;
+        created = all[2 * r] + ahead; /* on rank 0's clock */
+        if (created < earliest) earliest = created;
+        if (r == out->world->rank) shift = ahead;
+    }
+    out->base_ns = (uint64_t)(earliest - shift);
+}
+
+LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *world, llmpar_trace_sink sink, void *user)
+{
+    llmpar_device *device = world->device;
+    llmpar__trace_out out;
+    memset(&out, 0, sizeof out);
+    out.trace = trace;
+    out.world = world;
+    out.sink = sink;
+    out.user = user;
+    int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
+    if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
+    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
+    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
+    out.status = device->alloc(device, room, &out.memory);
+    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
+    if (out.stream) llmpar__trace_agree(&out, all);
+    llmpar_heap_free(&trace->ctx->heap, all);
+    if (!out.status) {
+        if (world->rank == 0) llmpar__trace_put(&out, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
+        llmpar__trace_rank(&out);
+        if (out.used) llmpar__trace_flush(&out);
+        if (world->rank) llmpar__trace_flush(&out);
+        for (int32_t r = 1; r < world->ranks && world->rank == 0; r++)
+            for (int64_t bytes = 1; bytes && !out.status;) {
+                llmpar__trace_move(&out, 0, r, &bytes, 1, LLMPAR_I64);
+                if (!out.status && (bytes < 0 || bytes > (int64_t)LLMPAR__TRACE_TEXT)) out.status = llmpar_fail(trace->ctx, LLMPAR_ERR_INTERNAL, "trace: a piece of %lld bytes from rank %d", (long long)bytes, (int)r);
+                if (!bytes || out.status) continue;
+                llmpar__trace_move(&out, 0, r, trace->text, (size_t)bytes, LLMPAR_U8);
+                llmpar__trace_sink(&out, (size_t)bytes);
+            }
+        if (world->rank == 0) {
+            llmpar__trace_put(&out, "\n]}\n");
+            llmpar__trace_flush(&out);
+        }
+    }
+    if (out.stream) device->stream_destroy(device, out.stream);
+    device->free(device, out.memory, room);
+    return out.status ? out.status : out.sunk;
+}
+
+#undef LLMPAR__TRACE_BLOCK
+#undef LLMPAR__TRACE_TEXT
+#undef LLMPAR__TRACE_LINE
+
+/* ==== src/cpu/kernels_f64.c ==== */
+/* kernels_f64: every kernel at f64, the level of finite differences. */
+
+#define LLMPAR__VLEVEL portable_f64
+#define LLMPAR__VDOUBLE 1
+#define LLMPAR__ATTENTION_ROWS 4 /* of the register tile, */
+#define LLMPAR__ATTENTION_COLUMNS 2 /* and its vectors */
+#define LLMPAR__ATTENTION_LOG llmpar_log_f64
+#define LLMPAR__TEMPLATE 2 /* cpu/vector_math.inc cpu/norm.inc cpu/rope.inc cpu/attention.inc cpu/attention_decode.inc cpu/attention_backward.inc cpu/swiglu.inc cpu/embedding.inc cpu/xent.inc cpu/elementwise.inc cpu/optim.inc cpu/squares.inc cpu/adalomo.inc */
+#include LLMPAR_HEADER
+#undef LLMPAR__VLEVEL
+#undef LLMPAR__VDOUBLE
+#undef LLMPAR__ATTENTION_ROWS
+#undef LLMPAR__ATTENTION_COLUMNS
+#undef LLMPAR__ATTENTION_LOG
+
 /* ==== src/base/json.c ==== */
-
-#include <string.h>
-
 /* A document is one allocation, sized by a count over the text before anything is parsed:
 
      | node 0 = root | node 1 | ... one for each possible value | length of the text + 1 bytes of decoded strings |
@@ -13937,10 +13889,6 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
 
 #undef LLMPAR__JSON_BIG_LIMBS
 /* ==== src/base/text.c ==== */
-
-#include <stdarg.h>
-#include <stdio.h>
-
 LLMPAR__PRIVATE_DEF llmpar__text llmpar__text_begin(char *text, size_t capacity)
 {
     llmpar__text out;
@@ -13962,15 +13910,9 @@ LLMPAR__PRIVATE_DEF void llmpar__text_put(llmpar__text *out, const char *format,
 }
 
 /* ==== src/io/system.c ==== */
-
 #include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/stat.h>
 #include <sys/types.h>
-#include <unistd.h>
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -14084,15 +14026,7 @@ LLMPAR_DEF const llmpar_io *llmpar_io_system(void) { return &llmpar__system_io; 
 
 #endif /* LLMPAR_NO_IO */
 /* ==== src/io/file.c ==== */
-
-
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -14477,10 +14411,6 @@ LLMPAR_DEF llmpar_status llmpar_directory_ensure(const llmpar_io *io, const char
 
 #endif /* LLMPAR_NO_IO */
 /* ==== src/io/safetensors.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
 #if !defined(LLMPAR_NO_IO)
 
 /* The format's limits: https://github.com/huggingface/safetensors#format */
@@ -15094,11 +15024,6 @@ LLMPAR_DEF void llmpar_safetensors_writer_abandon(llmpar_safetensors_writer *wri
 #endif /* LLMPAR_NO_IO */
 
 /* ==== src/sim/sim.c ==== */
-
-#include <stddef.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_SIM)
 
 /* ---- device ---- */
@@ -15281,9 +15206,6 @@ LLMPAR_DEF llmpar_status llmpar_sim_comm_create(llmpar_heap *heap, llmpar_error 
 /* mesh: world ranks on five named axes, and the communicators along them. */
 /* ==== src/mesh/mesh_internal.h ==== */
 /* mesh_internal: what the files of this room share. */
-#ifndef LLMPAR_MESH_INTERNAL_H
-#define LLMPAR_MESH_INTERNAL_H
-
 
 /* The coordinate of a world rank. */
 LLMPAR__PRIVATE void llmpar__mesh_coordinate(const int32_t degree[LLMPAR_MESH_AXES], int32_t rank, int32_t coordinate[LLMPAR_MESH_AXES]);
@@ -15305,11 +15227,7 @@ LLMPAR__PRIVATE int32_t llmpar__mesh_boxes(const llmpar_local *part, int32_t dim
 /* The common boxes of two parts; returns how many, *volume = their elements together. Two parts that meet in the same boxes on two ranks list them in the same order. */
 LLMPAR__PRIVATE int32_t llmpar__mesh_common(const llmpar_local *a, const llmpar_local *b, int32_t dims, llmpar__box box[LLMPAR__BOXES * LLMPAR__BOXES], int64_t *volume);
 
-#endif
 /* ---- src/mesh/mesh.c goes on ---- */
-
-#include <stdio.h>
-#include <string.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
@@ -15462,9 +15380,6 @@ LLMPAR_DEF size_t llmpar_mesh_print(const llmpar_mesh *mesh, char *text, size_t 
 }
 /* ==== src/mesh/dtensor.c ==== */
 /* dtensor: the arithmetic of cutting. Placements are applied in their order: each SHARD shrinks the rectangle along one dim, a FLAT at the end takes a range of its row-major elements. */
-
-#include <string.h>
-
 
 static int64_t llmpar__dtensor_grain(const llmpar_placement *p) { return p->grain ? p->grain : 1; }
 static int32_t llmpar__dtensor_replicas(const llmpar_placement *p) { return p->replicas ? p->replicas : 1; }
@@ -15666,9 +15581,6 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__mesh_common(const llmpar_local *a, const llm
 }
 /* ==== src/mesh/picture.c ==== */
 /* picture: who holds what of a tensor, as text and as SVG. All cuts of all ranks' boxes, along rows and along columns, make a grid whose cells are each held by one set of ranks. */
-
-#include <stdio.h>
-#include <string.h>
 
 #define LLMPAR__PICTURE_BANDS 128  /* rows or columns of a grid; more are not drawn */
 #define LLMPAR__PICTURE_LEGEND 64  /* ranks in an SVG's legend */
@@ -16019,9 +15931,6 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
    which is the bound or, where that rank has no contribution of its own, one element more; but a chain spreads the work). */
 /* ==== src/mesh/redistribute_internal.h ==== */
 /* redistribute_internal: what planning (redistribute_plan.c) and moving (redistribute.c) share: who sends what to whom. */
-#ifndef LLMPAR_REDISTRIBUTE_INTERNAL_H
-#define LLMPAR_REDISTRIBUTE_INTERNAL_H
-
 
 /* The roles of the axes in a request. Ranks of an axis form groups of `group` neighbours that hold the same part; a rank takes what it needs from the rank that has its own place in each group:
 
@@ -16050,12 +15959,7 @@ LLMPAR__PRIVATE void llmpar__redistribute_normal(const llmpar_dtensor *tensor, c
 /* Is the last placement an even cut of what this coordinate's axis held before it, part r at rank r? Then the larger part is [blocks][ranks][count]. */
 LLMPAR__PRIVATE int llmpar__redistribute_even(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], size_t *blocks, size_t *count);
 
-#endif
 /* ---- src/mesh/redistribute_plan.c goes on ---- */
-
-#include <string.h>
-
-
 static int llmpar__redistribute_partial(const llmpar_placement *p) { return p->kind == LLMPAR_PARTIAL_SUM || p->kind == LLMPAR_PARTIAL_MAX; }
 static int32_t llmpar__redistribute_replicas(const llmpar_placement *p) { return p->kind == LLMPAR_SHARD && p->replicas > 1 ? p->replicas : 1; }
 static int32_t llmpar__redistribute_ranks(const int32_t degree[LLMPAR_MESH_AXES])
@@ -16447,9 +16351,6 @@ LLMPAR_DEF size_t llmpar_redistribute_plan_print(const llmpar_redistribute_plan 
 /* redistribute: carrying out a plan, and undoing the cuts of a tensor for who wants it whole.
 
    Inside, a part is what a rank holds and nothing else: pointers to flat shards are moved to the tensor's range first. Between two steps it lies in scratch. */
-
-#include <string.h>
-
 
 /* ---- boxes ---- */
 
@@ -16981,10 +16882,6 @@ LLMPAR_DEF void llmpar_dtensor_cut(const llmpar_dtensor *tensor, const llmpar_me
 }
 
 /* ==== src/tp/tp.c ==== */
-
-#include <string.h>
-
-
 LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
 {
     memset(out, 0, sizeof *out);
@@ -17266,8 +17163,6 @@ LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
 /* ==== src/fsdp/flat.c ==== */
 /* ==== src/fsdp/fsdp_internal.h ==== */
 /* fsdp_internal: the state that flat.c lays out, shard.c looks at and the executor's files run over. */
-#ifndef LLMPAR_FSDP_INTERNAL_H
-#define LLMPAR_FSDP_INTERNAL_H
 
 /* ==== src/fsdp/store_internal.h ==== */
 /* store: where states stay between their uses: host memory beside the arena, or ranges of one file a rank.
@@ -17275,9 +17170,6 @@ LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *st
      file:  | optimizer u0 | optimizer u1 | master u0 | .. | gradients, activations: laid out when a list first needs them |
 
    The file has no name from the moment it is open, so that nothing stays after an end of any kind; its whole size is reserved before it is used, so that a full disk is an error then and not in the middle of a step. */
-#ifndef LLMPAR_STORE_INTERNAL_H
-#define LLMPAR_STORE_INTERNAL_H
-
 
 typedef struct llmpar__store llmpar__store;
 
@@ -17306,9 +17198,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__store_read(llmpar__store *store, llmpar_st
 /* After a failed wait for the stream: makes the failure of a transfer the rank's error. The stream's thread does not touch that. */
 LLMPAR__PRIVATE llmpar_status llmpar__store_failed(llmpar__store *store, llmpar_status status);
 
-#endif
 /* ---- src/fsdp/fsdp_internal.h goes on ---- */
-
 #define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
 #define LLMPAR__CAST_BUFFERS 2
@@ -17448,13 +17338,7 @@ LLMPAR__PRIVATE llmpar_status llmpar__exec_shard(llmpar__exec *exec, const llmpa
 /* Rooms in the store for what this list keeps there and has no room yet. */
 LLMPAR__PRIVATE llmpar_status llmpar__exec_places(llmpar__exec *exec, const llmpar_instruction *list, int32_t count);
 
-#endif
 /* ---- src/fsdp/flat.c goes on ---- */
-
-#include <string.h>
-#include <stdio.h>
-
-
 /* ---- layout ---- */
 
 LLMPAR_DEF void llmpar_fsdp_dtensor(const llmpar_fsdp *fsdp, int32_t unit, int32_t param, llmpar_dtensor *out)
@@ -17815,6 +17699,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
         fsdp->units = (llmpar__flat *)llmpar_heap_zalloc(&ctx->heap, (size_t)unit_count, sizeof *fsdp->units);
         status = fsdp->units ? llmpar_arena_create(ctx, desc->memory_limit, &fsdp->arena) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "fsdp: out of memory for %d units", (int)unit_count);
     }
+    if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);
     if (!status) status = llmpar__fsdp_setup(fsdp, units, desc);
     if (status) {
         llmpar_fsdp_destroy(fsdp);
@@ -17881,14 +17766,6 @@ LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
 
 #undef LLMPAR__FLAT_CHUNK
 /* ==== src/fsdp/store.c ==== */
-
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/types.h>
-#include <unistd.h>
-
 #define LLMPAR__STORE_CHUNK ((size_t)1 << 20) /* staging between device memory and the file */
 
 struct llmpar__store {
@@ -18066,10 +17943,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llm
 
 #undef LLMPAR__STORE_CHUNK
 /* ==== src/fsdp/shard.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
 /* ---- memory in stream order ----
    One host thread allocates and frees in list order, ahead of what the streams have done. A released block carries the number of its release; whoever gets it next on another stream waits for that one. */
 
@@ -18077,11 +17950,12 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_s
 {
     llmpar_status status = llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);
     if (status) return status;
-    uint64_t mark = llmpar_arena_mark(fsdp->arena, *out), serial = mark / LLMPAR_STREAM_COUNT;
-    int other = (int)(mark % LLMPAR_STREAM_COUNT);
-    if (!mark || other == (int)stream || fsdp->free_seen[stream][other] >= serial) return LLMPAR_OK;
-    status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other][serial % LLMPAR__FREE_EVENTS]);
-    fsdp->free_seen[stream][other] = serial + (fsdp->free_serial[other] - serial) / LLMPAR__FREE_EVENTS * LLMPAR__FREE_EVENTS; /* the event was recorded again by each of these */
+    for (int other = 0; other < LLMPAR_STREAM_COUNT && !status; other++) {
+        uint64_t serial = llmpar_arena_mark(fsdp->arena, *out, other);
+        if (other == (int)stream || fsdp->free_seen[stream][other] >= serial) continue;
+        status = fsdp->device->event_wait(fsdp->device, fsdp->stream[stream], fsdp->free_event[other][serial % LLMPAR__FREE_EVENTS]);
+        fsdp->free_seen[stream][other] = serial + (fsdp->free_serial[other] - serial) / LLMPAR__FREE_EVENTS * LLMPAR__FREE_EVENTS; /* the event was recorded again by each of these */
+    }
     return status;
 }
 
@@ -18089,7 +17963,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_st
 {
     if (!*memory) return LLMPAR_OK;
     uint64_t serial = ++fsdp->free_serial[stream];
-    llmpar_arena_free_marked(fsdp->arena, *memory, serial * LLMPAR_STREAM_COUNT + (uint64_t)stream);
+    llmpar_arena_free_marked(fsdp->arena, *memory, (int32_t)stream, serial);
     *memory = NULL;
     return fsdp->device->event_record(fsdp->device, fsdp->stream[stream], fsdp->free_event[stream][serial % LLMPAR__FREE_EVENTS]);
 }
@@ -18439,9 +18313,6 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_find_nonfinite(llmpar_fsdp *fsdp, char *tex
 /* ==== src/fsdp/schedule_order.c ==== */
 /* ==== src/fsdp/schedule_internal.h ==== */
 /* schedule_internal: what every instruction reads and writes, and which instructions are complete before it starts. The generator places waits with it, the validator proves them with it. */
-#ifndef LLMPAR_SCHEDULE_INTERNAL_H
-#define LLMPAR_SCHEDULE_INTERNAL_H
-
 
 /* Things that instructions share. SHARD: the shard in the compute dtype, or the whole parameters where they are whole at rest; WHOLE: gathered parameters; MASTER, STATE: on the device; STORED_*: the copy in a store. */
 typedef enum llmpar__thing {
@@ -18482,11 +18353,7 @@ LLMPAR__PRIVATE void llmpar__policy_resolve(llmpar_policy *policy);
 /* Units and resolved policy are in range and do not exclude each other: LLMPAR_ERR_ARGUMENT with the reason. */
 LLMPAR__PRIVATE llmpar_status llmpar__policy_check(const llmpar_unit *units, int32_t unit_count, const llmpar_policy *policy, llmpar_error *error);
 
-#endif
 /* ---- src/fsdp/schedule_order.c goes on ---- */
-
-#include <string.h>
-
 /* Order between streams by vector clocks: an instruction starts after the one in front of it on its stream, after what it waits for, and after every SCALAR_REDUCE before it in the list (the host waits for those). */
 
 enum { LLMPAR__TRACK_UNIT = 2, LLMPAR__TRACK_GRADIENTS = 6, LLMPAR__TRACK_STORED_GRADIENTS = LLMPAR__TRACK_GRADIENTS + 4 * LLMPAR_GRAD_SLOTS, LLMPAR__TRACKS_UNIT = LLMPAR__TRACK_STORED_GRADIENTS + 2 * LLMPAR_GRAD_SLOTS };
@@ -18719,9 +18586,6 @@ LLMPAR__PRIVATE_DEF void llmpar__order_end(llmpar__order *order, int32_t at)
     if (at > order->host[in->stream]) order->host[in->stream] = at;
 }
 /* ==== src/fsdp/schedule.c ==== */
-
-#include <string.h>
-
 LLMPAR_DEF int llmpar_policy_whole_params(const llmpar_policy *policy) { return policy->shards < 2 || (policy->zero != LLMPAR_ZERO_DEFAULT && policy->zero < LLMPAR_ZERO_3); }
 LLMPAR_DEF int llmpar_policy_whole_grads(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0 || policy->zero == LLMPAR_ZERO_1; }
 LLMPAR_DEF int llmpar_policy_whole_state(const llmpar_policy *policy) { return policy->shards < 2 || policy->zero == LLMPAR_ZERO_0; }
@@ -19323,8 +19187,6 @@ LLMPAR_DEF void llmpar_schedule_destroy(llmpar_schedule *schedule)
     llmpar_heap_free(heap, schedule);
 }
 /* ==== src/fsdp/schedule_print.c ==== */
-
-
 LLMPAR_DEF const char *llmpar_op_name(llmpar_op op)
 {
     switch (op) {
@@ -19431,9 +19293,6 @@ LLMPAR_DEF size_t llmpar_schedule_print(const llmpar_schedule *schedule, const l
     return out.used;
 }
 /* ==== src/fsdp/validate.c ==== */
-
-#include <string.h>
-
 /* A list is walked once, in list order, as one rank's memory would see it: what is gathered, fetched, stored, saved. That streams keep to that order is proved with vector clocks (schedule_order.c).
    Gradient buffers carry what is in them: how many (use, micro-batch) gradients, the sum of one random number for each, so that a lost, doubled or foreign one shows, and a hash of the order in which they were added. */
 typedef struct llmpar__buffer {
@@ -19979,9 +19838,6 @@ LLMPAR_DEF llmpar_status llmpar_schedule_validate(llmpar_heap *heap, const llmpa
     return status;
 }
 /* ==== src/fsdp/account.c ==== */
-
-#include <string.h>
-
 /* ---- what each instruction moves or takes ---- */
 
 static uint64_t llmpar__account_sent(const llmpar_comm *comm, uint64_t part) { return comm ? (uint64_t)(comm->ranks - 1) * part : 0; }
@@ -20200,9 +20056,6 @@ LLMPAR_DEF int32_t llmpar_fsdp_account(const llmpar_fsdp *fsdp, const llmpar_sch
     return count;
 }
 /* ==== src/fsdp/executor_unit.c ==== */
-
-#include <string.h>
-
 /* ---- a unit's own instructions ---- */
 
 static llmpar_status llmpar__exec_trace_op(llmpar__exec *exec, const llmpar_unit_op *op, llmpar_stream *stream, uint64_t *id)
@@ -20387,9 +20240,6 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_unit(llmpar__exec *exec, const llmpar_instruction *in) { return in->op == LLMPAR_OP_BACKWARD ? llmpar__exec_backward(exec, in) : llmpar__exec_forward(exec, in); }
 /* ==== src/fsdp/executor_shard.c ==== */
-
-#include <string.h>
-
 /* ---- gradients in a narrower type on their way ----
    reduce-scatter:  round | all-to-all | widen the n parts | tree sum
    all-reduce:      the same on n slices (the last ones may be filled up), then round | all-gather | widen */
@@ -20737,11 +20587,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__exec_shard(llmpar__exec *exec, const l
 
 #undef LLMPAR__REDUCE_PIECE
 /* ==== src/fsdp/executor.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
 /* One host thread walks the list: it allocates, enqueues and frees in list order; data order between streams is in the list's waits. */
 
 /* ---- scalars ---- */
@@ -21020,10 +20865,6 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_run(llmpar_fsdp *fsdp, const llmpar_instruc
 }
 
 /* ==== src/optim/lr.c ==== */
-
-#include <string.h>
-
-
 static const char *const llmpar__lr_names[LLMPAR_LR_COUNT] = {"cosine", "constant", "linear", "wsd", "wsd-sqrt", "one-cycle"};
 
 LLMPAR_DEF const char *llmpar_lr_name(llmpar_lr_kind kind) { return (unsigned)kind < LLMPAR_LR_COUNT ? llmpar__lr_names[kind] : "?"; }
@@ -21133,9 +20974,6 @@ LLMPAR_DEF llmpar_status llmpar_loss_scale_update(llmpar_loss_scale *state, int3
 /* ==== src/optim/optim.c ==== */
 /* ==== src/optim/optim_internal.h ==== */
 /* optim_internal: what optim.c and adalomo.c share. */
-#ifndef LLMPAR_OPTIM_INTERNAL_H
-#define LLMPAR_OPTIM_INTERNAL_H
-
 
 struct llmpar__adalomo;
 
@@ -21157,12 +20995,7 @@ LLMPAR__PRIVATE int llmpar__adalomo_factored(const llmpar_param *param); /* or h
 LLMPAR__PRIVATE void llmpar__adalomo_factors(const llmpar_optim *optim, int32_t unit, int32_t segment, llmpar_optim_factors *out);
 LLMPAR__PRIVATE llmpar_status llmpar__adalomo_update(void *state, const llmpar_update *update);
 
-#endif
 /* ---- src/optim/optim.c goes on ---- */
-
-#include <string.h>
-
-
 static const char *const llmpar__optim_names[LLMPAR_OPTIM_COUNT] = {"adamw", "sgd", "lomo", "adalomo"};
 
 LLMPAR_DEF const char *llmpar_optim_name(llmpar_optim_kind kind) { return (unsigned)kind < LLMPAR_OPTIM_COUNT ? llmpar__optim_names[kind] : "?"; }
@@ -21377,9 +21210,6 @@ LLMPAR_DEF void llmpar_optim_get_factors(const llmpar_optim *optim, int32_t unit
 
    Bytes, beside nothing an element for matrices (s = 4, or 8 in f64): s (R + C) for each matrix this rank holds a part of, s for each of its elements of other parameters; and once, for the largest unit, 8 (R + C) of
    each of its matrices, s (R + C) of those it holds a part of, and 1160 a parameter. All OPTIMIZER. */
-
-#include <string.h>
-
 
 /* A segment of this rank. */
 typedef struct llmpar__adalomo_part {
@@ -21742,9 +21572,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__adalomo_update(void *state, const llmp
 }
 
 /* ==== src/text/data.c ==== */
-
-#include <string.h>
-
 #if !defined(LLMPAR_NO_TEXT)
 
 /* Streams of the data's random numbers; part of the order that a seed stands for. */
@@ -21843,11 +21670,6 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 #endif /* LLMPAR_NO_TEXT */
 
 /* ==== src/model/config.c ==== */
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* ---- presets ---- */
@@ -22598,11 +22420,6 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/llama.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 enum { LLMPAR__NAME_BYTES = 80, LLMPAR__ROWS_MOST = 12 /* of a half */ };
@@ -23073,10 +22890,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_norm_weight(const llmpar_unit_ca
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/block.c ==== */
-
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* The two halves of a transformer block: x + attention(norm(x)) and x + mlp(norm(x)). A unit holds one half, a block or several blocks: the rows of its halves one after the other, each with op.index = its place in the unit.
@@ -23749,9 +23562,6 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__block_ops(int mlp, int backwar
 
 #endif /* LLMPAR_NO_LLAMA */
 /* ==== src/model/edges.c ==== */
-
-#include <string.h>
-
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
@@ -24196,11 +24006,6 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 #endif /* LLMPAR_NO_LLAMA */
 
 /* ==== src/model_io/hf_files.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__HF_SINGLE "model.safetensors"
@@ -24612,11 +24417,6 @@ LLMPAR_DEF void llmpar_hf_writer_abandon(llmpar_hf_writer *writer)
 
 #endif /* LLMPAR_NO_IO */
 /* ==== src/model_io/hf.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO)
 
 /* DIR/name on the heap; NULL when out of memory. */
@@ -25060,9 +24860,6 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
      step-8.tmp/ + files (each synced)  ->  sync step-8.tmp  ->  rename to step-8  ->  sync DIR  ->  latest (written aside, synced, renamed, DIR synced)  ->  older ones: renamed to .tmp, then removed */
 /* ==== src/model_io/checkpoint_internal.h ==== */
 /* checkpoint_internal: what saving (checkpoint.c), the directory (checkpoint_directory.c), the manifest and loading share. */
-#ifndef LLMPAR_CHECKPOINT_INTERNAL_H
-#define LLMPAR_CHECKPOINT_INTERNAL_H
-
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -25144,15 +24941,7 @@ LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifes
 
 #endif /* LLMPAR_NO_IO */
 
-#endif
 /* ---- src/model_io/checkpoint_directory.c goes on ---- */
-
-#include <errno.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_IO)
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...)
@@ -25348,11 +25137,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, 
 #endif /* LLMPAR_NO_IO */
 /* ==== src/model_io/manifest.c ==== */
 /* The manifest of a checkpoint: written by rank 0, which works out every rank's part, and read with the suspicion that files deserve. Its last member is the XXH64 of the bytes before `,"xxh64"`. */
-
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -25773,11 +25557,6 @@ LLMPAR__PRIVATE_DEF void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__man
 
      rank 0   step-N.tmp made |                                              | manifest, sync, rename, sync, latest, pruning |
      all          agree       | [copy |] write, sync, checksum | agree, sums |                   agree                        |       */
-
-#include <pthread.h>
-#include <stdio.h>
-#include <string.h>
-
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -26210,11 +25989,6 @@ LLMPAR_DEF void llmpar_checkpoint_destroy(llmpar_checkpoint *c)
      ours, a range of a rectangle   |....====|====|==..|       the common boxes of our part and each of theirs are runs of rows in both;
      theirs, by file                |==A==|=B==|==C====|       one run where the cuts agree                                                    */
 
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__LOAD_PIECE ((size_t)512 << 10)  /* of a part, at once in memory: stays in a cache */
@@ -26581,9 +26355,6 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
    the caller leaves first, with the error. */
 /* ==== src/run/launch_internal.h ==== */
 /* launch_internal: what the ways of making ranks share: launch.c (threads), launch_mpi.c and launch_environment.c (processes); launch_furnish.c gives each rank what its backend makes. */
-#ifndef LLMPAR_LAUNCH_INTERNAL_H
-#define LLMPAR_LAUNCH_INTERNAL_H
-
 
 /* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
 LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);
@@ -26617,19 +26388,10 @@ LLMPAR__PRIVATE int llmpar__launch_mpi(const llmpar_launch_desc *given, llmpar_r
 /* Runs this process as the rank that its environment says. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_environment(const llmpar_launch_desc *given, llmpar_rank_fn fn, void *user, llmpar_error *error);
 
-#endif
 /* ---- src/run/launch.c goes on ---- */
-
-#include <errno.h>
-#include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
 #if defined(__linux__)
 #include <sys/prctl.h>
 #endif
-
 
 #define LLMPAR__LAUNCH_STACK ((size_t)8 << 20) /* of a rank thread: musl's default is 128 KiB */
 #define LLMPAR__LAUNCH_MAX_RANKS 4096
@@ -26999,9 +26761,6 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
      comm       the backend's; else host_comm where the device is host; else the transport's ranks once more, with collectives that compute on the device and run on its streams, which takes memory that the
                 host can touch */
 
-#include <string.h>
-
-
 #define LLMPAR__LAUNCH_END(type, slot) (offsetof(type, slot) + sizeof(((type *)0)->slot))
 
 static const char *llmpar__launch_backend_name(const llmpar_backend *backend) { return backend->name ? backend->name : "without a name"; }
@@ -27203,12 +26962,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
      MPI initialised, if nobody has -> world -> heap, CPU device, communicator -> lowest dispatch level, what the backend makes, agreement -> fn -> failure told to all -> all have ended -> MPI finalised, if it was initialised here
    A rank that cannot even start takes part up to the first collective, so that the others hear why. */
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-
 #ifdef LLMPAR_USE_MPI
 
 #include <mpi.h>
@@ -27389,12 +27142,6 @@ LLMPAR__PRIVATE_DEF int llmpar__launch_mpi(const llmpar_launch_desc *given, llmp
      RANK, WORLD_SIZE .. -> heap, CPU device -> the backend's device and communicator -> agreement -> fn -> failure told through the communicator -> all have ended, or one has failed -> all destroyed
    Nothing connects the processes but the backend's communicator, which meets at MASTER_ADDR:MASTER_PORT. And what the environment says to any process: which of its machine's ranks is it? */
 
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-
 #define LLMPAR__LAUNCH_MEETING 264
 
 /* ---- what launchers put into the environment ---- */
@@ -27529,9 +27276,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
 /* ==== src/run/parallelize.c ==== */
 /* ==== src/run/trainer_internal.h ==== */
 /* trainer_internal: the trainer's state, made by parallelize.c, driven by trainer.c, reported by metrics.c. */
-#ifndef LLMPAR_TRAINER_INTERNAL_H
-#define LLMPAR_TRAINER_INTERNAL_H
-
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
@@ -27566,6 +27310,7 @@ struct llmpar_trainer {
     llmpar_trace *trace;            /* NULL: none */
     llmpar_writer *trace_file;      /* world rank 0, while it is written */
     int count_only;                 /* made by plan.c: no data, no files, no metrics */
+    uint64_t reserve;               /* of the arena */
     llmpar_memory memory;
 };
 
@@ -27584,22 +27329,18 @@ LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was b
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_resume(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__trainer_poll(llmpar_trainer *trainer, int wait);
 
-/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out);
+/* parallelize.c: a resolved desc as it stands; count_only: on a device that only counts; reserve: of the arena (llmpar_arena_reserve). Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out);
 LLMPAR__PRIVATE void llmpar__recipe_blocks_of(const llmpar_trainer_desc *desc, llmpar_llama *model, llmpar__recipe_blocks *out); /* all but AUTO */
 LLMPAR__PRIVATE int32_t llmpar__recipe_block_units(llmpar_llama *model);
+/* plan.c: how much memory in one piece serves this rank's steps; 0: there is a limit, or it cannot be counted. Local. */
+LLMPAR__PRIVATE uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks);
 /* plan.c: finds the blocks of AUTO; LLMPAR_ERR_MEMORY on every rank where a step would not fit desc->memory_limit, with what other policies would take. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar__recipe_blocks *blocks);
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 
-#endif
 /* ---- src/run/parallelize.c goes on ---- */
-
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* ---- what was asked for, checked ---- */
@@ -27828,6 +27569,7 @@ static llmpar_status llmpar__recipe(llmpar_trainer *t)
     fsdp.dtype = t->desc.dtype;
     fsdp.reduce_dtype = t->desc.reduce_dtype;
     fsdp.memory_limit = t->desc.memory_limit;
+    fsdp.memory_reserve = t->reserve;
     fsdp.seed = llmpar_llama_seed(t->model);
     memcpy(fsdp.offload, t->desc.offload, sizeof fsdp.offload);
     fsdp.offload_dir = t->desc.offload_dir;
@@ -27878,7 +27620,7 @@ static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char *
     return !text || *out;
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, llmpar_trainer **out)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
     *out = NULL;
@@ -27889,6 +27631,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     t->model = model;
     t->desc = *desc;
     t->count_only = count_only;
+    t->reserve = reserve;
     t->scale = desc->loss_scale;
     llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
@@ -27920,8 +27663,9 @@ LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *mod
     llmpar_status status = llmpar_trainer_desc_resolve(&resolved, mesh, llmpar_llama_get_config(model), &error);
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     llmpar__recipe_blocks_of(&resolved, model, &blocks);
-    if (resolved.memory_limit && (resolved.data || resolved.sequence)) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
-    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, out);
+    int trains = resolved.data || resolved.sequence;
+    if (trains && resolved.memory_limit) status = llmpar__plan_fit(mesh, model, &resolved, &blocks);
+    return status ? status : llmpar__trainer_create(mesh, model, &resolved, &blocks, 0, trains ? llmpar__plan_extent(mesh, model, &resolved, &blocks) : 0, out);
 }
 
 LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
@@ -27966,9 +27710,6 @@ LLMPAR_DEF llmpar_status llmpar_save_hf(llmpar_trainer *t, const char *directory
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/trainer.c ==== */
-
-#include <string.h>
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* Index within the step of sequence j of micro-batch m on this data rank; docs/exact.md, "The batch":
@@ -28190,10 +27931,6 @@ LLMPAR_DEF llmpar_status llmpar_trainer_eval(llmpar_trainer *t, int64_t max_sequ
 /* ==== src/run/trainer_checkpoint.c ==== */
 /* Checkpoints of a trainer: what a run has to agree on to go on, and which checkpoint it goes on from. */
 
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 static void llmpar__resume_info(const llmpar_trainer *t, llmpar_checkpoint_info *out)
@@ -28375,15 +28112,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/metrics.c ==== */
-
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
@@ -28652,10 +28380,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/memory.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 /* values[count] become the largest of all ranks', element by element. */
@@ -28728,11 +28452,6 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/plan.c ==== */
-
-#include <stdio.h>
-#include <string.h>
-
-
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
 #if !defined(LLMPAR_NO_SIM)
@@ -28763,9 +28482,10 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
     sim.host_comm = sim.comm;
     if (!status) status = llmpar_mesh_create(&sim, &degrees, &sim_mesh);
     if (!status) status = llmpar_llama_clone(&sim, model, &sim_model);
-    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, &trainer);
+    if (!status) status = llmpar__trainer_create(sim_mesh, sim_model, desc, blocks, 1, (uint64_t)1 << 45 /* more than enough */, &trainer);
     if (!status) status = llmpar_trainer_step(trainer, NULL);
     if (!status) llmpar_trainer_memory(trainer, out);
+    if (out->step.extent) out->init.reserved = out->before_optimizer.reserved = out->step.reserved = out->step.extent; /* what a trainer reserves */
     if (status) *error = sim.error;
     llmpar_trainer_destroy(trainer);
     llmpar_llama_destroy(sim_model);
@@ -28785,6 +28505,15 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_step(llmpar_mesh *mesh, llmpar_ll
 }
 
 #endif
+
+LLMPAR__PRIVATE_DEF uint64_t llmpar__plan_extent(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks)
+{
+    llmpar_memory memory;
+    llmpar_error error;
+    llmpar_error_clear(&error);
+    /* What is wrong with the recipe shows when it is made. */
+    return desc->memory_limit || llmpar__plan_step(mesh, model, desc, blocks, &memory, &error) ? 0 : memory.step.extent;
+}
 
 /* ---- fitting a limit ---- */
 
@@ -29055,13 +28784,13 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
 }
 
 /* Chains for all rows of x, of one form of weights. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, int64_t done, int64_t k, const float *words, const int form, const char *ahead, int64_t ahead_ld)
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, float *part, int64_t done, int64_t k, const float *words, const int form, const char *ahead, int64_t ahead_ld)
 {
     int row;
     for (row = 0; row < span->rows; row += 8) {
         int rows = span->rows - row < 8 ? span->rows - row : 8, f16 = span->kind == LLMPAR__THIN_KIND_F16; /* rows: 1, 4 or 8 */
         const float *x = span->x + row * span->x_k + (span->x_done + done * LLMPAR__THIN_LINKS_PER_WORD(form) / LLMPAR__THIN_K_PER_WORD(form)) * rows;
-        float *sums = span->sums + row * LLMPAR__THIN_COLUMNS;
+        float *sums = part + row * LLMPAR__THIN_COLUMNS;
         if (rows == 1) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 1, LLMPAR__THIN_PANELS, ahead, ahead_ld);
         else if (rows == 4) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 4, LLMPAR__THIN_PANELS, ahead, ahead_ld);
 #if LLMPAR__THIN_MANY
@@ -29085,7 +28814,7 @@ static inline const char *LLMPAR__THIN_NAME(ahead)(const llmpar__gemm_thin_span 
     return over < 0 ? span->w + over + bytes : span->next + over / 64 * 64;
 }
 
-/* The whole lines of a full tile; returns the elements of k that they are. The next line of each row is transposed between the multiplications of this one. */
+/* The whole lines of a full tile; returns the elements of k that they are. The next line of each row is transposed between the multiplications of this one, whichever part it belongs to. */
 static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET int64_t LLMPAR__THIN_NAME(lines)(const llmpar__gemm_thin_span *span, const int form, const int rows)
 {
     enum { LANES = LLMPAR__THIN_LANES, WORDS = LLMPAR__THIN_WORDS };
@@ -29094,40 +28823,44 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET int64_t LLMPAR_
     const int f16 = span->kind == LLMPAR__THIN_KIND_F16, size = form == LLMPAR__THIN_KIND_F32 ? 4 : 2;
     const float *x = span->x + span->x_done * rows;
     const char *in = span->w;
-    int64_t lines = span->k * size / 64, line, ahead_ld;
-    int g, i, j, r;
+    float *sums = span->sums;
+    int64_t lines = span->k * size / 64, line = 0, ahead_ld;
+    int g, i, j, r, part;
     if (lines == 0 || span->columns < LANES) return 0;
     for (g = 0; g < 4; g++) LLMPAR__THIN_NAME(quarters)(in + g * span->ld, span->ld, quarters[0] + g * LANES);
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_READ(span->sums + r * LLMPAR__THIN_COLUMNS);
-    for (line = 0; line < lines; line++) {
-        const char *ahead = LLMPAR__THIN_NAME(ahead)(span, line * 64, span->k * size, &ahead_ld);
-        const float *from = quarters[line % 2];
-        float *to = quarters[(line + 1) % 2];
-        in += 64;
-        LLMPAR__THIN_KEEP
-        for (g = 0; g < 4; g++) {
-            if (line + 1 < lines) LLMPAR__THIN_NAME(quarters)(in + g * span->ld, span->ld, to);
-            LLMPAR__THIN_NAME(columns)(from, word);
-            to += LANES;
-            from += 4 * LANES;
-            LLMPAR__THIN_UNROLL
-            for (i = 0; i < 4; i++) {
-                __builtin_prefetch(ahead);
-                ahead += ahead_ld;
+    for (part = 0; part < span->parts; part++, sums += rows * LLMPAR__THIN_COLUMNS) {
+        int64_t end = part + 1 < span->parts ? span->ends[part] * size / 64 : lines;
+        LLMPAR__THIN_UNROLL
+        for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_READ(sums + r * LLMPAR__THIN_COLUMNS);
+        for (; line < end; line++) {
+            const char *ahead = LLMPAR__THIN_NAME(ahead)(span, line * 64, span->k * size, &ahead_ld);
+            const float *from = quarters[line % 2];
+            float *to = quarters[(line + 1) % 2];
+            in += 64;
+            LLMPAR__THIN_KEEP
+            for (g = 0; g < 4; g++) {
+                if (line + 1 < lines) LLMPAR__THIN_NAME(quarters)(in + g * span->ld, span->ld, to);
+                LLMPAR__THIN_NAME(columns)(from, word);
+                to += LANES;
+                from += 4 * LANES;
                 LLMPAR__THIN_UNROLL
-                for (j = 0; j < 2; j++) {
-                    if (j >= LLMPAR__THIN_LINKS_PER_WORD(form)) continue;
-                    v = LLMPAR__THIN_NAME(element)(form, f16, word[i], j);
+                for (i = 0; i < 4; i++) {
+                    __builtin_prefetch(ahead);
+                    ahead += ahead_ld;
                     LLMPAR__THIN_UNROLL
-                    for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_LINK(form, x + r, v, sum[r]);
-                    x += rows;
+                    for (j = 0; j < 2; j++) {
+                        if (j >= LLMPAR__THIN_LINKS_PER_WORD(form)) continue;
+                        v = LLMPAR__THIN_NAME(element)(form, f16, word[i], j);
+                        LLMPAR__THIN_UNROLL
+                        for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_LINK(form, x + r, v, sum[r]);
+                        x += rows;
+                    }
                 }
             }
         }
+        LLMPAR__THIN_UNROLL
+        for (r = 0; r < rows; r++) LLMPAR__THIN_WRITE(sums + r * LLMPAR__THIN_COLUMNS, sum[r]);
     }
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < rows; r++) LLMPAR__THIN_WRITE(span->sums + r * LLMPAR__THIN_COLUMNS, sum[r]);
     return lines * (64 / size);
 }
 
@@ -29145,41 +28878,45 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
     LLMPAR__THIN_VECTOR sum[LANES];
     const int links = LLMPAR__THIN_LINKS_PER_WORD(form), f16 = span->kind == LLMPAR__THIN_KIND_F16, size = form == LLMPAR__THIN_KIND_F32 ? 4 : 2;
     const float *x = span->x + span->x_done * LANES;
-    int64_t step = WORDS * 4 / size, done, k, ahead_ld;
-    int n, i;
+    float *sums = span->sums;
+    int64_t step = WORDS * 4 / size, done = 0, k, ahead_ld;
+    int n, i, part;
     if (span->columns < LANES) memset(words, 0, sizeof words);
-    LLMPAR__THIN_UNROLL
-    for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_READ(span->sums + n * LANES);
-    for (done = 0; done < span->k; done += step) {
-        const char *ahead = LLMPAR__THIN_NAME(ahead)(span, done * size, span->k * size, &ahead_ld), *in = span->w + done * size;
-        const float *word = words;
-        k = span->k - done < step ? span->k - done : step;
-        for (n = 0; n < span->columns; n++, in += span->ld) {
-            LLMPAR__THIN_VECTOR line;
-            if (k < step) {
-                memset(edge, 0, sizeof edge);
-                memcpy(edge, in, (size_t)(k * size));
-            }
-            line = LLMPAR__THIN_LOOSE(k < step ? (const void *)edge : (const void *)in);
-            LLMPAR__THIN_UNROLL
-            for (i = 0; i < 2; i++) if (i < links) LLMPAR__THIN_WRITE(words + (n * links + i) * WORDS, LLMPAR__THIN_NAME(element)(form, f16, line, i));
-        }
-        for (; k > 0; k -= LLMPAR__THIN_K_PER_WORD(form), word++) {
-            __builtin_prefetch(ahead);
-            ahead += ahead_ld;
-            LLMPAR__THIN_UNROLL
-            for (i = 0; i < 2; i++) {
-                LLMPAR__THIN_VECTOR rows;
-                if (i >= links || (i > 0 && i >= k)) continue;
-                rows = LLMPAR__THIN_READ(x);
-                x += LANES;
+    for (part = 0; part < span->parts; part++, sums += LANES * LANES) {
+        int64_t end = part + 1 < span->parts ? span->ends[part] : span->k;
+        LLMPAR__THIN_UNROLL
+        for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_READ(sums + n * LANES);
+        for (; done < end; done += step) {
+            const char *ahead = LLMPAR__THIN_NAME(ahead)(span, done * size, span->k * size, &ahead_ld), *in = span->w + done * size;
+            const float *word = words;
+            k = span->k - done < step ? span->k - done : step;
+            for (n = 0; n < span->columns; n++, in += span->ld) {
+                LLMPAR__THIN_VECTOR line;
+                if (k < step) {
+                    memset(edge, 0, sizeof edge);
+                    memcpy(edge, in, (size_t)(k * size));
+                }
+                line = LLMPAR__THIN_LOOSE(k < step ? (const void *)edge : (const void *)in);
                 LLMPAR__THIN_UNROLL
-                for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_LINK(form, word + (n * links + i) * WORDS, rows, sum[n]);
+                for (i = 0; i < 2; i++) if (i < links) LLMPAR__THIN_WRITE(words + (n * links + i) * WORDS, LLMPAR__THIN_NAME(element)(form, f16, line, i));
+            }
+            for (; k > 0; k -= LLMPAR__THIN_K_PER_WORD(form), word++) {
+                __builtin_prefetch(ahead);
+                ahead += ahead_ld;
+                LLMPAR__THIN_UNROLL
+                for (i = 0; i < 2; i++) {
+                    LLMPAR__THIN_VECTOR rows;
+                    if (i >= links || (i > 0 && i >= k)) continue;
+                    rows = LLMPAR__THIN_READ(x);
+                    x += LANES;
+                    LLMPAR__THIN_UNROLL
+                    for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_LINK(form, word + (n * links + i) * WORDS, rows, sum[n]);
+                }
             }
         }
+        LLMPAR__THIN_UNROLL
+        for (n = 0; n < LANES; n++) LLMPAR__THIN_WRITE(sums + n * LANES, sum[n]);
     }
-    LLMPAR__THIN_UNROLL
-    for (n = 0; n < LANES; n++) LLMPAR__THIN_WRITE(span->sums + n * LANES, sum[n]);
 }
 #endif
 
@@ -29189,7 +28926,8 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
     float words[LLMPAR__THIN_PANELS * LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES] __attribute__((aligned(64)));
     float edge[LLMPAR__THIN_LANES * LLMPAR__THIN_WORDS] __attribute__((aligned(64)));
     int64_t size = span->kind == LLMPAR__THIN_KIND_F32 ? 4 : 2, step = LLMPAR__THIN_WORDS * 4 / size, bytes = span->k * size, distance = bytes < LLMPAR__THIN_AHEAD ? bytes : (int64_t)LLMPAR__THIN_AHEAD, done = 0;
-    int p, i;
+    float *sums = span->sums;
+    int p, i, part = 0;
 #if LLMPAR__THIN_WIDE
 #if defined(LLMPAR__THIN_DOT)
 #define LLMPAR__THIN_EACH(how) (span->kind == LLMPAR__THIN_KIND_F32 ? how(span, LLMPAR__THIN_KIND_F32) : span->kind == LLMPAR__THIN_KIND_PAIRS ? how(span, LLMPAR__THIN_KIND_PAIRS) : how(span, LLMPAR__THIN_KIND_BF16))
@@ -29208,6 +28946,7 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
         int64_t k = span->k - done < step ? span->k - done : step, over = done * size + distance - bytes;
         const char *ahead = over < 0 ? span->w + done * size + distance : span->next + over / 64 * 64;
         int64_t ahead_ld = over < 0 ? span->ld : span->next_ld;
+        for (; part + 1 < span->parts && done >= span->ends[part]; part++) sums += span->rows * LLMPAR__THIN_COLUMNS;
         for (p = 0; p * LLMPAR__THIN_LANES < span->columns; p++) {
             const char *in = span->w + p * LLMPAR__THIN_LANES * span->ld + done * size;
             float *out = words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES);
@@ -29220,11 +28959,11 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
             }
             for (i = 0; i < LLMPAR__THIN_WORDS; i += LLMPAR__THIN_LANES) LLMPAR__THIN_NAME(transpose)(in + i * 4, ld, out + i * LLMPAR__THIN_LANES);
         }
-        if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_F32, ahead, ahead_ld);
+        if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_F32, ahead, ahead_ld);
 #if defined(LLMPAR__THIN_DOT)
-        else if (span->kind == LLMPAR__THIN_KIND_PAIRS) LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_PAIRS, ahead, ahead_ld);
+        else if (span->kind == LLMPAR__THIN_KIND_PAIRS) LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_PAIRS, ahead, ahead_ld);
 #endif
-        else LLMPAR__THIN_NAME(rows)(span, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
+        else LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
     }
 }
 
@@ -29244,164 +28983,6 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
 #undef LLMPAR__THIN_BF16
 #undef LLMPAR__THIN_F16
 #elif LLMPAR__TEMPLATE == 2
-#undef LLMPAR__TEMPLATE
-/* ==== src/cpu/gemm_x86.inc ==== */
-/* gemm_x86: the chains of a register tile, as instructions. Included by gemm_kernel.c once a vector width. The whole loop over k is one asm statement, because
-   what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
-   A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
-   Parameters, text but for the first:
-     LLMPAR__GEMM_CHAINS                 name(rows): the function for so many rows
-     LLMPAR__GEMM_TARGET, LLMPAR__GEMM_CLOBBERS
-     LLMPAR__GEMM_Z                      "ymm" or "zmm"
-     LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
-     LLMPAR__GEMM_A_BYTES                of one k of the panel of A
-     LLMPAR__GEMM_ZERO(s)                vector s becomes +0
-     LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
-     LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B
-     LLMPAR__GEMM_ROWS_1(X, i), _2, _4   X(i, row, s0, s1, s2) for each row: its three accumulators; and _8 where there are as many registers */
-
-#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) \
-    "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
-    "vmovups 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s2 "\n\t" "add %%rcx, %%rax\n\t"
-#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) \
-    "vmovups %%" LLMPAR__GEMM_Z #s0 ", (%%rax)\n\t" "vmovups %%" LLMPAR__GEMM_Z #s1 ", " LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" \
-    "vmovups %%" LLMPAR__GEMM_Z #s2 ", 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" "add %%rcx, %%rax\n\t"
-#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_ZERO(s0) LLMPAR__GEMM_ZERO(s1) LLMPAR__GEMM_ZERO(s2)
-#define LLMPAR__GEMM_MERGE_ONE(r, v, s) "vaddps (3*" #r "+" #v ")*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s ", %%" LLMPAR__GEMM_Z #s "\n\t"
-#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) LLMPAR__GEMM_MERGE_ONE(r, 0, s0) LLMPAR__GEMM_MERGE_ONE(r, 1, s1) LLMPAR__GEMM_MERGE_ONE(r, 2, s2)
-#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) \
-    "vbroadcastss " #i "*" LLMPAR__GEMM_A_BYTES "+4*" #r "(%%rsi), %%" LLMPAR__GEMM_Z "3\n\t" \
-    LLMPAR__GEMM_PRODUCT(i, 0, s0) LLMPAR__GEMM_PRODUCT(i, 1, s1) LLMPAR__GEMM_PRODUCT(i, 2, s2)
-/* One k. The panel of B comes from L2: what will be wanted 8 k later is asked for; of 32-byte vectors every other k has one line and a half. */
-#define LLMPAR__GEMM_PREFETCH_B(i) \
-    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" \
-    "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" \
-    ".elseif " #i " & 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+32(%%rdi)\n\t" \
-    ".else\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t"
-#define LLMPAR__GEMM_PREFETCH_A(line) ".if 8*" LLMPAR__GEMM_A_BYTES " > 64*" #line "\n\t" "prefetcht0 1024+64*" #line "(%%rsi)\n\t" ".endif\n\t"
-#define LLMPAR__GEMM_LINK(i, rows) LLMPAR__GEMM_READ_B(i) LLMPAR__GEMM_PREFETCH_B(i) rows(LLMPAR__GEMM_LINK_ROW, i)
-
-/* rsi, rdi: the panels; rdx: k; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row).
-   The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
-#define LLMPAR__GEMM_FUNCTION(count, rows) \
-LLMPAR__GEMM_TARGET static void LLMPAR__GEMM_CHAINS(count)(llmpar__gemm_chains *chains) \
-{ \
-    __asm__ __volatile__( \
-        "mov %c[from](%[chains]), %%rax\n\t" \
-        "mov %c[from_step](%[chains]), %%rcx\n\t" \
-        "test %%rax, %%rax\n\t" \
-        "jz 1f\n\t" \
-        rows(LLMPAR__GEMM_READ_ROW, 0) \
-        "jmp 2f\n" \
-    "1:\n\t" \
-        rows(LLMPAR__GEMM_ZERO_ROW, 0) \
-    "2:\n\t" \
-        "mov %c[a](%[chains]), %%rsi\n\t" \
-        "mov %c[b](%[chains]), %%rdi\n\t" \
-        "mov %c[k](%[chains]), %%rdx\n\t" \
-        "mov %c[at](%[chains]), %%r8\n\t" \
-        "mov %c[jump](%[chains]), %%r9\n\t" \
-        "mov %%rdx, %%rcx\n\t" \
-        "mov %%r9, %%r10\n\t" \
-        "mov $2*" LLMPAR__GEMM_VECTOR_BYTES ", %%r9d\n\t" \
-        "shr $3, %%rcx\n\t" \
-        "jz 4f\n\t" \
-        ".p2align 5\n" \
-    "3:\n\t" \
-        LLMPAR__GEMM_LINK(0, rows) LLMPAR__GEMM_PREFETCH_A(0) \
-        LLMPAR__GEMM_LINK(1, rows) \
-        LLMPAR__GEMM_LINK(2, rows) LLMPAR__GEMM_PREFETCH_A(1) \
-        LLMPAR__GEMM_LINK(3, rows) "prefetcht0 (%%r8)\n\t" \
-        LLMPAR__GEMM_LINK(4, rows) LLMPAR__GEMM_PREFETCH_A(2) \
-        LLMPAR__GEMM_LINK(5, rows) \
-        LLMPAR__GEMM_LINK(6, rows) LLMPAR__GEMM_PREFETCH_A(3) \
-        LLMPAR__GEMM_LINK(7, rows) ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" \
-        "add %%r9, %%r8\n\t" \
-        "sub %%r10, %%r9\n\t" \
-        "neg %%r9\n\t" \
-        ".else\n\t" "prefetcht0 95(%%r8)\n\t" \
-        "add %%r10, %%r8\n\t" \
-        ".endif\n\t" \
-        "add $8*" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
-        "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
-        "dec %%rcx\n\t" \
-        "jnz 3b\n" \
-        "mov %%r8, %c[at](%[chains])\n" \
-    "4:\n\t" \
-        "and $7, %%rdx\n\t" \
-        "jz 6f\n" \
-    "5:\n\t" \
-        LLMPAR__GEMM_LINK(0, rows) \
-        "add $" LLMPAR__GEMM_A_BYTES ", %%rsi\n\t" \
-        "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
-        "dec %%rdx\n\t" \
-        "jnz 5b\n" \
-    "6:\n\t" \
-        "mov %c[merges](%[chains]), %%rcx\n\t" \
-        "mov %c[slot](%[chains]), %%rax\n\t" \
-        "test %%rcx, %%rcx\n\t" \
-        "jz 8f\n" \
-    "7:\n\t" \
-        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
-        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
-        "dec %%rcx\n\t" \
-        "jnz 7b\n" \
-    "8:\n\t" \
-        "mov %c[merges_saved](%[chains]), %%rcx\n\t" \
-        "mov %c[slot_saved](%[chains]), %%rax\n\t" \
-        "test %%rcx, %%rcx\n\t" \
-        "jz 10f\n" \
-    "9:\n\t" \
-        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
-        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
-        "dec %%rcx\n\t" \
-        "jnz 9b\n" \
-    "10:\n\t" \
-        "mov %c[to](%[chains]), %%rax\n\t" \
-        "mov %c[to_step](%[chains]), %%rcx\n\t" \
-        rows(LLMPAR__GEMM_WRITE_ROW, 0) \
-        : \
-        : [chains] "r"(chains), [a] "i"(offsetof(llmpar__gemm_chains, a)), [b] "i"(offsetof(llmpar__gemm_chains, b)), [k] "i"(offsetof(llmpar__gemm_chains, k)), \
-          [from] "i"(offsetof(llmpar__gemm_chains, from)), [from_step] "i"(offsetof(llmpar__gemm_chains, from_step)), \
-          [to] "i"(offsetof(llmpar__gemm_chains, to)), [to_step] "i"(offsetof(llmpar__gemm_chains, to_step)), \
-          [slot] "i"(offsetof(llmpar__gemm_chains, slot)), [merges] "i"(offsetof(llmpar__gemm_chains, merges)), \
-          [slot_saved] "i"(offsetof(llmpar__gemm_chains, slot_saved)), [merges_saved] "i"(offsetof(llmpar__gemm_chains, merges_saved)), \
-          [slot_bytes] "i"(offsetof(llmpar__gemm_chains, slot_bytes)), \
-          [at] "i"(offsetof(llmpar__gemm_chains, at)), [jump] "i"(offsetof(llmpar__gemm_chains, jump)) \
-        : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
-}
-
-LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_ROWS_1)
-LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_ROWS_2)
-LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_ROWS_4)
-#if defined(LLMPAR__GEMM_ROWS_8)
-LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_ROWS_8)
-#undef LLMPAR__GEMM_ROWS_8
-#endif
-
-#undef LLMPAR__GEMM_READ_ROW
-#undef LLMPAR__GEMM_WRITE_ROW
-#undef LLMPAR__GEMM_ZERO_ROW
-#undef LLMPAR__GEMM_MERGE_ONE
-#undef LLMPAR__GEMM_MERGE_ROW
-#undef LLMPAR__GEMM_LINK_ROW
-#undef LLMPAR__GEMM_PREFETCH_A
-#undef LLMPAR__GEMM_PREFETCH_B
-#undef LLMPAR__GEMM_LINK
-#undef LLMPAR__GEMM_FUNCTION
-#undef LLMPAR__GEMM_CHAINS
-#undef LLMPAR__GEMM_TARGET
-#undef LLMPAR__GEMM_CLOBBERS
-#undef LLMPAR__GEMM_Z
-#undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
-#undef LLMPAR__GEMM_ZERO
-#undef LLMPAR__GEMM_READ_B
-#undef LLMPAR__GEMM_PRODUCT
-#undef LLMPAR__GEMM_ROWS_1
-#undef LLMPAR__GEMM_ROWS_2
-#undef LLMPAR__GEMM_ROWS_4
-#elif LLMPAR__TEMPLATE == 3
 #undef LLMPAR__TEMPLATE
 /* ==== src/cpu/vector_math.inc ==== */
 /* vector_math: arrays as they are stored, exp, horizontal sums and the balanced tree, written once for every level. Parameters: LLMPAR__VLEVEL, LLMPAR__VDOUBLE (1: f64). */
@@ -29522,6 +29103,32 @@ LLMPAR__VINLINE void LLMPAR__V(put)(const int vectors, LLMPAR__VEC *x, void *bas
         for (int k = 0; k < vectors; k++) x[k] = y[k];
     }
 }
+/* As get and put, where all arrays of an operation are of one type and no order of elements shows: in whole groups of BF16 the even elements go to one vector and the odd ones to the next, which takes no shuffle. */
+LLMPAR__VINLINE void LLMPAR__V(get_apart)(const int vectors, LLMPAR__VEC *x, const void *base, int64_t i, int64_t count, int as)
+{
+#if !LLMPAR__VDOUBLE
+    if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < vectors; k += 2) {
+            LLMPAR__VBITS both = (LLMPAR__VBITS)LLMPAR__V(load)((const float *)(const void *)((const uint16_t *)base + i + k * LLMPAR__VLANES));
+            x[k] = (LLMPAR__VEC)(both << 16);
+            x[k + 1] = (LLMPAR__VEC)(both & 0xffff0000u);
+        }
+    } else
+#endif
+        LLMPAR__V(get)(vectors, x, base, i, count, as);
+}
+LLMPAR__VINLINE void LLMPAR__V(put_apart)(const int vectors, LLMPAR__VEC *x, void *base, int64_t i, int64_t count, int as)
+{
+#if !LLMPAR__VDOUBLE
+    if (count >= vectors * LLMPAR__VLANES && as == LLMPAR__AS_BF16) {
+        LLMPAR__VUNROLL
+        for (int k = 0; k < vectors; k += 2)
+            LLMPAR__V(store)((float *)(void *)((uint16_t *)base + i + k * LLMPAR__VLANES), (LLMPAR__VEC)(LLMPAR__V(round_words)(x[k]) >> 16 | (LLMPAR__V(round_words)(x[k + 1]) & 0xffff0000u)));
+    } else
+#endif
+        LLMPAR__V(put)(vectors, x, base, i, count, as);
+}
 /* x[k] is kept where it stands for one of `count` elements, else it becomes `other`. */
 LLMPAR__VSHARED void LLMPAR__V(keep_lanes)(LLMPAR__VEC *x, int64_t count, LLMPAR__VEC other)
 {
@@ -29545,87 +29152,67 @@ LLMPAR__VINLINE void LLMPAR__V(ahead)(const void *base, int64_t i, int as)
     }
 }
 
-/* The two exponentials, for x <= 0: NaN for NaN, exactly 1 for 0, +0 where n below would be under the exponent's range (results under half the smallest normal number and
-   up to it). Error <= 2 ulp while the result is normal.
-   x = n (times ln 2 in exp) + r, |r| at most half of that step; exp2(r), exp(r) by a polynomial; 2^n goes into the exponent. n comes from the low bits of the sum with `magic`:
-   1.5 * 2^(mantissa bits), where the unit in the last place is 1, plus the exponent's bias, so that those bits shifted are 2^n, or +0 at the least x. */
+/* The two exponentials, for x <= 0: NaN for NaN, exactly 1 for 0, +0 where the result would be below the smallest normal number (f64: under half of it and up to it). Error <= 2 ulp while the result is normal.
+   x = m / ROOTS (times ln 2 in exp) + r, |r| at most half of that step. m comes from the low bits of the sum with `magic`, where the unit in the last place is 1 / ROOTS: shifted into the exponent's place and added to the bits of 2^(j / ROOTS),
+   j = m mod ROOTS, less j (LLMPAR__V(root)), they are 2^(m / ROOTS); times e^r by a polynomial. f64 has no table, a longer polynomial, and a magic with the exponent's bias in it. */
 #if LLMPAR__VDOUBLE
 #define LLMPAR__VMAGIC (6755399441055744.0 + 1023.0)
-#define LLMPAR__VSHIFT 52
+#elif LLMPAR__VLANES == 16
+#define LLMPAR__VMAGIC 786432.0f /* 1.5 * 2^19: ROOTS = 16 */
 #else
-#define LLMPAR__VMAGIC (12582912.0f + 127.0f)
-#define LLMPAR__VSHIFT 23
+#define LLMPAR__VMAGIC 1572864.0f /* 1.5 * 2^20: ROOTS = 8 */
 #endif
-/* x[n] = exp(x[n]), n a constant: step by step for all of them, so that the processor finds independent arithmetic side by side (one after the other, they fill its queue of what waits). ln 2 is split so that n times its high part is exact without fma. */
-LLMPAR__VINLINE void LLMPAR__V(exp_of)(const int n, LLMPAR__VEC *x)
+/* x[n] = exp(x[n]), or with `two` exp2; n and two are constants: step by step for all of them, so that the processor finds independent arithmetic side by side (one after the other, they fill its queue of what waits).
+   ln 2 is split so that m times its high part is exact without fma. */
+LLMPAR__VINLINE void LLMPAR__V(exponential)(const int n, const int two, LLMPAR__VEC *x)
 {
+    LLMPAR__VEC t[LLMPAR__VGROUP], p[LLMPAR__VGROUP], given[LLMPAR__VGROUP], step;
 #if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL log2e = 1.4426950408889634, high = 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = -709.0895657128241;
-    static const LLMPAR__VREAL c[12] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5 };
-    enum { terms = 12 };
+    const LLMPAR__VREAL base = two ? 1 : 1.4426950408889634, high = two ? 1 : 6.93145751953125e-1, low = 1.42860682030941723212e-6, least = two ? -1023 : -709.0895657128241, unit = two ? 0.6931471805599453 : 1;
+    static const LLMPAR__VREAL c[13] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0 };
 #else
-    const LLMPAR__VREAL log2e = 1.44269504f, high = 0.693359375f, low = -2.12194440e-4f, least = -88.0296919f;
-    static const LLMPAR__VREAL c[5] = { 0.001381463376f, 0.008368709743f, 0.0416683867f, 0.1666652071f, 0.4999999346f };
-    enum { terms = 5 };
+    const LLMPAR__VREAL base = two ? 1 : 1.44269504f, high = two ? 1 : 0.693359375f, low = -2.12194440e-4f, least = two ? -126 : -87.33654f, unit = two ? 0.6931471805599453f : 1;
+    const LLMPAR__VREAL square = unit * unit * (LLMPAR__VLANES == 16 ? 0.5000162f : 0.50006479f), cube = unit * unit * unit * 0.1666823f;
 #endif
-    LLMPAR__VEC t[LLMPAR__VGROUP], p[LLMPAR__VGROUP], step;
     LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(larger)(LLMPAR__V(splat)(least), x[i]);
-    LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) t[i] = LLMPAR__V(fma)(x[i], LLMPAR__V(splat)(log2e), LLMPAR__V(splat)(LLMPAR__VMAGIC));
+    for (int i = 0; i < n; i++) {
+        given[i] = x[i] = LLMPAR__VDOUBLE ? LLMPAR__V(larger)(LLMPAR__V(splat)(least), x[i]) : x[i];
+        t[i] = LLMPAR__V(fma)(x[i], LLMPAR__V(splat)(base), LLMPAR__V(splat)(LLMPAR__VMAGIC));
+    }
     LLMPAR__VUNROLL
     for (int i = 0; i < n; i++) {
         step = t[i] - LLMPAR__V(splat)(LLMPAR__VMAGIC);
-        x[i] = LLMPAR__V(fma)(step, LLMPAR__V(splat)(-low), LLMPAR__V(fma)(step, LLMPAR__V(splat)(-high), x[i]));
-        p[i] = LLMPAR__V(splat)(c[0]);
+        x[i] = LLMPAR__V(fma)(step, LLMPAR__V(splat)(-high), x[i]);
+        if (!two) x[i] = LLMPAR__V(fma)(step, LLMPAR__V(splat)(-low), x[i]);
     }
-    LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) {
-        LLMPAR__VUNROLL
-        for (int i = 0; i < n; i++) p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(c[k]));
-    }
-    LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = (LLMPAR__V(fma)(p[i], x[i] * x[i], x[i]) + LLMPAR__V(splat)(1)) * (LLMPAR__VEC)((LLMPAR__VBITS)t[i] << LLMPAR__VSHIFT);
-}
-/* x[n] = exp2(x[n]), likewise. */
-LLMPAR__VINLINE void LLMPAR__V(exp2_of)(const int n, LLMPAR__VEC *x)
-{
 #if LLMPAR__VDOUBLE
-    const LLMPAR__VREAL least = -1023, unit = 0.6931471805599453;
-    static const LLMPAR__VREAL c[13] = { 1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0, 1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0 };
-    enum { terms = 13 };
+    for (int i = 0; i < n; i++) {
+        x[i] = x[i] * LLMPAR__V(splat)(unit);
+        p[i] = LLMPAR__V(splat)(c[0]);
+        for (int k = 1; k < 13; k++) p[i] = p[i] * x[i] + LLMPAR__V(splat)(c[k]);
+        x[i] = (p[i] * x[i] + LLMPAR__V(splat)(1)) * (LLMPAR__VEC)((LLMPAR__VBITS)t[i] << 52);
+    }
+    (void)given;
 #else
-    const LLMPAR__VREAL least = -127, unit = 1;
-    static const LLMPAR__VREAL c[6] = { 0.0001535328912f, 0.001339884381f, 0.009618437488f, 0.05550332574f, 0.2402264791f, 0.6931472028f };
-    enum { terms = 6 };
-#endif
-    LLMPAR__VEC t[LLMPAR__VGROUP], p[LLMPAR__VGROUP];
-    LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(larger)(LLMPAR__V(splat)(least), x[i]);
-    LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) t[i] = x[i] + LLMPAR__V(splat)(LLMPAR__VMAGIC);
-    LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = x[i] - (t[i] - LLMPAR__V(splat)(LLMPAR__VMAGIC));
     LLMPAR__VUNROLL
     for (int i = 0; i < n; i++) {
-        if (LLMPAR__VDOUBLE) x[i] = x[i] * LLMPAR__V(splat)(unit);
-        p[i] = LLMPAR__V(splat)(c[0]);
+        p[i] = LLMPAR__V(fma)(LLMPAR__V(splat)(cube), x[i], LLMPAR__V(splat)(square));
+        t[i] = (LLMPAR__VEC)(((LLMPAR__VBITS)t[i] << (LLMPAR__VLANES == 16 ? 19 : 20)) + LLMPAR__V(root)((LLMPAR__VBITS)t[i]));
     }
     LLMPAR__VUNROLL
-    for (int k = 1; k < terms; k++) {
-        LLMPAR__VUNROLL
-        for (int i = 0; i < n; i++) p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(c[k]));
-    }
+    for (int i = 0; i < n; i++) p[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(unit));
     LLMPAR__VUNROLL
-    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(fma)(p[i], x[i], LLMPAR__V(splat)(1)) * (LLMPAR__VEC)((LLMPAR__VBITS)t[i] << LLMPAR__VSHIFT);
+    for (int i = 0; i < n; i++) x[i] = LLMPAR__V(fma_from)(given[i], LLMPAR__V(splat)(least), t[i] * x[i], p[i], t[i]);
+#endif
 }
+LLMPAR__VINLINE void LLMPAR__V(exp_of)(const int n, LLMPAR__VEC *x) { LLMPAR__V(exponential)(n, 0, x); }
+LLMPAR__VINLINE void LLMPAR__V(exp2_of)(const int n, LLMPAR__VEC *x) { LLMPAR__V(exponential)(n, 1, x); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(exp2)(LLMPAR__VEC x)
 {
     LLMPAR__V(exp2_of)(1, &x);
     return x;
 }
 #undef LLMPAR__VMAGIC
-#undef LLMPAR__VSHIFT
 
 /* A balanced tree (llmpar_tree_split) over leaves of 4 vectors that arrive in index order. Leaves that do not arrive count as +0: adding +0 to a sum that
    started from +0 changes nothing, so they are skipped, and the subtree of a part of the leaves has the bits it has in the whole tree.
@@ -30121,63 +29708,93 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
 
 #endif
 /* ==== src/cpu/attention_decode.inc ==== */
-/* attention of a few query rows, forward: a decode step, and what else has no more than 16 rows of queries for a KV head (its group's heads times tq). The cache is read once, in order:
-   scores of all keys first (gemm_thin, lanes are keys), then tile by tile the weights and the values. Per row these are the operations of attention.inc in their order, so the bits are the same.
+/* attention of a few query rows, forward: a decode step, and what else has no more than 16 rows of queries for a KV head (its group's heads times tq). The cache is read once, as it lies:
+   of a tile of keys the rows of all heads of the task, scores first (gemm_thin, lanes are keys), then the values. Per row these are the operations of attention.inc in their order, so the bits are the same.
    Parameters: those of attention.inc. */
 #if LLMPAR__VBUILT && !LLMPAR__VDOUBLE
 
-/* x[blocks of rows][e][rows of the block] = q * scale / ln 2 of the rows (head of the group, query), as gemm_thin takes it; rows that fill a block up are zero. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_queries)(const llmpar__attention_job *job, float *x, float *row, int64_t q_at, int64_t heads, int64_t queries)
+/* x[blocks of rows][x_k][rows of the block] = q * scale / ln 2 of the rows (head of the group, query) of one KV head, elements x_at and on, as gemm_thin takes it; rows that fill a block up are zero. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_queries)(const llmpar__attention_job *job, float *x, int64_t x_k, int64_t x_at, float *row, int64_t q_at, int64_t heads, int64_t queries)
 {
     const llmpar_attention_args *a = job->args;
     int64_t e = a->head_dim, rows = heads * queries, width = job->decode_block, filled = llmpar__gemm_thin_filled(rows, job->decode_block);
     for (int64_t r = 0; r < filled; r++) {
         int64_t first = r / width * width, block = llmpar__v_min(width, filled - first);
-        float *to = x + first * e + (r - first);
+        float *to = x + first * x_k + x_at * block + (r - first);
         if (r < rows) LLMPAR__VFN(attention_pack_rows)(&job->half, (LLMPAR__VREAL *)row, 0, a->q, q_at + r % queries * a->ldq + r / queries * e, 0, 1, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
         else memset(row, 0, (size_t)e * sizeof *row);
         for (int64_t j = 0; j < e; j++) to[j * block] = row[j];
     }
 }
 
-/* p[tile][padded rows][64] of `keys` keys; the values are what is read next. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_scores)(const llmpar__attention_job *job, const float *x, float *p, int64_t rows, int64_t padded, const char *k, const char *v, int64_t keys)
+/* p[rows of all heads][64] of a tile's keys; `next` is what is read then. */
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_scores)(const llmpar__attention_job *job, llmpar__gemm_thin_span *span, float *p, int64_t rows, int64_t keys, const char *next, int64_t next_ld)
 {
-    const llmpar_attention_args *a = job->args;
-    float sums[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS] __attribute__((aligned(64)));
-    llmpar__gemm_thin_span span;
-    memset(&span, 0, sizeof span);
-    span.x = x;
-    span.sums = sums;
-    span.ld = a->ldk * job->half.size;
-    span.k = span.x_k = a->head_dim;
-    span.rows = llmpar__gemm_thin_filled(rows, job->decode_block);
-    span.kind = llmpar__gemm_thin_kind(a->dtype);
-    for (int64_t first = 0; first < keys; first += span.columns) {
-        int more;
-        span.columns = llmpar__v_min(job->decode_columns, keys - first);
-        more = first + span.columns < keys;
-        span.w = k + first * span.ld;
-        span.next = more ? span.w + span.columns * span.ld : v;
-        span.next_ld = more ? span.ld : a->ldv * job->half.size;
-        memset(sums, 0, (size_t)(span.rows * LLMPAR__THIN_COLUMNS) * sizeof *sums);
-        job->decode(&span);
-        if (span.rows == 16 && job->decode_block == 16) {
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t j = 0; j < span.columns; j++) p[(first / LLMPAR__ATTENTION_TILE * padded + r) * LLMPAR__ATTENTION_TILE + first % LLMPAR__ATTENTION_TILE + j] = sums[j * 16 + r];
-        } else for (int64_t r = 0; r < rows; r++) memcpy(p + (first / LLMPAR__ATTENTION_TILE * padded + r) * LLMPAR__ATTENTION_TILE + first % LLMPAR__ATTENTION_TILE, sums + r * LLMPAR__THIN_COLUMNS, (size_t)span.columns * sizeof *sums);
+    enum { TILE = LLMPAR__ATTENTION_TILE, COLUMNS = LLMPAR__THIN_COLUMNS };
+    int64_t size = span->rows * COLUMNS;
+    span->next_ld = span->ld;
+    for (int64_t first = 0; first < keys; first += span->columns, span->w = span->next) {
+        span->columns = llmpar__v_min(job->decode_columns, keys - first);
+        span->next = span->w + span->columns * span->ld;
+        if (first + span->columns == keys) {
+            span->next = next;
+            span->next_ld = next_ld;
+        }
+        memset(span->sums, 0, (size_t)(span->parts * size) * sizeof *p);
+        job->decode(span);
+        for (int64_t r = 0; r < span->parts * rows; r++) {
+            const float *sums = span->sums + r / rows * size;
+            if (span->rows == 16 && job->decode_block == 16) for (int64_t j = 0; j < span->columns; j++) p[r * TILE + first + j] = sums[j * 16 + r % rows];
+            else memcpy(p + r * TILE + first, sums + r % rows * COLUMNS, (size_t)span->columns * sizeof *p);
+        }
     }
 }
 
-/* out[keys of a tile, ld] = values, widened, padded with zeros; the rows of the next tile are fetched meanwhile. */
-LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_values)(const llmpar__attention_job *job, LLMPAR__VREAL *out, int64_t ld, int64_t at, int64_t keys)
+/* sums[rows, count <= VLANES], rows ld apart, += p[rows, n keys] v[n, count], rows of v `stride` bytes apart. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_step)(const int n, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t stride, int64_t count, int64_t rows, const int as)
 {
-    const llmpar_attention_args *a = job->args;
-    for (int64_t j = 0; j < keys; j++, at += a->ldv, out += ld) {
-        const char *ahead = (const char *)a->v + (at + 32 * a->ldv) * job->half.size;
-        for (int64_t i = 0; i < a->head_dim * job->half.size; i += 64) __builtin_prefetch(ahead + i);
-        LLMPAR__VFN(attention_pack_rows)(&job->half, out, ld, a->v, at, 0, 1, a->head_dim, 1);
+    LLMPAR__VEC x[4];
+    LLMPAR__VUNROLL
+    for (int k = 0; k < n; k++) x[k] = LLMPAR__V(get_one)(v + k * stride, 0, count, as);
+    for (; rows > 0; rows--, p += LLMPAR__ATTENTION_TILE, sums += ld) {
+        LLMPAR__VEC sum = LLMPAR__V(load)(sums);
+        LLMPAR__VUNROLL
+        for (int k = 0; k < n; k++) sum = LLMPAR__V(fma)(LLMPAR__V(splat)(p[k]), x[k], sum);
+        LLMPAR__V(store)(sums, sum);
     }
+}
+/* sums[heads][rows, ld] += p[heads][rows, 64] v[keys, heads, e], n keys, while the rows of the next n are asked for. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys, const int as)
+{
+    int64_t e = a->head_dim, size = as == LLMPAR__AS_OWN ? (int64_t)sizeof *p : 2, stride = a->ldv * size;
+    for (; keys >= n; keys -= n, p += n, v += n * stride)
+        for (int64_t h = 0; h < heads; h++) {
+            const char *in = v + h * e * size;
+            const float *weight = p + h * rows * LLMPAR__ATTENTION_TILE;
+            LLMPAR__VREAL *sum = sums + h * rows * ld;
+            int64_t left = e;
+            for (int64_t i = 0; i < e * size; i += 64) {
+                LLMPAR__VUNROLL
+                for (int k = n; k < 2 * n; k++) __builtin_prefetch(in + i + k * stride);
+            }
+            for (; left >= LLMPAR__VLANES; left -= LLMPAR__VLANES, in += LLMPAR__VLANES * size, sum += LLMPAR__VLANES) {
+                if (rows == 1) LLMPAR__VFN(attention_decode_step)(n, weight, sum, ld, in, stride, LLMPAR__VLANES, 1, as);
+                else LLMPAR__VFN(attention_decode_step)(n, weight, sum, ld, in, stride, LLMPAR__VLANES, rows, as);
+            }
+            if (left > 0) LLMPAR__VFN(attention_decode_step)(n, weight, sum, ld, in, stride, left, rows, as);
+        }
+}
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_values)(const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys)
+{
+    int as = llmpar__v_as(a->dtype);
+    int64_t whole = keys / 4 * 4;
+    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, LLMPAR__AS_OWN);
+    else if (as == LLMPAR__AS_BF16) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, LLMPAR__AS_BF16);
+    else whole = 0;
+    p += whole;
+    v += whole * a->ldv * (as == LLMPAR__AS_OWN ? (int64_t)sizeof *p : 2);
+    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, LLMPAR__AS_OWN);
+    else LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, as);
 }
 
 /* A row's sums, weight and maximum become element out_at and on of out, and *lse. */
@@ -30195,56 +29812,61 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_finish)(const llmpar__attention_job *
 
 LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int32_t worker)
 {
-    enum { TILE = LLMPAR__ATTENTION_TILE, ROWS = LLMPAR__THIN_ROWS, STRIP = LLMPAR__ATTENTION_STRIP };
+    enum { TILE = LLMPAR__ATTENTION_TILE, ROWS = LLMPAR__ATTENTION_DECODE };
     const llmpar__attention_job *job = (const llmpar__attention_job *)arg;
     const llmpar_attention_args *a = job->args;
     const LLMPAR__VEC least = LLMPAR__V(splat)(-(LLMPAR__VREAL)__builtin_inf());
-    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), b = task / a->kv_heads, kv = task % a->kv_heads, group = a->heads / a->kv_heads, begin, end;
-    LLMPAR__VREAL *values = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *sums = values + TILE * ld, *x = sums + ROWS * ld, *row = x + ROWS * ld, *scores = row + ld;
+    int64_t e = a->head_dim, ld = llmpar_round_up(e, 16), size = job->half.size, b = task / job->decode_parts, part = task % job->decode_parts, group = a->heads / a->kv_heads, begin, end, ends[ROWS];
+    int64_t kv = llmpar_piece_begin(part, a->kv_heads, job->decode_parts), heads = llmpar_piece_begin(part + 1, a->kv_heads, job->decode_parts) - kv;
+    LLMPAR__VREAL *p = (LLMPAR__VREAL *)(void *)(job->workspace + job->worker_bytes * (size_t)(job->by_task ? task : worker)), *sums = p + ROWS * TILE, *x = sums + ROWS * ld, *row = x + ROWS * ld, top[ROWS];
+    LLMPAR__VEC weight[ROWS];
+    llmpar__gemm_thin_span span;
+    for (int64_t h = 0; h < heads; h++) ends[h] = (h + 1) * e;
+    memset(&span, 0, sizeof span);
+    span.x = (float *)x;
+    span.sums = (float *)(row + ld);
+    span.ends = ends;
+    span.parts = (int32_t)heads;
+    span.kind = llmpar__gemm_thin_kind(a->dtype);
+    span.k = span.x_k = heads * e;
+    span.ld = a->ldk * size;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
-        LLMPAR__VREAL top[ROWS], change[ROWS + LLMPAR__VLANES], *p = scores;
-        LLMPAR__VEC weight[ROWS];
         end = llmpar__attention_document(a, b, i, &begin);
-        int64_t queries = end - i, rows = group * queries, padded = llmpar_round_up(rows, 4), q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;
-        LLMPAR__VFN(attention_decode_queries)(job, (float *)x, (float *)row, q_row * a->ldq + kv * group * e, group, queries);
-        LLMPAR__VFN(attention_decode_scores)(job, (const float *)x, (float *)p, rows, padded, (const char *)a->k + ((b * a->tk_stride + begin) * a->ldk + kv * e) * job->half.size, (const char *)a->v + v_at * job->half.size, keys);
-        memset(sums, 0, (size_t)(padded * ld) * sizeof *sums);
-        for (int64_t r = 0; r < rows; r++) {
+        int64_t queries = end - i, rows = group * queries, q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, k_at = (b * a->tk_stride + begin) * a->ldk + kv * e, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;
+        span.rows = llmpar__gemm_thin_filled(rows, job->decode_block);
+        for (int64_t h = 0; h < heads; h++) LLMPAR__VFN(attention_decode_queries)(job, (float *)x, span.x_k, h * e, (float *)row, q_row * a->ldq + (kv + h) * group * e, group, queries);
+        memset(sums, 0, (size_t)(heads * rows * ld) * sizeof *sums);
+        for (int64_t r = 0; r < heads * rows; r++) {
             top[r] = least[0];
             weight[r] = LLMPAR__V(splat)(0);
         }
-        for (int64_t first = 0; first < keys; first += TILE, p += padded * TILE, v_at += TILE * a->ldv) {
-            int64_t limit = llmpar__v_min(TILE, keys - first);
-            for (int64_t r = 0; r < padded; r++) {
+        for (int64_t first = 0, limit; first < keys; first += TILE, k_at += TILE * a->ldk, v_at += TILE * a->ldv) {
+            limit = llmpar__v_min(TILE, keys - first);
+            span.w = (const char *)a->k + k_at * size;
+            LLMPAR__VFN(attention_decode_scores)(job, &span, (float *)p, rows, limit, (const char *)a->v + v_at * size, a->ldv * size);
+            for (int64_t r = 0; r < heads * rows; r++) {
                 LLMPAR__VREAL *score = p + r * TILE, now;
-                LLMPAR__VEC most, shift, sum;
-                int64_t seen = r < rows ? i + r % queries + 1 - begin - first : 0;
-                change[r] = 0;
-                if (r >= rows) {
-                    memset(score, 0, TILE * sizeof *score);
-                    continue;
-                }
+                LLMPAR__VEC most, shift, sum, change;
+                int64_t seen = i + r % queries + 1 - begin - first, j;
                 if (seen < TILE) LLMPAR__VFN(attention_hide)(score, seen, least);
                 most = LLMPAR__V(load)(score);
-                for (int64_t j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
+                for (j = LLMPAR__VLANES; j < TILE; j += LLMPAR__VLANES) most = LLMPAR__V(larger)(most, LLMPAR__V(load)(score + j));
                 now = LLMPAR__V(larger)(LLMPAR__V(splat)(LLMPAR__V(larger_lane)(most)), LLMPAR__V(splat)(top[r]))[0];
-                change[r] = LLMPAR__V(exp2)(LLMPAR__V(splat)(top[r] - now))[0];
+                change = LLMPAR__V(exp2)(LLMPAR__V(splat)(top[r] - now));
                 top[r] = now;
                 shift = LLMPAR__V(splat)(now);
-                sum = weight[r] * LLMPAR__V(splat)(change[r]);
-                for (int64_t j = 0; j < TILE; j += LLMPAR__VLANES) {
+                sum = weight[r] * change;
+                for (j = 0; j < TILE; j += LLMPAR__VLANES) {
                     LLMPAR__VEC y = LLMPAR__V(exp2)(LLMPAR__V(load)(score + j) - shift);
                     LLMPAR__V(store)(score + j, y);
                     sum = sum + y;
                 }
                 weight[r] = sum;
+                for (j = 0; j < ld; j += LLMPAR__VLANES) LLMPAR__V(store)(sums + r * ld + j, LLMPAR__V(load)(sums + r * ld + j) * change);
             }
-            LLMPAR__VFN(attention_decode_values)(job, values, ld, v_at, limit);
-            for (int64_t j = 0; j < e; j += TILE)
-                for (int64_t r = 0; r < rows; r += STRIP)
-                    LLMPAR__VFN(attention_by_rows)(p + r * TILE, values + j, ld, sums + r * ld + j, ld, llmpar__v_min(STRIP, rows - r), llmpar__v_min(TILE, e - j), limit, 1, change + r);
+            LLMPAR__VFN(attention_decode_values)(a, (const float *)p, sums, ld, (const char *)a->v + v_at * size, heads, rows, limit);
         }
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = 0; r < heads * rows; r++) {
             int64_t h = kv * group + r / queries;
             LLMPAR__VFN(attention_finish)(job, sums + r * ld, weight[r], top[r], (q_row + r % queries) * a->ldo + h * e, a->lse ? (LLMPAR__VREAL *)a->lse + (b * a->heads + h) * a->tq + (q_row - b * a->tq) + r % queries : NULL);
         }
@@ -30402,7 +30024,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(swiglu_sigmoid)(LLMPAR__VEC *s, const LLMPAR__V
     for (int k = 0; k < LLMPAR__VGROUP; k++) s[k] = LLMPAR__V(less)(zero, g[k], -g[k], g[k]);
     LLMPAR__V(exp_of)(LLMPAR__VGROUP, s);
     LLMPAR__VUNROLL
-    for (int k = 0; k < LLMPAR__VGROUP; k++) s[k] = LLMPAR__V(less)(g[k], zero, s[k], one) / (one + s[k]);
+    for (int k = 0; k < LLMPAR__VGROUP; k++) s[k] = LLMPAR__V(less)(zero, g[k], one, s[k]) / (one + s[k]);
 }
 
 LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_t worker)
@@ -30419,12 +30041,12 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_forward)(void *arg, int64_t task, int32_
             LLMPAR__V(ahead)(a->gate, row * a->ld_in + i, as);
             LLMPAR__V(ahead)(a->up, row * a->ld_in + i, as);
             LLMPAR__V(ahead)(a->h, row * a->ld_out + i, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, g, a->gate, row * a->ld_in + i, n, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, u, a->up, row * a->ld_in + i, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, g, a->gate, row * a->ld_in + i, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, u, a->up, row * a->ld_in + i, n, as);
             LLMPAR__VFN(swiglu_sigmoid)(s, g);
             LLMPAR__VUNROLL
             for (int k = 0; k < LLMPAR__VGROUP; k++) s[k] = g[k] * s[k] * u[k];
-            LLMPAR__V(put)(LLMPAR__VGROUP, s, a->h, row * a->ld_out + i, n, as);
+            LLMPAR__V(put_apart)(LLMPAR__VGROUP, s, a->h, row * a->ld_out + i, n, as);
         }
 }
 
@@ -30440,9 +30062,9 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
     for (int64_t row = task * job->step; row < end; row++)
         for (int64_t i = 0; i < a->dim; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
             int64_t in = row * a->ld_in + i, out = row * a->ld_out + i, n = a->dim - i;
-            LLMPAR__V(get)(LLMPAR__VGROUP, g, a->gate, in, n, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, u, a->up, in, n, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, d, a->dh, out, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, g, a->gate, in, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, u, a->up, in, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, d, a->dh, out, n, as);
             LLMPAR__VFN(swiglu_sigmoid)(s, g);
             LLMPAR__VUNROLL
             for (int k = 0; k < LLMPAR__VGROUP; k++) {
@@ -30451,9 +30073,9 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
                 d[k] = d[k] * u[k] * (s[k] * LLMPAR__V(fma)(g[k], one - s[k], one));
                 u[k] = silu * u[k];
             }
-            LLMPAR__V(put)(LLMPAR__VGROUP, dup, a->dup, in, n, as);
-            LLMPAR__V(put)(LLMPAR__VGROUP, d, a->dgate, in, n, as);
-            if (a->h) LLMPAR__V(put)(LLMPAR__VGROUP, u, a->h, out, n, as);
+            LLMPAR__V(put_apart)(LLMPAR__VGROUP, dup, a->dup, in, n, as);
+            LLMPAR__V(put_apart)(LLMPAR__VGROUP, d, a->dgate, in, n, as);
+            if (a->h) LLMPAR__V(put_apart)(LLMPAR__VGROUP, u, a->h, out, n, as);
         }
 }
 
@@ -30461,7 +30083,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(swiglu_backward)(void *arg, int64_t task, int32
 /* ==== src/cpu/embedding.inc ==== */
 /* Kernel of embedding.c; a task is LLMPAR__EMBEDDING_IDS rows of the table. Parameter: LLMPAR__VLEVEL.
    For each id: a chain over its tokens inside a leaf, the tree over the leaves that have the id. Most ids have no token, and most others have theirs in one leaf: no tree then. */
-#if LLMPAR__VBUILT && LLMPAR__VLANES <= 8
+#if LLMPAR__VBUILT
 
 LLMPAR__VKERNEL void LLMPAR__VFN(embedding_gradient)(void *arg, int64_t task, int32_t worker)
 {
@@ -30522,7 +30144,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_max)(void *arg, int64_t task, int32_t
         for (int64_t i = 0; i < a->v_local; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
             int64_t n = a->v_local - i;
             LLMPAR__V(ahead)(a->logits, row * a->ld + i, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, x, a->logits, row * a->ld + i, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, x, a->logits, row * a->ld + i, n, as);
             if (n < LLMPAR__VGROUP * LLMPAR__VLANES) LLMPAR__V(keep_part)(x, n, least);
             LLMPAR__VUNROLL
             for (int k = 0; k < LLMPAR__VGROUP; k++) most[k] = LLMPAR__V(max)(most[k], x[k]);
@@ -30599,13 +30221,13 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_backward)(void *arg, int64_t task, in
         for (int64_t i = 0; i < a->v_local; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
             int64_t at = row * a->ld + i, n = a->v_local - i;
             LLMPAR__V(ahead)(a->logits, at, as);
-            LLMPAR__V(get)(LLMPAR__VGROUP, x, a->logits, at, n, as);
+            LLMPAR__V(get_apart)(LLMPAR__VGROUP, x, a->logits, at, n, as);
             LLMPAR__VUNROLL
             for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = x[k] - most;
             LLMPAR__V(exp_of)(LLMPAR__VGROUP, x);
             LLMPAR__VUNROLL
             for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = x[k] * sum * scale;
-            LLMPAR__V(put)(LLMPAR__VGROUP, x, a->logits, at, n, as);
+            LLMPAR__V(put_apart)(LLMPAR__VGROUP, x, a->logits, at, n, as);
         }
         if (target >= 0) LLMPAR__V(put_one)(a->logits, row * a->ld + target, 1, hit, as);
     }
@@ -30640,11 +30262,11 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_add)(void *arg, int64_t task, int32
         LLMPAR__V(ahead)(p->a, i, as);
         LLMPAR__V(ahead)(p->b, i, as);
         LLMPAR__V(ahead)(p->out, i, as);
-        LLMPAR__V(get)(LLMPAR__VGROUP, a, p->a, i, end - i, as);
-        LLMPAR__V(get)(LLMPAR__VGROUP, b, p->b, i, end - i, as);
+        LLMPAR__V(get_apart)(LLMPAR__VGROUP, a, p->a, i, end - i, as);
+        LLMPAR__V(get_apart)(LLMPAR__VGROUP, b, p->b, i, end - i, as);
         LLMPAR__VUNROLL
         for (int k = 0; k < LLMPAR__VGROUP; k++) a[k] = a[k] + b[k];
-        LLMPAR__V(put)(LLMPAR__VGROUP, a, p->out, i, end - i, as);
+        LLMPAR__V(put_apart)(LLMPAR__VGROUP, a, p->out, i, end - i, as);
     }
 }
 
@@ -30656,10 +30278,10 @@ LLMPAR__VKERNEL void LLMPAR__VFN(elementwise_scale)(void *arg, int64_t task, int
     LLMPAR__VEC x[LLMPAR__VGROUP], factor = LLMPAR__V(splat)((LLMPAR__VREAL)p->factor);
     (void)worker;
     for (int64_t i = begin; i < end; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
-        LLMPAR__V(get)(LLMPAR__VGROUP, x, p->x, i, end - i, as);
+        LLMPAR__V(get_apart)(LLMPAR__VGROUP, x, p->x, i, end - i, as);
         LLMPAR__VUNROLL
         for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = x[k] * factor;
-        LLMPAR__V(put)(LLMPAR__VGROUP, x, p->x, i, end - i, as);
+        LLMPAR__V(put_apart)(LLMPAR__VGROUP, x, p->x, i, end - i, as);
     }
 }
 
@@ -30892,9 +30514,14 @@ LLMPAR__VSHARED void LLMPAR__VFN(adalomo_direction)(const llmpar_adalomo_args *a
             c = (const LLMPAR__VREAL *)a->col_factor + column;
             n = llmpar__v_min(count, a->cols - column);
         }
-        for (int64_t i = 0; i < n; i += LLMPAR__VLANES) {
-            LLMPAR__VEC x = LLMPAR__V(load_n)(g + from + i, n - i) * scale;
-            LLMPAR__V(store_n)(u + i, n - i, c ? x * r * LLMPAR__V(load_n)(c + i, n - i) : x / LLMPAR__V(sqrt)(LLMPAR__V(load_n)(m + from + i, n - i)));
+        for (int64_t i = 0; i < n; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
+            LLMPAR__VEC x[LLMPAR__VGROUP], y[LLMPAR__VGROUP];
+            LLMPAR__V(ahead)(g + from, i, LLMPAR__AS_OWN);
+            LLMPAR__V(get)(LLMPAR__VGROUP, x, g + from, i, n - i, LLMPAR__AS_OWN);
+            LLMPAR__V(get)(LLMPAR__VGROUP, y, c ? c : m + from, i, n - i, LLMPAR__AS_OWN);
+            LLMPAR__VUNROLL
+            for (int k = 0; k < LLMPAR__VGROUP; k++) x[k] = c ? x[k] * scale * r * y[k] : x[k] * scale / LLMPAR__V(sqrt)(y[k]);
+            LLMPAR__V(put)(LLMPAR__VGROUP, x, u, i, n - i, LLMPAR__AS_OWN);
         }
     }
 }
@@ -30948,37 +30575,60 @@ LLMPAR__VKERNEL void LLMPAR__VFN(adalomo_apply)(void *arg, int64_t task, int32_t
 /* With 2^bits, a square below 1 as fixed point, and one more where there is anything. */
 LLMPAR__VINLINE int64_t LLMPAR__VFN(adalomo_fixed)(double y, double bits) { return (int64_t)(y * y * bits) + (y != 0); }
 
+#if !LLMPAR__VDOUBLE
+/* The same for x < 2^52: that many units above 2^52, whose own unit is 1; one more of them is in `from` where x is not 0. */
+LLMPAR__VINLINE LLMPAR__VFN(squares_units) LLMPAR__VFN(adalomo_units)(LLMPAR__VWIDE square, LLMPAR__VWIDE bits, LLMPAR__VWIDE from)
+{
+#if LLMPAR__VLANES == 16
+    return (LLMPAR__VFN(squares_units))_mm512_fmadd_round_pd(square, bits, from, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+#else
+    LLMPAR__VWIDE x = square * bits, sum = x + from;
+    return (LLMPAR__VFN(squares_units))sum + (LLMPAR__VFN(squares_units))(sum - from > x);
+#endif
+}
+#endif
+
 LLMPAR__VKERNEL void LLMPAR__VFN(adalomo_sums)(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__adalomo_sum_job *job = (const llmpar__adalomo_sum_job *)arg;
     const llmpar_factor_sum_args *a = job->args;
-    const LLMPAR__VREAL *g = (const LLMPAR__VREAL *)a->g, scale = (LLMPAR__VREAL)a->grad_scale;
+    const LLMPAR__VREAL scale = (LLMPAR__VREAL)a->grad_scale;
     int64_t first = task * job->step, last = llmpar__v_min(a->cols, first + job->step), end = a->begin + a->count;
     double down = job->down, by_row = job->by_row, by_col = job->by_col;
     (void)worker;
     for (int64_t row = a->begin / a->cols; row * a->cols < end; row++) {
-        int64_t i = llmpar__v_max(row * a->cols + first, a->begin), to = llmpar__v_min(row * a->cols + last, end), sum = 0, any = i < to;
-#if !LLMPAR__VDOUBLE && LLMPAR__VLANES == 16
-        __m512i sums = _mm512_setzero_si512(), one = _mm512_set1_epi64(1);
-        int64_t lanes[8];
-        for (; i + 8 <= to; i += 8) {
-            int64_t *column = a->col_sums + (i - row * a->cols);
-            __m512d y = _mm512_maskz_cvtps_pd((__mmask8)0xff, llmpar__v_load_avx2(g + (i - a->begin)) * llmpar__v_splat_avx2(scale)) * _mm512_set1_pd(down), square = y * y;
-            __mmask8 some = _mm512_cmp_pd_mask(y, _mm512_setzero_pd(), _CMP_NEQ_UQ);
-            sums = _mm512_add_epi64(sums, _mm512_cvttpd_epi64(square * _mm512_set1_pd(by_row)));
-            sums = _mm512_mask_add_epi64(sums, some, sums, one);
-            __m512i sum8 = _mm512_add_epi64(_mm512_loadu_si512(column), _mm512_cvttpd_epi64(square * _mm512_set1_pd(by_col)));
-            _mm512_storeu_si512(column, _mm512_mask_add_epi64(sum8, some, sum8, one));
+        int64_t i = llmpar__v_max(row * a->cols + first, a->begin), n = llmpar__v_min(row * a->cols + last, end) - i, sum = 0;
+        const LLMPAR__VREAL *g = (const LLMPAR__VREAL *)a->g + (i - a->begin);
+        int64_t *column = a->col_sums + (i - row * a->cols);
+        if (n <= 0) continue;
+        i = 0;
+#if !LLMPAR__VDOUBLE
+        if (a->row_bits <= 52 && a->col_bits <= 52) {
+            const LLMPAR__VWIDE zero = { 0 }, row_units = zero + by_row * down * down, column_units = zero + by_col * down * down;
+            const LLMPAR__VFN(squares_units) start = (LLMPAR__VFN(squares_units))(zero + 4503599627370496.0);
+            LLMPAR__VFN(squares_units) sums = start - start, some;
+            for (; i + LLMPAR__VLANES <= n; i += LLMPAR__VLANES) {
+                LLMPAR__VREAL scaled[LLMPAR__VLANES];
+                __builtin_prefetch(g + i + LLMPAR__VAHEAD / 4);
+                LLMPAR__V(store)(scaled, LLMPAR__V(load)(g + i) * LLMPAR__V(splat)(scale));
+                LLMPAR__VUNROLL
+                for (int k = 0; k < 2; k++) {
+                    LLMPAR__VWIDE y = LLMPAR__V(load_wide)(scaled + k * LLMPAR__VLANES / 2), from = (LLMPAR__VWIDE)(start - (LLMPAR__VFN(squares_units))(y != zero));
+                    sums = sums + (LLMPAR__VFN(adalomo_units)(y * y, row_units, from) - start);
+                    memcpy(&some, column + i + k * LLMPAR__VLANES / 2, sizeof some);
+                    some = some + (LLMPAR__VFN(adalomo_units)(y * y, column_units, from) - start);
+                    memcpy(column + i + k * LLMPAR__VLANES / 2, &some, sizeof some);
+                }
+            }
+            for (int k = 0; k < LLMPAR__VLANES / 2; k++) sum += sums[k];
         }
-        _mm512_storeu_si512(lanes, sums);
-        for (int k = 0; k < 8; k++) sum += lanes[k];
 #endif
-        for (; i < to; i++) {
-            double y = (double)(g[i - a->begin] * scale) * down;
+        for (; i < n; i++) {
+            double y = (double)(g[i] * scale) * down;
             sum += LLMPAR__VFN(adalomo_fixed)(y, by_row);
-            a->col_sums[i - row * a->cols] += LLMPAR__VFN(adalomo_fixed)(y, by_col);
+            column[i] += LLMPAR__VFN(adalomo_fixed)(y, by_col);
         }
-        if (any) __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&a->row_sums[row], sum, __ATOMIC_RELAXED);
     }
 }
 

@@ -31,8 +31,6 @@ DO THIS
 LLMPAR_EXTERN_C_BEGIN
 /* ==== src/cuda/cuda.h ==== */
 /* cuda: the CUDA device: the table of tables/device.h on an NVIDIA GPU, and the communicator of rank threads that share one. */
-#ifndef LLMPAR_CUDA_DEVICE_H
-#define LLMPAR_CUDA_DEVICE_H
 
 #include "llmpar.h"
 
@@ -65,7 +63,6 @@ LLMPAR_API llmpar_status llmpar_cuda_shared_comm_create(llmpar_ctx *ctx, llmpar_
 /* Fills *out for a launch desc: device_create and, for rank threads, comm_create. desc: borrowed until the launch returns; NULL: defaults. Local, thread-safe. */
 LLMPAR_API void llmpar_cuda_backend(const llmpar_cuda_desc *desc, llmpar_backend *out);
 
-#endif
 LLMPAR_EXTERN_C_END
 
 #endif /* LLMPAR_CUDA_H */
@@ -90,8 +87,6 @@ LLMPAR_EXTERN_C_END
      - every thread of a warp takes part in a shuffle or a matrix product, all of a block in __syncthreads.
    No sum depends on block size, grid size or timing: the order of docs/exact.md, or integers. Where bits must be the CPU's too, products and sums are written with the
    __fmul_rn family: compilers contract a*b + c otherwise. */
-#ifndef LLMPAR_CUDA_INTERNAL_H
-#define LLMPAR_CUDA_INTERNAL_H
 
 /* ==== src/cuda/intrinsics.h ==== */
 /* intrinsics: what kernels ask of a warp and of the machine, as functions: PTX here, the same functions by tests/emulated_cuda/warp.h on the CPU (LLMPAR_CUDA_EMULATED).
@@ -99,8 +94,6 @@ LLMPAR_EXTERN_C_END
    Fragments of mma.sync as in the PTX manual (section "Matrix multiply-accumulate operation using mma instruction", m16n8k16): with g = lane/4 and t = lane%4 a thread has
      a[0] row g, k 2t..2t+1;  a[1] row g+8, the same k;  a[2] row g, k 2t+8..2t+9;  a[3] row g+8, those k;   b[0] column g, k 2t..2t+1;  b[1] column g, k 2t+8..2t+9;
      d[0..1] row g, columns 2t..2t+1;  d[2..3] row g+8, the same columns.    The lower k is in the lower half of a register. */
-#ifndef LLMPAR_CUDA_INTRINSICS_H
-#define LLMPAR_CUDA_INTRINSICS_H
 
 #ifdef LLMPAR_CUDA_EMULATED
 #include <warp.h>
@@ -198,9 +191,7 @@ static __device__ __forceinline__ uint16_t llmpar__cu_f32_to_f16(float x)
 }
 #endif
 
-#endif
 /* ---- src/cuda/cuda_internal.h goes on ---- */
-
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 #include <pthread.h>
@@ -366,9 +357,7 @@ template <typename T> static __device__ __forceinline__ T llmpar__cuda_larger(T 
 /* The same cuts as base/size.h, on the device. */
 static __host__ __device__ __forceinline__ int64_t llmpar__cuda_piece_begin(int64_t i, int64_t grains, int64_t pieces) { return i * grains / pieces; }
 
-#endif
 /* ---- src/cuda/probe.cu goes on ---- */
-
 #if defined(__USE_FAST_MATH__) || defined(__FAST_MATH__)
 #error "llmpar_cuda.h: --use_fast_math changes what is computed, and differently in every kernel: compile without it"
 #endif
@@ -408,14 +397,9 @@ static __global__ void llmpar__cuda_probe(int *out)
    A row that one thread group sums up has the shape that its length and dtype give, and nothing else: `lanes` threads (a power of two, at most LLMPAR__CUDA_ROW_THREADS) take 16 bytes
    of columns each, and again `lanes` x 16 bytes further on; each thread adds in column order; then a tree over the threads, halves folded onto each other.
    Where memory is not aligned, the same elements come one by one: the same bits. */
-#ifndef LLMPAR_CUDA_ROWS_INTERNAL_H
-#define LLMPAR_CUDA_ROWS_INTERNAL_H
 
 /* ==== src/cuda/launch.h ==== */
 /* launch: how a kernel gets onto a stream. */
-#ifndef LLMPAR_CUDA_LAUNCH_H
-#define LLMPAR_CUDA_LAUNCH_H
-
 
 /* Above 48 KiB a kernel has to be told. It is told the device's limit, not this launch's need: another rank's thread may be about to launch the same kernel with more. */
 static inline cudaError_t llmpar__cuda_raise(llmpar_device *device, const void *kernel, size_t shared)
@@ -447,9 +431,7 @@ static void llmpar__cuda_launch(llmpar_device *device, llmpar_stream *stream, vo
 }
 #endif
 
-#endif
 /* ---- src/cuda/rows_internal.h goes on ---- */
-
 enum { LLMPAR__CUDA_ROW_THREADS = 256, LLMPAR__CUDA_ROW_WARPS = LLMPAR__CUDA_ROW_THREADS / 32 };
 
 /* name<element type>(...) for a dtype that llmpar__cuda_dtype has let pass */
@@ -678,9 +660,7 @@ static __device__ __forceinline__ float llmpar__cuda_exp(float x)
     return __fmaf_rn(__fmul_rn(e, ln2), d, e);
 }
 
-#endif
 /* ---- src/cuda/norm.cu goes on ---- */
-
 /* Shared memory in front of everything else: two turns of partial sums for two rows each. */
 enum { LLMPAR__CUDA_NORM_PARTIAL = 2 * LLMPAR__CUDA_ROW_WARPS, LLMPAR__CUDA_NORM_HEAD = 128 };
 
@@ -1895,9 +1875,6 @@ static llmpar_status llmpar__cuda_copy_rows(llmpar_device *device, llmpar_stream
    in the workspace, one set of slots a block; the grid is no larger than the device runs at once, so that they stay in L2. Each thread writes and reads its own elements there, so no barrier is needed. Copies run ahead into the block's next tile, while this one is stored.
 
    The order of every sum is that of the chain and the tree alone. Tile sizes, stages, grid and the order of tiles show in no bit. */
-#ifndef LLMPAR_CUDA_TILES_INTERNAL_H
-#define LLMPAR_CUDA_TILES_INTERNAL_H
-
 
 enum { LLMPAR__CUDA_GEMM_THREADS = 256, LLMPAR__CUDA_GEMM_RUNS = 64, LLMPAR__CUDA_GEMM_GROUP = 16 };
 
@@ -2042,9 +2019,7 @@ template <int Floats> static __device__ __forceinline__ void llmpar__cuda_gemm_f
     }
 }
 
-#endif
 /* ---- src/cuda/gemm_half.cu goes on ---- */
-
 enum {
     LLMPAR__CUDA_GEMM_HALF_M = 128, LLMPAR__CUDA_GEMM_HALF_N = 256, LLMPAR__CUDA_GEMM_HALF_K = 32,
     LLMPAR__CUDA_GEMM_HALF_A_BYTES = LLMPAR__CUDA_GEMM_HALF_M * LLMPAR__CUDA_GEMM_HALF_K * 2,
@@ -2934,9 +2909,6 @@ static llmpar_status llmpar__cuda_gemm_library(llmpar_device *device, llmpar_str
 
    Order. Along the keys (or, in dk and dv, the queries) everything goes in steps of 16 or in tiles of 64 that are counted from the document's start. Along the rows that a block owns nothing is
    summed, so those blocks lie anywhere, may hold rows of several documents and go through these one after the other; what a row may not see has weight +0, which leaves its sums as they are. */
-#ifndef LLMPAR_CUDA_ATTENTION_INTERNAL_H
-#define LLMPAR_CUDA_ATTENTION_INTERNAL_H
-
 
 #define LLMPAR__CUDA_ATTENTION_LOG2E 1.4426950408889634f
 #define LLMPAR__CUDA_ATTENTION_LN2 0.6931471805599453f
@@ -3117,7 +3089,6 @@ template <typename Type> static __device__ __forceinline__ void llmpar__cuda_att
     else { out[0] = two[0]; out[1] = two[1]; }
 }
 
-#endif
 /* ==== src/cuda/attention.cu ==== */
 /* attention: causal softmax attention with grouped queries and packed documents, forward (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"), on mma.sync: bf16 and f16, head_dim 64 and 128.
 
@@ -4623,9 +4594,6 @@ static llmpar_status llmpar__cuda_cast(llmpar_device *device, llmpar_stream *str
 /* tree_internal: the balanced tree over operands in memory, in a thread's registers: for tree_sum and for the communicator of ranks that share a GPU.
 
    The tree is walked as a binary counter: after operand j as many subtrees are closed as j has trailing ones; subtrees wait in registers, one a level. */
-#ifndef LLMPAR_CUDA_TREE_INTERNAL_H
-#define LLMPAR_CUDA_TREE_INTERNAL_H
-
 
 enum { LLMPAR__CUDA_TREE_LEVELS = 9 }; /* less than 2^9 operands */
 
@@ -4672,9 +4640,7 @@ template <typename Group, typename Operands> static __device__ __forceinline__ G
     return sum;
 }
 
-#endif
 /* ---- src/cuda/tree_sum.cu goes on ---- */
-
 #define LLMPAR__CUDA_TREE_MOST 448 /* operands of a call: their addresses are a kernel's arguments, of which there are 4 KiB */
 
 struct llmpar__cuda_operands { const void *in[LLMPAR__CUDA_TREE_MOST]; };
@@ -4947,9 +4913,6 @@ static llmpar_status llmpar__cuda_largest(llmpar_device *device, llmpar_stream *
      F = f << (e - base), 0 <= e - base < 32:   F = high 2^28 + low (27 and 28 bits),   F^2 = low^2 + 2^29 low high + 2^56 high^2
    Each product is less than 2^56 and is added to a 64-bit register of its own, one multiply-add each; 256 of them fit. Then the warp adds its registers up and puts them into the limbs. A warp takes 256
    numbers at a time. One above the range moves it (a tensor's largest is soon found); those below it, zeros left out, are rare and are added in further rounds with lower ranges. */
-#ifndef LLMPAR_CUDA_EXACT_INTERNAL_H
-#define LLMPAR_CUDA_EXACT_INTERNAL_H
-
 
 #define LLMPAR__CUDA_WARP 0xffffffffu
 enum { LLMPAR__CUDA_EXACT_INFINITY = 69, LLMPAR__CUDA_EXACT_NEGATIVE_INFINITY = 70, LLMPAR__CUDA_EXACT_NAN = 71, LLMPAR__CUDA_EXACT_NUMBER = 67 };
@@ -5125,9 +5088,7 @@ static void llmpar__cuda_exact_carry(llmpar_device *device, llmpar_stream *strea
     llmpar__cuda_launch(device, stream, llmpar__cuda_exact_carry_kernel, dim3(1), dim3(32), LLMPAR__CUDA_EXACT_BYTES, accumulator);
 }
 
-#endif
 /* ---- src/cuda/squares.cu goes on ---- */
-
 /* aligned: x is, to 16 bytes. Which lane takes which element does not show. */
 __global__ void __launch_bounds__(256, 4) llmpar__cuda_square_sum_kernel(const uint32_t *x, int64_t count, int64_t *accumulator, int aligned)
 {
@@ -5528,7 +5489,6 @@ static llmpar_status llmpar__cuda_adalomo(llmpar_device *device, llmpar_stream *
 
    send and recv: the sender's place travels through the inner communicator, the receiver's stream copies, and its answer lets the sender's stream wait for the copy. */
 
-#include <pthread.h>
 #include <unistd.h>
 
 #define LLMPAR__CUDA_SHARED_MOST 128 /* ranks: addresses are a kernel's arguments, of which there are 4 KiB */

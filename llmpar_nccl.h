@@ -46,8 +46,6 @@ LLMPAR_EXTERN_C_BEGIN
 
    Launch order. NCCL wants the operations of concurrent communicators launched in one order on all ranks, and able to run side by side. Here a rank's collectives run one after the other in the order of the
    calls, on whatever communicators and streams (an event chains them): ranks whose calls would not deadlock one by one do not deadlock on the GPU. Compute on other streams runs beside them. */
-#ifndef LLMPAR_NCCL_COMM_H
-#define LLMPAR_NCCL_COMM_H
 
 #include "llmpar.h"
 
@@ -75,7 +73,6 @@ LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
 /* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish. desc (borrowed until launch returns, NULL: defaults). Local. */
 LLMPAR_API void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out);
 
-#endif
 LLMPAR_EXTERN_C_END
 
 #endif /* LLMPAR_NCCL_H */
@@ -95,8 +92,6 @@ LLMPAR_EXTERN_C_END
 /* ==== src/nccl/nccl_internal.h ==== */
 /* nccl_internal: what the files of the NCCL communicator share: socket.c (addresses, TCP), meet.c (how the ranks come together), control.c (messages between them), hub.c (what rank 0 does for all),
    watch.c (the helper thread; failures), memory.c (registered memory), collectives.c, world.c (communicators). */
-#ifndef LLMPAR_NCCL_INTERNAL_H
-#define LLMPAR_NCCL_INTERNAL_H
 
 #include <nccl.h>
 #include <pthread.h>
@@ -337,9 +332,7 @@ LLMPAR__PRIVATE void llmpar__nccl_memory_end(llmpar_device *device);
 LLMPAR__PRIVATE size_t llmpar__nccl_part_bytes(size_t slice, int32_t ranks); /* of each of the three parts of scratch */
 LLMPAR__PRIVATE llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *given, int32_t op); /* for llmpar_comm_fill */
 
-#endif
 /* ---- src/nccl/socket.c goes on ---- */
-
 #include <errno.h>
 #include <fcntl.h>
 #include <ifaddrs.h>
@@ -702,13 +695,6 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_pipe(int fds[2])
      others   look up where -> connect, hello, accept -> wait for the welcome
 
    Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike. */
-
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
@@ -1161,9 +1147,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
    Rank 0's own messages take the same way without a connection. Everything here runs under world->lock, on the helper's thread or on one that has something to say. What comes from the network is checked before
    it is used: a message has the size of its kind, numbers are in range, texts end. A connection that talks nonsense is cut, and its rank counts as dead. */
 
-#include <stdio.h>
-#include <string.h>
-
 #define LLMPAR__NCCL_BEATS 0.5      /* seconds between two signs of life */
 #define LLMPAR__NCCL_ATTENTION 0.25 /* of silence that one look counts, at most: who was stopped itself does not blame the others */
 
@@ -1446,10 +1429,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
    Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed.
 
    Failures. The first one that rank 0 hears of is the job's. It goes to all, they answer where they are, and when all have, or after a second, everybody gets the whole picture. */
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
 #define LLMPAR__NCCL_SLOTS 4096
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
@@ -1811,9 +1790,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
    An error that NCCL reports is often the echo of a peer's end: for a while it is kept back, in case the control plane knows better. */
 
 #include <sched.h>
-#include <stdio.h>
-#include <string.h>
-#include <time.h>
 
 #define LLMPAR__NCCL_LOOK 0.1
 #define LLMPAR__NCCL_ECHO 2.0  /* seconds for which an NCCL error waits for a better reason */
@@ -2051,8 +2027,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_watch_end(llmpar__nccl_world *world)
    While a world lives, device->alloc and free are the functions below; blocks of 1 MiB and more come from NCCL (which gives whole pages of 2 MiB), smaller ones from the device. Every block of NCCL's is on a list, so
    that free knows whose it is, and blocks may be older than the world or outlive it. When the last world is gone and the last such block is back, the table is as it was. */
 
-#include <string.h>
-
 #define LLMPAR__NCCL_SMALL ((size_t)1 << 20)
 #define LLMPAR__NCCL_TOKEN 256
 
@@ -2162,8 +2136,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_memory_end(llmpar_device *device)
    Calls of many blocks are packed rank by rank in scratch, so that NCCL sees a few large messages. All collectives of a rank are chained by an event (nccl.h), so there is one scratch.
 
    Scratch:   | a: what reductions have (1 part) | b: .. and receive (1 part) | c: packed blocks (1 part) |      a part: one slice, and a little */
-
-#include <string.h>
 
 #define LLMPAR__NCCL_GROUPED 8                 /* so many blocks go one by one, in a group */
 #define LLMPAR__NCCL_DIRECT ((size_t)256 << 10) /* bytes that a rank may get from all others for a reduction in one exchange */
@@ -2602,9 +2574,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_enqueue(llmpar_comm *comm, llmpar
      destroy  waits for the last collective -> ncclCommFinalize, ncclCommDestroy; with the last communicator: farewell, helper, connections
 
    All communicators are non-blocking, so that a thread never stays in NCCL while the job fails elsewhere. */
-
-#include <stdio.h>
-#include <string.h>
 
 #define LLMPAR__NCCL_FAREWELL 3.0 /* seconds for which goodbyes are exchanged, and after a failure rank 0 waits for the others */
 
