@@ -106,7 +106,7 @@ typedef uint64_t llmpar__bit_portable_f64;
 typedef float llmpar__real_portable;
 typedef double llmpar__wide_portable __attribute__((vector_size(16)));
 typedef float llmpar__vec_portable __attribute__((vector_size(16)));
-typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float llmpar__loose_portable __attribute__((vector_size(16), aligned(2) /* also pairs of BF16 */, may_alias));
 typedef uint32_t llmpar__bits_portable __attribute__((vector_size(16)));
 typedef uint32_t llmpar__bit_portable;
 
