@@ -112,7 +112,8 @@ static llmpar_status deviates(llmpar_ctx *ctx, void *user)
         st = llmpar_all_reduce(ctx->comm, NULL, &call);
     }
     if (!st) st = sum(ctx, "after");
-    if (!st) st = sum(ctx, "end");
+    /* Where the bytes fit each other, data moves before rank 0 has compared: a helper that gets no processor for long is late. */
+    for (double until = test_clock() + 30; !st && test_clock() < until;) st = sum(ctx, "end");
     return st;
 }
 TEST(mismatches)
