@@ -1040,7 +1040,8 @@ typedef struct llmpar_arena llmpar_arena;
 /* limit in bytes of live allocations, 0 = none; with a limit what is reserved keeps to it too. Borrows ctx and its device. Local. */
 LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out);
 /* Takes so many bytes from the device now, in one piece, in which blocks lie closer together than in pieces taken as requests come; before the first request. Advice: with a limit, or where the device has not
-   so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. Local. */
+   so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. The arena's, until it is destroyed. LLMPAR_ERR_MEMORY: no host
+   memory for an entry. Local. */
 LLMPAR_API llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes);
 /* NULL is fine. Blocks still live are freed too. */
 LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
@@ -1050,7 +1051,8 @@ LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
 /* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
 LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
 /* The same for a block that something enqueued on a stream (0 to LLMPAR_ARENA_STREAMS - 1, as the caller numbers them) may still use: mark, > 0 and larger than any before on this stream, stays with the
-   memory and tells who allocates it next what to wait for. llmpar_arena_mark: the largest of a live block's memory on this stream, from when it was free before; 0: nothing to wait for. */
+   memory and tells who allocates it next what to wait for. llmpar_arena_mark: the largest of a live block's memory on this stream, from when it was free before; 0: nothing to wait for. Any other
+   stream is the rank's error (LLMPAR_ERR_ARGUMENT, nothing is freed), and has no marks. */
 LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark);
 LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream);
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
@@ -12917,7 +12919,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
 LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream)
 {
     const llmpar__arena_block *block = *llmpar__arena_find(arena, memory);
-    return block ? block->mark[stream] : 0;
+    return block && (uint32_t)stream < LLMPAR_ARENA_STREAMS ? block->mark[stream] : 0;
 }
 
 LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0, 0); }
@@ -12925,6 +12927,10 @@ LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_ar
 LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark)
 {
     if (!memory) return;
+    if ((uint32_t)stream >= LLMPAR_ARENA_STREAMS) {
+        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p: stream %d, expected 0 to %d", memory, (int)stream, LLMPAR_ARENA_STREAMS - 1);
+        return;
+    }
     llmpar__arena_block **link = llmpar__arena_find(arena, memory), *block = *link;
     if (!block) { /* nothing to return an error through: it shows up as the rank's error */
         llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);
@@ -17945,6 +17951,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_failed(llmpar__store *store, llm
 /* ==== src/fsdp/shard.c ==== */
 /* ---- memory in stream order ----
    One host thread allocates and frees in list order, ahead of what the streams have done. A released block carries the number of its release; whoever gets it next on another stream waits for that one. */
+
+typedef char llmpar__fsdp_streams_have_marks[(int)LLMPAR_STREAM_COUNT <= (int)LLMPAR_ARENA_STREAMS ? 1 : -1];
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out)
 {

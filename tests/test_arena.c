@@ -231,6 +231,15 @@ static llmpar_status cutting(llmpar_ctx *ctx)
     CHECK_OK(llmpar_arena_create(ctx, 0, &arena));
     CHECK_OK(llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, 16 * K, "big", &big));
     CHECK_INT(llmpar_arena_mark(arena, big, 2), 0);
+    for (int32_t wrong = -1; wrong <= LLMPAR_ARENA_STREAMS; wrong += LLMPAR_ARENA_STREAMS + 1) {
+        llmpar_arena_free_marked(arena, big, wrong, 7);
+        CHECK_INT(ctx->error.status, LLMPAR_ERR_ARGUMENT);
+        CHECK_TEXT(ctx->error.text, "expected 0 to 7");
+        llmpar_error_clear(&ctx->error);
+        CHECK_INT(llmpar_arena_mark(arena, big, wrong), 0);
+        llmpar_arena_get_usage(arena, &u);
+        CHECK_INT(u.live_total, 16 * K);
+    }
     llmpar_arena_free_marked(arena, big, 2, 7);
     CHECK_OK(llmpar_arena_alloc(arena, LLMPAR_TAG_GRADIENTS, 4 * K, "a", &a));
     CHECK_OK(llmpar_arena_alloc(arena, LLMPAR_TAG_GRADIENTS, 4 * K, "b", &b));

@@ -7,6 +7,8 @@
 /* ---- memory in stream order ----
    One host thread allocates and frees in list order, ahead of what the streams have done. A released block carries the number of its release; whoever gets it next on another stream waits for that one. */
 
+typedef char llmpar__fsdp_streams_have_marks[(int)LLMPAR_STREAM_COUNT <= (int)LLMPAR_ARENA_STREAMS ? 1 : -1];
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_alloc(llmpar_fsdp *fsdp, llmpar_stream_id stream, llmpar_tag tag, size_t bytes, const char *label, void **out)
 {
     llmpar_status status = llmpar_arena_alloc(fsdp->arena, tag, bytes, label, out);

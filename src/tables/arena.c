@@ -278,7 +278,7 @@ LLMPAR_DEF llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
 LLMPAR_DEF uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream)
 {
     const llmpar__arena_block *block = *llmpar__arena_find(arena, memory);
-    return block ? block->mark[stream] : 0;
+    return block && (uint32_t)stream < LLMPAR_ARENA_STREAMS ? block->mark[stream] : 0;
 }
 
 LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_arena_free_marked(arena, memory, 0, 0); }
@@ -286,6 +286,10 @@ LLMPAR_DEF void llmpar_arena_free(llmpar_arena *arena, void *memory) { llmpar_ar
 LLMPAR_DEF void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark)
 {
     if (!memory) return;
+    if ((uint32_t)stream >= LLMPAR_ARENA_STREAMS) {
+        llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p: stream %d, expected 0 to %d", memory, (int)stream, LLMPAR_ARENA_STREAMS - 1);
+        return;
+    }
     llmpar__arena_block **link = llmpar__arena_find(arena, memory), *block = *link;
     if (!block) { /* nothing to return an error through: it shows up as the rank's error */
         llmpar_fail(arena->ctx, LLMPAR_ERR_ARGUMENT, "arena: free of %p, which is not a live block of this arena", memory);

@@ -29,7 +29,8 @@ typedef struct llmpar_arena llmpar_arena;
 /* limit in bytes of live allocations, 0 = none; with a limit what is reserved keeps to it too. Borrows ctx and its device. Local. */
 LLMPAR_API llmpar_status llmpar_arena_create(llmpar_ctx *ctx, uint64_t limit, llmpar_arena **out);
 /* Takes so many bytes from the device now, in one piece, in which blocks lie closer together than in pieces taken as requests come; before the first request. Advice: with a limit, or where the device has not
-   so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. Local. */
+   so much in one piece, nothing happens. How much serves: the extent that the same requests had in an arena with more than enough, as llmpar_plan_memory counts it. The arena's, until it is destroyed. LLMPAR_ERR_MEMORY: no host
+   memory for an entry. Local. */
 LLMPAR_API llmpar_status llmpar_arena_reserve(llmpar_arena *arena, uint64_t bytes);
 /* NULL is fine. Blocks still live are freed too. */
 LLMPAR_API void llmpar_arena_destroy(llmpar_arena *arena);
@@ -39,7 +40,8 @@ LLMPAR_API llmpar_status llmpar_arena_alloc(llmpar_arena *arena, llmpar_tag tag,
 /* NULL is fine. Host order: the caller has made sure (by stream order or events) that nothing still uses the block. */
 LLMPAR_API void llmpar_arena_free(llmpar_arena *arena, void *memory);
 /* The same for a block that something enqueued on a stream (0 to LLMPAR_ARENA_STREAMS - 1, as the caller numbers them) may still use: mark, > 0 and larger than any before on this stream, stays with the
-   memory and tells who allocates it next what to wait for. llmpar_arena_mark: the largest of a live block's memory on this stream, from when it was free before; 0: nothing to wait for. */
+   memory and tells who allocates it next what to wait for. llmpar_arena_mark: the largest of a live block's memory on this stream, from when it was free before; 0: nothing to wait for. Any other
+   stream is the rank's error (LLMPAR_ERR_ARGUMENT, nothing is freed), and has no marks. */
 LLMPAR_API void llmpar_arena_free_marked(llmpar_arena *arena, void *memory, int32_t stream, uint64_t mark);
 LLMPAR_API uint64_t llmpar_arena_mark(const llmpar_arena *arena, const void *memory, int32_t stream);
 LLMPAR_API void llmpar_arena_get_usage(const llmpar_arena *arena, llmpar_arena_usage *out);
