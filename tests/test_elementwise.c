@@ -107,6 +107,39 @@ TEST(tree_sum_to_several)
     }
 }
 
+static float large_value(int j, size_t i) { return (float)((i * 31 + (size_t)j * 104729) & 4095) * (j % 2 ? 1e-3f : 10.0f); }
+
+/* Results larger than a cache: whole lines and a tail, at addresses that vectors are written to whole and others, in place, and a copy. */
+TEST(tree_sum_to_large)
+{
+    enum { COUNT = 2 * 1024 * 1024 + 21, OPERANDS = 3 };
+    float *at[2 * OPERANDS], *want = (float *)malloc(COUNT * sizeof *want);
+    for (int j = 0; j < 2 * OPERANDS; j++) at[j] = (float *)aligned_alloc(64, ((COUNT + 64) * sizeof **at + 63) / 64 * 64);
+    for (int n = 1; n <= OPERANDS; n++) for (int offset = 0; offset < 3; offset++) for (int in_place = 0; in_place < 2; in_place++) {
+        llmpar_device *d = ops_device(LLMPAR_CPU_PORTABLE, 2);
+        const void *in[OPERANDS];
+        void *out[OPERANDS];
+        llmpar_tree_sum_to_args to;
+        for (int j = 0; j < 2 * OPERANDS; j++) for (size_t i = 0; i < COUNT + 64; i++) at[j][i] = large_value(j, i);
+        for (size_t i = 0; i < COUNT; i++) want[i] = n == 1 ? at[0][i + 8] : n == 2 ? at[0][i + 8] + at[1][i + 8] : (at[0][i + 8] + at[1][i + 8]) + at[2][i + 8];
+        for (int j = 0; j < OPERANDS; j++) {
+            in[j] = at[j] + 8;
+            out[j] = in_place && j == 1 ? (void *)(at[1] + 8) : (void *)(at[OPERANDS + j] + 8 * (offset < 2) + 4 * offset + (offset == 2)); /* 32, 48 and 36 bytes behind a line's beginning */
+        }
+        to.in = in; to.n = n; to.outs = OPERANDS; to.count = COUNT; to.out = out; to.dtype = LLMPAR_F32;
+        CHECK_OK(llmpar_device_tree_sum_to(d, &to));
+        for (int j = 0; j < OPERANDS; j++) {
+            CHECK_BYTES(out[j], want, COUNT * sizeof *want);
+            const float *got = (const float *)out[j], *row = at[in_place && j == 1 ? 1 : OPERANDS + j];
+            size_t first = (size_t)(got - row);
+            int own = in_place && j == 1 ? 1 : OPERANDS + j;
+            CHECK(got[-1] == large_value(own, first - 1) && got[COUNT] == large_value(own, first + COUNT));
+        }
+    }
+    for (int j = 0; j < 2 * OPERANDS; j++) free(at[j]);
+    free(want);
+}
+
 TEST(add_scale_cast_copy)
 {
     ops_way ways[4];
@@ -504,4 +537,4 @@ TEST(square_sum_exact)
 
 TEST(devices_close) { ops_close(); }
 
-TEST_LIST(T_(tree_sum_and_max), T_(tree_sum_to_several), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(square_sum_exact), T_(devices_close))
+TEST_LIST(T_(tree_sum_and_max), T_(tree_sum_to_several), T_(tree_sum_to_large), T_(add_scale_cast_copy), T_(adamw), T_(sgd), T_(factor_sums), T_(adalomo), T_(square_sum), T_(square_sum_exact), T_(devices_close))
