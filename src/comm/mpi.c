@@ -167,7 +167,7 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts have been copied. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
    never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
@@ -184,6 +184,7 @@ static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_cal
             }
         }
     }
+    for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + (all_to_all ? b * n + r : b) * part, part);
     return st ? st : llmpar__mpi_complete(tc, call);
 }
 
@@ -280,12 +281,8 @@ static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
     llmpar_status st = LLMPAR_OK;
     switch (call->op) {
-    case LLMPAR_CALL_ALL_GATHER:
-        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + b * part, part);
-        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
-    case LLMPAR_CALL_ALL_TO_ALL:
-        for (size_t b = 0; b < blocks && !st; b++) st = llmpar__mpi_copy(tc, recv + (b * n + r) * part, send + (b * n + r) * part, part);
-        return st ? st : llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
+    case LLMPAR_CALL_ALL_GATHER: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
+    case LLMPAR_CALL_ALL_TO_ALL: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
     case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__mpi_reduce_scatter_large(tc, call, send, recv, item);
     case LLMPAR_CALL_ALL_REDUCE: return llmpar__mpi_all_reduce_large(tc, call, send, recv, item);
     case LLMPAR_CALL_BROADCAST:
