@@ -4,8 +4,8 @@
    lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). Additions alone have the same bits in vectors of any
    width, so there is one level for all.
 
-   Results that are larger than a cache, and are no operand too, go past it: a line that is written whole need not be read first, which is a third of what an all-reduce would move (16 MB between two threads on
-   Zen 4: 1.4 times as fast; in place, where the lines are there already, half as fast). */
+   Results that are larger than a cache, and are no operand too, go past it on AMD's processors: a line that is written whole need not be read first, which is a third of what an all-reduce would move (16 MB
+   between two threads on Zen 4: 1.4 times as fast; in place, where the lines are there already, half as fast). Intel's keep their line buffers longer for such stores than a fetch does (Cascade Lake: as fast, or slower). */
 #include "cpu/cpu_internal.h"
 
 #include <string.h>
@@ -16,9 +16,11 @@
 #define LLMPAR__TREE_LARGE 8388608u /* bytes of all results of a call; at 4 MiB they are as fast through the cache, where the next reader finds them */
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 #define LLMPAR__TREE_PAST(o, v) __asm__("movntps %1, %0" : "=m"(o) : "x"(v))
+#define LLMPAR__TREE_PAST_PAYS() (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0)
 #define LLMPAR__TREE_FENCE() __asm__ __volatile__("sfence" : : : "memory") /* such stores are not ordered before the release that tells of them */
 #else
 #define LLMPAR__TREE_PAST(o, v) ((o) = (v))
+#define LLMPAR__TREE_PAST_PAYS() 0
 #define LLMPAR__TREE_FENCE() ((void)0)
 #endif
 /* One line s[4] to byte i of out[0 .. outs). */
@@ -90,7 +92,7 @@ static llmpar_status llmpar__tree_run(llmpar_device *device, const llmpar_tree_s
     job.n = args->n;
     job.outs = args->outs;
     job.bytes = args->count * llmpar_dtype_size(args->dtype);
-    job.past = job.bytes >= LLMPAR__TREE_LARGE / (size_t)(args->outs > 0 ? args->outs : 1);
+    job.past = job.bytes >= LLMPAR__TREE_LARGE / (size_t)(args->outs > 0 ? args->outs : 1) && LLMPAR__TREE_PAST_PAYS();
     for (int32_t j = 0; j < args->outs; j++) {
         job.past &= (uintptr_t)args->out[j] % 16 == 0;
         for (int32_t i = 0; i < args->n; i++) job.past &= args->out[j] != args->in[i];
@@ -119,6 +121,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, ll
 #undef LLMPAR__TREE_STEP
 #undef LLMPAR__TREE_LARGE
 #undef LLMPAR__TREE_PAST
+#undef LLMPAR__TREE_PAST_PAYS
 #undef LLMPAR__TREE_FENCE
 #undef LLMPAR__TREE_STORE
 #undef LLMPAR__TREE_AT
