@@ -32,7 +32,7 @@ help:
 	@echo 'make gen           writes llmpar.h, llmpar_cuda.h and llmpar_nccl.h from src/'
 	@echo 'make test          the suite (TEST=test_gemm: one program of it)'
 	@echo 'make test-exact    the same bits on every mesh: losses, gradients, saved models'
-	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md); _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
+	@echo 'make build/train_llama_cuda, build/generate_cuda: the same on GPUs (nvcc; docs/gpu.md), CUDNN=1: with cuDNN; _nccl: with NCCL too; _emulated: with the CUDA device emulated on the CPU'
 	@echo 'make test-nccl     the NCCL communicator on a stand-in for NCCL; test-nccl-asan, test-nccl-tsan: under the sanitizers; check-nccl: compiles and links with the real one'
 	@echo 'make test-cuda     the CUDA device emulated on the CPU (TEST=test_cuda_device: one program); test-cuda-asan, test-cuda-tsan: under the sanitizers; test-cuda-plant: without each barrier once'
 	@echo 'make cuda          the CUDA device as an object, by nvcc; check-cuda: its warnings, spills and linkage, without a GPU; tools/gpu_check: everything, with one'
@@ -379,16 +379,19 @@ NVCC = nvcc
 # Which GPUs `make cuda` compiles for: all, or native (this machine's).
 CUDA_FOR = all
 cuda_home = $(dir $(shell dirname $$(readlink -f $$(command -v $(NVCC)))))
-cuda_libs = -lcublasLt -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
+cuda_libs = -lcublasLt $(if $(CUDNN),-lcudnn -lnvrtc) -Xlinker -rpath=$(cuda_home)lib64 $(LDLIBS)
+# CUDNN=1: with cuDNN's attention (--cudnn). CUDNN_FRONTEND: the folder that cudnn_frontend.h is in, if nvcc does not know it.
+CUDNN =
+CUDNN_FRONTEND =
 nccl_libs = -L$(NCCL_HOME)/lib -L$(NCCL_HOME)/lib64 -Xlinker -rpath=$(NCCL_HOME)/lib -lnccl
 # Where the object of nvcc and what is linked with it are: tools/check_cuda.sh has another one.
-CUDA_ROOM = build/cuda
+CUDA_ROOM = build/cuda$(if $(CUDNN),-cudnn)
 
 cuda:
-	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory build/cuda/llmpar_cuda.o
+	@tests/need.sh $(NVCC) nvidia-cuda-toolkit -- $(MAKE) --no-print-directory $(CUDA_ROOM)/llmpar_cuda.o
 $(CUDA_ROOM)/llmpar_cuda.o: build/dev/llmpar_cuda.h build/dev/llmpar.h
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION -x cu -c $< -o $@
+	$(NVCC) -std=c++17 -O3 -t 0 -lineinfo $$(tools/cuda_flags.sh $(NVCC) $(CUDA_FOR)) --Werror all-warnings -DLLMPAR_CUDA_IMPLEMENTATION $(if $(CUDNN),-DLLMPAR_USE_CUDNN $(CUDNN_FRONTEND:%=-I%)) -x cu -c $< -o $@
 $(CUDA_ROOM)/test_%: tests/test_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB)
 	@$(NVCC) -O1 -g -Ibuild/dev -Itests $(filter %.c %.o %.a,$^) -o $@ $(cuda_libs)
 $(CUDA_ROOM)/gpu_%: bench/gpu_%.c $(CUDA_ROOM)/llmpar_cuda.o $(CUDA_LIB) $(wildcard bench/*.h)
