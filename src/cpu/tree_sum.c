@@ -1,7 +1,8 @@
 /* tree_sum: the balanced tree over whole buffers, to one place or to several at once.
 
-   All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or so on their way. So the loop names every line some time before it is needed, the
-   lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). Additions alone have the same bits in vectors of any
+   All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or two on their way. So the loop names every line some time before it is needed, the
+   lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). They come to the second-level cache: the first has
+   fewer lines on their way, and no room for nine buffers that lie a power of two apart. Additions alone have the same bits in vectors of any
    width, so there is one level for all. */
 #include "cpu/cpu_internal.h"
 
@@ -43,8 +44,8 @@ static void llmpar__tree_copy(void *arg, int64_t task, int32_t worker)
     for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
         const llmpar__tree_bytes *p = (const llmpar__tree_bytes *)(const void *)(in + i);
         if (i + LLMPAR__TREE_AHEAD < end) {
-            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 3);
-            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
+            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 2);
+            for (int32_t j = 0; j < outs; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 0, 2);
         }
         llmpar__tree_u64_vector a = p[0], b = p[1], c = p[2], d = p[3];
         for (int32_t j = 0; j < outs; j++) {
