@@ -67,8 +67,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     int64_t blocks = llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS), rows = (args->begin + args->count - 1) / args->cols - args->begin / args->cols + 1;
     job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * blocks) * 16);
     job.rows = llmpar__v_blocks(rows, blocks >= 2 * llmpar__pool_threads(cpu) ? 1 : llmpar__pool_threads(cpu));
-    job.alone = job.rows >= rows;
-    llmpar__pool_run(cpu, llmpar__adalomo_sums_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->cols, job.step) * llmpar__v_blocks(rows, job.rows));
+    job.parts = llmpar__v_blocks(rows, job.rows);
+    llmpar__pool_run(cpu, llmpar__adalomo_sums_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->cols, job.step) * job.parts);
     return LLMPAR_OK;
 }
 
@@ -141,6 +141,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
     job.args = args;
     job.keep = 1 - rate * args->decay;
     job.minus = -rate / (update < 1 ? 1 : update);
-    llmpar__pool_run(cpu, llmpar__adalomo_apply_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_BLOCK));
+    llmpar__pool_run(cpu, llmpar__adalomo_apply_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_TASK));
     return LLMPAR_OK;
 }
