@@ -1,6 +1,6 @@
 /* bench_ops: the operations that wait for memory, beside the triad a = b + s c on as many threads: bytes that have to move (each operand read once, each
-   result written once) over time. The arrays of a call lie in memory, 100 MB and more behind the last call's; "L2": they stay in the second-level cache, on one thread, where arithmetic may
-   be what limits, and so does the triad.
+   result written once) over time. The arrays of a call lie in memory, 100 MB and more behind the last call's, and as many calls make a reading as move 12 MB; the worker threads are awake, as inside a step.
+   "L2": the arrays stay in the second-level cache, on one thread, where arithmetic may be what limits, and so does the triad.
 
      bench_ops [--json FILE] [level] [f32|bf16] [name of an operation] */
 #include "bench.h"
@@ -23,7 +23,7 @@ typedef struct ops_case {
     int32_t *ids;
     void *workspace;
     size_t workspace_bytes, at, span;
-    int op, repeat;
+    int op, repeat, warm;
     int64_t rows;
     llmpar_dtype dtype;
 } ops_case;
@@ -142,10 +142,14 @@ static void ops_call(ops_case *c, char *base)
 static double ops_run(void *user)
 {
     ops_case *c = (ops_case *)user;
-    double bytes = operation[c->op].values * (double)(c->rows * DIM) * (double)llmpar_dtype_size(c->dtype), start = bench_now();
+    double bytes = operation[c->op].values * (double)(c->rows * DIM) * (double)llmpar_dtype_size(c->dtype), start;
+    llmpar_scale_args wake;
+    wake.count = 3 * VOCAB; wake.x = c->w; wake.factor = 1; wake.dtype = LLMPAR_F32;
+    c->device->scale(c->device, NULL, &wake);
+    start = bench_now();
     if (c->dtype == LLMPAR_BF16 && c->op == EMBEDDING_BACKWARD) bytes *= 1.5; /* the gradient is f32 */
     for (int i = 0; i < c->repeat; i++) {
-        if (c->repeat == 1) {
+        if (!c->warm) {
             c->at += c->span;
             if (c->at + c->span > (size_t)POOL_MB << 20) c->at = 0;
         }
@@ -198,7 +202,6 @@ int main(int argc, char **argv)
     }
     if (posix_memalign((void **)&pool, 1 << 21, (size_t)POOL_MB << 20) || !w || !ids) return 1;
     for (int i = 0; i < 3 * VOCAB; i++) w[i] = 1 + (float)(i % 17) / 16;
-    for (int i = 0; i < VOCAB; i++) ids[i] = (int32_t)((uint32_t)i * 709u % WARM_ROWS); /* some tokens are frequent */
     for (int level = (int)LLMPAR_CPU_PORTABLE; level <= (int)llmpar_cpu_best_level(); level++) {
         if (only == LLMPAR_CPU_DEFAULT ? level == (int)LLMPAR_CPU_PORTABLE && llmpar_cpu_best_level() != LLMPAR_CPU_PORTABLE : level != (int)only) continue;
         for (int threads = 1; threads <= bench_cores(); threads = threads == 1 && bench_cores() > 1 ? bench_cores() : bench_cores() + 1) {
@@ -229,11 +232,12 @@ int main(int argc, char **argv)
                         bench_ratio r;
                         if ((half && operation[c.op].f32_only) || (name && strcmp(name, operation[c.op].name)) || (warm && (threads > 1 || c.op == TREE8))) continue;
                         ops_fill(pool, c.dtype);
-                        for (int i = 0; i < VOCAB; i++) ids[i] = (int32_t)((uint32_t)i * 709u % (warm ? WARM_ROWS : COLD_ROWS));
                         c.rows = warm ? WARM_ROWS : half ? 2 * COLD_ROWS : COLD_ROWS;
+                        for (int i = 0; i < VOCAB; i++) ids[i] = (int32_t)((uint32_t)i * 709u % (uint32_t)c.rows);
                         c.span = (size_t)(c.rows * DIM) * 9 * llmpar_dtype_size(c.dtype);
                         c.at = 0;
-                        c.repeat = warm ? 100 : 1;
+                        c.warm = warm;
+                        c.repeat = warm ? 100 : 1 + (int)(12e6 / (operation[c.op].values * 4 * COLD_ROWS * DIM));
                         r = warm ? bench_pairs(ops_cached, pool + c.span, ops_run, &c, PAIRS) : bench_pairs(bench_triad, &memory, ops_run, &c, PAIRS);
                         snprintf(line, sizeof line, "%s %s %s%s, %d thread%s", llmpar_cpu_level_name((llmpar_cpu_level)level), llmpar_dtype_name(c.dtype), operation[c.op].name, warm ? ", L2" : "", threads, threads > 1 ? "s" : "");
                         bench_row(&results, line, "GB/s", 1e-9, warm ? "triad in L2" : "triad", r, warm || level != (int)llmpar_cpu_best_level() ? 0 : 0.8);

@@ -51,7 +51,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_largest(llmpar_device *device, llm
 
 /* ---- rows and columns ---- */
 
-/* A task takes a block of columns: their sums are its own, those of the rows it adds to. Which task is first does not show in integers. */
+/* A task takes a block of columns, of all rows or, where blocks are few, of neighbouring ones. Which task is first does not show in integers. */
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args)
 {
     llmpar__adalomo_sum_job job;
@@ -64,8 +64,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, 
     job.down = llmpar__adalomo_power(args->dtype == LLMPAR_F32 && e < -200 ? 200 : -e); /* nothing but zeros: its square stays finite */
     job.by_row = llmpar__adalomo_power(args->row_bits);
     job.by_col = llmpar__adalomo_power(args->col_bits);
-    job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * llmpar__pool_threads(cpu)) * 16);
-    llmpar__pool_run(cpu, llmpar__adalomo_sums_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->cols, job.step));
+    int64_t blocks = llmpar__v_blocks(args->cols, LLMPAR__ADALOMO_COLUMNS), rows = (args->begin + args->count - 1) / args->cols - args->begin / args->cols + 1;
+    job.step = llmpar__v_min(LLMPAR__ADALOMO_COLUMNS, llmpar__v_blocks(args->cols, 16 * blocks) * 16);
+    job.rows = llmpar__v_blocks(rows, blocks >= 2 * llmpar__pool_threads(cpu) ? 1 : llmpar__pool_threads(cpu));
+    job.parts = llmpar__v_blocks(rows, job.rows);
+    llmpar__pool_run(cpu, llmpar__adalomo_sums_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->cols, job.step) * job.parts);
     return LLMPAR_OK;
 }
 
@@ -138,6 +141,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
     job.args = args;
     job.keep = 1 - rate * args->decay;
     job.minus = -rate / (update < 1 ? 1 : update);
-    llmpar__pool_run(cpu, llmpar__adalomo_apply_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_BLOCK));
+    llmpar__pool_run(cpu, llmpar__adalomo_apply_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_TASK));
     return LLMPAR_OK;
 }

@@ -80,14 +80,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar
     return LLMPAR_OK;
 }
 
-/* memcpy asks for no line that it will write. */
+/* memcpy asks for no line that it will write. Rows that lie anywhere are asked for earlier: at each of them the processor's own guesses begin anew. */
 LLMPAR__PRIVATE_DEF void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in)
 {
-    enum { LINE = 64, AHEAD = 512 };
-    size_t i = 0;
+    enum { LINE = 64, AHEAD = 512, FAR = 2048 };
+    size_t i = 0, ahead = next_in == in + bytes ? AHEAD : bytes < FAR ? bytes : FAR;
     for (; i + LINE <= bytes; i += LINE) {
-        __builtin_prefetch(i + AHEAD < bytes ? in + i + AHEAD : next_in + (i + AHEAD - bytes), 0, 3);
-        __builtin_prefetch(i + AHEAD < bytes ? out + i + AHEAD : next_out + (i + AHEAD - bytes), 1, 3);
+        __builtin_prefetch(i + ahead < bytes ? in + i + ahead : next_in + (i + ahead - bytes), 0, 2);
+        __builtin_prefetch(i + ahead < bytes ? out + i + ahead : next_out + (i + ahead - bytes), 0, 2);
         memcpy(out + i, in + i, LINE);
     }
     memcpy(out + i, in + i, bytes - i);

@@ -67,7 +67,7 @@ LLMPAR__VDECLARE(swiglu_forward)
 LLMPAR__VDECLARE(swiglu_backward)
 
 /* embedding */
-enum { LLMPAR__EMBEDDING_IDS = 8 }; /* ids a task */
+enum { LLMPAR__EMBEDDING_IDS = 32 }; /* ids a task */
 typedef struct llmpar__embedding_backward_job {
     const llmpar_embedding_backward_args *args;
     const int64_t *begin; /* [v_local + 1]: tokens of local id v are order[begin[v]] .. order[begin[v + 1] - 1], ascending */
@@ -91,9 +91,9 @@ LLMPAR__VDECLARE_NARROW(optim_adamw)
 LLMPAR__VDECLARE_NARROW(optim_sgd)
 
 /* adalomo */
-enum { LLMPAR__ADALOMO_BLOCK = 4096, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
+enum { LLMPAR__ADALOMO_BLOCK = 2048, LLMPAR__ADALOMO_TASK = 16384, LLMPAR__ADALOMO_PARTS = 16, LLMPAR__ADALOMO_COLUMNS = 1024 };
 typedef struct llmpar__adalomo_largest_job { const llmpar_largest_args *args; int64_t step; double part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_largest_job;
-typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t step; double down, by_row, by_col; } llmpar__adalomo_sum_job;
+typedef struct llmpar__adalomo_sum_job { const llmpar_factor_sum_args *args; int64_t step, rows, parts; double down, by_row, by_col; } llmpar__adalomo_sum_job;
 typedef struct llmpar__adalomo_square_job { const llmpar_adalomo_args *args; llmpar__cpu *cpu; int64_t step; llmpar_exact_sum part[LLMPAR__ADALOMO_PARTS]; } llmpar__adalomo_square_job;
 typedef struct llmpar__adalomo_apply_job { const llmpar_adalomo_args *args; double keep, minus; } llmpar__adalomo_apply_job;
 LLMPAR__VDECLARE_NARROW(adalomo_largest)

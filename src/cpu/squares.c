@@ -59,11 +59,12 @@ LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, l
     return below > LLMPAR__SQUARES_TWO ? 3 : 2;
 }
 
-LLMPAR__PRIVATE_DEF void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count, const float *ahead)
+LLMPAR__PRIVATE_DEF void llmpar__squares_add(const llmpar__cpu *cpu, llmpar__squares_window *window, llmpar_exact_sum *sum, const float *value, int64_t count, const float *ahead)
 {
     llmpar__squares_job job;
     job.value = value;
     job.ahead = ahead;
+    job.window = window;
     job.count = job.step = count;
     job.sums = sum;
     llmpar__squares_kernels[llmpar__v_index(cpu, LLMPAR_F32)](&job, 0, 0);
@@ -95,7 +96,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     (void)stream;
     if (status || !args->count) return status;
     tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
-    job.value = job.ahead = args->x;
+    job.value = args->x;
+    job.ahead = (const char *)args->x + LLMPAR__VAHEAD;
+    job.window = NULL;
     job.count = (int64_t)args->count;
     job.step = llmpar__v_blocks(job.count, tasks);
     job.sums = part;

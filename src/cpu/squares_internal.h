@@ -7,7 +7,7 @@
 
 /* A block's largest and smallest exponent decide how it is added: two words hold exponents that lie up to 20 apart, three 42; what is wider, or not finite, goes number by number (base/exact_sum.c). */
 enum {
-    LLMPAR__SQUARES_BLOCK = 2048,      /* numbers a block, which the first-level cache holds, with the next one, between the look at the exponents and the sum */
+    LLMPAR__SQUARES_BLOCK = 2048,      /* numbers a block, which the first-level cache holds where they have to be summed again */
     LLMPAR__SQUARES_LOG_ADDITIONS = 8, /* of a lane to one word: over 4 registers of 2 lanes at least */
     LLMPAR__SQUARES_WORDS = 3,
     LLMPAR__SQUARES_TWO = 28 - LLMPAR__SQUARES_LOG_ADDITIONS,
@@ -24,7 +24,8 @@ typedef struct llmpar__squares_window {
 
 typedef struct llmpar__squares_job {
     const void *value;
-    const void *ahead;        /* ahead[i + LLMPAR__SQUARES_BLOCK] is asked for while value[i] is summed: `value` itself, or what the next ones will be made of */
+    const void *ahead;        /* ahead[i] is asked for while value[i] is summed: what comes soon, or what the next ones will be made of */
+    llmpar__squares_window *window; /* of one task whose calls follow each other, who flushes it; NULL: each has its own */
     int64_t count, step;
     llmpar_exact_sum *sums; /* [tasks] */
 } llmpar__squares_job;
@@ -32,8 +33,8 @@ typedef struct llmpar__squares_job {
 /* Makes the window fit a block whose absolute values, as bits, are at most `largest` and, where not zero, at least `least`. Returns the words to use, 0: neither. */
 LLMPAR__PRIVATE int llmpar__squares_choose(llmpar__squares_window *window, llmpar_exact_sum *sum, uint32_t largest, uint32_t least);
 LLMPAR__PRIVATE void llmpar__squares_flush(llmpar__squares_window *window, llmpar_exact_sum *sum);
-/* Adds value[i]^2, i < count; `ahead` is as in the job. The bits are those of llmpar_exact_sum_add_squares_f32 at every level. */
-LLMPAR__PRIVATE void llmpar__squares_add(const llmpar__cpu *cpu, llmpar_exact_sum *sum, const float *value, int64_t count, const float *ahead);
+/* Adds value[i]^2, i < count, to the window, which begins as zeros, or to the sum; `ahead` is as in the job. The bits are those of llmpar_exact_sum_add_squares_f32 at every level. */
+LLMPAR__PRIVATE void llmpar__squares_add(const llmpar__cpu *cpu, llmpar__squares_window *window, llmpar_exact_sum *sum, const float *value, int64_t count, const float *ahead);
 
 /* f64 has no kernel of this kind. */
 #if LLMPAR__VX86

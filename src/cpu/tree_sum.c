@@ -1,8 +1,8 @@
 /* tree_sum: the balanced tree over whole buffers, to one place or to several at once.
 
-   All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or so on their way. So the loop names every line some time before it is needed, the
-   lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). Additions alone have the same bits in vectors of any
-   width, so there is one level for all.
+   All of it waits for memory: of two operands and two results four streams of lines move, and a core has at most a dozen or two on their way. So the loop names every line some time before it is needed, the
+   lines to be written too; without that the result lines are only asked for when the store is already there (a third slower for buffers beyond the cache). They come to the second-level cache: the first has
+   fewer lines on their way, and no room for nine buffers that lie a power of two apart. Additions alone have the same bits in vectors of any width, so there is one level for all.
 
    Results that are larger than a cache, and are no operand too, go past it on AMD's processors: a line that is written whole need not be read first, which is a third of what an all-reduce would move (16 MB
    between two threads on Zen 4: 1.4 times as fast; in place, where the lines are there already, half as fast). Intel's keep their line buffers longer for such stores than a fetch does (Cascade Lake: as fast, or slower). */
@@ -65,8 +65,8 @@ static void llmpar__tree_copy(void *arg, int64_t task, int32_t worker)
     for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
         const llmpar__tree_bytes *p = (const llmpar__tree_bytes *)(const void *)(in + i);
         if (i + LLMPAR__TREE_AHEAD < end) {
-            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 3);
-            for (int32_t j = 0; j < outs && !past; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
+            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 2);
+            for (int32_t j = 0; j < outs && !past; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 0, 2);
         }
         llmpar__tree_u64_vector s[4] = { p[0], p[1], p[2], p[3] };
         LLMPAR__TREE_STORE(llmpar__tree_bytes)

@@ -75,7 +75,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 
 /* How an array lies in memory: as the vectors' own type, or as one of the types that are of storage alone (a vector's get and put: vector_math.inc). */
 enum { LLMPAR__AS_OWN, LLMPAR__AS_BF16, LLMPAR__AS_F16 };
-enum { LLMPAR__VGROUP = 4, LLMPAR__VAHEAD = 512 }; /* vectors that a kernel takes at a time; bytes that it asks for ahead */
+enum { LLMPAR__VGROUP = 4, LLMPAR__VAHEAD = 512, LLMPAR__VFAR = 3072 }; /* vectors that a kernel takes at a time; bytes that it asks for ahead, and where it goes back and forth between arrays, row by row */
 static inline int llmpar__v_as(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? LLMPAR__AS_BF16 : dtype == LLMPAR_F16 ? LLMPAR__AS_F16 : LLMPAR__AS_OWN; }
 /* Which of the four a call runs; BF16 and F16 are computed in F32. */
 static inline int llmpar__v_index(const llmpar__cpu *cpu, llmpar_dtype dtype)
