@@ -278,7 +278,7 @@ static llmpar_status llmpar__mpi_small(llmpar__mpi_comm *tc, const llmpar_call *
 
 static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *call, const char *send, char *recv, size_t part, size_t item)
 {
-    size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
+    size_t r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
     llmpar_status st = LLMPAR_OK;
     switch (call->op) {
     case LLMPAR_CALL_ALL_GATHER: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
