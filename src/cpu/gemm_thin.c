@@ -1,11 +1,11 @@
 /* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
    memory, so everything serves one purpose: each byte is read once, in order, without a pause.
 
-     b: 16 rows, 64 bytes of each at a time                                        c[m, n .. n + 16]: chains in registers, lanes are n
+     b: 16 rows, four lines of each at a time                                      c[m, n .. n + 16]: chains in registers, lanes are n
         |--####....----------|                                                     x[k][m] * | word of k of 16 rows |
         |--####....----------|   -- 16 x 16 words are transposed in L1 -->                   | ...                  |
         |--####....----------|      while the chains take them, the same rows
-        |--####....----------|      are fetched some lines further on (....)
+        |--####....----------|      are fetched into L2 further on (....)
 
    Of 9 to 16 rows of x vectors of 16 lanes take a k of all of them at a time, times one weight: then lanes are m and nothing is transposed. A chain may go on from memory anywhere,
    which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
@@ -22,7 +22,8 @@
 
 #if !defined(LLMPAR_NO_SIMD)
 
-enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 256 /* bytes of a row */ };
+enum { LLMPAR__THIN_WORDS = 16, LLMPAR__THIN_AHEAD = 1024 /* bytes of a row */ };
+#define LLMPAR__THIN_FETCH(p) __builtin_prefetch(p, 0, 2) /* into L2: L1 has too few places for lines on their way from memory, and rows a power of two apart share few of its sets */
 #define LLMPAR__THIN_K_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 ? 1 : 2)
 #define LLMPAR__THIN_LINKS_PER_WORD(form) ((form) == LLMPAR__THIN_KIND_F32 || (form) == LLMPAR__THIN_KIND_PAIRS ? 1 : 2)
 enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread: others may have half of its processor */
@@ -121,7 +122,8 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
 #define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
-#define LLMPAR__THIN_LINE(r) _mm512_loadu_ps((const void *)(in + (r) * ld))
+#define LLMPAR__THIN_KEPT(v) __extension__ ({ __m512 t_ = v; __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
+#define LLMPAR__THIN_LINE(r) LLMPAR__THIN_KEPT(_mm512_loadu_ps((const void *)(in + (r) * ld)))
 /* A transposition has two halves of four steps each, so that it can go on between multiplications. Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together:
    rows 0, 4, 8, 12 from `in` on give four vectors whose quarters are four words of each, 4 * 16 floats apart. */
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_quarters(const char *in, int64_t ld, float *out)
@@ -136,7 +138,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__g
 /* Four words of all rows. */
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_columns(const float *in, __m512 out[4])
 {
-    __m512 a = _mm512_load_ps(in), b = _mm512_load_ps(in + 16), c = _mm512_load_ps(in + 32), d = _mm512_load_ps(in + 48);
+    __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(in)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 48));
     __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
     out[0] = LLMPAR__THIN_SHUFFLE(y0, y1, 0x44);
     out[1] = LLMPAR__THIN_SHUFFLE(y0, y1, 0xee);
@@ -202,6 +204,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #undef LLMPAR__THIN_SHUFFLE
 #undef LLMPAR__THIN_QUARTERS
 #undef LLMPAR__THIN_LINE
+#undef LLMPAR__THIN_KEPT
 
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
@@ -407,7 +410,7 @@ static void llmpar__gemm_thin_ask(const llmpar__gemm_thin_run *run, const llmpar
     const char *w = llmpar__gemm_thin_address(run, at);
     int64_t ld = run->args->segments[at->segment].ldb * run->half.size, bytes = at->k * run->half.size, i, line;
     for (line = 0; line < bytes && line < LLMPAR__THIN_AHEAD; line += 64)
-        for (i = 0; i < columns; i++) __builtin_prefetch(w + i * ld + line);
+        for (i = 0; i < columns; i++) LLMPAR__THIN_FETCH(w + i * ld + line);
 }
 
 /* The lanes of sums are rows. */
@@ -444,7 +447,9 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
     const llmpar_gemm_args *args = run->args;
     int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * size, *stack = all + (run->parts ? run->parts : 1) * size;
+    llmpar__gemm_thin_turned turned;
     llmpar__gemm_thin_place at, next;
+    turned.of = NULL;
     memset(&at, 0, sizeof at);
     for (at.tile = begin; at.tile < end; at.tile++) {
         int64_t columns, x = 0;
@@ -478,6 +483,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                 more = llmpar__gemm_thin_next(run, &next);
                 span.next = span.w;
                 span.next_ld = span.ld;
+                span.next_full = 0;
+                span.turned = &turned;
                 if (more || at.tile + 1 < end || task + run->threads < run->shares) {
                     llmpar__gemm_thin_place then = next;
                     if (!more) {
@@ -488,6 +495,7 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
                     }
                     span.next = llmpar__gemm_thin_address(run, &then);
                     span.next_ld = args->segments[then.segment].ldb * run->half.size;
+                    span.next_full = (more || at.tile + 1 < end) && then.k * run->half.size >= 4 * 64 && llmpar__gemm_thin_columns(run, &then) == run->level.columns;
                 }
                 run->level.span(&span);
                 at = next;
@@ -523,6 +531,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 #undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
+#undef LLMPAR__THIN_FETCH
 #undef LLMPAR__THIN_KEEP
 
 #else

@@ -7,6 +7,13 @@
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
+/* The first four lines of the tile at `of`, half transposed, in words[half]; NULL: of none. */
+typedef struct llmpar__gemm_thin_turned {
+    float words[2][4][16 * 16] __attribute__((aligned(64)));
+    const char *of;
+    int32_t half;
+} llmpar__gemm_thin_turned;
+
 /* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
@@ -16,6 +23,8 @@ typedef struct llmpar__gemm_thin_span {
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
+    int32_t next_full;                /* `next` is a tile of as many columns as there can be, has four lines or more, and comes after this for certain */
+    llmpar__gemm_thin_turned *turned; /* what this span leaves to the next one; NULL: nothing */
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
 
