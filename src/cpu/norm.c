@@ -18,7 +18,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llm
     (void)stream;
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.args = args;
-    job.step = llmpar__v_max(1, 32768 / args->dim);
+    job.step = llmpar__v_max(1, 16384 / args->dim);
     llmpar__pool_run(cpu, llmpar__norm_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }

@@ -14,7 +14,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmp
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.forward = args;
     job.backward = NULL;
-    job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.step = llmpar__v_max(1, 16384 / args->dim);
     llmpar__pool_run(cpu, llmpar__swiglu_forward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }
@@ -28,7 +28,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *dev
     if (status || args->rows <= 0 || args->dim <= 0) return status;
     job.forward = NULL;
     job.backward = args;
-    job.step = llmpar__v_max(1, 8192 / args->dim);
+    job.step = llmpar__v_max(1, 16384 / args->dim);
     llmpar__pool_run(cpu, llmpar__swiglu_backward_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->rows, job.step));
     return LLMPAR_OK;
 }

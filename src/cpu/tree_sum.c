@@ -65,8 +65,8 @@ static void llmpar__tree_copy(void *arg, int64_t task, int32_t worker)
     for (; i + LLMPAR__TREE_LINE <= end; i += LLMPAR__TREE_LINE) {
         const llmpar__tree_bytes *p = (const llmpar__tree_bytes *)(const void *)(in + i);
         if (i + LLMPAR__TREE_AHEAD < end) {
-            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 2);
-            for (int32_t j = 0; j < outs && !past; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 0, 2);
+            __builtin_prefetch(in + i + LLMPAR__TREE_AHEAD, 0, 3);
+            for (int32_t j = 0; j < outs && !past; j++) __builtin_prefetch((const char *)out[j] + i + LLMPAR__TREE_AHEAD, 1, 3);
         }
         llmpar__tree_u64_vector s[4] = { p[0], p[1], p[2], p[3] };
         LLMPAR__TREE_STORE(llmpar__tree_bytes)
