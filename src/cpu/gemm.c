@@ -2,7 +2,9 @@
    them over the pool; gemm_kernel.c packs and has the inner loops.
 
    c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: A and B are packed into panels (a tile's rows, or columns, side by side for each k), then every tile of the block takes its steps.
+   most block_k: B is packed into panels (a tile's columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies
+   where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in memory (nt, nn) and nothing needs widening. Where A has so few
+   rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned when they are done.
 
       segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
       parts         |        part 0         |        part 1        |part 2 |
@@ -68,12 +70,15 @@ typedef struct llmpar__gemm_rows { const llmpar_gemm_args *args; llmpar__half ha
 typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in elements */ llmpar__gemm_chunk;
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
-   outlive a part grow with it, so a block with stacks is smaller. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8 };
+   outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
     llmpar__gemm_kernel kernel;
+    int turned;                           /* A and B have changed places: what is called a and b, m and n below is args' b and a, n and m */
+    int lying;                            /* A is read where it lies, but for rows that fill no tile */
+    int64_t all_m, all_n;                 /* of the product */
     int64_t unit;                         /* elements of a link */
     int32_t threads, levels, levels_saved; /* partial tiles that a stack holds, at any time and between parts */
     int64_t block_m, block_n, block_k;    /* the first two multiples of the tile; not larger than the product needs */
@@ -86,9 +91,10 @@ typedef struct llmpar__gemm_run {
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
     llmpar__gemm_step *steps;             /* of the current part */
+    llmpar__gemm_span *spans;             /* of its chunks */
     llmpar__gemm_chunk *chunks;
     /* the current block and part */
-    int64_t i0, j0, m, n, a_panels, b_panels;
+    int64_t i0, j0, m, n, a_panels, b_panels, first_packed; /* panel of A */
     int64_t k, step_count, chunk_count;
     int load, store, last;                /* last: the block's last part */
     int64_t groups, bundle;               /* of B; panels of A that are packed at a time */
@@ -142,7 +148,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
 {
     int64_t total = 0, parts, tile, limit_n;
     int32_t s, n;
-    int outlives; /* tiles that are no part of c outlive a part */
+    int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
     run->args = args;
     run->kernel = llmpar__gemm_kernel_of(cpu->level, args->dtype);
@@ -156,23 +162,28 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     if (parts > 1) run->levels_saved = llmpar__gemm_depth_between_parts(args, run->unit, run->block_k);
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
-    outlives = run->levels_saved || (parts > 1 && run->half_out.narrow);
-    limit_n = outlives && !run->thin ? LLMPAR__GEMM_STACK_N : LLMPAR__GEMM_BLOCK_N;
-    run->block_m = llmpar__gemm_even_blocks(args->m, outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
-    run->block_n = llmpar__gemm_even_blocks(args->n, limit_n, run->kernel.columns);
+    for (s = 0; s < args->segment_count; s++) even = even && args->segments[s].k % run->unit == 0;
+    run->lying = run->kernel.lying[0] && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
+    run->turned = run->lying && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
+    run->all_m = run->turned ? args->n : args->m;
+    run->all_n = run->turned ? args->m : args->n;
+    outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
+    limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
+    run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
     run->own_by_worker = parts <= 1;
-    if (run->half_out.narrow) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
+    if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
-    run->a_bytes = llmpar__gemm_round(run->block_m * run->block_k * (int64_t)sizeof(float));
+    run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
     run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
-    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)sizeof(llmpar__gemm_chunk));
+    run->chunk_bytes = llmpar__gemm_round((int64_t)args->segment_count * (int64_t)(sizeof(llmpar__gemm_chunk) + sizeof(llmpar__gemm_span)));
 }
 
 /* With room to align. */
@@ -197,7 +208,8 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
     at += run->saved_bytes;
     run->steps = (llmpar__gemm_step *)(void *)at;
     at += run->step_bytes;
-    run->chunks = (llmpar__gemm_chunk *)(void *)at;
+    run->spans = (llmpar__gemm_span *)(void *)at;
+    run->chunks = (llmpar__gemm_chunk *)(void *)(run->spans + run->args->segment_count);
 }
 
 static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
@@ -206,6 +218,8 @@ static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merg
     int64_t size = run->kernel.rows * run->kernel.columns;
     int32_t kept = run->depth - merges;
     step->k = k;
+    step->span = run->step_count > 1 ? step[-1].span + step[-1].span_count : 0;
+    step->span_count = run->chunk_count - step->span;
     step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
     step->merges = merges - step->merges_saved;
     step->slot = (run->depth - 1) * size;
@@ -239,12 +253,17 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
             run->segment_done = 0;
         } else if (run->k < run->block_k) {
             llmpar__gemm_chunk *chunk = &run->chunks[run->chunk_count++];
+            llmpar__gemm_span *span;
             int64_t left = segment->k - run->segment_done, room = (run->block_k - run->k) * run->unit, links;
             chunk->segment = run->segment;
             chunk->begin = run->segment_done;
             chunk->k = left < room ? left : room;
             run->segment_done += chunk->k;
             links = (chunk->k + run->unit - 1) / run->unit;
+            span = &run->spans[run->chunk_count - 1]; /* of use if A is lying */
+            span->a = (const char *)(run->turned ? segment->b : segment->a) + chunk->begin * run->half.size;
+            span->ld = (run->turned ? segment->ldb : segment->lda) * run->half.size;
+            span->k = links;
             run->k += links;
             step_k += links;
         } else { /* the part is full */
@@ -316,36 +335,44 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
     }
 }
 
-/* Panels [first, first + panels) of A, or of B, for the current part. */
+/* Panels [first, first + panels) of A, or of B, for the current part. Chunks that follow each other in memory too are packed as one: rows are read in long stretches. */
 static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
 {
     const llmpar_gemm_args *args = run->args;
-    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c;
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c, begin, step;
     void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
+    int args_b = is_b != run->turned;
     llmpar__gemm_packing packing;
-    packing.transposed = is_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
+    packing.transposed = args_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
     packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
     packing.panels = panels;
     packing.distance = width * run->k;
     packing.out = out;
     for (c = 0; c < run->chunk_count; c++) {
-        const llmpar__gemm_chunk *chunk = &run->chunks[c];
-        const llmpar_gemm_segment *segment = &args->segments[chunk->segment];
-        packing.k = chunk->k;
-        packing.ld = is_b ? segment->ldb : segment->lda;
-        packing.in = (const char *)(is_b ? segment->b : segment->a) + (packing.transposed ? at * packing.ld + chunk->begin : chunk->begin * packing.ld + at) * run->half.size;
+        const llmpar_gemm_segment *segment = &args->segments[run->chunks[c].segment];
+        const char *base = (const char *)(args_b ? segment->b : segment->a), *next;
+        begin = run->chunks[c].begin;
+        packing.k = run->chunks[c].k;
+        packing.ld = args_b ? segment->ldb : segment->lda;
+        step = packing.transposed ? 1 : packing.ld;
+        packing.in = base + (packing.transposed ? at * packing.ld + begin : begin * packing.ld + at) * run->half.size;
+        for (; c + 1 < run->chunk_count && packing.k % run->unit == 0; c++, packing.k += run->chunks[c].k) {
+            segment = &args->segments[run->chunks[c + 1].segment];
+            next = (const char *)(args_b ? segment->b : segment->a) + run->chunks[c + 1].begin * step * run->half.size;
+            if (next != base + (begin + packing.k) * step * run->half.size || (args_b ? segment->ldb : segment->lda) != packing.ld) break;
+        }
         if (run->half.widen && !run->kernel.pairs) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
         else pack(&packing);
-        packing.out += (chunk->k + run->unit - 1) / run->unit * width;
+        packing.out += (packing.k + run->unit - 1) / run->unit * width;
     }
 }
 
-static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + i * run->kernel.rows * run->k; }
+static float *llmpar__gemm_a_panel(const llmpar__gemm_run *run, int64_t i) { return run->a + (i - run->first_packed) * run->kernel.rows * run->k; }
 
 static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_run *run = (const llmpar__gemm_run *)arg;
-    int64_t i = task * run->bundle, left = run->a_panels - i;
+    int64_t i = run->first_packed + task * run->bundle, left = run->a_panels - i;
     (void)worker;
     llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
@@ -354,9 +381,11 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
-    int64_t c = (run->i0 + i * run->kernel.rows) * run->args->ldc + run->j0 + j * run->kernel.columns;
+    int64_t row = run->i0 + i * run->kernel.rows, column = run->j0 + j * run->kernel.columns, c = run->turned ? column * run->args->ldc + row : row * run->args->ldc + column;
     int r;
-    tile.a = llmpar__gemm_a_panel(run, i);
+    tile.a = i < run->first_packed ? NULL : llmpar__gemm_a_panel(run, i);
+    tile.spans = run->spans;
+    tile.row = row;
     tile.b = b;
     tile.c = (float *)run->args->c + c;
     tile.stack = run->stack + worker * run->levels * size;
@@ -373,8 +402,12 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.saves = run->levels_saved > 0;
     tile.load = run->load;
     tile.store = run->store;
+    if (run->turned && run->last)
+        for (r = 0; r < tile.columns; r++) __builtin_prefetch((float *)run->args->c + c + r * run->args->ldc);
     llmpar__gemm_run_tile(&run->kernel, &tile);
-    if (run->own_tiles && run->last)
+    if (!run->own_tiles || !run->last) return;
+    if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
+    else
         for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
@@ -384,7 +417,7 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
     float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
-    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->thin, g, i, i_end, j, j_end;
+    int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
         if (taken >= least) continue;
@@ -397,8 +430,12 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
-        for (; i < i_end; i++)
+        for (; i < i_end; i++) {
+            int64_t r, line;
+            for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
+                for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+        }
     }
 }
 
@@ -407,13 +444,15 @@ static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
     run->a_panels = (run->m + run->kernel.rows - 1) / run->kernel.rows;
     run->b_panels = (run->n + run->kernel.columns - 1) / run->kernel.columns;
     run->groups = (run->b_panels + run->group_panels - 1) / run->group_panels;
+    run->first_packed = run->lying ? run->m / run->kernel.rows : 0;
     run->bundle = run->args->kind != LLMPAR_GEMM_TN || run->thin ? 1 : LLMPAR__GEMM_BUNDLE_M / run->kernel.rows / (run->threads > 1 ? 2 : 1);
     run->segment = run->piece = run->depth = 0;
     run->segment_done = 0;
     run->inside = 0;
     while (llmpar__gemm_next_part(run)) {
         memset(run->taken, 0, sizeof run->taken);
-        if (run->threads > 1 || run->thin) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
+        if (run->lying && run->first_packed < run->a_panels) llmpar__gemm_pack(run, 0, run->first_packed, 1, run->a);
+        else if (!run->lying && run->threads > 1) llmpar__pool_run(cpu, llmpar__gemm_pack_task, run, (run->a_panels + run->bundle - 1) / run->bundle);
         llmpar__pool_run(cpu, llmpar__gemm_tile_task, run, run->groups + (run->threads > 1 ? 2 * run->threads : 0));
     }
 }
@@ -435,10 +474,10 @@ static llmpar_status llmpar__gemm_run_f32(llmpar_device *device, const llmpar_ge
         return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: expected a workspace of %llu bytes, got %llu", (unsigned long long)llmpar__gemm_bytes(&run), (unsigned long long)bytes);
     llmpar__gemm_lay_out(&run, args->workspace);
     if ((double)args->m * (double)args->n * (double)run.block_k < LLMPAR__GEMM_SERIAL) cpu.pool = NULL;
-    for (run.j0 = 0; run.j0 < args->n; run.j0 += run.block_n) {
-        run.n = args->n - run.j0 < run.block_n ? args->n - run.j0 : run.block_n;
-        for (run.i0 = 0; run.i0 < args->m; run.i0 += run.block_m) {
-            run.m = args->m - run.i0 < run.block_m ? args->m - run.i0 : run.block_m;
+    for (run.j0 = 0; run.j0 < run.all_n; run.j0 += run.block_n) {
+        run.n = run.all_n - run.j0 < run.block_n ? run.all_n - run.j0 : run.block_n;
+        for (run.i0 = 0; run.i0 < run.all_m; run.i0 += run.block_m) {
+            run.m = run.all_m - run.i0 < run.block_m ? run.all_m - run.i0 : run.block_m;
             llmpar__gemm_block(&run, &cpu);
         }
     }

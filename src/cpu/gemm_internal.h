@@ -6,8 +6,12 @@
 
 #if !defined(LLMPAR_NO_SIMD)
 
+/* A stretch of k, in links, in which the rows of A lie `ld` bytes apart. Members of 8 bytes, for assembly code. */
+typedef struct llmpar__gemm_span { const char *a; int64_t ld, k; } llmpar__gemm_span;
+
 typedef struct llmpar__gemm_step {
     int64_t k;
+    int64_t span, span_count;
     int64_t merges, merges_saved; /* how many partial tiles are added, from the stack's top down: those of this part, then those that an earlier part saved */
     int64_t slot, slot_saved, to; /* floats from the stack's begin, or from that of what is saved: the topmost of either, and where the result is pushed, unless it is the part's last and goes to c */
     int32_t kept, save;           /* partial tiles below what is pushed; it is needed in a later part */
@@ -15,7 +19,10 @@ typedef struct llmpar__gemm_step {
 
 /* One tile of c during one part of the summed dim. */
 typedef struct llmpar__gemm_tile {
-    const float *a, *b;                /* panels: [k, tile rows], [k, tile columns] */
+    const float *a;                    /* panel: [k, tile rows]; or NULL: */
+    const llmpar__gemm_span *spans;    /* rows of A where they lie, in this part */
+    int64_t row;                       /* the tile's first, from where the spans begin */
+    const float *b;                    /* panel: [k, tile columns] */
     float *c;
     float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
     int64_t ldc;
@@ -28,8 +35,11 @@ typedef struct llmpar__gemm_tile {
 
 /* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
 typedef struct llmpar__gemm_chains {
-    const float *a, *b;
+    const float *a;
     int64_t k;
+    const llmpar__gemm_span *spans;    /* in place of a and k */
+    int64_t span_count, row;
+    const float *b;
     const float *from;                 /* where the chains start, [rows, tile columns]; NULL: +0 */
     int64_t from_step;                 /* bytes from row to row */
     const float *slot, *slot_saved;    /* partial tiles to be added at the end, each list from its top down; first those of `slot` */
@@ -57,12 +67,15 @@ typedef struct llmpar__gemm_kernel {
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*chains[4])(llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
+    void (*lying[3])(llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
 
 /* For operands of dtype. */
 LLMPAR__PRIVATE llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype);
+/* out[j, i] = in[i, j], i < rows, j < columns; ld and ld_out in floats. */
+LLMPAR__PRIVATE void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out);
 /* All steps of the part. */
 LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile);
 

@@ -42,7 +42,7 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void)
 #define LLMPAR__GEMM_TWO(p, q) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(q), 1)
 
 /* out[k * width + r] = in[r * ld + k], r < 8, k < 4: in each half of a vector four rows of four become four columns. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int width)
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_8(const float *in, int64_t ld, float *out, const int64_t width)
 {
     __m256 x0 = LLMPAR__GEMM_TWO(in, in + 4 * ld), x1 = LLMPAR__GEMM_TWO(in + ld, in + 5 * ld), x2 = LLMPAR__GEMM_TWO(in + 2 * ld, in + 6 * ld), x3 = LLMPAR__GEMM_TWO(in + 3 * ld, in + 7 * ld);
     __m256 y0 = _mm256_unpacklo_ps(x0, x1), y1 = _mm256_unpacklo_ps(x2, x3), y2 = _mm256_unpackhi_ps(x0, x1), y3 = _mm256_unpackhi_ps(x2, x3);
@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
 }
 
 /* The same of 4 rows. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int width)
+static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose_4(const float *in, int64_t ld, float *out, const int64_t width)
 {
     __m128 x0 = _mm_loadu_ps(in), x1 = _mm_loadu_ps(in + ld), x2 = _mm_loadu_ps(in + 2 * ld), x3 = _mm_loadu_ps(in + 3 * ld);
     __m128 y0 = _mm_unpacklo_ps(x0, x1), y1 = _mm_unpacklo_ps(x2, x3), y2 = _mm_unpackhi_ps(x0, x1), y3 = _mm_unpackhi_ps(x2, x3);
@@ -61,20 +61,6 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     _mm_storeu_ps(out + width, _mm_shuffle_ps(y0, y1, 0xee));
     _mm_storeu_ps(out + 2 * width, _mm_shuffle_ps(y2, y3, 0x44));
     _mm_storeu_ps(out + 3 * width, _mm_shuffle_ps(y2, y3, 0xee));
-}
-
-/* Rows [0, full) of a panel, k < 16. */
-static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
-{
-    int r, i, ahead;
-    for (r = 0; r + 8 <= width; r += 8) { /* a line of eight rows after the other: with rows a power of two apart all lines meet in one set of L1 */
-        for (ahead = 0; ahead < 8; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
-        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_8(in + r * ld + i, ld, out + i * width + r, width);
-    }
-    if (r < width) {
-        for (ahead = 0; ahead < 4; ahead++) __builtin_prefetch(in + (r + ahead) * ld + 64);
-        for (i = 0; i < 16; i += 4) llmpar__gemm_transpose_4(in + r * ld + i, ld, out + i * width + r, width);
-    }
 }
 
 /* One k of a panel: `width` floats. */
@@ -96,15 +82,30 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
 #else
 
 #define LLMPAR__GEMM_AVX
-static inline void llmpar__gemm_transpose(const float *in, int64_t ld, float *out, const int width)
-{
-    int r, i;
-    for (r = 0; r < width; r++)
-        for (i = 0; i < 16; i++) out[i * width + r] = in[r * ld + i];
-}
 static inline void llmpar__gemm_copy(const float *in, float *out, const int width) { memcpy(out, in, sizeof(float) * (size_t)width); }
 
 #endif
+
+/* Eight rows at a time, from their begin to their end: processors follow that many streams by themselves, and not 48 short ones. */
+LLMPAR__PRIVATE_DEF LLMPAR__GEMM_AVX void llmpar__gemm_turn(const float *in, int64_t ld, int64_t rows, int64_t columns, float *out, int64_t ld_out)
+{
+    int64_t i = 0, j;
+#if defined(__x86_64__)
+    for (; i + 4 <= rows; i += rows - i < 8 ? 4 : 8) {
+        int64_t step = rows - i < 8 ? 4 : 8, r;
+        const float *at = in + i * ld;
+        float *to = out + i;
+        if (step == 8)
+            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_8(at, ld, to, ld_out);
+        else
+            for (j = 0; j + 4 <= columns; j += 4, at += 4, to += 4 * ld_out) llmpar__gemm_transpose_4(at, ld, to, ld_out);
+        for (; j < columns; j++, at++, to += ld_out)
+            for (r = 0; r < step; r++) to[r] = at[r * ld];
+    }
+#endif
+    for (; i < rows; i++)
+        for (j = 0; j < columns; j++) out[j * ld_out + i] = in[i * ld + j];
+}
 
 static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_pack_panels(const llmpar__gemm_packing *packing, const int width)
 {
@@ -113,13 +114,7 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
     int r;
     if (full > packing->panels) full = packing->panels;
     if (packing->transposed) {
-        for (panel = 0; panel < full; panel++) {
-            const float *rows = in + panel * width * ld;
-            float *out = packing->out + panel * distance;
-            for (i = 0; i + 16 <= k; i += 16) llmpar__gemm_transpose(rows + i, ld, out + i * width, width);
-            for (; i < k; i++)
-                for (r = 0; r < width; r++) out[i * width + r] = rows[r * ld + i];
-        }
+        for (panel = 0; panel < full; panel++) llmpar__gemm_turn(in + panel * width * ld, ld, width, k, packing->out + panel * distance, width);
     } else {
         for (i = 0; i < k; i++) /* whole rows at a time, which memory likes */
             for (panel = 0; panel < full; panel++) {
@@ -220,10 +215,10 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 
 /* ---- chains ---- */
 
-#define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, 8, 9, 10)
-#define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, 11, 12, 13)
-#define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, 14, 15, 16) X(i, 3, 17, 18, 19)
-#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, 20, 21, 22) X(i, 5, 23, 24, 25) X(i, 6, 26, 27, 28) X(i, 7, 29, 30, 31)
+#define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, "(%%rsi)", 8, 9, 10)
+#define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, "(%%rsi,%%rcx)", 11, 12, 13)
+#define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, "(%%rsi,%%rcx,2)", 14, 15, 16) X(i, 3, "(%%rsi,%%r11)", 17, 18, 19)
+#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, "(%%rax)", 20, 21, 22) X(i, 5, "(%%rax,%%rcx)", 23, 24, 25) X(i, 6, "(%%rax,%%rcx,2)", 26, 27, 28) X(i, 7, "(%%rax,%%r11)", 29, 30, 31)
 
 #if defined(__x86_64__)
 
@@ -232,9 +227,9 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
-#define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, 4, 5, 6)
-#define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, 7, 8, 9)
-#define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, 10, 11, 12) X(i, 3, 13, 14, 15)
+#define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
+#define LLMPAR__GEMM_EACH_ROW_2Y(X, i) LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 1, "(%%rsi,%%rcx)", 7, 8, 9)
+#define LLMPAR__GEMM_EACH_ROW_4Y(X, i) LLMPAR__GEMM_EACH_ROW_2Y(X, i) X(i, 2, "(%%rsi,%%rcx,2)", 10, 11, 12) X(i, 3, "(%%rsi,%%r11)", 13, 14, 15)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
@@ -243,16 +238,16 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 /* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
 #define LLMPAR__GEMM_READ_B(i)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y)
-LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y)
-LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y)
+LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
 #define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y)
-LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y)
-LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y)
+LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
 #undef LLMPAR__GEMM_EACH_ROW_1Y
 #undef LLMPAR__GEMM_EACH_ROW_2Y
 #undef LLMPAR__GEMM_EACH_ROW_4Y
@@ -272,10 +267,13 @@ LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y)
 #define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
 #define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
-LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
-LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
-LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(avx512_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
+LLMPAR__GEMM_FUNCTION(avx512_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
+LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -287,10 +285,13 @@ LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1)
-LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2)
-LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4)
-LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
+LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
+LLMPAR__GEMM_FUNCTION(bf16_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
+LLMPAR__GEMM_FUNCTION(bf16_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
+LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
 #undef LLMPAR__GEMM_PRODUCT
 #endif
 #undef LLMPAR__GEMM_16_REGISTERS
@@ -305,8 +306,18 @@ LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_MERGE_ONE
 #undef LLMPAR__GEMM_MERGE_ROW
-#undef LLMPAR__GEMM_LINK_ROW
-#undef LLMPAR__GEMM_PREFETCH_A
+#undef LLMPAR__GEMM_SPREAD_ROWS
+#undef LLMPAR__GEMM_SPREAD_PANEL
+#undef LLMPAR__GEMM_LINK_ROW_ROWS_1
+#undef LLMPAR__GEMM_LINK_ROW_ROWS_2
+#undef LLMPAR__GEMM_LINK_ROW_ROWS_3
+#undef LLMPAR__GEMM_LINK_ROW_PANEL_3
+#undef LLMPAR__GEMM_K_BYTES_ROWS
+#undef LLMPAR__GEMM_K_BYTES_PANEL
+#undef LLMPAR__GEMM_SPAN_ROWS
+#undef LLMPAR__GEMM_SPAN_PANEL
+#undef LLMPAR__GEMM_NEXT_ROWS
+#undef LLMPAR__GEMM_NEXT_PANEL
 #undef LLMPAR__GEMM_PREFETCH_B
 #undef LLMPAR__GEMM_LINK
 #undef LLMPAR__GEMM_FUNCTION
@@ -315,11 +326,11 @@ LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 } };
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 } };
 #if LLMPAR__GEMM_BF16
-    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 } };
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
     (void)dtype;
@@ -331,12 +342,12 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 #else /* aarch64: its vector unit and fma are always there */
 
 /* The accumulators are variables, not an array, which compilers keep in memory. */
-#define LLMPAR__GEMM_DECLARE_ROW(i, r, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
-#define LLMPAR__GEMM_ZERO_ROW(i, r, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
-#define LLMPAR__GEMM_READ_ROW(i, r, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
-#define LLMPAR__GEMM_LINK_ROW(i, r, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
-#define LLMPAR__GEMM_MERGE_ROW(i, r, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
-#define LLMPAR__GEMM_WRITE_ROW(i, r, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
+#define LLMPAR__GEMM_DECLARE_ROW(i, r, at, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
+#define LLMPAR__GEMM_ZERO_ROW(i, r, at, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
+#define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
+#define LLMPAR__GEMM_LINK_ROW(i, r, at, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
+#define LLMPAR__GEMM_MERGE_ROW(i, r, at, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
+#define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
 #define LLMPAR__GEMM_FUNCTION(count, rows) \
 static void llmpar__gemm_neon_chains_##count(llmpar__gemm_chains *chains) \
 { \
@@ -377,7 +388,7 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL } };
     (void)level;
     (void)dtype;
     return neon;
@@ -405,6 +416,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
     int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
+    void (*run)(llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
@@ -413,6 +425,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
         for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
     }
     chains.a = tile->a;
+    chains.row = tile->row;
     chains.b = tile->b;
     chains.from = tile->load ? c : NULL;
     chains.from_step = ldc * (int64_t)sizeof(float);
@@ -425,6 +438,8 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
         chains.slot = tile->stack + step->slot;
         chains.merges_saved = step->merges_saved;
         chains.slot_saved = tile->saved + step->slot_saved;
+        chains.spans = tile->spans + step->span;
+        chains.span_count = step->span_count;
         chains.to = (step->save ? tile->saved : tile->stack) + step->to;
         chains.at = (const char *)(s == 0 && tile->saves ? tile->saved : chains.to); /* what is saved first, then c; else where the step ends */
         chains.jump = width;
@@ -436,8 +451,8 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
             chains.at = (const char *)tile->c;
             chains.jump = tile->ldc * (int64_t)sizeof(float);
         }
-        kernel->chains[variant](&chains);
-        chains.a += step->k * kernel->rows;
+        run(&chains);
+        if (tile->a) chains.a += step->k * kernel->rows;
         chains.b += step->k * kernel->columns;
         chains.from = NULL;
     }
