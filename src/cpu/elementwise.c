@@ -84,7 +84,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar
 LLMPAR__PRIVATE_DEF void llmpar__copy_row(char *out, const char *in, size_t bytes, const char *next_out, const char *next_in)
 {
     enum { LINE = 64, AHEAD = 512, FAR = 2048 };
-    size_t i = 0, ahead = next_in == in + bytes ? AHEAD : bytes < FAR ? bytes : FAR;
+    size_t i = 0, ahead = next_in == in + bytes ? (size_t)AHEAD : bytes < (size_t)FAR ? bytes : (size_t)FAR;
     for (; i + LINE <= bytes; i += LINE) {
         __builtin_prefetch(i + ahead < bytes ? in + i + ahead : next_in + (i + ahead - bytes), 0, 2);
         __builtin_prefetch(i + ahead < bytes ? out + i + ahead : next_out + (i + ahead - bytes), 0, 2);
