@@ -5199,11 +5199,16 @@ LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8,
 #undef LLMPAR__GEMM_PRODUCT
 #endif
 #undef LLMPAR__GEMM_16_REGISTERS
+#undef LLMPAR__GEMM_CLOBBERS
+#undef LLMPAR__GEMM_Z
+#undef LLMPAR__GEMM_VECTOR_BYTES
+#undef LLMPAR__GEMM_A_BYTES
+#undef LLMPAR__GEMM_ZERO
+#undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_READ_ROW
 #undef LLMPAR__GEMM_WRITE_ROW
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
-#undef LLMPAR__GEMM_LINK
 #undef LLMPAR__GEMM_FUNCTION
 
 #pragma GCC diagnostic pop
@@ -5353,13 +5358,13 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
 
 #endif /* LLMPAR_NO_SIMD */
 /* ==== src/cpu/gemm.c ==== */
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.c packs and has the inner loops.
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads them over the pool; gemm_kernel.c packs and has
+   the inner loops.
 
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: B is packed into panels (a tile's columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies
-   where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in memory (nt, nn) and nothing needs widening. Where A has so few
-   rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned when they are done.
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at most block_k: B is packed into panels (a tile's
+   columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in
+   memory (nt, nn) and nothing needs widening. Where A has so few rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned
+   when they are done.
 
       segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
       parts         |        part 0         |        part 1        |part 2 |
@@ -5896,8 +5901,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
-    else
-        for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+    else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
@@ -10918,8 +10922,7 @@ static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *
     size_t r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
     llmpar_status st = LLMPAR_OK;
     switch (call->op) {
-    case LLMPAR_CALL_ALL_GATHER: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
-    case LLMPAR_CALL_ALL_TO_ALL: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
+    case LLMPAR_CALL_ALL_GATHER: case LLMPAR_CALL_ALL_TO_ALL: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, call->op == LLMPAR_CALL_ALL_TO_ALL);
     case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__mpi_reduce_scatter_large(tc, call, send, recv, item);
     case LLMPAR_CALL_ALL_REDUCE: return llmpar__mpi_all_reduce_large(tc, call, send, recv, item);
     case LLMPAR_CALL_BROADCAST:

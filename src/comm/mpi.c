@@ -281,8 +281,7 @@ static llmpar_status llmpar__mpi_large(llmpar__mpi_comm *tc, const llmpar_call *
     size_t r = (size_t)tc->comm.rank, blocks = (size_t)call->blocks;
     llmpar_status st = LLMPAR_OK;
     switch (call->op) {
-    case LLMPAR_CALL_ALL_GATHER: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 0);
-    case LLMPAR_CALL_ALL_TO_ALL: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, 1);
+    case LLMPAR_CALL_ALL_GATHER: case LLMPAR_CALL_ALL_TO_ALL: return llmpar__mpi_exchange(tc, call, blocks, send, recv, part, call->op == LLMPAR_CALL_ALL_TO_ALL);
     case LLMPAR_CALL_REDUCE_SCATTER: return llmpar__mpi_reduce_scatter_large(tc, call, send, recv, item);
     case LLMPAR_CALL_ALL_REDUCE: return llmpar__mpi_all_reduce_large(tc, call, send, recv, item);
     case LLMPAR_CALL_BROADCAST:

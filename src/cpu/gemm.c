@@ -1,10 +1,10 @@
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads
-   them over the pool; gemm_kernel.c packs and has the inner loops.
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads them over the pool; gemm_kernel.c packs and has
+   the inner loops.
 
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at
-   most block_k: B is packed into panels (a tile's columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies
-   where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in memory (nt, nn) and nothing needs widening. Where A has so few
-   rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned when they are done.
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at most block_k: B is packed into panels (a tile's
+   columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in
+   memory (nt, nn) and nothing needs widening. Where A has so few rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned
+   when they are done.
 
       segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
       parts         |        part 0         |        part 1        |part 2 |
@@ -407,8 +407,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
-    else
-        for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
+    else for (r = 0; r < tile.rows; r++) llmpar__half_write(&run->half_out, run->args->c, c + r * run->args->ldc, tile.columns, tile.c + r * tile.ldc);
 }
 
 /* A group of B, packed by the worker that takes it into its own L2, with each panel of A, which stays in L1. Behind the last group a worker helps with the one where most panels of A are left: so nobody waits
