@@ -1,5 +1,4 @@
-/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles that fit registers and caches and spreads them over the pool; gemm_kernel.c packs and has
-   the inner loops.
+/* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles for registers and caches and spreads them over the pool; gemm_kernel.c packs and has the inner loops.
 
    c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at most block_k: B is packed into panels (a tile's
    columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in
