@@ -716,7 +716,7 @@ struct llmpar_device {
 
     /* operations */
     llmpar_status (*gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k */
+    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k. On the CPU enough for a smaller m too, as chunks' ends have it */
     llmpar_status (*rmsnorm)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
     llmpar_status (*rmsnorm_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
     llmpar_status (*rope)(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
@@ -5360,10 +5360,10 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_has_bf16(void) { return 0; }
 /* ==== src/cpu/gemm.c ==== */
 /* gemm: the matrix product. gemm_portable.inc says what is computed; this file cuts the work into tiles for registers and caches and spreads them over the pool; gemm_kernel.c packs and has the inner loops.
 
-   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at most block_k: B is packed into panels (a tile's
-   columns side by side for each k), then every tile of the block takes its steps. A is packed too, or lies where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in
-   memory (nt, nn) and nothing needs widening. Where A has so few rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned
-   when they are done.
+   c is worked on in blocks of at most block_m x block_n. For each block the summed dim, all segments one after the other, goes by in parts of at most block_k: B is packed into panels (a tile's columns
+   side by side for each k), then every tile of the block takes its steps. A is packed too, or lies where it is: with 32 registers a tile reads its rows there as fast, if k is what follows in memory (nt,
+   nn), nothing needs widening, and its rows are not so many that packing pays. Where A has so few rows that a panel of B pays badly, and B's k too follow each other (nt), the two change places: B is what lies, and tiles are turned when they are
+   done.
 
       segments      |  piece 0   |piece 1| piece 2 (two segments)  |piece 3|         pieces follow each other in the packed panels
       parts         |        part 0         |        part 1        |part 2 |
@@ -5564,7 +5564,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -5656,7 +5656,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     for (s = 0; s < args->segment_count; s++) even = even && args->segments[s].k % run->unit == 0;
-    run->lying = run->kernel.lying[0] && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
+    run->lying = run->kernel.lying[0] && args->m <= LLMPAR__GEMM_LYING_MOST && args->kind != LLMPAR_GEMM_TN && (run->kernel.pairs ? even : !run->half.widen);
     run->turned = run->lying && args->kind == LLMPAR_GEMM_NT && !args->accumulate && !run->half_out.narrow && !run->thin && args->m <= LLMPAR__GEMM_TURNED_M && args->m < args->n;
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
@@ -6016,17 +6016,28 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
 
 LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args)
 {
+    size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
-    if (args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0) {
+    /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
+    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
+    const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
+    size_t i, bytes;
+    for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
+        llmpar_gemm_args fewer = *args;
         llmpar__gemm_run run;
-        if (llmpar__gemm_thin_takes((const llmpar__cpu *)device->state, args)) return llmpar__gemm_thin_workspace((const llmpar__cpu *)device->state, args);
-        llmpar__gemm_prepare(&run, (const llmpar__cpu *)device->state, args);
-        return llmpar__gemm_bytes(&run);
+        fewer.m = rows[i];
+        if (fewer.m > args->m || fewer.m < 1) continue;
+        if (llmpar__gemm_thin_takes(cpu, &fewer)) bytes = llmpar__gemm_thin_workspace(cpu, &fewer);
+        else {
+            llmpar__gemm_prepare(&run, cpu, &fewer);
+            bytes = llmpar__gemm_bytes(&run);
+        }
+        if (bytes > most) most = bytes;
     }
 #endif
     (void)device;
     (void)args;
-    return 0;
+    return most;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)

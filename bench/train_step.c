@@ -1,7 +1,7 @@
 /* train_step: one training step (forward, backward, clipping, AdamW) of a Llama on several meshes: tokens a second, GFLOP/s as a part of the multiply-add peak, communication that nothing hides, peak memory.
 
-     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--overlap] [--profile] [--json FILE]
-     train_step --model M --seq T --dtype D --layout L [--batch N] --serve     for bench/peers/run.py
+     train_step [--model 15m|110m|300m] [--seq 256,1024] [--dtype f32|bf16] [--layout 1x1,1x1t2,dp2,tp2,2x2,dp8] [--batch N] [--steps N] [--level portable|avx2|avx512] [--recompute none|selective|full[,N]] [--overlap] [--profile] [--json FILE]
+     train_step --model M --seq T --dtype D --layout L [--batch N] [--recompute W] --serve     for bench/peers/run.py
 
    A layout is dpN, tpN or AxB (dp_shard x tp), and tN behind it: threads a rank (default 1). Without options: every model, length and dtype on 1x1, 1x1t2, dp2, tp2 and 2x2. Two sequences a step (--batch; dp8: eight), so that what one
    rank does is what several do. The layouts named together stay in memory together and take turns, step by step, each after one that is not counted: their ratio is one of neighbours.
@@ -27,6 +27,8 @@ typedef struct layout { char name[16]; int shard, tp, threads; } layout;
 typedef struct settings {
     llmpar_llama_config config;
     const char *model, *level;
+    llmpar_recompute recompute;
+    int32_t recompute_every; /* 0: every block */
     llmpar_dtype dtype;
     enum bench_kind peak;
     int64_t seq, batch;
@@ -316,6 +318,8 @@ static llmpar_status train_rank(llmpar_ctx *ctx, void *user)
     desc.batch = s->batch;
     desc.dtype = s->dtype;
     desc.overlap = s->overlap;
+    desc.recompute = s->recompute;
+    desc.recompute_every = s->recompute_every;
     desc.prefetch = s->overlap ? 1 : 0;
     desc.log_every = -1;
     llmpar_status status = llmpar_mesh_create(ctx, &mesh_desc, &mesh);
@@ -602,6 +606,18 @@ static void run(bench_results *results, settings *s, const char *layouts)
     s->batch = batch;
 }
 
+static void parse_recompute(const char *text, settings *s)
+{
+    static const char *const words[] = { "none", "selective", "full" };
+    const char *comma = strchr(text, ',');
+    size_t length = comma ? (size_t)(comma - text) : strlen(text);
+    int w = 0;
+    while (w < 3 && (strlen(words[w]) != length || strncmp(text, words[w], length))) w++;
+    if (w == 3) fail("--recompute", text, "none, selective, full, or one of them, and a comma and a number: of every so many blocks one");
+    s->recompute = (llmpar_recompute)w;
+    if (comma) s->recompute_every = (int32_t)parse_number("--recompute", comma + 1, 1024);
+}
+
 int main(int argc, char **argv)
 {
     static const char *const all[] = { "15m", "110m", "300m" };
@@ -626,10 +642,11 @@ int main(int argc, char **argv)
         else if (!strcmp(option, "--seq")) seq = value;
         else if (!strcmp(option, "--layout")) layouts = value;
         else if (!strcmp(option, "--level")) s.level = value;
+        else if (!strcmp(option, "--recompute")) parse_recompute(value, &s);
         else if (!strcmp(option, "--batch")) s.batch = parse_number(option, value, 1024);
         else if (!strcmp(option, "--steps")) s.steps = (int)parse_number(option, value, MOST_STEPS);
         else if (!strcmp(option, "--dtype")) dtype = !strcmp(value, "f32") ? LLMPAR_F32 : !strcmp(value, "bf16") ? LLMPAR_BF16 : (llmpar_dtype)fail(option, value, "f32 or bf16");
-        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --profile, --overlap, --serve or --json");
+        else fail("arguments", option, "--model, --seq, --dtype, --layout, --batch, --steps, --level, --recompute, --profile, --overlap, --serve or --json");
     }
     if (s.serve && (!model || !layouts || strchr(layouts, ',') || strchr(seq, ',') || !dtype)) fail("--serve", "", "one --model, --seq, --dtype and --layout with it");
     for (int m = 0; m < 3; m++) {

@@ -625,4 +625,34 @@ TEST(bad_arguments)
     machine_end(&w);
 }
 
-TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(primes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(pieces_side_by_side), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments))
+/* A prompt's last chunk, or that of a head's logits, has any number of rows up to that for which the workspace was asked for. */
+TEST(fewer_rows_need_no_more)
+{
+    static const int64_t most[] = { 40, 200, 1100, 2100 };
+    FOR_LEVELS(level) for (int draw = 0; draw < 48; draw++) {
+        machine w;
+        llmpar_gemm_segment segments[8];
+        llmpar_gemm_args args;
+        machine_begin(&w, (llmpar_cpu_level)level, 1 + draw % 3);
+        memset(segments, 0, sizeof segments);
+        memset(&args, 0, sizeof args);
+        args.segments = segments;
+        args.segment_count = args.pieces = draw / 24 ? 8 : 1;
+        for (int i = 0; i < 8; i++) {
+            segments[i].piece = i;
+            segments[i].k = (draw % 2 ? 96 : 2053) / args.pieces;
+        }
+        args.n = draw / 6 % 2 ? 100 : 5000;
+        args.kind = (llmpar_gemm_kind)(1 + draw % 3);
+        args.dtype = draw / 12 % 2 ? LLMPAR_BF16 : LLMPAR_F32;
+        for (size_t i = 0; i < sizeof most / sizeof most[0]; i++) {
+            args.m = most[i];
+            size_t enough = w.device->gemm_workspace(w.device, &args), need = 0;
+            for (args.m = 1; args.m < most[i] && need <= enough; args.m++) need = w.device->gemm_workspace(w.device, &args);
+            CHECK(need <= enough);
+        }
+        machine_end(&w);
+    }
+}
+
+TEST_LIST(T_(sums_are_right), T_(random_shapes), T_(primes), T_(long_sums), T_(wide_outputs), T_(cut_everywhere), T_(pieces_over_ranks), T_(pieces_side_by_side), T_(thread_counts), T_(special_values), T_(empty_products), T_(bad_arguments), T_(fewer_rows_need_no_more))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A step of training here and in what one would take instead: the same model, tokens, batch and precision, step by step in turns, in one run.
 
-  bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--groups process,fsdp,tp,portable] [--json FILE]
+  bench/peers/run.py [--model 110m] [--seq 1024] [--batch 2] [--dtype f32] [--rounds 5] [--recompute none] [--groups process,fsdp,tp,portable] [--json FILE]
 
   gpu      build/cuda/gpu_train in FAST mode beside PyTorch eager and torch.compile, on one GPU; batch = tokens / seq; memory is the device's
   process  1 rank x 2 threads beside PyTorch eager and torch.compile on 2 threads     portable  beside our own portable kernels
@@ -82,8 +82,8 @@ class Side:
 
 
 def ours(options, layout, level=None):
-    command = [os.path.join(ROOT, "build/bench/train_step"), "--model", options.model, "--seq", str(options.seq), "--dtype", options.dtype, "--layout", layout, "--batch", str(options.batch), "--serve"]
-    return Side(f"llmpar {layout}{' ' + level if level else ''}", command + (["--level", level] if level else []))
+    command = [os.path.join(ROOT, "build/bench/train_step"), "--model", options.model, "--seq", str(options.seq), "--dtype", options.dtype, "--layout", layout, "--batch", str(options.batch), "--recompute", options.recompute, "--serve"]
+    return Side(f"llmpar {layout}{' ' + level if level else ''}{' recompute ' + options.recompute if options.recompute != 'none' else ''}", command + (["--level", level] if level else []))
 
 
 def torch(options, script, mode, *rest):
@@ -181,6 +181,7 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dtype", choices=("f32", "bf16"), default="f32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recompute", default="none", metavar="none|selective|full[,N]", help="of our blocks in backward, as torch.compile decides it for itself")
     parser.add_argument("--groups", default="process,fsdp,tp,portable")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step (gpu)")
     parser.add_argument("--modes", default="compile", help="of PyTorch (gpu): eager,compile")
