@@ -6019,7 +6019,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
+    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
