@@ -1,7 +1,8 @@
 /* bench_generate: what waits for memory when text is generated. First products of 1 to 16 rows with weights larger than the caches, then whole tokens.
    Each beside the speed at which memory is read, measured right before and after; a product whose multiply-adds take longer at their peak than reading its weights, beside that peak.
+   Weights have interleaved rows, as while text is generated; `rows`: they lie as in training, as for short texts.
 
-     bench_generate [--json FILE] [products [ROWS N K DTYPE THREADS]]
+     bench_generate [--json FILE] [products|rows [ROWS N K DTYPE THREADS]]
      bench_generate [--json FILE] tokens [--model 110m|1.1b|..] [--dtype f32|bf16|f16] [--layout 1x1|1x1t2|tp2] [--level L] [--prompt N] [--tokens N] [--profile] */
 #include "llmpar.h"
 
@@ -9,6 +10,8 @@
 #include "peak.h"
 
 /* ---- products of few rows ---- */
+
+static int interleaved = 1;
 
 typedef struct product {
     llmpar_device *device;
@@ -23,7 +26,7 @@ static double product_work(void *user)
     product *p = (product *)user;
     double start;
     if (p->next + p->bytes > p->weights + p->weights_bytes) p->next = p->weights;
-    for (int32_t s = 0; s < p->args.segment_count; s++) p->segments[s].b = p->next + (size_t)s * (size_t)p->segments[0].k * llmpar_dtype_size(p->args.dtype);
+    for (int32_t s = 0; s < p->args.segment_count; s++) p->segments[s].b = p->next + (size_t)s * (size_t)p->segments[0].k * llmpar_dtype_size(p->args.dtype) * (size_t)(p->segments[0].interleaved ? llmpar_device_interleaved_rows(p->device, p->args.dtype) : 1);
     p->next += p->bytes;
     start = bench_now();
     if (p->device->gemm(p->device, NULL, &p->args)) { fprintf(stderr, "%s\n", p->device->error->text); exit(1); }
@@ -63,13 +66,14 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
         p.segments[s].k = k / pieces;
         p.segments[s].a = (const char *)a + (size_t)s * (size_t)(k / pieces) * size;
         p.segments[s].lda = p.segments[s].ldb = k;
+        p.segments[s].interleaved = interleaved && llmpar_device_interleaved_rows(device, dtype) > 0;
     }
     p.weights = p.next = memory->base;
     p.weights_bytes = memory->bytes;
     p.bytes = (size_t)(n * k) * size;
     p.args.workspace_bytes = device->gemm_workspace(device, &p.args);
     if (device->alloc(device, p.args.workspace_bytes, &p.args.workspace)) exit(1);
-    snprintf(name, sizeof name, "%2d x %d x %d %s, %d piece%s, %d thread%s", (int)rows, (int)n, (int)k, llmpar_dtype_name(dtype), (int)pieces, pieces > 1 ? "s" : "", threads, threads > 1 ? "s" : "");
+    snprintf(name, sizeof name, "%2d x %d x %d %s%s, %d piece%s, %d thread%s", (int)rows, (int)n, (int)k, llmpar_dtype_name(dtype), interleaved ? "" : " rows", (int)pieces, pieces > 1 ? "s" : "", threads, threads > 1 ? "s" : "");
     arithmetic.fma.kind = bench_fma_kind(llmpar_cpu_level_name(llmpar_cpu_best_level()), dtype == LLMPAR_BF16);
     arithmetic.fma.threads = threads;
     arithmetic.flops_a_byte = 2.0 * (double)rows / (double)size;
@@ -360,11 +364,12 @@ int main(int argc, char **argv)
     const char *model = NULL, *dtype = NULL, *layout = NULL, *what = NULL;
     bench_open(&results, "generate", &argc, argv);
     if (argc > 1 && argv[1][0] != '-') what = argv[1];
-    if (what && strcmp(what, "products") && strcmp(what, "tokens")) { fprintf(stderr, "bench_generate: unexpected argument \"%s\", expected products or tokens\n", what); return 2; }
-    if (!what || !strcmp(what, "products")) products(&results, what ? argc - 2 : 0, argv + 2);
-    if (what && !strcmp(what, "products")) { bench_close(&results); return 0; }
+    if (what && strcmp(what, "products") && strcmp(what, "rows") && strcmp(what, "tokens")) { fprintf(stderr, "bench_generate: unexpected argument \"%s\", expected products, rows or tokens\n", what); return 2; }
+    interleaved = !what || strcmp(what, "rows");
+    if (!what || strcmp(what, "tokens")) products(&results, what ? argc - 2 : 0, argv + 2);
+    if (what && strcmp(what, "tokens")) { bench_close(&results); return 0; }
     g.prompt = 256;
-    g.tokens = 16;
+    g.tokens = 40;
     g.level = llmpar_cpu_level_name(llmpar_cpu_best_level());
     options(argc - (what ? 2 : 1), argv + (what ? 2 : 1), &g, &model, &dtype, &layout);
     for (int m = 0; m < 2; m++)

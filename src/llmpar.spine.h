@@ -248,6 +248,7 @@ LLMPAR_EXTERN_C_END
 #include "cpu/optim.c"
 #include "cpu/squares.c"
 #include "cpu/adalomo.c"
+#include "cpu/interleave.c"
 #include "cpu/cpu.c"
 #include "cpu/pool.c"
 #include "cpu/stream.c"

@@ -98,11 +98,10 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     }
     job.decode = NULL;
     job.decode_columns = 0;
-    job.decode_block = 0;
     job.decode_parts = 1;
-    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns, &job.decode_block);
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
     if (job.decode) {
-        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq, job.decode_block), threads = llmpar__pool_threads(cpu);
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;
         job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
         if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));

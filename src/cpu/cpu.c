@@ -240,7 +240,7 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 
 #define LLMPAR__CPU_OPERATIONS(X) \
     X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo)
+    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo) X(interleave)
 
 /* set_array makes the queued copy of the arguments point at the queued copy of their array. */
 #define LLMPAR__CPU_RUN_ARRAY(slot, args_type, set_array, array, array_bytes) \
@@ -302,6 +302,8 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->attention_workspace = llmpar__cpu_attention_workspace;
     table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
     table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+    table->interleaved_rows = llmpar__cpu_interleaved_rows;
+    table->interleave_workspace = llmpar__cpu_interleave_workspace;
     table->stream_thread = llmpar__cpu_stream_thread;
     table->thread_error = llmpar__stream_thread_error;
     table->threads_running = llmpar__stream_threads_running;

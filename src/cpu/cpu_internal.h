@@ -61,6 +61,10 @@ LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
 /* Slots: gemm.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
 LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
+/* interleave.c */
+LLMPAR__PRIVATE int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
+LLMPAR__PRIVATE llmpar_status llmpar__cpu_interleave(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args);
 /* norm.c */
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);

@@ -1,5 +1,5 @@
-/* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
-   memory, so everything serves one purpose: each byte is read once, in order, without a pause.
+/* gemm_thin: the product of a few rows with weights, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from memory, so everything serves one purpose: each byte is read once, in order,
+   without a pause. Where the rows of b are interleaved (llmpar_interleave_args) they are one stream, and a vector of it is what a chain of 16 outputs takes next. Where they lie as rows:
 
      b: 16 rows, four lines of each at a time                                      c[m, n .. n + 16]: chains in registers, lanes are n
         |--####....----------|                                                     x[k][m] * | word of k of 16 rows |
@@ -7,8 +7,7 @@
         |--####....----------|      while the chains take them, the same rows
         |--####....----------|      are fetched into L2 further on (....)
 
-   Of 9 to 16 rows of x vectors of 16 lanes take a k of all of them at a time, times one weight: then lanes are m and nothing is transposed. A chain may go on from memory anywhere,
-   which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
+   A chain may go on from memory anywhere, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 #include "cpu/gemm_thin_internal.h"
 
 #include "base/size.h"
@@ -30,18 +29,15 @@ enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread:
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
-#define LLMPAR__THIN_KEEP _Pragma("nounroll") /* four times the code takes compilers longer and is no faster */
 #else
-#define LLMPAR__THIN_KEEP _Pragma("GCC unroll 1")
 #define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 typedef struct llmpar__gemm_thin_level {
     int64_t columns; /* of a tile */
-    int32_t block;   /* rows of x side by side */
+    int32_t most;    /* rows of x whose chains fit the registers, of one tile: LLMPAR__THIN_MOST */
     llmpar__gemm_thin_fn span;
-    void (*turn_8)(const char *in, int64_t ld, float *out); /* out[8][8] = in[8][8], rows ld bytes apart, and so for 16; NULL: this level has none */
-    void (*turn_16)(const char *in, int64_t ld, float *out);
+    void (*turn)(const char *in, int64_t ld, float *out); /* out[8][8] = in[8][8], rows ld bytes apart; NULL: this level has none */
 } llmpar__gemm_thin_level;
 
 #if defined(__x86_64__)
@@ -80,10 +76,10 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #define LLMPAR__THIN_VECTOR __m256
 #define LLMPAR__THIN_LANES 8
 #define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_MOST 4
 #define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_LOOSE(p) _mm256_loadu_ps((const float *)(p))
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) (word)
@@ -107,10 +103,10 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_VECTOR __m256
 #define LLMPAR__THIN_LANES 8
 #define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 0
+#define LLMPAR__THIN_MOST 4
 #define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_LOOSE(p) _mm256_loadu_ps((const float *)(p))
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
@@ -124,36 +120,26 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
 #define LLMPAR__THIN_KEPT(v) __extension__ ({ __m512 t_ = v; __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
 #define LLMPAR__THIN_LINE(r) LLMPAR__THIN_KEPT(_mm512_loadu_ps((const void *)(in + (r) * ld)))
-/* A transposition has two halves of four steps each, so that it can go on between multiplications. Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together:
-   rows 0, 4, 8, 12 from `in` on give four vectors whose quarters are four words of each, 4 * 16 floats apart. */
-static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_quarters(const char *in, int64_t ld, float *out)
-{
-    __m512 a = LLMPAR__THIN_LINE(0), b = LLMPAR__THIN_LINE(4), c = LLMPAR__THIN_LINE(8), d = LLMPAR__THIN_LINE(12);
-    __m512 y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
-    _mm512_store_ps((void *)out, LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
-    _mm512_store_ps((void *)(out + 64), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
-    _mm512_store_ps((void *)(out + 128), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
-    _mm512_store_ps((void *)(out + 192), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
-}
-/* Four words of all rows. */
-static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_columns(const float *in, __m512 out[4])
-{
-    __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(in)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 48));
-    __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
-    out[0] = LLMPAR__THIN_SHUFFLE(y0, y1, 0x44);
-    out[1] = LLMPAR__THIN_SHUFFLE(y0, y1, 0xee);
-    out[2] = LLMPAR__THIN_SHUFFLE(y2, y3, 0x44);
-    out[3] = LLMPAR__THIN_SHUFFLE(y2, y3, 0xee);
-}
 __attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
 {
     float half[16 * 16] __attribute__((aligned(64)));
-    __m512 word[4];
-    int g, i;
-    for (g = 0; g < 4; g++) llmpar__gemm_thin_avx512_quarters(in + g * ld, ld, half + g * 16);
-    for (g = 0; g < 4; g++) {
-        llmpar__gemm_thin_avx512_columns(half + g * 64, word);
-        for (i = 0; i < 4; i++) _mm512_store_ps((void *)(out + (4 * g + i) * 16), word[i]);
+    int g;
+    for (g = 0; g < 4; g++) { /* rows g, 4 + g, 8 + g, 12 + g: four vectors whose quarters are four words of each */
+        __m512 a = LLMPAR__THIN_LINE(g), b = LLMPAR__THIN_LINE(4 + g), c = LLMPAR__THIN_LINE(8 + g), d = LLMPAR__THIN_LINE(12 + g);
+        __m512 y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+        _mm512_store_ps((void *)(half + g * 16), LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
+        _mm512_store_ps((void *)(half + 64 + g * 16), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
+        _mm512_store_ps((void *)(half + 128 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
+        _mm512_store_ps((void *)(half + 192 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
+    }
+    for (g = 0; g < 4; g++, out += 64) { /* four words of all rows */
+        const float *at = half + g * 64;
+        __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(at)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 48));
+        __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
+        _mm512_store_ps((void *)out, LLMPAR__THIN_SHUFFLE(y0, y1, 0x44));
+        _mm512_store_ps((void *)(out + 16), LLMPAR__THIN_SHUFFLE(y0, y1, 0xee));
+        _mm512_store_ps((void *)(out + 32), LLMPAR__THIN_SHUFFLE(y2, y3, 0x44));
+        _mm512_store_ps((void *)(out + 48), LLMPAR__THIN_SHUFFLE(y2, y3, 0xee));
     }
 }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
@@ -172,10 +158,9 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_VECTOR __m512
 #define LLMPAR__THIN_LANES 16
 #define LLMPAR__THIN_PANELS 1
-#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_MOST 16
 #define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 1
 #define LLMPAR__THIN_LOOSE(p) _mm512_loadu_ps(p)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; }) /* spread on its way in: one instruction less */
 #if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
@@ -209,8 +194,8 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level none = { 0, 8, NULL, NULL, NULL }, avx = { 16, 8, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose, NULL }, avx2 = { 16, 8, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose, NULL };
-    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose, llmpar__gemm_thin_avx512_transpose };
+    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { 16, 4, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { 16, 4, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
@@ -244,10 +229,10 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 #define LLMPAR__THIN_VECTOR float32x4_t
 #define LLMPAR__THIN_LANES 4
 #define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 1
+#define LLMPAR__THIN_MOST 8
 #define LLMPAR__THIN_READ(p) vld1q_f32(p)
+#define LLMPAR__THIN_LOOSE(p) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(p)))
 #define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) vfmaq_f32(sum, vdupq_n_f32(*(p)), b)
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
@@ -255,7 +240,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL, NULL };
+    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL };
     (void)cpu;
     (void)dtype;
     return neon;
@@ -270,11 +255,12 @@ typedef struct llmpar__gemm_thin_run {
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
     int64_t links, tiles;             /* of all segments together; of columns */
-    int32_t rows, levels, kind;       /* rows: filled up to whole blocks; levels: partial sums that wait at any time */
+    int32_t group;                    /* interleaved tiles that go together */
+    int32_t rows, levels, kind;       /* rows: with those that fill up the last block of 8; levels: partial sums that wait at any time */
     int32_t shares, threads;          /* shares: tasks */
     int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
     int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
-    float *x, *sums;                  /* sums: [threads][slots][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
+    float *x, *sums;                  /* sums: [threads][slots][group][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
@@ -295,23 +281,26 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
-    run->rows = llmpar__gemm_thin_filled(args->m, run->level.block);
+    run->rows = llmpar__gemm_thin_filled(args->m);
+    run->group = 1;
+    for (s = 0; s < args->segment_count && run->rows <= 8; s++)
+        if (args->segments[s].interleaved) run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
     for (s = 0; s < run->parts; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
         run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
-        if (segment->piece != s || segment->ldb != before->ldb || (s + 1 < run->parts && run->ends[s] * run->half.size % 64) || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size))) run->parts = 0;
+        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
+            || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size * (segment->interleaved ? run->level.columns : 1)))) run->parts = 0;
     }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block)
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns)
 {
     llmpar__gemm_thin_level level = llmpar__gemm_thin_choose(cpu, dtype);
     *columns = level.columns;
-    *block = level.block;
     return level.span;
 }
 
@@ -324,23 +313,23 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
-/* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
+/* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
 static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 {
-    enum { PART = 64, MOST = 16 };
+    enum { PART = 64, BLOCK = 8 };
     const llmpar_gemm_args *args = run->args;
-    float wide[MOST][PART];
+    float wide[BLOCK][PART];
     int64_t at = 0, k, i;
     int32_t s, row, r;
     memset(wide, 0, sizeof wide);
     for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
-        for (row = 0; row < run->rows; row += run->level.block) {
-            int32_t rows = run->rows - row < run->level.block ? run->rows - row : run->level.block, valid = args->m - row < run->level.block ? (int32_t)args->m - row : run->level.block;
-            void (*turn)(const char *in, int64_t ld, float *out) = rows == 16 ? run->level.turn_16 : rows == 8 ? run->level.turn_8 : NULL;
+        for (row = 0; row < run->rows; row += BLOCK) {
+            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = args->m - row < BLOCK ? (int32_t)args->m - row : (int32_t)BLOCK;
+            void (*turn)(const char *in, int64_t ld, float *out) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
                 for (k = 0; k < segment->k; k += 2, out += rows)
@@ -389,55 +378,80 @@ static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm
     return 1;
 }
 
-static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
-{
-    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
-    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin) * run->half.size;
-}
-
 static int64_t llmpar__gemm_thin_columns(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
     int64_t left = run->args->n - at->tile * run->level.columns;
     return left < run->level.columns ? left : run->level.columns;
 }
 
-/* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
-
-/* What a span's kernel asks for ahead of itself, for the first one of a task. */
-static void llmpar__gemm_thin_ask(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at, int64_t columns)
+/* Rows of b that are too few for a tile lie as rows in any case. */
+static int llmpar__gemm_thin_interleaved(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
-    const char *w = llmpar__gemm_thin_address(run, at);
-    int64_t ld = run->args->segments[at->segment].ldb * run->half.size, bytes = at->k * run->half.size, i, line;
-    for (line = 0; line < bytes && line < LLMPAR__THIN_AHEAD; line += 64)
-        for (i = 0; i < columns; i++) LLMPAR__THIN_FETCH(w + i * ld + line);
+    return run->args->segments[at->segment].interleaved && llmpar__gemm_thin_columns(run, at) == run->level.columns;
 }
 
-/* The lanes of sums are rows. */
-static int llmpar__gemm_thin_wide(const llmpar__gemm_thin_run *run) { return run->level.block == 16 && run->rows == 16; }
+static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
+    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
+}
+
+/* First tile of task `share`. */
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
 
 /* sums = c[rows, columns] */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
 {
-    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS], *to = llmpar__gemm_thin_wide(run) ? turned : sums;
     int64_t r;
-    memset(turned, 0, sizeof turned);
-    for (r = 0; r < run->args->m; r++) memcpy(to + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
-    if (to == turned) run->level.turn_16((const char *)turned, LLMPAR__THIN_COLUMNS * sizeof *turned, sums);
+    for (r = 0; r < run->args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
 }
 
 /* c[rows, columns], element c_at of args->c and on, = sums */
 static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const float *sums, int64_t c_at, int64_t columns)
 {
-    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS] __attribute__((aligned(64)));
     int64_t r;
-    if (llmpar__gemm_thin_wide(run)) {
-        run->level.turn_16((const char *)sums, LLMPAR__THIN_ROWS * sizeof *sums, turned);
-        sums = turned;
-    }
     for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
         if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
         else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
+    }
+}
+
+/* The chains of `tiles` tiles go on over the span at `at`; where == the next place of the same tile, if there is `more`. */
+static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t x, float *sums, int more, const llmpar__gemm_thin_place *next, int64_t begin_next, int64_t end)
+{
+    const llmpar_gemm_args *args = run->args;
+    llmpar__gemm_thin_span span;
+    int32_t t;
+    memset(&span, 0, sizeof span);
+    span.k = at.k;
+    span.x = run->x;
+    span.x_k = run->links;
+    span.x_done = x;
+    span.sums = sums;
+    span.rows = run->rows;
+    span.kind = run->kind;
+    span.parts = run->parts ? run->parts : 1;
+    span.ends = run->ends;
+    span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
+    span.ld = span.next_ld = args->segments[at.segment].ldb * run->half.size;
+    span.tile = span.ld * run->level.columns;
+    span.interleaved = llmpar__gemm_thin_interleaved(run, &at);
+    span.tiles = span.interleaved ? tiles : 1;
+    for (t = 0; t < tiles; t += span.tiles, at.tile++, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
+        llmpar__gemm_thin_place then = at;
+        span.w = span.next = llmpar__gemm_thin_address(run, &at);
+        span.columns = llmpar__gemm_thin_columns(run, &at);
+        if (t + span.tiles < tiles) then.tile++;
+        else if (more) then = *next;
+        else if (at.tile + 1 < end || begin_next >= 0) { /* the next tile's first, or the next task's */
+            then.tile = at.tile + 1 < end ? at.tile + 1 : begin_next;
+            then.segment = 0;
+            then.begin = then.k = 0;
+            llmpar__gemm_thin_next(run, &then);
+        }
+        span.next = llmpar__gemm_thin_address(run, &then);
+        span.next_ld = args->segments[then.segment].ldb * run->half.size;
+        run->level.span(&span);
     }
 }
 
@@ -445,59 +459,33 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
-    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
-    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * size, *stack = all + (run->parts ? run->parts : 1) * size;
-    llmpar__gemm_thin_turned turned;
+    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), begin_next = task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : -1; /* where the others are as fast, that task is this thread's */
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
-    turned.of = NULL;
+    int32_t tiles, t;
     memset(&at, 0, sizeof at);
-    for (at.tile = begin; at.tile < end; at.tile++) {
-        int64_t columns, x = 0;
+    for (; begin < end; begin += tiles) {
+        int64_t x = 0, size, c = begin * run->level.columns;
         int32_t piece = 0, depth = 0, done;
         int more;
+        float *stack;
+        tiles = begin + run->group <= end && (begin + run->group) * run->level.columns <= args->n ? run->group : 1;
+        size = tiles * tile_size;
+        stack = all + (run->parts ? run->parts : 1) * size;
+        at.tile = begin;
         at.segment = 0;
         at.begin = at.k = 0;
-        columns = llmpar__gemm_thin_columns(run, &at);
         more = llmpar__gemm_thin_next(run, &at);
-        if (more && at.tile == begin) llmpar__gemm_thin_ask(run, &at, columns);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
-            if (args->accumulate) llmpar__gemm_thin_load(run, (const float *)args->c + at.tile * run->level.columns, columns, sums);
+            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (const float *)args->c + c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
             while (more && args->segments[at.segment].piece == piece) {
-                llmpar__gemm_thin_span span;
-                span.w = llmpar__gemm_thin_address(run, &at);
-                span.ld = args->segments[at.segment].ldb * run->half.size;
-                span.k = at.k;
-                span.x = run->x;
-                span.x_k = run->links;
-                span.x_done = x;
-                span.sums = sums;
-                span.columns = columns;
-                span.rows = run->rows;
-                span.kind = run->kind;
-                span.parts = run->parts ? run->parts : 1;
-                span.ends = run->ends;
-                x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
-                span.next = span.w;
-                span.next_ld = span.ld;
-                span.next_full = 0;
-                span.turned = &turned;
-                if (more || at.tile + 1 < end || task + run->threads < run->shares) {
-                    llmpar__gemm_thin_place then = next;
-                    if (!more) {
-                        then.tile = at.tile + 1 < end ? then.tile + 1 : llmpar__gemm_thin_begin(run, task + run->threads); /* where the others are as fast, this task is this thread's */
-                        then.segment = 0;
-                        then.begin = 0;
-                        llmpar__gemm_thin_next(run, &then);
-                    }
-                    span.next = llmpar__gemm_thin_address(run, &then);
-                    span.next_ld = args->segments[then.segment].ldb * run->half.size;
-                    span.next_full = (more || at.tile + 1 < end) && then.k * run->half.size >= 4 * 64 && llmpar__gemm_thin_columns(run, &then) == run->level.columns;
-                }
-                run->level.span(&span);
+                llmpar__gemm_thin_run_span(run, at, tiles, x, sums, more, &next, begin_next, end);
+                x += llmpar__gemm_thin_links(run, at.k);
                 at = next;
             }
             /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
@@ -507,7 +495,10 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             }
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
-        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0), at.tile * run->level.columns, columns);
+        for (t = 0; t < tiles; t++) {
+            at.tile = begin + t;
+            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+        }
     }
 }
 
@@ -532,11 +523,10 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
 #undef LLMPAR__THIN_FETCH
-#undef LLMPAR__THIN_KEEP
 
 #else
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block) { (void)cpu; (void)dtype; *columns = 0; *block = 8; return NULL; }
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns) { (void)cpu; (void)dtype; *columns = 0; return NULL; }
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }

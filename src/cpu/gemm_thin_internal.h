@@ -7,34 +7,27 @@
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
-/* The first four lines of the tile at `of`, half transposed, in words[half]; NULL: of none. */
-typedef struct llmpar__gemm_thin_turned {
-    float words[2][4][16 * 16] __attribute__((aligned(64)));
-    const char *of;
-    int32_t half;
-} llmpar__gemm_thin_turned;
-
 /* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const float *x;                   /* [blocks of rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4, 8 or 16 rows */
-    float *sums;                      /* [parts][rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [parts][LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    const float *x;                   /* [blocks of 8 rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4 or 8 rows */
+    float *sums;                      /* [parts, part_step floats apart][tiles][rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
-    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
+    int64_t ld, next_ld, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
-    int32_t next_full;                /* `next` is a tile of as many columns as there can be, has four lines or more, and comes after this for certain */
-    llmpar__gemm_thin_turned *turned; /* what this span leaves to the next one; NULL: nothing */
+    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or as llmpar__gemm_thin_tiles says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
+    int64_t tile;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
 
-/* The function for this type at this level, how many columns it takes at most, and how many rows of x are a block, 8 or 16. NULL: there is none. */
-LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block);
+/* The function for this type at this level, and how many columns it takes at most. NULL: there is none. */
+LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns);
 /* How many rows of x stand for `rows`, 1 .. 16: the last block is filled up. */
-static inline int32_t llmpar__gemm_thin_filled(int64_t rows, int32_t block)
+static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 {
-    int32_t last = (int32_t)rows % block;
-    return (int32_t)rows - last + (last > 8 ? 16 : last > 4 ? 8 : last > 1 ? 4 : last);
+    int32_t last = (int32_t)rows % 8;
+    return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 

@@ -44,7 +44,6 @@ typedef struct llmpar__attention_job {
     int64_t ld_dk, ld_dv;
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
     int64_t decode_columns;
-    int32_t decode_block;  /* rows of queries that lie side by side */
     int64_t decode_parts;  /* tasks of a sequence: each takes neighbouring KV heads, whose rows of the cache are read together */
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)

@@ -415,7 +415,7 @@ static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_
 /* q[N,hE] or k, v[N,kE]: weight wq + i, bias bq + i */
 static llmpar_status llmpar__block_head_product(const llmpar__block_half *b, const llmpar_unit_call *call, int i, char *out)
 {
-    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), llmpar__block_param(b, call, LLMPAR__BQ + i), out, call->workspace, call->workspace_bytes);
+    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), 0, llmpar__block_param(b, call, LLMPAR__BQ + i), out, (i ? b->s.k : b->s.h) * b->s.e, call->workspace, call->workspace_bytes);
 }
 
 /* Norms of q and of k (i = 1): over E, a row for each head of each token. */

@@ -30,7 +30,10 @@ typedef struct llmpar__session {
     int32_t *host_ids;             /* [capacity], in staging */
     size_t staging_bytes;
     int32_t unsharded_units;
+    int32_t interleaved;           /* of its weights (llmpar__session_weight): all or none but while they are turned */
 } llmpar__session;
+
+enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back costs as much as 5 to 10 of them, each of which then takes 10 to 40 % less */ };
 
 static llmpar_status llmpar__session_memory(llmpar__session *g)
 {
@@ -100,6 +103,14 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->workspace_bytes = g->workspace_bytes;
 }
 
+/* Whether products of few rows may read all weights as streams: rows, and the pieces of each sum, are whole words. */
+static int llmpar__session_streams(const llmpar__session *g)
+{
+    const llmpar_llama_config *c = &g->model->config;
+    if (!llmpar_device_interleaved_rows(g->device, g->dtype)) return 0;
+    return g->s.size % 4 == 0 || (g->s.d % 2 == 0 && g->s.e % 2 == 0 && c->intermediate % (2 * g->tp.pieces) == 0);
+}
+
 static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
@@ -128,6 +139,14 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         if (w > most) most = w;
         llmpar__session_attention(g, 0, g->capacity - rows, rows, &attention);
         w = g->device->attention_workspace(g->device, &attention);
+        if (w > most) most = w;
+    }
+    for (int32_t i = 0; i < 3 && llmpar__session_streams(g); i++) {
+        llmpar_interleave_args turn;
+        memset(&turn, 0, sizeof turn);
+        turn.k = i == 0 ? s->d : i == 1 ? s->h * s->e : s->f;
+        turn.dtype = g->dtype;
+        w = g->device->interleave_workspace(g->device, &turn);
         if (w > most) most = w;
     }
     return most;
@@ -165,21 +184,6 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     return status;
 }
 
-static void llmpar__session_close(llmpar__session *g)
-{
-    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    if (g->stream) { /* after a failure it may still read what goes now */
-        g->device->synchronize(g->device, g->stream);
-        g->device->stream_destroy(g->device, g->stream);
-    }
-    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    llmpar_arena_free(arena, g->block);
-    llmpar_arena_free(arena, g->cache);
-    llmpar_arena_free(arena, g->workspace);
-    llmpar_heap_free(&g->model->ctx->heap, g->host);
-    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
-}
-
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
 static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
@@ -194,6 +198,83 @@ static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t la
             if (g->model->place[p] >= 0) out[p] = params[first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
     }
     return LLMPAR_OK;
+}
+
+/* The gathered parameters of the head, as those of a layer. */
+static llmpar_status llmpar__session_head_params(const llmpar__session *g, void **norm, void **weight)
+{
+    int32_t head = g->model->unit_count - 1;
+    void *const *p = NULL, *const *table = NULL;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
+    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (status) return status;
+    *norm = p[0];
+    *weight = g->model->config.tied ? table[0] : p[1];
+    return LLMPAR_OK;
+}
+
+/* Weight `i` of those that meet one row of x a token: seven a layer, then the head's. */
+static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i, llmpar_interleave_args *args)
+{
+    static const int params[LLMPAR__SESSION_WEIGHTS] = { LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN };
+    const llmpar__shape *s = &g->s;
+    int64_t n[LLMPAR__SESSION_WEIGHTS] = { s->h * s->e, s->k * s->e, s->k * s->e, s->d, s->f, s->f, s->d };
+    int32_t layer = i / LLMPAR__SESSION_WEIGHTS, which = i % LLMPAR__SESSION_WEIGHTS;
+    void *p[LLMPAR__BLOCK_PARAMS], *norm;
+    memset(args, 0, sizeof *args);
+    args->dtype = g->dtype;
+    args->workspace = g->workspace;
+    args->workspace_bytes = g->workspace_bytes;
+    args->n = layer < g->model->config.layers ? n[which] : s->v;
+    args->k = layer == g->model->config.layers || (which != 3 && which != 6) ? s->d : which == 3 ? s->h * s->e : s->f;
+    if (layer == g->model->config.layers) return llmpar__session_head_params(g, &norm, &args->w);
+    llmpar_status status = llmpar__session_params(g, layer, p);
+    if (!status) args->w = p[params[which]];
+    return status;
+}
+
+/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. */
+static llmpar_status llmpar__session_interleave(llmpar__session *g)
+{
+    int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
+    llmpar_interleave_args args;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < count && !status; i++) {
+        status = llmpar__session_weight(g, i, &args);
+        if (!status && (uintptr_t)args.w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
+    }
+    while (g->interleaved < count && !status) {
+        status = llmpar__session_weight(g, g->interleaved, &args);
+        if (!status) status = g->device->interleave(g->device, g->stream, &args);
+        if (!status) g->interleaved++;
+    }
+    return status;
+}
+
+/* Returns `status`, or if it is none a failure of its own. */
+static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status)
+{
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    if (g->stream) { /* after a failure it may still read what goes now */
+        g->device->synchronize(g->device, g->stream);
+        g->device->stream_destroy(g->device, g->stream);
+    }
+    while (g->interleaved > 0) { /* without a stream: whatever failed, what the weights are is not lost */
+        llmpar_interleave_args args;
+        llmpar_status turned = llmpar__session_weight(g, --g->interleaved, &args);
+        args.back = 1;
+        if (!turned) turned = g->device->interleave(g->device, NULL, &args);
+        if (!status) status = turned;
+    }
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    llmpar_arena_free(arena, g->block);
+    llmpar_arena_free(arena, g->cache);
+    llmpar_arena_free(arena, g->workspace);
+    llmpar_heap_free(&g->model->ctx->heap, g->host);
+    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
+    return status;
 }
 
 /* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
@@ -211,7 +292,7 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     rope.cosine = g->model->cosine;
     rope.sine = g->model->sine;
     rope.dtype = g->dtype;
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, g->interleaved > 0, bias, norm ? g->o : out, rope.ld, g->workspace, g->workspace_bytes);
     if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
@@ -233,15 +314,16 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
     if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
     if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], g->interleaved > 0, p[LLMPAR__BV], v, s->k * s->e, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    row.interleaved = g->interleaved > 0;
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__GATE], g->interleaved > 0, NULL, g->gate, s->f, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__UP], g->interleaved > 0, NULL, g->up, s->f, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -251,6 +333,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
     llmpar__llama_row(&g->tp, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    row.interleaved = g->interleaved > 0;
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
@@ -267,18 +350,14 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    void *const *p = NULL, *const *table = NULL;
+    void *norm = NULL, *weight = NULL;
     llmpar_collective call;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
-    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    llmpar_status status = llmpar__session_head_params(g, &norm, &weight);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, p[0], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, norm, NULL, g->h, g->rstd);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, weight, g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;
     call.recv = g->gathered;
@@ -295,6 +374,23 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
             llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, g->staging + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
     }
     return status;
+}
+
+/* x[1, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
+static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
+{
+    const llmpar__shape *s = &g->s;
+    llmpar_copy_rows_args args;
+    int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
+    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
+    memset(&args, 0, sizeof args);
+    args.rows = words;
+    args.width = args.ld_out = 1;
+    args.size = 4;
+    args.ld_in = row < s->v / together * together ? together : 1; /* the last rows, too few, lie as rows */
+    args.in = (const char *)table + (size_t)(args.ld_in > 1 ? row / together * together * words + row % together : row * words) * 4;
+    args.out = g->x;
+    return g->device->copy_rows(g->device, g->stream, &args);
 }
 
 static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
@@ -317,7 +413,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
     args.table = status ? NULL : table[0];
     args.out = g->x;
     args.dtype = g->dtype;
-    if (!status) status = g->device->embedding(g->device, g->stream, &args);
+    if (!status) status = g->interleaved > 0 && c->tied ? llmpar__session_embed(g, table[0], ids[0] - g->s.v_begin) : g->device->embedding(g->device, g->stream, &args);
     if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
     for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
     return status;
@@ -332,8 +428,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
     if (!status) status = llmpar__session_forward(&g, ids, 0, count);
     if (!status) status = llmpar__session_head(&g, 0, count);
     if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
-    llmpar__session_close(&g);
-    return status;
+    return llmpar__session_close(&g, status);
 }
 
 /* ---- sampling ---- */
@@ -438,6 +533,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         position += n;
         last = n - 1;
     }
+    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
         if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
@@ -449,7 +545,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         status = llmpar__session_forward(&g, ids + *count - 1, position++, 1);
         last = 0;
     }
-    llmpar__session_close(&g);
+    status = llmpar__session_close(&g, status);
     llmpar_heap_free(&model->ctx->heap, order);
     return status;
 }

@@ -393,16 +393,19 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_linear_workspace(const llmpar_llama *mo
     return model->ctx->device->gemm_workspace(model->ctx->device, &args);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, int32_t interleaved, const void *bias, void *out, int64_t ldo, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_segment segments[2];
     llmpar_gemm_args args;
     llmpar__llama_linear_args(model, rows, width, model->dtype, &args, segments);
+    args.segment_count = bias ? 2 : 1;
+    segments[0].interleaved = interleaved;
     segments[0].a = in;
     segments[0].b = w;
     segments[1].a = model->one;
     segments[1].b = bias;
     args.c = out;
+    args.ldc = ldo;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return model->ctx->device->gemm(model->ctx->device, stream, &args);

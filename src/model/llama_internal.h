@@ -87,8 +87,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw);
 /* Where every mesh sums the weights of norms over heads: sum[count] over tp, leaf by leaf. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves);
-/* out[rows, width] = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. */
-LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes);
+/* out[rows, width], rows ldo apart, = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. interleaved: w's rows are, as in llmpar_gemm_segment. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, int32_t interleaved, const void *bias, void *out, int64_t ldo, void *workspace, size_t workspace_bytes);
 LLMPAR__PRIVATE size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype);
 /* Whether sequences of t tokens, or such as grow (0), may run: dynamic RoPE beyond max_positions knows one length. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t);

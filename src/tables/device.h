@@ -30,6 +30,7 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
+    int32_t interleaved; /* 1: b lies in weights whose rows are interleaved (llmpar_interleave_args); ldb is the k of the whole, element (0, k0) of them stands k0 * r elements behind the first. NT, m <= 16 alone; 0: rows */
 } llmpar_gemm_segment;
 
 typedef enum llmpar_gemm_kind { LLMPAR_GEMM_DEFAULT = 0, LLMPAR_GEMM_NT = 1, LLMPAR_GEMM_NN = 2, LLMPAR_GEMM_TN = 3 } llmpar_gemm_kind;
@@ -50,6 +51,10 @@ typedef struct llmpar_gemm_args {
     int accumulate;
     void *workspace; size_t workspace_bytes;
 } llmpar_gemm_args;
+
+/* Weights w[n,k] with their rows interleaved, as products of few rows read them: one stream, and nothing to transpose. A word is 4 bytes: an element of F32, two neighbours of BF16 or F16. Of the first r rows (r is the device's interleaved_rows) come
+   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE. */
+typedef struct llmpar_interleave_args { int64_t n, k; void *w; llmpar_dtype dtype; int back; /* 1: become rows again */ void *workspace; size_t workspace_bytes; } llmpar_interleave_args;
 
 /* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
    `leaves` divides batch: leaf i owns sequences [i*batch/leaves, (i+1)*batch/leaves). */
@@ -284,6 +289,11 @@ struct llmpar_device {
        the caller's to say. Local. */
     llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
     llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
+
+    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Local. */
+    int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
+    llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
+    size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -293,6 +303,8 @@ LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpa
 /* threads_running with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
+/* interleaved_rows with its fallback. Local. */
+LLMPAR_API int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 

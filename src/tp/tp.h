@@ -27,8 +27,8 @@ LLMPAR_API int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains);
 LLMPAR_API int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains);
 
 /* One operand pair of a sum over a sharded dim: a[N, *] and b hold `count` grains of `grain` elements beginning at global grain `begin`; b is [D, *] (NT) or [*, D] (NN). stride: elements between rows.
-   owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
-typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; } llmpar_tp_operand;
+   interleaved: as in llmpar_gemm_segment (NT). owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
+typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; int32_t interleaved; } llmpar_tp_operand;
 
 /* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN.
    out is of llmpar_tp_partial_dtype: the sum type of dtype where other ranks' parts are still to be added, else dtype, rounded once. */
