@@ -132,6 +132,7 @@ typedef struct rank {
     double prompt[PROMPTS], prompt_peak[PROMPTS];                /* seconds, and the peak during them */
     double seconds[MOST_TOKENS], bound[MOST_TOKENS + 1];         /* a token's; reading around it */
     double peak, sampled;                                        /* during the prompt: sum of the samples; seconds that they took */
+    double turning;                                              /* behind the prompt: weights become streams */
     int tokens, samples, prompts;
     kind kinds[MOST_KINDS];
 } rank;
@@ -193,6 +194,14 @@ WRAP(tree_sum, llmpar_tree_sum_args, (void)0)
 WRAP(cast, llmpar_cast_args, (void)0)
 WRAP(embedding, llmpar_embedding_args, if (self && self->before == 0) self->before = bench_now()) /* a prompt begins here: parameters are gathered */
 
+static llmpar_status generate_interleave(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args)
+{
+    double start = bench_now();
+    llmpar_status status = real.interleave(device, stream, args);
+    if (self && !args->back) self->turning += bench_now() - start;
+    return status;
+}
+
 /* All ranks read at once, each with its threads. */
 static llmpar_status generate_token(void *user, int32_t id)
 {
@@ -200,7 +209,7 @@ static llmpar_status generate_token(void *user, int32_t id)
     (void)user;
     (void)id;
     if (self->tokens == 0) { /* the prompt and its first token */
-        self->prompt[self->prompts] = now - self->before - self->sampled;
+        self->prompt[self->prompts] = now - self->before - self->sampled - self->turning;
         self->prompt_peak[self->prompts++] = self->samples ? self->peak / self->samples : 0;
         self->before = self->peak = self->sampled = 0;
         self->samples = 0;
@@ -246,7 +255,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
     for (int32_t u = 0; u < units; u++) unit[u].frozen = 1; /* no f32 masters */
     if (!status) status = llmpar_fsdp_create(mesh, unit, units, &fsdp_desc, &fsdp);
 #define SLOT(name) ctx->device->name = generate_##name;
-    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding)
+    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
     desc.prompt = prompt;
     desc.prompt_count = g->prompt;
@@ -256,7 +265,7 @@ static llmpar_status generate_rank(llmpar_ctx *ctx, void *user)
         status = llmpar_llama_generate(model, fsdp, &desc, ids, &made);
     }
 #define SLOT(name) ctx->device->name = real.name;
-    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding)
+    SLOT(gemm) SLOT(attention) SLOT(rmsnorm) SLOT(rope) SLOT(swiglu) SLOT(add) SLOT(tree_sum) SLOT(cast) SLOT(embedding) SLOT(interleave)
 #undef SLOT
     llmpar_fsdp_destroy(fsdp);
     llmpar_llama_destroy(model);
@@ -295,6 +304,8 @@ static void generate(bench_results *results, generation *g)
     bench_row(results, name, "GB/s", 1e-9, "reading", bench_pairs_of(work, bound, r->tokens - 1), 0.85);
     snprintf(name, sizeof name, "%s %s, %s: tokens a second", g->model, llmpar_dtype_name(g->dtype), layout);
     bench_value(results, name, "1/s", 1 / seconds);
+    snprintf(name, sizeof name, "%s %s, %s: weights into streams and back, tokens", g->model, llmpar_dtype_name(g->dtype), layout);
+    if (r->turning > 0) bench_value(results, name, "", 2 * r->turning / seconds);
     if (g->profile) {
         printf("    of a token's %.3f ms, rank 0:", 1e3 * seconds);
         for (int i = 0; i < MOST_KINDS && r->kinds[i].name; i++) printf("  %s %ld x %.1f us = %.3f ms", r->kinds[i].name, r->kinds[i].calls / (r->tokens - 1), 1e6 * r->kinds[i].seconds / (double)r->kinds[i].calls, 1e3 * r->kinds[i].seconds / (r->tokens - 1));
