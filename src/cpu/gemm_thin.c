@@ -396,8 +396,13 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
+static int64_t llmpar__gemm_thin_groups(const llmpar__gemm_thin_run *run) { return (run->tiles + run->group - 1) / run->group; }
 /* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share)
+{
+    int64_t tile = llmpar_piece_begin(share, llmpar__gemm_thin_groups(run), run->shares) * run->group;
+    return tile < run->tiles ? tile : run->tiles;
+}
 
 /* sums = c[rows, columns] */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
@@ -512,7 +517,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.threads = threads;
-    run.shares = (int32_t)(threads == 1 ? 1 : run.tiles < LLMPAR__THIN_SHARES * threads ? run.tiles : LLMPAR__THIN_SHARES * threads);
+    run.shares = (int32_t)(threads == 1 ? 1 : llmpar__gemm_thin_groups(&run) < LLMPAR__THIN_SHARES * threads ? llmpar__gemm_thin_groups(&run) : LLMPAR__THIN_SHARES * threads);
     if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
