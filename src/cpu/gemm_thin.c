@@ -37,7 +37,7 @@ typedef struct llmpar__gemm_thin_level {
     int64_t columns; /* of a tile */
     int32_t most;    /* rows of x whose chains fit the registers, of one tile: LLMPAR__THIN_MOST */
     llmpar__gemm_thin_fn span;
-    void (*turn)(const char *in, int64_t ld, float *out); /* out[8][8] = in[8][8], rows ld bytes apart; NULL: this level has none */
+    void (*turn)(const char *in, int64_t ld, float *out, int64_t step); /* out[8][8], rows `step` floats apart, = in[8][8], rows ld bytes apart; NULL: this level has none */
 } llmpar__gemm_thin_level;
 
 #if defined(__x86_64__)
@@ -49,7 +49,7 @@ typedef struct llmpar__gemm_thin_level {
 } while (0)
 
 #define LLMPAR__THIN_LOAD_8(r) _mm256_loadu_ps((const float *)(const void *)(in + (r) * ld))
-#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * 8, v)
+#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * step, v)
 #define LLMPAR__THIN_TRANSPOSE_8() \
     __m256 y0, y1, y2, y3, a0, a1, a2, a3, b0, b1, b2, b3; \
     int j = 0; \
@@ -63,7 +63,7 @@ typedef struct llmpar__gemm_thin_level {
     j = 4; \
     LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, b0, b1, b2, b3, LLMPAR__THIN_STORE_8)
 
-__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out, int64_t step) { LLMPAR__THIN_TRANSPOSE_8(); }
 static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_thin_avx_bf16(__m256 word, const int i)
 {
     __m128i low = _mm256_castsi256_si128(_mm256_castps_si256(word)), high = _mm256_extractf128_si256(_mm256_castps_si256(word), 1);
@@ -86,7 +86,7 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #include "cpu/gemm_thin.inc"
 
 #define LLMPAR__THIN_AVX2 target("avx2,fma,f16c")
-__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out, int64_t step) { LLMPAR__THIN_TRANSPOSE_8(); }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_bf16(__m256 word, const int i)
 {
     __m256i bits = _mm256_castps_si256(word);
@@ -120,7 +120,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
 #define LLMPAR__THIN_KEPT(v) __extension__ ({ __m512 t_ = v; __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
 #define LLMPAR__THIN_LINE(r) LLMPAR__THIN_KEPT(_mm512_loadu_ps((const void *)(in + (r) * ld)))
-__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
+__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
     float half[16 * 16] __attribute__((aligned(64)));
     int g;
@@ -132,14 +132,14 @@ __attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx
         _mm512_store_ps((void *)(half + 128 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
         _mm512_store_ps((void *)(half + 192 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
     }
-    for (g = 0; g < 4; g++, out += 64) { /* four words of all rows */
+    for (g = 0; g < 4; g++, out += 4 * step) { /* four words of all rows */
         const float *at = half + g * 64;
         __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(at)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 48));
         __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
         _mm512_store_ps((void *)out, LLMPAR__THIN_SHUFFLE(y0, y1, 0x44));
-        _mm512_store_ps((void *)(out + 16), LLMPAR__THIN_SHUFFLE(y0, y1, 0xee));
-        _mm512_store_ps((void *)(out + 32), LLMPAR__THIN_SHUFFLE(y2, y3, 0x44));
-        _mm512_store_ps((void *)(out + 48), LLMPAR__THIN_SHUFFLE(y2, y3, 0xee));
+        _mm512_store_ps((void *)(out + step), LLMPAR__THIN_SHUFFLE(y0, y1, 0xee));
+        _mm512_store_ps((void *)(out + 2 * step), LLMPAR__THIN_SHUFFLE(y2, y3, 0x44));
+        _mm512_store_ps((void *)(out + 3 * step), LLMPAR__THIN_SHUFFLE(y2, y3, 0xee));
     }
 }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
@@ -205,14 +205,14 @@ static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, 
 
 #else /* aarch64 */
 
-__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out)
+__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
     float32x4_t a = vld1q_f32((const float *)(const void *)in), b = vld1q_f32((const float *)(const void *)(in + ld)), c = vld1q_f32((const float *)(const void *)(in + 2 * ld)), d = vld1q_f32((const float *)(const void *)(in + 3 * ld));
     float32x4x2_t ac = vzipq_f32(a, c), bd = vzipq_f32(b, d), low = vzipq_f32(ac.val[0], bd.val[0]), high = vzipq_f32(ac.val[1], bd.val[1]);
     vst1q_f32(out, low.val[0]);
-    vst1q_f32(out + 4, low.val[1]);
-    vst1q_f32(out + 8, high.val[0]);
-    vst1q_f32(out + 12, high.val[1]);
+    vst1q_f32(out + step, low.val[1]);
+    vst1q_f32(out + 2 * step, high.val[0]);
+    vst1q_f32(out + 3 * step, high.val[1]);
 }
 static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_bf16(float32x4_t word, const int i)
 {
@@ -329,7 +329,7 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
         const llmpar_gemm_segment *segment = &args->segments[s];
         for (row = 0; row < run->rows; row += BLOCK) {
             int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = args->m - row < BLOCK ? (int32_t)args->m - row : (int32_t)BLOCK;
-            void (*turn)(const char *in, int64_t ld, float *out) = rows == BLOCK ? run->level.turn : NULL;
+            void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
                 for (k = 0; k < segment->k; k += 2, out += rows)
@@ -351,7 +351,7 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                     const void *in = llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]);
                     if (in != (const void *)wide[r]) memcpy(wide[r], in, (size_t)count * sizeof(float));
                 }
-                for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out);
+                for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out, BLOCK);
                 for (; i < count; i++)
                     for (r = 0; r < rows; r++) *out++ = wide[r][i];
             }
@@ -440,12 +440,14 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
     span.ld = span.next_ld = args->segments[at.segment].ldb * run->half.size;
     span.tile = span.ld * run->level.columns;
+    span.ahead_step = run->level.columns * 4;
     span.interleaved = llmpar__gemm_thin_interleaved(run, &at);
     span.tiles = span.interleaved ? tiles : 1;
     for (t = 0; t < tiles; t += span.tiles, at.tile++, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
         llmpar__gemm_thin_place then = at;
         span.w = span.next = llmpar__gemm_thin_address(run, &at);
         span.columns = llmpar__gemm_thin_columns(run, &at);
+        span.ahead = span.w + (run->rows == 1 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
         if (t + span.tiles < tiles) then.tile++;
         else if (more) then = *next;
         else if (at.tile + 1 < end || begin_next >= 0) { /* the next tile's first, or the next task's */

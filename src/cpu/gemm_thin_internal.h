@@ -11,10 +11,11 @@ enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLM
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
+    const char *ahead;                /* of interleaved rows: what is fetched with their first word, and ahead_step bytes further with each of the next */
     const float *x;                   /* [blocks of 8 rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4 or 8 rows */
     float *sums;                      /* [parts, part_step floats apart][tiles][rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
-    int64_t ld, next_ld, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
+    int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
     int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or as llmpar__gemm_thin_tiles says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
     int64_t tile;
