@@ -26,7 +26,10 @@ static double product_work(void *user)
     product *p = (product *)user;
     double start;
     if (p->next + p->bytes > p->weights + p->weights_bytes) p->next = p->weights;
-    for (int32_t s = 0; s < p->args.segment_count; s++) p->segments[s].b = p->next + (size_t)s * (size_t)p->segments[0].k * llmpar_dtype_size(p->args.dtype) * (size_t)(p->segments[0].interleaved ? llmpar_device_interleaved_rows(p->device, p->args.dtype) : 1);
+    for (int32_t s = 0; s < p->args.segment_count; s++) {
+        p->segments[s].begin = (int64_t)s * p->segments[0].k;
+        p->segments[s].b = p->next + (p->segments[s].interleaved ? 0 : (size_t)p->segments[s].begin * llmpar_dtype_size(p->args.dtype));
+    }
     p->next += p->bytes;
     start = bench_now();
     if (p->device->gemm(p->device, NULL, &p->args)) { fprintf(stderr, "%s\n", p->device->error->text); exit(1); }

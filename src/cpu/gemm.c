@@ -517,9 +517,9 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
         if (!segment->interleaved) continue;
-        if (args->kind != LLMPAR_GEMM_NT || args->m > 16 || !llmpar__cpu_interleaved_rows(device, args->dtype) || segment->k * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->ldb * (int64_t)llmpar_dtype_size(args->dtype) % 4)
-            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, at most 16 rows, and a type and widths that llmpar_interleave_args knows, got kind %d, m = %lld, %s, k = %lld of %lld", (int)s, (int)args->kind, (long long)args->m,
-                                    llmpar_dtype_name(args->dtype), (long long)segment->k, (long long)segment->ldb);
+        if (args->kind != LLMPAR_GEMM_NT || args->m > 16 || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, at most 16 rows, a type that has such weights, and whole words, got kind %d, m = %lld, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind, (long long)args->m,
+                                    llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;
 }

@@ -292,7 +292,7 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
         const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
         run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
         if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
-            || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size * (segment->interleaved ? run->level.columns : 1)))) run->parts = 0;
+            || (s && (segment->interleaved ? (segment->begin - before->begin) * run->half.size : (int64_t)((uintptr_t)segment->b - (uintptr_t)before->b)) != before->k * run->half.size)) run->parts = 0;
     }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
@@ -393,7 +393,8 @@ static int llmpar__gemm_thin_interleaved(const llmpar__gemm_thin_run *run, const
 static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
     const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
-    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
+    int64_t k = at->begin + (segment->interleaved ? segment->begin : 0);
+    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
 static int64_t llmpar__gemm_thin_groups(const llmpar__gemm_thin_run *run) { return (run->tiles + run->group - 1) / run->group; }

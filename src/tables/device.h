@@ -30,7 +30,8 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
-    int32_t interleaved; /* 1: b lies in weights whose rows are interleaved (llmpar_interleave_args); ldb is the k of the whole, element (0, k0) of them stands k0 * r elements behind the first. NT, m <= 16 alone; 0: rows */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them. NT, m <= 16 alone; 0: rows */
+    int64_t begin;
 } llmpar_gemm_segment;
 
 typedef enum llmpar_gemm_kind { LLMPAR_GEMM_DEFAULT = 0, LLMPAR_GEMM_NT = 1, LLMPAR_GEMM_NN = 2, LLMPAR_GEMM_TN = 3 } llmpar_gemm_kind;

@@ -72,10 +72,10 @@ static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, i
             segment->lda = operand->lda;
             segment->ldb = operand->ldb;
             segment->interleaved = operand->interleaved;
+            segment->begin = operand->interleaved ? skip : 0;
             if (pointers) {
-                int64_t step = kind != LLMPAR_GEMM_NT ? operand->ldb : operand->interleaved ? llmpar_device_interleaved_rows(tp->ctx->device, dtype) : 1;
                 segment->a = (const char *)operand->a + (size_t)skip * size;
-                segment->b = (const char *)operand->b + (size_t)(skip * step) * size;
+                segment->b = (const char *)operand->b + (size_t)(operand->interleaved ? 0 : kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
             }
         }
     }
