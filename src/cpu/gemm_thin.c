@@ -282,9 +282,7 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
-    run->group = 1;
-    for (s = 0; s < args->segment_count && run->rows <= 8; s++)
-        if (args->segments[s].interleaved) run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
+    run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
@@ -514,8 +512,10 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 {
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
-    int32_t threads = llmpar__pool_threads(cpu);
+    int32_t threads = llmpar__pool_threads(cpu), s;
     llmpar__gemm_thin_prepare(&run, cpu, args);
+    for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
+    if (s == args->segment_count) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));

@@ -220,16 +220,18 @@ static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i,
 {
     static const int params[LLMPAR__SESSION_WEIGHTS] = { LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN };
     const llmpar__shape *s = &g->s;
-    int64_t n[LLMPAR__SESSION_WEIGHTS] = { s->h * s->e, s->k * s->e, s->k * s->e, s->d, s->f, s->f, s->d };
+    const int64_t n[LLMPAR__SESSION_WEIGHTS] = { s->h * s->e, s->k * s->e, s->k * s->e, s->d, s->f, s->f, s->d }, k[LLMPAR__SESSION_WEIGHTS] = { s->d, s->d, s->d, s->h * s->e, s->d, s->d, s->f };
     int32_t layer = i / LLMPAR__SESSION_WEIGHTS, which = i % LLMPAR__SESSION_WEIGHTS;
     void *p[LLMPAR__BLOCK_PARAMS], *norm;
     memset(args, 0, sizeof *args);
     args->dtype = g->dtype;
     args->workspace = g->workspace;
     args->workspace_bytes = g->workspace_bytes;
-    args->n = layer < g->model->config.layers ? n[which] : s->v;
-    args->k = layer == g->model->config.layers || (which != 3 && which != 6) ? s->d : which == 3 ? s->h * s->e : s->f;
+    args->n = s->v;
+    args->k = s->d;
     if (layer == g->model->config.layers) return llmpar__session_head_params(g, &norm, &args->w);
+    args->n = n[which];
+    args->k = k[which];
     llmpar_status status = llmpar__session_params(g, layer, p);
     if (!status) args->w = p[params[which]];
     return status;
