@@ -605,8 +605,10 @@ TEST(set_up_without_memory)
     rig_comm = hungry;
     for (starved = 0; starved < 2; starved++)
         for (starve_at = 1; starve_at < 60; starve_at += starve_at < 20 ? 3 : 7) {
+            double begin = test_clock();
             fake_nccl_reset();
             run(2, &desc, several, NULL);
+            if (test_clock() - begin > 4) TEST_FAIL("allocation %d of rank %d: the job took %g s to end", starve_at, starved, test_clock() - begin);
             if (!seen.job) break;
             if (seen.job != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %d of rank %d: %s", starve_at, starved, seen.error.text);
         }

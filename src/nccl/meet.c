@@ -3,7 +3,8 @@
      rank 0   listens -> says where (a file, a broadcast of the transport; an address is known) -> takes hellos until every rank has sent one -> welcome, with NCCL's id, or with the error, to all
      others   look up where -> connect, hello, accept -> wait for the welcome
 
-   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike. */
+   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike; once there
+   is an error, everybody who is there gets it at once and goes. */
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
@@ -18,6 +19,7 @@
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
 #define LLMPAR__NCCL_PORTS 16
 #define LLMPAR__NCCL_AFTER 5.0    /* seconds for which rank 0 tells those who come late of an error */
+#define LLMPAR__NCCL_EXCUSE 30.0  /* .. and for which a rank that cannot take part looks for the others to say so */
 
 /* Where rank 0 is. */
 typedef struct llmpar__nccl_place {
@@ -147,11 +149,12 @@ static void llmpar__nccl_hello_fill(const llmpar__nccl_world *world, llmpar_stat
     hello->fast = world->desc.fast;
     hello->unchecked = world->desc.unchecked;
     hello->one_device = world->desc.one_device;
-    snprintf(hello->device, sizeof hello->device, "%s", world->device->name ? world->device->name : "");
-    if (world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     snprintf(hello->host, sizeof hello->host, "%.63s", world->host);
+    if (world->device && world->device->name) snprintf(hello->device, sizeof hello->device, "%s", world->device->name);
+    if (world->device && world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     if (st) hello->error = *world->error;
     else llmpar_error_clear(&hello->error);
+    if (st) hello->error.status = st;
     hello->error.rank = world->rank;
 }
 
@@ -208,7 +211,13 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     memcpy(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic);
     accept.key = key;
     if (!llmpar__nccl_send_all(fd, &accept, sizeof accept, llmpar__nccl_now() + 5)) return 0;
-    if (hello->rank > 0 && hello->rank < world->ranks) world->peer[hello->rank].told = 1; /* heard of */
+    if (hello->rank > 0 && hello->rank < world->ranks) {
+        world->peer[hello->rank].told = 1; /* heard of */
+        if (hello->error.status && error->status == LLMPAR_OK) { /* before it is compared: it may have no device */
+            *error = hello->error;
+            error->rank = hello->rank;
+        }
+    }
     if (llmpar__nccl_compare(&all[0], hello, error)) {
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
@@ -222,10 +231,6 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "nccl: two processes are rank %d: %s and %s", (int)hello->rank, llmpar__nccl_name(&all[hello->rank], a), llmpar__nccl_name(hello, b));
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
-    }
-    if (hello->error.status && error->status == LLMPAR_OK) {
-        *error = hello->error;
-        error->rank = hello->rank;
     }
     all[hello->rank] = *hello;
     peer->there = 1;
@@ -261,8 +266,9 @@ static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *
 /* Until all are there, the time is up, or an error has been shown to all who came within a while. */
 static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, llmpar_error *error)
 {
-    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0;
+    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0, after = LLMPAR__NCCL_AFTER;
     int waiting = 0;
+    if (error->status) after = limit > 0 && world->desc.deadline < LLMPAR__NCCL_EXCUSE ? world->desc.deadline : LLMPAR__NCCL_EXCUSE;
     for (;;) {
         double now = llmpar__nccl_now();
         int fd, there = 1, heard = 1;
@@ -289,6 +295,10 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         }
         for (int32_t i = 1; i < world->ranks; i++) {
             llmpar__nccl_peer *peer = &world->peer[i];
+            if (error->status && peer->link.fd >= 0) {
+                llmpar__nccl_welcome_one(world, peer->link.fd, error, id);
+                llmpar__nccl_close(&peer->link.fd);
+            }
             if (peer->there && peer->link.fd >= 0 && llmpar__nccl_gone(peer->link.fd)) {
                 llmpar__nccl_close(&peer->link.fd);
                 peer->there = 0;
@@ -299,13 +309,13 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         if (there && !error->status) llmpar__nccl_neighbours(world, all, error);
         if (!error->status && !there && limit > 0 && now > limit) llmpar__nccl_missing(world, error);
         if (error->status && failed <= 0) failed = now;
-        if (there || (error->status && heard) || (failed > 0 && now > failed + LLMPAR__NCCL_AFTER) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
+        if (there || (error->status && heard) || (failed > 0 && now > failed + after) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
         llmpar__nccl_nap(0.002);
     }
     while (waiting > 0) llmpar__nccl_close(&stranger[--waiting].fd);
     for (int32_t i = 1; i < world->ranks; i++) world->peer[i].told = 0;
     for (int32_t i = 1; i < world->ranks; i++)
-        if (world->peer[i].there) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
+        if (world->peer[i].link.fd >= 0) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
 }
 
 static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ctx, llmpar_status st, int32_t nccl, ncclUniqueId *id)
@@ -402,6 +412,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         if (!known) return st ? st : llmpar_error_set(world->error, LLMPAR_ERR_PEER, "nccl: the meeting: rank 0: %s", why[0] ? why : "no address");
     }
     double begin = llmpar__nccl_now(), limit = desc->deadline > 0 ? begin + desc->deadline : begin + 1e9;
+    if (st && limit > begin + LLMPAR__NCCL_EXCUSE) limit = begin + LLMPAR__NCCL_EXCUSE;
     for (int round = 0; fd < 0 && llmpar__nccl_now() < limit; round++) {
         if (desc->file) {
             int file = open(desc->file, O_RDONLY | O_CLOEXEC);
@@ -457,3 +468,4 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
 #undef LLMPAR__NCCL_STRANGERS
 #undef LLMPAR__NCCL_PORTS
 #undef LLMPAR__NCCL_AFTER
+#undef LLMPAR__NCCL_EXCUSE
