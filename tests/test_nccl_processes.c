@@ -4,6 +4,7 @@
 #include "nccl_rig.h"
 #include "ports.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -273,6 +274,35 @@ TEST(a_rank_does_not_come)
     missing = -1;
 }
 
+/* Killed while it waits for rank 2. */
+static void *kills(void *arg)
+{
+    (void)arg;
+    test_sleep(0.5);
+    __atomic_store_n(&seen[1].there, -1, __ATOMIC_SEQ_CST);
+    raise(SIGKILL);
+    return NULL;
+}
+static llmpar_status comes_and_dies(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    pthread_t thread;
+    if (ctx->rank == 1 && pthread_create(&thread, NULL, kills, NULL)) return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "no thread");
+    return llmpar_nccl_comm_create(ctx, device, desc, out);
+}
+TEST(a_process_is_killed_at_the_meeting)
+{
+    char want[160], host[64];
+    missing = 2;
+    rig_comm = comes_and_dies;
+    run(4, NULL, values, NULL);
+    gethostname(host, sizeof host);
+    host[63] = 0;
+    snprintf(want, sizeof want, "nccl: the meeting: rank 1 (%s, pid %ld) has gone away before all ranks had come", host, seen[1].pid);
+    all_say(4, LLMPAR_ERR_TIMEOUT, 1, want);
+    missing = -1;
+    rig_comm = NULL;
+}
+
 typedef struct end { int who, by; } end;
 static llmpar_status ends(llmpar_ctx *ctx, void *user)
 {
@@ -304,7 +334,7 @@ TEST(a_process_is_stopped)
     all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
 }
 
-TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(a_process_is_killed), T_(a_process_is_stopped))
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))
 
 #else
 

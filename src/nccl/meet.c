@@ -4,7 +4,7 @@
      others   look up where -> connect, hello, accept -> wait for the welcome
 
    Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike; once there
-   is an error, everybody who is there gets it at once and goes. */
+   is an error, everybody who is there gets it at once and goes. A rank whose accept has come in time stays on its connection: if that breaks, the rank is gone. */
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
@@ -18,6 +18,7 @@
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
 #define LLMPAR__NCCL_PORTS 16
+#define LLMPAR__NCCL_PATIENCE 3.0 /* seconds for which a rank waits for the answer to its hello, before it tries another way */
 #define LLMPAR__NCCL_AFTER 5.0    /* seconds for which rank 0 tells those who come late of an error */
 #define LLMPAR__NCCL_EXCUSE 30.0  /* .. and for which a rank that cannot take part looks for the others to say so */
 
@@ -30,7 +31,7 @@ typedef struct llmpar__nccl_place {
 
 typedef struct llmpar__nccl_stranger {
     int fd;
-    double since;
+    double since;              /* it has not been here for longer */
     size_t got;
     llmpar__nccl_hello hello;
 } llmpar__nccl_stranger;
@@ -201,8 +202,8 @@ static void llmpar__nccl_welcome_one(const llmpar__nccl_world *world, int fd, co
     llmpar__nccl_send_all(fd, &welcome, sizeof welcome, llmpar__nccl_now() + 5); /* who does not take it is missed soon enough */
 }
 
-/* A hello has come over fd, which is kept (1), or not. */
-static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, llmpar_error *error)
+/* A hello has come over fd, connected since then, which is kept (1), or not. */
+static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, double since, llmpar_error *error)
 {
     llmpar__nccl_accept accept;
     char a[120], b[120];
@@ -233,7 +234,7 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         return 0;
     }
     all[hello->rank] = *hello;
-    peer->there = 1;
+    peer->there = llmpar__nccl_now() < since + LLMPAR__NCCL_PATIENCE / 2 ? 2 : 1; /* 2: it knows for certain that it has been heard */
     peer->link.fd = fd;
     peer->pid = hello->pid;
     snprintf(peer->host, sizeof peer->host, "%.63s", hello->host);
@@ -263,8 +264,8 @@ static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *
     error->rank = 0;
 }
 
-/* Until all are there, the time is up, or an error has been shown to all who came within a while. */
-static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, llmpar_error *error)
+/* Until all are there, the time is up, or an error has been shown to all who came within a while. looked: nobody has connected before. */
+static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, double looked, llmpar_error *error)
 {
     double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0, after = LLMPAR__NCCL_AFTER;
     int waiting = 0;
@@ -274,9 +275,10 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         int fd, there = 1, heard = 1;
         while (waiting < LLMPAR__NCCL_STRANGERS && (fd = llmpar__nccl_accept_one(listener)) >= 0) {
             stranger[waiting].fd = fd;
-            stranger[waiting].since = now;
+            stranger[waiting].since = looked;
             stranger[waiting++].got = 0;
         }
+        looked = now;
         for (int i = 0; i < waiting; i++) {
             llmpar__nccl_stranger *s = &stranger[i];
             size_t left = sizeof s->hello - s->got;
@@ -287,7 +289,7 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
             }
             int known = s->got < sizeof s->hello.magic || !memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic);
             if (left && got == 1 && known && now < s->since + 5) continue;
-            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, error);
+            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
             if (!keep) llmpar__nccl_close(&s->fd);
             if (i < --waiting) *s = stranger[waiting];
@@ -301,6 +303,10 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
             }
             if (peer->there && peer->link.fd >= 0 && llmpar__nccl_gone(peer->link.fd)) {
                 llmpar__nccl_close(&peer->link.fd);
+                if (peer->there == 2) {
+                    llmpar_error_set(error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank %d (%s, pid %lld) has gone away before all ranks had come", (int)i, peer->host, (long long)peer->pid);
+                    error->rank = i;
+                }
                 peer->there = 0;
             }
             there = there && peer->there;
@@ -324,6 +330,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar__nccl_stranger *stranger = (llmpar__nccl_stranger *)llmpar_heap_zalloc(world->heap, LLMPAR__NCCL_STRANGERS, sizeof *stranger);
     llmpar_error error;
     uint64_t key = 0;
+    double listens = llmpar__nccl_now();
     int listener = -1;
     if (!all || !stranger) { /* not even able to say so */
         llmpar_heap_free(world->heap, all);
@@ -338,7 +345,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         error.rank = 0;
     }
     llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
-    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, listens, &error);
     else if (world->desc.file) llmpar__nccl_nap(LLMPAR__NCCL_AFTER); /* the file says why */
     llmpar__nccl_close(&listener);
     if (world->desc.file) unlink(world->desc.file);
@@ -357,7 +364,7 @@ static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello
     int fd = llmpar__nccl_connect(host, port, limit);
     if (fd < 0) return -1;
     double now = llmpar__nccl_now();
-    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + 3) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + 3) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
+    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + LLMPAR__NCCL_PATIENCE) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + LLMPAR__NCCL_PATIENCE) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
         accept.key == hello->key)
         return fd;
     llmpar__nccl_close(&fd);
@@ -467,5 +474,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
 #undef LLMPAR__NCCL_PLACE
 #undef LLMPAR__NCCL_STRANGERS
 #undef LLMPAR__NCCL_PORTS
+#undef LLMPAR__NCCL_PATIENCE
 #undef LLMPAR__NCCL_AFTER
 #undef LLMPAR__NCCL_EXCUSE
