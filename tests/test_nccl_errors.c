@@ -4,6 +4,7 @@
 #include "ports.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -602,18 +603,24 @@ static llmpar_status hungry(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpa
 TEST(set_up_without_memory)
 {
     llmpar_nccl_desc desc = { .deadline = 20 };
+    int in = open("/dev/null", O_RDONLY), stdin_was = dup(0);
     rig_comm = hungry;
+    dup2(in, 0); /* what is zeroed is no connection: nobody closes descriptor 0 */
     for (starved = 0; starved < 2; starved++)
-        for (starve_at = 1; starve_at < 60; starve_at += starve_at < 20 ? 3 : 7) {
+        for (starve_at = 1; starve_at < 60; starve_at++) {
             double begin = test_clock();
             fake_nccl_reset();
             run(2, &desc, several, NULL);
             if (test_clock() - begin > 4) TEST_FAIL("allocation %d of rank %d: the job took %g s to end", starve_at, starved, test_clock() - begin);
+            if (fcntl(0, F_GETFD) < 0) TEST_FAIL("allocation %d of rank %d: descriptor 0 is closed", starve_at, starved);
             if (!seen.job) break;
             if (seen.job != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %d of rank %d: %s", starve_at, starved, seen.error.text);
         }
     CHECK(starve_at > 12 && starve_at < 60);
     rig_comm = NULL;
+    if (stdin_was >= 0) dup2(stdin_was, 0);
+    close(stdin_was);
+    close(in);
 }
 
 static llmpar_status split_hungry(llmpar_ctx *ctx, void *user)

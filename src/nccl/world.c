@@ -44,9 +44,9 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     int there = 1;
     world->peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world->heap, links, sizeof *world->peer);
     world->group_member = (int32_t *)llmpar_heap_zalloc(world->heap, n, sizeof *world->group_member);
+    for (size_t i = 0; world->peer && i < links; i++) world->peer[i].link.fd = -1; /* 0 is somebody's */
     if (!world->peer || !world->group_member) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
     for (size_t i = 0; i < links; i++) {
-        world->peer[i].link.fd = -1;
         world->peer[i].position.rank = (int32_t)i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
         if (world->rank == 0 && i == 0) continue; /* itself */
