@@ -71,7 +71,8 @@ static int llmpar__nccl_all_said_bye(const llmpar__nccl_world *world)
     return 1;
 }
 
-/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. */
+/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. They stay until it has read theirs, which takes long where this rank is far ahead:
+   what a closed connection still holds is lost. */
 static void llmpar__nccl_farewell(llmpar__nccl_world *world)
 {
     double limit = 0;
@@ -82,11 +83,11 @@ static void llmpar__nccl_farewell(llmpar__nccl_world *world)
     if (world->rank) {
         world->ending = 1;
         llmpar__nccl_to_hub(world, LLMPAR__NCCL_BYE, NULL, 0);
-        limit = llmpar__nccl_now() + LLMPAR__NCCL_FAREWELL;
+        if (world->desc.deadline > 0) limit = llmpar__nccl_now() + (world->desc.deadline > LLMPAR__NCCL_FAREWELL ? world->desc.deadline : LLMPAR__NCCL_FAREWELL);
     }
     while (!llmpar__nccl_all_said_bye(world)) {
         double now = llmpar__nccl_now();
-        if (limit <= 0 && world->aborted) limit = (now > world->failed_at ? now : world->failed_at) + LLMPAR__NCCL_FAREWELL;
+        if (world->aborted && (limit <= 0 || limit > now + LLMPAR__NCCL_FAREWELL)) limit = now + LLMPAR__NCCL_FAREWELL;
         if (limit > 0 && now > limit) break;
         llmpar__nccl_await(world, now + 0.1);
     }
