@@ -182,6 +182,17 @@ static llmpar_status llmpar__nccl_compare(const llmpar__nccl_hello *mine, const 
     return LLMPAR_OK;
 }
 
+/* A rank of this meeting, built from another version: as far as every version begins its hello. It could not read an answer. */
+static int llmpar__nccl_foreign(const llmpar__nccl_stranger *s, uint64_t key, llmpar_error *error)
+{
+    const llmpar__nccl_hello *hello = &s->hello;
+    if (s->got < offsetof(llmpar__nccl_hello, slice) || memcmp(hello->magic, LLMPAR__NCCL_MAGIC, sizeof hello->magic) || hello->key != key || (hello->bytes == sizeof *hello && hello->version == LLMPAR_VERSION_NUMBER)) return 0;
+    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "nccl: the meeting: a rank of another build has come to rank 0: version %u and a hello of %u bytes, expected version %u and %u bytes", (unsigned)hello->version, (unsigned)hello->bytes, LLMPAR_VERSION_NUMBER,
+                     (unsigned)sizeof *hello);
+    if (error->rank < 0) error->rank = 0;
+    return 1;
+}
+
 /* Does it speak this build's language, and mean this meeting? */
 static int llmpar__nccl_ours(llmpar__nccl_hello *hello, uint64_t key)
 {
@@ -287,7 +298,7 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
                 got = llmpar__nccl_receive_all(s->fd, (char *)&s->hello + s->got, 1, now);
                 if (got == 1) s->got++, left--;
             }
-            int known = s->got < sizeof s->hello.magic || !memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic);
+            int known = s->got < sizeof s->hello.magic || (!memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic) && !llmpar__nccl_foreign(s, key, error));
             if (left && got == 1 && known && now < s->since + 5) continue;
             if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
