@@ -563,7 +563,11 @@ static void *knocks(void *arg)
         a.sin_port = htons((uint16_t)s->port);
         memset(bytes, s->how == 2 ? 'l' : 0x5a, sizeof bytes);
         if (s->how == 2 || s->how == 4) memcpy(bytes, "llmparN1", 8); /* the right first word */
-        if (s->how == 4) memset(bytes + 8, 0, 92); /* of a hello without size and version, at an address, which has no key */
+        if (s->how == 4) { /* of a hello without size and version; the key is the port */
+            uint64_t key = (uint64_t)s->port;
+            memset(bytes + 8, 0, 92);
+            memcpy(bytes + 16, &key, sizeof key);
+        }
         if (!connect(fd, (struct sockaddr *)&a, sizeof a) && s->how) send(fd, bytes, s->how == 3 ? 20 : s->how == 4 ? 100 : sizeof bytes, MSG_NOSIGNAL);
         if (open_fd[next] >= 0) close(open_fd[next]);
         open_fd[next] = fd;

@@ -57,6 +57,8 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
 #else
 
 static int missing = -1; /* a rank that nobody starts */
+static int stray;        /* 1: the last process is rank 1 of another job of this size, whose port is the one before this job's */
+static int astray;       /* it is this one */
 
 static int world_of(int ranks) { return ranks; }
 
@@ -81,12 +83,13 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
         seen[r].pid = child[r] > 0 ? (long)child[r] : seen[r].pid;
         if (child[r]) continue;
         alarm(30); /* whoever hangs ends */
-        variable("RANK", r);
-        variable("WORLD_SIZE", ranks);
-        variable("LOCAL_RANK", r);
-        variable("LOCAL_WORLD_SIZE", ranks);
+        astray = stray && r == ranks - 1;
+        variable("RANK", astray ? 1 : r);
+        variable("WORLD_SIZE", ranks - stray);
+        variable("LOCAL_RANK", astray ? 1 : r);
+        variable("LOCAL_WORLD_SIZE", ranks - stray);
         setenv("MASTER_ADDR", "127.0.0.1", 1);
-        variable("MASTER_PORT", port);
+        variable("MASTER_PORT", port - astray);
         test_failures = 0;
         take_part(LLMPAR_TRANSPORT_ENVIRONMENT, r, nccl, fn, user);
         fflush(NULL);
@@ -274,6 +277,26 @@ TEST(a_rank_does_not_come)
     missing = -1;
 }
 
+/* Two jobs whose ports are neighbours: who looks for its own rank 0 behind its port does not join the other job. */
+static llmpar_status comes_late(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    if (ctx->rank == 1 && !astray) test_sleep(1);
+    return llmpar_nccl_comm_create(ctx, device, desc, out);
+}
+TEST(neighbouring_jobs)
+{
+    llmpar_nccl_desc desc = { .deadline = 3 };
+    stray = 1;
+    rig_comm = comes_late;
+    run(3, &desc, values, NULL);
+    stray = 0;
+    rig_comm = NULL;
+    CHECK_STATUS(seen[0].status, LLMPAR_OK);
+    CHECK_STATUS(seen[1].status, LLMPAR_OK);
+    CHECK_STATUS(seen[2].status, LLMPAR_ERR_TIMEOUT);
+    CHECK_TEXT(seen[2].error.text, "rank 0 was not to be found");
+}
+
 /* Killed while it waits for rank 2. */
 static void *kills(void *arg)
 {
@@ -334,7 +357,7 @@ TEST(a_process_is_stopped)
     all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
 }
 
-TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(neighbouring_jobs), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))
 
 #else
 

@@ -83,6 +83,7 @@ static llmpar_status llmpar__nccl_address(llmpar__nccl_world *world, const char 
     memset(place, 0, sizeof *place);
     if (!llmpar__nccl_split_address(address, place->hosts, &place->port) || !place->port)
         return llmpar_error_set(world->error, LLMPAR_ERR_CONFIG, "nccl: \"%.200s\" is not an address, expected host:port or [address]:port with a port from 1 to 65535", address);
+    place->key = (uint64_t)place->port; /* of two jobs with neighbouring ports one looks at the other's, too */
     place->ports = LLMPAR__NCCL_PORTS;
     if (place->port + place->ports > 65536) place->ports = 65536 - place->port;
     return LLMPAR_OK;
@@ -103,6 +104,7 @@ static llmpar_status llmpar__nccl_open(llmpar__nccl_world *world, llmpar_ctx *ct
     if (address) {
         llmpar_status read = llmpar__nccl_address(world, address, &place);
         if (read) return st ? st : read;
+        *key = place.key;
         for (int i = 0; i < place.ports && *listener < 0; i++) {
             *listener = llmpar__nccl_listen(place.hosts, place.port + i, &port, &failure);
             if (*listener < 0 && failure != EADDRINUSE) break;
