@@ -268,6 +268,7 @@ LLMPAR_EXTERN_C_END
 
 #include "base/status.c"
 #include "base/heap.c"
+#include "base/clock.c"
 #include "base/processors.c"
 #include "tables/device.c"
 #include "tables/ctx.c"

@@ -68,7 +68,7 @@ static llmpar_status comm_create(const void *user, llmpar_ctx *ctx, llmpar_devic
 
 static llmpar_backend backend_of(rig *r, int with_comm)
 {
-    llmpar_backend backend = { LLMPAR_BACKEND_ABI, sizeof backend, "rig", r, r, device_create, device_destroy, with_comm ? comm_create : NULL, NULL };
+    llmpar_backend backend = { LLMPAR_BACKEND_ABI, sizeof backend, "rig", r, r, device_create, device_destroy, with_comm ? comm_create : NULL, NULL, NULL };
     return backend;
 }
 
@@ -324,5 +324,30 @@ TEST(a_rank_of_the_environment)
     }
 }
 
+/* A rank that does not come to comm_create has its backend say so; the others' comm_create is not this rank's to call. */
+static char said[256];
+static void absent(const void *user, llmpar_ctx *ctx)
+{
+    CHECK(user == said && ctx->rank == 1 && ctx->world == 2 && !ctx->comm);
+    snprintf(said, sizeof said, "%.200s", ctx->error.text);
+}
+static llmpar_status no_device(const void *user, llmpar_ctx *ctx, llmpar_device **out) { return (void)user, (void)out, llmpar_fail(ctx, LLMPAR_ERR_IO, "rank %d's GPU is gone", (int)ctx->rank); }
+static void no_destroy(const void *user, llmpar_device *device) { (void)user, (void)device; }
+TEST(a_rank_of_the_environment_fails_early)
+{
+    setenv("RANK", "1", 1);
+    setenv("WORLD_SIZE", "2", 1);
+    for (int says = 0; says < 2; says++) {
+        llmpar_error error;
+        llmpar_backend backend = { .abi = LLMPAR_BACKEND_ABI, .size = sizeof backend, .comm_user = said, .device_create = no_device, .device_destroy = no_destroy, .comm_create = lend, .comm_absent = says ? absent : NULL };
+        llmpar_launch_desc desc = { .transport = LLMPAR_TRANSPORT_ENVIRONMENT, .backend = &backend, .check = test_no_leak };
+        CHECK_STATUS(llmpar_launch(&desc, alone, NULL, &error), LLMPAR_ERR_IO);
+        CHECK_INT(error.rank, 1);
+        CHECK(!strcmp(error.text, "rank 1's GPU is gone") && !strcmp(said, says ? error.text : ""));
+    }
+    unsetenv("RANK");
+    unsetenv("WORLD_SIZE");
+}
+
 TEST_LIST(T_(device_and_comm_on_every_rank), T_(without_a_backend_the_device_is_the_host), T_(failures_reach_all_ranks), T_(memory_apart_needs_a_communicator), T_(a_backend_that_is_none),
-          T_(places_by_the_environment), T_(the_environment_needs_a_communicator), T_(a_rank_of_the_environment))
+          T_(places_by_the_environment), T_(the_environment_needs_a_communicator), T_(a_rank_of_the_environment), T_(a_rank_of_the_environment_fails_early))

@@ -411,6 +411,24 @@ TEST(decoding_has_the_same_bits)
     decoding(LLMPAR_F32, 16, 1);
 }
 
+/* What serves so many queries and keys serves fewer, as a generation's chunks and tokens have them. */
+TEST(fewer_need_no_more)
+{
+    CUDA_OPEN();
+    for (int draw = 0; draw < 36; draw++) {
+        llmpar_attention_args a;
+        int64_t rows = draw % 2 ? 40 : 5, keys = 300;
+        size_t need = 0;
+        memset(&a, 0, sizeof a);
+        a.batch = 1 + draw / 18; a.tq = rows; a.tk = a.tk_stride = keys; a.kv_heads = draw / 2 % 3 == 2 ? 1 : 2; a.heads = draw / 2 % 3 ? 8 * a.kv_heads : 2; a.head_dim = draw / 6 % 3 ? 64 : 16;
+        a.dtype = draw % 3 ? LLMPAR_BF16 : LLMPAR_F32; a.scale = 0.125;
+        size_t enough = cuda_gpu->attention_workspace(cuda_gpu, &a);
+        for (a.tq = 1; a.tq <= rows && need <= enough; a.tq++)
+            for (a.tk = a.tq; a.tk <= keys && need <= enough; a.tk += 7) need = cuda_gpu->attention_workspace(cuda_gpu, &a);
+        if (need > enough) TEST_FAIL("draw %d: %lld queries need %llu bytes, %lld %llu", draw, (long long)a.tq, (unsigned long long)need, (long long)rows, (unsigned long long)enough);
+    }
+}
+
 /* Two blocks of 128 rows of head_dim 128 have all of what one block may have there. */
 TEST(less_shared_memory)
 {
@@ -456,4 +474,4 @@ TEST(refusals)
     cuda_done();
 }
 
-TEST_LIST(T_(forward_is_the_cpus), T_(backward_is_the_cpus), T_(parts_have_the_same_bits_64), T_(parts_have_the_same_bits_128), T_(parts_have_the_same_bits_f32), T_(odd_groups), T_(decoding_has_the_same_bits), T_(less_shared_memory), T_(refusals), T_(cuda_end))
+TEST_LIST(T_(forward_is_the_cpus), T_(backward_is_the_cpus), T_(parts_have_the_same_bits_64), T_(parts_have_the_same_bits_128), T_(parts_have_the_same_bits_f32), T_(odd_groups), T_(decoding_has_the_same_bits), T_(fewer_need_no_more), T_(less_shared_memory), T_(refusals), T_(cuda_end))

@@ -67,6 +67,9 @@ static void *lay(llmpar_dtype dtype, const double *x, int64_t rows, int64_t k, i
     return out;
 }
 
+/* So many more rows than a call has its workspace is asked for. */
+static int64_t rows_ahead;
+
 /* The call on `device` with rows [i0, i0 + m) of a, [j0, j0 + n) of b and pieces [first, first + pieces); c[m, n] as doubles. start: c before the call, then it accumulates. */
 static void run_part(llmpar_device *device, const product *p, const lying *how, llmpar_dtype out_dtype, const double *start, int64_t i0, int64_t m, int64_t j0, int64_t n, int32_t first, int32_t pieces, double *out)
 {
@@ -95,7 +98,9 @@ static void run_part(llmpar_device *device, const product *p, const lying *how, 
     args.accumulate = start != NULL;
     args.ldc = n + (how->gap ? ops_below(how->gap) : 0);
     args.c = cuda_put(device, out_dtype, start, m, n, args.ldc, how->off);
+    args.m += rows_ahead;
     args.workspace_bytes = device->gemm_workspace(device, &args);
+    args.m = m;
     args.workspace = cuda_put_bytes(device, 1, NULL, 1, (int64_t)args.workspace_bytes, (int64_t)args.workspace_bytes, how->off);
     if (!args.workspace_bytes) args.workspace = NULL;
     CUDA_OK(device->gemm(device, NULL, &args));
@@ -647,4 +652,56 @@ TEST(fast_groups)
     llmpar_cuda_destroy(device);
 }
 
-TEST_LIST(T_(exact_products), T_(exact_aligned), T_(pieces_over_ranks), T_(trees), T_(position), T_(accumulate), T_(exact_bias), T_(zeros), T_(exact_many), T_(refusals), T_(less_shared_memory), T_(fast_products), T_(fast_groups), T_(cuda_end))
+/* What serves a number of rows serves fewer, as the ends of chunks have them: no call is refused, and none writes behind what it was told. */
+TEST(fewer_rows_need_no_more)
+{
+    CUDA_OPEN();
+    llmpar_device *devices[2];
+    devices[0] = cuda_gpu;
+    devices[1] = fast_device(0);
+    for (int draw = 0; draw < 72; draw++) {
+        llmpar_gemm_segment segments[200];
+        llmpar_gemm_args args;
+        llmpar_device *device = devices[draw / 36];
+        memset(segments, 0, sizeof segments);
+        memset(&args, 0, sizeof args);
+        args.segments = segments;
+        args.pieces = draw / 3 % 2 ? 8 : 1;
+        args.segment_count = draw / 6 % 3 == 2 ? 200 : (draw / 6 % 3 + 1) * args.pieces;
+        for (int32_t s = 0; s < args.segment_count; s++) {
+            segments[s].piece = (int32_t)((int64_t)s * args.pieces / args.segment_count);
+            segments[s].k = 96;
+        }
+        args.n = draw % 5 ? 100 : 5000;
+        args.kind = kinds[draw % 3];
+        args.dtype = dtypes[draw / 2 % 3];
+        args.out_dtype = draw / 18 % 2 ? LLMPAR_F32 : args.dtype;
+        for (int64_t most = 16; most <= 4096; most *= 4) {
+            args.m = most;
+            size_t enough = device->gemm_workspace(device, &args), need = 0;
+            for (args.m = 1; args.m < most && need <= enough; args.m++) need = device->gemm_workspace(device, &args);
+            if (need > enough) TEST_FAIL("draw %d: %lld rows need %llu bytes, %lld rows %llu", draw, (long long)args.m - 1, (unsigned long long)need, (long long)most, (unsigned long long)enough);
+        }
+    }
+    for (int draw = 0; draw < 12; draw++) {
+        lying how = {kinds[draw % 3], 0, 0};
+        int64_t m = draw / 3 % 2 ? 1 : 5, n = 40;
+        double *want = ops_zeros(m * n), *got = ops_zeros(m * n);
+        product p;
+        product_begin(&p, dtypes[draw % 3], m, n, 3);
+        for (int32_t s = 0; s < (draw / 6 ? 120 : 6); s++) product_segment(&p, s / (draw / 6 ? 40 : 2), 4);
+        rows_ahead = 0;
+        run(devices[0], &p, &how, p.dtype, NULL, want);
+        rows_ahead = 700;
+        run(devices[0], &p, &how, p.dtype, NULL, got);
+        cuda_same("a larger workspace", got, want, m * n);
+        run(devices[1], &p, &how, p.dtype, NULL, got);
+        rows_ahead = 0;
+        product_end(&p);
+        free(want);
+        free(got);
+    }
+    llmpar_cuda_destroy(devices[1]);
+}
+
+TEST_LIST(T_(exact_products), T_(exact_aligned), T_(pieces_over_ranks), T_(trees), T_(position), T_(accumulate), T_(exact_bias), T_(zeros), T_(exact_many), T_(refusals), T_(less_shared_memory), T_(fast_products), T_(fast_groups), T_(fewer_rows_need_no_more), T_(cuda_end))

@@ -105,6 +105,39 @@ TEST(streams)
         for (int ranks = 2; ranks <= 6; ranks += 2) run(ranks, NULL, two_streams, &threads);
 }
 
+/* ---- a rank that is thousands of calls ahead holds up nobody: the one it waits for, and calls of others with each other, go through ---- */
+
+static int ahead;
+static llmpar_status far_ahead(llmpar_ctx *ctx, void *user)
+{
+    enum { N = 5000 };
+    int from = *(int *)user ? 1 : 0, to = from + 1;
+    llmpar_collective call = { .dtype = LLMPAR_I64, .peer = to, .tag = "ahead" }; /* nothing in it: no data holds the sender back */
+    llmpar_status st = LLMPAR_OK;
+    for (int i = 0; i < N && ctx->rank == from && !st; i++) {
+        st = llmpar_send(ctx->comm, NULL, &call);
+        if (i == 4090) __atomic_store_n(&ahead, 1, __ATOMIC_SEQ_CST);
+    }
+    if (ctx->rank == from) return st;
+    for (double until = test_clock() + 10; !__atomic_load_n(&ahead, __ATOMIC_SEQ_CST) && test_clock() < until;) test_sleep(0.01);
+    test_sleep(*(int *)user == 2 ? 4 : 0.3); /* 4: who is ahead has returned, and is waited for with what it still has to say */
+    if (from && (ctx->rank == to || ctx->rank == 0)) { /* one that rank 0 has not heard of */
+        call.peer = ctx->rank ? 0 : to;
+        st = ctx->rank ? llmpar_send(ctx->comm, NULL, &call) : llmpar_recv(ctx->comm, NULL, &call);
+    }
+    call.peer = from;
+    for (int i = 0; i < N && ctx->rank == to && !st; i++) st = llmpar_recv(ctx->comm, NULL, &call);
+    return st;
+}
+TEST(a_rank_is_far_ahead)
+{
+    llmpar_nccl_desc desc = { .deadline = 20 };
+    for (int how = 0; how < 3; how++) {
+        ahead = 0;
+        run(3, &desc, far_ahead, &how);
+    }
+}
+
 /* ---- options ---- */
 
 static llmpar_status sums(llmpar_ctx *ctx, void *user)
@@ -312,4 +345,4 @@ TEST(the_end)
     for (int fails = 0; fails < 2; fails++) run(4, NULL, finishes, &fails);
 }
 
-TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(splits), T_(streams), T_(in_the_order_of_nccl), T_(values_without_checks), T_(memory), T_(by_address), T_(by_file), T_(nowhere_to_meet), T_(the_end))
+TEST_LIST(T_(values), T_(values_in_parts), T_(values_in_small_slices), T_(splits), T_(streams), T_(a_rank_is_far_ahead), T_(in_the_order_of_nccl), T_(values_without_checks), T_(memory), T_(by_address), T_(by_file), T_(nowhere_to_meet), T_(the_end))

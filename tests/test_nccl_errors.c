@@ -4,6 +4,7 @@
 #include "ports.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -561,8 +562,13 @@ static void *knocks(void *arg)
         a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
         a.sin_port = htons((uint16_t)s->port);
         memset(bytes, s->how == 2 ? 'l' : 0x5a, sizeof bytes);
-        if (s->how == 2) memcpy(bytes, "llmparN1", 8); /* the right first word */
-        if (!connect(fd, (struct sockaddr *)&a, sizeof a) && s->how) send(fd, bytes, s->how == 3 ? 20 : sizeof bytes, MSG_NOSIGNAL);
+        if (s->how == 2 || s->how == 4) memcpy(bytes, "llmparN1", 8); /* the right first word */
+        if (s->how == 4) { /* of a hello without size and version; the key is the port */
+            uint64_t key = (uint64_t)s->port;
+            memset(bytes + 8, 0, 92);
+            memcpy(bytes + 16, &key, sizeof key);
+        }
+        if (!connect(fd, (struct sockaddr *)&a, sizeof a) && s->how) send(fd, bytes, s->how == 3 ? 20 : s->how == 4 ? 100 : sizeof bytes, MSG_NOSIGNAL);
         if (open_fd[next] >= 0) close(open_fd[next]);
         open_fd[next] = fd;
         next = (next + 1) % 8;
@@ -589,6 +595,29 @@ TEST(strangers_on_the_port)
     }
 }
 
+static llmpar_status late_comm(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    if (ctx->rank == 2) test_sleep(0.5);
+    return llmpar_nccl_comm_create(ctx, device, desc, out);
+}
+TEST(a_rank_of_another_build)
+{
+    stranger s = { port_free(), 4, 0 };
+    char address[64];
+    pthread_t thread;
+    snprintf(address, sizeof address, "127.0.0.1:%d", s.port);
+    llmpar_nccl_desc desc = { .address = address };
+    rig_comm = late_comm;
+    fake_nccl_reset();
+    pthread_create(&thread, NULL, knocks, &s);
+    run(3, &desc, several, NULL);
+    __atomic_store_n(&s.stop, 1, __ATOMIC_SEQ_CST);
+    pthread_join(thread, NULL);
+    rig_comm = NULL;
+    CHECK_STATUS(seen.job, LLMPAR_ERR_MISMATCH);
+    CHECK_TEXT(seen.error.text, "a rank of another build has come to rank 0: version 0 and a hello of 0 bytes");
+}
+
 /* ---- without memory ---- */
 
 static int starved, starve_at;
@@ -602,16 +631,24 @@ static llmpar_status hungry(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpa
 TEST(set_up_without_memory)
 {
     llmpar_nccl_desc desc = { .deadline = 20 };
+    int in = open("/dev/null", O_RDONLY), stdin_was = dup(0);
     rig_comm = hungry;
+    dup2(in, 0); /* what is zeroed is no connection: nobody closes descriptor 0 */
     for (starved = 0; starved < 2; starved++)
-        for (starve_at = 1; starve_at < 60; starve_at += starve_at < 20 ? 3 : 7) {
+        for (starve_at = 1; starve_at < 60; starve_at++) {
+            double begin = test_clock();
             fake_nccl_reset();
             run(2, &desc, several, NULL);
+            if (test_clock() - begin > 4) TEST_FAIL("allocation %d of rank %d: the job took %g s to end", starve_at, starved, test_clock() - begin);
+            if (fcntl(0, F_GETFD) < 0) TEST_FAIL("allocation %d of rank %d: descriptor 0 is closed", starve_at, starved);
             if (!seen.job) break;
             if (seen.job != LLMPAR_ERR_MEMORY) TEST_FAIL("allocation %d of rank %d: %s", starve_at, starved, seen.error.text);
         }
     CHECK(starve_at > 12 && starve_at < 60);
     rig_comm = NULL;
+    if (stdin_was >= 0) dup2(stdin_was, 0);
+    close(stdin_was);
+    close(in);
 }
 
 static llmpar_status split_hungry(llmpar_ctx *ctx, void *user)
@@ -638,4 +675,4 @@ TEST(split_without_memory)
 }
 
 TEST_LIST(T_(mismatches), T_(a_rank_returns_without_it), T_(a_message_of_another_size), T_(a_rank_fails), T_(a_rank_is_late), T_(a_connection_breaks), T_(a_rank_falls_silent), T_(nonsense_on_a_connection), T_(drops_of_what_is_not_its_own), T_(lies_on_a_connection),
-          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(set_up_without_memory), T_(split_without_memory))
+          T_(nccl_fails), T_(nccl_init_fails), T_(an_old_nccl), T_(a_gpu_hangs), T_(wrong_ranks), T_(wrong_descriptions), T_(rank_0_cannot_listen), T_(strangers_on_the_port), T_(a_rank_of_another_build), T_(set_up_without_memory), T_(split_without_memory))

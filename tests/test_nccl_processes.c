@@ -4,6 +4,7 @@
 #include "nccl_rig.h"
 #include "ports.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -15,6 +16,13 @@ enum { MOST = 4 };
 typedef struct outcome { int there; llmpar_status status; llmpar_error error; double seconds; long pid; } outcome;
 static outcome *seen;
 
+/* A rank that fails before it comes to the meeting: it gets no device, or no memory at all. */
+static int without_device = -1, without_memory = -1;
+static llmpar_status no_device(const void *user, llmpar_ctx *ctx, llmpar_device **out) { return (void)user, (void)out, llmpar_fail(ctx, LLMPAR_ERR_UNSUPPORTED, "the GPU has fallen off the bus"); }
+static void *no_memory(void *user, size_t bytes) { return (void)user, (void)bytes, NULL; }
+static void nothing_free(void *user, void *memory, size_t bytes) { (void)user, (void)memory, (void)bytes; }
+static const llmpar_allocator poor = { no_memory, nothing_free, NULL };
+
 static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void *user)
 {
     llmpar_backend backend;
@@ -22,6 +30,8 @@ static void take_part(llmpar_transport transport, int rank, const llmpar_nccl_de
     rig_backend(nccl, &backend);
     llmpar_launch_desc desc = { .transport = transport, .backend = &backend, .check = test_no_leak, .log = rig_log, .threads = 1, .deadline = 20 };
     double begin = test_clock();
+    if (rank == without_device) backend.device_create = no_device;
+    if (rank == without_memory) desc.allocator = &poor;
     rig_logged[0] = 0;
     o->status = llmpar_launch(&desc, fn, user, &o->error);
     o->seconds = test_clock() - begin;
@@ -47,6 +57,8 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
 #else
 
 static int missing = -1; /* a rank that nobody starts */
+static int stray;        /* 1: the last process is rank 1 of another job of this size, whose port is the one before this job's */
+static int astray;       /* it is this one */
 
 static int world_of(int ranks) { return ranks; }
 
@@ -71,12 +83,13 @@ static void run(int ranks, const llmpar_nccl_desc *nccl, llmpar_rank_fn fn, void
         seen[r].pid = child[r] > 0 ? (long)child[r] : seen[r].pid;
         if (child[r]) continue;
         alarm(30); /* whoever hangs ends */
-        variable("RANK", r);
-        variable("WORLD_SIZE", ranks);
-        variable("LOCAL_RANK", r);
-        variable("LOCAL_WORLD_SIZE", ranks);
+        astray = stray && r == ranks - 1;
+        variable("RANK", astray ? 1 : r);
+        variable("WORLD_SIZE", ranks - stray);
+        variable("LOCAL_RANK", astray ? 1 : r);
+        variable("LOCAL_WORLD_SIZE", ranks - stray);
         setenv("MASTER_ADDR", "127.0.0.1", 1);
-        variable("MASTER_PORT", port);
+        variable("MASTER_PORT", port - astray);
         test_failures = 0;
         take_part(LLMPAR_TRANSPORT_ENVIRONMENT, r, nccl, fn, user);
         fflush(NULL);
@@ -204,7 +217,52 @@ TEST(ranks_that_do_not_agree)
 #endif
 }
 
+TEST(a_rank_has_no_device)
+{
+    for (without_device = 0; without_device < 3; without_device++) {
+        run(3, NULL, values, NULL);
+        all_say(world_of(3), LLMPAR_ERR_UNSUPPORTED, without_device, "the GPU has fallen off the bus");
+    }
+    without_device = -1;
+}
+
 #ifndef LLMPAR_USE_MPI
+
+/* Rank 0 cannot even listen without: it is missed for the deadline. */
+TEST(a_rank_has_no_memory)
+{
+    for (without_memory = 1; without_memory < 3; without_memory++) {
+        run(3, NULL, values, NULL);
+        all_say(3, LLMPAR_ERR_MEMORY, without_memory, "memory");
+    }
+    without_memory = -1;
+}
+
+/* .. and who cannot take part looks for rank 0 no longer than that. */
+TEST(nobody_to_tell)
+{
+    llmpar_nccl_desc desc = { .deadline = 1 };
+    missing = 0;
+    without_device = 1;
+    run(2, &desc, values, NULL);
+    all_say(2, LLMPAR_ERR_UNSUPPORTED, 1, "the GPU has fallen off the bus");
+    missing = 1;
+    without_device = 0;
+    run(2, &desc, values, NULL);
+    all_say(2, LLMPAR_ERR_UNSUPPORTED, 0, "the GPU has fallen off the bus");
+    missing = without_device = -1;
+}
+
+/* Rank 0 waits for rank 2, to tell it too; who has come does not wait with it. */
+TEST(told_at_once)
+{
+    missing = 2;
+    without_device = 1;
+    run(4, NULL, values, NULL);
+    all_say(4, LLMPAR_ERR_UNSUPPORTED, 1, "the GPU has fallen off the bus");
+    if (seen[3].seconds > 3) TEST_FAIL("rank 3 heard of it after %g s", seen[3].seconds);
+    missing = without_device = -1;
+}
 
 TEST(a_rank_does_not_come)
 {
@@ -217,6 +275,55 @@ TEST(a_rank_does_not_come)
     run(2, &desc, fails, &nobody);
     all_say(2, LLMPAR_ERR_TIMEOUT, -1, "rank 0 was not to be found at 127.0.0.1");
     missing = -1;
+}
+
+/* Two jobs whose ports are neighbours: who looks for its own rank 0 behind its port does not join the other job. */
+static llmpar_status comes_late(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    if (ctx->rank == 1 && !astray) test_sleep(1);
+    return llmpar_nccl_comm_create(ctx, device, desc, out);
+}
+TEST(neighbouring_jobs)
+{
+    llmpar_nccl_desc desc = { .deadline = 3 };
+    stray = 1;
+    rig_comm = comes_late;
+    run(3, &desc, values, NULL);
+    stray = 0;
+    rig_comm = NULL;
+    CHECK_STATUS(seen[0].status, LLMPAR_OK);
+    CHECK_STATUS(seen[1].status, LLMPAR_OK);
+    CHECK_STATUS(seen[2].status, LLMPAR_ERR_TIMEOUT);
+    CHECK_TEXT(seen[2].error.text, "rank 0 was not to be found");
+}
+
+/* Killed while it waits for rank 2. */
+static void *kills(void *arg)
+{
+    (void)arg;
+    test_sleep(0.5);
+    __atomic_store_n(&seen[1].there, -1, __ATOMIC_SEQ_CST);
+    raise(SIGKILL);
+    return NULL;
+}
+static llmpar_status comes_and_dies(const llmpar_nccl_desc *desc, llmpar_ctx *ctx, llmpar_device *device, llmpar_comm **out)
+{
+    pthread_t thread;
+    if (ctx->rank == 1 && pthread_create(&thread, NULL, kills, NULL)) return llmpar_fail(ctx, LLMPAR_ERR_INTERNAL, "no thread");
+    return llmpar_nccl_comm_create(ctx, device, desc, out);
+}
+TEST(a_process_is_killed_at_the_meeting)
+{
+    char want[160], host[64];
+    missing = 2;
+    rig_comm = comes_and_dies;
+    run(4, NULL, values, NULL);
+    gethostname(host, sizeof host);
+    host[63] = 0;
+    snprintf(want, sizeof want, "nccl: the meeting: rank 1 (%s, pid %ld) has gone away before all ranks had come", host, seen[1].pid);
+    all_say(4, LLMPAR_ERR_TIMEOUT, 1, want);
+    missing = -1;
+    rig_comm = NULL;
 }
 
 typedef struct end { int who, by; } end;
@@ -250,10 +357,10 @@ TEST(a_process_is_stopped)
     all_say(3, LLMPAR_ERR_TIMEOUT, 1, "has given no sign of life for 1.5 s");
 }
 
-TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_does_not_come), T_(a_process_is_killed), T_(a_process_is_stopped))
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device), T_(a_rank_has_no_memory), T_(nobody_to_tell), T_(told_at_once), T_(a_rank_does_not_come), T_(neighbouring_jobs), T_(a_process_is_killed_at_the_meeting), T_(a_process_is_killed), T_(a_process_is_stopped))
 
 #else
 
-TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree))
+TEST_LIST(T_(values_of_processes), T_(the_end), T_(a_rank_fails), T_(ranks_that_do_not_agree), T_(a_rank_has_no_device))
 
 #endif

@@ -4,8 +4,8 @@
    thread or that of the call's stream, with stream NULL, as in threads.c; the whole collective is one host call on the stream. The headers of all communicators travel in one order, so calls on
    different streams run one after the other even where these have threads (llmpar_order): compute overlaps with them, they do not with each other.
 
-   Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts
-   go to everybody. */
+   Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal
+   length, then the parts go to everybody. */
 #include "comm/mpi_internal.h"
 
 #include <string.h>
@@ -167,8 +167,8 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
-   never waits for a message that is not yet on its way, however few may be under way. */
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one
+   size: so the rank that is furthest behind never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;

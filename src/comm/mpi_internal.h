@@ -3,6 +3,7 @@
 #ifndef LLMPAR_COMM_MPI_INTERNAL_H
 #define LLMPAR_COMM_MPI_INTERNAL_H
 
+#include "base/clock_internal.h"
 #include "comm/mpi.h"
 #include "tables/halving.h"
 #include "tables/record.h"
@@ -104,7 +105,6 @@ typedef struct llmpar__mpi_comm {
 
 /* World and control (mpi_world.c). */
 
-LLMPAR__PRIVATE double llmpar__mpi_now(void);
 /* Under the lock: receives control messages, sends heartbeats, notices silence. */
 LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
 /* Under the lock: what the calls of inbox[0, count) say about their ranks: inside their call, or out of it. */

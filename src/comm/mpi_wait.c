@@ -33,7 +33,7 @@ typedef struct llmpar__mpi_wait {
 
 static void llmpar__mpi_wait_begin(llmpar__mpi_wait *wait, const llmpar_mpi_world *world)
 {
-    wait->begin = llmpar__mpi_now();
+    wait->begin = llmpar__clock_seconds();
     wait->limit = world->desc.deadline > 0 ? wait->begin + world->desc.deadline : 0;
     wait->looks = 0;
 }
@@ -86,7 +86,7 @@ static llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *
     if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
     llmpar_status st = LLMPAR_OK;
     pthread_mutex_lock(&world->lock);
-    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__mpi_now() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
+    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__clock_seconds() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
     pthread_mutex_unlock(&world->lock);
     return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
 }
@@ -97,7 +97,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar_mpi_world *world = tc->world;
     if (world->aborted) return LLMPAR_ERR_PEER; /* its text comes when the messages are settled */
     int gone = missing >= 0 && world->peer[missing].finished && world->peer[missing].finished_for > LLMPAR__MPI_GONE;
-    int late = wait->limit > 0 && llmpar__mpi_now() >= wait->limit;
+    int late = wait->limit > 0 && llmpar__clock_seconds() >= wait->limit;
     if (!gone && !late) return LLMPAR_OK;
     char what[320], who[1100];
     llmpar__mpi_seen(world, world->met, 0);
@@ -114,13 +114,13 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 {
     llmpar_mpi_world *world = tc->world;
     if (st != LLMPAR_ERR_PEER) llmpar__mpi_failed(tc, st);
-    double limit = llmpar__mpi_now() + LLMPAR__MPI_SETTLE;
+    double limit = llmpar__clock_seconds() + LLMPAR__MPI_SETTLE;
     int done = 0;
     pthread_mutex_lock(&world->lock);
     for (int32_t i = 0; i < count; i++)
         if (request[i] != MPI_REQUEST_NULL && (from ? from[i] >= 0 : i < count / 2)) MPI_Cancel(&request[i]);
     world->draining = 1;
-    while (!done && llmpar__mpi_now() < limit) {
+    while (!done && llmpar__clock_seconds() < limit) {
         llmpar__mpi_look(world);
         done = 1;
         for (int32_t i = 0; i < count; i++) {
@@ -256,7 +256,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
         if (!st && left) {
             llmpar__mpi_look(world);
-            double now = llmpar__mpi_now();
+            double now = llmpar__clock_seconds();
             if (differs == 0 && (odd || (world->aborted && world->failure.status == LLMPAR_ERR_MISMATCH))) differs = now; /* perhaps the other side of it is on its way here */
             if (differs == 0 || now > differs + 0.5) {
                 if (odd) st = llmpar__mpi_mismatch(tc, call, odd);

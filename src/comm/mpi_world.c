@@ -30,13 +30,6 @@
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
 
-LLMPAR__PRIVATE_DEF double llmpar__mpi_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
 static void llmpar__mpi_nap(double seconds)
 {
     struct timespec t;
@@ -87,7 +80,7 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const 
         if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
     }
     if (!first) return;
-    world->failed_at = llmpar__mpi_now();
+    world->failed_at = llmpar__clock_seconds();
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
     llmpar__mpi_tell(world, &world->failed, LLMPAR__MPI_FAILED);
 }
@@ -200,7 +193,7 @@ static void llmpar__mpi_drain(llmpar_mpi_world *world)
 
 LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
 {
-    double now = llmpar__mpi_now(), attention = now - world->last_look;
+    double now = llmpar__clock_seconds(), attention = now - world->last_look;
     world->last_look = now;
     for (int i = 0; i < 1024; i++) {
         int done = 0;
@@ -218,36 +211,13 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
     if (world->draining) llmpar__mpi_drain(world);
 }
 
-static int llmpar__mpi_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return 0;
-#if !defined(__APPLE__)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-#endif
-    int failed = pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-    return !failed;
-}
-
 static void *llmpar__mpi_help(void *arg)
 {
     llmpar_mpi_world *world = (llmpar_mpi_world *)arg;
     pthread_mutex_lock(&world->lock);
     while (!world->stop) {
         llmpar__mpi_look(world);
-        struct timespec until;
-#if defined(__APPLE__)
-        clock_gettime(CLOCK_REALTIME, &until);
-#else
-        clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-        until.tv_nsec += (long)((world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK * 1e9);
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-        pthread_cond_timedwait(&world->wake, &world->lock, &until);
+        llmpar__clock_cond_wait(&world->wake, &world->lock, (world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK);
     }
     pthread_mutex_unlock(&world->lock);
     return NULL;
@@ -451,7 +421,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->rank = (int32_t)rank;
     world->ranks = (int32_t)ranks;
     world->standing = world->dropped = MPI_REQUEST_NULL;
-    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->last_look = world->last_beat = llmpar__clock_seconds();
     world->next_context = 1;
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
@@ -464,14 +434,14 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
     MPI_Comm_set_errhandler(world->control, MPI_ERRORS_RETURN);
     pthread_mutex_init(&world->lock, NULL);
-    llmpar__mpi_cond_init(&world->wake);
+    llmpar__clock_cond_init(&world->wake);
     pthread_mutex_lock(&world->lock);
     llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
     if (st && error->rank < 0) error->rank = world->rank;
     st = llmpar__mpi_agree(world, level, st, error);
     if (!st) llmpar__mpi_neighbours(world);
     if (!st) llmpar__mpi_listen(world);
-    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->last_look = world->last_beat = llmpar__clock_seconds();
     if (st || !world->attended) world->stop = 1;
     pthread_mutex_unlock(&world->lock);
     if (st || world->stop) llmpar__mpi_dismiss(world);
@@ -515,8 +485,8 @@ static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
 
 LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
 {
-    double limit = llmpar__mpi_now() + 1;
-    for (int waiting = world->aborted; waiting && llmpar__mpi_now() < limit;) {
+    double limit = llmpar__clock_seconds() + 1;
+    for (int waiting = world->aborted; waiting && llmpar__clock_seconds() < limit;) {
         waiting = 0;
         for (int32_t i = 0; i < world->ranks; i++)
             if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
@@ -556,11 +526,11 @@ static int llmpar__mpi_sent(llmpar_mpi_world *world)
 LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root)
 {
     pthread_mutex_lock(&world->lock);
-    double called = llmpar__mpi_now();
+    double called = llmpar__clock_seconds();
     if (!(grace > 0)) grace = 3;
     llmpar__mpi_tell(world, &world->finished, LLMPAR__MPI_FINISHED);
     while (!llmpar__mpi_all(world, 0)) {
-        if (world->aborted && llmpar__mpi_now() - (called > world->failed_at ? called : world->failed_at) > grace) break;
+        if (world->aborted && llmpar__clock_seconds() - (called > world->failed_at ? called : world->failed_at) > grace) break;
         if (world->aborted) world->draining = 1;
         llmpar__mpi_idle(world);
     }
@@ -568,9 +538,9 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         world->draining = 1;
         llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
         llmpar__mpi_flush(world);
-        double limit = llmpar__mpi_now() + 10;
+        double limit = llmpar__clock_seconds() + 10;
         int done = 0;
-        while (!done && llmpar__mpi_now() < limit) {
+        while (!done && llmpar__clock_seconds() < limit) {
             llmpar__mpi_idle(world);
             done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
         }

@@ -16,6 +16,8 @@
    further, nobody ever will. */
 #include "comm/threads_internal.h"
 
+#include "base/clock_internal.h"
+
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
@@ -24,13 +26,6 @@
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
-
-static double llmpar__threads_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void llmpar__threads_pause(void)
 {
@@ -50,18 +45,6 @@ static void llmpar__threads_broadcast_all(llmpar_threads_world *world)
     for (llmpar__threads_group *g = world->groups; g; g = g->next) pthread_cond_broadcast(&g->wake);
 }
 
-static int llmpar__threads_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return 0;
-#if !defined(__APPLE__)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-#endif
-    int failed = pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-    return !failed;
-}
-
 LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error)
 {
     *out = NULL;
@@ -78,8 +61,8 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
-        for (int32_t i = 0; i < desc->ranks; i++) llmpar__threads_cond_init(&world->rank[i].turn);
-    llmpar__threads_cond_init(&world->ended);
+        for (int32_t i = 0; i < desc->ranks; i++) llmpar__clock_cond_init(&world->rank[i].turn);
+    llmpar__clock_cond_init(&world->ended);
     if (world->rank && all) {
         for (int32_t i = 0; i < desc->ranks; i++) all[i] = i;
         world->world_group = llmpar__threads_group_create(world, desc->ranks, all, "world");
@@ -140,7 +123,7 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
         if (group->next) group->next->link = &group->next;
         world->groups = group;
         snprintf(group->axis, sizeof group->axis, "%.23s", axis);
-        llmpar__threads_cond_init(&group->wake);
+        llmpar__clock_cond_init(&group->wake);
         group->world_rank = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *group->world_rank);
         group->arrived = (uint32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *group->arrived);
         group->slots = (llmpar__threads_slot *)llmpar_heap_zalloc(heap, 2 * (size_t)ranks, sizeof *group->slots);
@@ -184,7 +167,7 @@ static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error
     world->failure = *error;
     if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
     if (!first) return;
-    world->failed_at = llmpar__threads_now();
+    world->failed_at = llmpar__clock_seconds();
     if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_broadcast_all(world);
@@ -222,7 +205,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *t
         error.rank = tc->world_rank;
         llmpar__threads_fail(world, &error, 0);
     }
-    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    world->rank[tc->world_rank].seen = llmpar__clock_seconds();
     pthread_mutex_unlock(&world->lock);
     return status;
 }
@@ -325,26 +308,11 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
     }
 }
 
-/* Under the lock: until `cond` is signalled, or until llmpar__threads_now() is `limit` (0: for ever), or for nothing. */
+/* Under the lock: until `cond` is signalled, or until llmpar__clock_seconds() is `limit` (0: for ever), or for nothing. */
 static void llmpar__threads_sleep(llmpar_threads_world *world, pthread_cond_t *cond, double limit)
 {
-    struct timespec until;
-    if (!(limit > 0)) {
-        pthread_cond_wait(cond, &world->lock);
-        return;
-    }
-#if defined(__APPLE__)
-    clock_gettime(CLOCK_REALTIME, &until);
-#else
-    clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-    double rest = limit - llmpar__threads_now();
-    if (rest < 0) rest = 0;
-    if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
-    long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
-    until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
-    until.tv_nsec = nanoseconds % 1000000000;
-    pthread_cond_timedwait(cond, &world->lock, &until);
+    if (limit > 0) llmpar__clock_cond_wait(cond, &world->lock, limit - llmpar__clock_seconds());
+    else pthread_cond_wait(cond, &world->lock);
 }
 
 /* Under the lock. */
@@ -352,16 +320,16 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
 {
     llmpar_threads_world *world = tc->world;
     llmpar__threads_group *group = tc->group;
-    double limit = wait->abortable && world->desc.deadline > 0 ? llmpar__threads_now() + world->desc.deadline : 0;
+    double limit = wait->abortable && world->desc.deadline > 0 ? llmpar__clock_seconds() + world->desc.deadline : 0;
     for (;;) {
         if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
         if (wait->abortable) {
             if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
             if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
-            if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
+            if (limit > 0 && llmpar__clock_seconds() >= limit) return LLMPAR__THREADS_LATE;
         }
-        double look = world->threaded ? llmpar__threads_now() + 1 : limit;
+        double look = world->threaded ? llmpar__clock_seconds() + 1 : limit;
         llmpar__threads_sleep(world, &group->wake, limit > 0 && limit < look ? limit : look);
     }
 }
@@ -371,7 +339,7 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
 {
     llmpar_threads_world *world = tc->world;
     llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
-    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    world->rank[tc->world_rank].seen = llmpar__clock_seconds();
     if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_peer(tc, wait->call);
     char what[256], why[64], *who = world->report;
     llmpar_call_print(wait->call, what, sizeof what);
@@ -531,7 +499,7 @@ static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
     llmpar_position p;
     clock_gettime(CLOCK_REALTIME, &t);
     llmpar__threads_position(world, rank, &p);
-    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__threads_now();
+    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__clock_seconds();
     double seen = p.time_ns && age > 0 ? now - age : now;
     return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
 }
@@ -546,7 +514,7 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
             double seen = llmpar__threads_seen(world, rank) + world->desc.deadline;
             limit = world->failed_at + LLMPAR__THREADS_GRACE;
             if (seen > limit) limit = seen;
-            if (llmpar__threads_now() >= limit) break;
+            if (llmpar__clock_seconds() >= limit) break;
         }
         llmpar__threads_sleep(world, &world->ended, limit);
     }

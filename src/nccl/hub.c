@@ -3,7 +3,7 @@
    Calls. Every rank tells rank 0 of each call, as soon as it enqueues it; the first member's stays in a slot until all members have told the same, and the first that tells another is the end of the job, reported by
    both. Nothing waits for the answer: data moves meanwhile, and at worst waits on the GPU for a partner that never comes, until the helpers hear of the mismatch and free it.
    A communicator's collectives are numbered alike on its members; the messages of each pair have numbers of their own. A slot that a rank is still missing from when it has returned is an error too.
-   Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed.
+   Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed. A few are each rank's own: so what others have filled stops nobody that they may be waiting for.
 
    Failures. The first one that rank 0 hears of is the job's. It goes to all, they answer where they are, and when all have, or after a second, everybody gets the whole picture. */
 #include "nccl/nccl.h"
@@ -13,7 +13,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LLMPAR__NCCL_SLOTS 4096
+#define LLMPAR__NCCL_SLOTS 4096 /* for all ranks .. */
+#define LLMPAR__NCCL_OWN 8      /* .. beside these of each */
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
 #define LLMPAR__NCCL_TELL 1.0 /* seconds for which positions are collected */
 
@@ -60,7 +61,7 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
 LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
 {
     size_t bytes = ((size_t)world->ranks + 7) / 8;
-    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
+    world->slots = LLMPAR__NCCL_SLOTS + LLMPAR__NCCL_OWN * world->ranks;
     world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
     world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
     if (!world->slot || !world->here || !llmpar__nccl_context_make(world, NULL, world->ranks)) return 0;
@@ -145,6 +146,7 @@ static void llmpar__nccl_slot_free(llmpar__nccl_world *world, llmpar__nccl_slot 
     if (before < 0) context->oldest = slot->next;
     else world->slot[before].next = slot->next;
     if (context->newest == me) context->newest = before;
+    if (world->peer[slot->first_rank].slots-- > LLMPAR__NCCL_OWN) world->common--;
     slot->next = world->free_slot;
     world->free_slot = me;
 }
@@ -170,11 +172,13 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
     if (world->convicted) return 1;
     if (!context || member < 0 || member >= context->members || context->member[member] != rank) return -1;
     if (ask->from < 0 ? ask->from != -1 || ask->to != -1 : ask->from >= context->members || ask->to < 0 || ask->to >= context->members || (member != ask->from && member != ask->to)) return -1;
-    if (world->free_slot < 0 && (ask->from >= 0 || ask->index > context->highest)) return 0;
+    int room = world->peer[rank].slots < LLMPAR__NCCL_OWN || world->common < LLMPAR__NCCL_SLOTS;
+    if (!room && ask->from < 0 && ask->index > context->highest) return 0;
     llmpar__nccl_slot *slot = llmpar__nccl_slot_of(world, context, ask);
     if (!slot) {
-        if (world->free_slot < 0) return -1; /* a call that all had come to before */
+        if (!room) return ask->from < 0 ? -1 : 0; /* a call that all had come to before; a message that nobody has */
         int32_t me = world->free_slot;
+        if (++world->peer[rank].slots > LLMPAR__NCCL_OWN) world->common++;
         slot = &world->slot[me];
         world->free_slot = slot->next;
         slot->next = -1;
@@ -361,5 +365,6 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
 }
 
 #undef LLMPAR__NCCL_SLOTS
+#undef LLMPAR__NCCL_OWN
 #undef LLMPAR__NCCL_GONE
 #undef LLMPAR__NCCL_TELL

@@ -3,7 +3,8 @@
      rank 0   listens -> says where (a file, a broadcast of the transport; an address is known) -> takes hellos until every rank has sent one -> welcome, with NCCL's id, or with the error, to all
      others   look up where -> connect, hello, accept -> wait for the welcome
 
-   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike. */
+   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike; once there
+   is an error, everybody who is there gets it at once and goes. A rank whose accept has come in time stays on its connection: if that breaks, the rank is gone. */
 #include "nccl/nccl.h"
 #include "nccl/nccl_internal.h"
 
@@ -17,7 +18,9 @@
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
 #define LLMPAR__NCCL_PORTS 16
+#define LLMPAR__NCCL_PATIENCE 3.0 /* seconds for which a rank waits for the answer to its hello, before it tries another way */
 #define LLMPAR__NCCL_AFTER 5.0    /* seconds for which rank 0 tells those who come late of an error */
+#define LLMPAR__NCCL_EXCUSE 30.0  /* .. and for which a rank that cannot take part looks for the others to say so */
 
 /* Where rank 0 is. */
 typedef struct llmpar__nccl_place {
@@ -28,7 +31,7 @@ typedef struct llmpar__nccl_place {
 
 typedef struct llmpar__nccl_stranger {
     int fd;
-    double since;
+    double since;              /* it has not been here for longer */
     size_t got;
     llmpar__nccl_hello hello;
 } llmpar__nccl_stranger;
@@ -80,6 +83,7 @@ static llmpar_status llmpar__nccl_address(llmpar__nccl_world *world, const char 
     memset(place, 0, sizeof *place);
     if (!llmpar__nccl_split_address(address, place->hosts, &place->port) || !place->port)
         return llmpar_error_set(world->error, LLMPAR_ERR_CONFIG, "nccl: \"%.200s\" is not an address, expected host:port or [address]:port with a port from 1 to 65535", address);
+    place->key = (uint64_t)place->port; /* of two jobs with neighbouring ports one looks at the other's, too */
     place->ports = LLMPAR__NCCL_PORTS;
     if (place->port + place->ports > 65536) place->ports = 65536 - place->port;
     return LLMPAR_OK;
@@ -100,6 +104,7 @@ static llmpar_status llmpar__nccl_open(llmpar__nccl_world *world, llmpar_ctx *ct
     if (address) {
         llmpar_status read = llmpar__nccl_address(world, address, &place);
         if (read) return st ? st : read;
+        *key = place.key;
         for (int i = 0; i < place.ports && *listener < 0; i++) {
             *listener = llmpar__nccl_listen(place.hosts, place.port + i, &port, &failure);
             if (*listener < 0 && failure != EADDRINUSE) break;
@@ -147,11 +152,12 @@ static void llmpar__nccl_hello_fill(const llmpar__nccl_world *world, llmpar_stat
     hello->fast = world->desc.fast;
     hello->unchecked = world->desc.unchecked;
     hello->one_device = world->desc.one_device;
-    snprintf(hello->device, sizeof hello->device, "%s", world->device->name ? world->device->name : "");
-    if (world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     snprintf(hello->host, sizeof hello->host, "%.63s", world->host);
+    if (world->device && world->device->name) snprintf(hello->device, sizeof hello->device, "%s", world->device->name);
+    if (world->device && world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     if (st) hello->error = *world->error;
     else llmpar_error_clear(&hello->error);
+    if (st) hello->error.status = st;
     hello->error.rank = world->rank;
 }
 
@@ -178,6 +184,17 @@ static llmpar_status llmpar__nccl_compare(const llmpar__nccl_hello *mine, const 
     return LLMPAR_OK;
 }
 
+/* A rank of this meeting, built from another version: as far as every version begins its hello. It could not read an answer. */
+static int llmpar__nccl_foreign(const llmpar__nccl_stranger *s, uint64_t key, llmpar_error *error)
+{
+    const llmpar__nccl_hello *hello = &s->hello;
+    if (s->got < offsetof(llmpar__nccl_hello, slice) || memcmp(hello->magic, LLMPAR__NCCL_MAGIC, sizeof hello->magic) || hello->key != key || (hello->bytes == sizeof *hello && hello->version == LLMPAR_VERSION_NUMBER)) return 0;
+    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "nccl: the meeting: a rank of another build has come to rank 0: version %u and a hello of %u bytes, expected version %u and %u bytes", (unsigned)hello->version, (unsigned)hello->bytes, LLMPAR_VERSION_NUMBER,
+                     (unsigned)sizeof *hello);
+    if (error->rank < 0) error->rank = 0;
+    return 1;
+}
+
 /* Does it speak this build's language, and mean this meeting? */
 static int llmpar__nccl_ours(llmpar__nccl_hello *hello, uint64_t key)
 {
@@ -198,8 +215,8 @@ static void llmpar__nccl_welcome_one(const llmpar__nccl_world *world, int fd, co
     llmpar__nccl_send_all(fd, &welcome, sizeof welcome, llmpar__nccl_now() + 5); /* who does not take it is missed soon enough */
 }
 
-/* A hello has come over fd, which is kept (1), or not. */
-static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, llmpar_error *error)
+/* A hello has come over fd, connected since then, which is kept (1), or not. */
+static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, double since, llmpar_error *error)
 {
     llmpar__nccl_accept accept;
     char a[120], b[120];
@@ -208,7 +225,13 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     memcpy(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic);
     accept.key = key;
     if (!llmpar__nccl_send_all(fd, &accept, sizeof accept, llmpar__nccl_now() + 5)) return 0;
-    if (hello->rank > 0 && hello->rank < world->ranks) world->peer[hello->rank].told = 1; /* heard of */
+    if (hello->rank > 0 && hello->rank < world->ranks) {
+        world->peer[hello->rank].told = 1; /* heard of */
+        if (hello->error.status && error->status == LLMPAR_OK) { /* before it is compared: it may have no device */
+            *error = hello->error;
+            error->rank = hello->rank;
+        }
+    }
     if (llmpar__nccl_compare(&all[0], hello, error)) {
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
@@ -223,12 +246,8 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
     }
-    if (hello->error.status && error->status == LLMPAR_OK) {
-        *error = hello->error;
-        error->rank = hello->rank;
-    }
     all[hello->rank] = *hello;
-    peer->there = 1;
+    peer->there = llmpar__nccl_now() < since + LLMPAR__NCCL_PATIENCE / 2 ? 2 : 1; /* 2: it knows for certain that it has been heard */
     peer->link.fd = fd;
     peer->pid = hello->pid;
     snprintf(peer->host, sizeof peer->host, "%.63s", hello->host);
@@ -258,19 +277,21 @@ static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *
     error->rank = 0;
 }
 
-/* Until all are there, the time is up, or an error has been shown to all who came within a while. */
-static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, llmpar_error *error)
+/* Until all are there, the time is up, or an error has been shown to all who came within a while. looked: nobody has connected before. */
+static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, double looked, llmpar_error *error)
 {
-    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0;
+    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0, after = LLMPAR__NCCL_AFTER;
     int waiting = 0;
+    if (error->status) after = limit > 0 && world->desc.deadline < LLMPAR__NCCL_EXCUSE ? world->desc.deadline : LLMPAR__NCCL_EXCUSE;
     for (;;) {
         double now = llmpar__nccl_now();
         int fd, there = 1, heard = 1;
         while (waiting < LLMPAR__NCCL_STRANGERS && (fd = llmpar__nccl_accept_one(listener)) >= 0) {
             stranger[waiting].fd = fd;
-            stranger[waiting].since = now;
+            stranger[waiting].since = looked;
             stranger[waiting++].got = 0;
         }
+        looked = now;
         for (int i = 0; i < waiting; i++) {
             llmpar__nccl_stranger *s = &stranger[i];
             size_t left = sizeof s->hello - s->got;
@@ -279,9 +300,9 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
                 got = llmpar__nccl_receive_all(s->fd, (char *)&s->hello + s->got, 1, now);
                 if (got == 1) s->got++, left--;
             }
-            int known = s->got < sizeof s->hello.magic || !memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic);
+            int known = s->got < sizeof s->hello.magic || (!memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic) && !llmpar__nccl_foreign(s, key, error));
             if (left && got == 1 && known && now < s->since + 5) continue;
-            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, error);
+            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
             if (!keep) llmpar__nccl_close(&s->fd);
             if (i < --waiting) *s = stranger[waiting];
@@ -289,8 +310,16 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         }
         for (int32_t i = 1; i < world->ranks; i++) {
             llmpar__nccl_peer *peer = &world->peer[i];
+            if (error->status && peer->link.fd >= 0) {
+                llmpar__nccl_welcome_one(world, peer->link.fd, error, id);
+                llmpar__nccl_close(&peer->link.fd);
+            }
             if (peer->there && peer->link.fd >= 0 && llmpar__nccl_gone(peer->link.fd)) {
                 llmpar__nccl_close(&peer->link.fd);
+                if (peer->there == 2) {
+                    llmpar_error_set(error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank %d (%s, pid %lld) has gone away before all ranks had come", (int)i, peer->host, (long long)peer->pid);
+                    error->rank = i;
+                }
                 peer->there = 0;
             }
             there = there && peer->there;
@@ -299,13 +328,13 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         if (there && !error->status) llmpar__nccl_neighbours(world, all, error);
         if (!error->status && !there && limit > 0 && now > limit) llmpar__nccl_missing(world, error);
         if (error->status && failed <= 0) failed = now;
-        if (there || (error->status && heard) || (failed > 0 && now > failed + LLMPAR__NCCL_AFTER) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
+        if (there || (error->status && heard) || (failed > 0 && now > failed + after) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
         llmpar__nccl_nap(0.002);
     }
     while (waiting > 0) llmpar__nccl_close(&stranger[--waiting].fd);
     for (int32_t i = 1; i < world->ranks; i++) world->peer[i].told = 0;
     for (int32_t i = 1; i < world->ranks; i++)
-        if (world->peer[i].there) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
+        if (world->peer[i].link.fd >= 0) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
 }
 
 static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ctx, llmpar_status st, int32_t nccl, ncclUniqueId *id)
@@ -314,6 +343,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar__nccl_stranger *stranger = (llmpar__nccl_stranger *)llmpar_heap_zalloc(world->heap, LLMPAR__NCCL_STRANGERS, sizeof *stranger);
     llmpar_error error;
     uint64_t key = 0;
+    double listens = llmpar__nccl_now();
     int listener = -1;
     if (!all || !stranger) { /* not even able to say so */
         llmpar_heap_free(world->heap, all);
@@ -328,7 +358,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         error.rank = 0;
     }
     llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
-    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, listens, &error);
     else if (world->desc.file) llmpar__nccl_nap(LLMPAR__NCCL_AFTER); /* the file says why */
     llmpar__nccl_close(&listener);
     if (world->desc.file) unlink(world->desc.file);
@@ -347,7 +377,7 @@ static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello
     int fd = llmpar__nccl_connect(host, port, limit);
     if (fd < 0) return -1;
     double now = llmpar__nccl_now();
-    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + 3) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + 3) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
+    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + LLMPAR__NCCL_PATIENCE) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + LLMPAR__NCCL_PATIENCE) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
         accept.key == hello->key)
         return fd;
     llmpar__nccl_close(&fd);
@@ -402,6 +432,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         if (!known) return st ? st : llmpar_error_set(world->error, LLMPAR_ERR_PEER, "nccl: the meeting: rank 0: %s", why[0] ? why : "no address");
     }
     double begin = llmpar__nccl_now(), limit = desc->deadline > 0 ? begin + desc->deadline : begin + 1e9;
+    if (st && limit > begin + LLMPAR__NCCL_EXCUSE) limit = begin + LLMPAR__NCCL_EXCUSE;
     for (int round = 0; fd < 0 && llmpar__nccl_now() < limit; round++) {
         if (desc->file) {
             int file = open(desc->file, O_RDONLY | O_CLOEXEC);
@@ -456,4 +487,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
 #undef LLMPAR__NCCL_PLACE
 #undef LLMPAR__NCCL_STRANGERS
 #undef LLMPAR__NCCL_PORTS
+#undef LLMPAR__NCCL_PATIENCE
 #undef LLMPAR__NCCL_AFTER
+#undef LLMPAR__NCCL_EXCUSE

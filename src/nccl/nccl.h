@@ -31,7 +31,7 @@ typedef struct llmpar_nccl_desc {
 LLMPAR_API llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out);
 /* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or it is known who has failed; *root: the job's failure, status OK: none. Collective. */
 LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
-/* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish. desc (borrowed until launch returns, NULL: defaults). Local. */
+/* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish, comm_absent. desc (borrowed until launch returns, NULL: defaults). Local. */
 LLMPAR_API void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out);
 
 #endif

@@ -88,6 +88,7 @@ typedef struct llmpar__nccl_peer {
     char host[64];
     double silent;             /* seconds of this rank's own attention without a sign of life */
     int32_t there, finished, bye, dead, told;
+    int32_t slots;             /* of calls that it came to first, and not all have come to */
 } llmpar__nccl_peer;
 
 /* A call that some members of a communicator have not come to yet. Rank 0's. */
@@ -143,7 +144,8 @@ typedef struct llmpar__nccl_world {
     /* rank 0's */
     llmpar__nccl_slot *slot;   /* [slots] */
     unsigned char *here;
-    int32_t slots, free_slot;  /* -1: none is free */
+    int32_t slots, free_slot;  /* never without one that a rank may have */
+    int32_t common;            /* slots in use that are no rank's own */
     llmpar__nccl_context *contexts;
     uint64_t next_context;
     int32_t convicted, waiting_for_told, closing;

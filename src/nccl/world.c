@@ -44,9 +44,9 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     int there = 1;
     world->peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world->heap, links, sizeof *world->peer);
     world->group_member = (int32_t *)llmpar_heap_zalloc(world->heap, n, sizeof *world->group_member);
+    for (size_t i = 0; world->peer && i < links; i++) world->peer[i].link.fd = -1; /* 0 is somebody's */
     if (!world->peer || !world->group_member) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
     for (size_t i = 0; i < links; i++) {
-        world->peer[i].link.fd = -1;
         world->peer[i].position.rank = (int32_t)i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
         if (world->rank == 0 && i == 0) continue; /* itself */
@@ -71,7 +71,8 @@ static int llmpar__nccl_all_said_bye(const llmpar__nccl_world *world)
     return 1;
 }
 
-/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. */
+/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. They stay until it has read theirs, which takes long where this rank is far ahead:
+   what a closed connection still holds is lost. */
 static void llmpar__nccl_farewell(llmpar__nccl_world *world)
 {
     double limit = 0;
@@ -82,11 +83,11 @@ static void llmpar__nccl_farewell(llmpar__nccl_world *world)
     if (world->rank) {
         world->ending = 1;
         llmpar__nccl_to_hub(world, LLMPAR__NCCL_BYE, NULL, 0);
-        limit = llmpar__nccl_now() + LLMPAR__NCCL_FAREWELL;
+        if (world->desc.deadline > 0) limit = llmpar__nccl_now() + (world->desc.deadline > LLMPAR__NCCL_FAREWELL ? world->desc.deadline : LLMPAR__NCCL_FAREWELL);
     }
     while (!llmpar__nccl_all_said_bye(world)) {
         double now = llmpar__nccl_now();
-        if (limit <= 0 && world->aborted) limit = (now > world->failed_at ? now : world->failed_at) + LLMPAR__NCCL_FAREWELL;
+        if (world->aborted && (limit <= 0 || limit > now + LLMPAR__NCCL_FAREWELL)) limit = now + LLMPAR__NCCL_FAREWELL;
         if (limit > 0 && now > limit) break;
         llmpar__nccl_await(world, now + 0.1);
     }
@@ -356,6 +357,26 @@ static llmpar_status llmpar__nccl_open_world(llmpar__nccl_comm *tc, ncclUniqueId
     return st ? llmpar__nccl_failed(tc, st) : LLMPAR_OK;
 }
 
+/* This rank has no part in the world, and ctx->error says why: tells the others where they meet. With as little memory as may be: on other ranks than 0 none. */
+static llmpar_status llmpar__nccl_excuse(llmpar_ctx *ctx, const llmpar_nccl_desc *desc)
+{
+    llmpar__nccl_world world;
+    ncclUniqueId id;
+    memset(&world, 0, sizeof world);
+    memset(&id, 0, sizeof id);
+    world.heap = &ctx->heap;
+    world.error = &ctx->error;
+    world.rank = ctx->rank;
+    world.ranks = ctx->world;
+    llmpar__nccl_own_host(world.host, sizeof world.host);
+    llmpar__nccl_resolve(&world, desc);
+    if (world.rank == 0) world.peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world.heap, (size_t)world.ranks, sizeof *world.peer);
+    for (int32_t i = 0; world.peer && i < world.ranks; i++) world.peer[i].link.fd = -1;
+    if (world.rank || world.peer) llmpar__nccl_meet(&world, ctx, ctx->error.status, 0, &id);
+    llmpar_heap_free(world.heap, world.peer);
+    return ctx->error.status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out)
 {
     llmpar__nccl_world *world = llmpar__nccl_world_make(ctx, device);
@@ -363,13 +384,16 @@ LLMPAR_DEF llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device 
     ncclUniqueId id;
     int version = 0;
     *out = NULL;
-    if (!world) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "nccl: out of memory");
+    if (!world) {
+        llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "nccl: out of memory");
+        return llmpar__nccl_excuse(ctx, desc);
+    }
     memset(&id, 0, sizeof id);
     llmpar_status st = llmpar__nccl_resolve(world, desc);
     llmpar_status there = llmpar__nccl_furnish(world);
-    if (there) { /* not even able to say so */
+    if (there) {
         llmpar__nccl_release(world);
-        return there;
+        return llmpar__nccl_excuse(ctx, desc);
     }
     if (!st && (device->size < offsetof(llmpar_device, native_stream) + sizeof device->native_stream || !device->native_stream))
         st = llmpar_error_set(world->error, LLMPAR_ERR_UNSUPPORTED, "nccl: device %s has no streams that NCCL could use (native_stream)", device->name);
@@ -420,6 +444,8 @@ static void llmpar__nccl_backend_finish(const void *user, llmpar_comm *comm, llm
     llmpar_nccl_comm_finish(comm, root);
 }
 
+static void llmpar__nccl_backend_absent(const void *user, llmpar_ctx *ctx) { llmpar__nccl_excuse(ctx, (const llmpar_nccl_desc *)user); }
+
 LLMPAR_DEF void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out)
 {
     out->abi = LLMPAR_BACKEND_ABI;
@@ -427,6 +453,7 @@ LLMPAR_DEF void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend
     out->comm_user = desc;
     out->comm_create = llmpar__nccl_backend_create;
     out->comm_finish = llmpar__nccl_backend_finish;
+    out->comm_absent = llmpar__nccl_backend_absent;
 }
 
 #undef LLMPAR__NCCL_FAREWELL

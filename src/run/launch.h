@@ -10,7 +10,7 @@
 
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads.
    ENVIRONMENT: processes that torchrun or a like launcher has started: this one is rank RANK of WORLD_SIZE, with LOCAL_RANK and LOCAL_WORLD_SIZE on its machine, and meets the others at MASTER_ADDR:MASTER_PORT. It has no communicator of its own (ctx->host_comm is
-   NULL): a backend makes the only one. A rank that fails tells the others through that; one that fails before it has it is missed where they meet. */
+   NULL): a backend makes the only one. A rank that fails tells the others through that; one that fails before it has it, where they meet (comm_absent). */
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2, LLMPAR_TRANSPORT_ENVIRONMENT = 3 } llmpar_transport;
 
 /* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.

@@ -118,7 +118,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
 
     uint64_t state = llmpar__launch_float_state();
     st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
-    if (!st) st = llmpar__launch_furnish(&ctx, desc.backend);
+    st = st ? llmpar__launch_absent(&ctx, desc.backend, st) : llmpar__launch_furnish(&ctx, desc.backend);
     if (!st) st = llmpar__launch_agree(&ctx);
     if (!st) st = fn(&ctx, user);
     if (st) {

@@ -37,6 +37,12 @@ static llmpar_status llmpar__launch_all_here(llmpar_ctx *ctx)
     return st ? st : synchronized;
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st)
+{
+    if (!ctx->host_comm && ctx->world > 1 && backend->comm_absent) backend->comm_absent(backend->comm_user, ctx);
+    return st;
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend)
 {
     llmpar_status st = LLMPAR_OK;
@@ -45,11 +51,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const 
     if (backend && backend->device_create) {
         device = NULL;
         st = backend->device_create(backend->device_user, ctx, &device);
-        if (st) return llmpar_fail(ctx, st, "launch: backend %s: no device for rank %d: %s", name, (int)ctx->rank, llmpar_status_string(st)); /* unless it has said more */
+        if (st) return llmpar__launch_absent(ctx, backend, llmpar_fail(ctx, st, "launch: backend %s: no device for rank %d: %s", name, (int)ctx->rank, llmpar_status_string(st))); /* unless it has said more */
         ctx->device = device;
         if (device->abi != LLMPAR_DEVICE_ABI || device->size < LLMPAR__LAUNCH_END(llmpar_device, square_sum))
-            return llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", name, (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI,
-                               (unsigned long)LLMPAR__LAUNCH_END(llmpar_device, square_sum));
+            return llmpar__launch_absent(ctx, backend, llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", name, (unsigned)device->abi, (unsigned)device->size,
+                                                                   LLMPAR_DEVICE_ABI, (unsigned long)LLMPAR__LAUNCH_END(llmpar_device, square_sum)));
     }
     ctx->device = device;
     if (backend && backend->comm_create) {

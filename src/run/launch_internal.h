@@ -15,6 +15,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, l
 LLMPAR__PRIVATE llmpar_status llmpar__launch_backend_check(const llmpar_backend *backend, llmpar_error *error);
 /* ctx has host and host_comm (NULL: the transport has none). Makes device and comm: the backend's, or these. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend);
+/* This rank has failed with st (ctx->error) before it came to where the backend makes the communicator: tells the others there, if the transport cannot. Returns st. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st);
 /* Destroys what a ctx has of comm, device, host_comm and host, in this order. */
 LLMPAR__PRIVATE void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend *backend);
 /* All ranks compute alike, or all say who does not. */

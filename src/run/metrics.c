@@ -5,19 +5,11 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/math.h"
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
-
-LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 
 /* Metrics to stdout; progress in place on stderr, if that is a terminal. */
 static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *line)
@@ -205,10 +197,10 @@ static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int produc
     for (int i = 0; i <= tries && !status; i++) {
         status = llmpar_comm_barrier(ctx->comm, p->stream, "peak");
         if (!status) status = device->synchronize(device, p->stream);
-        double begin = llmpar__run_seconds();
+        double begin = llmpar__clock_seconds();
         for (int k = 0; k < products && !status; k++) status = device->gemm(device, p->stream, &p->args);
         if (!status) status = device->synchronize(device, p->stream);
-        double seconds = (llmpar__run_seconds() - begin) / products + 1e-9;
+        double seconds = (llmpar__clock_seconds() - begin) / products + 1e-9;
         if (i > 0 && seconds < p->seconds) p->seconds = seconds;
     }
     if (p->stream) {

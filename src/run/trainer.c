@@ -113,7 +113,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
-    double begin = llmpar__run_seconds();
+    double begin = llmpar__clock_seconds();
     step.step = t->steps + 1;
     step.lr = llmpar_lr(&t->lr, step.step);
     step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
@@ -163,7 +163,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.grad_norm = run.grad_norm;
     step.skipped = run.skipped || run.found_inf;
     step.found_inf = run.found_inf;
-    step.seconds = llmpar__run_seconds() - begin;
+    step.seconds = llmpar__clock_seconds() - begin;
     llmpar__trainer_rates(t, &step);
     if (t->count_only) return LLMPAR_OK;
     if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);

@@ -2,6 +2,7 @@
 #ifndef LLMPAR_TRAINER_INTERNAL_H
 #define LLMPAR_TRAINER_INTERNAL_H
 
+#include "base/clock_internal.h"
 #include "io/file.h"
 #include "model_io/checkpoint.h"
 #include "run/trainer.h"
@@ -43,7 +44,6 @@ struct llmpar_trainer {
     llmpar_memory memory;
 };
 
-LLMPAR__PRIVATE double llmpar__run_seconds(void); /* monotonic */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_open(llmpar_trainer *trainer);
 LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 /* Console line, progress line and log line of a step; world rank 0. */

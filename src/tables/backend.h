@@ -21,6 +21,8 @@ typedef struct llmpar_backend {
     /* This rank's function has returned (its failure, if any, was told by comm->abort). Waits until every rank's has, or it is known who has failed; *root: the job's failure, the same on all ranks that can be reached, status OK
        if none. Called by launches whose ranks have no other way to tell each other, and by any of a rank that hears of another's failure through the communicator. Empty: there is none. Not collective after a failure. */
     void (*comm_finish)(const void *comm_user, llmpar_comm *comm, llmpar_error *root);
+    /* This rank has failed before it could come to comm_create (no device), and ctx->error says why: tells those who wait for it there. Called by launches whose ranks have no other way to tell each other. Empty: it is missed there. */
+    void (*comm_absent)(const void *comm_user, llmpar_ctx *ctx);
 } llmpar_backend;
 
 #endif
