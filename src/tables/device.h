@@ -228,12 +228,12 @@ struct llmpar_device {
 
     /* operations */
     llmpar_status (*gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k. On the CPU enough for a smaller m too, as chunks' ends have it */
+    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k. Enough for a smaller m too, as chunks' ends have it */
     llmpar_status (*rmsnorm)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
     llmpar_status (*rmsnorm_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
     llmpar_status (*rope)(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
     llmpar_status (*attention)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
-    size_t (*attention_workspace)(llmpar_device *device, const llmpar_attention_args *args);
+    size_t (*attention_workspace)(llmpar_device *device, const llmpar_attention_args *args); /* enough for smaller tq and tk too */
     llmpar_status (*attention_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
     size_t (*attention_backward_workspace)(llmpar_device *device, const llmpar_attention_backward_args *args);
     llmpar_status (*swiglu)(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
