@@ -246,7 +246,7 @@ test-tsan:
 build/aarch64/train_llama build/musl/train_llama: build/%/train_llama: examples/train_llama.c build/%/llmpar.o
 	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 $(DEBUG) -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_attention test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
+AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_interleave test_attention test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
 MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_fsdp_fail test_safetensors test_hf test_model)
 
 test-aarch64:
@@ -255,10 +255,10 @@ test-aarch64-portable:
 	@tests/need.sh aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu -- tests/need.sh qemu-aarch64 qemu-user -- $(MAKE) --no-print-directory run-ported SUITE='test_gemm test_ops' PORT=aarch64_portable RUNNER=qemu-aarch64
 # The level avx512bf16 on a processor that has AVX-512 but no BF16 units.
 test-bf16:
-	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_half test_half_products test_tp test_model test_launch)'
+	@$(MAKE) --no-print-directory run-bf16 SUITE='$(or $(TEST),test_cpu test_gemm test_interleave test_generate test_half test_half_products test_tp test_model test_launch)'
 
 # The AVX2 path of the kernels, as valgrind sees it.
-VALGRIND := test_kernels test_elementwise test_half test_ops test_gemm test_attention
+VALGRIND := test_kernels test_elementwise test_half test_ops test_gemm test_interleave test_attention
 build-valgrind: $(VALGRIND:%=build/plain/%)
 test-valgrind:
 	@tests/need.sh valgrind valgrind -- $(MAKE) --no-print-directory run-valgrind

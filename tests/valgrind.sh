@@ -38,6 +38,8 @@ test_ops embedding
 test_ops xent
 test_gemm special
 test_gemm empty
+test_interleave layout
+test_interleave refusals
 test_attention odd_groups
 test_attention refusals'
 echo "$tests" | awk '{ print NR ":" $0 }' | tr '\n' '\0' | xargs -0 -P "$jobs" -n 1 "$0" "$folder" --one
