@@ -128,6 +128,8 @@ TEST(layout)
             for (int i = 0; i < (int)(sizeof n / sizeof n[0]); i++)
                 for (int j = 0; j < (int)(sizeof words / sizeof words[0]); j++) check_layout(&m, dtype, r, n[i], words[j] * 4 / (int64_t)llmpar_dtype_size(dtype));
             CHECK_OK(turn(&m, 0, 64, NULL, dtype, 0));
+            CHECK_OK(turn(&m, 64, 0, NULL, dtype, 0));
+            CHECK_OK(turn(&m, 64, 0, NULL, dtype, 1));
             for (int round = 0; round < test_rounds(20); round++) check_layout(&m, dtype, r, below(9 * r), (1 + below(700)) * 4 / (int64_t)llmpar_dtype_size(dtype));
         }
         machine_end(&m);

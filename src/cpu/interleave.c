@@ -59,7 +59,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_interleave(llmpar_device *device, 
         job.rows = rows;
         job.words = bytes / 4;
         job.back = args->back;
-        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__interleave_task, &job, args->n / rows);
+        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__interleave_task, &job, bytes ? args->n / rows : 0);
     }
 #endif
     return LLMPAR_OK;

@@ -54,7 +54,7 @@ typedef struct llmpar_gemm_args {
 } llmpar_gemm_args;
 
 /* Weights w[n,k] with their rows interleaved, as products of few rows read them: one stream, and nothing to transpose. A word is 4 bytes: an element of F32, two neighbours of BF16 or F16. Of the first r rows (r is the device's interleaved_rows) come
-   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE. */
+   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT. */
 typedef struct llmpar_interleave_args { int64_t n, k; void *w; llmpar_dtype dtype; int back; /* 1: become rows again */ void *workspace; size_t workspace_bytes; } llmpar_interleave_args;
 
 /* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
