@@ -230,7 +230,6 @@ LLMPAR__VINLINE llmpar__bits_avx2 llmpar__v_root_avx2(llmpar__bits_avx2 t)
     const llmpar__bits_avx2 root = { LLMPAR__VROOTS };
     return (llmpar__bits_avx2)_mm256_permutevar8x32_epi32((__m256i)root, (__m256i)t);
 }
-LLMPAR__VINLINE int llmpar__v_any_zero_avx2(llmpar__bits_avx2 x) { return _mm256_movemask_ps(_mm256_castsi256_ps((__m256i)(x == 0))) != 0; }
 LLMPAR__VINLINE __m256 llmpar__v_sqrt_avx2(__m256 x) { return _mm256_sqrt_ps(x); }
 LLMPAR__VINLINE __m128i llmpar__v_halves_avx2(const uint16_t *p, int64_t n)
 {
@@ -337,7 +336,6 @@ LLMPAR__VINLINE llmpar__bits_avx512 llmpar__v_root_avx512(llmpar__bits_avx512 t)
     const llmpar__bits_avx512 root = { 0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d };
     return (llmpar__bits_avx512)_mm512_maskz_permutexvar_epi32((__mmask16)0xffff, (__m512i)t, (__m512i)root);
 }
-LLMPAR__VINLINE int llmpar__v_any_zero_avx512(llmpar__bits_avx512 x) { return _mm512_testn_epi32_mask((__m512i)x, (__m512i)x) != 0; }
 LLMPAR__VINLINE __m512 llmpar__v_sqrt_avx512(__m512 x) { return _mm512_maskz_sqrt_ps((__mmask16)0xffff, x); }
 #undef LLMPAR__VLEVEL
 #endif
