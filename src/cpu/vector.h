@@ -40,7 +40,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
-#define LLMPAR__VUNROLL _Pragma("unroll")
+#define LLMPAR__VUNROLL _Pragma("clang loop unroll(full)") /* plain "unroll" leaves loops of an inlined function at times, and their arrays in memory */
 #define LLMPAR__VUNROLL_TWICE _Pragma("unroll 2")
 #else
 #define LLMPAR__VUNROLL_TWICE _Pragma("GCC unroll 2")
