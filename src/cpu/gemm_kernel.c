@@ -225,6 +225,11 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
 
+/* y: which list of rows. */
+#define LLMPAR__GEMM_CHAINS_124(level, isa, y) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, PANEL, 3)
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
@@ -233,47 +238,39 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
-#define LLMPAR__GEMM_A_BYTES "16"
 #define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
 /* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
 #define LLMPAR__GEMM_READ_B(i)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx, "avx", Y)
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
 #define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #undef LLMPAR__GEMM_EACH_ROW_1Y
 #undef LLMPAR__GEMM_EACH_ROW_2Y
 #undef LLMPAR__GEMM_EACH_ROW_4Y
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
 
 /* Vectors of 64 bytes in 32. */
+#define LLMPAR__GEMM_LEVEL_512(level) LLMPAR__GEMM_CHAINS_124(level, "avx512f", ) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
-#define LLMPAR__GEMM_A_BYTES "32"
 #define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
 #define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(avx512)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -285,20 +282,13 @@ LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(bf16)
 #undef LLMPAR__GEMM_PRODUCT
 #endif
 #undef LLMPAR__GEMM_16_REGISTERS
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_READ_ROW
@@ -306,6 +296,8 @@ LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8,
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
 #undef LLMPAR__GEMM_FUNCTION
+#undef LLMPAR__GEMM_CHAINS_124
+#undef LLMPAR__GEMM_LEVEL_512
 
 #pragma GCC diagnostic pop
 

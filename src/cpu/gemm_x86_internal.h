@@ -7,7 +7,6 @@
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
      LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
-     LLMPAR__GEMM_A_BYTES                of one k of the panel of A
      LLMPAR__GEMM_ZERO(s)                vector s becomes +0
      LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
      LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B */
@@ -16,6 +15,7 @@
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 
+#define LLMPAR__GEMM_A_BYTES LLMPAR__GEMM_VECTOR_BYTES "/2" /* of one k of the panel of A */
 #define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) \
     "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
     "vmovups 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s2 "\n\t" "add %%rcx, %%rax\n\t"
