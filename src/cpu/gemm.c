@@ -214,18 +214,17 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
 static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
 {
     llmpar__gemm_step *step = &run->steps[run->step_count++];
-    int64_t size = run->kernel.rows * run->kernel.columns;
+    int64_t size = run->kernel.rows * run->kernel.columns * (int64_t)sizeof(float), span = run->step_count > 1 ? step[-1].first_span / (int64_t)sizeof(llmpar__gemm_span) + step[-1].span_count : 0;
     int32_t kept = run->depth - merges;
     step->k = k;
-    step->span = run->step_count > 1 ? step[-1].span + step[-1].span_count : 0;
-    step->span_count = run->chunk_count - step->span;
+    step->first_span = span * (int64_t)sizeof(llmpar__gemm_span);
+    step->span_count = run->chunk_count - span;
     step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
     step->merges = merges - step->merges_saved;
     step->slot = (run->depth - 1) * size;
     step->slot_saved = step->slot - step->merges * size;
     step->to = kept * size;
     step->kept = kept;
-    step->save = 0;
     if (kept < run->lowest) run->lowest = kept;
 }
 
@@ -278,15 +277,22 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
 /* 0 when there is no part left. */
 static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 {
-    int64_t s;
-    int32_t lowest;
+    int64_t s, lowest;
     if (run->piece == run->args->pieces) return 0;
     llmpar__gemm_collect_part(run);
     /* What is pushed and not taken off before the part ends is saved. */
     lowest = run->levels + 1;
     for (s = run->step_count - 1; s >= 0; s--) {
         llmpar__gemm_step *step = &run->steps[s];
-        step->save = step->kept < lowest && !(s == run->step_count - 1 && run->store);
+        int to_c = s == run->step_count - 1 && run->store, ask_c = run->store && (s == 1 || run->step_count == 1);
+        step->ask = step->to;
+        step->ask_base = step->kept < lowest && !to_c ? LLMPAR__GEMM_SAVED : LLMPAR__GEMM_STACK;
+        step->to = to_c ? 0 : step->to;
+        step->to_base = to_c ? (int64_t)LLMPAR__GEMM_C : step->ask_base;
+        if (ask_c || (s == 0 && run->levels_saved > 0)) { /* what is saved first, then c; else where the step ends */
+            step->ask = 0;
+            step->ask_base = ask_c ? LLMPAR__GEMM_TRUE_C : LLMPAR__GEMM_SAVED;
+        }
         if (step->kept < lowest) lowest = step->kept;
     }
     return 1;
@@ -398,7 +404,6 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.step_count = run->step_count;
     tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
-    tile.saves = run->levels_saved > 0;
     tile.load = run->load;
     tile.store = run->store;
     if (run->turned && run->last)
