@@ -277,23 +277,27 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
 /* 0 when there is no part left. */
 static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 {
-    int64_t s, lowest;
+    int64_t s, lowest, asked = 0;
     if (run->piece == run->args->pieces) return 0;
     llmpar__gemm_collect_part(run);
     /* What is pushed and not taken off before the part ends is saved. */
     lowest = run->levels + 1;
     for (s = run->step_count - 1; s >= 0; s--) {
         llmpar__gemm_step *step = &run->steps[s];
-        int to_c = s == run->step_count - 1 && run->store, ask_c = run->store && (s == 1 || run->step_count == 1);
+        int to_c = s == run->step_count - 1 && run->store;
         step->ask = step->to;
         step->ask_base = step->kept < lowest && !to_c ? LLMPAR__GEMM_SAVED : LLMPAR__GEMM_STACK;
         step->to = to_c ? 0 : step->to;
         step->to_base = to_c ? (int64_t)LLMPAR__GEMM_C : step->ask_base;
-        if (ask_c || (s == 0 && run->levels_saved > 0)) { /* what is saved first, then c; else where the step ends */
+        if (s == 0 && run->levels_saved > 0) { /* first what is saved, then c; else where the step ends */
             step->ask = 0;
-            step->ask_base = ask_c ? LLMPAR__GEMM_TRUE_C : LLMPAR__GEMM_SAVED;
+            step->ask_base = LLMPAR__GEMM_SAVED;
         }
         if (step->kept < lowest) lowest = step->kept;
+    }
+    for (s = run->step_count > 1; run->store && s < run->step_count && asked < (run->turned && run->last ? run->kernel.columns : 1); asked += run->steps[s++].k / 8) {
+        run->steps[s].ask = asked * run->args->ldc * (int64_t)sizeof(float);
+        run->steps[s].ask_base = LLMPAR__GEMM_TRUE_C;
     }
     return 1;
 }
@@ -406,8 +410,14 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
     tile.load = run->load;
     tile.store = run->store;
-    if (run->turned && run->last)
-        for (r = 0; r < tile.columns; r++) __builtin_prefetch((float *)run->args->c + c + r * run->args->ldc);
+    tile.ask = (char *)tile.c;
+    tile.ask_row = tile.ldc * (int64_t)sizeof(float);
+    tile.ask_next = 128;
+    if (run->turned && run->last) { /* a row of c every 8 k */
+        tile.ask = (char *)((float *)run->args->c + c);
+        tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
+        tile.ask_row = 2 * tile.ask_next;
+    }
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);

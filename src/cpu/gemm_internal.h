@@ -9,7 +9,7 @@
 /* A stretch of k, in links, in which the rows of A lie `ld` bytes apart. Members of 8 bytes, for assembly code. */
 typedef struct llmpar__gemm_span { const char *a; int64_t ld, k; } llmpar__gemm_span;
 
-/* Where partial sums of a tile lie: on the stack of this part, among those that outlive a part, in c (or a copy of its edge), and c itself. */
+/* Where partial sums of a tile lie: on the stack of this part, among those that outlive a part, in c (or a copy of its edge); and where c really is, which is only asked for. */
 enum { LLMPAR__GEMM_STACK, LLMPAR__GEMM_SAVED, LLMPAR__GEMM_C, LLMPAR__GEMM_TRUE_C, LLMPAR__GEMM_BASES };
 
 /* For assembly code too: members of 8 bytes, places in bytes. */
@@ -19,7 +19,7 @@ typedef struct llmpar__gemm_step {
     int64_t merges, merges_saved; /* how many partial tiles are added, from the stack's top down: those of this part, then those that an earlier part saved */
     int64_t slot, slot_saved;     /* the topmost of either */
     int64_t to_base, to;          /* where the result goes */
-    int64_t ask_base, ask;        /* what is asked for meanwhile, two lines every 8 k: where the step ends, a saved tile, c. A long step goes on to the rows of the tiles below. All at once, at the tile's begin, they would stand in the way of the panels. */
+    int64_t ask_base, ask;        /* what is asked for meanwhile, two lines every 8 k: where the step ends, a saved tile, c. A long step goes on to what lies below. All at once, at the tile's begin, they would stand in the way of the panels. */
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
@@ -30,6 +30,8 @@ typedef struct llmpar__gemm_tile {
     int64_t row;                       /* the tile's first, from where the spans begin */
     const float *b;                    /* panel: [k, tile columns] */
     float *c;
+    char *ask;                         /* c, or where it will be turned to */
+    int64_t ask_row, ask_next;         /* row_bytes and ask_bytes of LLMPAR__GEMM_TRUE_C */
     float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
     int64_t ldc;
     const llmpar__gemm_step *steps;
@@ -48,7 +50,7 @@ typedef struct llmpar__gemm_chains {
     int64_t load;                      /* the first step starts from c, else from +0 */
     int64_t slot_bytes;
     char *base[LLMPAR__GEMM_BASES];
-    int64_t row_bytes[LLMPAR__GEMM_BASES]; /* from row to row */
+    int64_t row_bytes[LLMPAR__GEMM_BASES], ask_bytes[LLMPAR__GEMM_BASES]; /* from row to row; from what was asked for to what is next, and from there to the next row */
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,

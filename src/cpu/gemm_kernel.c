@@ -426,10 +426,12 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.base[LLMPAR__GEMM_STACK] = (char *)tile->stack;
     chains.base[LLMPAR__GEMM_SAVED] = (char *)tile->saved;
     chains.base[LLMPAR__GEMM_C] = (char *)c;
-    chains.base[LLMPAR__GEMM_TRUE_C] = (char *)tile->c;
+    chains.base[LLMPAR__GEMM_TRUE_C] = tile->ask;
     chains.row_bytes[LLMPAR__GEMM_STACK] = chains.row_bytes[LLMPAR__GEMM_SAVED] = width;
     chains.row_bytes[LLMPAR__GEMM_C] = ldc * (int64_t)sizeof(float);
-    chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ldc * (int64_t)sizeof(float);
+    chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
+    chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
+    chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
     run(&chains);
     llmpar__gemm_rest();
     if (is_edge && tile->store)

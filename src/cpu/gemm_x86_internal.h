@@ -94,7 +94,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
         "mov %c[base](%[chains],%%r9,8), %%r8\n\t" \
         "add %c[ask](%%r15), %%r8\n\t" \
         "mov %c[row_bytes](%[chains],%%r9,8), %%r10\n\t" \
-        "mov $2*" LLMPAR__GEMM_VECTOR_BYTES ", %%r9d\n\t" \
+        "mov %c[ask_bytes](%[chains],%%r9,8), %%r9\n\t" \
         "mov %%rdx, %%r12\n\t" \
         "shr $3, %%r12\n\t" \
         "jnz 3f\n\t" \
@@ -161,7 +161,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
     "10:\n\t" \
         : \
         : [chains] "r"(chains), LLMPAR__GEMM_OF_CHAINS(a), LLMPAR__GEMM_OF_CHAINS(b), LLMPAR__GEMM_OF_CHAINS(spans), LLMPAR__GEMM_OF_CHAINS(row), LLMPAR__GEMM_OF_CHAINS(steps), LLMPAR__GEMM_OF_CHAINS(steps_end), \
-          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), \
+          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), \
           [step_bytes] "i"(sizeof(llmpar__gemm_step)), LLMPAR__GEMM_OF_STEP(k), LLMPAR__GEMM_OF_STEP(first_span), LLMPAR__GEMM_OF_STEP(span_count), LLMPAR__GEMM_OF_STEP(slot), LLMPAR__GEMM_OF_STEP(merges), \
           LLMPAR__GEMM_OF_STEP(slot_saved), LLMPAR__GEMM_OF_STEP(merges_saved), LLMPAR__GEMM_OF_STEP(to_base), LLMPAR__GEMM_OF_STEP(to), LLMPAR__GEMM_OF_STEP(ask_base), LLMPAR__GEMM_OF_STEP(ask) \
         : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
