@@ -124,10 +124,13 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
             }
     }
     if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        int64_t valid = packing->valid - full * width;
         float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+        in += full * width * (packing->transposed ? ld : 1);
+        memset(out, 0, sizeof(float) * (size_t)(k * width));
+        if (packing->transposed) llmpar__gemm_turn(in, ld, valid, k, out, width);
+        else
+            for (i = 0; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)valid);
     }
 }
 
@@ -241,12 +244,12 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
 #define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
 /* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-#define LLMPAR__GEMM_READ_B(i)
+#define LLMPAR__GEMM_READ_B(i, v)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
 LLMPAR__GEMM_CHAINS_124(avx, "avx", Y)
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
-#define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 96*" #i "+32*" #v "(%%rdi), %%ymm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
 LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #undef LLMPAR__GEMM_EACH_ROW_1Y
@@ -269,7 +272,7 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
 #define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
-#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 192*" #i "+64*" #v "(%%rdi), %%zmm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 LLMPAR__GEMM_LEVEL_512(avx512)
 #undef LLMPAR__GEMM_PRODUCT

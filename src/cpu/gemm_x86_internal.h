@@ -10,7 +10,7 @@
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
      LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
      LLMPAR__GEMM_ZERO(s)                vector s becomes +0
-     LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
+     LLMPAR__GEMM_READ_B(i, v)           the v-th vector of B's columns at the i-th k from %rdi, to vector v, if the product wants it there
      LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B */
 #ifndef LLMPAR_GEMM_X86_INTERNAL_H
 #define LLMPAR_GEMM_X86_INTERNAL_H
@@ -39,13 +39,17 @@
 #define LLMPAR__GEMM_K_BYTES_ROWS "4"
 #define LLMPAR__GEMM_K_BYTES_PANEL LLMPAR__GEMM_A_BYTES
 /* One k. The panel of B comes from L2: what will be wanted 8 k later is asked for; of 32-byte vectors every other k has one line and a half. */
-#define LLMPAR__GEMM_PREFETCH_B(i) \
-    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" \
-    "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" \
+#define LLMPAR__GEMM_PREFETCH_B(i, vectors) \
+    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" \
+    ".if " #vectors " > 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t" \
+    ".if " #vectors " > 2\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" ".endif\n\t" \
     ".elseif " #i " & 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+32(%%rdi)\n\t" \
     ".else\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t"
-#define LLMPAR__GEMM_LINK(i, rows, place, vectors) LLMPAR__GEMM_READ_B(i) rows(LLMPAR__GEMM_LINK_ROW_##place##_##vectors, i)
-#define LLMPAR__GEMM_LINK_FIRST(i, rows, place, vectors) LLMPAR__GEMM_PREFETCH_B(i) LLMPAR__GEMM_LINK(i, rows, place, vectors)
+#define LLMPAR__GEMM_READ_B_1(i) LLMPAR__GEMM_READ_B(i, 0)
+#define LLMPAR__GEMM_READ_B_2(i) LLMPAR__GEMM_READ_B_1(i) LLMPAR__GEMM_READ_B(i, 1)
+#define LLMPAR__GEMM_READ_B_3(i) LLMPAR__GEMM_READ_B_2(i) LLMPAR__GEMM_READ_B(i, 2)
+#define LLMPAR__GEMM_LINK(i, rows, place, vectors) LLMPAR__GEMM_READ_B_##vectors(i) rows(LLMPAR__GEMM_LINK_ROW_##place##_##vectors, i)
+#define LLMPAR__GEMM_LINK_FIRST(i, rows, place, vectors) LLMPAR__GEMM_PREFETCH_B(i, vectors) LLMPAR__GEMM_LINK(i, rows, place, vectors)
 /* Further by `count` k. */
 #define LLMPAR__GEMM_ADVANCE(count, place) "add $" count "*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $" count "*" LLMPAR__GEMM_K_BYTES_##place ", %%rax\n\t" "add $" count "*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t"
 /* A span of ROWS begins, and the next one; `last` is what the last one does. A step without spans has one of no k. */
