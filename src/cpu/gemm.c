@@ -70,7 +70,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -145,7 +145,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n;
+    int64_t total = 0, parts, tile, limit_n, group_n;
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -170,7 +170,8 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
-    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+    group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
+    run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
