@@ -408,7 +408,7 @@ static void llmpar__gemm_rest(void) { }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile)
 {
     float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
-    int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float);
+    int64_t size = kernel->rows * kernel->columns;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
     void (*run)(const llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
     float *c = is_edge ? edge : tile->c;
@@ -430,7 +430,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.base[LLMPAR__GEMM_SAVED] = (char *)tile->saved;
     chains.base[LLMPAR__GEMM_C] = (char *)c;
     chains.base[LLMPAR__GEMM_TRUE_C] = tile->ask;
-    chains.row_bytes[LLMPAR__GEMM_STACK] = chains.row_bytes[LLMPAR__GEMM_SAVED] = width;
+    chains.row_bytes[LLMPAR__GEMM_STACK] = chains.row_bytes[LLMPAR__GEMM_SAVED] = kernel->columns * (int64_t)sizeof(float);
     chains.row_bytes[LLMPAR__GEMM_C] = ldc * (int64_t)sizeof(float);
     chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
     chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;

@@ -81,87 +81,50 @@
 __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_chains *chains) \
 { \
     __asm__ __volatile__( \
-        "mov %c[steps](%[chains]), %%r15\n\t" \
-        "mov %c[a](%[chains]), %%rsi\n\t" \
-        "mov %c[b](%[chains]), %%rdi\n\t" \
-        "mov 8*2+%c[base](%[chains]), %%rax\n\t" \
-        "mov 8*2+%c[row_bytes](%[chains]), %%rcx\n\t" \
-        "cmpq $0, %c[load](%[chains])\n\t" \
-        "je 1f\n\t" \
+        "mov %c[steps](%[chains]), %%r15\n\t" "mov %c[a](%[chains]), %%rsi\n\t" "mov %c[b](%[chains]), %%rdi\n\t" \
+        "mov 8*2+%c[base](%[chains]), %%rax\n\t" "mov 8*2+%c[row_bytes](%[chains]), %%rcx\n\t" "cmpq $0, %c[load](%[chains])\n\t" "je 1f\n\t" \
         low(LLMPAR__GEMM_READ_ROW, 0) high(LLMPAR__GEMM_READ_ROW, 0) \
         "jmp 2f\n" \
     "1:\n\t" \
         low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) \
     "2:\n\t" \
         LLMPAR__GEMM_SPAN_##place \
-        "mov %c[ask_base](%%r15), %%r9\n\t" \
-        "mov %c[base](%[chains],%%r9,8), %%r8\n\t" \
-        "add %c[ask](%%r15), %%r8\n\t" \
-        "mov %c[row_bytes](%[chains],%%r9,8), %%r10\n\t" \
-        "mov %c[ask_bytes](%[chains],%%r9,8), %%r9\n\t" \
-        "mov %%rdx, %%r12\n\t" \
-        "shr $3, %%r12\n\t" \
-        "jnz 3f\n\t" \
-        "dec %%r12\n\t" \
-        "jmp 9f\n\t" \
+        "mov %c[ask_base](%%r15), %%r9\n\t" "mov %c[base](%[chains],%%r9,8), %%r8\n\t" "add %c[ask](%%r15), %%r8\n\t" "mov %c[row_bytes](%[chains],%%r9,8), %%r10\n\t" "mov %c[ask_bytes](%[chains],%%r9,8), %%r9\n\t" \
+        "mov %%rdx, %%r12\n\t" "shr $3, %%r12\n\t" "jnz 3f\n\t" "dec %%r12\n\t" "jmp 9f\n\t" \
         ".p2align 5\n" \
     "3:\n\t" \
         LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" \
         LLMPAR__GEMM_LINK_FIRST(4, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(5, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(6, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(7, low, place, vectors) \
-        ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" \
-        "add %%r9, %%r8\n\t" \
-        "sub %%r10, %%r9\n\t" \
-        "neg %%r9\n\t" \
-        ".else\n\t" "prefetcht0 95(%%r8)\n\t" \
-        "add %%r10, %%r8\n\t" \
-        ".endif\n\t" \
-        "dec %%r12\n\t" \
-        "jz 9f\n" \
+        ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" "add %%r9, %%r8\n\t" "sub %%r10, %%r9\n\t" "neg %%r9\n\t" \
+        ".else\n\t" "prefetcht0 95(%%r8)\n\t" "add %%r10, %%r8\n\t" ".endif\n\t" \
+        "dec %%r12\n\t" "jz 9f\n" \
     "4:\n\t" \
         LLMPAR__GEMM_IF(high, LLMPAR__GEMM_LINK(0, high, place, vectors) LLMPAR__GEMM_LINK(1, high, place, vectors) LLMPAR__GEMM_LINK(2, high, place, vectors) LLMPAR__GEMM_LINK(3, high, place, vectors) \
                               LLMPAR__GEMM_LINK(4, high, place, vectors) LLMPAR__GEMM_LINK(5, high, place, vectors) LLMPAR__GEMM_LINK(6, high, place, vectors) LLMPAR__GEMM_LINK(7, high, place, vectors)) \
         LLMPAR__GEMM_ADVANCE("8", place) \
-        "test %%r12, %%r12\n\t" \
-        "jnz 3b\n" \
+        "test %%r12, %%r12\n\t" "jnz 3b\n" \
     "5:\n\t" \
-        "and $7, %%edx\n\t" \
-        "jz 14f\n" \
+        "and $7, %%edx\n\t" "jz 14f\n" \
     "13:\n\t" \
         LLMPAR__GEMM_IF(high, LLMPAR__GEMM_LINK(0, high, place, vectors)) \
         LLMPAR__GEMM_ADVANCE("1", place) \
-        "dec %%edx\n\t" \
-        "jnz 13b\n" \
+        "dec %%edx\n\t" "jnz 13b\n" \
     "14:\n\t" \
         LLMPAR__GEMM_NEXT_##place \
         LLMPAR__GEMM_IF(high, LLMPAR__GEMM_END(high, "lea (%%r8,%%r9,4), %%r8\n\t")) \
-        "add %[step_bytes], %%r15\n\t" \
-        "cmp %%r15, %c[steps_end](%[chains])\n\t" \
-        "jne 1b\n\t" \
-        "jmp 10f\n" \
+        "add %[step_bytes], %%r15\n\t" "cmp %%r15, %c[steps_end](%[chains])\n\t" "jne 1b\n\t" "jmp 10f\n" \
     "9:\n\t" /* the first rows take what is left, and end */ \
-        "mov %%rsi, %%r8\n\t" \
-        "mov %%rdi, %%r9\n\t" \
-        "mov %%edx, %%r10d\n\t" \
-        "test %%r12, %%r12\n\t" \
-        "js 15f\n\t" \
-        "add $8*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" \
-        "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n" \
+        "mov %%rsi, %%r8\n\t" "mov %%rdi, %%r9\n\t" "mov %%edx, %%r10d\n\t" "test %%r12, %%r12\n\t" "js 15f\n\t" \
+        "add $8*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n" \
     "15:\n\t" \
-        "and $7, %%r10d\n\t" \
-        "jz 17f\n" \
+        "and $7, %%r10d\n\t" "jz 17f\n" \
     "16:\n\t" \
         LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) \
-        "add $" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" \
-        "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
-        "dec %%r10d\n\t" \
-        "jnz 16b\n" \
+        "add $" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" "dec %%r10d\n\t" "jnz 16b\n" \
     "17:\n\t" \
-        "mov %%r8, %%rsi\n\t" \
-        "mov %%r9, %%rdi\n\t" \
+        "mov %%r8, %%rsi\n\t" "mov %%r9, %%rdi\n\t" \
         LLMPAR__GEMM_LAST_##place(LLMPAR__GEMM_END(low, "")) \
-        "test %%r12, %%r12\n\t" \
-        "jns 4b\n\t" \
-        "jmp 5b\n" \
+        "test %%r12, %%r12\n\t" "jns 4b\n\t" "jmp 5b\n" \
     "10:\n\t" \
         : \
         : [chains] "r"(chains), LLMPAR__GEMM_OF_CHAINS(a), LLMPAR__GEMM_OF_CHAINS(b), LLMPAR__GEMM_OF_CHAINS(spans), LLMPAR__GEMM_OF_CHAINS(row), LLMPAR__GEMM_OF_CHAINS(steps), LLMPAR__GEMM_OF_CHAINS(steps_end), \
