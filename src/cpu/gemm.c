@@ -70,7 +70,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -145,7 +145,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n;
+    int64_t total = 0, parts, tile, limit_n, group_n;
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -170,7 +170,8 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
-    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+    group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
+    run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -214,18 +215,17 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
 static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
 {
     llmpar__gemm_step *step = &run->steps[run->step_count++];
-    int64_t size = run->kernel.rows * run->kernel.columns;
+    int64_t size = run->kernel.rows * run->kernel.columns * (int64_t)sizeof(float), span = run->step_count > 1 ? step[-1].first_span / (int64_t)sizeof(llmpar__gemm_span) + step[-1].span_count : 0;
     int32_t kept = run->depth - merges;
     step->k = k;
-    step->span = run->step_count > 1 ? step[-1].span + step[-1].span_count : 0;
-    step->span_count = run->chunk_count - step->span;
+    step->first_span = span * (int64_t)sizeof(llmpar__gemm_span);
+    step->span_count = run->chunk_count - span;
     step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
     step->merges = merges - step->merges_saved;
     step->slot = (run->depth - 1) * size;
     step->slot_saved = step->slot - step->merges * size;
     step->to = kept * size;
     step->kept = kept;
-    step->save = 0;
     if (kept < run->lowest) run->lowest = kept;
 }
 
@@ -278,16 +278,27 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
 /* 0 when there is no part left. */
 static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 {
-    int64_t s;
-    int32_t lowest;
+    int64_t s, lowest, asked = 0;
     if (run->piece == run->args->pieces) return 0;
     llmpar__gemm_collect_part(run);
     /* What is pushed and not taken off before the part ends is saved. */
     lowest = run->levels + 1;
     for (s = run->step_count - 1; s >= 0; s--) {
         llmpar__gemm_step *step = &run->steps[s];
-        step->save = step->kept < lowest && !(s == run->step_count - 1 && run->store);
+        int to_c = s == run->step_count - 1 && run->store;
+        step->ask = step->to;
+        step->ask_base = step->kept < lowest && !to_c ? LLMPAR__GEMM_SAVED : LLMPAR__GEMM_STACK;
+        step->to = to_c ? 0 : step->to;
+        step->to_base = to_c ? (int64_t)LLMPAR__GEMM_C : step->ask_base;
+        if (s == 0 && run->levels_saved > 0) { /* first what is saved, then c; else where the step ends */
+            step->ask = 0;
+            step->ask_base = LLMPAR__GEMM_SAVED;
+        }
         if (step->kept < lowest) lowest = step->kept;
+    }
+    for (s = run->step_count > 1; run->store && s < run->step_count && asked < (run->turned && run->last ? run->kernel.columns : 1); asked += run->steps[s++].k / 8) {
+        run->steps[s].ask = asked * run->args->ldc * (int64_t)sizeof(float);
+        run->steps[s].ask_base = LLMPAR__GEMM_TRUE_C;
     }
     return 1;
 }
@@ -398,11 +409,16 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.step_count = run->step_count;
     tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
-    tile.saves = run->levels_saved > 0;
     tile.load = run->load;
     tile.store = run->store;
-    if (run->turned && run->last)
-        for (r = 0; r < tile.columns; r++) __builtin_prefetch((float *)run->args->c + c + r * run->args->ldc);
+    tile.ask = (char *)tile.c;
+    tile.ask_row = tile.ldc * (int64_t)sizeof(float);
+    tile.ask_next = 128;
+    if (run->turned && run->last) { /* a row of c every 8 k */
+        tile.ask = (char *)((float *)run->args->c + c);
+        tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
+        tile.ask_row = 2 * tile.ask_next;
+    }
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);

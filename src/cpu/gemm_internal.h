@@ -9,12 +9,18 @@
 /* A stretch of k, in links, in which the rows of A lie `ld` bytes apart. Members of 8 bytes, for assembly code. */
 typedef struct llmpar__gemm_span { const char *a; int64_t ld, k; } llmpar__gemm_span;
 
+/* Where partial sums of a tile lie: on the stack of this part, among those that outlive a part, in c (or a copy of its edge); and where c really is, which is only asked for. */
+enum { LLMPAR__GEMM_STACK, LLMPAR__GEMM_SAVED, LLMPAR__GEMM_C, LLMPAR__GEMM_TRUE_C, LLMPAR__GEMM_BASES };
+
+/* For assembly code too: members of 8 bytes, places in bytes. */
 typedef struct llmpar__gemm_step {
     int64_t k;
-    int64_t span, span_count;
+    int64_t first_span, span_count;
     int64_t merges, merges_saved; /* how many partial tiles are added, from the stack's top down: those of this part, then those that an earlier part saved */
-    int64_t slot, slot_saved, to; /* floats from the stack's begin, or from that of what is saved: the topmost of either, and where the result is pushed, unless it is the part's last and goes to c */
-    int32_t kept, save;           /* partial tiles below what is pushed; it is needed in a later part */
+    int64_t slot, slot_saved;     /* the topmost of either */
+    int64_t to_base, to;          /* where the result goes */
+    int64_t ask_base, ask;        /* what is asked for meanwhile, two lines every 8 k: where the step ends, a saved tile, c. A long step goes on to what lies below. All at once, at the tile's begin, they would stand in the way of the panels. */
+    int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
 /* One tile of c during one part of the summed dim. */
@@ -24,32 +30,27 @@ typedef struct llmpar__gemm_tile {
     int64_t row;                       /* the tile's first, from where the spans begin */
     const float *b;                    /* panel: [k, tile columns] */
     float *c;
+    char *ask;                         /* c, or where it will be turned to */
+    int64_t ask_row, ask_next;         /* row_bytes and ask_bytes of LLMPAR__GEMM_TRUE_C */
     float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
     int64_t ldc;
     const llmpar__gemm_step *steps;
     int64_t step_count;
     int rows, columns;                 /* that exist */
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
-    int saves;                         /* something is saved */
 } llmpar__gemm_tile;
 
-/* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
+/* The chains of a tile, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
 typedef struct llmpar__gemm_chains {
     const float *a;
-    int64_t k;
-    const llmpar__gemm_span *spans;    /* in place of a and k */
-    int64_t span_count, row;
     const float *b;
-    const float *from;                 /* where the chains start, [rows, tile columns]; NULL: +0 */
-    int64_t from_step;                 /* bytes from row to row */
-    const float *slot, *slot_saved;    /* partial tiles to be added at the end, each list from its top down; first those of `slot` */
-    int64_t merges, merges_saved, slot_bytes;
-    float *to;
-    int64_t to_step;
-    /* What is asked for while the chains run, two lines every 8 k, rows of the tile `jump` bytes apart: where the step ends, a saved tile, c. A long step goes on to the rows of the tiles below.
-       All at once, at the tile's begin, they would stand in the way of the panels. */
-    const char *at;
-    int64_t jump;
+    const llmpar__gemm_span *spans;    /* in place of a and k */
+    int64_t row;
+    const llmpar__gemm_step *steps, *steps_end;
+    int64_t load;                      /* the first step starts from c, else from +0 */
+    int64_t slot_bytes;
+    char *base[LLMPAR__GEMM_BASES];
+    int64_t row_bytes[LLMPAR__GEMM_BASES], ask_bytes[LLMPAR__GEMM_BASES]; /* from row to row; from what was asked for to what is next, and from there to the next row */
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
@@ -66,8 +67,8 @@ typedef struct llmpar__gemm_kernel {
     int pairs;                         /* a link of the chain takes two k of BF16, which are packed side by side as a float is; else one k of F32 */
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*chains[4])(llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
-    void (*lying[3])(llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
+    void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
+    void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */

@@ -124,10 +124,13 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
             }
     }
     if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        int64_t valid = packing->valid - full * width;
         float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+        in += full * width * (packing->transposed ? ld : 1);
+        memset(out, 0, sizeof(float) * (size_t)(k * width));
+        if (packing->transposed) llmpar__gemm_turn(in, ld, valid, k, out, width);
+        else
+            for (i = 0; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)valid);
     }
 }
 
@@ -218,13 +221,19 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, "(%%rsi)", 8, 9, 10)
 #define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, "(%%rsi,%%rcx)", 11, 12, 13)
 #define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, "(%%rsi,%%rcx,2)", 14, 15, 16) X(i, 3, "(%%rsi,%%r11)", 17, 18, 19)
-#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, "(%%rax)", 20, 21, 22) X(i, 5, "(%%rax,%%rcx)", 23, 24, 25) X(i, 6, "(%%rax,%%rcx,2)", 26, 27, 28) X(i, 7, "(%%rax,%%r11)", 29, 30, 31)
+#define LLMPAR__GEMM_EACH_ROW_5_TO_8(X, i) X(i, 4, "(%%rax)", 20, 21, 22) X(i, 5, "(%%rax,%%rcx)", 23, 24, 25) X(i, 6, "(%%rax,%%rcx,2)", 26, 27, 28) X(i, 7, "(%%rax,%%r11)", 29, 30, 31)
+#define LLMPAR__GEMM_NO_ROW(X, i)
 
 #if defined(__x86_64__)
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
 
+/* y: which list of rows. */
+#define LLMPAR__GEMM_CHAINS_124(level, isa, y) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3)
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
@@ -233,47 +242,39 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
-#define LLMPAR__GEMM_A_BYTES "16"
 #define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
 /* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-#define LLMPAR__GEMM_READ_B(i)
+#define LLMPAR__GEMM_READ_B(i, v)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx, "avx", Y)
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
-#define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 96*" #i "+32*" #v "(%%rdi), %%ymm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #undef LLMPAR__GEMM_EACH_ROW_1Y
 #undef LLMPAR__GEMM_EACH_ROW_2Y
 #undef LLMPAR__GEMM_EACH_ROW_4Y
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
 
 /* Vectors of 64 bytes in 32. */
+#define LLMPAR__GEMM_LEVEL_512(level) LLMPAR__GEMM_CHAINS_124(level, "avx512f", ) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
-#define LLMPAR__GEMM_A_BYTES "32"
 #define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
-#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 192*" #i "+64*" #v "(%%rdi), %%zmm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(avx512)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -285,27 +286,23 @@ LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(bf16)
 #undef LLMPAR__GEMM_PRODUCT
 #endif
 #undef LLMPAR__GEMM_16_REGISTERS
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_READ_ROW
 #undef LLMPAR__GEMM_WRITE_ROW
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_MERGE
 #undef LLMPAR__GEMM_FUNCTION
+#undef LLMPAR__GEMM_CHAINS_124
+#undef LLMPAR__GEMM_LEVEL_512
 
 #pragma GCC diagnostic pop
 
@@ -329,46 +326,57 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 /* The accumulators are variables, not an array, which compilers keep in memory. */
 #define LLMPAR__GEMM_DECLARE_ROW(i, r, at, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
 #define LLMPAR__GEMM_ZERO_ROW(i, r, at, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
-#define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
+#define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) from = (const float *)(const void *)(chains->base[LLMPAR__GEMM_C] + r * chains->row_bytes[LLMPAR__GEMM_C]); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
 #define LLMPAR__GEMM_LINK_ROW(i, r, at, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
 #define LLMPAR__GEMM_MERGE_ROW(i, r, at, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
-#define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
-#define LLMPAR__GEMM_FUNCTION(count, rows) \
-static void llmpar__gemm_neon_chains_##count(llmpar__gemm_chains *chains) \
+#define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) to = (float *)(void *)(chains->base[step->to_base] + step->to + r * chains->row_bytes[step->to_base]); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
+#define LLMPAR__GEMM_MERGE(rows, which, count, top) \
+    slot = (const float *)(const void *)(chains->base[which] + (top)); \
+    for (i = 0; i < (count); i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) }
+#define LLMPAR__GEMM_FUNCTION(count, low, high) \
+static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) \
 { \
     const float *a = chains->a, *b = chains->b, *from, *slot; \
+    const llmpar__gemm_step *step = chains->steps; \
+    const char *ask; \
     float *to; \
     float32x4_t spread, b0, b1, b2; \
     int64_t i; \
-    rows(LLMPAR__GEMM_DECLARE_ROW, 0) \
-    if (chains->from) { rows(LLMPAR__GEMM_READ_ROW, 0) } \
-    else { rows(LLMPAR__GEMM_ZERO_ROW, 0) } \
-    for (i = 0; i < chains->k; i++, a += 8, b += 12) { \
-        if (i % 8 == 0) { \
-            __builtin_prefetch(chains->at); \
-            __builtin_prefetch(chains->at + 47); \
-            chains->at += chains->jump; \
+    low(LLMPAR__GEMM_DECLARE_ROW, 0) high(LLMPAR__GEMM_DECLARE_ROW, 0) \
+    if (chains->load) { low(LLMPAR__GEMM_READ_ROW, 0) high(LLMPAR__GEMM_READ_ROW, 0) } \
+    else { low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) } \
+    for (;;) { \
+        ask = chains->base[step->ask_base] + step->ask; \
+        for (i = 0; i < step->k; i++, a += 8, b += 12) { \
+            if (i % 8 == 0) { \
+                __builtin_prefetch(ask); \
+                __builtin_prefetch(ask + 47); \
+                ask += chains->row_bytes[step->ask_base]; \
+            } \
+            __builtin_prefetch(b + 96); \
+            b0 = vld1q_f32(b); \
+            b1 = vld1q_f32(b + 4); \
+            b2 = vld1q_f32(b + 8); \
+            low(LLMPAR__GEMM_LINK_ROW, 0) high(LLMPAR__GEMM_LINK_ROW, 0) \
         } \
-        __builtin_prefetch(b + 96); \
-        b0 = vld1q_f32(b); \
-        b1 = vld1q_f32(b + 4); \
-        b2 = vld1q_f32(b + 8); \
-        rows(LLMPAR__GEMM_LINK_ROW, 0) \
+        LLMPAR__GEMM_MERGE(low, LLMPAR__GEMM_STACK, step->merges, step->slot) LLMPAR__GEMM_MERGE(high, LLMPAR__GEMM_STACK, step->merges, step->slot) \
+        LLMPAR__GEMM_MERGE(low, LLMPAR__GEMM_SAVED, step->merges_saved, step->slot_saved) LLMPAR__GEMM_MERGE(high, LLMPAR__GEMM_SAVED, step->merges_saved, step->slot_saved) \
+        low(LLMPAR__GEMM_WRITE_ROW, 0) high(LLMPAR__GEMM_WRITE_ROW, 0) \
+        if (++step == chains->steps_end) return; \
+        low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) \
     } \
-    for (i = 0, slot = chains->slot; i < chains->merges; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
-    for (i = 0, slot = chains->slot_saved; i < chains->merges_saved; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
-    rows(LLMPAR__GEMM_WRITE_ROW, 0) \
 }
-LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1)
-LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2)
-LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4)
-LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
+LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 #undef LLMPAR__GEMM_DECLARE_ROW
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_READ_ROW
 #undef LLMPAR__GEMM_LINK_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
 #undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_MERGE
 #undef LLMPAR__GEMM_FUNCTION
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
@@ -384,7 +392,8 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 #undef LLMPAR__GEMM_EACH_ROW_1
 #undef LLMPAR__GEMM_EACH_ROW_2
 #undef LLMPAR__GEMM_EACH_ROW_4
-#undef LLMPAR__GEMM_EACH_ROW_8
+#undef LLMPAR__GEMM_EACH_ROW_5_TO_8
+#undef LLMPAR__GEMM_NO_ROW
 
 /* ---- a tile ---- */
 
@@ -399,9 +408,9 @@ static void llmpar__gemm_rest(void) { }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile)
 {
     float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
-    int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
+    int64_t size = kernel->rows * kernel->columns;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
-    void (*run)(llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
+    void (*run)(const llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
@@ -410,37 +419,23 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
         for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
     }
     chains.a = tile->a;
-    chains.row = tile->row;
     chains.b = tile->b;
-    chains.from = tile->load ? c : NULL;
-    chains.from_step = ldc * (int64_t)sizeof(float);
+    chains.spans = tile->spans;
+    chains.row = tile->row;
+    chains.steps = tile->steps;
+    chains.steps_end = tile->steps + tile->step_count;
+    chains.load = tile->load;
     chains.slot_bytes = size * (int64_t)sizeof(float);
-    chains.to_step = width;
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        chains.k = step->k;
-        chains.merges = step->merges;
-        chains.slot = tile->stack + step->slot;
-        chains.merges_saved = step->merges_saved;
-        chains.slot_saved = tile->saved + step->slot_saved;
-        chains.spans = tile->spans + step->span;
-        chains.span_count = step->span_count;
-        chains.to = (step->save ? tile->saved : tile->stack) + step->to;
-        chains.at = (const char *)(s == 0 && tile->saves ? tile->saved : chains.to); /* what is saved first, then c; else where the step ends */
-        chains.jump = width;
-        if (s == tile->step_count - 1 && tile->store) {
-            chains.to = c;
-            chains.to_step = chains.from_step;
-        }
-        if (tile->store && (s == 1 || tile->step_count == 1)) {
-            chains.at = (const char *)tile->c;
-            chains.jump = tile->ldc * (int64_t)sizeof(float);
-        }
-        run(&chains);
-        if (tile->a) chains.a += step->k * kernel->rows;
-        chains.b += step->k * kernel->columns;
-        chains.from = NULL;
-    }
+    chains.base[LLMPAR__GEMM_STACK] = (char *)tile->stack;
+    chains.base[LLMPAR__GEMM_SAVED] = (char *)tile->saved;
+    chains.base[LLMPAR__GEMM_C] = (char *)c;
+    chains.base[LLMPAR__GEMM_TRUE_C] = tile->ask;
+    chains.row_bytes[LLMPAR__GEMM_STACK] = chains.row_bytes[LLMPAR__GEMM_SAVED] = kernel->columns * (int64_t)sizeof(float);
+    chains.row_bytes[LLMPAR__GEMM_C] = ldc * (int64_t)sizeof(float);
+    chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
+    chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
+    chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
+    run(&chains);
     llmpar__gemm_rest();
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
