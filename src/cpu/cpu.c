@@ -238,10 +238,6 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 
 /* ---- operations: each runs unless its stream has failed, and a failure sticks. NULL streams run where the call is made, which may be the thread of another stream ---- */
 
-#define LLMPAR__CPU_OPERATIONS(X) \
-    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo) X(interleave)
-
 /* set_array makes the queued copy of the arguments point at the queued copy of their array. */
 #define LLMPAR__CPU_RUN_ARRAY(slot, args_type, set_array, array, array_bytes) \
     static llmpar_status llmpar__cpu_do_##slot(llmpar_device *view, void *args) \

@@ -58,53 +58,23 @@ LLMPAR__PRIVATE void llmpar__copy_row(char *out, const char *in, size_t bytes, c
 
 /* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
 LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
-/* Slots: gemm.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
-/* interleave.c */
-LLMPAR__PRIVATE int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_interleave(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args);
-/* norm.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
-/* rope.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
-/* attention.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args);
-/* swiglu.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_backward_args *args);
-/* embedding.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_backward_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
-/* xent.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
-/* tree_sum.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+/* Slots, each in the file of its name or kind; here those whose arguments have its name and no array. */
+#define LLMPAR__CPU_OPERATIONS(X) \
+    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo) X(interleave)
+#define LLMPAR__CPU_SLOT_OF(slot, args_type) LLMPAR__PRIVATE llmpar_status llmpar__cpu_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args);
+#define LLMPAR__CPU_SLOT(slot) LLMPAR__CPU_SLOT_OF(slot, llmpar_##slot##_args)
+LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_SLOT)
+LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
+LLMPAR__CPU_SLOT_OF(xent_max, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(xent_sum, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(adalomo_square, llmpar_adalomo_args)
+#undef LLMPAR__CPU_SLOT_OF
+#undef LLMPAR__CPU_SLOT
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
-/* elementwise.c: max, add, scale, cast, copy_rows */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
-/* optim.c: adamw, sgd; squares.c: square_sum */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
-/* adalomo.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args);
+LLMPAR__PRIVATE int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
 
 #endif

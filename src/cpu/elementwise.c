@@ -45,18 +45,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_
 {
     llmpar_status status = llmpar__v_check(device, "add", args->dtype);
     (void)stream;
-    if (status) return status;
-    llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
+    return status;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args)
 {
     llmpar_status status = llmpar__v_check(device, "scale", args->dtype);
     (void)stream;
-    if (status) return status;
-    llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
+    return status;
 }
 
 /* Pairs with F64 are llmpar_convert's own, and so are those of one type. */

@@ -77,8 +77,7 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #define LLMPAR__THIN_LANES 8
 #define LLMPAR__THIN_PANELS 2
 #define LLMPAR__THIN_MOST 4
-#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
-#define LLMPAR__THIN_LOOSE(p) _mm256_loadu_ps((const float *)(p))
+#define LLMPAR__THIN_READ(p) _mm256_loadu_ps((const float *)(p))
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
@@ -100,17 +99,17 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 }
 #define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx2_##part
 #define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX2))
-#define LLMPAR__THIN_VECTOR __m256
-#define LLMPAR__THIN_LANES 8
-#define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MOST 4
-#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
-#define LLMPAR__THIN_LOOSE(p) _mm256_loadu_ps((const float *)(p))
-#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
 #include "cpu/gemm_thin.inc"
+
+#undef LLMPAR__THIN_VECTOR
+#undef LLMPAR__THIN_LANES
+#undef LLMPAR__THIN_PANELS
+#undef LLMPAR__THIN_MOST
+#undef LLMPAR__THIN_READ
+#undef LLMPAR__THIN_WRITE
 
 #define LLMPAR__THIN_AVX512 target("avx512f,avx512vl,avx2,fma,f16c")
 /* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
@@ -118,28 +117,24 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
 #define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
-#define LLMPAR__THIN_KEPT(v) __extension__ ({ __m512 t_ = v; __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
-#define LLMPAR__THIN_LINE(r) LLMPAR__THIN_KEPT(_mm512_loadu_ps((const void *)(in + (r) * ld)))
+#define LLMPAR__THIN_LINE(p) __extension__ ({ __m512 t_ = _mm512_loadu_ps((const void *)(p)); __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
+#define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (t) * step), v)
 __attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
-    float half[16 * 16] __attribute__((aligned(64)));
+    float half[16 * 16] __attribute__((aligned(64))), *at = half;
+    __m512 a, b, c, d, y0, y1, y2, y3;
     int g;
-    for (g = 0; g < 4; g++) { /* rows g, 4 + g, 8 + g, 12 + g: four vectors whose quarters are four words of each */
-        __m512 a = LLMPAR__THIN_LINE(g), b = LLMPAR__THIN_LINE(4 + g), c = LLMPAR__THIN_LINE(8 + g), d = LLMPAR__THIN_LINE(12 + g);
-        __m512 y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
-        _mm512_store_ps((void *)(half + g * 16), LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
-        _mm512_store_ps((void *)(half + 64 + g * 16), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
-        _mm512_store_ps((void *)(half + 128 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
-        _mm512_store_ps((void *)(half + 192 + g * 16), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
+    for (g = 0; g < 4; g++, in += ld, at += 16) { /* rows g, 4 + g, 8 + g, 12 + g: four vectors whose quarters are four words of each */
+        a = LLMPAR__THIN_LINE(in), b = LLMPAR__THIN_LINE(in + 4 * ld), c = LLMPAR__THIN_LINE(in + 8 * ld), d = LLMPAR__THIN_LINE(in + 12 * ld);
+        y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+        _mm512_store_ps((void *)at, LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
+        _mm512_store_ps((void *)(at + 64), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
+        _mm512_store_ps((void *)(at + 128), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
+        _mm512_store_ps((void *)(at + 192), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
     }
-    for (g = 0; g < 4; g++, out += 4 * step) { /* four words of all rows */
-        const float *at = half + g * 64;
-        __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(at)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(at + 48));
-        __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
-        _mm512_store_ps((void *)out, LLMPAR__THIN_SHUFFLE(y0, y1, 0x44));
-        _mm512_store_ps((void *)(out + step), LLMPAR__THIN_SHUFFLE(y0, y1, 0xee));
-        _mm512_store_ps((void *)(out + 2 * step), LLMPAR__THIN_SHUFFLE(y2, y3, 0x44));
-        _mm512_store_ps((void *)(out + 3 * step), LLMPAR__THIN_SHUFFLE(y2, y3, 0xee));
+    for (g = 0, at = half; g < 4; g++, out += 4 * step, at += 64) { /* four words of all rows */
+        a = LLMPAR__THIN_LINE(at), b = LLMPAR__THIN_LINE(at + 16), c = LLMPAR__THIN_LINE(at + 32), d = LLMPAR__THIN_LINE(at + 48);
+        LLMPAR__THIN_FOUR(LLMPAR__THIN_LOW, LLMPAR__THIN_HIGH, LLMPAR__THIN_SHUFFLE, a, b, c, d, LLMPAR__THIN_STORE_16);
     }
 }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
@@ -159,9 +154,8 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_LANES 16
 #define LLMPAR__THIN_PANELS 1
 #define LLMPAR__THIN_MOST 16
-#define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
+#define LLMPAR__THIN_READ(p) _mm512_loadu_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
-#define LLMPAR__THIN_LOOSE(p) _mm512_loadu_ps(p)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; }) /* spread on its way in: one instruction less */
 #if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_dot(__m512 a, __m512 b, __m512 sum)
@@ -189,7 +183,7 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #undef LLMPAR__THIN_SHUFFLE
 #undef LLMPAR__THIN_QUARTERS
 #undef LLMPAR__THIN_LINE
-#undef LLMPAR__THIN_KEPT
+#undef LLMPAR__THIN_STORE_16
 
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
@@ -230,8 +224,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 #define LLMPAR__THIN_LANES 4
 #define LLMPAR__THIN_PANELS 2
 #define LLMPAR__THIN_MOST 8
-#define LLMPAR__THIN_READ(p) vld1q_f32(p)
-#define LLMPAR__THIN_LOOSE(p) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(p)))
+#define LLMPAR__THIN_READ(p) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(p)))
 #define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) vfmaq_f32(sum, vdupq_n_f32(*(p)), b)
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
@@ -526,6 +519,12 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
 }
 
+#undef LLMPAR__THIN_VECTOR
+#undef LLMPAR__THIN_LANES
+#undef LLMPAR__THIN_PANELS
+#undef LLMPAR__THIN_MOST
+#undef LLMPAR__THIN_READ
+#undef LLMPAR__THIN_WRITE
 #undef LLMPAR__THIN_K_PER_WORD
 #undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL

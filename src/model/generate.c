@@ -141,15 +141,14 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         w = g->device->attention_workspace(g->device, &attention);
         if (w > most) most = w;
     }
-    for (int32_t i = 0; i < 3 && llmpar__session_streams(g); i++) {
-        llmpar_interleave_args turn;
-        memset(&turn, 0, sizeof turn);
-        turn.k = i == 0 ? s->d : i == 1 ? s->h * s->e : s->f;
-        turn.dtype = g->dtype;
-        w = g->device->interleave_workspace(g->device, &turn);
-        if (w > most) most = w;
-    }
-    return most;
+    if (!llmpar__session_streams(g)) return most;
+    llmpar_interleave_args turn;
+    memset(&turn, 0, sizeof turn);
+    turn.k = s->f > s->h * s->e ? s->f : s->h * s->e; /* of the widest weight */
+    if (turn.k < s->d) turn.k = s->d;
+    turn.dtype = g->dtype;
+    w = g->device->interleave_workspace(g->device, &turn);
+    return w > most ? w : most;
 }
 
 static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, llmpar__session *g)

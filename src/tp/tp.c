@@ -91,23 +91,29 @@ LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, in
     return (size_t)(rows * dim) * llmpar_dtype_size(wide);
 }
 
+/* Returns whether the segments fit. */
+static int llmpar__tp_partial_args(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, int pointers, llmpar_gemm_args *args, llmpar_gemm_segment *segments)
+{
+    memset(args, 0, sizeof *args);
+    args->segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, pointers, segments);
+    args->m = rows;
+    args->n = args->ldc = dim;
+    args->segments = segments;
+    args->pieces = tp->pieces / tp->ranks;
+    args->kind = kind;
+    args->dtype = dtype;
+    args->out_dtype = llmpar_tp_partial_dtype(tp, dtype);
+    return args->segment_count >= 0;
+}
+
 LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
                                            llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
     llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 1, segments);
-    if (args.segment_count < 0) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)(tp->pieces / tp->ranks), (int)operand_count, LLMPAR__TP_SEGMENTS);
-    args.m = rows;
-    args.n = dim;
+    if (!llmpar__tp_partial_args(tp, kind, rows, dim, grains, operands, operand_count, dtype, 1, &args, segments))
+        return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)args.pieces, (int)operand_count, LLMPAR__TP_SEGMENTS);
     args.c = out;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -117,18 +123,8 @@ LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
 {
     llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
     llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 0, segments);
-    if (args.segment_count < 0) return 0; /* the call itself reports it */
-    args.m = rows;
-    args.n = dim;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
-    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+    /* the call itself reports what does not fit */
+    return llmpar__tp_partial_args(tp, kind, rows, dim, grains, operands, operand_count, dtype, 0, &args, segments) ? tp->ctx->device->gemm_workspace(tp->ctx->device, &args) : 0;
 }
 
 static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment *segment, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
