@@ -524,6 +524,8 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them. NT, m <= 16 alone; 0: rows */
+    int64_t begin;
 } llmpar_gemm_segment;
 
 typedef enum llmpar_gemm_kind { LLMPAR_GEMM_DEFAULT = 0, LLMPAR_GEMM_NT = 1, LLMPAR_GEMM_NN = 2, LLMPAR_GEMM_TN = 3 } llmpar_gemm_kind;
@@ -544,6 +546,10 @@ typedef struct llmpar_gemm_args {
     int accumulate;
     void *workspace; size_t workspace_bytes;
 } llmpar_gemm_args;
+
+/* Weights w[n,k] with their rows interleaved, as products of few rows read them: one stream, and nothing to transpose. A word is 4 bytes: an element of F32, two neighbours of BF16 or F16. Of the first r rows (r is the device's interleaved_rows) come
+   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT. */
+typedef struct llmpar_interleave_args { int64_t n, k; void *w; llmpar_dtype dtype; int back; /* 1: become rows again */ void *workspace; size_t workspace_bytes; } llmpar_interleave_args;
 
 /* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
    `leaves` divides batch: leaf i owns sequences [i*batch/leaves, (i+1)*batch/leaves). */
@@ -716,12 +722,12 @@ struct llmpar_device {
 
     /* operations */
     llmpar_status (*gemm)(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k. On the CPU enough for a smaller m too, as chunks' ends have it */
+    size_t (*gemm_workspace)(llmpar_device *device, const llmpar_gemm_args *args); /* pointers may be NULL in queries; reads m, n, kind, dtype, out_dtype, pieces and the segments' k. Enough for a smaller m too, as chunks' ends have it */
     llmpar_status (*rmsnorm)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
     llmpar_status (*rmsnorm_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
     llmpar_status (*rope)(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
     llmpar_status (*attention)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
-    size_t (*attention_workspace)(llmpar_device *device, const llmpar_attention_args *args);
+    size_t (*attention_workspace)(llmpar_device *device, const llmpar_attention_args *args); /* enough for smaller tq and tk too */
     llmpar_status (*attention_backward)(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
     size_t (*attention_backward_workspace)(llmpar_device *device, const llmpar_attention_backward_args *args);
     llmpar_status (*swiglu)(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
@@ -778,6 +784,11 @@ struct llmpar_device {
        the caller's to say. Local. */
     llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
     llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
+
+    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Local. */
+    int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
+    llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
+    size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
 };
 
 /* stream_thread, LLMPAR_ERR_UNSUPPORTED where the slot is empty. Local. */
@@ -787,6 +798,8 @@ LLMPAR_API llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpa
 /* threads_running with its fallback. Local. */
 LLMPAR_API int32_t llmpar_device_threads_running(llmpar_device *device);
 
+/* interleaved_rows with its fallback. Local. */
+LLMPAR_API int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
 /* tree_sum_to with its fallback. Local. */
 LLMPAR_API llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
 
@@ -906,6 +919,8 @@ typedef struct llmpar_backend {
     /* This rank's function has returned (its failure, if any, was told by comm->abort). Waits until every rank's has, or it is known who has failed; *root: the job's failure, the same on all ranks that can be reached, status OK
        if none. Called by launches whose ranks have no other way to tell each other, and by any of a rank that hears of another's failure through the communicator. Empty: there is none. Not collective after a failure. */
     void (*comm_finish)(const void *comm_user, llmpar_comm *comm, llmpar_error *root);
+    /* This rank has failed before it could come to comm_create (no device), and ctx->error says why: tells those who wait for it there. Called by launches whose ranks have no other way to tell each other. Empty: it is missed there. */
+    void (*comm_absent)(const void *comm_user, llmpar_ctx *ctx);
 } llmpar_backend;
 
 /* ==== src/tables/record.h ==== */
@@ -1341,8 +1356,8 @@ LLMPAR_API int64_t llmpar_tp_begin(const llmpar_tp *tp, int64_t grains);
 LLMPAR_API int64_t llmpar_tp_count(const llmpar_tp *tp, int64_t grains);
 
 /* One operand pair of a sum over a sharded dim: a[N, *] and b hold `count` grains of `grain` elements beginning at global grain `begin`; b is [D, *] (NT) or [*, D] (NN). stride: elements between rows.
-   owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
-typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; } llmpar_tp_operand;
+   interleaved: as in llmpar_gemm_segment (NT). owner_of(g): global grain g of this operand belongs to the piece of query grain g * per (kv heads: per = H/K; else 1). */
+typedef struct llmpar_tp_operand { const void *a, *b; int64_t lda, ldb, grain, begin, count, per; int32_t interleaved; } llmpar_tp_operand;
 
 /* out[rows, D] = this rank's partial sum: per piece of `grains` (query heads, F, vocabulary) one chain over the operands in order, then the local tree. Combine over tp with llmpar_tp_reduce. kind NT or NN.
    out is of llmpar_tp_partial_dtype: the sum type of dtype where other ranks' parts are still to be added, else dtype, rounded once. */
@@ -1994,7 +2009,8 @@ typedef struct llmpar_generate_desc {
     void *user;
 } llmpar_generate_desc;
 
-/* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp. */
+/* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp.
+   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must not read parameters. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
 /* Chapter: io */
@@ -2289,7 +2305,7 @@ LLMPAR_API llmpar_status llmpar_checkpoint_load(llmpar_fsdp *fsdp, llmpar_optim 
 
 /* What ranks are. Default: MPI processes where LLMPAR_USE_MPI is defined and MPI is initialised or mpirun has started the process, else threads.
    ENVIRONMENT: processes that torchrun or a like launcher has started: this one is rank RANK of WORLD_SIZE, with LOCAL_RANK and LOCAL_WORLD_SIZE on its machine, and meets the others at MASTER_ADDR:MASTER_PORT. It has no communicator of its own (ctx->host_comm is
-   NULL): a backend makes the only one. A rank that fails tells the others through that; one that fails before it has it is missed where they meet. */
+   NULL): a backend makes the only one. A rank that fails tells the others through that; one that fails before it has it, where they meet (comm_absent). */
 typedef enum llmpar_transport { LLMPAR_TRANSPORT_DEFAULT = 0, LLMPAR_TRANSPORT_THREADS = 1, LLMPAR_TRANSPORT_MPI = 2, LLMPAR_TRANSPORT_ENVIRONMENT = 3 } llmpar_transport;
 
 /* Threads that stay where they are find their caches warm. DEFAULT: yes where ranks x threads are all cores, or all processors, that the process may use: then nobody else has a claim to choose between them.
@@ -3431,50 +3447,24 @@ LLMPAR__PRIVATE void llmpar__copy_row(char *out, const char *in, size_t bytes, c
 
 /* Whether this processor, and the compiler that made this, has vdpbf16ps (gemm_kernel.c). */
 LLMPAR__PRIVATE int llmpar__gemm_has_bf16(void);
-/* Slots: gemm.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
-/* norm.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rmsnorm_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_rmsnorm_backward_args *args);
-/* rope.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_rope(llmpar_device *device, llmpar_stream *stream, const llmpar_rope_args *args);
-/* attention.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_attention_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_attention_backward_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args);
-/* swiglu.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_swiglu_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_swiglu_backward_args *args);
-/* embedding.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_embedding_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_embedding_backward_args *args);
-LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
-/* xent.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_max(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_loss(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_loss_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_xent_backward(llmpar_device *device, llmpar_stream *stream, const llmpar_xent_backward_args *args);
-/* tree_sum.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_tree_sum_args *args);
+/* Slots, each in the file of its name or kind; here those whose arguments have its name and no array. */
+#define LLMPAR__CPU_OPERATIONS(X) \
+    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
+    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo) X(interleave)
+#define LLMPAR__CPU_SLOT_OF(slot, args_type) LLMPAR__PRIVATE llmpar_status llmpar__cpu_##slot(llmpar_device *device, llmpar_stream *stream, const args_type *args);
+#define LLMPAR__CPU_SLOT(slot) LLMPAR__CPU_SLOT_OF(slot, llmpar_##slot##_args)
+LLMPAR__CPU_OPERATIONS(LLMPAR__CPU_SLOT)
+LLMPAR__CPU_SLOT(gemm) LLMPAR__CPU_SLOT(tree_sum) LLMPAR__CPU_SLOT(max) LLMPAR__CPU_SLOT(xent_loss) LLMPAR__CPU_SLOT(xent_backward)
+LLMPAR__CPU_SLOT_OF(xent_max, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(xent_sum, llmpar_xent_args) LLMPAR__CPU_SLOT_OF(adalomo_square, llmpar_adalomo_args)
+#undef LLMPAR__CPU_SLOT_OF
+#undef LLMPAR__CPU_SLOT
 LLMPAR__PRIVATE llmpar_status llmpar__cpu_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args);
-/* elementwise.c: max, add, scale, cast, copy_rows */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_max(llmpar_device *device, llmpar_stream *stream, const llmpar_max_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_stream *stream, const llmpar_add_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_cast(llmpar_device *device, llmpar_stream *stream, const llmpar_cast_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_copy_rows(llmpar_device *device, llmpar_stream *stream, const llmpar_copy_rows_args *args);
-/* optim.c: adamw, sgd; squares.c: square_sum */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adamw(llmpar_device *device, llmpar_stream *stream, const llmpar_adamw_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_sgd(llmpar_device *device, llmpar_stream *stream, const llmpar_sgd_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_square_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_square_sum_args *args);
-/* adalomo.c */
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_largest(llmpar_device *device, llmpar_stream *stream, const llmpar_largest_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_sum(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_sum_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_factor_moment(llmpar_device *device, llmpar_stream *stream, const llmpar_factor_moment_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo_square(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
-LLMPAR__PRIVATE llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llmpar_stream *stream, const llmpar_adalomo_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_gemm_workspace(llmpar_device *device, const llmpar_gemm_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_workspace(llmpar_device *device, const llmpar_attention_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_attention_backward_workspace(llmpar_device *device, const llmpar_attention_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_embedding_backward_workspace(llmpar_device *device, const llmpar_embedding_backward_args *args);
+LLMPAR__PRIVATE size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args);
+LLMPAR__PRIVATE int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype);
 
 /* ---- src/cpu/half_internal.h goes on ---- */
 /* How one type is stored. Neither function needs alignment; both have the bits of base/dtype.h at every level. */
@@ -3543,7 +3533,7 @@ typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
 #define LLMPAR__VSHARED static __attribute__((noinline, unused)) LLMPAR__VTARGET /* called rarely: once is enough */
 #define LLMPAR__VKERNEL LLMPAR__PRIVATE_DEF LLMPAR__VTARGET
 #if defined(__clang__)
-#define LLMPAR__VUNROLL _Pragma("unroll")
+#define LLMPAR__VUNROLL _Pragma("clang loop unroll(full)") /* plain "unroll" leaves loops of an inlined function at times, and their arrays in memory */
 #define LLMPAR__VUNROLL_TWICE _Pragma("unroll 2")
 #else
 #define LLMPAR__VUNROLL_TWICE _Pragma("GCC unroll 2")
@@ -4094,8 +4084,8 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
     return half;
 }
 /* ==== src/cpu/gemm_thin.c ==== */
-/* gemm_thin: the product of a few rows with weights that lie as they are stored, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from
-   memory, so everything serves one purpose: each byte is read once, in order, without a pause.
+/* gemm_thin: the product of a few rows with weights, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from memory, so everything serves one purpose: each byte is read once, in order,
+   without a pause. Where the rows of b are interleaved (llmpar_interleave_args) they are one stream, and a vector of it is what a chain of 16 outputs takes next. Where they lie as rows:
 
      b: 16 rows, four lines of each at a time                                      c[m, n .. n + 16]: chains in registers, lanes are n
         |--####....----------|                                                     x[k][m] * | word of k of 16 rows |
@@ -4103,42 +4093,35 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
         |--####....----------|      while the chains take them, the same rows
         |--####....----------|      are fetched into L2 further on (....)
 
-   Of 9 to 16 rows of x vectors of 16 lanes take a k of all of them at a time, times one weight: then lanes are m and nothing is transposed. A chain may go on from memory anywhere,
-   which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
+   A chain may go on from memory anywhere, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 /* ==== src/cpu/gemm_thin_internal.h ==== */
 /* gemm_thin: products of few rows with weights as they lie, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
 
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
 
-/* The first four lines of the tile at `of`, half transposed, in words[half]; NULL: of none. */
-typedef struct llmpar__gemm_thin_turned {
-    float words[2][4][16 * 16] __attribute__((aligned(64)));
-    const char *of;
-    int32_t half;
-} llmpar__gemm_thin_turned;
-
 /* sums[rows, columns] goes on over k elements: += x[rows, k] w[columns, k]^T. */
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const float *x;                   /* [blocks of rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4, 8 or 16 rows */
-    float *sums;                      /* [parts][rows][LLMPAR__THIN_COLUMNS], of a block of 16 rows [parts][LLMPAR__THIN_COLUMNS][16]; 64-byte aligned */
+    const char *ahead;                /* of interleaved rows: what is fetched with their first word, and ahead_step bytes further with each of the next */
+    const float *x;                   /* [blocks of 8 rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4 or 8 rows */
+    float *sums;                      /* [parts, part_step floats apart][tiles][rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
-    int64_t ld, next_ld, k, x_k, x_done, columns; /* x_done: the span's first k (or pair) among all of x */
+    int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
-    int32_t next_full;                /* `next` is a tile of as many columns as there can be, has four lines or more, and comes after this for certain */
-    llmpar__gemm_thin_turned *turned; /* what this span leaves to the next one; NULL: nothing */
+    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or as llmpar__gemm_thin_tiles says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
+    int64_t tile;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
 
-/* The function for this type at this level, how many columns it takes at most, and how many rows of x are a block, 8 or 16. NULL: there is none. */
-LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block);
+/* The function for this type at this level, and how many columns it takes at most. NULL: there is none. */
+LLMPAR__PRIVATE llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns);
 /* How many rows of x stand for `rows`, 1 .. 16: the last block is filled up. */
-static inline int32_t llmpar__gemm_thin_filled(int64_t rows, int32_t block)
+static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
 {
-    int32_t last = (int32_t)rows % block;
-    return (int32_t)rows - last + (last > 8 ? 16 : last > 4 ? 8 : last > 1 ? 4 : last);
+    int32_t last = (int32_t)rows % 8;
+    return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
 
@@ -4165,18 +4148,15 @@ enum { LLMPAR__THIN_PARTS = 16, LLMPAR__THIN_SHARES = 8 }; /* tasks of a thread:
 #define LLMPAR__THIN_SERIAL (1 << 18) /* bytes and multiplications that one thread is done with before another has woken up */
 #if defined(__clang__)
 #define LLMPAR__THIN_UNROLL _Pragma("unroll")
-#define LLMPAR__THIN_KEEP _Pragma("nounroll") /* four times the code takes compilers longer and is no faster */
 #else
-#define LLMPAR__THIN_KEEP _Pragma("GCC unroll 1")
 #define LLMPAR__THIN_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 typedef struct llmpar__gemm_thin_level {
     int64_t columns; /* of a tile */
-    int32_t block;   /* rows of x side by side */
+    int32_t most;    /* rows of x whose chains fit the registers, of one tile: LLMPAR__THIN_MOST */
     llmpar__gemm_thin_fn span;
-    void (*turn_8)(const char *in, int64_t ld, float *out); /* out[8][8] = in[8][8], rows ld bytes apart, and so for 16; NULL: this level has none */
-    void (*turn_16)(const char *in, int64_t ld, float *out);
+    void (*turn)(const char *in, int64_t ld, float *out, int64_t step); /* out[8][8], rows `step` floats apart, = in[8][8], rows ld bytes apart; NULL: this level has none */
 } llmpar__gemm_thin_level;
 
 #if defined(__x86_64__)
@@ -4188,7 +4168,7 @@ typedef struct llmpar__gemm_thin_level {
 } while (0)
 
 #define LLMPAR__THIN_LOAD_8(r) _mm256_loadu_ps((const float *)(const void *)(in + (r) * ld))
-#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * 8, v)
+#define LLMPAR__THIN_STORE_8(t, v) _mm256_store_ps(out + (j + (t)) * step, v)
 #define LLMPAR__THIN_TRANSPOSE_8() \
     __m256 y0, y1, y2, y3, a0, a1, a2, a3, b0, b1, b2, b3; \
     int j = 0; \
@@ -4202,7 +4182,7 @@ typedef struct llmpar__gemm_thin_level {
     j = 4; \
     LLMPAR__THIN_FOUR(_mm256_unpacklo_ps, _mm256_unpackhi_ps, _mm256_shuffle_ps, b0, b1, b2, b3, LLMPAR__THIN_STORE_8)
 
-__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+__attribute__((target("avx"), noinline)) static void llmpar__gemm_thin_avx_transpose(const char *in, int64_t ld, float *out, int64_t step) { LLMPAR__THIN_TRANSPOSE_8(); }
 static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_thin_avx_bf16(__m256 word, const int i)
 {
     __m128i low = _mm256_castsi256_si128(_mm256_castps_si256(word)), high = _mm256_extractf128_si256(_mm256_castps_si256(word), 1);
@@ -4215,10 +4195,9 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #define LLMPAR__THIN_VECTOR __m256
 #define LLMPAR__THIN_LANES 8
 #define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 0
-#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
+#define LLMPAR__THIN_MOST 4
+#define LLMPAR__THIN_READ(p) _mm256_loadu_ps((const float *)(p))
 #define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum, p_; __asm__("vmulps %3, %2, %1\n\tvaddps %0, %1, %0" : "+x"(t_), "=&x"(p_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) (word)
@@ -4226,7 +4205,7 @@ static inline __attribute__((always_inline, target("avx"))) __m256 llmpar__gemm_
 #include LLMPAR_HEADER
 
 #define LLMPAR__THIN_AVX2 target("avx2,fma,f16c")
-__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out) { LLMPAR__THIN_TRANSPOSE_8(); }
+__attribute__((LLMPAR__THIN_AVX2, noinline)) static void llmpar__gemm_thin_avx2_transpose(const char *in, int64_t ld, float *out, int64_t step) { LLMPAR__THIN_TRANSPOSE_8(); }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__gemm_thin_avx2_bf16(__m256 word, const int i)
 {
     __m256i bits = _mm256_castps_si256(word);
@@ -4240,18 +4219,18 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 }
 #define LLMPAR__THIN_NAME(part) llmpar__gemm_thin_avx2_##part
 #define LLMPAR__THIN_TARGET __attribute__((LLMPAR__THIN_AVX2))
-#define LLMPAR__THIN_VECTOR __m256
-#define LLMPAR__THIN_LANES 8
-#define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 0
-#define LLMPAR__THIN_READ(p) _mm256_load_ps(p)
-#define LLMPAR__THIN_WRITE(p, v) _mm256_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m256 t_ = sum; __asm__("vfmadd231ps %2, %1, %0" : "+x"(t_) : "x"(_mm256_broadcast_ss(p)), "x"(b)); t_; })
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_avx2_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_avx2_f16(word, i)
 #define LLMPAR__TEMPLATE 1 /* cpu/gemm_thin.inc */
 #include LLMPAR_HEADER
+
+#undef LLMPAR__THIN_VECTOR
+#undef LLMPAR__THIN_LANES
+#undef LLMPAR__THIN_PANELS
+#undef LLMPAR__THIN_MOST
+#undef LLMPAR__THIN_READ
+#undef LLMPAR__THIN_WRITE
 
 #define LLMPAR__THIN_AVX512 target("avx512f,avx512vl,avx2,fma,f16c")
 /* The unmasked forms of these warn of uninitialised values in g++ 12's own header. */
@@ -4259,38 +4238,24 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX2)) __m256 llmpar__g
 #define LLMPAR__THIN_HIGH(a, b) _mm512_maskz_unpackhi_ps(0xffff, a, b)
 #define LLMPAR__THIN_SHUFFLE(a, b, order) _mm512_maskz_shuffle_ps(0xffff, a, b, order)
 #define LLMPAR__THIN_QUARTERS(a, b, order) _mm512_maskz_shuffle_f32x4(0xffff, a, b, order)
-#define LLMPAR__THIN_KEPT(v) __extension__ ({ __m512 t_ = v; __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
-#define LLMPAR__THIN_LINE(r) LLMPAR__THIN_KEPT(_mm512_loadu_ps((const void *)(in + (r) * ld)))
-/* A transposition has two halves of four steps each, so that it can go on between multiplications. Whole lines are loaded, since rows may lie so that few of their lines fit in L1 together:
-   rows 0, 4, 8, 12 from `in` on give four vectors whose quarters are four words of each, 4 * 16 floats apart. */
-static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_quarters(const char *in, int64_t ld, float *out)
+#define LLMPAR__THIN_LINE(p) __extension__ ({ __m512 t_ = _mm512_loadu_ps((const void *)(p)); __asm__("" : "+v"(t_)); t_; }) /* else compilers load it a second time where it is used twice */
+#define LLMPAR__THIN_STORE_16(t, v) _mm512_store_ps((void *)(out + (t) * step), v)
+__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
-    __m512 a = LLMPAR__THIN_LINE(0), b = LLMPAR__THIN_LINE(4), c = LLMPAR__THIN_LINE(8), d = LLMPAR__THIN_LINE(12);
-    __m512 y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
-    _mm512_store_ps((void *)out, LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
-    _mm512_store_ps((void *)(out + 64), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
-    _mm512_store_ps((void *)(out + 128), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
-    _mm512_store_ps((void *)(out + 192), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
-}
-/* Four words of all rows. */
-static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) void llmpar__gemm_thin_avx512_columns(const float *in, __m512 out[4])
-{
-    __m512 a = LLMPAR__THIN_KEPT(_mm512_load_ps(in)), b = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 16)), c = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 32)), d = LLMPAR__THIN_KEPT(_mm512_load_ps(in + 48));
-    __m512 y0 = LLMPAR__THIN_LOW(a, b), y1 = LLMPAR__THIN_LOW(c, d), y2 = LLMPAR__THIN_HIGH(a, b), y3 = LLMPAR__THIN_HIGH(c, d);
-    out[0] = LLMPAR__THIN_SHUFFLE(y0, y1, 0x44);
-    out[1] = LLMPAR__THIN_SHUFFLE(y0, y1, 0xee);
-    out[2] = LLMPAR__THIN_SHUFFLE(y2, y3, 0x44);
-    out[3] = LLMPAR__THIN_SHUFFLE(y2, y3, 0xee);
-}
-__attribute__((LLMPAR__THIN_AVX512, noinline)) static void llmpar__gemm_thin_avx512_transpose(const char *in, int64_t ld, float *out)
-{
-    float half[16 * 16] __attribute__((aligned(64)));
-    __m512 word[4];
-    int g, i;
-    for (g = 0; g < 4; g++) llmpar__gemm_thin_avx512_quarters(in + g * ld, ld, half + g * 16);
-    for (g = 0; g < 4; g++) {
-        llmpar__gemm_thin_avx512_columns(half + g * 64, word);
-        for (i = 0; i < 4; i++) _mm512_store_ps((void *)(out + (4 * g + i) * 16), word[i]);
+    float half[16 * 16] __attribute__((aligned(64))), *at = half;
+    __m512 a, b, c, d, y0, y1, y2, y3;
+    int g;
+    for (g = 0; g < 4; g++, in += ld, at += 16) { /* rows g, 4 + g, 8 + g, 12 + g: four vectors whose quarters are four words of each */
+        a = LLMPAR__THIN_LINE(in), b = LLMPAR__THIN_LINE(in + 4 * ld), c = LLMPAR__THIN_LINE(in + 8 * ld), d = LLMPAR__THIN_LINE(in + 12 * ld);
+        y0 = LLMPAR__THIN_QUARTERS(a, b, 0x44), y1 = LLMPAR__THIN_QUARTERS(c, d, 0x44), y2 = LLMPAR__THIN_QUARTERS(a, b, 0xee), y3 = LLMPAR__THIN_QUARTERS(c, d, 0xee);
+        _mm512_store_ps((void *)at, LLMPAR__THIN_QUARTERS(y0, y1, 0x88));
+        _mm512_store_ps((void *)(at + 64), LLMPAR__THIN_QUARTERS(y0, y1, 0xdd));
+        _mm512_store_ps((void *)(at + 128), LLMPAR__THIN_QUARTERS(y2, y3, 0x88));
+        _mm512_store_ps((void *)(at + 192), LLMPAR__THIN_QUARTERS(y2, y3, 0xdd));
+    }
+    for (g = 0, at = half; g < 4; g++, out += 4 * step, at += 64) { /* four words of all rows */
+        a = LLMPAR__THIN_LINE(at), b = LLMPAR__THIN_LINE(at + 16), c = LLMPAR__THIN_LINE(at + 32), d = LLMPAR__THIN_LINE(at + 48);
+        LLMPAR__THIN_FOUR(LLMPAR__THIN_LOW, LLMPAR__THIN_HIGH, LLMPAR__THIN_SHUFFLE, a, b, c, d, LLMPAR__THIN_STORE_16);
     }
 }
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_bf16(__m512 word, const int i)
@@ -4309,11 +4274,9 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #define LLMPAR__THIN_VECTOR __m512
 #define LLMPAR__THIN_LANES 16
 #define LLMPAR__THIN_PANELS 1
-#define LLMPAR__THIN_MANY 1
-#define LLMPAR__THIN_READ(p) _mm512_load_ps(p)
+#define LLMPAR__THIN_MOST 16
+#define LLMPAR__THIN_READ(p) _mm512_loadu_ps(p)
 #define LLMPAR__THIN_WRITE(p, v) _mm512_store_ps(p, v)
-#define LLMPAR__THIN_WIDE 1
-#define LLMPAR__THIN_LOOSE(p) _mm512_loadu_ps(p)
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) __extension__ ({ __m512 t_ = sum; __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(t_) : "v"(b), "m"(*(p))); t_; }) /* spread on its way in: one instruction less */
 #if defined(LLMPAR_BF16_EMULATED) /* as in gemm_kernel.c: first the odd k, then the even one */
 static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar__gemm_thin_avx512_dot(__m512 a, __m512 b, __m512 sum)
@@ -4342,13 +4305,13 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 #undef LLMPAR__THIN_SHUFFLE
 #undef LLMPAR__THIN_QUARTERS
 #undef LLMPAR__THIN_LINE
-#undef LLMPAR__THIN_KEPT
+#undef LLMPAR__THIN_STORE_16
 
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level none = { 0, 8, NULL, NULL, NULL }, avx = { 16, 8, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose, NULL }, avx2 = { 16, 8, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose, NULL };
-    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose, llmpar__gemm_thin_avx512_transpose };
+    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { 16, 4, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { 16, 4, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
@@ -4358,14 +4321,14 @@ static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, 
 
 #else /* aarch64 */
 
-__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out)
+__attribute__((noinline)) static void llmpar__gemm_thin_neon_transpose(const char *in, int64_t ld, float *out, int64_t step)
 {
     float32x4_t a = vld1q_f32((const float *)(const void *)in), b = vld1q_f32((const float *)(const void *)(in + ld)), c = vld1q_f32((const float *)(const void *)(in + 2 * ld)), d = vld1q_f32((const float *)(const void *)(in + 3 * ld));
     float32x4x2_t ac = vzipq_f32(a, c), bd = vzipq_f32(b, d), low = vzipq_f32(ac.val[0], bd.val[0]), high = vzipq_f32(ac.val[1], bd.val[1]);
     vst1q_f32(out, low.val[0]);
-    vst1q_f32(out + 4, low.val[1]);
-    vst1q_f32(out + 8, high.val[0]);
-    vst1q_f32(out + 12, high.val[1]);
+    vst1q_f32(out + step, low.val[1]);
+    vst1q_f32(out + 2 * step, high.val[0]);
+    vst1q_f32(out + 3 * step, high.val[1]);
 }
 static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_bf16(float32x4_t word, const int i)
 {
@@ -4382,10 +4345,9 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 #define LLMPAR__THIN_VECTOR float32x4_t
 #define LLMPAR__THIN_LANES 4
 #define LLMPAR__THIN_PANELS 2
-#define LLMPAR__THIN_MANY 1
-#define LLMPAR__THIN_READ(p) vld1q_f32(p)
+#define LLMPAR__THIN_MOST 8
+#define LLMPAR__THIN_READ(p) vreinterpretq_f32_u8(vld1q_u8((const uint8_t *)(p)))
 #define LLMPAR__THIN_WRITE(p, v) vst1q_f32(p, v)
-#define LLMPAR__THIN_WIDE 0
 #define LLMPAR__THIN_MULTIPLY_ADD(p, b, sum) vfmaq_f32(sum, vdupq_n_f32(*(p)), b)
 #define LLMPAR__THIN_BF16(word, i) llmpar__gemm_thin_neon_bf16(word, i)
 #define LLMPAR__THIN_F16(word, i) llmpar__gemm_thin_neon_f16(word, i)
@@ -4394,7 +4356,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL, NULL };
+    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL };
     (void)cpu;
     (void)dtype;
     return neon;
@@ -4409,11 +4371,12 @@ typedef struct llmpar__gemm_thin_run {
     llmpar__gemm_thin_level level;
     llmpar__half half, half_out;
     int64_t links, tiles;             /* of all segments together; of columns */
-    int32_t rows, levels, kind;       /* rows: filled up to whole blocks; levels: partial sums that wait at any time */
+    int32_t group;                    /* interleaved tiles that go together */
+    int32_t rows, levels, kind;       /* rows: with those that fill up the last block of 8; levels: partial sums that wait at any time */
     int32_t shares, threads;          /* shares: tasks */
     int32_t parts;                    /* pieces that lie side by side and are read in one go; 0: each segment has a span of its own */
     int64_t ends[LLMPAR__THIN_PARTS]; /* of the parts, in elements; behind the last: all of them */
-    float *x, *sums;                  /* sums: [threads][slots][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
+    float *x, *sums;                  /* sums: [threads][slots][group][rows][COLUMNS], slots: of pieces, and behind them of partial sums that wait */
 } llmpar__gemm_thin_run;
 
 /* A span: elements [begin, begin + k) of a segment, rows of b of one tile. */
@@ -4434,23 +4397,24 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half = llmpar__half_of(cpu, args->dtype);
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
-    run->rows = llmpar__gemm_thin_filled(args->m, run->level.block);
+    run->rows = llmpar__gemm_thin_filled(args->m);
+    run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
     for (s = 0; s < run->parts; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
         run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
-        if (segment->piece != s || segment->ldb != before->ldb || (s + 1 < run->parts && run->ends[s] * run->half.size % 64) || (s && (uintptr_t)segment->b - (uintptr_t)before->b != (uintptr_t)(before->k * run->half.size))) run->parts = 0;
+        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
+            || (s && (segment->interleaved ? (segment->begin - before->begin) * run->half.size : (int64_t)((uintptr_t)segment->b - (uintptr_t)before->b)) != before->k * run->half.size)) run->parts = 0;
     }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
 }
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block)
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns)
 {
     llmpar__gemm_thin_level level = llmpar__gemm_thin_choose(cpu, dtype);
     *columns = level.columns;
-    *block = level.block;
     return level.span;
 }
 
@@ -4463,23 +4427,23 @@ LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, c
 {
     llmpar__gemm_thin_run run;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS) + 63;
 }
 
-/* x[links][rows of a block] of every block of rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
+/* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
 static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
 {
-    enum { PART = 64, MOST = 16 };
+    enum { PART = 64, BLOCK = 8 };
     const llmpar_gemm_args *args = run->args;
-    float wide[MOST][PART];
+    float wide[BLOCK][PART];
     int64_t at = 0, k, i;
     int32_t s, row, r;
     memset(wide, 0, sizeof wide);
     for (s = 0; s < args->segment_count; at += llmpar__gemm_thin_links(run, args->segments[s++].k)) {
         const llmpar_gemm_segment *segment = &args->segments[s];
-        for (row = 0; row < run->rows; row += run->level.block) {
-            int32_t rows = run->rows - row < run->level.block ? run->rows - row : run->level.block, valid = args->m - row < run->level.block ? (int32_t)args->m - row : run->level.block;
-            void (*turn)(const char *in, int64_t ld, float *out) = rows == 16 ? run->level.turn_16 : rows == 8 ? run->level.turn_8 : NULL;
+        for (row = 0; row < run->rows; row += BLOCK) {
+            int32_t rows = run->rows - row < BLOCK ? run->rows - row : (int32_t)BLOCK, valid = args->m - row < BLOCK ? (int32_t)args->m - row : (int32_t)BLOCK;
+            void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
                 for (k = 0; k < segment->k; k += 2, out += rows)
@@ -4501,7 +4465,7 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
                     const void *in = llmpar__half_read(&run->half, segment->a, (row + r) * segment->lda + k, count, wide[r]);
                     if (in != (const void *)wide[r]) memcpy(wide[r], in, (size_t)count * sizeof(float));
                 }
-                for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out);
+                for (i = 0; turn && i + rows <= count; i += rows, out += rows * rows) turn((const char *)&wide[0][i], sizeof wide[0], out, BLOCK);
                 for (; i < count; i++)
                     for (r = 0; r < rows; r++) *out++ = wide[r][i];
             }
@@ -4528,55 +4492,88 @@ static int llmpar__gemm_thin_next(const llmpar__gemm_thin_run *run, llmpar__gemm
     return 1;
 }
 
-static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
-{
-    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
-    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + at->begin) * run->half.size;
-}
-
 static int64_t llmpar__gemm_thin_columns(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
     int64_t left = run->args->n - at->tile * run->level.columns;
     return left < run->level.columns ? left : run->level.columns;
 }
 
-/* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
-
-/* What a span's kernel asks for ahead of itself, for the first one of a task. */
-static void llmpar__gemm_thin_ask(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at, int64_t columns)
+/* Rows of b that are too few for a tile lie as rows in any case. */
+static int llmpar__gemm_thin_interleaved(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
 {
-    const char *w = llmpar__gemm_thin_address(run, at);
-    int64_t ld = run->args->segments[at->segment].ldb * run->half.size, bytes = at->k * run->half.size, i, line;
-    for (line = 0; line < bytes && line < LLMPAR__THIN_AHEAD; line += 64)
-        for (i = 0; i < columns; i++) LLMPAR__THIN_FETCH(w + i * ld + line);
+    return run->args->segments[at->segment].interleaved && llmpar__gemm_thin_columns(run, at) == run->level.columns;
 }
 
-/* The lanes of sums are rows. */
-static int llmpar__gemm_thin_wide(const llmpar__gemm_thin_run *run) { return run->level.block == 16 && run->rows == 16; }
+static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, const llmpar__gemm_thin_place *at)
+{
+    const llmpar_gemm_segment *segment = &run->args->segments[at->segment];
+    int64_t k = at->begin + (segment->interleaved ? segment->begin : 0);
+    return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
+}
+
+static int64_t llmpar__gemm_thin_groups(const llmpar__gemm_thin_run *run) { return (run->tiles + run->group - 1) / run->group; }
+/* First tile of task `share`. */
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share)
+{
+    int64_t tile = llmpar_piece_begin(share, llmpar__gemm_thin_groups(run), run->shares) * run->group;
+    return tile < run->tiles ? tile : run->tiles;
+}
 
 /* sums = c[rows, columns] */
 static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
 {
-    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS], *to = llmpar__gemm_thin_wide(run) ? turned : sums;
     int64_t r;
-    memset(turned, 0, sizeof turned);
-    for (r = 0; r < run->args->m; r++) memcpy(to + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
-    if (to == turned) run->level.turn_16((const char *)turned, LLMPAR__THIN_COLUMNS * sizeof *turned, sums);
+    for (r = 0; r < run->args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
 }
 
 /* c[rows, columns], element c_at of args->c and on, = sums */
 static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const float *sums, int64_t c_at, int64_t columns)
 {
-    float turned[LLMPAR__THIN_ROWS * LLMPAR__THIN_COLUMNS] __attribute__((aligned(64)));
     int64_t r;
-    if (llmpar__gemm_thin_wide(run)) {
-        run->level.turn_16((const char *)sums, LLMPAR__THIN_ROWS * sizeof *sums, turned);
-        sums = turned;
-    }
     for (r = 0; r < run->args->m; r++, sums += LLMPAR__THIN_COLUMNS, c_at += run->args->ldc) {
         if (run->half_out.narrow) llmpar__half_write(&run->half_out, run->args->c, c_at, columns, sums);
         else memcpy((float *)run->args->c + c_at, sums, (size_t)columns * sizeof *sums);
+    }
+}
+
+/* The chains of `tiles` tiles go on over the span at `at`; where == the next place of the same tile, if there is `more`. */
+static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t x, float *sums, int more, const llmpar__gemm_thin_place *next, int64_t begin_next, int64_t end)
+{
+    const llmpar_gemm_args *args = run->args;
+    llmpar__gemm_thin_span span;
+    int32_t t;
+    memset(&span, 0, sizeof span);
+    span.k = at.k;
+    span.x = run->x;
+    span.x_k = run->links;
+    span.x_done = x;
+    span.sums = sums;
+    span.rows = run->rows;
+    span.kind = run->kind;
+    span.parts = run->parts ? run->parts : 1;
+    span.ends = run->ends;
+    span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
+    span.ld = span.next_ld = args->segments[at.segment].ldb * run->half.size;
+    span.tile = span.ld * run->level.columns;
+    span.ahead_step = run->level.columns * 4;
+    span.interleaved = llmpar__gemm_thin_interleaved(run, &at);
+    span.tiles = span.interleaved ? tiles : 1;
+    for (t = 0; t < tiles; t += span.tiles, at.tile++, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
+        llmpar__gemm_thin_place then = at;
+        span.w = span.next = llmpar__gemm_thin_address(run, &at);
+        span.columns = llmpar__gemm_thin_columns(run, &at);
+        span.ahead = span.w + (run->rows == 1 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
+        if (t + span.tiles < tiles) then.tile++;
+        else if (more) then = *next;
+        else if (at.tile + 1 < end || begin_next >= 0) { /* the next tile's first, or the next task's */
+            then.tile = at.tile + 1 < end ? at.tile + 1 : begin_next;
+            then.segment = 0;
+            then.begin = then.k = 0;
+            llmpar__gemm_thin_next(run, &then);
+        }
+        span.next = llmpar__gemm_thin_address(run, &then);
+        span.next_ld = args->segments[then.segment].ldb * run->half.size;
+        run->level.span(&span);
     }
 }
 
@@ -4584,59 +4581,33 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
-    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), size = run->rows * LLMPAR__THIN_COLUMNS, i;
-    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * size, *stack = all + (run->parts ? run->parts : 1) * size;
-    llmpar__gemm_thin_turned turned;
+    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), begin_next = task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : -1; /* where the others are as fast, that task is this thread's */
+    int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
+    float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
-    turned.of = NULL;
+    int32_t tiles, t;
     memset(&at, 0, sizeof at);
-    for (at.tile = begin; at.tile < end; at.tile++) {
-        int64_t columns, x = 0;
+    for (; begin < end; begin += tiles) {
+        int64_t x = 0, size, c = begin * run->level.columns;
         int32_t piece = 0, depth = 0, done;
         int more;
+        float *stack;
+        tiles = begin + run->group <= end && (begin + run->group) * run->level.columns <= args->n ? run->group : 1;
+        size = tiles * tile_size;
+        stack = all + (run->parts ? run->parts : 1) * size;
+        at.tile = begin;
         at.segment = 0;
         at.begin = at.k = 0;
-        columns = llmpar__gemm_thin_columns(run, &at);
         more = llmpar__gemm_thin_next(run, &at);
-        if (more && at.tile == begin) llmpar__gemm_thin_ask(run, &at, columns);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
-            if (args->accumulate) llmpar__gemm_thin_load(run, (const float *)args->c + at.tile * run->level.columns, columns, sums);
+            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (const float *)args->c + c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
             while (more && args->segments[at.segment].piece == piece) {
-                llmpar__gemm_thin_span span;
-                span.w = llmpar__gemm_thin_address(run, &at);
-                span.ld = args->segments[at.segment].ldb * run->half.size;
-                span.k = at.k;
-                span.x = run->x;
-                span.x_k = run->links;
-                span.x_done = x;
-                span.sums = sums;
-                span.columns = columns;
-                span.rows = run->rows;
-                span.kind = run->kind;
-                span.parts = run->parts ? run->parts : 1;
-                span.ends = run->ends;
-                x += llmpar__gemm_thin_links(run, at.k);
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
-                span.next = span.w;
-                span.next_ld = span.ld;
-                span.next_full = 0;
-                span.turned = &turned;
-                if (more || at.tile + 1 < end || task + run->threads < run->shares) {
-                    llmpar__gemm_thin_place then = next;
-                    if (!more) {
-                        then.tile = at.tile + 1 < end ? then.tile + 1 : llmpar__gemm_thin_begin(run, task + run->threads); /* where the others are as fast, this task is this thread's */
-                        then.segment = 0;
-                        then.begin = 0;
-                        llmpar__gemm_thin_next(run, &then);
-                    }
-                    span.next = llmpar__gemm_thin_address(run, &then);
-                    span.next_ld = args->segments[then.segment].ldb * run->half.size;
-                    span.next_full = (more || at.tile + 1 < end) && then.k * run->half.size >= 4 * 64 && llmpar__gemm_thin_columns(run, &then) == run->level.columns;
-                }
-                run->level.span(&span);
+                llmpar__gemm_thin_run_span(run, at, tiles, x, sums, more, &next, begin_next, end);
+                x += llmpar__gemm_thin_links(run, at.k);
                 at = next;
             }
             /* The tree, like a binary counter: after piece p, as many subtrees are complete as p + 1 has trailing zero bits. */
@@ -4646,7 +4617,10 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             }
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
-        llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0), at.tile * run->level.columns, columns);
+        for (t = 0; t < tiles; t++) {
+            at.tile = begin + t;
+            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+        }
     }
 }
 
@@ -4654,28 +4628,35 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 {
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
-    int32_t threads = llmpar__pool_threads(cpu);
+    int32_t threads = llmpar__pool_threads(cpu), s;
     llmpar__gemm_thin_prepare(&run, cpu, args);
+    for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
+    if (s == args->segment_count) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.threads = threads;
-    run.shares = (int32_t)(threads == 1 ? 1 : run.tiles < LLMPAR__THIN_SHARES * threads ? run.tiles : LLMPAR__THIN_SHARES * threads);
+    run.shares = (int32_t)(threads == 1 ? 1 : llmpar__gemm_thin_groups(&run) < LLMPAR__THIN_SHARES * threads ? llmpar__gemm_thin_groups(&run) : LLMPAR__THIN_SHARES * threads);
     if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
 }
 
+#undef LLMPAR__THIN_VECTOR
+#undef LLMPAR__THIN_LANES
+#undef LLMPAR__THIN_PANELS
+#undef LLMPAR__THIN_MOST
+#undef LLMPAR__THIN_READ
+#undef LLMPAR__THIN_WRITE
 #undef LLMPAR__THIN_K_PER_WORD
 #undef LLMPAR__THIN_LINKS_PER_WORD
 #undef LLMPAR__THIN_SERIAL
 #undef LLMPAR__THIN_UNROLL
 #undef LLMPAR__THIN_FETCH
-#undef LLMPAR__THIN_KEEP
 
 #else
 
-LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns, int32_t *block) { (void)cpu; (void)dtype; *columns = 0; *block = 8; return NULL; }
+LLMPAR__PRIVATE_DEF llmpar__gemm_thin_fn llmpar__gemm_thin_function(const llmpar__cpu *cpu, llmpar_dtype dtype, int64_t *columns) { (void)cpu; (void)dtype; *columns = 0; return NULL; }
 LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; return 0; }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_args *args) { (void)cpu; (void)args; }
@@ -4691,12 +4672,18 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
 /* A stretch of k, in links, in which the rows of A lie `ld` bytes apart. Members of 8 bytes, for assembly code. */
 typedef struct llmpar__gemm_span { const char *a; int64_t ld, k; } llmpar__gemm_span;
 
+/* Where partial sums of a tile lie: on the stack of this part, among those that outlive a part, in c (or a copy of its edge); and where c really is, which is only asked for. */
+enum { LLMPAR__GEMM_STACK, LLMPAR__GEMM_SAVED, LLMPAR__GEMM_C, LLMPAR__GEMM_TRUE_C, LLMPAR__GEMM_BASES };
+
+/* For assembly code too: members of 8 bytes, places in bytes. */
 typedef struct llmpar__gemm_step {
     int64_t k;
-    int64_t span, span_count;
+    int64_t first_span, span_count;
     int64_t merges, merges_saved; /* how many partial tiles are added, from the stack's top down: those of this part, then those that an earlier part saved */
-    int64_t slot, slot_saved, to; /* floats from the stack's begin, or from that of what is saved: the topmost of either, and where the result is pushed, unless it is the part's last and goes to c */
-    int32_t kept, save;           /* partial tiles below what is pushed; it is needed in a later part */
+    int64_t slot, slot_saved;     /* the topmost of either */
+    int64_t to_base, to;          /* where the result goes */
+    int64_t ask_base, ask;        /* what is asked for meanwhile, two lines every 8 k: where the step ends, a saved tile, c. A long step goes on to what lies below. All at once, at the tile's begin, they would stand in the way of the panels. */
+    int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
 /* One tile of c during one part of the summed dim. */
@@ -4706,32 +4693,27 @@ typedef struct llmpar__gemm_tile {
     int64_t row;                       /* the tile's first, from where the spans begin */
     const float *b;                    /* panel: [k, tile columns] */
     float *c;
+    char *ask;                         /* c, or where it will be turned to */
+    int64_t ask_row, ask_next;         /* row_bytes and ask_bytes of LLMPAR__GEMM_TRUE_C */
     float *stack, *saved;              /* [depth, tile rows, tile columns]: partial tiles of this part; those that outlive a part */
     int64_t ldc;
     const llmpar__gemm_step *steps;
     int64_t step_count;
     int rows, columns;                 /* that exist */
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
-    int saves;                         /* something is saved */
 } llmpar__gemm_tile;
 
-/* The chains of a tile through one step, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
+/* The chains of a tile, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
 typedef struct llmpar__gemm_chains {
     const float *a;
-    int64_t k;
-    const llmpar__gemm_span *spans;    /* in place of a and k */
-    int64_t span_count, row;
     const float *b;
-    const float *from;                 /* where the chains start, [rows, tile columns]; NULL: +0 */
-    int64_t from_step;                 /* bytes from row to row */
-    const float *slot, *slot_saved;    /* partial tiles to be added at the end, each list from its top down; first those of `slot` */
-    int64_t merges, merges_saved, slot_bytes;
-    float *to;
-    int64_t to_step;
-    /* What is asked for while the chains run, two lines every 8 k, rows of the tile `jump` bytes apart: where the step ends, a saved tile, c. A long step goes on to the rows of the tiles below.
-       All at once, at the tile's begin, they would stand in the way of the panels. */
-    const char *at;
-    int64_t jump;
+    const llmpar__gemm_span *spans;    /* in place of a and k */
+    int64_t row;
+    const llmpar__gemm_step *steps, *steps_end;
+    int64_t load;                      /* the first step starts from c, else from +0 */
+    int64_t slot_bytes;
+    char *base[LLMPAR__GEMM_BASES];
+    int64_t row_bytes[LLMPAR__GEMM_BASES], ask_bytes[LLMPAR__GEMM_BASES]; /* from row to row; from what was asked for to what is next, and from there to the next row */
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
@@ -4748,8 +4730,8 @@ typedef struct llmpar__gemm_kernel {
     int pairs;                         /* a link of the chain takes two k of BF16, which are packed side by side as a float is; else one k of F32 */
     void (*pack_a)(const llmpar__gemm_packing *packing);
     void (*pack_b)(const llmpar__gemm_packing *packing);
-    void (*chains[4])(llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
-    void (*lying[3])(llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
+    void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
+    void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
@@ -4768,27 +4750,29 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 /* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
    what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
    A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
-     LLMPAR__GEMM_FUNCTION(name, isa, rows, place, vectors)   rows(X, i) is X(i, row, at, s0, s1, s2) for each row: where an element of A lies, its three accumulators;
+     LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
+                                              of more than four rows the fifth and those behind it are `high`: in every eight k they come after the others. A processor has room for few stores
+                                              at a time (a Zen 4 for 32 of 32 bytes) and stands still when there are more: so a step's end stores the first half, does eight k of the second, and stores that;
                                               place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin
    Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
      LLMPAR__GEMM_VECTOR_BYTES           of one vector; a k of the panel of B is three
-     LLMPAR__GEMM_A_BYTES                of one k of the panel of A
      LLMPAR__GEMM_ZERO(s)                vector s becomes +0
-     LLMPAR__GEMM_READ_B(i)              columns of B at the i-th k from %rdi, to vectors 0 to 2, if the product wants them there
+     LLMPAR__GEMM_READ_B(i, v)           the v-th vector of B's columns at the i-th k from %rdi, to vector v, if the product wants it there
      LLMPAR__GEMM_PRODUCT(i, v, s)       vector s gets vector 3, a row's spread element of A, times the v-th vector of B */
 
 #if defined(__x86_64__) && !defined(LLMPAR_NO_SIMD)
 
+#define LLMPAR__GEMM_A_BYTES LLMPAR__GEMM_VECTOR_BYTES "/2" /* of one k of the panel of A */
 #define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) \
     "vmovups (%%rax), %%" LLMPAR__GEMM_Z #s0 "\n\t" "vmovups " LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s1 "\n\t" \
     "vmovups 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s2 "\n\t" "add %%rcx, %%rax\n\t"
 #define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) \
-    "vmovups %%" LLMPAR__GEMM_Z #s0 ", (%%rax)\n\t" "vmovups %%" LLMPAR__GEMM_Z #s1 ", " LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" \
-    "vmovups %%" LLMPAR__GEMM_Z #s2 ", 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax)\n\t" "add %%rcx, %%rax\n\t"
+    "vmovups %%" LLMPAR__GEMM_Z #s0 ", (%%r8)\n\t" "vmovups %%" LLMPAR__GEMM_Z #s1 ", " LLMPAR__GEMM_VECTOR_BYTES "(%%r8)\n\t" \
+    "vmovups %%" LLMPAR__GEMM_Z #s2 ", 2*" LLMPAR__GEMM_VECTOR_BYTES "(%%r8)\n\t" "add %%r9, %%r8\n\t"
 #define LLMPAR__GEMM_ZERO_ROW(i, r, at, s0, s1, s2) LLMPAR__GEMM_ZERO(s0) LLMPAR__GEMM_ZERO(s1) LLMPAR__GEMM_ZERO(s2)
-#define LLMPAR__GEMM_MERGE_ONE(r, v, s) "vaddps (3*" #r "+" #v ")*" LLMPAR__GEMM_VECTOR_BYTES "(%%rax), %%" LLMPAR__GEMM_Z #s ", %%" LLMPAR__GEMM_Z #s "\n\t"
+#define LLMPAR__GEMM_MERGE_ONE(r, v, s) "vaddps (3*" #r "+" #v ")*" LLMPAR__GEMM_VECTOR_BYTES "(%%r8), %%" LLMPAR__GEMM_Z #s ", %%" LLMPAR__GEMM_Z #s "\n\t"
 #define LLMPAR__GEMM_MERGE_ROW(i, r, at, s0, s1, s2) LLMPAR__GEMM_MERGE_ONE(r, 0, s0) LLMPAR__GEMM_MERGE_ONE(r, 1, s1) LLMPAR__GEMM_MERGE_ONE(r, 2, s2)
 /* And what is asked for, once in 8 k: of row r as it lies, four to eleven lines further on; of a panel, 1024 bytes. */
 #define LLMPAR__GEMM_SPREAD_ROWS(i, r, at) "vbroadcastss 4*" #i at ", %%" LLMPAR__GEMM_Z "3\n\t" ".if " #i " == " #r "\n\t" "prefetcht0 256+64*" #r at "\n\t" ".endif\n\t"
@@ -4802,107 +4786,99 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 #define LLMPAR__GEMM_K_BYTES_ROWS "4"
 #define LLMPAR__GEMM_K_BYTES_PANEL LLMPAR__GEMM_A_BYTES
 /* One k. The panel of B comes from L2: what will be wanted 8 k later is asked for; of 32-byte vectors every other k has one line and a half. */
-#define LLMPAR__GEMM_PREFETCH_B(i) \
-    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" \
-    "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" \
+#define LLMPAR__GEMM_PREFETCH_B(i, vectors) \
+    ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" \
+    ".if " #vectors " > 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t" \
+    ".if " #vectors " > 2\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+128(%%rdi)\n\t" ".endif\n\t" \
     ".elseif " #i " & 1\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+32(%%rdi)\n\t" \
     ".else\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "(%%rdi)\n\t" "prefetcht0 (" #i "+8)*3*" LLMPAR__GEMM_VECTOR_BYTES "+64(%%rdi)\n\t" ".endif\n\t"
-#define LLMPAR__GEMM_LINK(i, rows, place, vectors) LLMPAR__GEMM_READ_B(i) LLMPAR__GEMM_PREFETCH_B(i) rows(LLMPAR__GEMM_LINK_ROW_##place##_##vectors, i)
-/* A span of ROWS begins, and the next one. */
-#define LLMPAR__GEMM_SPAN_PANEL "mov %c[a](%[chains]), %%rsi\n\t" "mov %c[k](%[chains]), %%rdx\n\t"
+#define LLMPAR__GEMM_READ_B_1(i) LLMPAR__GEMM_READ_B(i, 0)
+#define LLMPAR__GEMM_READ_B_2(i) LLMPAR__GEMM_READ_B_1(i) LLMPAR__GEMM_READ_B(i, 1)
+#define LLMPAR__GEMM_READ_B_3(i) LLMPAR__GEMM_READ_B_2(i) LLMPAR__GEMM_READ_B(i, 2)
+#define LLMPAR__GEMM_LINK(i, rows, place, vectors) LLMPAR__GEMM_READ_B_##vectors(i) rows(LLMPAR__GEMM_LINK_ROW_##place##_##vectors, i)
+#define LLMPAR__GEMM_LINK_FIRST(i, rows, place, vectors) LLMPAR__GEMM_PREFETCH_B(i, vectors) LLMPAR__GEMM_LINK(i, rows, place, vectors)
+/* Further by `count` k. */
+#define LLMPAR__GEMM_ADVANCE(count, place) "add $" count "*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $" count "*" LLMPAR__GEMM_K_BYTES_##place ", %%rax\n\t" "add $" count "*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t"
+/* A span of ROWS begins, and the next one; `last` is what the last one does. A step without spans has one of no k. */
+#define LLMPAR__GEMM_SPAN_PANEL "mov %c[k](%%r15), %%rdx\n\t"
 #define LLMPAR__GEMM_NEXT_PANEL
+#define LLMPAR__GEMM_LAST_PANEL(last) last
 #define LLMPAR__GEMM_SPAN_ROWS \
-    "mov %c[spans](%[chains]), %%r13\n\t" "mov %c[span_count](%[chains]), %%r14\n\t" "test %%r14, %%r14\n\t" "jz 6f\n" \
+    "mov %c[first_span](%%r15), %%r13\n\t" "add %c[spans](%[chains]), %%r13\n\t" "mov %c[span_count](%%r15), %%r14\n\t" "xor %%edx, %%edx\n\t" "test %%r14, %%r14\n\t" "jnz 11f\n\t" "inc %%r14\n\t" "jmp 12f\n" \
     "11:\n\t" "mov 8(%%r13), %%rcx\n\t" "mov %c[row](%[chains]), %%rsi\n\t" "imul %%rcx, %%rsi\n\t" "add (%%r13), %%rsi\n\t" \
-    "lea (%%rsi,%%rcx,4), %%rax\n\t" "lea (%%rcx,%%rcx,2), %%r11\n\t" "mov 16(%%r13), %%rdx\n\t"
+    "lea (%%rsi,%%rcx,4), %%rax\n\t" "lea (%%rcx,%%rcx,2), %%r11\n\t" "mov 16(%%r13), %%rdx\n" "12:\n\t"
 #define LLMPAR__GEMM_NEXT_ROWS "add $24, %%r13\n\t" "dec %%r14\n\t" "jnz 11b\n\t"
+#define LLMPAR__GEMM_LAST_ROWS(last) "cmp $1, %%r14\n\t" "jne 6f\n\t" last "6:\n\t"
+/* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
+#define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
+    "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
+    "7:\n\t" rows(LLMPAR__GEMM_MERGE_ROW, 0) "sub %c[slot_bytes](%[chains]), %%r8\n\t" "dec %%r9\n\t" "jnz 7b\n" "8:\n\t"
+#define LLMPAR__GEMM_END(rows, skip) \
+    LLMPAR__GEMM_MERGE(rows, 0, slot, merges) LLMPAR__GEMM_MERGE(rows, 1, slot_saved, merges_saved) \
+    "mov %c[to_base](%%r15), %%r9\n\t" "mov %c[base](%[chains],%%r9,8), %%r8\n\t" "add %c[to](%%r15), %%r8\n\t" "mov %c[row_bytes](%[chains],%%r9,8), %%r9\n\t" skip rows(LLMPAR__GEMM_WRITE_ROW, 0)
+#define LLMPAR__GEMM_COUNT(i, r, at, s0, s1, s2) "1+"
+#define LLMPAR__GEMM_IF(rows, text) ".if " rows(LLMPAR__GEMM_COUNT, 0) "0\n\t" text ".endif\n\t"
+#define LLMPAR__GEMM_OF_STEP(member) [member] "i"(offsetof(llmpar__gemm_step, member))
+#define LLMPAR__GEMM_OF_CHAINS(member) [member] "i"(offsetof(llmpar__gemm_chains, member))
 
-/* rsi: A, or its first row, rax: its fifth, rcx, r11: one and three rows further, r13, r14: the span, and how many are left; rdi: the panel of B; rdx: k, r12: eights of it;
-   r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row).
+/* rsi: A, or its first row, rax: its fifth, rcx, r11: one and three rows further, r13, r14: the span, and how many are left; rdi: the panel of B; r15: the step; rdx: k, r12: eights of it,
+   -1: there was none; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row); in a step's end its places.
    The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
-#define LLMPAR__GEMM_FUNCTION(name, isa, rows, place, vectors) \
-__attribute__((target(isa))) static void llmpar__gemm_##name(llmpar__gemm_chains *chains) \
+#define LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors) \
+__attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_chains *chains) \
 { \
     __asm__ __volatile__( \
-        "mov %c[from](%[chains]), %%rax\n\t" \
-        "mov %c[from_step](%[chains]), %%rcx\n\t" \
-        "test %%rax, %%rax\n\t" \
-        "jz 1f\n\t" \
-        rows(LLMPAR__GEMM_READ_ROW, 0) \
+        "mov %c[steps](%[chains]), %%r15\n\t" "mov %c[a](%[chains]), %%rsi\n\t" "mov %c[b](%[chains]), %%rdi\n\t" \
+        "mov 8*2+%c[base](%[chains]), %%rax\n\t" "mov 8*2+%c[row_bytes](%[chains]), %%rcx\n\t" "cmpq $0, %c[load](%[chains])\n\t" "je 1f\n\t" \
+        low(LLMPAR__GEMM_READ_ROW, 0) high(LLMPAR__GEMM_READ_ROW, 0) \
         "jmp 2f\n" \
     "1:\n\t" \
-        rows(LLMPAR__GEMM_ZERO_ROW, 0) \
+        low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) \
     "2:\n\t" \
-        "mov %c[b](%[chains]), %%rdi\n\t" \
-        "mov %c[at](%[chains]), %%r8\n\t" \
-        "mov %c[jump](%[chains]), %%r10\n\t" \
-        "mov $2*" LLMPAR__GEMM_VECTOR_BYTES ", %%r9d\n\t" \
         LLMPAR__GEMM_SPAN_##place \
-        "mov %%rdx, %%r12\n\t" \
-        "shr $3, %%r12\n\t" \
-        "jz 4f\n\t" \
+        "mov %c[ask_base](%%r15), %%r9\n\t" "mov %c[base](%[chains],%%r9,8), %%r8\n\t" "add %c[ask](%%r15), %%r8\n\t" "mov %c[row_bytes](%[chains],%%r9,8), %%r10\n\t" "mov %c[ask_bytes](%[chains],%%r9,8), %%r9\n\t" \
+        "mov %%rdx, %%r12\n\t" "shr $3, %%r12\n\t" "jnz 3f\n\t" "dec %%r12\n\t" "jmp 9f\n\t" \
         ".p2align 5\n" \
     "3:\n\t" \
-        LLMPAR__GEMM_LINK(0, rows, place, vectors) LLMPAR__GEMM_LINK(1, rows, place, vectors) LLMPAR__GEMM_LINK(2, rows, place, vectors) LLMPAR__GEMM_LINK(3, rows, place, vectors) "prefetcht0 (%%r8)\n\t" \
-        LLMPAR__GEMM_LINK(4, rows, place, vectors) LLMPAR__GEMM_LINK(5, rows, place, vectors) LLMPAR__GEMM_LINK(6, rows, place, vectors) LLMPAR__GEMM_LINK(7, rows, place, vectors) \
-        ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" \
-        "add %%r9, %%r8\n\t" \
-        "sub %%r10, %%r9\n\t" \
-        "neg %%r9\n\t" \
-        ".else\n\t" "prefetcht0 95(%%r8)\n\t" \
-        "add %%r10, %%r8\n\t" \
-        ".endif\n\t" \
-        "add $8*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" \
-        "add $8*" LLMPAR__GEMM_K_BYTES_##place ", %%rax\n\t" \
-        "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
-        "dec %%r12\n\t" \
-        "jnz 3b\n" \
+        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" \
+        LLMPAR__GEMM_LINK_FIRST(4, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(5, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(6, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(7, low, place, vectors) \
+        ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" "add %%r9, %%r8\n\t" "sub %%r10, %%r9\n\t" "neg %%r9\n\t" \
+        ".else\n\t" "prefetcht0 95(%%r8)\n\t" "add %%r10, %%r8\n\t" ".endif\n\t" \
+        "dec %%r12\n\t" "jz 9f\n" \
     "4:\n\t" \
-        "and $7, %%rdx\n\t" \
-        "jz 12f\n" \
+        LLMPAR__GEMM_IF(high, LLMPAR__GEMM_LINK(0, high, place, vectors) LLMPAR__GEMM_LINK(1, high, place, vectors) LLMPAR__GEMM_LINK(2, high, place, vectors) LLMPAR__GEMM_LINK(3, high, place, vectors) \
+                              LLMPAR__GEMM_LINK(4, high, place, vectors) LLMPAR__GEMM_LINK(5, high, place, vectors) LLMPAR__GEMM_LINK(6, high, place, vectors) LLMPAR__GEMM_LINK(7, high, place, vectors)) \
+        LLMPAR__GEMM_ADVANCE("8", place) \
+        "test %%r12, %%r12\n\t" "jnz 3b\n" \
     "5:\n\t" \
-        LLMPAR__GEMM_LINK(0, rows, place, vectors) \
-        "add $" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" \
-        "add $" LLMPAR__GEMM_K_BYTES_##place ", %%rax\n\t" \
-        "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" \
-        "dec %%rdx\n\t" \
-        "jnz 5b\n" \
-    "12:\n\t" \
+        "and $7, %%edx\n\t" "jz 14f\n" \
+    "13:\n\t" \
+        LLMPAR__GEMM_IF(high, LLMPAR__GEMM_LINK(0, high, place, vectors)) \
+        LLMPAR__GEMM_ADVANCE("1", place) \
+        "dec %%edx\n\t" "jnz 13b\n" \
+    "14:\n\t" \
         LLMPAR__GEMM_NEXT_##place \
-        "mov %%r8, %c[at](%[chains])\n" \
-    "6:\n\t" \
-        "mov %c[merges](%[chains]), %%rcx\n\t" \
-        "mov %c[slot](%[chains]), %%rax\n\t" \
-        "test %%rcx, %%rcx\n\t" \
-        "jz 8f\n" \
-    "7:\n\t" \
-        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
-        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
-        "dec %%rcx\n\t" \
-        "jnz 7b\n" \
-    "8:\n\t" \
-        "mov %c[merges_saved](%[chains]), %%rcx\n\t" \
-        "mov %c[slot_saved](%[chains]), %%rax\n\t" \
-        "test %%rcx, %%rcx\n\t" \
-        "jz 10f\n" \
-    "9:\n\t" \
-        rows(LLMPAR__GEMM_MERGE_ROW, 0) \
-        "sub %c[slot_bytes](%[chains]), %%rax\n\t" \
-        "dec %%rcx\n\t" \
-        "jnz 9b\n" \
+        LLMPAR__GEMM_IF(high, LLMPAR__GEMM_END(high, "lea (%%r8,%%r9,4), %%r8\n\t")) \
+        "add %[step_bytes], %%r15\n\t" "cmp %%r15, %c[steps_end](%[chains])\n\t" "jne 1b\n\t" "jmp 10f\n" \
+    "9:\n\t" /* the first rows take what is left, and end */ \
+        "mov %%rsi, %%r8\n\t" "mov %%rdi, %%r9\n\t" "mov %%edx, %%r10d\n\t" "test %%r12, %%r12\n\t" "js 15f\n\t" \
+        "add $8*" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $8*3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n" \
+    "15:\n\t" \
+        "and $7, %%r10d\n\t" "jz 17f\n" \
+    "16:\n\t" \
+        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) \
+        "add $" LLMPAR__GEMM_K_BYTES_##place ", %%rsi\n\t" "add $3*" LLMPAR__GEMM_VECTOR_BYTES ", %%rdi\n\t" "dec %%r10d\n\t" "jnz 16b\n" \
+    "17:\n\t" \
+        "mov %%r8, %%rsi\n\t" "mov %%r9, %%rdi\n\t" \
+        LLMPAR__GEMM_LAST_##place(LLMPAR__GEMM_END(low, "")) \
+        "test %%r12, %%r12\n\t" "jns 4b\n\t" "jmp 5b\n" \
     "10:\n\t" \
-        "mov %c[to](%[chains]), %%rax\n\t" \
-        "mov %c[to_step](%[chains]), %%rcx\n\t" \
-        rows(LLMPAR__GEMM_WRITE_ROW, 0) \
         : \
-        : [chains] "r"(chains), [a] "i"(offsetof(llmpar__gemm_chains, a)), [k] "i"(offsetof(llmpar__gemm_chains, k)), [spans] "i"(offsetof(llmpar__gemm_chains, spans)), [span_count] "i"(offsetof(llmpar__gemm_chains, span_count)), [row] "i"(offsetof(llmpar__gemm_chains, row)), [b] "i"(offsetof(llmpar__gemm_chains, b)), \
-          [from] "i"(offsetof(llmpar__gemm_chains, from)), [from_step] "i"(offsetof(llmpar__gemm_chains, from_step)), \
-          [to] "i"(offsetof(llmpar__gemm_chains, to)), [to_step] "i"(offsetof(llmpar__gemm_chains, to_step)), \
-          [slot] "i"(offsetof(llmpar__gemm_chains, slot)), [merges] "i"(offsetof(llmpar__gemm_chains, merges)), \
-          [slot_saved] "i"(offsetof(llmpar__gemm_chains, slot_saved)), [merges_saved] "i"(offsetof(llmpar__gemm_chains, merges_saved)), \
-          [slot_bytes] "i"(offsetof(llmpar__gemm_chains, slot_bytes)), \
-          [at] "i"(offsetof(llmpar__gemm_chains, at)), [jump] "i"(offsetof(llmpar__gemm_chains, jump)) \
-        : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
+        : [chains] "r"(chains), LLMPAR__GEMM_OF_CHAINS(a), LLMPAR__GEMM_OF_CHAINS(b), LLMPAR__GEMM_OF_CHAINS(spans), LLMPAR__GEMM_OF_CHAINS(row), LLMPAR__GEMM_OF_CHAINS(steps), LLMPAR__GEMM_OF_CHAINS(steps_end), \
+          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), \
+          [step_bytes] "i"(sizeof(llmpar__gemm_step)), LLMPAR__GEMM_OF_STEP(k), LLMPAR__GEMM_OF_STEP(first_span), LLMPAR__GEMM_OF_STEP(span_count), LLMPAR__GEMM_OF_STEP(slot), LLMPAR__GEMM_OF_STEP(merges), \
+          LLMPAR__GEMM_OF_STEP(slot_saved), LLMPAR__GEMM_OF_STEP(merges_saved), LLMPAR__GEMM_OF_STEP(to_base), LLMPAR__GEMM_OF_STEP(to), LLMPAR__GEMM_OF_STEP(ask_base), LLMPAR__GEMM_OF_STEP(ask) \
+        : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
 }
 
 #endif
@@ -5028,10 +5004,13 @@ static inline __attribute__((always_inline)) LLMPAR__GEMM_AVX void llmpar__gemm_
             }
     }
     if (full < packing->panels) {
-        int64_t row_step = packing->transposed ? ld : 1, k_step = packing->transposed ? 1 : ld;
+        int64_t valid = packing->valid - full * width;
         float *out = packing->out + full * distance;
-        for (i = 0; i < k; i++)
-            for (r = 0; r < width; r++) out[i * width + r] = full * width + r < packing->valid ? in[(full * width + r) * row_step + i * k_step] : 0.0f;
+        in += full * width * (packing->transposed ? ld : 1);
+        memset(out, 0, sizeof(float) * (size_t)(k * width));
+        if (packing->transposed) llmpar__gemm_turn(in, ld, valid, k, out, width);
+        else
+            for (i = 0; i < k; i++) memcpy(out + i * width, in + i * ld, sizeof(float) * (size_t)valid);
     }
 }
 
@@ -5122,13 +5101,19 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 0, "(%%rsi)", 8, 9, 10)
 #define LLMPAR__GEMM_EACH_ROW_2(X, i) LLMPAR__GEMM_EACH_ROW_1(X, i) X(i, 1, "(%%rsi,%%rcx)", 11, 12, 13)
 #define LLMPAR__GEMM_EACH_ROW_4(X, i) LLMPAR__GEMM_EACH_ROW_2(X, i) X(i, 2, "(%%rsi,%%rcx,2)", 14, 15, 16) X(i, 3, "(%%rsi,%%r11)", 17, 18, 19)
-#define LLMPAR__GEMM_EACH_ROW_8(X, i) LLMPAR__GEMM_EACH_ROW_4(X, i) X(i, 4, "(%%rax)", 20, 21, 22) X(i, 5, "(%%rax,%%rcx)", 23, 24, 25) X(i, 6, "(%%rax,%%rcx,2)", 26, 27, 28) X(i, 7, "(%%rax,%%r11)", 29, 30, 31)
+#define LLMPAR__GEMM_EACH_ROW_5_TO_8(X, i) X(i, 4, "(%%rax)", 20, 21, 22) X(i, 5, "(%%rax,%%rcx)", 23, 24, 25) X(i, 6, "(%%rax,%%rcx,2)", 26, 27, 28) X(i, 7, "(%%rax,%%r11)", 29, 30, 31)
+#define LLMPAR__GEMM_NO_ROW(X, i)
 
 #if defined(__x86_64__)
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Woverlength-strings" /* the text of an asm statement */
 
+/* y: which list of rows. */
+#define LLMPAR__GEMM_CHAINS_124(level, isa, y) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3)
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
@@ -5137,47 +5122,39 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS
 #define LLMPAR__GEMM_Z "ymm"
 #define LLMPAR__GEMM_VECTOR_BYTES "32"
-#define LLMPAR__GEMM_A_BYTES "16"
 #define LLMPAR__GEMM_ZERO(s) "vxorps %%ymm" #s ", %%ymm" #s ", %%ymm" #s "\n\t"
 /* First the portable level, with the bits of gemm_portable.inc, whose rows serve processors without AVX. */
-#define LLMPAR__GEMM_READ_B(i)
+#define LLMPAR__GEMM_READ_B(i, v)
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vmulps 96*" #i "+32*" #v "(%%rdi), %%ymm3, %%ymm" #v "\n\t" "vaddps %%ymm" #s ", %%ymm" #v ", %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx_chains_1, "avx", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_2, "avx", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx_chains_4, "avx", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx, "avx", Y)
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
-#define LLMPAR__GEMM_READ_B(i) "vmovups 96*" #i "(%%rdi), %%ymm0\n\t" "vmovups 96*" #i "+32(%%rdi), %%ymm1\n\t" "vmovups 96*" #i "+64(%%rdi), %%ymm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 96*" #i "+32*" #v "(%%rdi), %%ymm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%ymm" #v ", %%ymm3, %%ymm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx2_chains_1, "avx2,fma", LLMPAR__GEMM_EACH_ROW_1Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_2, "avx2,fma", LLMPAR__GEMM_EACH_ROW_2Y, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx2_chains_4, "avx2,fma", LLMPAR__GEMM_EACH_ROW_4Y, PANEL, 3)
+LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #undef LLMPAR__GEMM_EACH_ROW_1Y
 #undef LLMPAR__GEMM_EACH_ROW_2Y
 #undef LLMPAR__GEMM_EACH_ROW_4Y
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_PRODUCT
 
 /* Vectors of 64 bytes in 32. */
+#define LLMPAR__GEMM_LEVEL_512(level) LLMPAR__GEMM_CHAINS_124(level, "avx512f", ) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
-#define LLMPAR__GEMM_A_BYTES "32"
 #define LLMPAR__GEMM_ZERO(s) "vpxord %%zmm" #s ", %%zmm" #s ", %%zmm" #s "\n\t"
-#define LLMPAR__GEMM_READ_B(i) "vmovups 192*" #i "(%%rdi), %%zmm0\n\t" "vmovups 192*" #i "+64(%%rdi), %%zmm1\n\t" "vmovups 192*" #i "+128(%%rdi), %%zmm2\n\t"
+#define LLMPAR__GEMM_READ_B(i, v) "vmovups 192*" #i "+64*" #v "(%%rdi), %%zmm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
-LLMPAR__GEMM_FUNCTION(avx512_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(avx512_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(avx512)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -5189,27 +5166,23 @@ LLMPAR__GEMM_FUNCTION(avx512_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_
 #else
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vdpbf16ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 #endif
-LLMPAR__GEMM_FUNCTION(bf16_chains_1, "avx512f", LLMPAR__GEMM_EACH_ROW_1, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_2, "avx512f", LLMPAR__GEMM_EACH_ROW_2, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_4, "avx512f", LLMPAR__GEMM_EACH_ROW_4, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, PANEL, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 3)
-LLMPAR__GEMM_FUNCTION(bf16_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 1)
-LLMPAR__GEMM_FUNCTION(bf16_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_8, ROWS, 2)
+LLMPAR__GEMM_LEVEL_512(bf16)
 #undef LLMPAR__GEMM_PRODUCT
 #endif
 #undef LLMPAR__GEMM_16_REGISTERS
 #undef LLMPAR__GEMM_CLOBBERS
 #undef LLMPAR__GEMM_Z
 #undef LLMPAR__GEMM_VECTOR_BYTES
-#undef LLMPAR__GEMM_A_BYTES
 #undef LLMPAR__GEMM_ZERO
 #undef LLMPAR__GEMM_READ_B
 #undef LLMPAR__GEMM_READ_ROW
 #undef LLMPAR__GEMM_WRITE_ROW
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
+#undef LLMPAR__GEMM_MERGE
 #undef LLMPAR__GEMM_FUNCTION
+#undef LLMPAR__GEMM_CHAINS_124
+#undef LLMPAR__GEMM_LEVEL_512
 
 #pragma GCC diagnostic pop
 
@@ -5233,46 +5206,57 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 /* The accumulators are variables, not an array, which compilers keep in memory. */
 #define LLMPAR__GEMM_DECLARE_ROW(i, r, at, s0, s1, s2) float32x4_t x##s0, x##s1, x##s2;
 #define LLMPAR__GEMM_ZERO_ROW(i, r, at, s0, s1, s2) x##s0 = x##s1 = x##s2 = vdupq_n_f32(0.0f);
-#define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) from = chains->from + r * (chains->from_step / 4); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
+#define LLMPAR__GEMM_READ_ROW(i, r, at, s0, s1, s2) from = (const float *)(const void *)(chains->base[LLMPAR__GEMM_C] + r * chains->row_bytes[LLMPAR__GEMM_C]); x##s0 = vld1q_f32(from); x##s1 = vld1q_f32(from + 4); x##s2 = vld1q_f32(from + 8);
 #define LLMPAR__GEMM_LINK_ROW(i, r, at, s0, s1, s2) spread = vdupq_n_f32(a[r]); x##s0 = vfmaq_f32(x##s0, spread, b0); x##s1 = vfmaq_f32(x##s1, spread, b1); x##s2 = vfmaq_f32(x##s2, spread, b2);
 #define LLMPAR__GEMM_MERGE_ROW(i, r, at, s0, s1, s2) x##s0 = vaddq_f32(vld1q_f32(slot + r * 12), x##s0); x##s1 = vaddq_f32(vld1q_f32(slot + r * 12 + 4), x##s1); x##s2 = vaddq_f32(vld1q_f32(slot + r * 12 + 8), x##s2);
-#define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) to = chains->to + r * (chains->to_step / 4); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
-#define LLMPAR__GEMM_FUNCTION(count, rows) \
-static void llmpar__gemm_neon_chains_##count(llmpar__gemm_chains *chains) \
+#define LLMPAR__GEMM_WRITE_ROW(i, r, at, s0, s1, s2) to = (float *)(void *)(chains->base[step->to_base] + step->to + r * chains->row_bytes[step->to_base]); vst1q_f32(to, x##s0); vst1q_f32(to + 4, x##s1); vst1q_f32(to + 8, x##s2);
+#define LLMPAR__GEMM_MERGE(rows, which, count, top) \
+    slot = (const float *)(const void *)(chains->base[which] + (top)); \
+    for (i = 0; i < (count); i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) }
+#define LLMPAR__GEMM_FUNCTION(count, low, high) \
+static void llmpar__gemm_neon_chains_##count(const llmpar__gemm_chains *chains) \
 { \
     const float *a = chains->a, *b = chains->b, *from, *slot; \
+    const llmpar__gemm_step *step = chains->steps; \
+    const char *ask; \
     float *to; \
     float32x4_t spread, b0, b1, b2; \
     int64_t i; \
-    rows(LLMPAR__GEMM_DECLARE_ROW, 0) \
-    if (chains->from) { rows(LLMPAR__GEMM_READ_ROW, 0) } \
-    else { rows(LLMPAR__GEMM_ZERO_ROW, 0) } \
-    for (i = 0; i < chains->k; i++, a += 8, b += 12) { \
-        if (i % 8 == 0) { \
-            __builtin_prefetch(chains->at); \
-            __builtin_prefetch(chains->at + 47); \
-            chains->at += chains->jump; \
+    low(LLMPAR__GEMM_DECLARE_ROW, 0) high(LLMPAR__GEMM_DECLARE_ROW, 0) \
+    if (chains->load) { low(LLMPAR__GEMM_READ_ROW, 0) high(LLMPAR__GEMM_READ_ROW, 0) } \
+    else { low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) } \
+    for (;;) { \
+        ask = chains->base[step->ask_base] + step->ask; \
+        for (i = 0; i < step->k; i++, a += 8, b += 12) { \
+            if (i % 8 == 0) { \
+                __builtin_prefetch(ask); \
+                __builtin_prefetch(ask + 47); \
+                ask += chains->row_bytes[step->ask_base]; \
+            } \
+            __builtin_prefetch(b + 96); \
+            b0 = vld1q_f32(b); \
+            b1 = vld1q_f32(b + 4); \
+            b2 = vld1q_f32(b + 8); \
+            low(LLMPAR__GEMM_LINK_ROW, 0) high(LLMPAR__GEMM_LINK_ROW, 0) \
         } \
-        __builtin_prefetch(b + 96); \
-        b0 = vld1q_f32(b); \
-        b1 = vld1q_f32(b + 4); \
-        b2 = vld1q_f32(b + 8); \
-        rows(LLMPAR__GEMM_LINK_ROW, 0) \
+        LLMPAR__GEMM_MERGE(low, LLMPAR__GEMM_STACK, step->merges, step->slot) LLMPAR__GEMM_MERGE(high, LLMPAR__GEMM_STACK, step->merges, step->slot) \
+        LLMPAR__GEMM_MERGE(low, LLMPAR__GEMM_SAVED, step->merges_saved, step->slot_saved) LLMPAR__GEMM_MERGE(high, LLMPAR__GEMM_SAVED, step->merges_saved, step->slot_saved) \
+        low(LLMPAR__GEMM_WRITE_ROW, 0) high(LLMPAR__GEMM_WRITE_ROW, 0) \
+        if (++step == chains->steps_end) return; \
+        low(LLMPAR__GEMM_ZERO_ROW, 0) high(LLMPAR__GEMM_ZERO_ROW, 0) \
     } \
-    for (i = 0, slot = chains->slot; i < chains->merges; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
-    for (i = 0, slot = chains->slot_saved; i < chains->merges_saved; i++, slot -= chains->slot_bytes / 4) { rows(LLMPAR__GEMM_MERGE_ROW, 0) } \
-    rows(LLMPAR__GEMM_WRITE_ROW, 0) \
 }
-LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1)
-LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2)
-LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4)
-LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_8)
+LLMPAR__GEMM_FUNCTION(1, LLMPAR__GEMM_EACH_ROW_1, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(2, LLMPAR__GEMM_EACH_ROW_2, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(4, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_NO_ROW)
+LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 #undef LLMPAR__GEMM_DECLARE_ROW
 #undef LLMPAR__GEMM_ZERO_ROW
 #undef LLMPAR__GEMM_READ_ROW
 #undef LLMPAR__GEMM_LINK_ROW
 #undef LLMPAR__GEMM_MERGE_ROW
 #undef LLMPAR__GEMM_WRITE_ROW
+#undef LLMPAR__GEMM_MERGE
 #undef LLMPAR__GEMM_FUNCTION
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
@@ -5288,7 +5272,8 @@ LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level 
 #undef LLMPAR__GEMM_EACH_ROW_1
 #undef LLMPAR__GEMM_EACH_ROW_2
 #undef LLMPAR__GEMM_EACH_ROW_4
-#undef LLMPAR__GEMM_EACH_ROW_8
+#undef LLMPAR__GEMM_EACH_ROW_5_TO_8
+#undef LLMPAR__GEMM_NO_ROW
 
 /* ---- a tile ---- */
 
@@ -5303,9 +5288,9 @@ static void llmpar__gemm_rest(void) { }
 LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, const llmpar__gemm_tile *tile)
 {
     float edge[LLMPAR__GEMM_TILE_FLOATS] __attribute__((aligned(64)));
-    int64_t size = kernel->rows * kernel->columns, width = kernel->columns * (int64_t)sizeof(float), s;
+    int64_t size = kernel->rows * kernel->columns;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
-    void (*run)(llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
+    void (*run)(const llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
@@ -5314,37 +5299,23 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
         for (r = 0; r < tile->rows; r++) memcpy(edge + r * ldc, tile->c + r * tile->ldc, sizeof(float) * (size_t)tile->columns);
     }
     chains.a = tile->a;
-    chains.row = tile->row;
     chains.b = tile->b;
-    chains.from = tile->load ? c : NULL;
-    chains.from_step = ldc * (int64_t)sizeof(float);
+    chains.spans = tile->spans;
+    chains.row = tile->row;
+    chains.steps = tile->steps;
+    chains.steps_end = tile->steps + tile->step_count;
+    chains.load = tile->load;
     chains.slot_bytes = size * (int64_t)sizeof(float);
-    chains.to_step = width;
-    for (s = 0; s < tile->step_count; s++) {
-        const llmpar__gemm_step *step = &tile->steps[s];
-        chains.k = step->k;
-        chains.merges = step->merges;
-        chains.slot = tile->stack + step->slot;
-        chains.merges_saved = step->merges_saved;
-        chains.slot_saved = tile->saved + step->slot_saved;
-        chains.spans = tile->spans + step->span;
-        chains.span_count = step->span_count;
-        chains.to = (step->save ? tile->saved : tile->stack) + step->to;
-        chains.at = (const char *)(s == 0 && tile->saves ? tile->saved : chains.to); /* what is saved first, then c; else where the step ends */
-        chains.jump = width;
-        if (s == tile->step_count - 1 && tile->store) {
-            chains.to = c;
-            chains.to_step = chains.from_step;
-        }
-        if (tile->store && (s == 1 || tile->step_count == 1)) {
-            chains.at = (const char *)tile->c;
-            chains.jump = tile->ldc * (int64_t)sizeof(float);
-        }
-        run(&chains);
-        if (tile->a) chains.a += step->k * kernel->rows;
-        chains.b += step->k * kernel->columns;
-        chains.from = NULL;
-    }
+    chains.base[LLMPAR__GEMM_STACK] = (char *)tile->stack;
+    chains.base[LLMPAR__GEMM_SAVED] = (char *)tile->saved;
+    chains.base[LLMPAR__GEMM_C] = (char *)c;
+    chains.base[LLMPAR__GEMM_TRUE_C] = tile->ask;
+    chains.row_bytes[LLMPAR__GEMM_STACK] = chains.row_bytes[LLMPAR__GEMM_SAVED] = kernel->columns * (int64_t)sizeof(float);
+    chains.row_bytes[LLMPAR__GEMM_C] = ldc * (int64_t)sizeof(float);
+    chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
+    chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
+    chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
+    run(&chains);
     llmpar__gemm_rest();
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
@@ -5564,7 +5535,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 160 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -5639,7 +5610,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n;
+    int64_t total = 0, parts, tile, limit_n, group_n;
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -5664,7 +5635,8 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
-    run->group_panels = (run->block_n < LLMPAR__GEMM_GROUP_N ? run->block_n : (int64_t)LLMPAR__GEMM_GROUP_N) / run->kernel.columns;
+    group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
+    run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -5708,18 +5680,17 @@ static void llmpar__gemm_lay_out(llmpar__gemm_run *run, void *workspace)
 static void llmpar__gemm_add_step(llmpar__gemm_run *run, int64_t k, int32_t merges)
 {
     llmpar__gemm_step *step = &run->steps[run->step_count++];
-    int64_t size = run->kernel.rows * run->kernel.columns;
+    int64_t size = run->kernel.rows * run->kernel.columns * (int64_t)sizeof(float), span = run->step_count > 1 ? step[-1].first_span / (int64_t)sizeof(llmpar__gemm_span) + step[-1].span_count : 0;
     int32_t kept = run->depth - merges;
     step->k = k;
-    step->span = run->step_count > 1 ? step[-1].span + step[-1].span_count : 0;
-    step->span_count = run->chunk_count - step->span;
+    step->first_span = span * (int64_t)sizeof(llmpar__gemm_span);
+    step->span_count = run->chunk_count - span;
     step->merges_saved = kept < run->lowest ? run->lowest - kept : 0;
     step->merges = merges - step->merges_saved;
     step->slot = (run->depth - 1) * size;
     step->slot_saved = step->slot - step->merges * size;
     step->to = kept * size;
     step->kept = kept;
-    step->save = 0;
     if (kept < run->lowest) run->lowest = kept;
 }
 
@@ -5772,16 +5743,27 @@ static void llmpar__gemm_collect_part(llmpar__gemm_run *run)
 /* 0 when there is no part left. */
 static int llmpar__gemm_next_part(llmpar__gemm_run *run)
 {
-    int64_t s;
-    int32_t lowest;
+    int64_t s, lowest, asked = 0;
     if (run->piece == run->args->pieces) return 0;
     llmpar__gemm_collect_part(run);
     /* What is pushed and not taken off before the part ends is saved. */
     lowest = run->levels + 1;
     for (s = run->step_count - 1; s >= 0; s--) {
         llmpar__gemm_step *step = &run->steps[s];
-        step->save = step->kept < lowest && !(s == run->step_count - 1 && run->store);
+        int to_c = s == run->step_count - 1 && run->store;
+        step->ask = step->to;
+        step->ask_base = step->kept < lowest && !to_c ? LLMPAR__GEMM_SAVED : LLMPAR__GEMM_STACK;
+        step->to = to_c ? 0 : step->to;
+        step->to_base = to_c ? (int64_t)LLMPAR__GEMM_C : step->ask_base;
+        if (s == 0 && run->levels_saved > 0) { /* first what is saved, then c; else where the step ends */
+            step->ask = 0;
+            step->ask_base = LLMPAR__GEMM_SAVED;
+        }
         if (step->kept < lowest) lowest = step->kept;
+    }
+    for (s = run->step_count > 1; run->store && s < run->step_count && asked < (run->turned && run->last ? run->kernel.columns : 1); asked += run->steps[s++].k / 8) {
+        run->steps[s].ask = asked * run->args->ldc * (int64_t)sizeof(float);
+        run->steps[s].ask_base = LLMPAR__GEMM_TRUE_C;
     }
     return 1;
 }
@@ -5892,11 +5874,16 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
     tile.step_count = run->step_count;
     tile.rows = (int)(rows < run->kernel.rows ? rows : run->kernel.rows);
     tile.columns = (int)(columns < run->kernel.columns ? columns : run->kernel.columns);
-    tile.saves = run->levels_saved > 0;
     tile.load = run->load;
     tile.store = run->store;
-    if (run->turned && run->last)
-        for (r = 0; r < tile.columns; r++) __builtin_prefetch((float *)run->args->c + c + r * run->args->ldc);
+    tile.ask = (char *)tile.c;
+    tile.ask_row = tile.ldc * (int64_t)sizeof(float);
+    tile.ask_next = 128;
+    if (run->turned && run->last) { /* a row of c every 8 k */
+        tile.ask = (char *)((float *)run->args->c + c);
+        tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
+        tile.ask_row = 2 * tile.ask_next;
+    }
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -6010,6 +5997,10 @@ static llmpar_status llmpar__gemm_check(llmpar_device *device, const llmpar_gemm
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+        if (!segment->interleaved) continue;
+        if (args->kind != LLMPAR_GEMM_NT || args->m > 16 || !llmpar__cpu_interleaved_rows(device, args->dtype) || (segment->k | segment->ldb | segment->begin) * (int64_t)llmpar_dtype_size(args->dtype) % 4 || segment->begin < 0 || segment->begin > segment->ldb - segment->k)
+            return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "gemm: segment %d is interleaved: expected NT, at most 16 rows, a type that has such weights, and whole words, got kind %d, m = %lld, %s, columns from %lld on, %lld of %lld", (int)s, (int)args->kind, (long long)args->m,
+                                    llmpar_dtype_name(args->dtype), (long long)segment->begin, (long long)segment->k, (long long)segment->ldb);
     }
     return LLMPAR_OK;
 }
@@ -6169,7 +6160,6 @@ typedef struct llmpar__attention_job {
     int64_t ld_dk, ld_dv;
     llmpar__gemm_thin_fn decode; /* of few query rows: scores, decode_columns keys at a time */
     int64_t decode_columns;
-    int32_t decode_block;  /* rows of queries that lie side by side */
     int64_t decode_parts;  /* tasks of a sequence: each takes neighbouring KV heads, whose rows of the cache are read together */
 } llmpar__attention_job;
 LLMPAR__VDECLARE(attention_forward)
@@ -6310,11 +6300,10 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     }
     job.decode = NULL;
     job.decode_columns = 0;
-    job.decode_block = 0;
     job.decode_parts = 1;
-    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns, &job.decode_block);
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
     if (job.decode) {
-        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq, job.decode_block), threads = llmpar__pool_threads(cpu);
+        int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;
         job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
         if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));
@@ -6665,18 +6654,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_add(llmpar_device *device, llmpar_
 {
     llmpar_status status = llmpar__v_check(device, "add", args->dtype);
     (void)stream;
-    if (status) return status;
-    llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_add_kernels, args->dtype, args, args->count);
+    return status;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_scale(llmpar_device *device, llmpar_stream *stream, const llmpar_scale_args *args)
 {
     llmpar_status status = llmpar__v_check(device, "scale", args->dtype);
     (void)stream;
-    if (status) return status;
-    llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
-    return LLMPAR_OK;
+    if (!status) llmpar__elementwise_run(device, llmpar__elementwise_scale_kernels, args->dtype, args, args->count);
+    return status;
 }
 
 /* Pairs with F64 are llmpar_convert's own, and so are those of one type. */
@@ -7376,6 +7363,67 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_adalomo(llmpar_device *device, llm
     llmpar__pool_run(cpu, llmpar__adalomo_apply_kernels[llmpar__v_index(cpu, args->dtype)], &job, llmpar__v_blocks(args->count, LLMPAR__ADALOMO_TASK));
     return LLMPAR_OK;
 }
+/* ==== src/cpu/interleave.c ==== */
+/* interleave: weights become a stream for products of few rows (gemm_thin.c), and rows again. As many rows as are taken together are turned in a worker's scratch and put back where they were. */
+
+LLMPAR__PRIVATE_DEF int32_t llmpar__cpu_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
+{
+    int64_t rows = 0;
+    if (dtype == LLMPAR_F32 || dtype == LLMPAR_BF16 || dtype == LLMPAR_F16) llmpar__gemm_thin_function((const llmpar__cpu *)device->state, dtype, &rows);
+    return (int32_t)rows;
+}
+
+#if !defined(LLMPAR_NO_SIMD)
+
+typedef struct llmpar__interleave_job { float *w, *scratch; int64_t rows, words; int back; } llmpar__interleave_job;
+
+static void llmpar__interleave_task(void *arg, int64_t task, int32_t worker)
+{
+    const llmpar__interleave_job *job = (const llmpar__interleave_job *)arg;
+    size_t bytes = (size_t)(job->rows * job->words) * sizeof(float);
+    float *w = job->w + task * job->rows * job->words, *scratch = job->scratch + worker * llmpar_round_up(job->rows * job->words, 16);
+    if (job->back) {
+        memcpy(scratch, w, bytes);
+        llmpar__gemm_turn(scratch, job->rows, job->words, job->rows, w, job->words);
+    } else {
+        llmpar__gemm_turn(w, job->words, job->rows, job->words, scratch, job->rows);
+        memcpy(w, scratch, bytes);
+    }
+}
+
+#endif
+
+LLMPAR__PRIVATE_DEF size_t llmpar__cpu_interleave_workspace(llmpar_device *device, const llmpar_interleave_args *args)
+{
+    int64_t words = args->k * (int64_t)llmpar_dtype_size(args->dtype) / 4;
+    return (size_t)(llmpar__pool_threads((const llmpar__cpu *)device->state) * llmpar_round_up(llmpar__cpu_interleaved_rows(device, args->dtype) * words, 16)) * sizeof(float) + 63;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_interleave(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args)
+{
+    int32_t rows = llmpar__cpu_interleaved_rows(device, args->dtype);
+    int64_t bytes = args->k * (int64_t)llmpar_dtype_size(args->dtype);
+    size_t need;
+    (void)stream;
+    if (!rows) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "interleave: none for %s on %s", llmpar_dtype_name(args->dtype), device->name);
+    if (args->n < 0 || args->k < 0 || bytes % 4) return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "interleave: weights of %lld rows of %lld %s, expected rows of whole words of 4 bytes", (long long)args->n, (long long)args->k, llmpar_dtype_name(args->dtype));
+    if ((uintptr_t)args->w % 4) return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "interleave: weights at an address that is no multiple of 4");
+    need = llmpar__cpu_interleave_workspace(device, args);
+    if (!args->workspace || args->workspace_bytes < need)
+        return llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "interleave: expected a workspace of %llu bytes, got %llu", (unsigned long long)need, (unsigned long long)(args->workspace ? args->workspace_bytes : 0));
+#if !defined(LLMPAR_NO_SIMD)
+    {
+        llmpar__interleave_job job;
+        job.w = (float *)args->w;
+        job.scratch = (float *)(void *)((char *)args->workspace + (64 - (uintptr_t)args->workspace % 64) % 64);
+        job.rows = rows;
+        job.words = bytes / 4;
+        job.back = args->back;
+        llmpar__pool_run((llmpar__cpu *)device->state, llmpar__interleave_task, &job, bytes ? args->n / rows : 0);
+    }
+#endif
+    return LLMPAR_OK;
+}
 /* ==== src/cpu/cpu.c ==== */
 /* cpu: the device itself: levels, memory, streams, and the table of operations. An operation has finished when its call returns, so a stream is
    only the failure that sticks to it, and an event only the failure of what was recorded; until the stream gets a thread of its own, which
@@ -7614,10 +7662,6 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
 
 /* ---- operations: each runs unless its stream has failed, and a failure sticks. NULL streams run where the call is made, which may be the thread of another stream ---- */
 
-#define LLMPAR__CPU_OPERATIONS(X) \
-    X(rmsnorm) X(rmsnorm_backward) X(rope) X(attention) X(attention_backward) X(swiglu) X(swiglu_backward) X(embedding) X(embedding_backward) \
-    X(add) X(scale) X(cast) X(copy_rows) X(adamw) X(square_sum) X(sgd) X(largest) X(factor_sum) X(factor_moment) X(adalomo)
-
 /* set_array makes the queued copy of the arguments point at the queued copy of their array. */
 #define LLMPAR__CPU_RUN_ARRAY(slot, args_type, set_array, array, array_bytes) \
     static llmpar_status llmpar__cpu_do_##slot(llmpar_device *view, void *args) \
@@ -7678,6 +7722,8 @@ static void llmpar__cpu_fill_table(llmpar_device *table)
     table->attention_workspace = llmpar__cpu_attention_workspace;
     table->attention_backward_workspace = llmpar__cpu_attention_backward_workspace;
     table->embedding_backward_workspace = llmpar__cpu_embedding_backward_workspace;
+    table->interleaved_rows = llmpar__cpu_interleaved_rows;
+    table->interleave_workspace = llmpar__cpu_interleave_workspace;
     table->stream_thread = llmpar__cpu_stream_thread;
     table->thread_error = llmpar__stream_thread_error;
     table->threads_running = llmpar__stream_threads_running;
@@ -8553,19 +8599,21 @@ LLMPAR__PRIVATE llmpar_error *llmpar__threads_error(llmpar__threads_comm *tc);
 LLMPAR__PRIVATE void llmpar__threads_first_turn(llmpar_threads_world *world, int32_t rank);
 
 /* ---- src/comm/threads_wait.c goes on ---- */
+/* ==== src/base/clock_internal.h ==== */
+/* clock_internal: a clock that nobody sets, and waiting by it. Private. */
+
+LLMPAR__PRIVATE double llmpar__clock_seconds(void);
+LLMPAR__PRIVATE int llmpar__clock_cond_init(pthread_cond_t *cond); /* one for llmpar__clock_cond_wait; 0: the system gives none */
+/* Under the lock: until `cond` is signalled, or for so many seconds, or for nothing. */
+LLMPAR__PRIVATE void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds);
+
+/* ---- src/comm/threads_wait.c goes on ---- */
 #include <sched.h>
 #include <time.h>
 
 #define LLMPAR__THREADS_YIELDS 4
 #define LLMPAR__THREADS_SPINS 1000 /* 15 to 60 us: waking a thread takes as long */
 #define LLMPAR__THREADS_GRACE 5.0 /* seconds after a failure in which no rank is given up */
-
-static double llmpar__threads_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void llmpar__threads_pause(void)
 {
@@ -8585,18 +8633,6 @@ static void llmpar__threads_broadcast_all(llmpar_threads_world *world)
     for (llmpar__threads_group *g = world->groups; g; g = g->next) pthread_cond_broadcast(&g->wake);
 }
 
-static int llmpar__threads_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return 0;
-#if !defined(__APPLE__)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-#endif
-    int failed = pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-    return !failed;
-}
-
 LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const llmpar_threads_desc *desc, llmpar_threads_world **out, llmpar_error *error)
 {
     *out = NULL;
@@ -8613,8 +8649,8 @@ LLMPAR_DEF llmpar_status llmpar_threads_world_create(llmpar_heap *heap, const ll
     world->rank = (llmpar__threads_rank *)llmpar_heap_zalloc(heap, (size_t)desc->ranks, sizeof *world->rank);
     int32_t *all = (int32_t *)llmpar_heap_alloc(heap, (size_t)desc->ranks, sizeof *all);
     if (world->rank)
-        for (int32_t i = 0; i < desc->ranks; i++) llmpar__threads_cond_init(&world->rank[i].turn);
-    llmpar__threads_cond_init(&world->ended);
+        for (int32_t i = 0; i < desc->ranks; i++) llmpar__clock_cond_init(&world->rank[i].turn);
+    llmpar__clock_cond_init(&world->ended);
     if (world->rank && all) {
         for (int32_t i = 0; i < desc->ranks; i++) all[i] = i;
         world->world_group = llmpar__threads_group_create(world, desc->ranks, all, "world");
@@ -8675,7 +8711,7 @@ LLMPAR__PRIVATE_DEF llmpar__threads_group *llmpar__threads_group_create(llmpar_t
         if (group->next) group->next->link = &group->next;
         world->groups = group;
         snprintf(group->axis, sizeof group->axis, "%.23s", axis);
-        llmpar__threads_cond_init(&group->wake);
+        llmpar__clock_cond_init(&group->wake);
         group->world_rank = (int32_t *)llmpar_heap_alloc(heap, (size_t)ranks, sizeof *group->world_rank);
         group->arrived = (uint32_t *)llmpar_heap_zalloc(heap, (size_t)ranks, sizeof *group->arrived);
         group->slots = (llmpar__threads_slot *)llmpar_heap_zalloc(heap, 2 * (size_t)ranks, sizeof *group->slots);
@@ -8719,7 +8755,7 @@ static void llmpar__threads_fail(llmpar_threads_world *world, const llmpar_error
     world->failure = *error;
     if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
     if (!first) return;
-    world->failed_at = llmpar__threads_now();
+    world->failed_at = llmpar__clock_seconds();
     if (!own_report) llmpar_position_print(llmpar__threads_position, world, world->desc.ranks, world->report, sizeof world->report);
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
     llmpar__threads_broadcast_all(world);
@@ -8757,7 +8793,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__threads_failed(llmpar__threads_comm *t
         error.rank = tc->world_rank;
         llmpar__threads_fail(world, &error, 0);
     }
-    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    world->rank[tc->world_rank].seen = llmpar__clock_seconds();
     pthread_mutex_unlock(&world->lock);
     return status;
 }
@@ -8860,26 +8896,11 @@ static llmpar__threads_outcome llmpar__threads_wait_lockstep(llmpar__threads_com
     }
 }
 
-/* Under the lock: until `cond` is signalled, or until llmpar__threads_now() is `limit` (0: for ever), or for nothing. */
+/* Under the lock: until `cond` is signalled, or until llmpar__clock_seconds() is `limit` (0: for ever), or for nothing. */
 static void llmpar__threads_sleep(llmpar_threads_world *world, pthread_cond_t *cond, double limit)
 {
-    struct timespec until;
-    if (!(limit > 0)) {
-        pthread_cond_wait(cond, &world->lock);
-        return;
-    }
-#if defined(__APPLE__)
-    clock_gettime(CLOCK_REALTIME, &until);
-#else
-    clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-    double rest = limit - llmpar__threads_now();
-    if (rest < 0) rest = 0;
-    if (rest > 3600) rest = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
-    long nanoseconds = until.tv_nsec + (long)((rest - (double)(long)rest) * 1e9);
-    until.tv_sec += (time_t)rest + nanoseconds / 1000000000;
-    until.tv_nsec = nanoseconds % 1000000000;
-    pthread_cond_timedwait(cond, &world->lock, &until);
+    if (limit > 0) llmpar__clock_cond_wait(cond, &world->lock, limit - llmpar__clock_seconds());
+    else pthread_cond_wait(cond, &world->lock);
 }
 
 /* Under the lock. */
@@ -8887,16 +8908,16 @@ static llmpar__threads_outcome llmpar__threads_wait_asleep(llmpar__threads_comm 
 {
     llmpar_threads_world *world = tc->world;
     llmpar__threads_group *group = tc->group;
-    double limit = wait->abortable && world->desc.deadline > 0 ? llmpar__threads_now() + world->desc.deadline : 0;
+    double limit = wait->abortable && world->desc.deadline > 0 ? llmpar__clock_seconds() + world->desc.deadline : 0;
     for (;;) {
         if (llmpar__threads_ready(wait)) return LLMPAR__THREADS_READY;
         if (wait->abortable) {
             if (__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return world->stuck ? LLMPAR__THREADS_STUCK : LLMPAR__THREADS_ABORTED;
             if (llmpar__threads_gone(tc, wait) >= 0) return LLMPAR__THREADS_GONE;
             if (llmpar__threads_is_stuck(world)) return LLMPAR__THREADS_STUCK;
-            if (limit > 0 && llmpar__threads_now() >= limit) return LLMPAR__THREADS_LATE;
+            if (limit > 0 && llmpar__clock_seconds() >= limit) return LLMPAR__THREADS_LATE;
         }
-        double look = world->threaded ? llmpar__threads_now() + 1 : limit;
+        double look = world->threaded ? llmpar__clock_seconds() + 1 : limit;
         llmpar__threads_sleep(world, &group->wake, limit > 0 && limit < look ? limit : look);
     }
 }
@@ -8906,7 +8927,7 @@ static llmpar_status llmpar__threads_report(llmpar__threads_comm *tc, const llmp
 {
     llmpar_threads_world *world = tc->world;
     llmpar_status status = outcome == LLMPAR__THREADS_LATE ? LLMPAR_ERR_TIMEOUT : LLMPAR_ERR_MISMATCH;
-    world->rank[tc->world_rank].seen = llmpar__threads_now();
+    world->rank[tc->world_rank].seen = llmpar__clock_seconds();
     if (outcome == LLMPAR__THREADS_ABORTED) return llmpar__threads_peer(tc, wait->call);
     char what[256], why[64], *who = world->report;
     llmpar_call_print(wait->call, what, sizeof what);
@@ -9066,7 +9087,7 @@ static double llmpar__threads_seen(llmpar_threads_world *world, int32_t rank)
     llmpar_position p;
     clock_gettime(CLOCK_REALTIME, &t);
     llmpar__threads_position(world, rank, &p);
-    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__threads_now();
+    double age = (double)t.tv_sec - 1e-9 * (double)p.time_ns + 1e-9 * (double)t.tv_nsec, now = llmpar__clock_seconds();
     double seen = p.time_ns && age > 0 ? now - age : now;
     return seen > world->rank[rank].seen ? seen : world->rank[rank].seen;
 }
@@ -9081,7 +9102,7 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
             double seen = llmpar__threads_seen(world, rank) + world->desc.deadline;
             limit = world->failed_at + LLMPAR__THREADS_GRACE;
             if (seen > limit) limit = seen;
-            if (llmpar__threads_now() >= limit) break;
+            if (llmpar__clock_seconds() >= limit) break;
         }
         llmpar__threads_sleep(world, &world->ended, limit);
     }
@@ -9648,7 +9669,6 @@ typedef struct llmpar__mpi_comm {
 
 /* World and control (mpi_world.c). */
 
-LLMPAR__PRIVATE double llmpar__mpi_now(void);
 /* Under the lock: receives control messages, sends heartbeats, notices silence. */
 LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
 /* Under the lock: what the calls of inbox[0, count) say about their ranks: inside their call, or out of it. */
@@ -9691,13 +9711,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__mpi_failed(llmpar__mpi_comm *tc, llmpar_st
 #define LLMPAR__MPI_LAST_TAG 3    /* on data, above those of mpi_wait.c */
 #define LLMPAR__MPI_LOOK 0.1      /* seconds between two looks of the helper */
 #define LLMPAR__MPI_ATTENTION 0.25
-
-LLMPAR__PRIVATE_DEF double llmpar__mpi_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void llmpar__mpi_nap(double seconds)
 {
@@ -9749,7 +9762,7 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const 
         if (error->status == LLMPAR_OK || error->status == LLMPAR_ERR_PEER) world->failure.status = LLMPAR_ERR_INTERNAL; /* a root error is neither */
     }
     if (!first) return;
-    world->failed_at = llmpar__mpi_now();
+    world->failed_at = llmpar__clock_seconds();
     __atomic_store_n(&world->aborted, 1, __ATOMIC_SEQ_CST);
     llmpar__mpi_tell(world, &world->failed, LLMPAR__MPI_FAILED);
 }
@@ -9862,7 +9875,7 @@ static void llmpar__mpi_drain(llmpar_mpi_world *world)
 
 LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
 {
-    double now = llmpar__mpi_now(), attention = now - world->last_look;
+    double now = llmpar__clock_seconds(), attention = now - world->last_look;
     world->last_look = now;
     for (int i = 0; i < 1024; i++) {
         int done = 0;
@@ -9880,36 +9893,13 @@ LLMPAR__PRIVATE_DEF void llmpar__mpi_look(llmpar_mpi_world *world)
     if (world->draining) llmpar__mpi_drain(world);
 }
 
-static int llmpar__mpi_cond_init(pthread_cond_t *cond)
-{
-    pthread_condattr_t attributes;
-    if (pthread_condattr_init(&attributes)) return 0;
-#if !defined(__APPLE__)
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-#endif
-    int failed = pthread_cond_init(cond, &attributes);
-    pthread_condattr_destroy(&attributes);
-    return !failed;
-}
-
 static void *llmpar__mpi_help(void *arg)
 {
     llmpar_mpi_world *world = (llmpar_mpi_world *)arg;
     pthread_mutex_lock(&world->lock);
     while (!world->stop) {
         llmpar__mpi_look(world);
-        struct timespec until;
-#if defined(__APPLE__)
-        clock_gettime(CLOCK_REALTIME, &until);
-#else
-        clock_gettime(CLOCK_MONOTONIC, &until);
-#endif
-        until.tv_nsec += (long)((world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK * 1e9);
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-        pthread_cond_timedwait(&world->wake, &world->lock, &until);
+        llmpar__clock_cond_wait(&world->wake, &world->lock, (world->aborted ? 0.1 : 1) * LLMPAR__MPI_LOOK);
     }
     pthread_mutex_unlock(&world->lock);
     return NULL;
@@ -10113,7 +10103,7 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     world->rank = (int32_t)rank;
     world->ranks = (int32_t)ranks;
     world->standing = world->dropped = MPI_REQUEST_NULL;
-    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->last_look = world->last_beat = llmpar__clock_seconds();
     world->next_context = 1;
     for (int i = 0; i < LLMPAR__MPI_BATCH; i++) world->request[i] = MPI_REQUEST_NULL;
     llmpar_error_clear(&world->failure);
@@ -10126,14 +10116,14 @@ LLMPAR_DEF llmpar_status llmpar_mpi_world_create(llmpar_heap *heap, const llmpar
     MPI_Comm_set_errhandler(world->data, MPI_ERRORS_RETURN);
     MPI_Comm_set_errhandler(world->control, MPI_ERRORS_RETURN);
     pthread_mutex_init(&world->lock, NULL);
-    llmpar__mpi_cond_init(&world->wake);
+    llmpar__clock_cond_init(&world->wake);
     pthread_mutex_lock(&world->lock);
     llmpar_status st = alone ? llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory") : llmpar__mpi_furnish(world, level, error);
     if (st && error->rank < 0) error->rank = world->rank;
     st = llmpar__mpi_agree(world, level, st, error);
     if (!st) llmpar__mpi_neighbours(world);
     if (!st) llmpar__mpi_listen(world);
-    world->last_look = world->last_beat = llmpar__mpi_now();
+    world->last_look = world->last_beat = llmpar__clock_seconds();
     if (st || !world->attended) world->stop = 1;
     pthread_mutex_unlock(&world->lock);
     if (st || world->stop) llmpar__mpi_dismiss(world);
@@ -10177,8 +10167,8 @@ static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
 
 LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
 {
-    double limit = llmpar__mpi_now() + 1;
-    for (int waiting = world->aborted; waiting && llmpar__mpi_now() < limit;) {
+    double limit = llmpar__clock_seconds() + 1;
+    for (int waiting = world->aborted; waiting && llmpar__clock_seconds() < limit;) {
         waiting = 0;
         for (int32_t i = 0; i < world->ranks; i++)
             if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
@@ -10218,11 +10208,11 @@ static int llmpar__mpi_sent(llmpar_mpi_world *world)
 LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, llmpar_error *root)
 {
     pthread_mutex_lock(&world->lock);
-    double called = llmpar__mpi_now();
+    double called = llmpar__clock_seconds();
     if (!(grace > 0)) grace = 3;
     llmpar__mpi_tell(world, &world->finished, LLMPAR__MPI_FINISHED);
     while (!llmpar__mpi_all(world, 0)) {
-        if (world->aborted && llmpar__mpi_now() - (called > world->failed_at ? called : world->failed_at) > grace) break;
+        if (world->aborted && llmpar__clock_seconds() - (called > world->failed_at ? called : world->failed_at) > grace) break;
         if (world->aborted) world->draining = 1;
         llmpar__mpi_idle(world);
     }
@@ -10230,9 +10220,9 @@ LLMPAR_DEF int llmpar_mpi_world_finish(llmpar_mpi_world *world, double grace, ll
         world->draining = 1;
         llmpar__mpi_tell(world, &world->bye, LLMPAR__MPI_BYE);
         llmpar__mpi_flush(world);
-        double limit = llmpar__mpi_now() + 10;
+        double limit = llmpar__clock_seconds() + 10;
         int done = 0;
-        while (!done && llmpar__mpi_now() < limit) {
+        while (!done && llmpar__clock_seconds() < limit) {
             llmpar__mpi_idle(world);
             done = llmpar__mpi_all(world, 1) && llmpar__mpi_sent(world) && world->dropped == MPI_REQUEST_NULL;
         }
@@ -10313,7 +10303,7 @@ typedef struct llmpar__mpi_wait {
 
 static void llmpar__mpi_wait_begin(llmpar__mpi_wait *wait, const llmpar_mpi_world *world)
 {
-    wait->begin = llmpar__mpi_now();
+    wait->begin = llmpar__clock_seconds();
     wait->limit = world->desc.deadline > 0 ? wait->begin + world->desc.deadline : 0;
     wait->looks = 0;
 }
@@ -10366,7 +10356,7 @@ static llmpar_status llmpar__mpi_check(llmpar__mpi_comm *tc, const llmpar_call *
     if (!__atomic_load_n(&world->aborted, __ATOMIC_SEQ_CST)) return LLMPAR_OK;
     llmpar_status st = LLMPAR_OK;
     pthread_mutex_lock(&world->lock);
-    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__mpi_now() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
+    if (world->failure.status != LLMPAR_ERR_MISMATCH || world->draining || llmpar__clock_seconds() > world->failed_at + 1) st = llmpar__mpi_peer_error(tc, call);
     pthread_mutex_unlock(&world->lock);
     return st ? llmpar__mpi_failed(tc, st) : LLMPAR_OK;
 }
@@ -10377,7 +10367,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar_mpi_world *world = tc->world;
     if (world->aborted) return LLMPAR_ERR_PEER; /* its text comes when the messages are settled */
     int gone = missing >= 0 && world->peer[missing].finished && world->peer[missing].finished_for > LLMPAR__MPI_GONE;
-    int late = wait->limit > 0 && llmpar__mpi_now() >= wait->limit;
+    int late = wait->limit > 0 && llmpar__clock_seconds() >= wait->limit;
     if (!gone && !late) return LLMPAR_OK;
     char what[320], who[1100];
     llmpar__mpi_seen(world, world->met, 0);
@@ -10394,13 +10384,13 @@ static llmpar_status llmpar__mpi_settle(llmpar__mpi_comm *tc, const llmpar_call 
 {
     llmpar_mpi_world *world = tc->world;
     if (st != LLMPAR_ERR_PEER) llmpar__mpi_failed(tc, st);
-    double limit = llmpar__mpi_now() + LLMPAR__MPI_SETTLE;
+    double limit = llmpar__clock_seconds() + LLMPAR__MPI_SETTLE;
     int done = 0;
     pthread_mutex_lock(&world->lock);
     for (int32_t i = 0; i < count; i++)
         if (request[i] != MPI_REQUEST_NULL && (from ? from[i] >= 0 : i < count / 2)) MPI_Cancel(&request[i]);
     world->draining = 1;
-    while (!done && llmpar__mpi_now() < limit) {
+    while (!done && llmpar__clock_seconds() < limit) {
         llmpar__mpi_look(world);
         done = 1;
         for (int32_t i = 0; i < count; i++) {
@@ -10536,7 +10526,7 @@ static llmpar_status llmpar__mpi_await(llmpar__mpi_comm *tc, const llmpar_call *
         if (!st && other) st = llmpar__mpi_mismatch(tc, call, other);
         if (!st && left) {
             llmpar__mpi_look(world);
-            double now = llmpar__mpi_now();
+            double now = llmpar__clock_seconds();
             if (differs == 0 && (odd || (world->aborted && world->failure.status == LLMPAR_ERR_MISMATCH))) differs = now; /* perhaps the other side of it is on its way here */
             if (differs == 0 || now > differs + 0.5) {
                 if (odd) st = llmpar__mpi_mismatch(tc, call, odd);
@@ -10661,8 +10651,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__mpi_meet_one(llmpar__mpi_comm *tc, con
    thread or that of the call's stream, with stream NULL, as in threads.c; the whole collective is one host call on the stream. The headers of all communicators travel in one order, so calls on
    different streams run one after the other even where these have threads (llmpar_order): compute overlaps with them, they do not with each other.
 
-   Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal length, then the parts
-   go to everybody. */
+   Reductions go on with the tree over the rank index by halves (tables/halving.h), a slice of at most comm_slice bytes at a time, so scratch is bounded. All-reduce: the same on parts of about equal
+   length, then the parts go to everybody. */
 
 #ifdef LLMPAR_USE_MPI
 
@@ -10818,8 +10808,8 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
     return st;
 }
 
-/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one size: so the rank that is furthest behind
-   never waits for a message that is not yet on its way, however few may be under way. */
+/* Parts that go from rank to rank: part i of the receiver comes from rank i. Own parts are copied while those of the others are under way. Receives and sends take turns, and all ranks are of one
+   size: so the rank that is furthest behind never waits for a message that is not yet on its way, however few may be under way. */
 static llmpar_status llmpar__mpi_exchange(llmpar__mpi_comm *tc, const llmpar_call *call, size_t blocks, const char *send, char *recv, size_t part, int all_to_all)
 {
     size_t n = (size_t)tc->comm.ranks, r = (size_t)tc->comm.rank;
@@ -11203,8 +11193,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_reduce(const llmpar_unit_call *
 LLMPAR__PRIVATE llmpar_status llmpar__llama_norm_weight(const llmpar_unit_call *call, const llmpar__shape *s, int64_t dim, const void *dw_leaves, void *dw);
 /* Where every mesh sums the weights of norms over heads: sum[count] over tp, leaf by leaf. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_sum_leaves(const llmpar_unit_call *call, const char *tag, int64_t count, void *leaves);
-/* out[rows, width] = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. */
-LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes);
+/* out[rows, width], rows ldo apart, = in[rows, D] w[width, D]^T + bias[width] (NULL: none), one chain an element: D products, then the bias. interleaved: w's rows are, as in llmpar_gemm_segment. */
+LLMPAR__PRIVATE llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, int32_t interleaved, const void *bias, void *out, int64_t ldo, void *workspace, size_t workspace_bytes);
 LLMPAR__PRIVATE size_t llmpar__llama_linear_workspace(const llmpar_llama *model, int64_t rows, int64_t width, llmpar_dtype dtype);
 /* Whether sequences of t tokens, or such as grow (0), may run: dynamic RoPE beyond max_positions knows one length. */
 LLMPAR__PRIVATE llmpar_status llmpar__llama_check_length(const llmpar_llama *model, int64_t t);
@@ -11236,7 +11226,10 @@ typedef struct llmpar__session {
     int32_t *host_ids;             /* [capacity], in staging */
     size_t staging_bytes;
     int32_t unsharded_units;
+    int32_t interleaved;           /* of its weights (llmpar__session_weight): all or none but while they are turned */
 } llmpar__session;
+
+enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 6 of them, each of which is then a fifth to a third faster */ };
 
 static llmpar_status llmpar__session_memory(llmpar__session *g)
 {
@@ -11306,6 +11299,14 @@ static void llmpar__session_attention(const llmpar__session *g, int32_t layer, i
     args->workspace_bytes = g->workspace_bytes;
 }
 
+/* Whether products of few rows may read all weights as streams: rows, and the pieces of each sum, are whole words. */
+static int llmpar__session_streams(const llmpar__session *g)
+{
+    const llmpar_llama_config *c = &g->model->config;
+    if (!llmpar_device_interleaved_rows(g->device, g->dtype)) return 0;
+    return g->s.size % 4 == 0 || (g->s.d % 2 == 0 && g->s.e % 2 == 0 && c->intermediate % (2 * g->tp.pieces) == 0);
+}
+
 static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
@@ -11336,7 +11337,14 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
         w = g->device->attention_workspace(g->device, &attention);
         if (w > most) most = w;
     }
-    return most;
+    if (!llmpar__session_streams(g)) return most;
+    llmpar_interleave_args turn;
+    memset(&turn, 0, sizeof turn);
+    turn.k = s->f > s->h * s->e ? s->f : s->h * s->e; /* of the widest weight */
+    if (turn.k < s->d) turn.k = s->d;
+    turn.dtype = g->dtype;
+    w = g->device->interleave_workspace(g->device, &turn);
+    return w > most ? w : most;
 }
 
 static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp, int64_t rows, int64_t head_rows, int64_t capacity, llmpar__session *g)
@@ -11371,21 +11379,6 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     return status;
 }
 
-static void llmpar__session_close(llmpar__session *g)
-{
-    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
-    if (g->stream) { /* after a failure it may still read what goes now */
-        g->device->synchronize(g->device, g->stream);
-        g->device->stream_destroy(g->device, g->stream);
-    }
-    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
-    llmpar_arena_free(arena, g->block);
-    llmpar_arena_free(arena, g->cache);
-    llmpar_arena_free(arena, g->workspace);
-    llmpar_heap_free(&g->model->ctx->heap, g->host);
-    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
-}
-
 /* The gathered parameters of layer `layer`, by llmpar_llama.place. Counted: they stay gathered while the session is open. */
 static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t layer, void *out[LLMPAR__BLOCK_PARAMS])
 {
@@ -11400,6 +11393,85 @@ static llmpar_status llmpar__session_params(const llmpar__session *g, int32_t la
             if (g->model->place[p] >= 0) out[p] = params[first + g->model->place[p] - (mlp ? g->model->place[LLMPAR__NORM2] : 0)];
     }
     return LLMPAR_OK;
+}
+
+/* The gathered parameters of the head, as those of a layer. */
+static llmpar_status llmpar__session_head_params(const llmpar__session *g, void **norm, void **weight)
+{
+    int32_t head = g->model->unit_count - 1;
+    void *const *p = NULL, *const *table = NULL;
+    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
+    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
+    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    if (status) return status;
+    *norm = p[0];
+    *weight = g->model->config.tied ? table[0] : p[1];
+    return LLMPAR_OK;
+}
+
+/* Weight `i` of those that meet one row of x a token: seven a layer, then the head's. */
+static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i, llmpar_interleave_args *args)
+{
+    static const int params[LLMPAR__SESSION_WEIGHTS] = { LLMPAR__WQ, LLMPAR__WK, LLMPAR__WV, LLMPAR__WO, LLMPAR__GATE, LLMPAR__UP, LLMPAR__DOWN };
+    const llmpar__shape *s = &g->s;
+    const int64_t n[LLMPAR__SESSION_WEIGHTS] = { s->h * s->e, s->k * s->e, s->k * s->e, s->d, s->f, s->f, s->d }, k[LLMPAR__SESSION_WEIGHTS] = { s->d, s->d, s->d, s->h * s->e, s->d, s->d, s->f };
+    int32_t layer = i / LLMPAR__SESSION_WEIGHTS, which = i % LLMPAR__SESSION_WEIGHTS;
+    void *p[LLMPAR__BLOCK_PARAMS], *norm;
+    memset(args, 0, sizeof *args);
+    args->dtype = g->dtype;
+    args->workspace = g->workspace;
+    args->workspace_bytes = g->workspace_bytes;
+    args->n = s->v;
+    args->k = s->d;
+    if (layer == g->model->config.layers) return llmpar__session_head_params(g, &norm, &args->w);
+    args->n = n[which];
+    args->k = k[which];
+    llmpar_status status = llmpar__session_params(g, layer, p);
+    if (!status) args->w = p[params[which]];
+    return status;
+}
+
+/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. */
+static llmpar_status llmpar__session_interleave(llmpar__session *g)
+{
+    int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
+    llmpar_interleave_args args;
+    llmpar_status status = LLMPAR_OK;
+    for (int32_t i = 0; i < count && !status; i++) {
+        status = llmpar__session_weight(g, i, &args);
+        if (!status && (uintptr_t)args.w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
+    }
+    while (g->interleaved < count && !status) {
+        status = llmpar__session_weight(g, g->interleaved, &args);
+        if (!status) status = g->device->interleave(g->device, g->stream, &args);
+        if (!status) g->interleaved++;
+    }
+    return status;
+}
+
+/* Returns `status`, or if it is none a failure of its own. */
+static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status status)
+{
+    llmpar_arena *arena = llmpar_fsdp_arena(g->fsdp);
+    if (g->stream) { /* after a failure it may still read what goes now */
+        g->device->synchronize(g->device, g->stream);
+        g->device->stream_destroy(g->device, g->stream);
+    }
+    while (g->interleaved > 0) { /* without a stream: whatever failed, what the weights are is not lost */
+        llmpar_interleave_args args;
+        llmpar_status turned = llmpar__session_weight(g, --g->interleaved, &args);
+        args.back = 1;
+        if (!turned) turned = g->device->interleave(g->device, NULL, &args);
+        if (!status) status = turned;
+    }
+    for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
+    llmpar_arena_free(arena, g->block);
+    llmpar_arena_free(arena, g->cache);
+    llmpar_arena_free(arena, g->workspace);
+    llmpar_heap_free(&g->model->ctx->heap, g->host);
+    llmpar_device_host_free(g->device, &g->model->ctx->heap, g->staging, g->staging_bytes);
+    return status;
 }
 
 /* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
@@ -11417,7 +11489,7 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     rope.cosine = g->model->cosine;
     rope.sine = g->model->sine;
     rope.dtype = g->dtype;
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, bias, norm ? g->o : out, g->workspace, g->workspace_bytes);
+    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, g->interleaved > 0, bias, norm ? g->o : out, rope.ld, g->workspace, g->workspace_bytes);
     if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
@@ -11439,15 +11511,16 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
     if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
     if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], p[LLMPAR__BV], v, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], g->interleaved > 0, p[LLMPAR__BV], v, s->k * s->e, g->workspace, g->workspace_bytes);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
+    row.interleaved = g->interleaved > 0;
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->heads, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__GATE], s->d, g->gate, s->f, g->dtype, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->f, s->d, g->h, s->d, p[LLMPAR__UP], s->d, g->up, s->f, g->dtype, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__GATE], g->interleaved > 0, NULL, g->gate, s->f, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__UP], g->interleaved > 0, NULL, g->up, s->f, g->workspace, g->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
@@ -11457,6 +11530,7 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
     llmpar__llama_row(&g->tp, g->gate, p[LLMPAR__DOWN], c->intermediate, 1, &row);
+    row.interleaved = g->interleaved > 0;
     if (!status) status = llmpar_tp_partial(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->d, c->intermediate, &row, 1, g->dtype, g->part, g->workspace, g->workspace_bytes);
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "mlp output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     memset(&add, 0, sizeof add);
@@ -11473,18 +11547,14 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    int32_t head = g->model->unit_count - 1;
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
-    void *const *p = NULL, *const *table = NULL;
+    void *norm = NULL, *weight = NULL;
     llmpar_collective call;
-    llmpar_status status = llmpar_fsdp_unshard(g->fsdp, head, &p);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, head);
-    if (!status) status = llmpar_fsdp_unshard(g->fsdp, 0, &table);
-    if (!status) status = llmpar_fsdp_reshard(g->fsdp, 0);
+    llmpar_status status = llmpar__session_head_params(g, &norm, &weight);
     if (status) return status;
     const char *x = (const char *)g->x + (size_t)(first * s->d) * s->size;
-    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, p[0], NULL, g->h, g->rstd);
-    if (!status) status = llmpar_tp_product(&g->tp, g->stream, LLMPAR_GEMM_NT, count, s->v, s->d, g->h, s->d, c->tied ? table[0] : p[1], s->d, g->logits, widest, g->dtype, g->workspace, g->workspace_bytes);
+    status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, x, NULL, norm, NULL, g->h, g->rstd);
+    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->v, g->h, weight, g->interleaved > 0, NULL, g->logits, widest, g->workspace, g->workspace_bytes);
     memset(&call, 0, sizeof call);
     call.send = g->logits;
     call.recv = g->gathered;
@@ -11501,6 +11571,23 @@ static llmpar_status llmpar__session_head(llmpar__session *g, int64_t first, int
             llmpar_convert(g->host + row * c->vocab + begin, LLMPAR_F32, g->staging + (size_t)((rank * count + row) * widest) * s->size, g->dtype, (size_t)width);
     }
     return status;
+}
+
+/* x[1, D] = row `row` of a table with interleaved rows, zero if another rank has it. */
+static llmpar_status llmpar__session_embed(llmpar__session *g, const void *table, int64_t row)
+{
+    const llmpar__shape *s = &g->s;
+    llmpar_copy_rows_args args;
+    int64_t together = llmpar_device_interleaved_rows(g->device, g->dtype), words = s->d * (int64_t)s->size / 4;
+    if (row < 0 || row >= s->v) return g->device->zero(g->device, g->stream, g->x, (size_t)words * 4);
+    memset(&args, 0, sizeof args);
+    args.rows = words;
+    args.width = args.ld_out = 1;
+    args.size = 4;
+    args.ld_in = row < s->v / together * together ? together : 1; /* the last rows, too few, lie as rows */
+    args.in = (const char *)table + (size_t)(args.ld_in > 1 ? row / together * together * words + row % together : row * words) * 4;
+    args.out = g->x;
+    return g->device->copy_rows(g->device, g->stream, &args);
 }
 
 static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *ids, int64_t position, int64_t count)
@@ -11523,7 +11610,7 @@ static llmpar_status llmpar__session_forward(llmpar__session *g, const int32_t *
     args.table = status ? NULL : table[0];
     args.out = g->x;
     args.dtype = g->dtype;
-    if (!status) status = g->device->embedding(g->device, g->stream, &args);
+    if (!status) status = g->interleaved > 0 && c->tied ? llmpar__session_embed(g, table[0], ids[0] - g->s.v_begin) : g->device->embedding(g->device, g->stream, &args);
     if (!status) status = llmpar_tp_select(&g->tp, g->stream, "embed/select", 1, count, g->s.d, g->x, g->x, g->dtype);
     for (int32_t layer = 0; layer < c->layers && !status; layer++) status = llmpar__session_layer(g, layer, position, count);
     return status;
@@ -11538,8 +11625,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
     if (!status) status = llmpar__session_forward(&g, ids, 0, count);
     if (!status) status = llmpar__session_head(&g, 0, count);
     if (!status) memcpy(logits, g.host, (size_t)count * (size_t)model->config.vocab * sizeof(float));
-    llmpar__session_close(&g);
-    return status;
+    return llmpar__session_close(&g, status);
 }
 
 /* ---- sampling ---- */
@@ -11644,6 +11730,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         position += n;
         last = n - 1;
     }
+    if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
         if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
@@ -11655,7 +11742,7 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
         status = llmpar__session_forward(&g, ids + *count - 1, position++, 1);
         last = 0;
     }
-    llmpar__session_close(&g);
+    status = llmpar__session_close(&g, status);
     llmpar_heap_free(&model->ctx->heap, order);
     return status;
 }
@@ -11812,6 +11899,41 @@ LLMPAR_DEF void llmpar_heap_free(llmpar_heap *heap, void *memory)
 
 #undef LLMPAR__HEAP_ALIGN
 #undef LLMPAR__HEAP_LARGE
+/* ==== src/base/clock.c ==== */
+LLMPAR__PRIVATE_DEF double llmpar__clock_seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+LLMPAR__PRIVATE_DEF int llmpar__clock_cond_init(pthread_cond_t *cond)
+{
+    pthread_condattr_t attributes;
+    if (pthread_condattr_init(&attributes)) return 0;
+#if !defined(__APPLE__)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+#endif
+    int failed = pthread_cond_init(cond, &attributes);
+    pthread_condattr_destroy(&attributes);
+    return !failed;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__clock_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock, double seconds)
+{
+    struct timespec until;
+#if defined(__APPLE__)
+    clock_gettime(CLOCK_REALTIME, &until);
+#else
+    clock_gettime(CLOCK_MONOTONIC, &until);
+#endif
+    if (seconds < 0) seconds = 0;
+    if (seconds > 3600) seconds = 3600; /* wakes up once an hour for nothing: no overflow of time_t */
+    long nanoseconds = until.tv_nsec + (long)((seconds - (double)(long)seconds) * 1e9);
+    until.tv_sec += (time_t)seconds + nanoseconds / 1000000000;
+    until.tv_nsec = nanoseconds % 1000000000;
+    pthread_cond_timedwait(cond, lock, &until);
+}
 /* ==== src/base/processors.c ==== */
 #include <fcntl.h>
 #include <unistd.h>
@@ -11946,6 +12068,11 @@ LLMPAR_DEF llmpar_error *llmpar_device_thread_error(llmpar_device *device, llmpa
 LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 {
     return LLMPAR__DEVICE_HAS(device, threads_running) ? device->threads_running(device) : 1;
+}
+
+LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
+{
+    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows ? device->interleaved_rows(device, dtype) : 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
@@ -17072,9 +17199,11 @@ static int32_t llmpar__tp_segments(const llmpar_tp *tp, llmpar_gemm_kind kind, i
             segment->piece = piece;
             segment->lda = operand->lda;
             segment->ldb = operand->ldb;
+            segment->interleaved = operand->interleaved;
+            segment->begin = operand->interleaved ? skip : 0;
             if (pointers) {
                 segment->a = (const char *)operand->a + (size_t)skip * size;
-                segment->b = (const char *)operand->b + (size_t)(kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
+                segment->b = (const char *)operand->b + (size_t)(operand->interleaved ? 0 : kind == LLMPAR_GEMM_NT ? skip : skip * operand->ldb) * size;
             }
         }
     }
@@ -17090,23 +17219,29 @@ LLMPAR_DEF size_t llmpar_tp_partial_bytes(const llmpar_tp *tp, int64_t batch, in
     return (size_t)(rows * dim) * llmpar_dtype_size(wide);
 }
 
+/* Returns whether the segments fit. */
+static int llmpar__tp_partial_args(const llmpar_tp *tp, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count, llmpar_dtype dtype, int pointers, llmpar_gemm_args *args, llmpar_gemm_segment *segments)
+{
+    memset(args, 0, sizeof *args);
+    args->segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, pointers, segments);
+    args->m = rows;
+    args->n = args->ldc = dim;
+    args->segments = segments;
+    args->pieces = tp->pieces / tp->ranks;
+    args->kind = kind;
+    args->dtype = dtype;
+    args->out_dtype = llmpar_tp_partial_dtype(tp, dtype);
+    return args->segment_count >= 0;
+}
+
 LLMPAR_DEF llmpar_status llmpar_tp_partial(const llmpar_tp *tp, llmpar_stream *stream, llmpar_gemm_kind kind, int64_t rows, int64_t dim, int64_t grains, const llmpar_tp_operand *operands, int32_t operand_count,
                                            llmpar_dtype dtype, void *out, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
     llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 1, segments);
-    if (args.segment_count < 0) return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)(tp->pieces / tp->ranks), (int)operand_count, LLMPAR__TP_SEGMENTS);
-    args.m = rows;
-    args.n = dim;
+    if (!llmpar__tp_partial_args(tp, kind, rows, dim, grains, operands, operand_count, dtype, 1, &args, segments))
+        return llmpar_fail(tp->ctx, LLMPAR_ERR_SHAPE, "tp: %d local pieces with %d operands need more than %d segments", (int)args.pieces, (int)operand_count, LLMPAR__TP_SEGMENTS);
     args.c = out;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -17116,18 +17251,8 @@ LLMPAR_DEF size_t llmpar_tp_partial_workspace(const llmpar_tp *tp, llmpar_gemm_k
 {
     llmpar_gemm_segment segments[LLMPAR__TP_SEGMENTS];
     llmpar_gemm_args args;
-    memset(&args, 0, sizeof args);
-    args.segment_count = llmpar__tp_segments(tp, kind, grains, operands, operand_count, dtype, 0, segments);
-    if (args.segment_count < 0) return 0; /* the call itself reports it */
-    args.m = rows;
-    args.n = dim;
-    args.ldc = dim;
-    args.segments = segments;
-    args.pieces = tp->pieces / tp->ranks;
-    args.kind = kind;
-    args.dtype = dtype;
-    args.out_dtype = llmpar_tp_partial_dtype(tp, dtype);
-    return tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
+    /* the call itself reports what does not fit */
+    return llmpar__tp_partial_args(tp, kind, rows, dim, grains, operands, operand_count, dtype, 0, &args, segments) ? tp->ctx->device->gemm_workspace(tp->ctx->device, &args) : 0;
 }
 
 static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment *segment, llmpar_gemm_kind kind, int64_t m, int64_t n, int64_t k, llmpar_dtype dtype)
@@ -22931,16 +23056,19 @@ LLMPAR__PRIVATE_DEF size_t llmpar__llama_linear_workspace(const llmpar_llama *mo
     return model->ctx->device->gemm_workspace(model->ctx->device, &args);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, const void *bias, void *out, void *workspace, size_t workspace_bytes)
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__llama_linear(const llmpar_llama *model, llmpar_stream *stream, int64_t rows, int64_t width, const void *in, const void *w, int32_t interleaved, const void *bias, void *out, int64_t ldo, void *workspace, size_t workspace_bytes)
 {
     llmpar_gemm_segment segments[2];
     llmpar_gemm_args args;
     llmpar__llama_linear_args(model, rows, width, model->dtype, &args, segments);
+    args.segment_count = bias ? 2 : 1;
+    segments[0].interleaved = interleaved;
     segments[0].a = in;
     segments[0].b = w;
     segments[1].a = model->one;
     segments[1].b = bias;
     args.c = out;
+    args.ldc = ldo;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     return model->ctx->device->gemm(model->ctx->device, stream, &args);
@@ -23425,7 +23553,7 @@ static llmpar_status llmpar__block_dw(const llmpar__block_half *b, const llmpar_
 /* q[N,hE] or k, v[N,kE]: weight wq + i, bias bq + i */
 static llmpar_status llmpar__block_head_product(const llmpar__block_half *b, const llmpar_unit_call *call, int i, char *out)
 {
-    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), llmpar__block_param(b, call, LLMPAR__BQ + i), out, call->workspace, call->workspace_bytes);
+    return llmpar__llama_linear(b->model, call->stream, b->s.n, (i ? b->s.k : b->s.h) * b->s.e, b->in, llmpar__block_param(b, call, LLMPAR__WQ + i), 0, llmpar__block_param(b, call, LLMPAR__BQ + i), out, (i ? b->s.k : b->s.h) * b->s.e, call->workspace, call->workspace_bytes);
 }
 
 /* Norms of q and of k (i = 1): over E, a row for each head of each token. */
@@ -26490,6 +26618,8 @@ LLMPAR__PRIVATE llmpar_status llmpar__launch_resolve(llmpar_launch_desc *desc, l
 LLMPAR__PRIVATE llmpar_status llmpar__launch_backend_check(const llmpar_backend *backend, llmpar_error *error);
 /* ctx has host and host_comm (NULL: the transport has none). Makes device and comm: the backend's, or these. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend);
+/* This rank has failed with st (ctx->error) before it came to where the backend makes the communicator: tells the others there, if the transport cannot. Returns st. */
+LLMPAR__PRIVATE llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st);
 /* Destroys what a ctx has of comm, device, host_comm and host, in this order. */
 LLMPAR__PRIVATE void llmpar__launch_clear(llmpar_ctx *ctx, const llmpar_backend *backend);
 /* All ranks compute alike, or all say who does not. */
@@ -26913,6 +27043,12 @@ static llmpar_status llmpar__launch_all_here(llmpar_ctx *ctx)
     return st ? st : synchronized;
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st)
+{
+    if (!ctx->host_comm && ctx->world > 1 && backend->comm_absent) backend->comm_absent(backend->comm_user, ctx);
+    return st;
+}
+
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const llmpar_backend *backend)
 {
     llmpar_status st = LLMPAR_OK;
@@ -26921,11 +27057,11 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_furnish(llmpar_ctx *ctx, const 
     if (backend && backend->device_create) {
         device = NULL;
         st = backend->device_create(backend->device_user, ctx, &device);
-        if (st) return llmpar_fail(ctx, st, "launch: backend %s: no device for rank %d: %s", name, (int)ctx->rank, llmpar_status_string(st)); /* unless it has said more */
+        if (st) return llmpar__launch_absent(ctx, backend, llmpar_fail(ctx, st, "launch: backend %s: no device for rank %d: %s", name, (int)ctx->rank, llmpar_status_string(st))); /* unless it has said more */
         ctx->device = device;
         if (device->abi != LLMPAR_DEVICE_ABI || device->size < LLMPAR__LAUNCH_END(llmpar_device, square_sum))
-            return llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", name, (unsigned)device->abi, (unsigned)device->size, LLMPAR_DEVICE_ABI,
-                               (unsigned long)LLMPAR__LAUNCH_END(llmpar_device, square_sum));
+            return llmpar__launch_absent(ctx, backend, llmpar_fail(ctx, LLMPAR_ERR_ABI, "launch: backend %s: device table with abi %u and %u bytes, expected abi %u and at least %lu bytes", name, (unsigned)device->abi, (unsigned)device->size,
+                                                                   LLMPAR_DEVICE_ABI, (unsigned long)LLMPAR__LAUNCH_END(llmpar_device, square_sum)));
     }
     ctx->device = device;
     if (backend && backend->comm_create) {
@@ -27375,7 +27511,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_environment(const llmpar_launch
 
     uint64_t state = llmpar__launch_float_state();
     st = llmpar_cpu_create(&ctx.heap, &ctx.error, &cpu, &ctx.host);
-    if (!st) st = llmpar__launch_furnish(&ctx, desc.backend);
+    st = st ? llmpar__launch_absent(&ctx, desc.backend, st) : llmpar__launch_furnish(&ctx, desc.backend);
     if (!st) st = llmpar__launch_agree(&ctx);
     if (!st) st = fn(&ctx, user);
     if (st) {
@@ -27439,7 +27575,6 @@ struct llmpar_trainer {
     llmpar_memory memory;
 };
 
-LLMPAR__PRIVATE double llmpar__run_seconds(void); /* monotonic */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_open(llmpar_trainer *trainer);
 LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 /* Console line, progress line and log line of a step; world rank 0. */
@@ -27945,7 +28080,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     if (!t->train) return llmpar_fail(t->ctx, LLMPAR_ERR_ARGUMENT, "trainer: made without data, it cannot step");
     llmpar_status status = llmpar__trainer_poll(t, 0);
     if (status) return status;
-    double begin = llmpar__run_seconds();
+    double begin = llmpar__clock_seconds();
     step.step = t->steps + 1;
     step.lr = llmpar_lr(&t->lr, step.step);
     step.loss_scale = t->desc.dtype == LLMPAR_F16 ? t->scale.scale : 1;
@@ -27995,7 +28130,7 @@ LLMPAR_DEF llmpar_status llmpar_trainer_step(llmpar_trainer *t, llmpar_step *out
     step.grad_norm = run.grad_norm;
     step.skipped = run.skipped || run.found_inf;
     step.found_inf = run.found_inf;
-    step.seconds = llmpar__run_seconds() - begin;
+    step.seconds = llmpar__clock_seconds() - begin;
     llmpar__trainer_rates(t, &step);
     if (t->count_only) return LLMPAR_OK;
     if (step.found_inf) llmpar_log(t->ctx, LLMPAR_LOG_WARNING, "step %lld: the gradient is not finite at loss scale %g, nothing was updated; the next step takes %g", (long long)step.step, step.loss_scale, t->scale.scale);
@@ -28239,13 +28374,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_resume(llmpar_trainer *t)
 /* ==== src/run/metrics.c ==== */
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
-LLMPAR__PRIVATE_DEF double llmpar__run_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 /* Metrics to stdout; progress in place on stderr, if that is a terminal. */
 static void llmpar__metrics_sink(void *user, llmpar_sink_kind kind, const char *line)
 {
@@ -28432,10 +28560,10 @@ static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int produc
     for (int i = 0; i <= tries && !status; i++) {
         status = llmpar_comm_barrier(ctx->comm, p->stream, "peak");
         if (!status) status = device->synchronize(device, p->stream);
-        double begin = llmpar__run_seconds();
+        double begin = llmpar__clock_seconds();
         for (int k = 0; k < products && !status; k++) status = device->gemm(device, p->stream, &p->args);
         if (!status) status = device->synchronize(device, p->stream);
-        double seconds = (llmpar__run_seconds() - begin) / products + 1e-9;
+        double seconds = (llmpar__clock_seconds() - begin) / products + 1e-9;
         if (i > 0 && seconds < p->seconds) p->seconds = seconds;
     }
     if (p->stream) {
@@ -28849,12 +28977,11 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
      LLMPAR__THIN_TARGET              attributes that allow the instructions
      LLMPAR__THIN_VECTOR              LLMPAR__THIN_LANES floats, or as many words of 32 bits
      LLMPAR__THIN_PANELS              vectors of a tile's columns
-     LLMPAR__THIN_MANY                there are 32 registers of it, not 16
-     LLMPAR__THIN_READ(p), LLMPAR__THIN_WRITE(p, v)   at an aligned place; LLMPAR__THIN_LOOSE(p) at any, where a vector is a line
+     LLMPAR__THIN_MOST                rows of x whose chains fit the registers: 4, 8 or 16
+     LLMPAR__THIN_READ(p), LLMPAR__THIN_WRITE(p, v)   at any place, and at an aligned one
      LLMPAR__THIN_MULTIPLY_ADD(p, b, sum), LLMPAR__THIN_DOT(p, b, sum) of pairs of BF16, if this level has it: *p in every lane, times b
-     LLMPAR__THIN_WIDE                a vector is a line of 16 words and there are LLMPAR__THIN_NAME(quarters) and LLMPAR__THIN_NAME(columns), the two halves of a transposition
      LLMPAR__THIN_BF16(word, i), LLMPAR__THIN_F16(word, i)   the lower (i = 0) or upper half of every lane as f32
-   A function LLMPAR__THIN_NAME(transpose)(in, ld, out) stands before: out[LANES words][LANES rows] = in[LANES rows][LANES words], rows ld bytes apart. */
+   A function LLMPAR__THIN_NAME(transpose)(in, ld, out, step) stands before: out[LANES words][LANES rows], words `step` floats apart, = in[LANES rows][LANES words], rows ld bytes apart. */
 
 /* The slot of a storage format: what link i of the chain takes of the word of each row. i is a constant, and so is form: F32, PAIRS, or BF16 for both types of half a word, which are told
    apart while it runs, by f16 (a branch that always goes the same way costs less than another instance of every chain). */
@@ -28870,244 +28997,120 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET LLMPAR__THIN_VE
 #define LLMPAR__THIN_LINK(form, p, b, sum) LLMPAR__THIN_MULTIPLY_ADD(p, b, sum)
 #endif
 
-/* sums[rows][COLUMNS], `panels` vectors of each row, go on over k elements: x[links][rows], words[panel][WORDS][LANES]. Every lane is one chain.
-   Meanwhile a line each of the panels' rows at `ahead` is fetched: evenly, since a burst would keep the processor from reading what has come. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(chains)(float *sums, const float *x, const float *words, int64_t k, const int form, int f16, const int rows, const int panels, const char *ahead, int64_t ahead_ld)
+/* Interleaved rows: `rows` rows of x from `row` on, of one block or of two whole ones, with `tiles` tiles at a time, each a stream: processors fetch several farther ahead than one. As many chains as there are registers for. */
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(stream_rows)(const llmpar__gemm_thin_span *span, const int form, int row, const int rows, const int tiles)
 {
-    LLMPAR__THIN_VECTOR sum[8][LLMPAR__THIN_PANELS], word[LLMPAR__THIN_PANELS], v[LLMPAR__THIN_PANELS];
-    int r, p, i, fetched = 0;
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < rows; r++) {
-        LLMPAR__THIN_UNROLL
-        for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_READ(sums + r * LLMPAR__THIN_COLUMNS + p * LLMPAR__THIN_LANES);
-    }
-    for (; k > 0; k -= LLMPAR__THIN_K_PER_WORD(form), words += LLMPAR__THIN_LANES) {
-        LLMPAR__THIN_UNROLL
-        for (p = 0; p < panels; p++) if (fetched < LLMPAR__THIN_LANES) LLMPAR__THIN_FETCH(ahead + p * LLMPAR__THIN_LANES * ahead_ld);
-        ahead += ahead_ld;
-        fetched++;
-        LLMPAR__THIN_UNROLL
-        for (p = 0; p < panels; p++) word[p] = LLMPAR__THIN_READ(words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES));
-        LLMPAR__THIN_UNROLL
-        for (i = 0; i < 2; i++) {
-            if (i >= LLMPAR__THIN_LINKS_PER_WORD(form) || (i > 0 && i >= k)) continue;
-            LLMPAR__THIN_UNROLL
-            for (p = 0; p < panels; p++) v[p] = LLMPAR__THIN_NAME(element)(form, f16, word[p], i);
-            LLMPAR__THIN_UNROLL
-            for (r = 0; r < rows; r++) {
-                LLMPAR__THIN_UNROLL
-                for (p = 0; p < panels; p++) sum[r][p] = LLMPAR__THIN_LINK(form, x + r, v[p], sum[r][p]);
-            }
-            x += rows;
+    enum { LANES = LLMPAR__THIN_LANES, PANELS = LLMPAR__THIN_PANELS, STEP = LANES * PANELS * 4 };
+    const int f16 = span->kind == LLMPAR__THIN_KIND_F16, links = LLMPAR__THIN_LINKS_PER_WORD(form);
+    int64_t left = span->rows - row / 8 * 8, block = left < 8 ? left : 8, tile_step = span->rows * LLMPAR__THIN_COLUMNS, k = 0;
+    const float *x = span->x + row / 8 * 8 * span->x_k + span->x_done * block + row % 8, *more = rows > 8 ? x + 8 * span->x_k : x; /* the second block's */
+    float *sums = span->sums + row * LLMPAR__THIN_COLUMNS;
+    const char *w = span->w, *ahead = span->ahead;
+    LLMPAR__THIN_VECTOR sum[4][16][PANELS], word, v;
+    int r, p, i, t, part;
+    for (part = 0; part < span->parts; part++, sums += span->part_step) {
+        int64_t end = part + 1 < span->parts ? span->ends[part] : span->k;
+#define LLMPAR__THIN_EACH_SUM(what) \
+        LLMPAR__THIN_UNROLL \
+        for (t = 0; t < tiles; t++) { \
+            LLMPAR__THIN_UNROLL \
+            for (r = 0; r < rows; r++) { \
+                LLMPAR__THIN_UNROLL \
+                for (p = 0; p < PANELS; p++) { what; } \
+            } \
         }
-    }
-    LLMPAR__THIN_UNROLL
-    for (r = 0; r < rows; r++) {
-        LLMPAR__THIN_UNROLL
-        for (p = 0; p < panels; p++) LLMPAR__THIN_WRITE(sums + r * LLMPAR__THIN_COLUMNS + p * LLMPAR__THIN_LANES, sum[r][p]);
-    }
-}
-
-/* Chains for all rows of x, of one form of weights. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(rows)(const llmpar__gemm_thin_span *span, float *part, int64_t done, int64_t k, const float *words, const int form, const char *ahead, int64_t ahead_ld)
-{
-    int row;
-    for (row = 0; row < span->rows; row += 8) {
-        int rows = span->rows - row < 8 ? span->rows - row : 8, f16 = span->kind == LLMPAR__THIN_KIND_F16; /* rows: 1, 4 or 8 */
-        const float *x = span->x + row * span->x_k + (span->x_done + done * LLMPAR__THIN_LINKS_PER_WORD(form) / LLMPAR__THIN_K_PER_WORD(form)) * rows;
-        float *sums = part + row * LLMPAR__THIN_COLUMNS;
-        if (rows == 1) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 1, LLMPAR__THIN_PANELS, ahead, ahead_ld);
-        else if (rows == 4) LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 4, LLMPAR__THIN_PANELS, ahead, ahead_ld);
-#if LLMPAR__THIN_MANY
-        else LLMPAR__THIN_NAME(chains)(sums, x, words, k, form, f16, 8, LLMPAR__THIN_PANELS, ahead, ahead_ld);
-#else
-        else {
-            int p;
-            for (p = 0; p < LLMPAR__THIN_PANELS; p++)
-                LLMPAR__THIN_NAME(chains)(sums + p * LLMPAR__THIN_LANES, x, words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES), k, form, f16, 8, 1, ahead + p * LLMPAR__THIN_LANES * ahead_ld, ahead_ld);
-        }
-#endif
-    }
-}
-
-#if LLMPAR__THIN_WIDE
-/* Where to ask for the line of row 0 that is read after `at` bytes and `distance` more: in this span or in the next. */
-static inline const char *LLMPAR__THIN_NAME(ahead)(const llmpar__gemm_thin_span *span, int64_t at, int64_t bytes, int64_t *ld)
-{
-    int64_t over = at + (bytes < LLMPAR__THIN_AHEAD ? bytes : (int64_t)LLMPAR__THIN_AHEAD) - bytes;
-    *ld = over < 0 ? span->ld : span->next_ld;
-    return over < 0 ? span->w + over + bytes : span->next + over / 64 * 64;
-}
-
-/* The whole lines of a full tile; returns the elements of k that they are. Between the multiplications of four lines the next four of each row are half transposed, row by row (lines of one place in rows
-   a power of two apart are in each other's way in L1), whichever part they belong to; between those of the last four lines the first of the next tile. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET int64_t LLMPAR__THIN_NAME(lines)(const llmpar__gemm_thin_span *span, const int form, const int rows)
-{
-    enum { LANES = LLMPAR__THIN_LANES, WORDS = LLMPAR__THIN_WORDS };
-    llmpar__gemm_thin_turned own, *turned = span->turned ? span->turned : &own;
-    LLMPAR__THIN_VECTOR sum[8], word[4], v;
-    const int f16 = span->kind == LLMPAR__THIN_KIND_F16, size = form == LLMPAR__THIN_KIND_F32 ? 4 : 2;
-    const float *x = span->x + span->x_done * rows;
-    float *sums = span->sums;
-    int64_t lines = span->k * size / 64, line = 0, ahead_ld;
-    int g, i, j, r, part, first = 0;
-    if (lines == 0 || span->columns < LANES) return 0;
-    if (span->turned && turned->of == span->w) first = turned->half;
-    else for (g = 0; g < 4; g++)
-        for (i = 0; i < 4 && i < lines; i++) LLMPAR__THIN_NAME(quarters)(span->w + i * 64 + g * span->ld, span->ld, turned->words[0][i] + g * LANES);
-    turned->of = span->next_full && lines % 4 == 0 ? span->next : NULL;
-    turned->half = (int32_t)(lines / 4 + first) % 2;
-    for (part = 0; part < span->parts; part++, sums += rows * LLMPAR__THIN_COLUMNS) {
-        int64_t end = part + 1 < span->parts ? span->ends[part] * size / 64 : lines;
-        LLMPAR__THIN_UNROLL
-        for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_READ(sums + r * LLMPAR__THIN_COLUMNS);
-        for (; line < end; line++) {
-            const int at = (int)(line % 4), half = (int)(line / 4 + first) % 2;
-            const int64_t then = line - at + 4, count = then < lines ? lines - then : turned->of ? 4 : 0, ld = then < lines ? span->ld : span->next_ld;
-            const char *ahead = LLMPAR__THIN_NAME(ahead)(span, (line - at) * 64, span->k * size, &ahead_ld) + at * 4 * ahead_ld, *in = (then < lines ? span->w + then * 64 : span->next) + at * ld;
-            const float *from = turned->words[half][at];
-            float *to = turned->words[1 - half][0] + at * LANES;
-            LLMPAR__THIN_KEEP
-            for (g = 0; g < 4; g++) {
-                if (g < count) LLMPAR__THIN_NAME(quarters)(in, ld, to);
-                LLMPAR__THIN_NAME(columns)(from, word);
-                in += 64;
-                to += LANES * WORDS;
-                from += 4 * LANES;
+        LLMPAR__THIN_EACH_SUM(sum[t][r][p] = LLMPAR__THIN_READ(sums + t * tile_step + r * LLMPAR__THIN_COLUMNS + p * LANES))
+        for (; k < end; k += LLMPAR__THIN_K_PER_WORD(form), w += STEP, ahead += span->ahead_step, x += links * block, more += links * block) {
+            LLMPAR__THIN_UNROLL
+            for (t = 0; t < tiles; t++) {
+                const char *at = w + t * span->tile;
+                LLMPAR__THIN_FETCH(ahead + t * span->tile); /* evenly: a burst would keep the processor from reading what has come */
                 LLMPAR__THIN_UNROLL
-                for (i = 0; i < 4; i++) {
-                    LLMPAR__THIN_FETCH(ahead + i * 64);
+                for (p = 0; p < PANELS; p++) {
+                    word = LLMPAR__THIN_READ((const void *)(at + p * LANES * 4));
                     LLMPAR__THIN_UNROLL
-                    for (j = 0; j < 2; j++) {
-                        if (j >= LLMPAR__THIN_LINKS_PER_WORD(form)) continue;
-                        v = LLMPAR__THIN_NAME(element)(form, f16, word[i], j);
+                    for (i = 0; i < 2; i++) {
+                        if (i >= links || (i > 0 && k + i >= span->k)) continue;
+                        v = LLMPAR__THIN_NAME(element)(form, f16, word, i);
                         LLMPAR__THIN_UNROLL
-                        for (r = 0; r < rows; r++) sum[r] = LLMPAR__THIN_LINK(form, x + r, v, sum[r]);
-                        x += rows;
+                        for (r = 0; r < rows; r++) sum[t][r][p] = LLMPAR__THIN_LINK(form, (r < 8 ? x + r : more + r - 8) + i * block, v, sum[t][r][p]);
                     }
                 }
-                ahead += ahead_ld;
             }
         }
-        LLMPAR__THIN_UNROLL
-        for (r = 0; r < rows; r++) LLMPAR__THIN_WRITE(sums + r * LLMPAR__THIN_COLUMNS, sum[r]);
-    }
-    return lines * (64 / size);
-}
-
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET int64_t LLMPAR__THIN_NAME(lines_of)(const llmpar__gemm_thin_span *span, const int form)
-{
-    return span->rows == 1 ? LLMPAR__THIN_NAME(lines)(span, form, 1) : span->rows == 4 ? LLMPAR__THIN_NAME(lines)(span, form, 4) : LLMPAR__THIN_NAME(lines)(span, form, 8);
-}
-
-/* For 9 to 16 rows of x: lanes are rows here, x[links][LANES], and each weight is spread from where it lies: an instruction a weight and no transposition.
-   Its lines are copied first, widened if need be, since rows may lie so that few of their lines stay in L1 together. */
-static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(sixteen)(const llmpar__gemm_thin_span *span, const int form)
-{
-    enum { LANES = LLMPAR__THIN_LANES, WORDS = LLMPAR__THIN_WORDS };
-    float words[LANES * 2 * WORDS] __attribute__((aligned(64))), edge[WORDS] __attribute__((aligned(64)));
-    LLMPAR__THIN_VECTOR sum[LANES];
-    const int links = LLMPAR__THIN_LINKS_PER_WORD(form), f16 = span->kind == LLMPAR__THIN_KIND_F16, size = form == LLMPAR__THIN_KIND_F32 ? 4 : 2;
-    const float *x = span->x + span->x_done * LANES;
-    float *sums = span->sums;
-    int64_t step = WORDS * 4 / size, done = 0, k, ahead_ld;
-    int n, i, part;
-    if (span->columns < LANES) memset(words, 0, sizeof words);
-    for (part = 0; part < span->parts; part++, sums += LANES * LANES) {
-        int64_t end = part + 1 < span->parts ? span->ends[part] : span->k;
-        LLMPAR__THIN_UNROLL
-        for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_READ(sums + n * LANES);
-        for (; done < end; done += step) {
-            const char *ahead = LLMPAR__THIN_NAME(ahead)(span, done * size, span->k * size, &ahead_ld), *in = span->w + done * size;
-            const float *word = words;
-            k = span->k - done < step ? span->k - done : step;
-            for (n = 0; n < span->columns; n++, in += span->ld) {
-                LLMPAR__THIN_VECTOR line;
-                if (k < step) {
-                    memset(edge, 0, sizeof edge);
-                    memcpy(edge, in, (size_t)(k * size));
-                }
-                line = LLMPAR__THIN_LOOSE(k < step ? (const void *)edge : (const void *)in);
-                LLMPAR__THIN_UNROLL
-                for (i = 0; i < 2; i++) if (i < links) LLMPAR__THIN_WRITE(words + (n * links + i) * WORDS, LLMPAR__THIN_NAME(element)(form, f16, line, i));
-            }
-            for (; k > 0; k -= LLMPAR__THIN_K_PER_WORD(form), word++) {
-                LLMPAR__THIN_FETCH(ahead);
-                ahead += ahead_ld;
-                LLMPAR__THIN_UNROLL
-                for (i = 0; i < 2; i++) {
-                    LLMPAR__THIN_VECTOR rows;
-                    if (i >= links || (i > 0 && i >= k)) continue;
-                    rows = LLMPAR__THIN_READ(x);
-                    x += LANES;
-                    LLMPAR__THIN_UNROLL
-                    for (n = 0; n < LANES; n++) sum[n] = LLMPAR__THIN_LINK(form, word + (n * links + i) * WORDS, rows, sum[n]);
-                }
-            }
-        }
-        LLMPAR__THIN_UNROLL
-        for (n = 0; n < LANES; n++) LLMPAR__THIN_WRITE(sums + n * LANES, sum[n]);
+        LLMPAR__THIN_EACH_SUM(LLMPAR__THIN_WRITE(sums + t * tile_step + r * LLMPAR__THIN_COLUMNS + p * LANES, sum[t][r][p]))
+#undef LLMPAR__THIN_EACH_SUM
     }
 }
-#endif
 
-/* WORDS words of the tile's rows at a time: rows become columns in L1, then every row of x takes them. */
-LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_span *span)
+static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__THIN_NAME(stream_of)(const llmpar__gemm_thin_span *span, const int form)
 {
-    float words[LLMPAR__THIN_PANELS * LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES] __attribute__((aligned(64)));
-    float edge[LLMPAR__THIN_LANES * LLMPAR__THIN_WORDS] __attribute__((aligned(64)));
-    int64_t size = span->kind == LLMPAR__THIN_KIND_F32 ? 4 : 2, step = LLMPAR__THIN_WORDS * 4 / size, bytes = span->k * size, distance = bytes < LLMPAR__THIN_AHEAD ? bytes : (int64_t)LLMPAR__THIN_AHEAD, done = 0;
-    float *sums = span->sums;
-    int p, i, part = 0;
-#if LLMPAR__THIN_WIDE
-#if defined(LLMPAR__THIN_DOT)
-#define LLMPAR__THIN_EACH(how) (span->kind == LLMPAR__THIN_KIND_F32 ? how(span, LLMPAR__THIN_KIND_F32) : span->kind == LLMPAR__THIN_KIND_PAIRS ? how(span, LLMPAR__THIN_KIND_PAIRS) : how(span, LLMPAR__THIN_KIND_BF16))
-#else
-#define LLMPAR__THIN_EACH(how) (span->kind == LLMPAR__THIN_KIND_F32 ? how(span, LLMPAR__THIN_KIND_F32) : how(span, LLMPAR__THIN_KIND_BF16))
-#endif
-    if (span->rows == 16) {
-        LLMPAR__THIN_EACH(LLMPAR__THIN_NAME(sixteen));
+    enum { MOST = LLMPAR__THIN_MOST };
+    int row, rows;
+    if (span->tiles > 1) {
+        if (span->rows == 1) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 1, 4);
+        else if (MOST >= 8 && span->rows == 4) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 4, MOST / 4);
+        else if (MOST >= 16 && span->rows == 8) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 8, MOST / 8);
         return;
     }
-    done = LLMPAR__THIN_EACH(LLMPAR__THIN_NAME(lines_of));
-#undef LLMPAR__THIN_EACH
-#endif
-    if (span->columns <= LLMPAR__THIN_LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
-    for (; done < span->k; done += step) {
-        int64_t k = span->k - done < step ? span->k - done : step, over = done * size + distance - bytes;
-        const char *ahead = over < 0 ? span->w + done * size + distance : span->next + over / 64 * 64;
-        int64_t ahead_ld = over < 0 ? span->ld : span->next_ld;
-        for (; part + 1 < span->parts && done >= span->ends[part]; part++) sums += span->rows * LLMPAR__THIN_COLUMNS;
-        for (p = 0; p * LLMPAR__THIN_LANES < span->columns; p++) {
-            const char *in = span->w + p * LLMPAR__THIN_LANES * span->ld + done * size;
-            float *out = words + p * (LLMPAR__THIN_WORDS * LLMPAR__THIN_LANES);
-            int64_t ld = span->ld, columns = span->columns - p * LLMPAR__THIN_LANES;
-            if (k < step || columns < LLMPAR__THIN_LANES) {
-                memset(edge, 0, sizeof edge);
-                for (i = 0; i < LLMPAR__THIN_LANES && i < columns; i++) memcpy(edge + i * LLMPAR__THIN_WORDS, in + i * ld, (size_t)(k * size));
-                in = (const char *)edge;
-                ld = LLMPAR__THIN_WORDS * 4;
-            }
-            for (i = 0; i < LLMPAR__THIN_WORDS; i += LLMPAR__THIN_LANES) LLMPAR__THIN_NAME(transpose)(in + i * 4, ld, out + i * LLMPAR__THIN_LANES);
-        }
-        if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_F32, ahead, ahead_ld);
+    for (row = 0; row < span->rows; row += rows) {
+        rows = span->rows - row < 16 && span->rows - row > 8 ? 8 : span->rows - row;
+        if (rows > MOST) rows = MOST;
+        if (rows == 1) LLMPAR__THIN_NAME(stream_rows)(span, form, row, 1, 1);
+        else if (rows == 4) LLMPAR__THIN_NAME(stream_rows)(span, form, row, 4, 1);
+        else if (MOST >= 8 && rows == 8) LLMPAR__THIN_NAME(stream_rows)(span, form, row, 8, 1);
+        else if (MOST >= 16) LLMPAR__THIN_NAME(stream_rows)(span, form, row, 16, 1);
+    }
+}
+
+LLMPAR__THIN_TARGET static __attribute__((noinline)) void LLMPAR__THIN_NAME(stream)(const llmpar__gemm_thin_span *span)
+{
+    if (span->kind == LLMPAR__THIN_KIND_F32) LLMPAR__THIN_NAME(stream_of)(span, LLMPAR__THIN_KIND_F32);
 #if defined(LLMPAR__THIN_DOT)
-        else if (span->kind == LLMPAR__THIN_KIND_PAIRS) LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_PAIRS, ahead, ahead_ld);
+    else if (span->kind == LLMPAR__THIN_KIND_PAIRS) LLMPAR__THIN_NAME(stream_of)(span, LLMPAR__THIN_KIND_PAIRS);
 #endif
-        else LLMPAR__THIN_NAME(rows)(span, sums, done, k, words, LLMPAR__THIN_KIND_BF16, ahead, ahead_ld);
+    else LLMPAR__THIN_NAME(stream_of)(span, LLMPAR__THIN_KIND_BF16);
+}
+
+/* Rows as they lie become such a stream, WORDS words at a time in L1, while lines of theirs further on are fetched. */
+LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_span *span)
+{
+    enum { LANES = LLMPAR__THIN_LANES, COLUMNS = LANES * LLMPAR__THIN_PANELS, WORDS = LLMPAR__THIN_WORDS };
+    float words[WORDS * COLUMNS] __attribute__((aligned(64))), edge[LANES * WORDS] __attribute__((aligned(64)));
+    llmpar__gemm_thin_span now = *span;
+    int64_t size = span->kind == LLMPAR__THIN_KIND_F32 ? 4 : 2, step = WORDS * 4 / size, bytes = span->k * size, distance = bytes < LLMPAR__THIN_AHEAD ? bytes : (int64_t)LLMPAR__THIN_AHEAD, done = 0;
+    int p, i, part = 0;
+    if (span->interleaved) {
+        LLMPAR__THIN_NAME(stream)(span);
+        return;
+    }
+    now.w = (const char *)words;
+    now.parts = 1;
+    if (span->columns <= LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
+    for (; done < span->k; done += step) {
+        int64_t over = done * size + distance - bytes;
+        for (; part + 1 < span->parts && done >= span->ends[part]; part++) now.sums += span->part_step;
+        now.k = span->k - done < step ? span->k - done : step;
+        now.x_done = span->x_done + (span->kind == LLMPAR__THIN_KIND_PAIRS ? done / 2 : done);
+        now.ahead = over < 0 ? span->w + done * size + distance : span->next + over / 64 * 64;
+        now.ahead_step = over < 0 ? span->ld : span->next_ld;
+        for (p = 0; p * LANES < span->columns; p++) {
+            const char *in = span->w + p * LANES * span->ld + done * size;
+            int64_t ld = span->ld, columns = span->columns - p * LANES;
+            if (now.k < step || columns < LANES) {
+                memset(edge, 0, sizeof edge);
+                for (i = 0; i < LANES && i < columns; i++) memcpy(edge + i * WORDS, in + i * ld, (size_t)(now.k * size));
+                in = (const char *)edge;
+                ld = WORDS * 4;
+            }
+            for (i = 0; i < WORDS; i += LANES) LLMPAR__THIN_NAME(transpose)(in + i * 4, ld, words + i * COLUMNS + p * LANES, COLUMNS);
+        }
+        LLMPAR__THIN_NAME(stream)(&now);
     }
 }
 
 #undef LLMPAR__THIN_NAME
 #undef LLMPAR__THIN_TARGET
-#undef LLMPAR__THIN_VECTOR
-#undef LLMPAR__THIN_LANES
-#undef LLMPAR__THIN_PANELS
-#undef LLMPAR__THIN_MANY
-#undef LLMPAR__THIN_READ
-#undef LLMPAR__THIN_WRITE
-#undef LLMPAR__THIN_WIDE
-#undef LLMPAR__THIN_LOOSE
 #undef LLMPAR__THIN_MULTIPLY_ADD
 #undef LLMPAR__THIN_DOT
 #undef LLMPAR__THIN_LINK
@@ -29850,9 +29853,9 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_forward)(void *arg, int64_t task, int
 LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_queries)(const llmpar__attention_job *job, float *x, int64_t x_k, int64_t x_at, float *row, int64_t q_at, int64_t heads, int64_t queries)
 {
     const llmpar_attention_args *a = job->args;
-    int64_t e = a->head_dim, rows = heads * queries, width = job->decode_block, filled = llmpar__gemm_thin_filled(rows, job->decode_block);
+    int64_t e = a->head_dim, rows = heads * queries, filled = llmpar__gemm_thin_filled(rows);
     for (int64_t r = 0; r < filled; r++) {
-        int64_t first = r / width * width, block = llmpar__v_min(width, filled - first);
+        int64_t first = r / 8 * 8, block = llmpar__v_min(8, filled - first);
         float *to = x + first * x_k + x_at * block + (r - first);
         if (r < rows) LLMPAR__VFN(attention_pack_rows)(&job->half, (LLMPAR__VREAL *)row, 0, a->q, q_at + r % queries * a->ldq + r / queries * e, 0, 1, e, (LLMPAR__VREAL)(a->scale * LLMPAR__ATTENTION_LOG2E));
         else memset(row, 0, (size_t)e * sizeof *row);
@@ -29877,8 +29880,7 @@ LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_scores)(const llmpar__attentio
         job->decode(span);
         for (int64_t r = 0; r < span->parts * rows; r++) {
             const float *sums = span->sums + r / rows * size;
-            if (span->rows == 16 && job->decode_block == 16) for (int64_t j = 0; j < span->columns; j++) p[r * TILE + first + j] = sums[j * 16 + r % rows];
-            else memcpy(p + r * TILE + first, sums + r % rows * COLUMNS, (size_t)span->columns * sizeof *p);
+            memcpy(p + r * TILE + first, sums + r % rows * COLUMNS, (size_t)span->columns * sizeof *p);
         }
     }
 }
@@ -29896,7 +29898,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_step)(const int n, const float
         LLMPAR__V(store)(sums, sum);
     }
 }
-/* sums[heads][rows, ld] += p[heads][rows, 64] v[keys, heads, e], n keys, while the rows of the next n are asked for. */
+/* sums[heads][rows, ld] += p[heads][rows, 64] v[keys, heads, e], n keys, while those of the n after the next are asked for. */
 LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys, const int as)
 {
     int64_t e = a->head_dim, size = as == LLMPAR__AS_OWN ? (int64_t)sizeof *p : 2, stride = a->ldv * size;
@@ -29908,7 +29910,7 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const 
             int64_t left = e;
             for (int64_t i = 0; i < e * size; i += 64) {
                 LLMPAR__VUNROLL
-                for (int k = n; k < 2 * n; k++) __builtin_prefetch(in + i + k * stride);
+                for (int k = 2 * n; k < 3 * n; k++) __builtin_prefetch(in + i + k * stride, 0, 2); /* into L2: L1 has too few places for lines on their way */
             }
             for (; left >= LLMPAR__VLANES; left -= LLMPAR__VLANES, in += LLMPAR__VLANES * size, sum += LLMPAR__VLANES) {
                 if (rows == 1) LLMPAR__VFN(attention_decode_step)(n, weight, sum, ld, in, stride, LLMPAR__VLANES, 1, as);
@@ -29963,10 +29965,12 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
     span.kind = llmpar__gemm_thin_kind(a->dtype);
     span.k = span.x_k = heads * e;
     span.ld = a->ldk * size;
+    span.tiles = 1;
     for (int64_t i = a->tk - a->tq; i < a->tk; i = end) {
         end = llmpar__attention_document(a, b, i, &begin);
         int64_t queries = end - i, rows = group * queries, q_row = b * a->tq + i - (a->tk - a->tq), keys = end - begin, k_at = (b * a->tk_stride + begin) * a->ldk + kv * e, v_at = (b * a->tk_stride + begin) * a->ldv + kv * e;
-        span.rows = llmpar__gemm_thin_filled(rows, job->decode_block);
+        span.rows = llmpar__gemm_thin_filled(rows);
+        span.part_step = span.rows * LLMPAR__THIN_COLUMNS;
         for (int64_t h = 0; h < heads; h++) LLMPAR__VFN(attention_decode_queries)(job, (float *)x, span.x_k, h * e, (float *)row, q_row * a->ldq + (kv + h) * group * e, group, queries);
         memset(sums, 0, (size_t)(heads * rows * ld) * sizeof *sums);
         for (int64_t r = 0; r < heads * rows; r++) {
@@ -30720,7 +30724,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(adalomo_apply)(void *arg, int64_t task, int32_t
 LLMPAR__VINLINE int64_t LLMPAR__VFN(adalomo_fixed)(double y, double bits) { return (int64_t)(y * y * bits) + (y != 0); }
 
 #if !LLMPAR__VDOUBLE
-/* The same for x < 2^52: that many units above 2^52, whose own unit is 1; one more of them is in `from` where x is not 0. */
+/* The same for 0 < x < 2^52: units above 2^52, whose own unit is 1; `from` is one more than that. */
 LLMPAR__VINLINE LLMPAR__VFN(squares_units) LLMPAR__VFN(adalomo_units)(LLMPAR__VWIDE square, LLMPAR__VWIDE bits, LLMPAR__VWIDE from)
 {
 #if LLMPAR__VLANES == 16
@@ -30730,36 +30734,48 @@ LLMPAR__VINLINE LLMPAR__VFN(squares_units) LLMPAR__VFN(adalomo_units)(LLMPAR__VW
     return (LLMPAR__VFN(squares_units))sum + (LLMPAR__VFN(squares_units))(sum - from > x);
 #endif
 }
-LLMPAR__VINLINE LLMPAR__VWIDE LLMPAR__VFN(adalomo_from)(LLMPAR__VWIDE y, LLMPAR__VFN(squares_units) start)
+/* Segments of n numbers, a multiple of VLANES, in `rows` rows that lie `ld` apart: units are added to `column` and to sums[row], each with the bits of 2^52 that all of them begin with; or, `zeros`, one is taken off for each 0.
+   The next rows are asked for. Returns the smallest bits of all. */
+LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__VFN(adalomo_pass)(const int rows, const int zeros, const LLMPAR__VREAL *g, int64_t ld, int64_t n, LLMPAR__VEC scale, LLMPAR__VWIDE row_units, LLMPAR__VWIDE column_units, uint64_t *column, LLMPAR__VFN(squares_units) *sums)
 {
-    const LLMPAR__VWIDE zero = { 0 };
-#if LLMPAR__VLANES == 16
-    return (LLMPAR__VWIDE)_mm512_mask_add_epi64((__m512i)start, _mm512_cmp_pd_mask(y, zero, _CMP_NEQ_UQ), (__m512i)start, _mm512_set1_epi64(1));
-#else
-    return (LLMPAR__VWIDE)(start - (LLMPAR__VFN(squares_units))(y != zero));
-#endif
-}
-/* A whole row's segment of n numbers, a multiple of VLANES: units are added to `column`, and their sum comes back, each with the bits of 2^52 that all of them begin with. */
-LLMPAR__VINLINE uint64_t LLMPAR__VFN(adalomo_segment)(const LLMPAR__VREAL *g, int64_t n, LLMPAR__VEC scale, LLMPAR__VWIDE row_units, LLMPAR__VWIDE column_units, LLMPAR__VFN(squares_units) start, uint64_t *column)
-{
-    LLMPAR__VFN(squares_units) sums = start - start, some;
-    uint64_t sum = 0;
+    const LLMPAR__VWIDE from = row_units - row_units + 4503599627370497.0;
+    LLMPAR__VBITS least = (LLMPAR__VBITS)scale | 0xFFFFFFFFu;
     for (int64_t i = 0; i < n; i += LLMPAR__VLANES) {
-        LLMPAR__VREAL scaled[LLMPAR__VLANES];
-        __builtin_prefetch(g + i + LLMPAR__VAHEAD / 4, 0, 2);
-        LLMPAR__V(store)(scaled, LLMPAR__V(load)(g + i) * scale);
+        LLMPAR__VREAL x[LLMPAR__VGROUP][LLMPAR__VLANES];
         LLMPAR__VUNROLL
-        for (int k = 0; k < 2; k++) {
-            LLMPAR__VWIDE y = LLMPAR__V(load_wide)(scaled + k * LLMPAR__VLANES / 2), from = LLMPAR__VFN(adalomo_from)(y, start);
-            uint64_t *at = column + i + k * LLMPAR__VLANES / 2;
-            sums = sums + LLMPAR__VFN(adalomo_units)(y * y, row_units, from);
-            memcpy(&some, at, sizeof some);
-            some = some + LLMPAR__VFN(adalomo_units)(y * y, column_units, from);
-            memcpy(at, &some, sizeof some);
+        for (int r = 0; r < rows; r++) {
+            LLMPAR__VEC y = LLMPAR__V(load)(g + r * ld + i) * scale;
+            if (!zeros) __builtin_prefetch(g + (r + rows) * ld + i, 0, 2);
+            LLMPAR__V(store)(x[r], y);
+            least = LLMPAR__V(less_bits)(least, (LLMPAR__VBITS)y & 0x7FFFFFFFu);
+        }
+        LLMPAR__VUNROLL
+        for (int k = 0; k < LLMPAR__VLANES; k += LLMPAR__VLANES / 2) {
+            LLMPAR__VFN(squares_units) some;
+            memcpy(&some, column + i + k, sizeof some);
+            LLMPAR__VUNROLL
+            for (int r = 0; r < rows; r++) {
+                LLMPAR__VWIDE y = LLMPAR__V(load_wide)(x[r] + k);
+                sums[r] = sums[r] + (zeros ? (LLMPAR__VFN(squares_units))(y == from - from) : LLMPAR__VFN(adalomo_units)(y * y, row_units, from));
+                some = some + (zeros ? (LLMPAR__VFN(squares_units))(y == from - from) : LLMPAR__VFN(adalomo_units)(y * y, column_units, from));
+            }
+            memcpy(column + i + k, &some, sizeof some);
         }
     }
-    for (int k = 0; k < LLMPAR__VLANES / 2; k++) sum += sums[k];
-    return sum;
+    return least;
+}
+/* The same with the sums of rows as integers. Zeros are rare: they are corrected where the smallest bits tell of any. */
+LLMPAR__VINLINE void LLMPAR__VFN(adalomo_segments)(const int rows, const LLMPAR__VREAL *g, int64_t ld, int64_t n, LLMPAR__VEC scale, LLMPAR__VWIDE row_units, LLMPAR__VWIDE column_units, uint64_t *column, uint64_t *row_sum)
+{
+    LLMPAR__VFN(squares_units) sums[LLMPAR__VGROUP];
+    LLMPAR__VBITS least;
+    int zeros = 0;
+    memset(sums, 0, sizeof sums);
+    least = LLMPAR__VFN(adalomo_pass)(rows, 0, g, ld, n, scale, row_units, column_units, column, sums);
+    for (int k = 0; k < LLMPAR__VLANES; k++) zeros |= !least[k];
+    if (zeros) LLMPAR__VFN(adalomo_pass)(rows, 1, g, ld, n, scale, row_units, column_units, column, sums);
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < LLMPAR__VLANES / 2; k++) row_sum[r] += sums[r][k];
 }
 #endif
 
@@ -30772,33 +30788,38 @@ LLMPAR__VKERNEL void LLMPAR__VFN(adalomo_sums)(void *arg, int64_t task, int32_t 
     int64_t blocks = llmpar__v_blocks(a->cols, job->step), first = task % blocks * job->step, last = llmpar__v_min(a->cols, first + job->step), end = a->begin + a->count;
     int64_t row = a->begin / a->cols + task / blocks * job->rows, row_end = row + job->rows, vectors = 0;
     double down = job->down, by_row = job->by_row, by_col = job->by_col;
-    uint64_t column[LLMPAR__ADALOMO_COLUMNS] __attribute__((aligned(64))), whole = 0;
+    uint64_t column[LLMPAR__ADALOMO_COLUMNS] __attribute__((aligned(64))), whole = 0, start = UINT64_C(0x4330000000000000); /* 2^52 */
     (void)worker;
     memset(column, 0, (size_t)(last - first) * sizeof *column);
 #if !LLMPAR__VDOUBLE
     const LLMPAR__VWIDE zero = { 0 }, row_units = zero + by_row * down * down, column_units = zero + by_col * down * down;
-    const uint64_t start = UINT64_C(0x4330000000000000); /* 2^52 */
     if (a->row_bits <= 52 && a->col_bits <= 52) vectors = (last - first) / LLMPAR__VLANES * LLMPAR__VLANES;
 #endif
-    for (; row < row_end && row * a->cols < end; row++) {
+    for (int64_t rows; row < row_end && row * a->cols < end; row += rows) {
         int64_t i = llmpar__v_max(row * a->cols + first, a->begin), n = llmpar__v_min(row * a->cols + last, end) - i, j = i - row * a->cols - first;
         const LLMPAR__VREAL *g = (const LLMPAR__VREAL *)a->g + (i - a->begin);
-        uint64_t sum = 0;
+        uint64_t sum[LLMPAR__VGROUP] = { 0 };
+        rows = 1;
         if (n <= 0) continue;
         i = 0;
 #if !LLMPAR__VDOUBLE
         if (vectors && n == last - first) {
-            sum = LLMPAR__VFN(adalomo_segment)(g, vectors, LLMPAR__V(splat)(scale), row_units, column_units, (LLMPAR__VFN(squares_units))(zero + 4503599627370496.0), column) - (uint64_t)vectors * start;
+            if (row + LLMPAR__VGROUP <= row_end && (row + LLMPAR__VGROUP - 1) * a->cols + last <= end) rows = LLMPAR__VGROUP;
+            if (rows > 1) LLMPAR__VFN(adalomo_segments)(LLMPAR__VGROUP, g, a->cols, vectors, LLMPAR__V(splat)(scale), row_units, column_units, column, sum);
+            else LLMPAR__VFN(adalomo_segments)(1, g, a->cols, vectors, LLMPAR__V(splat)(scale), row_units, column_units, column, sum);
             i = vectors;
-            whole += start;
+            whole += (uint64_t)rows * start;
         }
 #endif
-        for (; i < n; i++) {
-            double y = (double)(g[i] * scale) * down;
-            sum += (uint64_t)LLMPAR__VFN(adalomo_fixed)(y, by_row);
-            column[j + i] += (uint64_t)LLMPAR__VFN(adalomo_fixed)(y, by_col);
+        for (int64_t r = 0; r < rows; r++, g += a->cols) {
+            sum[r] -= (uint64_t)i * start;
+            for (int64_t at = i; at < n; at++) {
+                double y = (double)(g[at] * scale) * down;
+                sum[r] += (uint64_t)LLMPAR__VFN(adalomo_fixed)(y, by_row);
+                column[j + at] += (uint64_t)LLMPAR__VFN(adalomo_fixed)(y, by_col);
+            }
+            __atomic_fetch_add(&a->row_sums[row + r], (int64_t)sum[r], __ATOMIC_RELAXED);
         }
-        __atomic_fetch_add(&a->row_sums[row], (int64_t)sum, __ATOMIC_RELAXED);
     }
     for (int64_t i = 0, k = task / blocks * (last - first) / job->parts; i < last - first; i++, k = k + 1 < last - first ? k + 1 : 0) { /* each begins elsewhere: not all at the same lines */
         int64_t units = (int64_t)(column[k] - (k < vectors ? whole : 0));

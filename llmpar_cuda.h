@@ -2410,6 +2410,7 @@ static llmpar_status llmpar__cuda_gemm_check(llmpar_device *device, const llmpar
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: lda = %lld is less than the row of %lld", (int)s, (long long)segment->lda, (long long)a_width);
         if (b_rows > 1 && segment->ldb < (b_width > 1 ? b_width : 0))
             return llmpar_error_set(device->error, LLMPAR_ERR_SHAPE, "gemm: segment %d: ldb = %lld is less than the row of %lld", (int)s, (long long)segment->ldb, (long long)b_width);
+        if (segment->interleaved) return llmpar_error_set(device->error, LLMPAR_ERR_UNSUPPORTED, "gemm: segment %d is interleaved, which this device has no product for", (int)s);
     }
     return LLMPAR_OK;
 }

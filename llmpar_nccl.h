@@ -70,7 +70,7 @@ typedef struct llmpar_nccl_desc {
 LLMPAR_API llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out);
 /* This rank's work on `comm`, a world, is done (a failure of its own was told by comm->abort): waits until all ranks' is, or it is known who has failed; *root: the job's failure, status OK: none. Collective. */
 LLMPAR_API void llmpar_nccl_comm_finish(llmpar_comm *comm, llmpar_error *root);
-/* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish. desc (borrowed until launch returns, NULL: defaults). Local. */
+/* For a launch desc, beside what llmpar_cuda_backend has filled in: comm_create, comm_finish, comm_absent. desc (borrowed until launch returns, NULL: defaults). Local. */
 LLMPAR_API void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out);
 
 LLMPAR_EXTERN_C_END
@@ -178,6 +178,7 @@ typedef struct llmpar__nccl_peer {
     char host[64];
     double silent;             /* seconds of this rank's own attention without a sign of life */
     int32_t there, finished, bye, dead, told;
+    int32_t slots;             /* of calls that it came to first, and not all have come to */
 } llmpar__nccl_peer;
 
 /* A call that some members of a communicator have not come to yet. Rank 0's. */
@@ -233,7 +234,8 @@ typedef struct llmpar__nccl_world {
     /* rank 0's */
     llmpar__nccl_slot *slot;   /* [slots] */
     unsigned char *here;
-    int32_t slots, free_slot;  /* -1: none is free */
+    int32_t slots, free_slot;  /* never without one that a rank may have */
+    int32_t common;            /* slots in use that are no rank's own */
     llmpar__nccl_context *contexts;
     uint64_t next_context;
     int32_t convicted, waiting_for_told, closing;
@@ -694,12 +696,15 @@ LLMPAR__PRIVATE_DEF int llmpar__nccl_pipe(int fds[2])
      rank 0   listens -> says where (a file, a broadcast of the transport; an address is known) -> takes hellos until every rank has sent one -> welcome, with NCCL's id, or with the error, to all
      others   look up where -> connect, hello, accept -> wait for the welcome
 
-   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike. */
+   Whoever connects without the hello of this build, or with another key, is a stranger and dropped; the meeting goes on. A rank that cannot take part comes all the same and says why, so that all fail alike; once there
+   is an error, everybody who is there gets it at once and goes. A rank whose accept has come in time stays on its connection: if that breaks, the rank is gone. */
 
 #define LLMPAR__NCCL_PLACE 1024   /* bytes of the text that says where rank 0 is */
 #define LLMPAR__NCCL_STRANGERS 64 /* connections that have not said hello yet, at most */
 #define LLMPAR__NCCL_PORTS 16
+#define LLMPAR__NCCL_PATIENCE 3.0 /* seconds for which a rank waits for the answer to its hello, before it tries another way */
 #define LLMPAR__NCCL_AFTER 5.0    /* seconds for which rank 0 tells those who come late of an error */
+#define LLMPAR__NCCL_EXCUSE 30.0  /* .. and for which a rank that cannot take part looks for the others to say so */
 
 /* Where rank 0 is. */
 typedef struct llmpar__nccl_place {
@@ -710,7 +715,7 @@ typedef struct llmpar__nccl_place {
 
 typedef struct llmpar__nccl_stranger {
     int fd;
-    double since;
+    double since;              /* it has not been here for longer */
     size_t got;
     llmpar__nccl_hello hello;
 } llmpar__nccl_stranger;
@@ -762,6 +767,7 @@ static llmpar_status llmpar__nccl_address(llmpar__nccl_world *world, const char 
     memset(place, 0, sizeof *place);
     if (!llmpar__nccl_split_address(address, place->hosts, &place->port) || !place->port)
         return llmpar_error_set(world->error, LLMPAR_ERR_CONFIG, "nccl: \"%.200s\" is not an address, expected host:port or [address]:port with a port from 1 to 65535", address);
+    place->key = (uint64_t)place->port; /* of two jobs with neighbouring ports one looks at the other's, too */
     place->ports = LLMPAR__NCCL_PORTS;
     if (place->port + place->ports > 65536) place->ports = 65536 - place->port;
     return LLMPAR_OK;
@@ -782,6 +788,7 @@ static llmpar_status llmpar__nccl_open(llmpar__nccl_world *world, llmpar_ctx *ct
     if (address) {
         llmpar_status read = llmpar__nccl_address(world, address, &place);
         if (read) return st ? st : read;
+        *key = place.key;
         for (int i = 0; i < place.ports && *listener < 0; i++) {
             *listener = llmpar__nccl_listen(place.hosts, place.port + i, &port, &failure);
             if (*listener < 0 && failure != EADDRINUSE) break;
@@ -829,11 +836,12 @@ static void llmpar__nccl_hello_fill(const llmpar__nccl_world *world, llmpar_stat
     hello->fast = world->desc.fast;
     hello->unchecked = world->desc.unchecked;
     hello->one_device = world->desc.one_device;
-    snprintf(hello->device, sizeof hello->device, "%s", world->device->name ? world->device->name : "");
-    if (world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     snprintf(hello->host, sizeof hello->host, "%.63s", world->host);
+    if (world->device && world->device->name) snprintf(hello->device, sizeof hello->device, "%s", world->device->name);
+    if (world->device && world->device->size >= offsetof(llmpar_device, place) + sizeof world->device->place && world->device->place) snprintf(hello->place, sizeof hello->place, "%s", world->device->place);
     if (st) hello->error = *world->error;
     else llmpar_error_clear(&hello->error);
+    if (st) hello->error.status = st;
     hello->error.rank = world->rank;
 }
 
@@ -860,6 +868,17 @@ static llmpar_status llmpar__nccl_compare(const llmpar__nccl_hello *mine, const 
     return LLMPAR_OK;
 }
 
+/* A rank of this meeting, built from another version: as far as every version begins its hello. It could not read an answer. */
+static int llmpar__nccl_foreign(const llmpar__nccl_stranger *s, uint64_t key, llmpar_error *error)
+{
+    const llmpar__nccl_hello *hello = &s->hello;
+    if (s->got < offsetof(llmpar__nccl_hello, slice) || memcmp(hello->magic, LLMPAR__NCCL_MAGIC, sizeof hello->magic) || hello->key != key || (hello->bytes == sizeof *hello && hello->version == LLMPAR_VERSION_NUMBER)) return 0;
+    llmpar_error_set(error, LLMPAR_ERR_MISMATCH, "nccl: the meeting: a rank of another build has come to rank 0: version %u and a hello of %u bytes, expected version %u and %u bytes", (unsigned)hello->version, (unsigned)hello->bytes, LLMPAR_VERSION_NUMBER,
+                     (unsigned)sizeof *hello);
+    if (error->rank < 0) error->rank = 0;
+    return 1;
+}
+
 /* Does it speak this build's language, and mean this meeting? */
 static int llmpar__nccl_ours(llmpar__nccl_hello *hello, uint64_t key)
 {
@@ -880,8 +899,8 @@ static void llmpar__nccl_welcome_one(const llmpar__nccl_world *world, int fd, co
     llmpar__nccl_send_all(fd, &welcome, sizeof welcome, llmpar__nccl_now() + 5); /* who does not take it is missed soon enough */
 }
 
-/* A hello has come over fd, which is kept (1), or not. */
-static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, llmpar_error *error)
+/* A hello has come over fd, connected since then, which is kept (1), or not. */
+static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello *all, llmpar__nccl_hello *hello, uint64_t key, int fd, double since, llmpar_error *error)
 {
     llmpar__nccl_accept accept;
     char a[120], b[120];
@@ -890,7 +909,13 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
     memcpy(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic);
     accept.key = key;
     if (!llmpar__nccl_send_all(fd, &accept, sizeof accept, llmpar__nccl_now() + 5)) return 0;
-    if (hello->rank > 0 && hello->rank < world->ranks) world->peer[hello->rank].told = 1; /* heard of */
+    if (hello->rank > 0 && hello->rank < world->ranks) {
+        world->peer[hello->rank].told = 1; /* heard of */
+        if (hello->error.status && error->status == LLMPAR_OK) { /* before it is compared: it may have no device */
+            *error = hello->error;
+            error->rank = hello->rank;
+        }
+    }
     if (llmpar__nccl_compare(&all[0], hello, error)) {
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
@@ -905,12 +930,8 @@ static int llmpar__nccl_take_hello(llmpar__nccl_world *world, llmpar__nccl_hello
         if (error->rank < 0) error->rank = hello->rank;
         return 0;
     }
-    if (hello->error.status && error->status == LLMPAR_OK) {
-        *error = hello->error;
-        error->rank = hello->rank;
-    }
     all[hello->rank] = *hello;
-    peer->there = 1;
+    peer->there = llmpar__nccl_now() < since + LLMPAR__NCCL_PATIENCE / 2 ? 2 : 1; /* 2: it knows for certain that it has been heard */
     peer->link.fd = fd;
     peer->pid = hello->pid;
     snprintf(peer->host, sizeof peer->host, "%.63s", hello->host);
@@ -940,19 +961,21 @@ static void llmpar__nccl_missing(const llmpar__nccl_world *world, llmpar_error *
     error->rank = 0;
 }
 
-/* Until all are there, the time is up, or an error has been shown to all who came within a while. */
-static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, llmpar_error *error)
+/* Until all are there, the time is up, or an error has been shown to all who came within a while. looked: nobody has connected before. */
+static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpar__nccl_hello *all, llmpar__nccl_stranger *stranger, uint64_t key, const ncclUniqueId *id, double looked, llmpar_error *error)
 {
-    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0;
+    double begin = llmpar__nccl_now(), limit = world->desc.deadline > 0 ? begin + world->desc.deadline : 0, failed = 0, after = LLMPAR__NCCL_AFTER;
     int waiting = 0;
+    if (error->status) after = limit > 0 && world->desc.deadline < LLMPAR__NCCL_EXCUSE ? world->desc.deadline : LLMPAR__NCCL_EXCUSE;
     for (;;) {
         double now = llmpar__nccl_now();
         int fd, there = 1, heard = 1;
         while (waiting < LLMPAR__NCCL_STRANGERS && (fd = llmpar__nccl_accept_one(listener)) >= 0) {
             stranger[waiting].fd = fd;
-            stranger[waiting].since = now;
+            stranger[waiting].since = looked;
             stranger[waiting++].got = 0;
         }
+        looked = now;
         for (int i = 0; i < waiting; i++) {
             llmpar__nccl_stranger *s = &stranger[i];
             size_t left = sizeof s->hello - s->got;
@@ -961,9 +984,9 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
                 got = llmpar__nccl_receive_all(s->fd, (char *)&s->hello + s->got, 1, now);
                 if (got == 1) s->got++, left--;
             }
-            int known = s->got < sizeof s->hello.magic || !memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic);
+            int known = s->got < sizeof s->hello.magic || (!memcmp(s->hello.magic, LLMPAR__NCCL_MAGIC, sizeof s->hello.magic) && !llmpar__nccl_foreign(s, key, error));
             if (left && got == 1 && known && now < s->since + 5) continue;
-            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, error);
+            if (!left) keep = llmpar__nccl_take_hello(world, all, &s->hello, key, s->fd, s->since, error);
             if (!left && !keep && error->status && llmpar__nccl_ours(&s->hello, key)) llmpar__nccl_welcome_one(world, s->fd, error, id);
             if (!keep) llmpar__nccl_close(&s->fd);
             if (i < --waiting) *s = stranger[waiting];
@@ -971,8 +994,16 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         }
         for (int32_t i = 1; i < world->ranks; i++) {
             llmpar__nccl_peer *peer = &world->peer[i];
+            if (error->status && peer->link.fd >= 0) {
+                llmpar__nccl_welcome_one(world, peer->link.fd, error, id);
+                llmpar__nccl_close(&peer->link.fd);
+            }
             if (peer->there && peer->link.fd >= 0 && llmpar__nccl_gone(peer->link.fd)) {
                 llmpar__nccl_close(&peer->link.fd);
+                if (peer->there == 2) {
+                    llmpar_error_set(error, LLMPAR_ERR_TIMEOUT, "nccl: the meeting: rank %d (%s, pid %lld) has gone away before all ranks had come", (int)i, peer->host, (long long)peer->pid);
+                    error->rank = i;
+                }
                 peer->there = 0;
             }
             there = there && peer->there;
@@ -981,13 +1012,13 @@ static void llmpar__nccl_assemble(llmpar__nccl_world *world, int listener, llmpa
         if (there && !error->status) llmpar__nccl_neighbours(world, all, error);
         if (!error->status && !there && limit > 0 && now > limit) llmpar__nccl_missing(world, error);
         if (error->status && failed <= 0) failed = now;
-        if (there || (error->status && heard) || (failed > 0 && now > failed + LLMPAR__NCCL_AFTER) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
+        if (there || (error->status && heard) || (failed > 0 && now > failed + after) || (error->status == LLMPAR_ERR_TIMEOUT && limit > 0 && now > limit)) break;
         llmpar__nccl_nap(0.002);
     }
     while (waiting > 0) llmpar__nccl_close(&stranger[--waiting].fd);
     for (int32_t i = 1; i < world->ranks; i++) world->peer[i].told = 0;
     for (int32_t i = 1; i < world->ranks; i++)
-        if (world->peer[i].there) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
+        if (world->peer[i].link.fd >= 0) llmpar__nccl_welcome_one(world, world->peer[i].link.fd, error, id);
 }
 
 static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ctx, llmpar_status st, int32_t nccl, ncclUniqueId *id)
@@ -996,6 +1027,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
     llmpar__nccl_stranger *stranger = (llmpar__nccl_stranger *)llmpar_heap_zalloc(world->heap, LLMPAR__NCCL_STRANGERS, sizeof *stranger);
     llmpar_error error;
     uint64_t key = 0;
+    double listens = llmpar__nccl_now();
     int listener = -1;
     if (!all || !stranger) { /* not even able to say so */
         llmpar_heap_free(world->heap, all);
@@ -1010,7 +1042,7 @@ static llmpar_status llmpar__nccl_host(llmpar__nccl_world *world, llmpar_ctx *ct
         error.rank = 0;
     }
     llmpar__nccl_hello_fill(world, LLMPAR_OK, nccl, key, &all[0]);
-    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, &error);
+    if (listener >= 0) llmpar__nccl_assemble(world, listener, all, stranger, key, id, listens, &error);
     else if (world->desc.file) llmpar__nccl_nap(LLMPAR__NCCL_AFTER); /* the file says why */
     llmpar__nccl_close(&listener);
     if (world->desc.file) unlink(world->desc.file);
@@ -1029,7 +1061,7 @@ static int llmpar__nccl_try(const char *host, int port, const llmpar__nccl_hello
     int fd = llmpar__nccl_connect(host, port, limit);
     if (fd < 0) return -1;
     double now = llmpar__nccl_now();
-    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + 3) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + 3) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
+    if (llmpar__nccl_send_all(fd, hello, sizeof *hello, now + LLMPAR__NCCL_PATIENCE) && llmpar__nccl_receive_all(fd, &accept, sizeof accept, now + LLMPAR__NCCL_PATIENCE) == 1 && !memcmp(accept.magic, LLMPAR__NCCL_MAGIC, sizeof accept.magic) &&
         accept.key == hello->key)
         return fd;
     llmpar__nccl_close(&fd);
@@ -1084,6 +1116,7 @@ static llmpar_status llmpar__nccl_join(llmpar__nccl_world *world, llmpar_ctx *ct
         if (!known) return st ? st : llmpar_error_set(world->error, LLMPAR_ERR_PEER, "nccl: the meeting: rank 0: %s", why[0] ? why : "no address");
     }
     double begin = llmpar__nccl_now(), limit = desc->deadline > 0 ? begin + desc->deadline : begin + 1e9;
+    if (st && limit > begin + LLMPAR__NCCL_EXCUSE) limit = begin + LLMPAR__NCCL_EXCUSE;
     for (int round = 0; fd < 0 && llmpar__nccl_now() < limit; round++) {
         if (desc->file) {
             int file = open(desc->file, O_RDONLY | O_CLOEXEC);
@@ -1138,7 +1171,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__nccl_meet(llmpar__nccl_world *world, l
 #undef LLMPAR__NCCL_PLACE
 #undef LLMPAR__NCCL_STRANGERS
 #undef LLMPAR__NCCL_PORTS
+#undef LLMPAR__NCCL_PATIENCE
 #undef LLMPAR__NCCL_AFTER
+#undef LLMPAR__NCCL_EXCUSE
 /* ==== src/nccl/control.c ==== */
 /* control: the messages between the ranks of a world: how they are read and checked, what a rank does with those of rank 0, signs of life.
 
@@ -1426,11 +1461,12 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_look(llmpar__nccl_world *world)
    Calls. Every rank tells rank 0 of each call, as soon as it enqueues it; the first member's stays in a slot until all members have told the same, and the first that tells another is the end of the job, reported by
    both. Nothing waits for the answer: data moves meanwhile, and at worst waits on the GPU for a partner that never comes, until the helpers hear of the mismatch and free it.
    A communicator's collectives are numbered alike on its members; the messages of each pair have numbers of their own. A slot that a rank is still missing from when it has returned is an error too.
-   Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed.
+   Slots are limited: a rank that is ahead of the others by that many calls is not read until they have followed. A few are each rank's own: so what others have filled stops nobody that they may be waiting for.
 
    Failures. The first one that rank 0 hears of is the job's. It goes to all, they answer where they are, and when all have, or after a second, everybody gets the whole picture. */
 
-#define LLMPAR__NCCL_SLOTS 4096
+#define LLMPAR__NCCL_SLOTS 4096 /* for all ranks .. */
+#define LLMPAR__NCCL_OWN 8      /* .. beside these of each */
 #define LLMPAR__NCCL_GONE 1.0 /* seconds after which the call of a rank that has returned would have come */
 #define LLMPAR__NCCL_TELL 1.0 /* seconds for which positions are collected */
 
@@ -1477,7 +1513,7 @@ static llmpar__nccl_context *llmpar__nccl_context_make(llmpar__nccl_world *world
 LLMPAR__PRIVATE_DEF int llmpar__nccl_hub_furnish(llmpar__nccl_world *world)
 {
     size_t bytes = ((size_t)world->ranks + 7) / 8;
-    world->slots = LLMPAR__NCCL_SLOTS > 8 * world->ranks ? LLMPAR__NCCL_SLOTS : 8 * world->ranks;
+    world->slots = LLMPAR__NCCL_SLOTS + LLMPAR__NCCL_OWN * world->ranks;
     world->slot = (llmpar__nccl_slot *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, sizeof *world->slot);
     world->here = (unsigned char *)llmpar_heap_zalloc(world->heap, (size_t)world->slots, bytes);
     if (!world->slot || !world->here || !llmpar__nccl_context_make(world, NULL, world->ranks)) return 0;
@@ -1562,6 +1598,7 @@ static void llmpar__nccl_slot_free(llmpar__nccl_world *world, llmpar__nccl_slot 
     if (before < 0) context->oldest = slot->next;
     else world->slot[before].next = slot->next;
     if (context->newest == me) context->newest = before;
+    if (world->peer[slot->first_rank].slots-- > LLMPAR__NCCL_OWN) world->common--;
     slot->next = world->free_slot;
     world->free_slot = me;
 }
@@ -1587,11 +1624,13 @@ static int llmpar__nccl_hub_call(llmpar__nccl_world *world, int32_t rank, const 
     if (world->convicted) return 1;
     if (!context || member < 0 || member >= context->members || context->member[member] != rank) return -1;
     if (ask->from < 0 ? ask->from != -1 || ask->to != -1 : ask->from >= context->members || ask->to < 0 || ask->to >= context->members || (member != ask->from && member != ask->to)) return -1;
-    if (world->free_slot < 0 && (ask->from >= 0 || ask->index > context->highest)) return 0;
+    int room = world->peer[rank].slots < LLMPAR__NCCL_OWN || world->common < LLMPAR__NCCL_SLOTS;
+    if (!room && ask->from < 0 && ask->index > context->highest) return 0;
     llmpar__nccl_slot *slot = llmpar__nccl_slot_of(world, context, ask);
     if (!slot) {
-        if (world->free_slot < 0) return -1; /* a call that all had come to before */
+        if (!room) return ask->from < 0 ? -1 : 0; /* a call that all had come to before; a message that nobody has */
         int32_t me = world->free_slot;
+        if (++world->peer[rank].slots > LLMPAR__NCCL_OWN) world->common++;
         slot = &world->slot[me];
         world->free_slot = slot->next;
         slot->next = -1;
@@ -1778,6 +1817,7 @@ LLMPAR__PRIVATE_DEF void llmpar__nccl_hub_look(llmpar__nccl_world *world)
 }
 
 #undef LLMPAR__NCCL_SLOTS
+#undef LLMPAR__NCCL_OWN
 #undef LLMPAR__NCCL_GONE
 #undef LLMPAR__NCCL_TELL
 /* ==== src/nccl/watch.c ==== */
@@ -2608,9 +2648,9 @@ static llmpar_status llmpar__nccl_furnish(llmpar__nccl_world *world)
     int there = 1;
     world->peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world->heap, links, sizeof *world->peer);
     world->group_member = (int32_t *)llmpar_heap_zalloc(world->heap, n, sizeof *world->group_member);
+    for (size_t i = 0; world->peer && i < links; i++) world->peer[i].link.fd = -1; /* 0 is somebody's */
     if (!world->peer || !world->group_member) return llmpar_error_set(world->error, LLMPAR_ERR_MEMORY, "nccl: out of memory for %d ranks", (int)world->ranks);
     for (size_t i = 0; i < links; i++) {
-        world->peer[i].link.fd = -1;
         world->peer[i].position.rank = (int32_t)i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
         if (world->rank == 0 && i == 0) continue; /* itself */
@@ -2635,7 +2675,8 @@ static int llmpar__nccl_all_said_bye(const llmpar__nccl_world *world)
     return 1;
 }
 
-/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. */
+/* The last messages of this rank. Rank 0 stays until all the others have said theirs: it carries what they still have to tell each other. They stay until it has read theirs, which takes long where this rank is far ahead:
+   what a closed connection still holds is lost. */
 static void llmpar__nccl_farewell(llmpar__nccl_world *world)
 {
     double limit = 0;
@@ -2646,11 +2687,11 @@ static void llmpar__nccl_farewell(llmpar__nccl_world *world)
     if (world->rank) {
         world->ending = 1;
         llmpar__nccl_to_hub(world, LLMPAR__NCCL_BYE, NULL, 0);
-        limit = llmpar__nccl_now() + LLMPAR__NCCL_FAREWELL;
+        if (world->desc.deadline > 0) limit = llmpar__nccl_now() + (world->desc.deadline > LLMPAR__NCCL_FAREWELL ? world->desc.deadline : LLMPAR__NCCL_FAREWELL);
     }
     while (!llmpar__nccl_all_said_bye(world)) {
         double now = llmpar__nccl_now();
-        if (limit <= 0 && world->aborted) limit = (now > world->failed_at ? now : world->failed_at) + LLMPAR__NCCL_FAREWELL;
+        if (world->aborted && (limit <= 0 || limit > now + LLMPAR__NCCL_FAREWELL)) limit = now + LLMPAR__NCCL_FAREWELL;
         if (limit > 0 && now > limit) break;
         llmpar__nccl_await(world, now + 0.1);
     }
@@ -2920,6 +2961,26 @@ static llmpar_status llmpar__nccl_open_world(llmpar__nccl_comm *tc, ncclUniqueId
     return st ? llmpar__nccl_failed(tc, st) : LLMPAR_OK;
 }
 
+/* This rank has no part in the world, and ctx->error says why: tells the others where they meet. With as little memory as may be: on other ranks than 0 none. */
+static llmpar_status llmpar__nccl_excuse(llmpar_ctx *ctx, const llmpar_nccl_desc *desc)
+{
+    llmpar__nccl_world world;
+    ncclUniqueId id;
+    memset(&world, 0, sizeof world);
+    memset(&id, 0, sizeof id);
+    world.heap = &ctx->heap;
+    world.error = &ctx->error;
+    world.rank = ctx->rank;
+    world.ranks = ctx->world;
+    llmpar__nccl_own_host(world.host, sizeof world.host);
+    llmpar__nccl_resolve(&world, desc);
+    if (world.rank == 0) world.peer = (llmpar__nccl_peer *)llmpar_heap_zalloc(world.heap, (size_t)world.ranks, sizeof *world.peer);
+    for (int32_t i = 0; world.peer && i < world.ranks; i++) world.peer[i].link.fd = -1;
+    if (world.rank || world.peer) llmpar__nccl_meet(&world, ctx, ctx->error.status, 0, &id);
+    llmpar_heap_free(world.heap, world.peer);
+    return ctx->error.status;
+}
+
 LLMPAR_DEF llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device *device, const llmpar_nccl_desc *desc, llmpar_comm **out)
 {
     llmpar__nccl_world *world = llmpar__nccl_world_make(ctx, device);
@@ -2927,13 +2988,16 @@ LLMPAR_DEF llmpar_status llmpar_nccl_comm_create(llmpar_ctx *ctx, llmpar_device 
     ncclUniqueId id;
     int version = 0;
     *out = NULL;
-    if (!world) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "nccl: out of memory");
+    if (!world) {
+        llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "nccl: out of memory");
+        return llmpar__nccl_excuse(ctx, desc);
+    }
     memset(&id, 0, sizeof id);
     llmpar_status st = llmpar__nccl_resolve(world, desc);
     llmpar_status there = llmpar__nccl_furnish(world);
-    if (there) { /* not even able to say so */
+    if (there) {
         llmpar__nccl_release(world);
-        return there;
+        return llmpar__nccl_excuse(ctx, desc);
     }
     if (!st && (device->size < offsetof(llmpar_device, native_stream) + sizeof device->native_stream || !device->native_stream))
         st = llmpar_error_set(world->error, LLMPAR_ERR_UNSUPPORTED, "nccl: device %s has no streams that NCCL could use (native_stream)", device->name);
@@ -2984,6 +3048,8 @@ static void llmpar__nccl_backend_finish(const void *user, llmpar_comm *comm, llm
     llmpar_nccl_comm_finish(comm, root);
 }
 
+static void llmpar__nccl_backend_absent(const void *user, llmpar_ctx *ctx) { llmpar__nccl_excuse(ctx, (const llmpar_nccl_desc *)user); }
+
 LLMPAR_DEF void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend *out)
 {
     out->abi = LLMPAR_BACKEND_ABI;
@@ -2991,6 +3057,7 @@ LLMPAR_DEF void llmpar_nccl_backend(const llmpar_nccl_desc *desc, llmpar_backend
     out->comm_user = desc;
     out->comm_create = llmpar__nccl_backend_create;
     out->comm_finish = llmpar__nccl_backend_finish;
+    out->comm_absent = llmpar__nccl_backend_absent;
 }
 
 #undef LLMPAR__NCCL_FAREWELL
