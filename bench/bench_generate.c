@@ -69,7 +69,7 @@ static void product_line(bench_results *results, llmpar_device *device, bench_me
         p.segments[s].k = k / pieces;
         p.segments[s].a = (const char *)a + (size_t)s * (size_t)(k / pieces) * size;
         p.segments[s].lda = p.segments[s].ldb = k;
-        p.segments[s].interleaved = interleaved && llmpar_device_interleaved_rows(device, dtype) > 0;
+        p.segments[s].interleaved = interleaved && llmpar_device_interleaved_rows(device, dtype) > 0 && k / pieces * (int64_t)size % 4 == 0;
     }
     p.weights = p.next = memory->base;
     p.weights_bytes = memory->bytes;

@@ -628,7 +628,7 @@ TEST(bad_arguments)
 /* A prompt's last chunk, or that of a head's logits, has any number of rows up to that for which the workspace was asked for. */
 TEST(fewer_rows_need_no_more)
 {
-    static const int64_t most[] = { 40, 200, 1100, 2100 };
+    static const int64_t most[] = { 3, 7, 9, 10, 12, 15, 40, 200, 1100, 2100 };
     FOR_LEVELS(level) for (int draw = 0; draw < 48; draw++) {
         machine w;
         llmpar_gemm_segment segments[8];

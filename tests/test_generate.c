@@ -10,7 +10,7 @@ static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
 enum { LONG = 40, SHORT = 8 /* too few for weights to be turned */, POSITIONS = 64 };
 
 /* A rank's device, its real slots, and what went through those that are watched. */
-static __thread struct watched { llmpar_device real; int turned, back, mixed, products, product_fails, turn_fails, tokens, token_fails; uint64_t last, logits; } watched;
+static __thread struct watched { llmpar_device real; int turned, back, mixed, products, product_fails, turn_fails, tokens, token_fails; uint64_t last, logits; session *meanwhile; } watched;
 
 static llmpar_status planted(llmpar_device *device) { return llmpar_error_set(device->error, LLMPAR_ERR_IO, "planted"); }
 static llmpar_status watched_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
@@ -35,6 +35,21 @@ static llmpar_status watched_token(void *user, int32_t id)
     (void)user;
     (void)id;
     watched.logits = watched.logits * 31 + watched.last; /* the head's product was the last one */
+    if (watched.meanwhile && watched.turned && watched.tokens == 3) { /* nobody may use the weights now */
+        session *s = watched.meanwhile;
+        float *logits = (float *)take((size_t)llmpar_llama_get_config(s->model)->vocab, sizeof *logits);
+        llmpar_generate_desc desc;
+        int32_t first = 1, ids[LONG], count;
+        memset(&desc, 0, sizeof desc);
+        desc.prompt = &first;
+        desc.prompt_count = 1;
+        desc.tokens = LONG;
+        CHECK_STATUS(llmpar_llama_logits(s->model, s->fsdp, &first, 1, logits), LLMPAR_ERR_ARGUMENT);
+        llmpar_error_clear(&s->ctx->error);
+        CHECK_STATUS(llmpar_llama_generate(s->model, s->fsdp, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
+        llmpar_error_clear(&s->ctx->error);
+        free(logits);
+    }
     return ++watched.tokens == watched.token_fails ? LLMPAR_ERR_IO : LLMPAR_OK;
 }
 static void watch_again(void)
@@ -152,6 +167,7 @@ static llmpar_status talk_steps(session *s, talk *t, int turns, void *const **he
     for (int kind = 0; kind < 4 && !status; kind++) { /* and the first one again */
         watch_again();
         memset(ids, 0xff, sizeof ids);
+        watched.meanwhile = s;
         status = say(s, t, kind % 3, kind == 2 ? seed : 1, LONG, ids, &count);
         CHECK_INT(count, want_count[kind % 3]);
         if (!status && memcmp(ids, want[kind % 3], sizeof ids[0] * (size_t)count)) TEST_FAIL("%s, rank %d: kind %d: other ids than of rows", t->name, s->ctx->rank, kind);

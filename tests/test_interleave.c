@@ -324,6 +324,56 @@ TEST(products)
     }
 }
 
+/* Segments of different weights are not side by side, though one begins at the column where the other ends. */
+TEST(weights_of_their_own)
+{
+    enum { M = 3, K = 32 };
+    FOR_LEVELS(level) {
+        machine w;
+        machine_begin(&w, level, 1);
+        FOR_DTYPES(&w, dtype, r) {
+            int64_t size = (int64_t)llmpar_dtype_size(dtype), n = 5 * r;
+            float c[2][M * 5 * 16];
+            room a = room_of((size_t)(M * 2 * K * size), 0), rows[2], mixed[2];
+            for (int64_t i = 0; i < M * 2 * K; i++) put(a.base, i, dtype, value());
+            for (int i = 0; i < 2; i++) {
+                rows[i] = room_of((size_t)(n * 2 * K * size), 0);
+                mixed[i] = room_of(rows[i].bytes, 0);
+                for (int64_t j = 0; j < n * 2 * K; j++) put(rows[i].base, j, dtype, value());
+                lay_out(mixed[i].base, rows[i].base, n, 2 * K, r, dtype);
+            }
+            for (int inter = 0; inter < 2; inter++) {
+                llmpar_gemm_segment segments[2];
+                llmpar_gemm_args args;
+                memset(segments, 0, sizeof segments);
+                memset(&args, 0, sizeof args);
+                for (int i = 0; i < 2; i++) {
+                    segments[i].a = a.base + i * K * size;
+                    segments[i].b = inter ? mixed[i].base : rows[i].base + i * K * size;
+                    segments[i].lda = segments[i].ldb = 2 * K;
+                    segments[i].k = K;
+                    segments[i].piece = i;
+                    segments[i].interleaved = inter;
+                    segments[i].begin = inter ? i * K : 0;
+                }
+                args.m = M;
+                args.n = args.ldc = n;
+                args.c = c[inter];
+                args.segments = segments;
+                args.segment_count = args.pieces = 2;
+                args.kind = LLMPAR_GEMM_NT;
+                args.dtype = dtype;
+                args.out_dtype = LLMPAR_F32;
+                CHECK_OK(run_product(&w, &args));
+            }
+            CHECK_BYTES(c[1], c[0], sizeof c[0][0] * (size_t)(M * n));
+            free(a.all);
+            for (int i = 0; i < 2; i++) free(rows[i].all), free(mixed[i].all);
+        }
+        machine_end(&w);
+    }
+}
+
 /* Enough for several workers. */
 TEST(large_products)
 {
@@ -467,4 +517,4 @@ TEST(tables_without_the_slots)
     if (!has) TEST_SKIP("this processor has no such product");
 }
 
-TEST_LIST(T_(layout), T_(products), T_(large_products), T_(refusals), T_(tables_without_the_slots))
+TEST_LIST(T_(layout), T_(products), T_(weights_of_their_own), T_(large_products), T_(refusals), T_(tables_without_the_slots))

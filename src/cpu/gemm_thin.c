@@ -188,8 +188,8 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { 16, 4, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { 16, 4, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
-    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { llmpar__gemm_thin_avx_columns, llmpar__gemm_thin_avx_most, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { llmpar__gemm_thin_avx2_columns, llmpar__gemm_thin_avx2_most, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level avx512 = { llmpar__gemm_thin_avx512_columns, llmpar__gemm_thin_avx512_most, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
@@ -233,7 +233,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL };
+    llmpar__gemm_thin_level neon = { llmpar__gemm_thin_neon_columns, llmpar__gemm_thin_neon_most, llmpar__gemm_thin_neon_span, NULL };
     (void)cpu;
     (void)dtype;
     return neon;
@@ -275,14 +275,14 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
-    run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
+    run->group = llmpar__gemm_thin_group(run->rows, run->level.most);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
     for (s = 0; s < run->parts; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
         run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
-        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
+        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (segment->interleaved && segment->b != before->b) || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
             || (s && (segment->interleaved ? (segment->begin - before->begin) * run->half.size : (int64_t)((uintptr_t)segment->b - (uintptr_t)before->b)) != before->k * run->half.size)) run->parts = 0;
     }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
@@ -303,8 +303,10 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const ll
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
     llmpar__gemm_thin_run run;
+    int64_t chains;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * chains * LLMPAR__THIN_COLUMNS) + 63;
 }
 
 /* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -388,19 +390,14 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
-static int64_t llmpar__gemm_thin_groups(const llmpar__gemm_thin_run *run) { return (run->tiles + run->group - 1) / run->group; }
 /* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share)
-{
-    int64_t tile = llmpar_piece_begin(share, llmpar__gemm_thin_groups(run), run->shares) * run->group;
-    return tile < run->tiles ? tile : run->tiles;
-}
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
 
-/* sums = c[rows, columns] */
-static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
+/* sums = c[rows, columns], from element c_at of args->c on */
+static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, int64_t c_at, int64_t columns, float *sums)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
+    for (r = 0; r < run->args->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)run->args->c + c_at, (size_t)columns * sizeof *sums);
 }
 
 /* c[rows, columns], element c_at of args->c and on, = sums */
@@ -413,8 +410,8 @@ static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const floa
     }
 }
 
-/* The chains of `tiles` tiles go on over the span at `at`; where == the next place of the same tile, if there is `more`. */
-static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t x, float *sums, int more, const llmpar__gemm_thin_place *next, int64_t begin_next, int64_t end)
+/* The chains of `tiles` tiles, `apart` from each other, go on over the span at `at`; then `next` is read. */
+static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t apart, int64_t x, float *sums, const llmpar__gemm_thin_place *next)
 {
     const llmpar_gemm_args *args = run->args;
     llmpar__gemm_thin_span span;
@@ -430,24 +427,18 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     span.parts = run->parts ? run->parts : 1;
     span.ends = run->ends;
     span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
-    span.ld = span.next_ld = args->segments[at.segment].ldb * run->half.size;
-    span.tile = span.ld * run->level.columns;
+    span.ld = args->segments[at.segment].ldb * run->half.size;
+    span.tile = apart * run->level.columns * span.ld;
     span.ahead_step = run->level.columns * 4;
     span.interleaved = llmpar__gemm_thin_interleaved(run, &at);
     span.tiles = span.interleaved ? tiles : 1;
-    for (t = 0; t < tiles; t += span.tiles, at.tile++, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
+    for (t = 0; t < tiles; t += span.tiles, at.tile += apart, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
         llmpar__gemm_thin_place then = at;
-        span.w = span.next = llmpar__gemm_thin_address(run, &at);
+        then.tile += apart;
+        if (t + span.tiles == tiles) then = *next;
+        span.w = llmpar__gemm_thin_address(run, &at);
         span.columns = llmpar__gemm_thin_columns(run, &at);
         span.ahead = span.w + (run->rows == 1 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
-        if (t + span.tiles < tiles) then.tile++;
-        else if (more) then = *next;
-        else if (at.tile + 1 < end || begin_next >= 0) { /* the next tile's first, or the next task's */
-            then.tile = at.tile + 1 < end ? at.tile + 1 : begin_next;
-            then.segment = 0;
-            then.begin = then.k = 0;
-            llmpar__gemm_thin_next(run, &then);
-        }
         span.next = llmpar__gemm_thin_address(run, &then);
         span.next_ld = args->segments[then.segment].ldb * run->half.size;
         run->level.span(&span);
@@ -458,32 +449,42 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
-    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), begin_next = task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : -1; /* where the others are as fast, that task is this thread's */
+    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), whole = args->n / run->level.columns < end ? args->n / run->level.columns : end, tile, follows;
+    int64_t apart = whole > begin ? (whole - begin) / run->group : 0; /* tiles that go together are so far from each other that each group goes on with the streams of the one before */
     int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
     int32_t tiles, t;
     memset(&at, 0, sizeof at);
-    for (; begin < end; begin += tiles) {
-        int64_t x = 0, size, c = begin * run->level.columns;
+    if (run->group == 1) apart = 0;
+    for (tile = begin; tile < end; tile = follows) {
+        int64_t x = 0, size;
         int32_t piece = 0, depth = 0, done;
         int more;
         float *stack;
-        tiles = begin + run->group <= end && (begin + run->group) * run->level.columns <= args->n ? run->group : 1;
+        tiles = tile < begin + apart ? run->group : 1;
+        follows = tile + 1 == begin + apart ? begin + apart * run->group : tile + 1;
         size = tiles * tile_size;
         stack = all + (run->parts ? run->parts : 1) * size;
-        at.tile = begin;
+        at.tile = tile;
         at.segment = 0;
         at.begin = at.k = 0;
         more = llmpar__gemm_thin_next(run, &at);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
-            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (const float *)args->c + c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
+            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (tile + t * apart) * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
             while (more && args->segments[at.segment].piece == piece) {
+                llmpar__gemm_thin_place then;
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
-                llmpar__gemm_thin_run_span(run, at, tiles, x, sums, more, &next, begin_next, end);
+                then = next;
+                if (!more) { /* the next tile's first, or the next task's: where the others are as fast, that of so many tasks on is this thread's */
+                    memset(&then, 0, sizeof then);
+                    then.tile = follows < end ? follows : task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : tile;
+                    llmpar__gemm_thin_next(run, &then);
+                }
+                llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, &then);
                 x += llmpar__gemm_thin_links(run, at.k);
                 at = next;
             }
@@ -495,8 +496,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
         for (t = 0; t < tiles; t++) {
-            at.tile = begin + t;
-            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+            at.tile = tile + t * apart;
+            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
         }
     }
 }
@@ -506,14 +507,18 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
     int32_t threads = llmpar__pool_threads(cpu), s;
+    int64_t shares;
     llmpar__gemm_thin_prepare(&run, cpu, args);
+    shares = run.tiles;
     for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
     if (s == args->segment_count) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.threads = threads;
-    run.shares = (int32_t)(threads == 1 ? 1 : llmpar__gemm_thin_groups(&run) < LLMPAR__THIN_SHARES * threads ? llmpar__gemm_thin_groups(&run) : LLMPAR__THIN_SHARES * threads);
+    if (run.group > 1) shares = run.tiles / (threads * 4 * run.group) * threads; /* of four groups or more: long streams */
+    shares = shares > LLMPAR__THIN_SHARES * threads ? LLMPAR__THIN_SHARES * threads : shares < threads && run.group > 1 ? threads : shares;
+    run.shares = threads == 1 ? 1 : (int32_t)shares;
     if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);

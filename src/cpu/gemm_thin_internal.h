@@ -1,4 +1,4 @@
-/* gemm_thin: products of few rows with weights as they lie, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
+/* gemm_thin: products of few rows with weights as they lie or with interleaved rows, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
 #ifndef LLMPAR_GEMM_THIN_INTERNAL_H
 #define LLMPAR_GEMM_THIN_INTERNAL_H
 
@@ -11,13 +11,13 @@ enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLM
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const char *ahead;                /* of interleaved rows: what is fetched with their first word, and ahead_step bytes further with each of the next */
+    const char *ahead;                /* what is fetched with the first word, and ahead_step bytes further with each of the next; of rows as they lie it is set on the way */
     const float *x;                   /* [blocks of 8 rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4 or 8 rows */
     float *sums;                      /* [parts, part_step floats apart][tiles][rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
-    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or as llmpar__gemm_thin_tiles says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
+    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or what llmpar__gemm_thin_group says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
     int64_t tile;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
@@ -31,6 +31,9 @@ static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
     return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
+
+/* How many tiles go together whose rows are interleaved, where the chains of `most` rows of x fit the registers. */
+static inline int32_t llmpar__gemm_thin_group(int32_t rows, int32_t most) { return rows == 1 ? 4 : rows < most ? most / rows : 1; }
 
 /* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
 LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);

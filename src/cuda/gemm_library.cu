@@ -190,7 +190,7 @@ static llmpar_status llmpar__cuda_library_product(llmpar_device *device, llmpar_
         product->known = 1;
     }
     if (product->own) {
-        llmpar_gemm_segment segment = { group->a, group->b, group->lda / size, group->ldb / size, group->k, 0 };
+        llmpar_gemm_segment segment = { group->a, group->b, group->lda / size, group->ldb / size, group->k, 0, 0, 0 };
         if (!add || out_dtype == llmpar_dtype_sum(args->dtype)) return llmpar__cuda_library_own(device, stream, args, &segment, 1, out, ldc, out_dtype, add);
         return llmpar__cuda_library_flat(device, stream, args); /* a product behind a bias, the only one: both again */
     }

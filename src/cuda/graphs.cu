@@ -325,7 +325,7 @@ static llmpar_status llmpar__cuda_note_gemm(llmpar_device *device, llmpar_stream
     if (!llmpar__cuda_notes(device, stream) || args->segment_count < 0 || (args->segment_count && !args->segments)) return llmpar__cuda_gemm(device, stream, args); /* a wrong one is refused there */
     own.segments = NULL;
     status = llmpar__cuda_noting(device, stream, llmpar__cuda_issue_gemm, &own, sizeof own, (size_t)args->segment_count * sizeof *args->segments, &array);
-    for (int32_t s = 0; s < args->segment_count && !status; s++) { /* member by member: there is padding between */
+    for (int32_t s = 0; s < args->segment_count && !status; s++) { /* member by member: so no padding is compared */
         llmpar_gemm_segment *to = (llmpar_gemm_segment *)array + s;
         const llmpar_gemm_segment *from = &args->segments[s];
         to->a = from->a;
@@ -334,6 +334,8 @@ static llmpar_status llmpar__cuda_note_gemm(llmpar_device *device, llmpar_stream
         to->ldb = from->ldb;
         to->k = from->k;
         to->piece = from->piece;
+        to->interleaved = from->interleaved;
+        to->begin = from->begin;
     }
     return status;
 }

@@ -67,6 +67,7 @@ static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
     llmpar__embed e;
     llmpar_embedding_args args;
     llmpar__embed_open(call, &e);
+    if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
     memset(&args, 0, sizeof args);
     args.rows = e.s.n;
     args.dim = e.s.d;

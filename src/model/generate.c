@@ -30,7 +30,8 @@ typedef struct llmpar__session {
     int32_t *host_ids;             /* [capacity], in staging */
     size_t staging_bytes;
     int32_t unsharded_units;
-    int32_t interleaved;           /* of its weights (llmpar__session_weight): all or none but while they are turned */
+    llmpar_interleave_args *weights; /* [layers * 7 + 1], by llmpar__session_weight; NULL: they lie as ever */
+    int32_t interleaved;           /* of these: all or none but while they are turned */
 } llmpar__session;
 
 enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 6 of them, each of which is then a fifth to a third faster */ };
@@ -159,6 +160,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
+    if (model->interleaved) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: called while this model generates a text, expected after it");
     if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
@@ -236,19 +238,20 @@ static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i,
     return status;
 }
 
-/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. */
+/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. Each is turned before the next, on this thread, so that it is known what has to be turned back. */
 static llmpar_status llmpar__session_interleave(llmpar__session *g)
 {
     int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
-    llmpar_interleave_args args;
-    llmpar_status status = LLMPAR_OK;
+    llmpar_status status = g->device->synchronize(g->device, g->stream);
+    g->weights = (llmpar_interleave_args *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)count, sizeof *g->weights);
+    if (!status && !g->weights) return llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     for (int32_t i = 0; i < count && !status; i++) {
-        status = llmpar__session_weight(g, i, &args);
-        if (!status && (uintptr_t)args.w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
+        status = llmpar__session_weight(g, i, &g->weights[i]);
+        if (!status && (uintptr_t)g->weights[i].w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
     }
     while (g->interleaved < count && !status) {
-        status = llmpar__session_weight(g, g->interleaved, &args);
-        if (!status) status = g->device->interleave(g->device, g->stream, &args);
+        g->model->interleaved = 1;
+        status = g->device->interleave(g->device, NULL, &g->weights[g->interleaved]);
         if (!status) g->interleaved++;
     }
     return status;
@@ -262,13 +265,14 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
     }
-    while (g->interleaved > 0) { /* without a stream: whatever failed, what the weights are is not lost */
-        llmpar_interleave_args args;
-        llmpar_status turned = llmpar__session_weight(g, --g->interleaved, &args);
-        args.back = 1;
-        if (!turned) turned = g->device->interleave(g->device, NULL, &args);
+    while (g->interleaved > 0) { /* whatever failed, what the weights are is not lost */
+        llmpar_interleave_args *weight = &g->weights[--g->interleaved];
+        weight->back = 1;
+        llmpar_status turned = g->device->interleave(g->device, NULL, weight);
         if (!status) status = turned;
     }
+    if (g->weights) g->model->interleaved = 0;
+    llmpar_heap_free(&g->model->ctx->heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);

@@ -62,7 +62,8 @@ typedef struct llmpar_generate_desc {
 } llmpar_generate_desc;
 
 /* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp.
-   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must not read parameters. */
+   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must neither read nor write
+   parameters (save, redistribute); logits, another generation or a step of this model are refused there: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
 #endif

@@ -22,7 +22,7 @@ LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 
 LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
-    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows ? device->interleaved_rows(device, dtype) : 0;
+    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)

@@ -30,7 +30,7 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
-    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them. NT, m <= 16 alone; 0: rows */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT, m <= 16 alone; 0: rows */
     int64_t begin;
 } llmpar_gemm_segment;
 
@@ -54,7 +54,7 @@ typedef struct llmpar_gemm_args {
 } llmpar_gemm_args;
 
 /* Weights w[n,k] with their rows interleaved, as products of few rows read them: one stream, and nothing to transpose. A word is 4 bytes: an element of F32, two neighbours of BF16 or F16. Of the first r rows (r is the device's interleaved_rows) come
-   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT. */
+   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT; types without r: LLMPAR_ERR_UNSUPPORTED. */
 typedef struct llmpar_interleave_args { int64_t n, k; void *w; llmpar_dtype dtype; int back; /* 1: become rows again */ void *workspace; size_t workspace_bytes; } llmpar_interleave_args;
 
 /* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
@@ -291,7 +291,7 @@ struct llmpar_device {
     llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
     llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
 
-    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Local. */
+    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Whoever replaces gemm in a table replaces or empties these. Local. */
     int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
     llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
     size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
