@@ -524,7 +524,7 @@ typedef struct llmpar_gemm_segment {
     int64_t lda, ldb;
     int64_t k;        /* extent of the summed dim in this part, >= 0 */
     int32_t piece;    /* 0 <= piece < pieces, non-decreasing along the list */
-    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them. NT, m <= 16 alone; 0: rows */
+    int32_t interleaved; /* 1: b is the first element of whole weights whose rows are interleaved (llmpar_interleave_args), ldb their k, and the part is columns [begin, begin + k) of them; args.n is all their rows, or a multiple of r. NT, m <= 16 alone; 0: rows */
     int64_t begin;
 } llmpar_gemm_segment;
 
@@ -548,7 +548,7 @@ typedef struct llmpar_gemm_args {
 } llmpar_gemm_args;
 
 /* Weights w[n,k] with their rows interleaved, as products of few rows read them: one stream, and nothing to transpose. A word is 4 bytes: an element of F32, two neighbours of BF16 or F16. Of the first r rows (r is the device's interleaved_rows) come
-   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT. */
+   word 0 of each, word 1 of each, and so on, then the next r rows; rows that are left when fewer than r are lie as ever. In place, bits of elements stay. k * size of the type is a multiple of 4, else LLMPAR_ERR_SHAPE, and w an address that is one, else LLMPAR_ERR_ARGUMENT; types without r: LLMPAR_ERR_UNSUPPORTED. */
 typedef struct llmpar_interleave_args { int64_t n, k; void *w; llmpar_dtype dtype; int back; /* 1: become rows again */ void *workspace; size_t workspace_bytes; } llmpar_interleave_args;
 
 /* How the token rows of a call are laid out for sums over tokens. `batch` sequences of `t` rows each; a sequence's rows are positions [t_begin, t_begin + t) of t_total (sequence parallel: a part).
@@ -785,7 +785,7 @@ struct llmpar_device {
     llmpar_status (*region_begin)(llmpar_device *device, llmpar_stream *stream, uint64_t key);
     llmpar_status (*region_end)(llmpar_device *device, llmpar_stream *stream);
 
-    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Local. */
+    /* Weights with interleaved rows. How many are taken together, for weights of this type; 0: there is no such product. All three empty: 0. Whoever replaces gemm in a table replaces or empties these. Local. */
     int32_t (*interleaved_rows)(llmpar_device *device, llmpar_dtype dtype);
     llmpar_status (*interleave)(llmpar_device *device, llmpar_stream *stream, const llmpar_interleave_args *args);
     size_t (*interleave_workspace)(llmpar_device *device, const llmpar_interleave_args *args); /* reads k and dtype */
@@ -2010,7 +2010,8 @@ typedef struct llmpar_generate_desc {
 } llmpar_generate_desc;
 
 /* Writes the generated ids (without the prompt) to ids[tokens], their number to *count. KV cache in the arena of fsdp. prompt + tokens beyond the positions given to apply: LLMPAR_ERR_ARGUMENT. Collective over the mesh of fsdp.
-   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must not read parameters. */
+   For 32 tokens and more the rows of the weights are interleaved in place while it runs, on devices that multiply few rows faster so (llmpar_interleave_args), and lie as before when it returns, whatever it returns: on_token must neither read nor write
+   parameters (save, redistribute); logits, another generation or a step of this model are refused there: LLMPAR_ERR_ARGUMENT. */
 LLMPAR_API llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp *fsdp, const llmpar_generate_desc *desc, int32_t *ids, int32_t *count);
 
 /* Chapter: io */
@@ -4095,7 +4096,7 @@ LLMPAR__PRIVATE_DEF llmpar__half llmpar__half_of(const llmpar__cpu *cpu, llmpar_
 
    A chain may go on from memory anywhere, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 /* ==== src/cpu/gemm_thin_internal.h ==== */
-/* gemm_thin: products of few rows with weights as they lie, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
+/* gemm_thin: products of few rows with weights as they lie or with interleaved rows, y[M,N] = x[M,K] w[N,K]^T, at the speed of memory. */
 
 enum { LLMPAR__THIN_ROWS = 16, LLMPAR__THIN_COLUMNS = 16 }; /* of one call at most; the second is also the distance of two rows of sums. Processors follow 16 rows of weights at a time well, and 32 badly */
 enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLMPAR__THIN_KIND_PAIRS }; /* the last: BF16 where a link of the chain takes two k; x are pairs, too */
@@ -4104,13 +4105,13 @@ enum { LLMPAR__THIN_KIND_F32, LLMPAR__THIN_KIND_BF16, LLMPAR__THIN_KIND_F16, LLM
 typedef struct llmpar__gemm_thin_span {
     const char *w;                    /* rows of b, ld bytes apart */
     const char *next;                 /* what is read after this: as many rows, next_ld bytes apart */
-    const char *ahead;                /* of interleaved rows: what is fetched with their first word, and ahead_step bytes further with each of the next */
+    const char *ahead;                /* what is fetched with the first word, and ahead_step bytes further with each of the next; of rows as they lie it is set on the way */
     const float *x;                   /* [blocks of 8 rows][x_k][rows of the block], 64-byte aligned; the last block has 1, 4 or 8 rows */
     float *sums;                      /* [parts, part_step floats apart][tiles][rows][LLMPAR__THIN_COLUMNS], 64-byte aligned */
     const int64_t *ends;              /* [parts - 1] where the next part's sums begin, in elements that are whole lines of 64 bytes */
     int64_t ld, next_ld, ahead_step, k, x_k, x_done, columns, part_step; /* x_done: the span's first k (or pair) among all of x */
     int32_t rows, kind, parts;        /* parts: of k, each with chains of its own */
-    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or as llmpar__gemm_thin_tiles says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
+    int32_t interleaved, tiles;       /* w: the rows' words one beside the other, as many rows as a tile has columns, `tiles` (1, or what llmpar__gemm_thin_group says) of them `tile` bytes apart; ld, next and next_ld are not looked at */
     int64_t tile;
 } llmpar__gemm_thin_span;
 typedef void (*llmpar__gemm_thin_fn)(const llmpar__gemm_thin_span *span);
@@ -4124,6 +4125,9 @@ static inline int32_t llmpar__gemm_thin_filled(int64_t rows)
     return (int32_t)rows - last + (last > 4 ? 8 : last > 1 ? 4 : last);
 }
 static inline int32_t llmpar__gemm_thin_kind(llmpar_dtype dtype) { return dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_BF16 : dtype == LLMPAR_F16 ? (int32_t)LLMPAR__THIN_KIND_F16 : (int32_t)LLMPAR__THIN_KIND_F32; }
+
+/* How many tiles go together whose rows are interleaved, where the chains of `most` rows of x fit the registers. */
+static inline int32_t llmpar__gemm_thin_group(int32_t rows, int32_t most) { return rows == 1 ? 4 : rows < most ? most / rows : 1; }
 
 /* Whether this product is one of gemm_thin's: NT, at most 16 rows, a type it reads at this level. Its bits are those of any other path. */
 LLMPAR__PRIVATE int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const llmpar_gemm_args *args);
@@ -4310,8 +4314,8 @@ static inline __attribute__((always_inline, LLMPAR__THIN_AVX512)) __m512 llmpar_
 /* columns = 0: nothing for this type here. */
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { 16, 4, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { 16, 4, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
-    llmpar__gemm_thin_level avx512 = { 16, 16, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level none = { 0, 1, NULL, NULL }, avx = { llmpar__gemm_thin_avx_columns, llmpar__gemm_thin_avx_most, llmpar__gemm_thin_avx_span, llmpar__gemm_thin_avx_transpose }, avx2 = { llmpar__gemm_thin_avx2_columns, llmpar__gemm_thin_avx2_most, llmpar__gemm_thin_avx2_span, llmpar__gemm_thin_avx2_transpose };
+    llmpar__gemm_thin_level avx512 = { llmpar__gemm_thin_avx512_columns, llmpar__gemm_thin_avx512_most, llmpar__gemm_thin_avx512_span, llmpar__gemm_thin_avx2_transpose };
     if (dtype == LLMPAR_F16 && (cpu->level == LLMPAR_CPU_PORTABLE || !cpu->f16c)) return none;
     if (cpu->level >= LLMPAR_CPU_AVX512) return cpu->f16c ? avx512 : none; /* its code is compiled with F16C, which every known processor with AVX2 has */
     if (cpu->level == LLMPAR_CPU_AVX2) return cpu->f16c ? avx2 : none;
@@ -4356,7 +4360,7 @@ static inline __attribute__((always_inline)) float32x4_t llmpar__gemm_thin_neon_
 
 static llmpar__gemm_thin_level llmpar__gemm_thin_choose(const llmpar__cpu *cpu, llmpar_dtype dtype)
 {
-    llmpar__gemm_thin_level neon = { 8, 8, llmpar__gemm_thin_neon_span, NULL };
+    llmpar__gemm_thin_level neon = { llmpar__gemm_thin_neon_columns, llmpar__gemm_thin_neon_most, llmpar__gemm_thin_neon_span, NULL };
     (void)cpu;
     (void)dtype;
     return neon;
@@ -4398,14 +4402,14 @@ static void llmpar__gemm_thin_prepare(llmpar__gemm_thin_run *run, const llmpar__
     run->half_out = llmpar__half_of(cpu, args->out_dtype == LLMPAR_DTYPE_DEFAULT ? args->dtype : args->out_dtype);
     run->kind = cpu->level == LLMPAR_CPU_AVX512BF16 && args->dtype == LLMPAR_BF16 ? (int32_t)LLMPAR__THIN_KIND_PAIRS : llmpar__gemm_thin_kind(args->dtype);
     run->rows = llmpar__gemm_thin_filled(args->m);
-    run->group = run->rows == 1 ? 4 : run->rows < run->level.most ? run->level.most / run->rows : 1;
+    run->group = llmpar__gemm_thin_group(run->rows, run->level.most);
     run->tiles = (args->n + run->level.columns - 1) / run->level.columns;
     for (s = 0; s < args->segment_count; s++) run->links += llmpar__gemm_thin_links(run, args->segments[s].k);
     if (args->segment_count == args->pieces && args->pieces > 1 && args->pieces <= LLMPAR__THIN_PARTS && !args->accumulate) run->parts = args->pieces;
     for (s = 0; s < run->parts; s++) {
         const llmpar_gemm_segment *segment = &args->segments[s], *before = segment - (s > 0);
         run->ends[s] = (s ? run->ends[s - 1] : 0) + segment->k;
-        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
+        if (segment->piece != s || segment->ldb != before->ldb || segment->interleaved != before->interleaved || (segment->interleaved && segment->b != before->b) || (s + 1 < run->parts && run->ends[s] * run->half.size % 64)
             || (s && (segment->interleaved ? (segment->begin - before->begin) * run->half.size : (int64_t)((uintptr_t)segment->b - (uintptr_t)before->b)) != before->k * run->half.size)) run->parts = 0;
     }
     for (p = args->pieces - 1; p > 0; p /= 2) run->levels++;
@@ -4426,8 +4430,10 @@ LLMPAR__PRIVATE_DEF int llmpar__gemm_thin_takes(const llmpar__cpu *cpu, const ll
 LLMPAR__PRIVATE_DEF size_t llmpar__gemm_thin_workspace(const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
     llmpar__gemm_thin_run run;
+    int64_t chains;
     llmpar__gemm_thin_prepare(&run, cpu, args);
-    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * run.group * run.rows * LLMPAR__THIN_COLUMNS) + 63;
+    chains = run.group * run.rows > run.level.most ? run.group * run.rows : run.level.most; /* as fewer rows may have */
+    return llmpar__gemm_thin_round(run.links * run.rows) + llmpar__gemm_thin_round(llmpar__pool_threads(cpu) * llmpar__gemm_thin_slots(&run) * chains * LLMPAR__THIN_COLUMNS) + 63;
 }
 
 /* x[links][rows of a block] of every block of 8 rows, as f32, or as pairs as they are stored: the even k low, a zero beside an odd one at the end. */
@@ -4511,19 +4517,14 @@ static const char *llmpar__gemm_thin_address(const llmpar__gemm_thin_run *run, c
     return (const char *)segment->b + (at->tile * run->level.columns * segment->ldb + k * (llmpar__gemm_thin_interleaved(run, at) ? run->level.columns : 1)) * run->half.size;
 }
 
-static int64_t llmpar__gemm_thin_groups(const llmpar__gemm_thin_run *run) { return (run->tiles + run->group - 1) / run->group; }
 /* First tile of task `share`. */
-static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share)
-{
-    int64_t tile = llmpar_piece_begin(share, llmpar__gemm_thin_groups(run), run->shares) * run->group;
-    return tile < run->tiles ? tile : run->tiles;
-}
+static int64_t llmpar__gemm_thin_begin(const llmpar__gemm_thin_run *run, int64_t share) { return llmpar_piece_begin(share, run->tiles, run->shares); }
 
-/* sums = c[rows, columns] */
-static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, const float *c, int64_t columns, float *sums)
+/* sums = c[rows, columns], from element c_at of args->c on */
+static void llmpar__gemm_thin_load(const llmpar__gemm_thin_run *run, int64_t c_at, int64_t columns, float *sums)
 {
     int64_t r;
-    for (r = 0; r < run->args->m; r++) memcpy(sums + r * LLMPAR__THIN_COLUMNS, c + r * run->args->ldc, (size_t)columns * sizeof *c);
+    for (r = 0; r < run->args->m; r++, c_at += run->args->ldc) memcpy(sums + r * LLMPAR__THIN_COLUMNS, (const float *)run->args->c + c_at, (size_t)columns * sizeof *sums);
 }
 
 /* c[rows, columns], element c_at of args->c and on, = sums */
@@ -4536,8 +4537,8 @@ static void llmpar__gemm_thin_store(const llmpar__gemm_thin_run *run, const floa
     }
 }
 
-/* The chains of `tiles` tiles go on over the span at `at`; where == the next place of the same tile, if there is `more`. */
-static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t x, float *sums, int more, const llmpar__gemm_thin_place *next, int64_t begin_next, int64_t end)
+/* The chains of `tiles` tiles, `apart` from each other, go on over the span at `at`; then `next` is read. */
+static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar__gemm_thin_place at, int32_t tiles, int64_t apart, int64_t x, float *sums, const llmpar__gemm_thin_place *next)
 {
     const llmpar_gemm_args *args = run->args;
     llmpar__gemm_thin_span span;
@@ -4553,24 +4554,18 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
     span.parts = run->parts ? run->parts : 1;
     span.ends = run->ends;
     span.part_step = tiles * run->rows * LLMPAR__THIN_COLUMNS;
-    span.ld = span.next_ld = args->segments[at.segment].ldb * run->half.size;
-    span.tile = span.ld * run->level.columns;
+    span.ld = args->segments[at.segment].ldb * run->half.size;
+    span.tile = apart * run->level.columns * span.ld;
     span.ahead_step = run->level.columns * 4;
     span.interleaved = llmpar__gemm_thin_interleaved(run, &at);
     span.tiles = span.interleaved ? tiles : 1;
-    for (t = 0; t < tiles; t += span.tiles, at.tile++, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
+    for (t = 0; t < tiles; t += span.tiles, at.tile += apart, span.sums += run->rows * LLMPAR__THIN_COLUMNS) {
         llmpar__gemm_thin_place then = at;
-        span.w = span.next = llmpar__gemm_thin_address(run, &at);
+        then.tile += apart;
+        if (t + span.tiles == tiles) then = *next;
+        span.w = llmpar__gemm_thin_address(run, &at);
         span.columns = llmpar__gemm_thin_columns(run, &at);
         span.ahead = span.w + (run->rows == 1 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
-        if (t + span.tiles < tiles) then.tile++;
-        else if (more) then = *next;
-        else if (at.tile + 1 < end || begin_next >= 0) { /* the next tile's first, or the next task's */
-            then.tile = at.tile + 1 < end ? at.tile + 1 : begin_next;
-            then.segment = 0;
-            then.begin = then.k = 0;
-            llmpar__gemm_thin_next(run, &then);
-        }
         span.next = llmpar__gemm_thin_address(run, &then);
         span.next_ld = args->segments[then.segment].ldb * run->half.size;
         run->level.span(&span);
@@ -4581,32 +4576,42 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
 {
     const llmpar__gemm_thin_run *run = (const llmpar__gemm_thin_run *)arg;
     const llmpar_gemm_args *args = run->args;
-    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), begin_next = task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : -1; /* where the others are as fast, that task is this thread's */
+    int64_t begin = llmpar__gemm_thin_begin(run, task), end = llmpar__gemm_thin_begin(run, task + 1), whole = args->n / run->level.columns < end ? args->n / run->level.columns : end, tile, follows;
+    int64_t apart = whole > begin ? (whole - begin) / run->group : 0; /* tiles that go together are so far from each other that each group goes on with the streams of the one before */
     int64_t tile_size = run->rows * LLMPAR__THIN_COLUMNS, i;
     float *all = run->sums + worker * llmpar__gemm_thin_slots(run) * run->group * tile_size;
     llmpar__gemm_thin_place at, next;
     int32_t tiles, t;
     memset(&at, 0, sizeof at);
-    for (; begin < end; begin += tiles) {
-        int64_t x = 0, size, c = begin * run->level.columns;
+    if (run->group == 1) apart = 0;
+    for (tile = begin; tile < end; tile = follows) {
+        int64_t x = 0, size;
         int32_t piece = 0, depth = 0, done;
         int more;
         float *stack;
-        tiles = begin + run->group <= end && (begin + run->group) * run->level.columns <= args->n ? run->group : 1;
+        tiles = tile < begin + apart ? run->group : 1;
+        follows = tile + 1 == begin + apart ? begin + apart * run->group : tile + 1;
         size = tiles * tile_size;
         stack = all + (run->parts ? run->parts : 1) * size;
-        at.tile = begin;
+        at.tile = tile;
         at.segment = 0;
         at.begin = at.k = 0;
         more = llmpar__gemm_thin_next(run, &at);
         for (piece = 0; piece < args->pieces; piece++) {
             float *sums = all + (run->parts ? piece * size : 0);
             if (piece == 0 || !run->parts) memset(sums, 0, (size_t)(stack - all) * sizeof *sums);
-            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (const float *)args->c + c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
+            for (t = 0; t < tiles && args->accumulate; t++) llmpar__gemm_thin_load(run, (tile + t * apart) * run->level.columns, llmpar__gemm_thin_columns(run, &at), sums + t * tile_size);
             while (more && args->segments[at.segment].piece == piece) {
+                llmpar__gemm_thin_place then;
                 next = at;
                 more = llmpar__gemm_thin_next(run, &next);
-                llmpar__gemm_thin_run_span(run, at, tiles, x, sums, more, &next, begin_next, end);
+                then = next;
+                if (!more) { /* the next tile's first, or the next task's: where the others are as fast, that of so many tasks on is this thread's */
+                    memset(&then, 0, sizeof then);
+                    then.tile = follows < end ? follows : task + run->threads < run->shares ? llmpar__gemm_thin_begin(run, task + run->threads) : tile;
+                    llmpar__gemm_thin_next(run, &then);
+                }
+                llmpar__gemm_thin_run_span(run, at, tiles, apart, x, sums, &then);
                 x += llmpar__gemm_thin_links(run, at.k);
                 at = next;
             }
@@ -4618,8 +4623,8 @@ static void llmpar__gemm_thin_task(void *arg, int64_t task, int32_t worker)
             if (piece < args->pieces - 1) memcpy(stack + depth++ * size, sums, (size_t)size * sizeof *sums);
         }
         for (t = 0; t < tiles; t++) {
-            at.tile = begin + t;
-            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, c + t * run->level.columns, llmpar__gemm_thin_columns(run, &at));
+            at.tile = tile + t * apart;
+            llmpar__gemm_thin_store(run, all + (run->parts ? (args->pieces - 1) * size : 0) + t * tile_size, at.tile * run->level.columns, llmpar__gemm_thin_columns(run, &at));
         }
     }
 }
@@ -4629,14 +4634,18 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_thin(llmpar__cpu *cpu, const llmpar_gemm_a
     llmpar__gemm_thin_run run;
     char *at = (char *)args->workspace;
     int32_t threads = llmpar__pool_threads(cpu), s;
+    int64_t shares;
     llmpar__gemm_thin_prepare(&run, cpu, args);
+    shares = run.tiles;
     for (s = 0; s < args->segment_count && !args->segments[s].interleaved; s++) { }
     if (s == args->segment_count) run.group = 1;
     at += (64 - (uintptr_t)at % 64) % 64;
     run.x = (float *)(void *)at;
     run.sums = (float *)(void *)(at + llmpar__gemm_thin_round(run.links * run.rows));
     run.threads = threads;
-    run.shares = (int32_t)(threads == 1 ? 1 : llmpar__gemm_thin_groups(&run) < LLMPAR__THIN_SHARES * threads ? llmpar__gemm_thin_groups(&run) : LLMPAR__THIN_SHARES * threads);
+    if (run.group > 1) shares = run.tiles / (threads * 4 * run.group) * threads; /* of four groups or more: long streams */
+    shares = shares > LLMPAR__THIN_SHARES * threads ? LLMPAR__THIN_SHARES * threads : shares < threads && run.group > 1 ? threads : shares;
+    run.shares = threads == 1 ? 1 : (int32_t)shares;
     if ((double)args->n * (double)run.links * (double)(run.half.size + args->m) < LLMPAR__THIN_SERIAL) run.shares = 1;
     llmpar__gemm_thin_pack(&run);
     llmpar__pool_run(cpu, llmpar__gemm_thin_task, &run, run.shares);
@@ -11152,6 +11161,7 @@ struct llmpar_llama {
     void *cosine, *sine;           /* device [positions, E/2], sum type */
     void *one;                     /* device: the number 1 of the compute dtype, the input that a bias is the weight of; NULL without biases */
     int applied;                   /* 0 no, 1 begun, 2 done */
+    int interleaved;               /* the rows of its weights are: a text is being generated */
 };
 
 /* Local extents of one micro-batch. */
@@ -11226,7 +11236,8 @@ typedef struct llmpar__session {
     int32_t *host_ids;             /* [capacity], in staging */
     size_t staging_bytes;
     int32_t unsharded_units;
-    int32_t interleaved;           /* of its weights (llmpar__session_weight): all or none but while they are turned */
+    llmpar_interleave_args *weights; /* [layers * 7 + 1], by llmpar__session_weight; NULL: they lie as ever */
+    int32_t interleaved;           /* of these: all or none but while they are turned */
 } llmpar__session;
 
 enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 6 of them, each of which is then a fifth to a third faster */ };
@@ -11355,6 +11366,7 @@ static llmpar_status llmpar__session_open(llmpar_llama *model, llmpar_fsdp *fsdp
     g->fsdp = fsdp;
     g->device = model->ctx->device;
     g->dtype = llmpar_fsdp_dtype(fsdp);
+    if (model->interleaved) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: called while this model generates a text, expected after it");
     if (model->applied != 2) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: the model meets no mesh yet, call llmpar_parallelize or llmpar_llama_apply first");
     if (g->dtype != model->dtype) return llmpar_fail(model->ctx, LLMPAR_ERR_ARGUMENT, "generation: shards in %s, expected the %s that llmpar_llama_apply was told", llmpar_dtype_name(g->dtype), llmpar_dtype_name(model->dtype));
     if (capacity > model->positions)
@@ -11432,19 +11444,20 @@ static llmpar_status llmpar__session_weight(const llmpar__session *g, int32_t i,
     return status;
 }
 
-/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. */
+/* While a session generates, weights that meet one row at a time have their rows interleaved, in place: there is no second copy. Each is turned before the next, on this thread, so that it is known what has to be turned back. */
 static llmpar_status llmpar__session_interleave(llmpar__session *g)
 {
     int32_t count = g->model->config.layers * LLMPAR__SESSION_WEIGHTS + 1;
-    llmpar_interleave_args args;
-    llmpar_status status = LLMPAR_OK;
+    llmpar_status status = g->device->synchronize(g->device, g->stream);
+    g->weights = (llmpar_interleave_args *)llmpar_heap_alloc(&g->model->ctx->heap, (size_t)count, sizeof *g->weights);
+    if (!status && !g->weights) return llmpar_fail(g->model->ctx, LLMPAR_ERR_MEMORY, "generation: out of memory");
     for (int32_t i = 0; i < count && !status; i++) {
-        status = llmpar__session_weight(g, i, &args);
-        if (!status && (uintptr_t)args.w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
+        status = llmpar__session_weight(g, i, &g->weights[i]);
+        if (!status && (uintptr_t)g->weights[i].w % 4) return LLMPAR_OK; /* behind a tensor of an odd number of halves */
     }
     while (g->interleaved < count && !status) {
-        status = llmpar__session_weight(g, g->interleaved, &args);
-        if (!status) status = g->device->interleave(g->device, g->stream, &args);
+        g->model->interleaved = 1;
+        status = g->device->interleave(g->device, NULL, &g->weights[g->interleaved]);
         if (!status) g->interleaved++;
     }
     return status;
@@ -11458,13 +11471,14 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
         g->device->synchronize(g->device, g->stream);
         g->device->stream_destroy(g->device, g->stream);
     }
-    while (g->interleaved > 0) { /* without a stream: whatever failed, what the weights are is not lost */
-        llmpar_interleave_args args;
-        llmpar_status turned = llmpar__session_weight(g, --g->interleaved, &args);
-        args.back = 1;
-        if (!turned) turned = g->device->interleave(g->device, NULL, &args);
+    while (g->interleaved > 0) { /* whatever failed, what the weights are is not lost */
+        llmpar_interleave_args *weight = &g->weights[--g->interleaved];
+        weight->back = 1;
+        llmpar_status turned = g->device->interleave(g->device, NULL, weight);
         if (!status) status = turned;
     }
+    if (g->weights) g->model->interleaved = 0;
+    llmpar_heap_free(&g->model->ctx->heap, g->weights);
     for (int32_t u = 0; u < g->unsharded_units; u++) llmpar_fsdp_reshard(g->fsdp, u);
     llmpar_arena_free(arena, g->block);
     llmpar_arena_free(arena, g->cache);
@@ -12072,7 +12086,7 @@ LLMPAR_DEF int32_t llmpar_device_threads_running(llmpar_device *device)
 
 LLMPAR_DEF int32_t llmpar_device_interleaved_rows(llmpar_device *device, llmpar_dtype dtype)
 {
-    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows ? device->interleaved_rows(device, dtype) : 0;
+    return LLMPAR__DEVICE_HAS(device, interleave_workspace) && device->interleaved_rows && device->interleave ? device->interleaved_rows(device, dtype) : 0;
 }
 
 LLMPAR_DEF llmpar_status llmpar_device_tree_sum_to(llmpar_device *device, const llmpar_tree_sum_to_args *args)
@@ -23879,6 +23893,7 @@ static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
     llmpar__embed e;
     llmpar_embedding_args args;
     llmpar__embed_open(call, &e);
+    if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
     memset(&args, 0, sizeof args);
     args.rows = e.s.n;
     args.dim = e.s.d;
@@ -28983,6 +28998,8 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
      LLMPAR__THIN_BF16(word, i), LLMPAR__THIN_F16(word, i)   the lower (i = 0) or upper half of every lane as f32
    A function LLMPAR__THIN_NAME(transpose)(in, ld, out, step) stands before: out[LANES words][LANES rows], words `step` floats apart, = in[LANES rows][LANES words], rows ld bytes apart. */
 
+enum { LLMPAR__THIN_NAME(columns) = LLMPAR__THIN_LANES * LLMPAR__THIN_PANELS, LLMPAR__THIN_NAME(most) = LLMPAR__THIN_MOST };
+
 /* The slot of a storage format: what link i of the chain takes of the word of each row. i is a constant, and so is form: F32, PAIRS, or BF16 for both types of half a word, which are told
    apart while it runs, by f16 (a branch that always goes the same way costs less than another instance of every chain). */
 static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET LLMPAR__THIN_VECTOR LLMPAR__THIN_NAME(element)(const int form, int f16, LLMPAR__THIN_VECTOR word, const int i)
@@ -29047,7 +29064,7 @@ static inline __attribute__((always_inline)) LLMPAR__THIN_TARGET void LLMPAR__TH
 {
     enum { MOST = LLMPAR__THIN_MOST };
     int row, rows;
-    if (span->tiles > 1) {
+    if (span->tiles > 1) { /* llmpar__gemm_thin_group */
         if (span->rows == 1) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 1, 4);
         else if (MOST >= 8 && span->rows == 4) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 4, MOST / 4);
         else if (MOST >= 16 && span->rows == 8) LLMPAR__THIN_NAME(stream_rows)(span, form, 0, 8, MOST / 8);
@@ -29086,7 +29103,7 @@ LLMPAR__THIN_TARGET static void LLMPAR__THIN_NAME(span)(const llmpar__gemm_thin_
     }
     now.w = (const char *)words;
     now.parts = 1;
-    if (span->columns <= LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
+    if (COLUMNS > LANES && span->columns <= LANES) memset(words, 0, sizeof words); /* the other panel's lanes are multiplied, and read by nobody */
     for (; done < span->k; done += step) {
         int64_t over = done * size + distance - bytes;
         for (; part + 1 < span->parts && done >= span->ends[part]; part++) now.sums += span->part_step;

@@ -2775,7 +2775,7 @@ static llmpar_status llmpar__cuda_library_product(llmpar_device *device, llmpar_
         product->known = 1;
     }
     if (product->own) {
-        llmpar_gemm_segment segment = { group->a, group->b, group->lda / size, group->ldb / size, group->k, 0 };
+        llmpar_gemm_segment segment = { group->a, group->b, group->lda / size, group->ldb / size, group->k, 0, 0, 0 };
         if (!add || out_dtype == llmpar_dtype_sum(args->dtype)) return llmpar__cuda_library_own(device, stream, args, &segment, 1, out, ldc, out_dtype, add);
         return llmpar__cuda_library_flat(device, stream, args); /* a product behind a bias, the only one: both again */
     }
@@ -6413,7 +6413,7 @@ static llmpar_status llmpar__cuda_note_gemm(llmpar_device *device, llmpar_stream
     if (!llmpar__cuda_notes(device, stream) || args->segment_count < 0 || (args->segment_count && !args->segments)) return llmpar__cuda_gemm(device, stream, args); /* a wrong one is refused there */
     own.segments = NULL;
     status = llmpar__cuda_noting(device, stream, llmpar__cuda_issue_gemm, &own, sizeof own, (size_t)args->segment_count * sizeof *args->segments, &array);
-    for (int32_t s = 0; s < args->segment_count && !status; s++) { /* member by member: there is padding between */
+    for (int32_t s = 0; s < args->segment_count && !status; s++) { /* member by member: so no padding is compared */
         llmpar_gemm_segment *to = (llmpar_gemm_segment *)array + s;
         const llmpar_gemm_segment *from = &args->segments[s];
         to->a = from->a;
@@ -6422,6 +6422,8 @@ static llmpar_status llmpar__cuda_note_gemm(llmpar_device *device, llmpar_stream
         to->ldb = from->ldb;
         to->k = from->k;
         to->piece = from->piece;
+        to->interleaved = from->interleaved;
+        to->begin = from->begin;
     }
     return status;
 }
