@@ -75,7 +75,8 @@ static llmpar_status enqueue(four *f, llmpar_stream *stream, double factor)
     segment[0].a = f->out;
     segment[0].b = f->c; /* its first element */
     segment[0].lda = segment[0].ldb = segment[0].k = 1;
-    segment[0].piece = 0;
+    segment[0].piece = segment[0].interleaved = 0;
+    segment[0].begin = 0;
     if (!status) status = cuda_gpu->gemm(cuda_gpu, stream, &gemm);
     memset(segment, 0x5a, sizeof segment);
     return status;
