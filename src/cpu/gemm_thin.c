@@ -1,11 +1,6 @@
 /* gemm_thin: the product of a few rows with weights, c[M,N] = a[M,K] b[N,K]^T, M <= 16. It waits for the weights to come from memory, so everything serves one purpose: each byte is read once, in order,
-   without a pause. Where the rows of b are interleaved (llmpar_interleave_args) they are one stream, and a vector of it is what a chain of 16 outputs takes next. Where they lie as rows:
-
-     b: 16 rows, four lines of each at a time                                      c[m, n .. n + 16]: chains in registers, lanes are n
-        |--####....----------|                                                     x[k][m] * | word of k of 16 rows |
-        |--####....----------|   -- 16 x 16 words are transposed in L1 -->                   | ...                  |
-        |--####....----------|      while the chains take them, the same rows
-        |--####....----------|      are fetched into L2 further on (....)
+   without a pause. Where the rows of b are interleaved (llmpar_interleave_args) they are one stream, and a vector of it is what the chains of 16 outputs take next; four such tiles go side by side. Rows as they lie
+   become such a stream 16 words at a time, in L1.
 
    A chain may go on from memory anywhere, which no bit shows, and the tree over pieces is that of gemm.c: an element has the bits that it gets in a product of many rows. */
 #include "cpu/gemm_thin_internal.h"
