@@ -4560,7 +4560,7 @@ static void llmpar__gemm_thin_run_span(const llmpar__gemm_thin_run *run, llmpar_
         if (t + span.tiles == tiles) then = *next;
         span.w = llmpar__gemm_thin_address(run, &at);
         span.columns = llmpar__gemm_thin_columns(run, &at);
-        span.ahead = span.w + (run->rows == 1 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
+        span.ahead = span.w + (tiles == 4 ? LLMPAR__THIN_AHEAD : 4 * LLMPAR__THIN_AHEAD);
         span.next = llmpar__gemm_thin_address(run, &then);
         span.next_ld = args->segments[then.segment].ldb * run->half.size;
         run->level.span(&span);
