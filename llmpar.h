@@ -11235,7 +11235,7 @@ typedef struct llmpar__session {
     int32_t interleaved;           /* of these: all or none but while they are turned */
 } llmpar__session;
 
-enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 6 of them, each of which is then a fifth to a third faster */ };
+enum { LLMPAR__SESSION_WEIGHTS = 7, LLMPAR__SESSION_MANY = 32 /* tokens: to turn the weights and back takes as long as 3 to 7 of them, each of which is then a fifth to a third faster */ };
 
 static llmpar_status llmpar__session_memory(llmpar__session *g)
 {

@@ -48,6 +48,29 @@ static llmpar_status watched_token(void *user, int32_t id)
         llmpar_error_clear(&s->ctx->error);
         CHECK_STATUS(llmpar_llama_generate(s->model, s->fsdp, &desc, ids, &count), LLMPAR_ERR_ARGUMENT);
         llmpar_error_clear(&s->ctx->error);
+        if (s->ctx->world == 1) { /* a list that fails ends a job of several */
+            static int32_t ids_of_step[4] = { 1, 2, 3, 4 };
+            llmpar_schedule *schedule = NULL;
+            llmpar_policy policy;
+            llmpar_micro micro;
+            llmpar_run run;
+            int32_t units;
+            llmpar_unit *unit = llmpar_llama_units(s->model, &units);
+            memset(&policy, 0, sizeof policy);
+            memset(&micro, 0, sizeof micro);
+            memset(&run, 0, sizeof run);
+            llmpar_fsdp_policy(s->fsdp, &policy);
+            policy.forward_only = 1;
+            CHECK_OK(llmpar_schedule_create(&s->ctx->heap, unit, units, &policy, &schedule, &s->ctx->error));
+            micro.batch = micro.leaves = 1;
+            micro.t = run.tokens = 4;
+            micro.ids = micro.targets = ids_of_step;
+            run.micro = &micro;
+            CHECK_STATUS(llmpar_fsdp_run(s->fsdp, schedule->list, schedule->count, &run), LLMPAR_ERR_ARGUMENT);
+            CHECK(strstr(s->ctx->error.text, "this model generates a text") != NULL);
+            llmpar_error_clear(&s->ctx->error);
+            llmpar_schedule_destroy(schedule);
+        }
         free(logits);
     }
     return ++watched.tokens == watched.token_fails ? LLMPAR_ERR_IO : LLMPAR_OK;
