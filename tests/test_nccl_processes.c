@@ -219,7 +219,7 @@ TEST(ranks_that_do_not_agree)
 
 TEST(a_rank_has_no_device)
 {
-    for (without_device = 0; without_device < 3; without_device++) {
+    for (without_device = 0; without_device < world_of(3); without_device++) {
         run(3, NULL, values, NULL);
         all_say(world_of(3), LLMPAR_ERR_UNSUPPORTED, without_device, "the GPU has fallen off the bus");
     }
