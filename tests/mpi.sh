@@ -111,7 +111,7 @@ if [ "$full" != full ]; then
     for n in 1 2 4; do program openmpi $n test_mpi; program openmpi $n test_mpi_errors; done
     program openmpi 3 test_nccl_processes
     for n in 1 2 4; do LLMPAR_TEST_QUICK=1 program openmpi $n test_exact matrix; done
-    faults openmpi "error 5" "exit 8" "kill 22" "stop 17" "loop 13"
+    faults openmpi "error 5" "exit 8" "kill 22" "stop 17" "loop 13" "loop 24"
     soak openmpi 8 build/mpi
 else
     export LLMPAR_TEST_FULL=1

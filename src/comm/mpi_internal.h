@@ -23,7 +23,7 @@ typedef struct llmpar__mpi_header {
     unsigned char payload[LLMPAR__MPI_INLINE]; /* aligned to 8 */
 } llmpar__mpi_header;
 
-typedef enum llmpar__mpi_note_kind { LLMPAR__MPI_BEAT = 1, LLMPAR__MPI_FAILED = 2, LLMPAR__MPI_FINISHED = 3, LLMPAR__MPI_BYE = 4 } llmpar__mpi_note_kind;
+typedef enum llmpar__mpi_note_kind { LLMPAR__MPI_BEAT = 1, LLMPAR__MPI_ASKED = 2, LLMPAR__MPI_FAILED = 3, LLMPAR__MPI_FINISHED = 4, LLMPAR__MPI_BYE = 5 } llmpar__mpi_note_kind;
 
 /* A control message. Plain bytes. */
 typedef struct llmpar__mpi_note {
@@ -43,7 +43,7 @@ typedef struct llmpar__mpi_peer {
     llmpar_position position;
     double silent;           /* seconds of this rank's own attention without a sign of life; watched peers only */
     double finished_for;     /* .. since it finished */
-    int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure */
+    int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure, or since somebody asked */
     int32_t flushed;         /* its last message on `data` has come */
 } llmpar__mpi_peer;
 
@@ -73,7 +73,7 @@ struct llmpar_mpi_world {
     llmpar__mpi_peer *peer;          /* [ranks] */
     llmpar__mpi_note incoming;       /* the standing receive */
     MPI_Request standing;
-    llmpar__mpi_cast failed, finished, bye;
+    llmpar__mpi_cast asked, failed, finished, bye;
     llmpar__mpi_beat *beat;          /* [beats] ranks + 1, + 2, + 4, .. */
     int32_t beats;
     double last_beat, last_look;
@@ -111,7 +111,7 @@ LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
 LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed);
 /* Under the lock: llmpar_mpi_world_fail. */
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
-/* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
+/* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; it asks them, and waits up to a second for those that have not said it yet. */
 LLMPAR__PRIVATE void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity);
 /* Where a call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
 LLMPAR__PRIVATE llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc);

@@ -2,6 +2,7 @@
 
    Two duplicated communicators. `data` carries collectives (mpi_wait.c). `control` carries notes, and one receive is always posted for them:
      BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
+     ASKED      once, to all, from a rank that has waited in vain and from every one that hears it: where the sender is
      FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
      FINISHED   once, to all: the sender's rank function has returned
      BYE        once, to all, when all have finished: the last note of the sender. With it an empty last message on `data`, up to which everybody drops what a failure has left there
@@ -57,7 +58,7 @@ static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, ll
     cast->note.kind = (int32_t)kind;
     cast->note.rank = world->rank;
     llmpar_record_position(world->record, &cast->note.position);
-    if (kind >= LLMPAR__MPI_FINISHED && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    if (world->finished.sent && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
     cast->note.error = world->failure;
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
@@ -107,8 +108,9 @@ static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *n
     peer->silent = 0;
     if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
     if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
+    if (note->kind == LLMPAR__MPI_ASKED) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED);
+    if (note->kind == LLMPAR__MPI_ASKED || note->error.status) peer->told = 1;
     if (note->error.status == LLMPAR_OK) return;
-    peer->told = 1;
     llmpar__mpi_fail_locked(world, &note->error);
 }
 
@@ -267,12 +269,13 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
     world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
+    world->asked.request = llmpar__mpi_requests(world->heap, n);
     world->failed.request = llmpar__mpi_requests(world->heap, n);
     world->finished.request = llmpar__mpi_requests(world->heap, n);
     world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
     world->bucket = (unsigned char *)malloc(world->bucket_bytes);
-    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->asked.request || !world->failed.request || !world->finished.request || !world->bye.request)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
     for (int32_t i = 0; i < world->ranks; i++) {
@@ -378,6 +381,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->beat);
     llmpar_heap_free(heap, world->inbox);
     llmpar_heap_free(heap, world->meeting);
+    llmpar_heap_free(heap, world->asked.request);
     llmpar_heap_free(heap, world->failed.request);
     llmpar_heap_free(heap, world->finished.request);
     llmpar_heap_free(heap, world->bye.request);
@@ -486,7 +490,8 @@ static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
 LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
 {
     double limit = llmpar__clock_seconds() + 1;
-    for (int waiting = world->aborted; waiting && llmpar__clock_seconds() < limit;) {
+    if (!world->aborted) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED); /* what this rank has seen of the others is older, and a guess */
+    for (int waiting = 1; waiting && llmpar__clock_seconds() < limit;) {
         waiting = 0;
         for (int32_t i = 0; i < world->ranks; i++)
             if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
@@ -514,8 +519,8 @@ static int llmpar__mpi_sent(llmpar_mpi_world *world)
 {
     int done = 1, all = 1;
     int32_t n = world->ranks;
-    for (int32_t i = 0; i < 4 * n; i++) {
-        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : &world->bye.request[i - 2 * n];
+    for (int32_t i = 0; i < 5 * n; i++) {
+        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : i < 3 * n ? &world->asked.request[i - 2 * n] : &world->bye.request[i - 3 * n];
         if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
     }
     for (int32_t i = 0; i < world->beats; i++)
