@@ -303,6 +303,19 @@ TEST(limit)
         }
 }
 
+/* The buffers that measure the processor's speed, a product of 256 x 256, are made smaller where a step takes less than they do. */
+TEST(limit_of_a_small_model)
+{
+    attempt free_run = attempt_of(1, 1, 1, "--optimizer adalomo");
+    free_run.config.layers = 1;
+    free_run.batch = 2;
+    attempt fits = free_run;
+    plan_is_reality(&free_run);
+    fits.memory_limit = largest_peak(&free_run, 1);
+    CHECK(fits.memory_limit < 3 * 256 * 256 * sizeof(float));
+    if (plan_is_reality(&fits)) same_steps(fits.policy, &fits, &free_run);
+}
+
 static llmpar_llama_config large_config(void)
 {
     llmpar_llama_config c = train_config(0);
@@ -508,4 +521,4 @@ TEST(no_memory)
     }
 }
 
-TEST_LIST(T_(one_by_one), T_(mixed), T_(limit), T_(refused_for_nothing), T_(offers_are_true), T_(recompute_auto), T_(touches_nothing), T_(no_memory))
+TEST_LIST(T_(one_by_one), T_(mixed), T_(limit), T_(limit_of_a_small_model), T_(refused_for_nothing), T_(offers_are_true), T_(recompute_auto), T_(touches_nothing), T_(no_memory))

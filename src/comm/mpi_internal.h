@@ -73,6 +73,7 @@ struct llmpar_mpi_world {
     llmpar__mpi_peer *peer;          /* [ranks] */
     llmpar__mpi_note incoming;       /* the standing receive */
     MPI_Request standing;
+    MPI_Request *casting;            /* of the casts: [5 * ranks] */
     llmpar__mpi_cast asked, failed, finished, bye;
     llmpar__mpi_beat *beat;          /* [beats] ranks + 1, + 2, + 4, .. */
     int32_t beats;

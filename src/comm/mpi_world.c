@@ -269,15 +269,16 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
     world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
-    world->asked.request = llmpar__mpi_requests(world->heap, n);
-    world->failed.request = llmpar__mpi_requests(world->heap, n);
-    world->finished.request = llmpar__mpi_requests(world->heap, n);
-    world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
+    world->casting = llmpar__mpi_requests(world->heap, 5 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
     world->bucket = (unsigned char *)malloc(world->bucket_bytes);
-    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->asked.request || !world->failed.request || !world->finished.request || !world->bye.request)
+    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->casting)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    world->asked.request = world->casting;
+    world->failed.request = world->casting + n;
+    world->finished.request = world->casting + 2 * n;
+    world->bye.request = world->casting + 3 * n;
     for (int32_t i = 0; i < world->ranks; i++) {
         world->peer[i].position.rank = i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -381,10 +382,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->beat);
     llmpar_heap_free(heap, world->inbox);
     llmpar_heap_free(heap, world->meeting);
-    llmpar_heap_free(heap, world->asked.request);
-    llmpar_heap_free(heap, world->failed.request);
-    llmpar_heap_free(heap, world->finished.request);
-    llmpar_heap_free(heap, world->bye.request);
+    llmpar_heap_free(heap, world->casting);
     llmpar_heap_free(heap, world->scratch);
     free(world->bucket);
     pthread_cond_destroy(&world->wake);
@@ -518,11 +516,8 @@ static void llmpar__mpi_flush(llmpar_mpi_world *world)
 static int llmpar__mpi_sent(llmpar_mpi_world *world)
 {
     int done = 1, all = 1;
-    int32_t n = world->ranks;
-    for (int32_t i = 0; i < 5 * n; i++) {
-        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : i < 3 * n ? &world->asked.request[i - 2 * n] : &world->bye.request[i - 3 * n];
-        if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
-    }
+    for (int32_t i = 0; i < 5 * world->ranks; i++)
+        if (world->casting[i] != MPI_REQUEST_NULL && !MPI_Test(&world->casting[i], &done, MPI_STATUS_IGNORE)) all = all && done;
     for (int32_t i = 0; i < world->beats; i++)
         if (world->beat[i].request != MPI_REQUEST_NULL && !MPI_Test(&world->beat[i].request, &done, MPI_STATUS_IGNORE)) all = all && done;
     return all;
