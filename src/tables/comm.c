@@ -203,7 +203,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_ca
     int gathers = op == LLMPAR_CALL_ALL_GATHER;
     size_t part = call.count * llmpar_dtype_size(call.dtype), whole = gathers ? part * (size_t)comm->ranks : part;
     llmpar_status status = device->alloc(device, whole, &buffer);
-    if (!status) status = device->stream_create(device, call.tag, &stream);
+    if (status) return status;
+    status = device->stream_create(device, call.tag, &stream);
     char *mine = (char *)buffer + (gathers ? part * (size_t)comm->rank : 0);
     call.send = mine;
     call.recv = buffer;
