@@ -110,16 +110,4 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llm
     return device->cast(device, stream, &args);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_reduce(llmpar_device *device, llmpar_stream *stream, llmpar_reduce_op op, const void *const *in, int32_t n, size_t count, void *out, llmpar_dtype dtype)
-{
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = n;
-    args.count = count;
-    args.out = out;
-    args.dtype = dtype;
-    return op == LLMPAR_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
-}
-
 #undef LLMPAR__DEVICE_HAS
