@@ -1,4 +1,5 @@
 /* attention: against finite differences, against plain softmax, and cut in every way: the bits of a row depend on its document only. */
+#include "attention_sizes.h"
 #include "ops.h"
 
 typedef struct problem {
@@ -360,23 +361,7 @@ TEST(decoding_has_the_same_bits)
     }
 }
 
-/* What serves so many queries and keys serves fewer, as a generation's chunks and tokens have them. */
-TEST(fewer_need_no_more)
-{
-    llmpar_device *device = ops_device(LLMPAR_CPU_PORTABLE, 3);
-    for (int draw = 0; draw < 36; draw++) {
-        llmpar_attention_args a;
-        int64_t rows = draw % 2 ? 40 : 5, keys = 300;
-        size_t need = 0;
-        memset(&a, 0, sizeof a);
-        a.batch = 1 + draw / 18; a.tq = rows; a.tk = a.tk_stride = keys; a.kv_heads = draw / 2 % 3 == 2 ? 1 : 2; a.heads = draw / 2 % 3 ? 8 * a.kv_heads : 2; a.head_dim = draw / 6 % 3 ? 64 : 16;
-        a.dtype = draw % 3 ? LLMPAR_BF16 : LLMPAR_F32; a.scale = 0.125;
-        size_t enough = device->attention_workspace(device, &a);
-        for (a.tq = 1; a.tq <= rows && need <= enough; a.tq++)
-            for (a.tk = a.tq; a.tk <= keys && need <= enough; a.tk += 7) need = device->attention_workspace(device, &a);
-        if (need > enough) TEST_FAIL("draw %d: %lld queries need %llu bytes, %lld %llu", draw, (long long)a.tq, (unsigned long long)need, (long long)rows, (unsigned long long)enough);
-    }
-}
+TEST(fewer_need_no_more) { attention_fewer(ops_device(LLMPAR_CPU_PORTABLE, 3)); }
 
 TEST(refusals)
 {

@@ -99,7 +99,6 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
 {
     uint64_t bits, magnitude, fraction;
     uint32_t sign, result;
-    int shift;
     memcpy(&bits, &value, sizeof bits);
     sign = (uint32_t)(bits >> 32) & 0x80000000u;
     magnitude = bits & 0x7FFFFFFFFFFFFFFFu;
@@ -112,7 +111,7 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
     }
     if (magnitude < 0x3690000000000000u) return sign | (magnitude != 0); /* below 2^-150 */
     fraction = (magnitude & 0x000FFFFFFFFFFFFFu) | 0x0010000000000000u;
-    shift = 926 - (int)(magnitude >> 52); /* to units of 2^-149: fraction * 2^(exponent - 1075 + 149) */
+    int shift = 926 - (int)(magnitude >> 52); /* to units of 2^-149: fraction * 2^(exponent - 1075 + 149) */
     result = (uint32_t)(fraction >> shift);
     return sign | result | ((fraction & (((uint64_t)1 << shift) - 1)) != 0);
 }

@@ -17,11 +17,10 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
     int64_t *limb = limbs + (position >> 5);
     int shift = position & 31;
     uint64_t low = (value & 0xFFFFFFFFu) << shift, high = (value >> 32) << shift; /* each < 2^63 */
-    int64_t first, second, third;
     high += low >> 32;
-    first = (int64_t)(low & 0xFFFFFFFFu);
-    second = (int64_t)(high & 0xFFFFFFFFu);
-    third = (int64_t)(high >> 32);
+    int64_t first = (int64_t)(low & 0xFFFFFFFFu);
+    int64_t second = (int64_t)(high & 0xFFFFFFFFu);
+    int64_t third = (int64_t)(high >> 32);
     limb[0] += negative ? -first : first;
     limb[1] += negative ? -second : second;
     limb[2] += negative ? -third : third;
@@ -30,11 +29,10 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
 LLMPAR_DEF void llmpar_exact_sum_add(llmpar_exact_sum *sum, double value)
 {
     uint64_t bits, fraction;
-    int exponent, negative;
     memcpy(&bits, &value, sizeof bits);
     fraction = bits & 0x000FFFFFFFFFFFFFu;
-    exponent = (int)(bits >> 52) & 0x7FF;
-    negative = (int)(bits >> 63);
+    int exponent = (int)(bits >> 52) & 0x7FF;
+    int negative = (int)(bits >> 63);
     if (exponent == 0x7FF) {
         sum->limb[fraction ? LLMPAR__EXACT_NAN : negative ? LLMPAR__EXACT_NEGATIVE_INFINITY : LLMPAR__EXACT_INFINITY]++;
         return;
@@ -63,10 +61,8 @@ static inline void llmpar__exact_square(llmpar_exact_sum *sum, uint32_t bits)
 static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *value, size_t count)
 {
     uint64_t bucket[2][256];
-    size_t i;
-    int e;
     memset(bucket, 0, sizeof bucket);
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint32_t bits, exponent, fraction;
         memcpy(&bits, value + i, sizeof bits);
         exponent = (bits >> 23) & 0xFFu;
@@ -74,7 +70,7 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
         if (exponent == 0xFFu) llmpar__exact_square(sum, bits);
         else bucket[i & 1][exponent] += (uint64_t)fraction * fraction;
     }
-    for (e = 0; e < 255; e++) {
+    for (int e = 0; e < 255; e++) {
         int position = 2 * (e ? e : 1) + 788;
         if (bucket[0][e]) llmpar__exact_place(sum->limb, bucket[0][e], position, 0);
         if (bucket[1][e]) llmpar__exact_place(sum->limb, bucket[1][e], position, 0);
@@ -84,7 +80,6 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
 LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const float *value, size_t count)
 {
     const size_t block = 65536;
-    size_t i;
     llmpar_exact_sum_carry(sum);
     while (count >= 512) { /* below this the buckets cost more than they save; the value is the same */
         size_t now = count < block ? count : block;
@@ -93,7 +88,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
         value += now;
         count -= now;
     }
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint32_t bits;
         memcpy(&bits, value + i, sizeof bits);
         llmpar__exact_square(sum, bits);
@@ -103,15 +98,13 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
 
 LLMPAR_DEF void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact_sum *other)
 {
-    int i;
-    for (i = 0; i < LLMPAR_EXACT_SUM_LIMBS; i++) sum->limb[i] += other->limb[i];
+    for (int i = 0; i < LLMPAR_EXACT_SUM_LIMBS; i++) sum->limb[i] += other->limb[i];
 }
 
 /* Limbs below the top one become [0, 2^32); the top one keeps the sign. */
 LLMPAR_DEF void llmpar_exact_sum_carry(llmpar_exact_sum *sum)
 {
-    int i;
-    for (i = 0; i < LLMPAR__EXACT_NUMBER - 1; i++) {
+    for (int i = 0; i < LLMPAR__EXACT_NUMBER - 1; i++) {
         sum->limb[i + 1] += sum->limb[i] >> 32; /* rounds down, on negatives too */
         sum->limb[i] &= 0xFFFFFFFF;
     }
@@ -121,7 +114,6 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
 {
     llmpar_exact_sum digits = *sum;
     const int64_t *special = sum->limb;
-    uint64_t significand;
     double value;
     int top, i, shift, sticky, negative;
 
@@ -149,7 +141,7 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
         return value;
     }
     /* 64 bits from the highest bit down, and whether anything lies below */
-    significand = (uint64_t)digits.limb[top] << 32;
+    uint64_t significand = (uint64_t)digits.limb[top] << 32;
     if (top > 0) significand |= (uint64_t)digits.limb[top - 1];
     sticky = 0;
     if (top > 1) {

@@ -58,13 +58,12 @@ LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allo
 LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
 {
     llmpar__heap_header header;
-    char *memory;
     if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
     if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
     if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
     header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
     if (!header.raw) return NULL;
-    memory = (char *)header.raw + sizeof header;
+    char *memory = (char *)header.raw + sizeof header;
     memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
     memcpy(memory - sizeof header, &header, sizeof header);
     heap->calls++;

@@ -64,11 +64,10 @@ static int llmpar__json_peek(const llmpar__json_parser *p)
 static size_t llmpar__json_utf8(const char *text, size_t length)
 {
     unsigned first, second, low = 0x80, high = 0xBF;
-    size_t bytes, i;
     first = (unsigned char)text[0];
     if (first < 0x80) return 1;
     if (first < 0xC2 || first > 0xF4) return 0;
-    bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    size_t bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
     if (length < bytes) return 0;
     if (first == 0xE0) low = 0xA0;
     if (first == 0xED) high = 0x9F;
@@ -76,7 +75,7 @@ static size_t llmpar__json_utf8(const char *text, size_t length)
     if (first == 0xF4) high = 0x8F;
     second = (unsigned char)text[1];
     if (second < low || second > high) return 0;
-    for (i = 2; i < bytes; i++)
+    for (size_t i = 2; i < bytes; i++)
         if (((unsigned char)text[i] & 0xC0) != 0x80) return 0;
     return bytes;
 }
@@ -104,9 +103,8 @@ static char *llmpar__json_put_utf8(char *out, uint32_t code)
 /* Four hexadecimal digits at the cursor. */
 static int llmpar__json_hex4(llmpar__json_parser *p, uint32_t *code)
 {
-    int i;
     *code = 0;
-    for (i = 0; i < 4; i++, p->at++) {
+    for (int i = 0; i < 4; i++, p->at++) {
         int c = llmpar__json_peek(p);
         int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
         if (digit < 0) return llmpar__json_expected(p, p->at, "four hexadecimal digits after \\u");
@@ -188,8 +186,7 @@ typedef struct llmpar__json_big {
 static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, uint32_t term)
 {
     uint64_t carry = term;
-    int i;
-    for (i = 0; i < big->used; i++) {
+    for (int i = 0; i < big->used; i++) {
         carry += (uint64_t)big->limb[i] * factor;
         big->limb[i] = (uint32_t)carry;
         carry >>= 32;
@@ -215,9 +212,8 @@ static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
 
 static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_big *b)
 {
-    int i;
     if (a->used != b->used) return a->used < b->used;
-    for (i = a->used - 1; i >= 0; i--)
+    for (int i = a->used - 1; i >= 0; i--)
         if (a->limb[i] != b->limb[i]) return a->limb[i] < b->limb[i];
     return 0;
 }
@@ -226,8 +222,7 @@ static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_b
 static void llmpar__json_big_subtract(llmpar__json_big *a, const llmpar__json_big *b)
 {
     int64_t borrow = 0;
-    int i;
-    for (i = 0; i < a->used; i++) {
+    for (int i = 0; i < a->used; i++) {
         borrow += (int64_t)a->limb[i] - (i < b->used ? (int64_t)b->limb[i] : 0);
         a->limb[i] = (uint32_t)borrow;
         borrow >>= 32;
@@ -319,14 +314,13 @@ static int llmpar__json_digits(llmpar__json_parser *p)
 
 static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
 {
-    size_t begin, i;
     uint64_t magnitude = 0;
     int negative = llmpar__json_peek(p) == '-', whole = 1;
     p->at += (size_t)negative;
-    begin = p->at;
+    size_t begin = p->at;
     if (llmpar__json_peek(p) == '0') p->at++;
     else if (!llmpar__json_digits(p)) return 0;
-    for (i = begin; i < p->at && whole; i++)
+    for (size_t i = begin; i < p->at && whole; i++)
         whole = !__builtin_mul_overflow(magnitude, (uint64_t)10, &magnitude) && !__builtin_add_overflow(magnitude, (uint64_t)(p->text[i] - '0'), &magnitude);
     if (llmpar__json_peek(p) == '.') {
         whole = 0;
@@ -358,9 +352,8 @@ static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
 /* Any total order in which equal names are neighbours; equal ones in text order. */
 static int llmpar__json_key_before(const llmpar_json *a, const llmpar_json *b)
 {
-    int order;
     if (a->key_length != b->key_length) return a->key_length < b->key_length;
-    order = memcmp(a->key, b->key, a->key_length);
+    int order = memcmp(a->key, b->key, a->key_length);
     return order ? order < 0 : a->key < b->key;
 }
 
@@ -381,7 +374,6 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
 {
     const llmpar_json **member, *duplicate = NULL, *node, *swap;
     size_t count = 0, i;
-    int shown;
     if (object->length < 2) return 1;
     member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
     if (!member) {
@@ -401,7 +393,7 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
             if (!duplicate || member[i]->key < duplicate->key) duplicate = member[i];
     llmpar_heap_free(p->heap, (void *)member);
     if (!duplicate) return 1;
-    shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
+    int shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
     while (shown > 0 && ((unsigned char)duplicate->key[shown] & 0xC0) == 0x80) shown--; /* whole characters */
     llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected every member name once, got \"%.*s\" again", p->name,
                      (size_t)(duplicate->key - p->strings) - 1, shown, duplicate->key);
@@ -544,10 +536,9 @@ LLMPAR_DEF void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root)
 
 LLMPAR_DEF const llmpar_json *llmpar_json_get(const llmpar_json *object, const char *key)
 {
-    const llmpar_json *member;
     size_t length = strlen(key);
     if (!object || object->type != LLMPAR_JSON_OBJECT) return NULL;
-    for (member = object->child; member; member = member->next)
+    for (const llmpar_json *member = object->child; member; member = member->next)
         if (member->key_length == length && memcmp(member->key, key, length) == 0) return member;
     return NULL;
 }

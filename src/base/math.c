@@ -55,13 +55,12 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
     uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
     /* to [-110, 110], which is far enough for 0 and infinity */
     float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
-    float shifted, n, r, p;
-    shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
-    n = shifted - 12582912.0f;
+    float shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
+    float n = shifted - 12582912.0f;
     k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
-    r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
+    float r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
     r = r - n * 1.42860677e-06f;
-    p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
+    float p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
     p = p * r + 0.00836320297f;
     p = p * r + 0.0416665544f;
     p = p * r + 0.166665768f;
@@ -84,12 +83,11 @@ LLMPAR_DEF float llmpar_log_f32(float x)
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
     float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
     float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
-    uint32_t result;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    uint32_t result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
     result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
     result = llmpar__math_select(bits == 0x7F800000u, bits, result);
     result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
@@ -99,16 +97,14 @@ LLMPAR_DEF float llmpar_log_f32(float x)
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
 static double llmpar__math_exp_pair(double high, double low)
 {
-    double shifted, n, r, p;
-    int64_t k, half;
     if (!(high < 709.79)) return high >= 709.79 ? llmpar__math_from_bits_f64(0x7FF0000000000000u) : high;
     if (high < -745.2) return 0.0;
-    shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
-    n = shifted - 6755399441055744.0;
-    k = (int64_t)n;
-    r = high - n * 0.69314718036912382; /* 32 bits of ln 2: the product is exact */
+    double shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
+    double n = shifted - 6755399441055744.0;
+    int64_t k = (int64_t)n;
+    double r = high - n * 0.69314718036912382; /* 32 bits of ln 2: the product is exact */
     r = r - (n * 1.9082149292705877e-10 - low);
-    p = 2.0914717341716378e-09; /* (e^r - 1 - r) / r^2, relative to e^r within 2e-19 */
+    double p = 2.0914717341716378e-09; /* (e^r - 1 - r) / r^2, relative to e^r within 2e-19 */
     p = p * r + 2.5105259538448494e-08;
     p = p * r + 2.755727357010214e-07;
     p = p * r + 2.7557255297969643e-06;
@@ -120,7 +116,7 @@ static double llmpar__math_exp_pair(double high, double low)
     p = p * r + 0.16666666666666671;
     p = p * r + 0.5;
     p = 1.0 + (r + r * r * p);
-    half = k / 2;
+    int64_t half = k / 2;
     p = p * llmpar__math_from_bits_f64((uint64_t)(half + 1023) << 52);
     return p * llmpar__math_from_bits_f64((uint64_t)(k - half + 1023) << 52);
 }
@@ -217,35 +213,33 @@ LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 
 LLMPAR_DEF void llmpar_sincos_f64(double x, double *sine, double *cosine)
 {
-    double shifted, n, r, high, low, z, p, s, c;
-    int64_t quadrant;
     if (!(x >= -1e9 && x <= 1e9)) {
         *sine = *cosine = llmpar__math_from_bits_f64(0x7FF8000000000000u);
         return;
     }
-    shifted = x * 0.63661977236758138 + 6755399441055744.0;
-    n = shifted - 6755399441055744.0;
-    quadrant = (int64_t)n;
+    double shifted = x * 0.63661977236758138 + 6755399441055744.0;
+    double n = shifted - 6755399441055744.0;
+    int64_t quadrant = (int64_t)n;
     /* pi/2 in 23 + 23 + 53 bits: n has 30, so the first two products and differences are exact */
-    r = (x - n * 1.5707962512969971) - n * 7.5497894158615964e-08;
-    p = n * 5.390302858158119e-15;
-    high = r - p;
-    low = (r - high) - p;
-    z = high * high;
+    double r = (x - n * 1.5707962512969971) - n * 7.5497894158615964e-08;
+    double p = n * 5.390302858158119e-15;
+    double high = r - p;
+    double low = (r - high) - p;
+    double z = high * high;
     p = 1.5917848524808262e-10; /* (sin(r)/r - 1) / r^2, |r| <= pi/4, within 1.3e-17 of sin(r)/r */
     p = p * z - 2.5051127944014188e-08;
     p = p * z + 2.7557316083816358e-06;
     p = p * z - 0.00019841269836722418;
     p = p * z + 0.0083333333333309254;
     p = p * z - 0.16666666666666666;
-    s = high + (high * z * p + low);
+    double s = high + (high * z * p + low);
     p = -1.1382456778061306e-11; /* (cos(r) - 1 + r^2/2) / r^4 within 5e-19 of cos(r) */
     p = p * z + 2.0876143827993133e-09;
     p = p * z - 2.7557317260008837e-07;
     p = p * z + 2.480158729874307e-05;
     p = p * z - 0.0013888888888887382;
     p = p * z + 0.041666666666666664;
-    c = 1.0 - (0.5 * z - (z * z * p - high * low));
+    double c = 1.0 - (0.5 * z - (z * z * p - high * low));
     *sine = quadrant & 1 ? c : s;
     *cosine = quadrant & 1 ? s : c;
     if (quadrant & 2) *sine = -*sine;
@@ -285,13 +279,12 @@ LLMPAR_DEF int llmpar_isfinite_f64(double x)
 LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent)
 {
     uint64_t kept, lost, half;
-    int length, drop;
     if (significand == 0) return 0.0;
-    length = 64 - __builtin_clzll(significand);
+    int length = 64 - __builtin_clzll(significand);
     if (exponent + length > 1024) return llmpar__math_from_bits_f64(0x7FF0000000000000u);
     if (exponent + length < -1074) return 0.0; /* below half of the smallest subnormal, 2^-1075 */
     /* the last bit kept has weight 2^-1074 or is the 53rd */
-    drop = length - 53;
+    int drop = length - 53;
     if (exponent + drop < -1074) drop = (int)(-1074 - exponent);
     if (drop <= 0) {
         kept = significand << -drop;

@@ -6,8 +6,7 @@
 static void llmpar__rng_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
-    int round;
-    for (round = 0; round < 10; round++) {
+    for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
         c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -95,8 +94,7 @@ LLMPAR_DEF double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index)
 LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out)
 {
     double pair[2] = { 0.0, 0.0 };
-    size_t i;
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint64_t index = first + i;
         if (i == 0 || !(index & 1)) llmpar__rng_normal_pair(rng, index >> 1, pair);
         out[i] = (float)((double)mean + (double)stddev * pair[index & 1]);

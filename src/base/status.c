@@ -19,11 +19,10 @@ LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
     /* Formatted aside first: an argument may point into *error. */
     char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
     va_list arguments;
-    int length;
     size_t i;
     if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
     va_start(arguments, format);
-    length = vsnprintf(text, sizeof text, format, arguments);
+    int length = vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     if (length < 0) text[0] = 0;
     if (length >= (int)sizeof text) {

@@ -1,14 +1,13 @@
 #include "base/text_internal.h"
+#include "base/json.h"
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 LLMPAR__PRIVATE_DEF llmpar__text llmpar__text_begin(char *text, size_t capacity)
 {
-    llmpar__text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.used = 0;
+    const llmpar__text out = { text, capacity, 0 };
     if (capacity) text[0] = 0;
     return out;
 }
@@ -21,4 +20,10 @@ LLMPAR__PRIVATE_DEF void llmpar__text_put(llmpar__text *out, const char *format,
     int length = vsnprintf(room ? out->text + out->used : NULL, room, format, arguments);
     va_end(arguments);
     if (length > 0) out->used += (size_t)length;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__text_put_json(llmpar__text *out, const char *string)
+{
+    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
+    out->used += llmpar_json_escape(string, strlen(string), room ? out->text + out->used : NULL, room);
 }

@@ -10,5 +10,7 @@ typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
 LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
 /* Appends like printf. */
 LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+/* Appends a JSON string, in its quotes. */
+LLMPAR__PRIVATE void llmpar__text_put_json(llmpar__text *out, const char *string);
 
 #endif

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #include "base/size.h"
-#include "tables/device.h"
+#include "tables/tables_internal.h"
 
 #ifdef LLMPAR_USE_MPI
 
@@ -52,16 +52,7 @@ static llmpar_status llmpar__mpi_copy(llmpar__mpi_comm *tc, void *out, const voi
 
 static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call *call, const void *const *in, int32_t n, size_t count, void *out)
 {
-    llmpar_device *device = tc->comm.device;
-    llmpar_tree_sum_args args;
-    if (!count) return LLMPAR_OK;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = n;
-    args.count = count;
-    args.out = out;
-    args.dtype = (llmpar_dtype)call->dtype;
-    return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    return count ? llmpar__device_reduce(tc->comm.device, NULL, (llmpar_reduce_op)call->reduce, in, n, count, out, (llmpar_dtype)call->dtype) : LLMPAR_OK;
 }
 
 static int llmpar__mpi_is_small(const llmpar__mpi_comm *tc, size_t bytes) { return bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct; }
@@ -156,9 +147,7 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < held && !st; i++) {
             if (label[kept[i]] != mine) continue;
             size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
-            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
-            in[0] = level->left ? own : theirs;
-            in[1] = level->left ? theirs : own;
+            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2] = { level->left ? own : theirs, level->left ? theirs : own };
             st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == levels ? s->out : (void *)(partial + (size_t)keeps * room));
             kept[keeps++] = kept[i];
         }
@@ -408,10 +397,8 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
 {
     llmpar_mpi_world *world = tc->world;
     llmpar_call call;
-    llmpar_collective named;
+    const llmpar_collective named = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
     int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
-    memset(&named, 0, sizeof named);
-    named.tag = name;
     llmpar_call_describe(&tc->comm, LLMPAR_CALL_SPLIT, &named, &call);
     if (call.rank < 0) call.rank = tc->world->rank;
     place[r].color = color;

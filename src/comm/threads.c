@@ -27,6 +27,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "tables/tables_internal.h"
+
 #define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
 #define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
@@ -71,41 +73,26 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
 /* out[count] = sum or max over the ranks of tc->inputs, in tree order. */
 static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmpar__threads_call *call, size_t count, void *out)
 {
-    llmpar_device *device = tc->comm.device;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = tc->inputs;
-    args.n = tc->comm.ranks;
-    args.count = count;
+    return llmpar__device_reduce(tc->comm.device, NULL, (llmpar_reduce_op)call->what.reduce, tc->inputs, tc->comm.ranks, count, out, (llmpar_dtype)call->what.dtype);
+}
+
+/* The sum of n inputs, in tree order, to `outs` places. */
+static llmpar_status llmpar__threads_sum_to(llmpar__threads_comm *tc, const void *const *in, int32_t n, void *const *out, int32_t outs, size_t count, llmpar_dtype dtype)
+{
+    llmpar_tree_sum_to_args args;
+    args.in = in;
+    args.n = n;
     args.out = out;
-    args.dtype = (llmpar_dtype)call->what.dtype;
-    return call->what.reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    args.outs = outs;
+    args.count = count;
+    args.dtype = dtype;
+    return outs && count ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
 }
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
 {
-    llmpar_tree_sum_to_args args;
     if (!bytes || out == in) return LLMPAR_OK;
-    if (bytes <= LLMPAR__THREADS_INLINE) return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
-    args.in = &in;
-    args.out = &out;
-    args.n = args.outs = 1;
-    args.count = bytes;
-    args.dtype = LLMPAR_U8;
-    return llmpar_device_tree_sum_to(tc->comm.device, &args);
-}
-
-/* in[bytes] to `outs` of tc->outputs. */
-static llmpar_status llmpar__threads_spread(llmpar__threads_comm *tc, const void *in, int32_t outs, size_t bytes)
-{
-    llmpar_tree_sum_to_args args;
-    args.in = &in;
-    args.n = 1;
-    args.out = tc->outputs;
-    args.outs = outs;
-    args.count = bytes;
-    args.dtype = LLMPAR_U8;
-    return outs && bytes ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
+    return bytes <= LLMPAR__THREADS_INLINE ? tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes) : llmpar__threads_sum_to(tc, &in, 1, &out, 1, bytes, LLMPAR_U8);
 }
 
 /* This rank's slice [begin, end) of `total` things of `item` bytes. */
@@ -129,17 +116,11 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
     llmpar_status st = LLMPAR_OK;
     llmpar__threads_share(tc, call->what.count * call->what.blocks, item, &begin, &end);
     if (call->what.reduce != LLMPAR_MAX) {
-        llmpar_tree_sum_to_args args;
         for (size_t i = 0; i < n; i++) {
             tc->inputs[i] = (const char *)slots[i].call.send + begin * item;
             tc->outputs[i] = (char *)slots[(r + i) % n].call.recv + begin * item; /* mine first: what the others are copied from where the device sums to one place only */
         }
-        args.in = tc->inputs;
-        args.out = tc->outputs;
-        args.n = args.outs = (int32_t)n;
-        args.count = end - begin;
-        args.dtype = (llmpar_dtype)call->what.dtype;
-        return llmpar_device_tree_sum_to(tc->comm.device, &args);
+        return llmpar__threads_sum_to(tc, tc->inputs, (int32_t)n, tc->outputs, (int32_t)n, end - begin, (llmpar_dtype)call->what.dtype);
     }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
         size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
@@ -172,13 +153,13 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         return st;
     case LLMPAR_CALL_ALL_GATHER:
         for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
-            const char *from = (const char *)call->send + b * part;
+            const void *from = (const char *)call->send + b * part;
             int32_t outs = 0;
             for (size_t i = 0; i < n; i++) {
                 char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
                 if (to != from) tc->outputs[outs++] = to;
             }
-            st = llmpar__threads_spread(tc, from, outs, part);
+            st = llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, part, LLMPAR_U8);
         }
         for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
@@ -199,7 +180,8 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
                 char *to = (char *)slots[(r + i) % n].call.recv;
                 if (to && to != root->send) tc->outputs[outs++] = to + begin;
             }
-            return llmpar__threads_spread(tc, (const char *)root->send + begin, outs, end - begin);
+            const void *from = (const char *)root->send + begin;
+            return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, end - begin, LLMPAR_U8);
         }
         if (!recv || recv == call->send) return LLMPAR_OK;
         return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
@@ -372,17 +354,13 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
     llmpar__threads_call call;
-    llmpar_collective given;
+    const llmpar_collective given = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
     memset(&call, 0, sizeof call);
-    memset(&given, 0, sizeof given);
-    given.tag = name;
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
-    int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
+    int32_t mine[2] = {color, key}, theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     llmpar_status st = llmpar_order_wait(&tc->order);
     if (st) return st;
-    mine[0] = color;
-    mine[1] = key;
     llmpar__threads_slot *slots = NULL;
     st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
     if (st) return st;

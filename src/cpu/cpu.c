@@ -55,13 +55,11 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
 
 LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
 {
-    int i;
-    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++) {
-        if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
+    for (int i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++)
+        if (!strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i))) {
             *out = (llmpar_cpu_level)i;
             return 1;
         }
-    }
     return 0;
 }
 
@@ -116,11 +114,8 @@ static llmpar_status llmpar__cpu_do_move(llmpar_device *view, void *args)
 
 static llmpar_status llmpar__cpu_move_run(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
 {
-    llmpar__cpu_move move;
+    llmpar__cpu_move move = { out, in, bytes };
     struct llmpar__queue *queue = llmpar__cpu_queue(stream);
-    move.out = out;
-    move.in = in;
-    move.bytes = bytes;
     if (queue && bytes) return llmpar__stream_push(queue, llmpar__cpu_do_move, &move, sizeof move, NULL, 0);
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     return bytes ? llmpar__cpu_do_move(device, &move) : LLMPAR_OK;
@@ -227,11 +222,8 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     if (arg_bytes > sizeof copy.bytes)
         return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
-    if (llmpar__cpu_queue(stream)) {
-        llmpar__cpu_call call;
-        call.fn = fn;
-        return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
-    }
+    const llmpar__cpu_call call = { fn };
+    if (llmpar__cpu_queue(stream)) return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
     if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
     return llmpar__cpu_stick(stream, fn(copy.bytes));
 }
@@ -358,9 +350,8 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
 
 LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 {
-    llmpar__cpu *cpu;
     if (!device) return;
-    cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__stream_end_all(cpu);
     llmpar__pool_destroy(cpu->pool);
     llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */

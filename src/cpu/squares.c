@@ -43,11 +43,10 @@ LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, l
     spread = most - fewest;
     below = window->top - fewest;
     if (most > window->top || window->blocks >= LLMPAR__SQUARES_BLOCKS || (below > LLMPAR__SQUARES_TWO && spread <= LLMPAR__SQUARES_TWO) || (below > LLMPAR__SQUARES_THREE && spread <= LLMPAR__SQUARES_THREE)) {
-        int k;
         llmpar__squares_flush(window, sum);
         window->top = most + (spread < LLMPAR__SQUARES_TWO); /* room for the next block's */
         below = window->top - fewest;
-        k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
+        int k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
         for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
             window->start[w] = llmpar__squares_power(k) * (w ? 1.5 : 1.0);
             window->unit[w] = llmpar__squares_power(k - 52);
@@ -92,10 +91,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum part[PARTS], *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
     llmpar__squares_job job;
     llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
-    int64_t tasks;
     (void)stream;
     if (status || !args->count) return status;
-    tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
+    int64_t tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
     job.value = args->x;
     job.ahead = (const char *)args->x + LLMPAR__VAHEAD;
     job.window = NULL;

@@ -155,9 +155,8 @@ static llmpar_status llmpar__stream_room(struct llmpar__queue *q, uint64_t bytes
 {
     if (bytes > q->capacity / 2) {
         uint64_t capacity = q->capacity;
-        unsigned char *ring;
         while (bytes > capacity / 2) capacity *= 2;
-        ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
+        unsigned char *ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
         if (!ring) return llmpar_error_set(q->device->error, LLMPAR_ERR_MEMORY, "cpu stream %s: no memory for %llu bytes of arguments", q->name, (unsigned long long)bytes);
         llmpar__stream_host_until(q, q->tail);
         llmpar_heap_free(q->cpu.heap, q->ring);
@@ -201,9 +200,8 @@ static llmpar_status llmpar__stream_add(struct llmpar__queue *q, llmpar__stream_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_push(struct llmpar__queue *q, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes)
 {
-    llmpar_status status;
     pthread_mutex_lock(&q->all->lock);
-    status = llmpar__stream_add(q, LLMPAR__STREAM_RUN, run, args, bytes, array, array_bytes);
+    llmpar_status status = llmpar__stream_add(q, LLMPAR__STREAM_RUN, run, args, bytes, array, array_bytes);
     pthread_mutex_unlock(&q->all->lock);
     return status;
 }
@@ -233,10 +231,9 @@ LLMPAR__PRIVATE_DEF uint64_t llmpar__stream_tail(struct llmpar__queue *q, llmpar
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_wait(struct llmpar__queue *q, uint64_t position)
 {
-    llmpar_status status;
     pthread_mutex_lock(&q->all->lock);
     llmpar__stream_host_until(q, position);
-    status = llmpar__stream_failed(q, position);
+    llmpar_status status = llmpar__stream_failed(q, position);
     if (status) llmpar__stream_take(q, q->device->error);
     pthread_mutex_unlock(&q->all->lock);
     return status;
@@ -286,10 +283,9 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__stream_threads_running(llmpar_device *device
 {
     struct llmpar__queues *all = llmpar__stream_queues((const llmpar__cpu *)device->state);
     struct llmpar__queue *q;
-    int32_t running;
     if (!all) return 1;
     pthread_mutex_lock(&all->lock);
-    running = !all->host.queue || all->host.queue->head >= all->host.position;
+    int32_t running = !all->host.queue || all->host.queue->head >= all->host.position;
     for (q = all->first; q; q = q->next) {
         if (q->head == q->tail) continue;
         const llmpar__stream_item *item = llmpar__stream_at(q, q->head);
@@ -333,7 +329,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     struct llmpar__queue *q;
     pthread_attr_t attributes;
     char base[16];
-    int failed;
     *out = NULL;
     if (!cpu->queues) {
         struct llmpar__queues *all = (struct llmpar__queues *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *all);
@@ -359,7 +354,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     q->stop = q->known = 0;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__STREAM_STACK);
-    failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
+    int failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
     pthread_attr_destroy(&attributes);
     if (failed) {
         if (cpu->queues->pool_owner == q) cpu->queues->pool_owner = NULL;

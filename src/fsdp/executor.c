@@ -15,17 +15,11 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_stream *stream = fsdp->stream[in->stream];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = fsdp->scalars;
-    call.count = count;
-    call.dtype = LLMPAR_I64;
-    call.tag = tag;
+    const llmpar_collective call = llmpar__comm_collective(fsdp->scalars, fsdp->scalars, count, LLMPAR_I64, tag);
     llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, fsdp->host_scalars, count * sizeof(int64_t));
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
     if (!status) status = fsdp->device->copy(fsdp->device, stream, fsdp->host_scalars, fsdp->scalars, count * sizeof(int64_t));
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the values */
-    return status ? status : waited;
+    return llmpar__device_done(fsdp->device, stream, status);
 }
 
 static llmpar_status llmpar__exec_begin(llmpar__exec *exec, double norm)
@@ -50,8 +44,7 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
     for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
     /* Loss and norm start from zero before any stream adds to them. */
     status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t));
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[in->stream], status);
     if (!status && exec->inside && tokens) status = llmpar__exec_begin(exec, -1);
     return status;
 }
@@ -161,10 +154,7 @@ static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruct
         llmpar__exec_trace_memory(fsdp);
         if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
     }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
-        llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
-        if (!status) status = sync;
-    }
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) status = llmpar__device_done(fsdp->device, fsdp->stream[s], status);
     return llmpar__store_failed(fsdp->store, status);
 }
 

@@ -15,18 +15,11 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
     size_t size = llmpar_dtype_size(fsdp->reduce);
     for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
         size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
-        llmpar_tree_sum_args args;
-        memset(&args, 0, sizeof args);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
-            status = llmpar__fsdp_convert(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+            status = llmpar__device_cast(fsdp->device, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
         }
-        args.in = fsdp->parts;
-        args.n = ranks;
-        args.count = piece;
-        args.out = out + at;
-        args.dtype = LLMPAR_F32;
-        if (!status) status = fsdp->device->tree_sum(fsdp->device, stream, &args);
+        if (!status) status = llmpar__device_reduce(fsdp->device, stream, LLMPAR_SUM, fsdp->parts, ranks, piece, out + at, LLMPAR_F32);
     }
     return status;
 }
@@ -38,25 +31,19 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     llmpar_device *device = fsdp->device;
     size_t ranks = (size_t)comm->ranks, size = llmpar_dtype_size(fsdp->reduce), slice = all ? (count + ranks - 1) / ranks : count, total = slice * ranks, given = all ? count : total;
     void *send = NULL, *recv = NULL, *wide = NULL, *sum = NULL;
-    llmpar_collective call;
     llmpar_status status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &send);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
     if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
-    if (!status) status = llmpar__fsdp_convert(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status) status = llmpar__device_cast(fsdp->device, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
     if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
-    memset(&call, 0, sizeof call);
-    call.send = send;
-    call.recv = recv;
-    call.count = slice;
-    call.dtype = fsdp->reduce;
-    call.tag = tag;
+    const llmpar_collective call = llmpar__comm_collective(send, recv, slice, fsdp->reduce, tag);
     if (!status) status = llmpar_all_to_all(comm, stream, &call);
     if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
     if (all) {
-        if (!status) status = llmpar__fsdp_convert(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar__device_cast(fsdp->device, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
         if (!status) status = llmpar_all_gather(comm, stream, &call);
-        if (!status) status = llmpar__fsdp_convert(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+        if (!status) status = llmpar__device_cast(fsdp->device, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
     }
     void **scratch[4] = {&sum, &wide, &recv, &send};
     for (int i = 0; i < 4; i++) {

@@ -95,9 +95,14 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
 }
 
+static llmpar_status llmpar__exec_activations(llmpar_fsdp *fsdp, const llmpar__flat *flat, size_t bytes, void **out)
+{
+    return llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, bytes, flat->label[LLMPAR__LABEL_ACTIVATIONS], out);
+}
+
 static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
 {
-    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    llmpar_status status = llmpar__exec_activations(exec->fsdp, flat, sizes->scratch, &call->scratch);
     if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
     call->workspace_bytes = sizes->workspace;
     return status;
@@ -122,8 +127,8 @@ static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instr
     void *unused = NULL, **output = again ? &unused : &flat->output[m];
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
-    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__exec_activations(fsdp, flat, sizes.output, output);
+    if (!status) status = llmpar__exec_activations(fsdp, flat, sizes.saved, &flat->saved[m]);
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     call.output = *output;
     call.saved = flat->saved[m];
@@ -168,7 +173,7 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
     if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
     if (!status && in->unit > fsdp->first_backward) {
         status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
-        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+        if (!status) status = llmpar__exec_activations(fsdp, before, input.output, &flat->dinput[m]);
     }
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     if (in->slot >= 0) call.grads = flat->grads;

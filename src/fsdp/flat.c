@@ -187,8 +187,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
             done += count;
         }
     }
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[0], status);
     return status ? status : llmpar_fsdp_shard_done(fsdp, index, 1);
 }
 
@@ -243,8 +242,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     fsdp->own_comms = 1;
     if (shard) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard gather", &fsdp->shard_comm);
     if (shard && !status) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard reduce", &fsdp->reduce_comm);
-    if (!status) status = llmpar_comm_split(replica, 0, replica->rank, "dp_replicate reduce", &fsdp->replica_comm);
-    return status;
+    return status ? status : llmpar_comm_split(replica, 0, replica->rank, "dp_replicate reduce", &fsdp->replica_comm);
 }
 
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units, const llmpar_fsdp_desc *desc)
@@ -370,12 +368,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     }
     if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);
     if (!status) status = llmpar__fsdp_setup(fsdp, units, desc);
-    if (status) {
-        llmpar_fsdp_destroy(fsdp);
-        return status;
-    }
-    *out = fsdp;
-    return LLMPAR_OK;
+    if (status) llmpar_fsdp_destroy(fsdp);
+    else *out = fsdp;
+    return status;
 }
 
 LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)

@@ -5,6 +5,7 @@
 #include "fsdp/fsdp.h"
 #include "fsdp/store_internal.h"
 #include "base/exact_sum.h"
+#include "tables/tables_internal.h"
 
 #define LLMPAR__UNIT_EVENTS 160 /* instructions in a unit's forward or backward */
 #define LLMPAR__FREE_EVENTS 32u /* releases of a stream that are told apart */
@@ -116,8 +117,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream
 /* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
-/* Enqueues out[count] = in in another type. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
 /* This rank's part of the parameters in the compute dtype, NULL while it is offloaded. */
 LLMPAR__PRIVATE void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The compute dtype's copy from the master. */

@@ -261,48 +261,31 @@ static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use,
 static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    if (policy->host_update) return;
-    if (k < plan->fetched || k >= plan->updates) return;
+    if (policy->host_update || k < plan->fetched || k >= plan->updates) return;
     plan->fetched = k + 1;
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
 }
 
-/* The next unit's update on the host. What goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
-static void llmpar__plan_host_update(llmpar__plan *plan, int32_t after)
-{
-    const llmpar_policy *policy = &plan->schedule->policy;
-    int32_t unit = plan->update[plan->updated++];
-    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_OFFLOAD);
-    optim->slot = 0;
-    optim->predicate = LLMPAR_IF_FINITE;
-    llmpar__plan_wait(optim, after);
-    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
-    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
-}
-
-/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
+/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead.
+   On the host: what goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
 static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
     int32_t unit = plan->update[plan->updated];
-    int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
+    int host = policy->host_update, params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && !host;
     llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
-    if (policy->host_update) {
-        llmpar__plan_host_update(plan, after);
-        return;
-    }
     llmpar__plan_fetch(plan, plan->updated);
     llmpar__plan_fetch(plan, plan->updated + 1);
     plan->updated++;
     if (params && !policy->master && policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
-    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, host ? LLMPAR_STREAM_OFFLOAD : LLMPAR_STREAM_COMPUTE);
     optim->slot = 0;
     optim->predicate = predicate;
     llmpar__plan_wait(optim, after);
-    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_COMPUTE)->predicate = predicate;
-    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, host ? LLMPAR_STREAM_GATHER : LLMPAR_STREAM_COMPUTE)->predicate = predicate;
+    if (!host && llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
     if (params) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_PARAMS, unit);
     if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = predicate;
 }

@@ -95,8 +95,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_s
 {
     if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
     llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
-    if (!status) status = llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
-    return status;
+    return status ? status : llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write)
@@ -112,19 +111,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_str
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream)
 {
     size_t size = llmpar_dtype_size(fsdp->dtype);
-    llmpar_collective call;
     if (fsdp->whole_state || (!fsdp->whole_params && flat->gathers++ > 0)) return LLMPAR_OK;
     if (!fsdp->whole_params) {
         llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, LLMPAR_TAG_GATHERED, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GATHER], &flat->gathered);
         if (status) return status;
         for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
     }
-    memset(&call, 0, sizeof call);
-    call.send = llmpar__fsdp_own_part(fsdp, flat);
-    call.recv = flat->gathered;
-    call.count = (size_t)flat->shard_elements;
-    call.dtype = fsdp->dtype;
-    call.tag = flat->label[LLMPAR__LABEL_GATHER];
+    const llmpar_collective call = llmpar__comm_collective(llmpar__fsdp_own_part(fsdp, flat), flat->gathered, (size_t)flat->shard_elements, fsdp->dtype, flat->label[LLMPAR__LABEL_GATHER]);
     return llmpar_all_gather(fsdp->shard_comm, fsdp->stream[stream], &call);
 }
 
@@ -134,21 +127,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar
     return llmpar__fsdp_free(fsdp, stream, &flat->gathered);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
-{
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
-    args.count = count;
-    args.in = in;
-    args.in_dtype = from;
-    args.out = out;
-    args.out_dtype = to;
-    return fsdp->device->cast(fsdp->device, stream, &args);
-}
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
 {
-    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
+    return llmpar__device_cast(fsdp->device, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -159,8 +140,7 @@ static llmpar_status llmpar__shard_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar
     int32_t count = llmpar__fsdp_moved(fsdp, unit, what, 0, 0, 0, moved);
     for (int32_t i = 0; i < count && !status; i++)
         if (!*moved[i].memory) status = llmpar__fsdp_fetch(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i]);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
-    return llmpar__store_failed(fsdp->store, status ? status : waited);
+    return llmpar__store_failed(fsdp->store, llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD], status));
 }
 
 static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int write)
@@ -172,8 +152,7 @@ static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_s
         llmpar_status put = llmpar__fsdp_put(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i], write);
         if (!status) status = put;
     }
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
-    return llmpar__store_failed(fsdp->store, status ? status : waited);
+    return llmpar__store_failed(fsdp->store, llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD], status));
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params)
@@ -185,8 +164,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
     if (!status && fsdp->whole_params) flat->gathers++;
     else if (!status) {
         status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_GATHER);
-        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
-        if (!status) status = waited;
+        status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER], status);
         if (status) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
     }
     if (fetch) {
@@ -254,9 +232,8 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
-        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
-        if (!status) status = waited;
+        if (!status) status = llmpar__device_cast(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
+        status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);
     }
     if (status) {
         llmpar_fail(fsdp->ctx, status, "unit %s: its parameters cannot be fetched", flat->unit.name);
@@ -273,12 +250,12 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit,
     llmpar_status status = LLMPAR_OK;
     if (changed && flat->master) status = llmpar__fsdp_cast(fsdp, flat, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
     if (changed && !status && fsdp->whole_params) status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_COMPUTE);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);
     flat->held = 0;
-    if (flat->params_place.bytes) waited = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
-    else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) waited = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
-    return status ? status : waited;
+    llmpar_status put = LLMPAR_OK;
+    if (flat->params_place.bytes) put = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
+    else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) put = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
+    return status ? status : put;
 }
 
 LLMPAR_DEF int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp) { return fsdp->optimizer_states; }
@@ -329,7 +306,7 @@ static llmpar_status llmpar__shard_scan(llmpar_fsdp *fsdp, const llmpar__flat *f
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index)
 {
     llmpar_status status = LLMPAR_OK;
-    int64_t best = -1, agreed;
+    int64_t best = -1;
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         int here = llmpar__fsdp_updated(fsdp, &fsdp->units[u]) != NULL;
         const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
@@ -348,19 +325,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp
     }
     if (status) return status;
     /* The smallest index wins: the largest of its negative. */
-    agreed = best < 0 ? INT64_MIN / 2 : -best;
-    status = fsdp->device->copy(fsdp->device, fsdp->stream[0], fsdp->scalars, &agreed, sizeof agreed);
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = fsdp->scalars;
-    call.count = 1;
-    call.dtype = LLMPAR_I64;
-    call.op = LLMPAR_MAX;
-    call.tag = "first non-finite tensor";
-    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, fsdp->stream[0], &call);
-    if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], &agreed, fsdp->scalars, sizeof agreed);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]); /* in any case: the stream may read `agreed` */
-    if (!status) status = waited;
+    int64_t agreed = best < 0 ? INT64_MIN / 2 : -best;
+    status = llmpar__comm_largest(fsdp->mesh->world, &agreed, 1, "first non-finite tensor");
     *index = agreed == INT64_MIN / 2 ? -1 : -agreed;
     return status;
 }

@@ -48,12 +48,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const ch
     store->count_only = count_only;
     llmpar_error_clear(&store->error);
     llmpar_status status = file && !count_only ? llmpar__store_open(store, directory && directory[0] ? directory : ".") : LLMPAR_OK;
-    if (status) {
-        llmpar__store_destroy(store);
-        return status;
-    }
-    *out = store;
-    return LLMPAR_OK;
+    if (status) llmpar__store_destroy(store);
+    else *out = store;
+    return status;
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__store_destroy(llmpar__store *store)
@@ -153,16 +150,11 @@ static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream 
     if (place->tier == LLMPAR_TIER_HOST) return write ? device->copy(device, stream, place->host, memory, (size_t)place->used) : device->copy(device, stream, memory, place->host, (size_t)place->used);
     llmpar_status status = LLMPAR_OK;
     for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
-        llmpar__store_job job;
-        memset(&job, 0, sizeof job);
-        job.store = store;
-        job.label = label;
-        job.offset = place->offset + at;
-        job.bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
-        job.write = write;
-        if (write) status = device->copy(device, stream, store->staging, memory + at, job.bytes);
+        const size_t bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
+        const llmpar__store_job job = {store, label, place->offset + at, bytes, write};
+        if (write) status = device->copy(device, stream, store->staging, memory + at, bytes);
         if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
-        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, job.bytes);
+        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, bytes);
     }
     return status;
 }

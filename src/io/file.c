@@ -139,7 +139,6 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
 LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error)
 {
     struct stat s;
-    void *base;
     int fd, number;
     memset(out, 0, sizeof *out);
     /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
@@ -160,7 +159,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
         out->data = llmpar__file_nothing;
         return LLMPAR_OK;
     }
-    base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     number = errno;
     close(fd);
     if (base == MAP_FAILED) return llmpar__file_error(error, path, "cannot map", number);
@@ -208,7 +207,6 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     llmpar_writer *writer;
     size_t length = strlen(path);
     llmpar_io_kind kind = llmpar_file_kind(io, path);
-    int number;
     *out = NULL;
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
@@ -227,7 +225,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     }
     memcpy(writer->temporary, path, length);
     memcpy(writer->temporary + length, ".tmp", sizeof ".tmp");
-    number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
+    int number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
     if (number) {
         writer->handle = -1;
         llmpar__file_error(error, writer->temporary, "cannot create", number);
@@ -263,7 +261,6 @@ static llmpar_status llmpar__writer_flush(llmpar_writer *writer, llmpar_error *e
 
 LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
-    llmpar_status status;
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
     llmpar_xxh64_add(&writer->sum, data, bytes);
@@ -272,7 +269,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
         writer->used += bytes;
         return LLMPAR_OK;
     }
-    status = llmpar__writer_flush(writer, error);
+    llmpar_status status = llmpar__writer_flush(writer, error);
     if (status) return status;
     if (bytes >= LLMPAR__FILE_BUFFER) return llmpar__writer_put(writer, (const unsigned char *)data, bytes, error);
     memcpy(writer->buffer, data, bytes);
@@ -324,10 +321,9 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io
 {
     const char *slash = strrchr(path, '/');
     char *parent = llmpar_heap_strdup(heap, !slash ? "." : slash == path ? "/" : path);
-    llmpar_status status;
     if (!parent) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for the directory's name", path);
     if (slash && slash != path) parent[slash - path] = 0;
-    status = llmpar_directory_sync(io, parent, error);
+    llmpar_status status = llmpar_directory_sync(io, parent, error);
     llmpar_heap_free(heap, parent);
     return status;
 }

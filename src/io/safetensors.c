@@ -1,7 +1,9 @@
 #include "io/safetensors.h"
 #include "base/json.h"
 #include "base/size.h"
+#include "base/text_internal.h"
 
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -72,9 +74,8 @@ static void llmpar__st_sink(llmpar_safetensor *t, size_t root, size_t count, llm
 
 static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_before before)
 {
-    size_t i;
-    for (i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
-    for (i = count; i > 1; i--) {
+    for (size_t i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
+    for (size_t i = count; i > 1; i--) {
         llmpar_safetensor last = t[i - 1];
         t[i - 1] = t[0];
         t[0] = last;
@@ -90,17 +91,26 @@ static const char *llmpar__st_type_name(const llmpar_json *value)
     return names[value->type];
 }
 
+static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...) LLMPAR_PRINTF(4, 5);
+static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
+{
+    char text[512];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    return llmpar_error_set(r->error, status, "%s: tensor \"%.200s\": %s (header byte %zu)", r->path, r->tensor, text, value->position);
+}
+
 /* A non-negative integer written as one: no fraction, no exponent, no "-0". */
 static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *field, size_t index, const llmpar_json *value, int64_t *out)
 {
     if (value->type != LLMPAR_JSON_NUMBER)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] is %s, expected a non-negative integer (header byte %zu)",
-                                r->path, r->tensor, field, index, llmpar__st_type_name(value), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "%s[%zu] is %s, expected a non-negative integer", field, index, llmpar__st_type_name(value));
     if (!value->is_integer || r->header[value->position] == '-') {
         const char *text = r->header + value->position; /* ends: at least the object's '}' follows */
         size_t length = strspn(text, "+-.0123456789eE");
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] = %.*s, expected a non-negative integer below 2^63 (header byte %zu)",
-                                r->path, r->tensor, field, index, length > 40 ? 40 : (int)length, text, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "%s[%zu] = %.*s, expected a non-negative integer below 2^63", field, index, length > 40 ? 40 : (int)length, text);
     }
     *out = value->integer;
     return LLMPAR_OK;
@@ -108,39 +118,30 @@ static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *f
 
 static llmpar_status llmpar__st_read_dtype(const llmpar__st_reader *r, const llmpar_json *value, llmpar_dtype *out)
 {
-    size_t i;
     if (value->type != LLMPAR_JSON_STRING)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype is %s, expected a string (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
-    for (i = 0; i < LLMPAR__ST_DTYPES; i++) {
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "dtype is %s, expected a string", llmpar__st_type_name(value));
+    for (size_t i = 0; i < LLMPAR__ST_DTYPES; i++) {
         if (strlen(llmpar__st_dtypes[i].name) != value->length || memcmp(llmpar__st_dtypes[i].name, value->string, value->length)) continue;
         *out = llmpar__st_dtypes[i].dtype;
         if (*out != LLMPAR_DTYPE_DEFAULT) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": dtype %s is not supported, expected %s (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_dtypes[i].name, llmpar__st_supported, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, "dtype %s is not supported, expected %s", llmpar__st_dtypes[i].name, llmpar__st_supported);
     }
-    return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown dtype \"%.60s\", expected %s (header byte %zu)",
-                            r->path, r->tensor, value->string, llmpar__st_supported, value->position);
+    return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "unknown dtype \"%.60s\", expected %s", value->string, llmpar__st_supported);
 }
 
 static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llmpar_json *value, llmpar_safetensor *out, size_t *bytes)
 {
-    const llmpar_json *extent;
     size_t count = llmpar_dtype_size(out->dtype), i = 0;
-    llmpar_status status;
     if (value->type != LLMPAR_JSON_ARRAY)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": shape is %s, expected an array (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "shape is %s, expected an array", llmpar__st_type_name(value));
     if (value->length > LLMPAR__ST_MAX_DIMS)
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": shape has %zu dims, at most %d are supported (header byte %zu)",
-                                r->path, r->tensor, value->length, LLMPAR__ST_MAX_DIMS, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, "shape has %zu dims, at most %d are supported", value->length, LLMPAR__ST_MAX_DIMS);
     /* The product is taken in the reference's order: a zero extent does not excuse an overflow before it. */
-    for (extent = value->child; extent; extent = extent->next, i++) {
-        status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
+    for (const llmpar_json *extent = value->child; extent; extent = extent->next, i++) {
+        llmpar_status status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
         if (status) return status;
         if (!llmpar_size_mul(count, (size_t)out->shape[i], &count))
-            return llmpar_error_set(r->error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": the product of the shape overflows at shape[%zu] = %lld (header byte %zu)",
-                                    r->path, r->tensor, i, (long long)out->shape[i], extent->position);
+            return llmpar__st_wrong(r, LLMPAR_ERR_OVERFLOW, extent, "the product of the shape overflows at shape[%zu] = %lld", i, (long long)out->shape[i]);
     }
     out->dims = (int32_t)value->length;
     *bytes = count;
@@ -151,22 +152,17 @@ static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llm
 static llmpar_status llmpar__st_read_offsets(const llmpar__st_reader *r, const llmpar_json *value, size_t bytes, llmpar_safetensor *out)
 {
     int64_t begin = 0, end = 0;
-    llmpar_status status;
     if (value->type != LLMPAR_JSON_ARRAY || value->length != 2)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets is %s of length %zu, expected an array of 2 (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0, value->position);
-    status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets is %s of length %zu, expected an array of 2", llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0);
+    llmpar_status status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
     if (!status) status = llmpar__st_extent(r, "data_offsets", 1, value->child->next, &end);
     if (status) return status;
     if (end < begin)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] end before they begin (header byte %zu)",
-                                r->path, r->tensor, (long long)begin, (long long)end, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets [%lld, %lld] end before they begin", (long long)begin, (long long)end);
     if ((uint64_t)end > (uint64_t)r->data_bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data (header byte %zu)",
-                                r->path, r->tensor, (long long)begin, (long long)end, r->data_bytes, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data", (long long)begin, (long long)end, r->data_bytes);
     if ((uint64_t)(end - begin) != (uint64_t)bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld (header byte %zu)",
-                                r->path, r->tensor, bytes, (long long)begin, (long long)end, (long long)(end - begin), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld", bytes, (long long)begin, (long long)end, (long long)(end - begin));
     out->begin = (size_t)begin;
     out->bytes = bytes;
     return LLMPAR_OK;
@@ -176,32 +172,27 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
 {
     const llmpar_json *member, *dtype = llmpar_json_get(entry, "dtype"), *shape = llmpar_json_get(entry, "shape"), *offsets = llmpar_json_get(entry, "data_offsets");
     size_t bytes = 0;
-    llmpar_status status;
     if (strlen(entry->key) != entry->key_length)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (header byte %zu)", r->path, entry->key, entry->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "the name holds a NUL byte");
     if (entry->type != LLMPAR_JSON_OBJECT)
         return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
                                 r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
     if (!dtype || !shape || !offsets)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s is missing (header byte %zu)",
-                                r->path, r->tensor, !dtype ? "dtype" : !shape ? "shape" : "data_offsets", entry->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "%s is missing", !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
     for (member = entry->child; member; member = member->next)
         if (member != dtype && member != shape && member != offsets)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown field \"%.60s\", expected dtype, shape and data_offsets (header byte %zu)",
-                                    r->path, r->tensor, member->key, member->position);
-    status = llmpar__st_read_dtype(r, dtype, &out->dtype);
+            return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, member, "unknown field \"%.60s\", expected dtype, shape and data_offsets", member->key);
+    llmpar_status status = llmpar__st_read_dtype(r, dtype, &out->dtype);
     if (!status) status = llmpar__st_read_shape(r, shape, out, &bytes);
-    if (!status) status = llmpar__st_read_offsets(r, offsets, bytes, out);
-    return status;
+    return status ? status : llmpar__st_read_offsets(r, offsets, bytes, out);
 }
 
 static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
 {
-    const llmpar_json *member;
     if (metadata->type != LLMPAR_JSON_OBJECT)
         return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
                                 r->path, llmpar__st_type_name(metadata), metadata->position);
-    for (member = metadata->child; member; member = member->next)
+    for (const llmpar_json *member = metadata->child; member; member = member->next)
         if (member->type != LLMPAR_JSON_STRING)
             return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
                                     r->path, member->key, llmpar__st_type_name(member), member->position);
@@ -211,10 +202,9 @@ static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const
 /* Fills s->tensors and s->names from the parsed header; begin is still relative. */
 static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reader *r, const llmpar_json *root)
 {
-    const llmpar_json *entry;
     size_t count = 0, name_bytes = 0, at = 0;
     llmpar_status status = LLMPAR_OK;
-    for (entry = root->child; entry && !status; entry = entry->next) {
+    for (const llmpar_json *entry = root->child; entry && !status; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) {
             status = llmpar__st_check_metadata(r, entry);
             continue;
@@ -226,7 +216,7 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
     s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
     s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
-    for (entry = root->child; entry; entry = entry->next) {
+    for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
         llmpar_safetensor *tensor = &s->tensors[s->file.count];
         if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) continue;
         r->tensor = entry->key;
@@ -244,9 +234,8 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
 static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st_reader *r, size_t data_at)
 {
     size_t reached = 0;
-    int32_t i;
     llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_begin);
-    for (i = 0; i < s->file.count; i++) {
+    for (int32_t i = 0; i < s->file.count; i++) {
         llmpar_safetensor *tensor = &s->tensors[i];
         if (tensor->begin > reached)
             return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
@@ -267,9 +256,8 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
 static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const unsigned char *first, uint64_t bytes, size_t *length, llmpar_error *error)
 {
     uint64_t stated = 0;
-    int i;
     if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %u bytes, expected at least 8 for the header length", s->path, (unsigned)bytes);
-    for (i = 7; i >= 0; i--) stated = stated << 8 | first[i];
+    for (int i = 7; i >= 0; i--) stated = stated << 8 | first[i];
     if (stated > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)stated, LLMPAR__ST_MAX_HEADER);
     if (stated > bytes - 8)
@@ -285,7 +273,6 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
     llmpar__st_reader r;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
-    llmpar_status status;
     char name[256];
     memset(&r, 0, sizeof r);
     memset(&desc, 0, sizeof desc);
@@ -294,7 +281,7 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
     snprintf(name, sizeof name, "%.200s: header", s->path);
     desc.name = name;
     desc.unique_keys = 1;
-    status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
+    llmpar_status status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
     if (status) return status;
     r.path = s->path;
     r.header = header;
@@ -326,10 +313,9 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
 
 LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
 {
-    llmpar__st_file *s;
     llmpar_heap *heap;
     if (!file) return;
-    s = (llmpar__st_file *)file->state;
+    llmpar__st_file *s = (llmpar__st_file *)file->state;
     heap = s->heap;
     llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
@@ -348,15 +334,13 @@ static llmpar_status llmpar__st_opened(llmpar__st_file *s, llmpar_status status,
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error)
 {
-    llmpar__st_file *s;
     unsigned char first[8];
     char *header = NULL;
     size_t length = 0;
-    llmpar_status status;
     *out = NULL;
-    s = llmpar__st_create(heap, path, error);
+    llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar_file_open(io, s->path, &s->source, error);
+    llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
     if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
     if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
     if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
@@ -370,13 +354,11 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
 {
-    llmpar__st_file *s;
     size_t length = 0;
-    llmpar_status status;
     *out = NULL;
-    s = llmpar__st_create(heap, name, error);
+    llmpar__st_file *s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
+    llmpar_status status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
     if (!status) status = llmpar__st_parse(s, (const char *)data + 8, length, bytes - 8 - length, error);
     s->file.data = (const unsigned char *)data;
     return llmpar__st_opened(s, status, out);
@@ -417,72 +399,38 @@ struct llmpar_safetensors_writer {
 /* The dtype's name in the format, NULL if it is not a stored type. */
 static const char *llmpar__st_dtype_name(llmpar_dtype dtype)
 {
-    size_t i;
-    for (i = 0; i < LLMPAR__ST_DTYPES; i++)
+    for (size_t i = 0; i < LLMPAR__ST_DTYPES; i++)
         if (dtype != LLMPAR_DTYPE_DEFAULT && llmpar__st_dtypes[i].dtype == dtype) return llmpar__st_dtypes[i].name;
     return NULL;
 }
 
-/* A text that grows; with text == NULL it only counts. */
-typedef struct llmpar__st_text { char *text; size_t used, capacity; } llmpar__st_text;
-
-static void llmpar__st_put(llmpar__st_text *t, const char *part)
-{
-    size_t length = strlen(part);
-    if (t->text) memcpy(t->text + t->used, part, length);
-    t->used += length;
-}
-
-static void llmpar__st_put_number(llmpar__st_text *t, uint64_t value)
-{
-    char digits[24];
-    snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
-    llmpar__st_put(t, digits);
-}
-
-static void llmpar__st_put_string(llmpar__st_text *t, const char *string)
-{
-    size_t length = strlen(string);
-    if (t->text) t->used += llmpar_json_escape(string, length, t->text + t->used, t->capacity - t->used);
-    else t->used += llmpar_json_escape(string, length, NULL, 0);
-}
-
 /* The header's JSON with its padding. The shapes have been checked. */
-static void llmpar__st_put_header(llmpar__st_text *t, const llmpar_safetensor *tensors, int32_t count)
+static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tensors, int32_t count)
 {
     uint64_t at = 0;
-    int32_t i, d;
-    llmpar__st_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
-    for (i = 0; i < count; i++) {
+    llmpar__text_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int32_t i = 0; i < count; i++) {
         uint64_t bytes = llmpar_dtype_size(tensors[i].dtype);
-        llmpar__st_put(t, ",");
-        llmpar__st_put_string(t, tensors[i].name);
-        llmpar__st_put(t, ":{\"dtype\":\"");
-        llmpar__st_put(t, llmpar__st_dtype_name(tensors[i].dtype));
-        llmpar__st_put(t, "\",\"shape\":[");
-        for (d = 0; d < tensors[i].dims; d++) {
-            if (d) llmpar__st_put(t, ",");
-            llmpar__st_put_number(t, (uint64_t)tensors[i].shape[d]);
+        llmpar__text_put(t, ",");
+        llmpar__text_put_json(t, tensors[i].name);
+        llmpar__text_put(t, ":{\"dtype\":\"%s\",\"shape\":[", llmpar__st_dtype_name(tensors[i].dtype));
+        for (int32_t d = 0; d < tensors[i].dims; d++) {
+            llmpar__text_put(t, "%s%lld", d ? "," : "", (long long)tensors[i].shape[d]);
             bytes *= (uint64_t)tensors[i].shape[d];
         }
-        llmpar__st_put(t, "],\"data_offsets\":[");
-        llmpar__st_put_number(t, at);
-        llmpar__st_put(t, ",");
+        llmpar__text_put(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at, (unsigned long long)(at + bytes));
         at += bytes;
-        llmpar__st_put_number(t, at);
-        llmpar__st_put(t, "]}");
     }
-    llmpar__st_put(t, "}");
-    while (t->used % 8) llmpar__st_put(t, " ");
+    llmpar__text_put(t, "}");
+    while (t->used % 8) llmpar__text_put(t, " ");
 }
 
 /* Everything the reader would refuse, before a file is created. *total: bytes of data. */
 static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
-    int32_t i, d;
     *total = 0;
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
-    for (i = 0; i < count; i++) {
+    for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];
         size_t bytes = llmpar_dtype_size(tensor->dtype);
         int64_t elements;
@@ -492,7 +440,7 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
             return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": dtype %d is no stored type, expected %s", path, tensor->name, (int)tensor->dtype, llmpar__st_supported);
         if (tensor->dims < 0 || tensor->dims > LLMPAR__ST_MAX_DIMS)
             return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": %d dims, expected 0 to %d", path, tensor->name, (int)tensor->dims, LLMPAR__ST_MAX_DIMS);
-        for (d = 0; d < tensor->dims; d++)
+        for (int32_t d = 0; d < tensor->dims; d++)
             if (tensor->shape[d] < 0)
                 return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": shape[%d] = %lld, expected at least 0", path, tensor->name, (int)d, (long long)tensor->shape[d]);
         if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
@@ -506,11 +454,10 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
 {
     llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
     llmpar_status status = LLMPAR_OK;
-    int32_t i;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
     if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
     llmpar__st_sort(sorted, (size_t)count, llmpar__st_by_name);
-    for (i = 1; i < count && !status; i++)
+    for (int32_t i = 1; i < count && !status; i++)
         if (!strcmp(sorted[i - 1].name, sorted[i].name))
             status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\" is declared twice", path, sorted[i].name);
     llmpar_heap_free(heap, sorted);
@@ -526,51 +473,44 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char 
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
 {
-    llmpar_safetensors_writer *w;
-    llmpar__st_text header;
     unsigned char length[8];
-    size_t total, i;
-    llmpar_status status;
+    size_t total;
     *out = NULL;
-    memset(&header, 0, sizeof header);
-    status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
     if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
     if (status) return status;
+    llmpar__text header = llmpar__text_begin(NULL, 0);
     llmpar__st_put_header(&header, tensors, count);
     if (header.used > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
-    header.capacity = header.used + 1; /* json_escape ends its text with a NUL */
-    header.used = 0;
-    header.text = (char *)llmpar_heap_alloc(heap, header.capacity, 1);
-    w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    size_t capacity = header.used + 1;
+    char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
+    llmpar_safetensors_writer *w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
     if (w) {
         w->heap = heap;
         w->expected = total;
         w->path = llmpar_heap_strdup(heap, path);
     }
-    if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
+    if (!text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, capacity);
     if (!status) status = llmpar_writer_open(heap, io, path, &w->writer, error);
     if (!status) {
+        header = llmpar__text_begin(text, capacity);
         llmpar__st_put_header(&header, tensors, count);
-        for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
+        for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
         status = llmpar_writer_write(w->writer, length, sizeof length, error);
     }
-    if (!status) status = llmpar_writer_write(w->writer, header.text, header.used, error);
-    llmpar_heap_free(heap, header.text);
-    if (status) {
-        llmpar_safetensors_writer_abandon(w);
-        return status;
-    }
-    *out = w;
-    return LLMPAR_OK;
+    if (!status) status = llmpar_writer_write(w->writer, text, header.used, error);
+    llmpar_heap_free(heap, text);
+    if (status) llmpar_safetensors_writer_abandon(w);
+    else *out = w;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
-    llmpar_status status;
     if (bytes > writer->expected - writer->written)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
-    status = llmpar_writer_write(writer->writer, data, bytes, error);
+    llmpar_status status = llmpar_writer_write(writer->writer, data, bytes, error);
     if (!status) writer->written += bytes;
     return status;
 }

@@ -107,12 +107,9 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
         else first[a] = 0;
         st = llmpar_comm_split(ctx->comm, llmpar_mesh_rank_at(mesh, first), flat ? mesh->dp_rank : mesh->coordinate[a], flat ? "dp" : llmpar_axis_name((llmpar_axis)a), flat ? &mesh->dp : &mesh->comm[a]);
     }
-    if (st) {
-        llmpar_mesh_destroy(mesh);
-        return st;
-    }
-    *out = mesh;
-    return LLMPAR_OK;
+    if (st) llmpar_mesh_destroy(mesh);
+    else *out = mesh;
+    return st;
 }
 
 LLMPAR_DEF void llmpar_mesh_destroy(llmpar_mesh *mesh)

@@ -272,7 +272,6 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
 {
     enum { TOP = 110, WHOLE = 640, LINE = 20, LABEL = 96 };
     llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar__text words;
     llmpar__picture picture;
     char line[512], elements[LABEL], coordinates[LABEL], cell[LABEL], next[LABEL];
     int32_t x[LLMPAR__PICTURE_BANDS + 1], y[LLMPAR__PICTURE_BANDS + 1];
@@ -290,7 +289,7 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     llmpar__text_put(&out, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
                         (int)width, (int)height, (int)width, (int)height);
     llmpar__text_put(&out, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
-    words = llmpar__text_begin(line, sizeof line);
+    llmpar__text words = llmpar__text_begin(line, sizeof line);
     llmpar__mesh_put_tensor(&words, tensor);
     llmpar__picture_escape(&out, line);
     llmpar_dtensor_placements(tensor, line, sizeof line);

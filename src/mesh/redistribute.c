@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "tables/tables_internal.h"
 
 /* ---- boxes ---- */
 
@@ -86,17 +87,6 @@ static int64_t llmpar__redistribute_volume(const llmpar_dtensor *tensor, const l
 
 /* ---- the table's collectives ---- */
 
-static void llmpar__redistribute_call(llmpar_collective *call, const llmpar_dtensor *tensor, const void *send, void *recv, size_t blocks, size_t count)
-{
-    memset(call, 0, sizeof *call);
-    call->send = send;
-    call->recv = recv;
-    call->blocks = blocks;
-    call->count = count;
-    call->dtype = tensor->dtype;
-    call->tag = tensor->name;
-}
-
 /* What `coordinate` would hold at another place of its axis. */
 static void llmpar__redistribute_part(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_axis axis, int32_t place, llmpar_local *out)
 {
@@ -135,8 +125,7 @@ static llmpar_status llmpar__redistribute_broadcasts(const llmpar_dtensor *tenso
         }
         char *place = direct ? out + (size_t)first * llmpar_dtype_size(tensor->dtype) : staging;
         int mine = comm->rank == owner;
-        llmpar_collective call;
-        llmpar__redistribute_call(&call, tensor, mine ? in : NULL, mine ? NULL : place, 1, (size_t)part.flat_count);
+        llmpar_collective call = llmpar__comm_collective(mine ? in : NULL, mine ? NULL : place, (size_t)part.flat_count, tensor->dtype, tensor->name);
         call.root = owner;
         if (comm->ranks > 1) st = llmpar_broadcast(comm, stream, &call);
         if (!st && (mine || !direct)) st = llmpar__redistribute_boxes(mesh, stream, tensor, &part, mine ? in : place, &whole, out, NULL);
@@ -159,8 +148,7 @@ static llmpar_status llmpar__redistribute_pairs(const llmpar_redistribute_plan *
         llmpar__redistribute_part(&plan->to, mesh->degree, mesh->coordinate, axis, r, &other);
         st = llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &other, NULL, scratch + (size_t)r * bytes);
     }
-    llmpar_collective call;
-    llmpar__redistribute_call(&call, &plan->from, scratch, received, 1, count);
+    const llmpar_collective call = llmpar__comm_collective(scratch, received, count, plan->from.dtype, plan->from.name);
     if (!st) st = llmpar_all_to_all(comm, stream, &call);
     for (int32_t r = 0; r < comm->ranks && !st; r++) {
         llmpar__redistribute_part(&plan->from, mesh->degree, mesh->coordinate, axis, r, &other);
@@ -215,17 +203,8 @@ static llmpar_status llmpar__redistribute_tree(llmpar_device *device, llmpar_str
     llmpar_status st = llmpar__redistribute_tree(device, stream, tensor, kind, slot, left, stride, count);
     if (!st) st = llmpar__redistribute_tree(device, stream, tensor, kind, slot + (size_t)left * stride, n - left, stride, count);
     if (st) return st;
-    const void *in[2];
-    in[0] = slot;
-    in[1] = slot + (size_t)left * stride;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = 2;
-    args.count = (size_t)count;
-    args.out = slot;
-    args.dtype = tensor->dtype;
-    return kind == LLMPAR_PARTIAL_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
+    const void *in[2] = {slot, slot + (size_t)left * stride};
+    return llmpar__device_reduce(device, stream, kind == LLMPAR_PARTIAL_MAX ? LLMPAR_MAX : LLMPAR_SUM, in, 2, (size_t)count, slot, tensor->dtype);
 }
 
 /* Where the contribution of a coordinate stands: the last listed axis fastest. */
@@ -241,8 +220,7 @@ static int64_t llmpar__redistribute_slot(const llmpar__redistribute_pair *pair, 
 
 static llmpar_status llmpar__redistribute_message(const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_dtensor *tensor, int32_t peer, const void *send, void *recv, int64_t count)
 {
-    llmpar_collective call;
-    llmpar__redistribute_call(&call, tensor, send, recv, 1, (size_t)count);
+    llmpar_collective call = llmpar__comm_collective(send, recv, (size_t)count, tensor->dtype, tensor->name);
     call.peer = peer;
     return send ? llmpar_send(mesh->world, stream, &call) : llmpar_recv(mesh->world, stream, &call);
 }
@@ -363,7 +341,6 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     llmpar_comm *comm = mesh->comm[step->axis];
     llmpar_dtensor before;
     llmpar_local held, result;
-    llmpar_collective call;
     size_t blocks = 1, count = 0;
     llmpar__redistribute_before(plan, i, &before);
     llmpar_dtensor_local(&before, mesh->degree, mesh->coordinate, &held);
@@ -378,7 +355,8 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     case LLMPAR_REDISTRIBUTE_ALL_REDUCE: count = (size_t)held.flat_count; break;
     }
     if (!count) return LLMPAR_OK;
-    llmpar__redistribute_call(&call, &before, in, out, blocks, count);
+    llmpar_collective call = llmpar__comm_collective(in, out, count, before.dtype, before.name);
+    call.blocks = blocks;
     if (step->op == LLMPAR_REDISTRIBUTE_ALL_GATHER) return llmpar_all_gather(comm, stream, &call);
     for (int32_t p = 0; p < before.placements; p++)
         if (before.placement[p].axis == step->axis && before.placement[p].kind == LLMPAR_PARTIAL_MAX) call.op = LLMPAR_MAX;
@@ -451,8 +429,7 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
         if (!st && (to->dtype == LLMPAR_F32 || to->dtype == LLMPAR_F64)) st = device->scale(device, stream, &minus);
         if (plan->step[0].op == LLMPAR_REDISTRIBUTE_LOCAL) return st;
     }
-    if (!st) st = llmpar__redistribute_run(plan, mesh, stream, source, (char *)scratch, target);
-    return st;
+    return st ? st : llmpar__redistribute_run(plan, mesh, stream, source, (char *)scratch, target);
 }
 
 /* ---- whole tensors ---- */

@@ -2,6 +2,7 @@
 #include "base/json.h"
 #include "base/math.h"
 #include "base/size.h"
+#include "base/text_internal.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,10 +12,8 @@
 
 /* ---- presets ---- */
 
-typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
-
 /* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high, attention, fast, slow, truncate}, tied, bos, eos_count, {eos}, init_std, family, window */
-static const llmpar__config_preset llmpar__config_presets[] = {
+static const struct { const char *name; llmpar_llama_config config; } llmpar__config_presets[] = {
     { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
@@ -73,9 +72,7 @@ static int llmpar__config_say_real(llmpar__config_fault *f, const char *field, d
 }
 
 /* Limits are far above any model; they make sure that products of two or three of them fit in 64 bits. */
-static const int64_t llmpar__config_max_vocab = (int64_t)1 << 24, llmpar__config_max_hidden = (int64_t)1 << 20, llmpar__config_max_intermediate = (int64_t)1 << 22;
-static const int64_t llmpar__config_max_layers = (int64_t)1 << 16, llmpar__config_max_heads = (int64_t)1 << 16, llmpar__config_max_head_dim = (int64_t)1 << 14;
-static const int64_t llmpar__config_max_positions = (int64_t)1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
+static const int64_t llmpar__config_max_head_dim = 1 << 14, llmpar__config_max_positions = 1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
 
 static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
@@ -90,15 +87,13 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
     if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
     if (s->kind == LLMPAR_ROPE_DYNAMIC) return llmpar__config_say_range(f, "head_dim", c->head_dim, 4, llmpar__config_max_head_dim); /* its exponent is E / (E - 2) */
     if (s->kind == LLMPAR_ROPE_YARN) {
-        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")) return 1;
-        if (llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")) return 1;
-        if (llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")) return 1;
-        if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")) return 1;
-        if (llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
-    } else {
-        if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
-        if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
-    }
+        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")
+            || llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")
+            || llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")
+            || llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")
+            || llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
+    } else if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")
+               || llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
@@ -110,16 +105,14 @@ static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
 
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
-    int32_t i;
-    int64_t params;
-    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)) return 1;
-    if (llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)) return 1;
-    if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
-    if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
-    if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
-    if (llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, llmpar__config_max_layers)) return 1;
-    if (llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, llmpar__config_max_heads)) return 1;
-    if (llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
+    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)
+        || llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)
+        || llmpar__config_say_range(f, "vocab_size", c->vocab, 1, 1 << 24)
+        || llmpar__config_say_range(f, "hidden_size", c->hidden, 1, 1 << 20)
+        || llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, 1 << 22)
+        || llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, 1 << 16)
+        || llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, 1 << 16)
+        || llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
     if (c->heads % c->kv_heads) {
         f->field = "num_attention_heads";
         snprintf(f->text, sizeof f->text, "num_attention_heads = %d is not divisible by num_key_value_heads = %d", (int)c->heads, (int)c->kv_heads);
@@ -131,18 +124,18 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
         snprintf(f->text, sizeof f->text, "head_dim = %d, expected an even number (rotary position embedding turns pairs)", (int)c->head_dim);
         return 1;
     }
-    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)) return 1;
-    if (llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")) return 1;
-    if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")) return 1;
-    if (llmpar__config_find_rope_fault(c, f)) return 1;
-    if (llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)) return 1;
-    if (llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)) return 1;
-    if (llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
-    for (i = 0; i < c->eos_count; i++)
+    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)
+        || llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")
+        || llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")
+        || llmpar__config_find_rope_fault(c, f)
+        || llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)
+        || llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)
+        || llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
+    for (int32_t i = 0; i < c->eos_count; i++)
         if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
     if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
     /* One layer alone fits in 64 bits at these limits, all layers may not. */
-    params = llmpar__config_layer_params(c);
+    int64_t params = llmpar__config_layer_params(c);
     if (params > llmpar__config_max_params / c->layers || llmpar_llama_param_count(c) > llmpar__config_max_params) {
         f->field = "num_hidden_layers";
         snprintf(f->text, sizeof f->text, "num_hidden_layers = %d, layers of %lld parameters, expected at most %lld in all", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
@@ -228,36 +221,22 @@ static int llmpar__config_is_text(const llmpar_json *value, const char *text)
     return value && value->type == LLMPAR_JSON_STRING && value->length == strlen(text) && !memcmp(value->string, text, value->length);
 }
 
-/* What a field may say when only one behaviour is built. An absent field and null always mean that behaviour. */
-typedef enum llmpar__config_rule { LLMPAR__CONFIG_FALSE, LLMPAR__CONFIG_TRUE, LLMPAR__CONFIG_NULL, LLMPAR__CONFIG_ZERO, LLMPAR__CONFIG_ONE } llmpar__config_rule;
-typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule; } llmpar__config_only;
-
-/* Fields of transformers' Llama and of its relatives that change what is computed. */
-static const llmpar__config_only llmpar__config_fixed[] = {
-    { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
-    { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
-    { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
-    { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
-    { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
-    { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
-    { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
+/* Fields of transformers' Llama and of its relatives that change what is computed: the one value that is built. An absent field and null always mean that behaviour. */
+static const struct { const char *field, *only; } llmpar__config_fixed[] = {
+    { "mlp_bias", "false" }, { "attention_dropout", "0" }, { "use_sliding_window", "false" }, { "quantization_config", "null" }, { "partial_rotary_factor", "1" }, { "is_causal", "true" },
+    { "use_bidirectional_attention", "false" }, { "add_cross_attention", "false" }, { "is_encoder_decoder", "false" }, { "auto_map", "null" }, { "no_rope_layers", "null" }, { "num_experts", "null" },
+    { "num_local_experts", "null" }, { "use_qk_norm", "false" }, { "qk_layernorm", "false" }, { "attn_logit_softcapping", "null" }, { "final_logit_softcapping", "null" },
+    { "embedding_multiplier", "1" }, { "residual_multiplier", "1" }, { "attention_multiplier", "null" }, { "logits_scaling", "1" }, { "logit_scale", "1" }
 };
 
-static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, llmpar__config_rule rule)
+static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, const char *only)
 {
-    static const char *const expected[] = { "false or null: nothing else is supported", "true or null: nothing else is supported", "null: nothing else is supported",
-                                            "0 or null: nothing else is supported", "1 or null: nothing else is supported" };
-    int good = 0;
+    char expected[48];
     if (!value || value->type == LLMPAR_JSON_NULL) return LLMPAR_OK;
-    switch (rule) {
-    case LLMPAR__CONFIG_FALSE: good = value->type == LLMPAR_JSON_BOOL && !value->boolean; break;
-    case LLMPAR__CONFIG_TRUE: good = value->type == LLMPAR_JSON_BOOL && value->boolean; break;
-    case LLMPAR__CONFIG_NULL: break;
-    case LLMPAR__CONFIG_ZERO: good = value->type == LLMPAR_JSON_NUMBER && value->number == 0; break;
-    case LLMPAR__CONFIG_ONE: good = value->type == LLMPAR_JSON_NUMBER && value->number == 1; break;
-    default: break;
-    }
-    return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
+    if (value->type == LLMPAR_JSON_BOOL && !strcmp(only, value->boolean ? "true" : "false")) return LLMPAR_OK;
+    if (value->type == LLMPAR_JSON_NUMBER && !only[1] && value->number == only[0] - '0') return LLMPAR_OK; /* a digit */
+    snprintf(expected, sizeof expected, "%s%s: nothing else is supported", only, strcmp(only, "null") ? " or null" : "");
+    return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected);
 }
 
 /* Model type and architecture say the family, and the same one. */
@@ -285,16 +264,15 @@ static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r
 {
     const llmpar_json *activation = llmpar_json_get(r->root, "hidden_act"), *window = llmpar_json_get(r->root, "sliding_window"), *layers = llmpar_json_get(r->root, "layer_types"), *layer;
     llmpar_status status = llmpar__config_read_family(r, c);
-    size_t i;
     /* transformers knows silu by the name of swish too. */
     if (!status && activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
         status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
-    for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
-        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
+    for (size_t i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
+        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].only);
     /* Qwen2 has its biases whatever this says; elsewhere it would put one on the output projection too. */
-    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), LLMPAR__CONFIG_FALSE);
+    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), "false");
     /* Without use_sliding_window a Qwen has none. */
-    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, LLMPAR__CONFIG_NULL);
+    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, "null");
     if (!status && c->family == LLMPAR_FAMILY_MISTRAL && !(window && window->type == LLMPAR_JSON_NULL)) {
         status = llmpar__config_int(r, r->root, "sliding_window", 0, 0, llmpar__config_families[c->family].window, &c->sliding_window);
         if (!status && c->sliding_window < 1) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, window, "an integer from 1 to 2147483647, or null");
@@ -377,7 +355,6 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
 static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
 {
     const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
-    int i;
     if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
     if (!type) type = older;
@@ -386,13 +363,13 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
         if (llmpar_json_get(rope, "factor"))
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
+        return LLMPAR_OK;
     }
-    else {
-        for (i = 0; i < LLMPAR__CONFIG_ROPE_TYPES && !llmpar__config_is_text(type, llmpar__config_rope_types[i]); i++) {}
-        if (i == LLMPAR__CONFIG_ROPE_TYPES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
+    for (int i = 0; i < LLMPAR__CONFIG_ROPE_TYPES; i++) {
         *out = (llmpar_rope_kind)i;
+        if (llmpar__config_is_text(type, llmpar__config_rope_types[i])) return LLMPAR_OK;
     }
-    return LLMPAR_OK;
+    return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
 }
 
 /* A positive number, or transformers' default where it is absent, null or 0. */
@@ -432,7 +409,6 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
                                          "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate" };
     enum { OLDER = 9 }; /* the rest is yarn's */
     const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
-    const llmpar_json *rope;
     llmpar_rope_scaling *s = &c->rope_scaling;
     llmpar_status status = llmpar__config_real(r, r->root, "rope_theta", 0, 10000.0, &c->rope_theta);
     double theta = c->rope_theta;
@@ -442,7 +418,7 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
     if (parameters && parameters->type == LLMPAR_JSON_NULL) parameters = NULL;
     if (scaling && parameters)
         return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: both rope_scaling and rope_parameters are given, expected one (bytes %zu and %zu)", r->name, scaling->position, parameters->position);
-    rope = scaling ? scaling : parameters;
+    const llmpar_json *rope = scaling ? scaling : parameters;
     if (!rope) return LLMPAR_OK;
     if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
     status = llmpar__config_read_rope_kind(r, rope, &s->kind);
@@ -452,8 +428,8 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
         if (i == most)
             status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
     }
-    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
-    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), "1");
+    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), "1");
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
@@ -475,9 +451,8 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 {
     const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
     llmpar__config_fault fault;
-    llmpar_status status;
     if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
-    status = llmpar__config_read_identity(r, c);
+    llmpar_status status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
     if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
@@ -498,22 +473,15 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
 {
-    llmpar__config_reader reader;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
-    llmpar_status status;
     memset(out, 0, sizeof *out);
     memset(&desc, 0, sizeof desc);
-    memset(&reader, 0, sizeof reader);
     desc.name = name ? name : "config.json";
     desc.unique_keys = 1;
-    status = llmpar_json_parse(heap, text, length, &desc, &root, error);
+    llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &root, error);
     if (status) return status;
-    reader.name = desc.name;
-    reader.text = text;
-    reader.length = length;
-    reader.root = root;
-    reader.error = error;
+    const llmpar__config_reader reader = { desc.name, text, length, root, error };
     status = llmpar__config_read(&reader, out);
     if (status) memset(out, 0, sizeof *out);
     llmpar_json_destroy(heap, root);
@@ -522,33 +490,18 @@ LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char
 
 /* ---- writing config.json ---- */
 
-typedef struct llmpar__config_text { char *text; size_t used, capacity; } llmpar__config_text;
-
-static void llmpar__config_put(llmpar__config_text *t, const char *part)
-{
-    for (; *part; part++, t->used++)
-        if (t->used < t->capacity) t->text[t->used] = *part;
-}
-
-static void llmpar__config_put_int(llmpar__config_text *t, const char *key, int64_t value)
-{
-    char line[128];
-    snprintf(line, sizeof line, "  \"%s\": %lld,\n", key, (long long)value);
-    llmpar__config_put(t, line);
-}
-
 /* The shortest text that reads back as the same double, with a '.' whatever the process's locale, and always a fraction or exponent, as Python writes it. */
-static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, const char *key, double value, const char *after)
+static void llmpar__config_put_real(llmpar__text *t, const char *indent, const char *key, double value, const char *after)
 {
-    char number[48], line[160];
-    size_t i, used = 0;
-    int digits, has_point = 0;
-    for (digits = 1; digits <= 17; digits++) {
+    char number[48];
+    size_t used = 0;
+    int has_point = 0;
+    for (int digits = 1; digits <= 17; digits++) {
         if (value >= 1 && value < 1e15 && value == (double)(int64_t)value) snprintf(number, sizeof number, "%.0f", value);
         else snprintf(number, sizeof number, "%.*g", digits, value);
         if (strtod(number, NULL) == value) break;
     }
-    for (i = 0; number[i]; i++) {
+    for (size_t i = 0; number[i]; i++) {
         if (strchr("0123456789+-eE", number[i])) {
             if (number[i] == 'e' || number[i] == 'E') has_point = 1;
             number[used++] = number[i];
@@ -559,38 +512,17 @@ static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, 
         }
     }
     number[used] = 0;
-    snprintf(line, sizeof line, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
-    llmpar__config_put(t, line);
+    llmpar__text_put(t, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
 }
 
-static void llmpar__config_put_eos(llmpar__config_text *t, const llmpar_llama_config *c)
+static void llmpar__config_put_rope(llmpar__text *t, const llmpar_rope_scaling *s)
 {
-    char number[32];
-    int32_t i;
-    llmpar__config_put(t, "  \"eos_token_id\": ");
-    if (c->eos_count == 0) llmpar__config_put(t, "null");
-    if (c->eos_count > 1) llmpar__config_put(t, "[");
-    for (i = 0; i < c->eos_count; i++) {
-        snprintf(number, sizeof number, "%s%d", i ? ", " : "", (int)c->eos_id[i]);
-        llmpar__config_put(t, number);
-    }
-    llmpar__config_put(t, c->eos_count > 1 ? "],\n" : ",\n");
-}
-
-static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_config *c)
-{
-    const llmpar_rope_scaling *s = &c->rope_scaling;
     if (s->kind == LLMPAR_ROPE_NONE) {
-        llmpar__config_put(t, "  \"rope_scaling\": null,\n");
+        llmpar__text_put(t, "  \"rope_scaling\": null,\n");
         return;
     }
-    llmpar__config_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"");
-    llmpar__config_put(t, llmpar__config_rope_types[s->kind]);
-    llmpar__config_put(t, "\",\n");
-    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) {
-        llmpar__config_put(t, "  ");
-        llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
-    }
+    llmpar__text_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"%s\",\n", llmpar__config_rope_types[s->kind]);
+    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) llmpar__text_put(t, "    \"original_max_position_embeddings\": %d,\n", (int)s->original_max_positions);
     if (s->kind == LLMPAR_ROPE_LLAMA3) {
         llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
         llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
@@ -599,46 +531,34 @@ static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_c
         llmpar__config_put_real(t, "    ", "attention_factor", s->attention_factor, ",");
         llmpar__config_put_real(t, "    ", "beta_fast", s->beta_fast, ",");
         llmpar__config_put_real(t, "    ", "beta_slow", s->beta_slow, ",");
-        llmpar__config_put(t, s->truncate ? "    \"truncate\": true,\n" : "    \"truncate\": false,\n");
+        llmpar__text_put(t, "    \"truncate\": %s,\n", s->truncate ? "true" : "false");
     }
     llmpar__config_put_real(t, "    ", "factor", s->factor, "");
-    llmpar__config_put(t, "  },\n");
+    llmpar__text_put(t, "  },\n");
 }
 
 LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
 {
-    llmpar__config_text t;
-    t.text = text;
-    t.used = 0;
-    t.capacity = capacity ? capacity - 1 : 0;
-    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"");
-    llmpar__config_put(&t, llmpar__config_families[config->family].architecture);
-    llmpar__config_put(&t, "\"\n  ],\n  \"model_type\": \"");
-    llmpar__config_put(&t, llmpar__config_families[config->family].type);
-    llmpar__config_put(&t, "\",\n");
-    llmpar__config_put_int(&t, "vocab_size", config->vocab);
-    llmpar__config_put_int(&t, "hidden_size", config->hidden);
-    llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
-    llmpar__config_put_int(&t, "num_hidden_layers", config->layers);
-    llmpar__config_put_int(&t, "num_attention_heads", config->heads);
-    llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
-    llmpar__config_put_int(&t, "head_dim", config->head_dim);
-    llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
-    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n");
-    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__config_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"attention_bias\": false,\n");
-    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"use_sliding_window\": false,\n");
-    else if (config->sliding_window) llmpar__config_put_int(&t, "sliding_window", config->sliding_window);
-    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__config_put(&t, "  \"sliding_window\": null,\n");
+    const llmpar__config_family *family = &llmpar__config_families[config->family];
+    llmpar__text t = llmpar__text_begin(text, capacity);
+    llmpar__text_put(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n  \"model_type\": \"%s\",\n", family->architecture, family->type);
+    llmpar__text_put(&t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n", (int)config->vocab, (int)config->hidden, (int)config->intermediate);
+    llmpar__text_put(&t, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", (int)config->layers, (int)config->heads, (int)config->kv_heads);
+    llmpar__text_put(&t, "  \"head_dim\": %d,\n  \"max_position_embeddings\": %d,\n  \"hidden_act\": \"silu\",\n", (int)config->head_dim, (int)config->max_positions);
+    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__text_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__text_put(&t, "  \"attention_bias\": false,\n");
+    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__text_put(&t, "  \"use_sliding_window\": false,\n");
+    else if (config->sliding_window) llmpar__text_put(&t, "  \"sliding_window\": %d,\n", (int)config->sliding_window);
+    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__text_put(&t, "  \"sliding_window\": null,\n");
     llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
     llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
-    llmpar__config_put_rope(&t, config);
+    llmpar__config_put_rope(&t, &config->rope_scaling);
     llmpar__config_put_real(&t, "  ", "initializer_range", config->init_std, ",");
-    if (config->bos_id < 0) llmpar__config_put(&t, "  \"bos_token_id\": null,\n");
-    else llmpar__config_put_int(&t, "bos_token_id", config->bos_id);
-    llmpar__config_put_eos(&t, config);
-    llmpar__config_put(&t, config->tied ? "  \"tie_word_embeddings\": true\n}\n" : "  \"tie_word_embeddings\": false\n}\n");
-    if (capacity) text[t.used < t.capacity ? t.used : t.capacity] = 0;
+    if (config->bos_id < 0) llmpar__text_put(&t, "  \"bos_token_id\": null,\n");
+    else llmpar__text_put(&t, "  \"bos_token_id\": %d,\n", (int)config->bos_id);
+    llmpar__text_put(&t, "  \"eos_token_id\": %s", config->eos_count == 0 ? "null" : config->eos_count > 1 ? "[" : "");
+    for (int32_t i = 0; i < config->eos_count; i++) llmpar__text_put(&t, "%s%d", i ? ", " : "", (int)config->eos_id[i]);
+    llmpar__text_put(&t, "%s,\n  \"tie_word_embeddings\": %s\n}\n", config->eos_count > 1 ? "]" : "", config->tied ? "true" : "false");
     return t.used;
 }
 

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "tables/tables_internal.h"
+
 #if !defined(LLMPAR_NO_LLAMA)
 
 /* The two ends of the model as units: the vocab-parallel embedding, and the head (final norm, output projection, vocab-parallel cross-entropy: logits are never gathered). */
@@ -24,9 +26,11 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
     out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
 }
 
-static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
+static llmpar__embed llmpar__embed_open(const llmpar_unit_call *call)
 {
-    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed e;
+    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, &e);
+    return e;
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -64,9 +68,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     llmpar_embedding_args args;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
     memset(&args, 0, sizeof args);
     args.rows = e.s.n;
@@ -82,25 +85,22 @@ static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 
 static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
 {
-    llmpar__embed e;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
 }
 
 static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
 }
 
 static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     llmpar_embedding_backward_args args;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     llmpar__embed_backward_args(&e, call->micro, &args);
     args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
     args.dtable = call->grads[0];
@@ -186,9 +186,11 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->in = out->tp->sequence_parallel ? out->full : out->h;
 }
 
-static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
+static llmpar__head llmpar__head_open(const llmpar_unit_call *call)
 {
-    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head h;
+    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, &h);
+    return h;
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -261,36 +263,28 @@ static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const ll
 
 static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, h.s.d, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
 }
 
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
 }
 
 static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
 {
-    llmpar_collective c;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = values;
-    c.count = (size_t)count;
-    c.dtype = h->s.sum;
+    llmpar_collective c = llmpar__comm_collective(values, values, (size_t)count, h->s.sum, tag);
     c.op = op;
-    c.tag = tag;
     return llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
 static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     llmpar_status status = LLMPAR_OK;
     for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
         int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
@@ -306,16 +300,14 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_max(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
 }
 
 static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
     llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
     return call->device->xent_sum(call->device, call->stream, &xent);
@@ -323,16 +315,14 @@ static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
 }
 
 static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_loss_args args;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     memset(&args, 0, sizeof args);
     args.rows = h.s.n;
     args.max = h.max;
@@ -357,9 +347,8 @@ static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const ll
 
 static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
     size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
     llmpar_status status = LLMPAR_OK;
@@ -375,18 +364,16 @@ static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
 }
 
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
-    llmpar__head h;
     char *grad = llmpar__head_grad(call);
     if (!grad) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     const llmpar__shape *s = &h.s;
     if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
     llmpar_status status = LLMPAR_OK;
@@ -400,24 +387,21 @@ static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_weight(call, &h.s, h.s.d, h.leaves, call->grads[0]);
 }
 

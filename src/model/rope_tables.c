@@ -63,7 +63,6 @@ LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
 
 LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
 {
-    int64_t p;
     int32_t i, pairs = config->head_dim / 2;
     double *inv_freq, c, s, factor = config->rope_scaling.kind == LLMPAR_ROPE_YARN ? config->rope_scaling.attention_factor : 1;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
@@ -74,7 +73,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
     inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
     if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
     llmpar_rope_inv_freq(config, positions, inv_freq);
-    for (p = 0; p < positions; p++)
+    for (int64_t p = 0; p < positions; p++)
         for (i = 0; i < pairs; i++) {
             int64_t at = p * pairs + i;
             llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);

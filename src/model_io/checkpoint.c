@@ -110,52 +110,20 @@ LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const ll
 
 /* ---- agreement ---- */
 
-/* One collective of int64 or bytes through device memory. op: 0 all-gather, 1 all-reduce max, 2 broadcast from root. */
-static llmpar_status llmpar__checkpoint_talk(llmpar_ctx *ctx, int op, int32_t root, const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
-{
-    llmpar_device *device = ctx->device;
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    void *buffer = NULL;
-    size_t part = count * llmpar_dtype_size(dtype), whole = op == 0 ? part * (size_t)ctx->world : part;
-    memset(&call, 0, sizeof call);
-    llmpar_status status = device->alloc(device, whole, &buffer);
-    if (!status) status = device->stream_create(device, tag, &stream);
-    call.recv = buffer;
-    call.send = (char *)buffer + (op == 0 ? part * (size_t)ctx->rank : 0);
-    call.count = count;
-    call.dtype = dtype;
-    call.op = LLMPAR_MAX;
-    call.root = root;
-    call.tag = tag;
-    if (!status) status = device->copy(device, stream, (void *)(uintptr_t)call.send, send, part);
-    if (!status) status = op == 0 ? llmpar_all_gather(ctx->comm, stream, &call) : op == 1 ? llmpar_all_reduce(ctx->comm, stream, &call) : llmpar_broadcast(ctx->comm, stream, &call);
-    if (!status) status = device->copy(device, stream, recv, buffer, whole);
-    if (stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
-        device->stream_destroy(device, stream);
-    }
-    device->free(device, buffer, whole);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag) { return llmpar__checkpoint_talk(ctx, 0, 0, values, all, count, LLMPAR_I64, tag); }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag) { return llmpar__checkpoint_talk(ctx, 1, 0, value, value, 1, LLMPAR_I64, tag); }
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
 {
     llmpar_error shared;
     int64_t worst = status ? ctx->world - ctx->rank : 0;
     memset(&shared, 0, sizeof shared);
-    llmpar_status talk = llmpar__checkpoint_largest(ctx, &worst, tag);
+    llmpar_status talk = llmpar__comm_largest(ctx->comm, &worst, 1, tag);
     if (talk) return status ? status : talk;
     if (!worst) return LLMPAR_OK;
     int32_t root = (int32_t)(ctx->world - worst);
     if (root == ctx->rank) snprintf(shared.text, sizeof shared.text, "%s", error ? error->text : ctx->error.text);
     shared.status = status;
-    talk = llmpar__checkpoint_talk(ctx, 2, root, &shared, &shared, sizeof shared, LLMPAR_U8, tag);
+    llmpar_collective call = llmpar__comm_collective(&shared, &shared, sizeof shared, LLMPAR_U8, tag);
+    call.root = root;
+    talk = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_BROADCAST, &call);
     if (talk) return talk;
     return ctx->world > 1 ? llmpar_fail(ctx, shared.status, "rank %d: %s", (int)root, shared.text) : llmpar_fail(ctx, shared.status, "%s", shared.text);
 }
@@ -248,8 +216,9 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 }
             }
         }
-        llmpar_status waited = device->synchronize(device, stream), put = llmpar__array_done(c->fsdp, u, 0);
-        if (!status) status = waited ? waited : put;
+        status = llmpar__device_done(device, stream, status);
+        llmpar_status put = llmpar__array_done(c->fsdp, u, 0);
+        if (!status) status = put;
     }
     if (stream) device->stream_destroy(device, stream);
     llmpar_device_host_free(device, &ctx->heap, staging, LLMPAR__CHECKPOINT_STAGING);
@@ -350,7 +319,8 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     int64_t *sums = (int64_t *)llmpar_heap_alloc(&ctx->heap, 2 * (size_t)ctx->world, sizeof *sums);
     if (!sums && !status) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     status = llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint written");
-    if (!status) status = llmpar__checkpoint_gather(ctx, mine, sums, 2, "checkpoint sums");
+    const llmpar_collective call = llmpar__comm_collective(mine, sums, 2, LLMPAR_I64, "checkpoint sums");
+    if (!status) status = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_GATHER, &call);
     int written = !status;
     if (written && ctx->rank == 0) status = llmpar__checkpoint_commit(c, sums);
     /* Nobody has a file open any more. */
@@ -365,7 +335,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
     if (!c->busy) return LLMPAR_OK;
     if (!wait) {
         int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
-        llmpar_status status = llmpar__checkpoint_largest(c->ctx, &unfinished, "checkpoint done");
+        llmpar_status status = llmpar__comm_largest(c->ctx->comm, &unfinished, 1, "checkpoint done");
         if (status || unfinished) return status;
     }
     return llmpar__checkpoint_end(c);

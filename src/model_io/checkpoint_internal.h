@@ -5,6 +5,7 @@
 #include "base/json.h"
 #include "mesh/mesh_internal.h"
 #include "model_io/checkpoint.h"
+#include "tables/tables_internal.h"
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -39,9 +40,6 @@ LLMPAR__PRIVATE char *llmpar__array_memory(const llmpar_fsdp *fsdp, const llmpar
 
 /* All ranks end with the same status: OK if every rank comes with OK, else that of the lowest failed one, whose text all ranks get as theirs: "rank 3: TEXT". error may be NULL: then the rank's own. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag);
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag); /* of all ranks. Collective */
-/* values[count] of every rank into all[world][count]. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag);
 
 /* checkpoint_directory.c: rank 0's part. Local. */
 typedef struct llmpar__checkpoint_file { char name[32]; uint64_t bytes, xxh64; } llmpar__checkpoint_file;
@@ -83,6 +81,9 @@ LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const ll
 LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
 LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
 LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
+
+/* hf_files.c: DIR/name on the heap; NULL, with the error set, when out of memory. */
+LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error);
 
 #endif /* LLMPAR_NO_IO */
 

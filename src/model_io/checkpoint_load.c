@@ -136,7 +136,7 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && !status; u++)
         for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
             const char *name = llmpar_fsdp_unit(load->fsdp, u)->params[p].name;
-            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) {
                 llmpar__manifest_tensor *tensor = llmpar__load_take(load, name, array[a].kind, &hint);
                 int same = tensor && tensor->dims == array[a].dims;
@@ -303,7 +303,7 @@ static llmpar_status llmpar__load_numbers(llmpar__load *load)
             break;
         }
         for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
-            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) status = llmpar__load_array(load, stream, u, p, &array[a], &memory, &hint);
         }
         llmpar_status done = llmpar__array_done(load->fsdp, u, 1);
@@ -356,7 +356,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
     status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoints listed");
-    return status ? status : llmpar__checkpoint_largest(ctx, step, "newest checkpoint");
+    return status ? status : llmpar__comm_largest(ctx->comm, step, 1, "newest checkpoint");
 }
 
 #undef LLMPAR__LOAD_PIECE

@@ -1,21 +1,12 @@
 #include "model_io/hf.h"
 
-#include <stdio.h>
 #include <string.h>
 
+#include "base/text_internal.h"
 #include "mesh/redistribute.h"
+#include "model_io/checkpoint_internal.h"
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO)
-
-/* DIR/name on the heap; NULL when out of memory. */
-static char *llmpar__hf_path(llmpar_ctx *ctx, const char *directory, const char *name)
-{
-    size_t bytes = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    if (path) snprintf(path, bytes, "%s/%s", directory, name);
-    else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for a path");
-    return path;
-}
 
 /* Passes an error of a module without ctx on to the rank. */
 static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error)
@@ -26,11 +17,10 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
     llmpar_error error;
-    char *text = NULL, *path = llmpar__hf_path(ctx, directory, "config.json");
-    size_t bytes;
-    if (!path) return LLMPAR_ERR_MEMORY;
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
+    char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
+    size_t bytes;
+    llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
     if (!status) status = llmpar_llama_config_parse(&ctx->heap, text, bytes, path, out, &error);
     llmpar_heap_free(&ctx->heap, text);
     llmpar_heap_free(&ctx->heap, path);
@@ -42,9 +32,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 /* "[64, 2]" */
 static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *text, size_t capacity)
 {
-    size_t used = (size_t)snprintf(text, capacity, "[");
-    for (int32_t d = 0; d < dims && used < capacity; d++) used += (size_t)snprintf(text + used, capacity - used, "%s%lld", d ? ", " : "", (long long)shape[d]);
-    if (used < capacity) snprintf(text + used, capacity - used, "]");
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    for (int32_t d = 0; d < dims; d++) llmpar__text_put(&out, "%s%lld", d ? ", " : "[", (long long)shape[d]);
+    llmpar__text_put(&out, dims ? "]" : "[]");
     return text;
 }
 
@@ -78,10 +68,9 @@ static int llmpar__hf_is_shape(const llmpar_safetensor *tensor, const int64_t *s
 static int llmpar__hf_is_rotary_buffer(const char *name)
 {
     static const char before[] = "model.layers.", behind[] = ".self_attn.rotary_emb.inv_freq";
-    size_t digits;
     if (strncmp(name, before, sizeof before - 1)) return 0;
     name += sizeof before - 1;
-    digits = strspn(name, "0123456789");
+    size_t digits = strspn(name, "0123456789");
     return digits && !strcmp(name + digits, behind);
 }
 
@@ -337,12 +326,9 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
         status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
-    if (status) {
-        llmpar_tensor_file_abandon(file);
-        return status;
-    }
-    *out = file;
-    return LLMPAR_OK;
+    if (status) llmpar_tensor_file_abandon(file);
+    else *out = file;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)

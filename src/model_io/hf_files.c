@@ -1,9 +1,11 @@
 #include "model_io/hf_files.h"
+#include "model_io/checkpoint_internal.h"
 
 #include <stdio.h>
 #include <string.h>
 
 #include "base/size.h"
+#include "base/text_internal.h"
 
 #if !defined(LLMPAR_NO_IO)
 
@@ -11,8 +13,7 @@
 #define LLMPAR__HF_INDEX "model.safetensors.index.json"
 #define LLMPAR__HF_MAX_INDEX ((size_t)100000000) /* bytes, as for a header */
 
-/* DIR/name on the heap; NULL, with the error set, when out of memory. */
-static char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
+LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
 {
     size_t bytes = strlen(directory) + strlen(name) + 2;
     char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
@@ -327,28 +328,29 @@ static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *
     return status;
 }
 
-/* The index's JSON into text, or with NULL the bytes that it needs at most. */
-static size_t llmpar__hf_index_text(const llmpar_hf_writer *w, char *text, size_t capacity)
+static void llmpar__hf_put_index(const llmpar_hf_writer *w, llmpar__text *out)
 {
-    size_t used = (size_t)snprintf(text, capacity, "{\n  \"metadata\": {\n    \"total_size\": %llu\n  },\n  \"weight_map\": {\n", (unsigned long long)w->total);
     int32_t part = 0, end = 0;
     uint64_t bytes;
+    llmpar__text_put(out, "{\n  \"metadata\": {\n    \"total_size\": %llu\n  },\n  \"weight_map\": {\n", (unsigned long long)w->total);
     for (int32_t i = 0; i < w->count; i++) {
         if (i == end) {
             end = llmpar__hf_file_end(w, i, &bytes);
             part++;
         }
-        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "    ");
-        used += llmpar_json_escape(w->tensor[i].name, strlen(w->tensor[i].name), text ? text + used : NULL, text ? capacity - used : 0);
-        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, ": \"model-%05d-of-%05d.safetensors\"%s\n", (int)part, (int)w->files, i + 1 < w->count ? "," : "");
+        llmpar__text_put(out, "    ");
+        llmpar__text_put_json(out, w->tensor[i].name);
+        llmpar__text_put(out, ": \"model-%05d-of-%05d.safetensors\"%s\n", (int)part, (int)w->files, i + 1 < w->count ? "," : "");
     }
-    return used + (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "  }\n}\n");
+    llmpar__text_put(out, "  }\n}\n");
 }
 
 /* All shards are complete under their .part names. */
 static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error)
 {
-    size_t bytes = llmpar__hf_index_text(w, NULL, 0);
+    llmpar__text index = llmpar__text_begin(NULL, 0);
+    llmpar__hf_put_index(w, &index);
+    size_t bytes = index.used;
     char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
     llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
@@ -362,7 +364,8 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     }
     if (!status) status = llmpar_directory_sync(w->io, w->directory, error);
     if (!status) {
-        llmpar__hf_index_text(w, text, bytes + 1);
+        index = llmpar__text_begin(text, bytes + 1);
+        llmpar__hf_put_index(w, &index);
         status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
     }
     llmpar_heap_free(w->heap, text);

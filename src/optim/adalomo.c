@@ -21,6 +21,7 @@
 #include "base/exact_sum.h"
 #include "base/math.h"
 #include "base/size.h"
+#include "tables/tables_internal.h"
 
 /* A segment of this rank. */
 typedef struct llmpar__adalomo_part {
@@ -136,8 +137,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
     a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
     if (!status) status = device->event_create(device, &a->done);
     if (stream) {
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
+        status = llmpar__device_done(device, stream, status);
         device->stream_destroy(device, stream);
     }
     return status;
@@ -219,14 +219,9 @@ typedef struct llmpar__adalomo_call {
 
 static llmpar_status llmpar__adalomo_reduce(const llmpar__adalomo_call *c, void *buffer, int64_t count, llmpar_dtype dtype, llmpar_reduce_op op)
 {
-    llmpar_collective call;
     if (!c->optim->adalomo->comm || count == 0) return LLMPAR_OK;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = buffer;
-    call.count = (size_t)count;
-    call.dtype = dtype;
+    llmpar_collective call = llmpar__comm_collective(buffer, buffer, (size_t)count, dtype, c->name);
     call.op = op;
-    call.tag = c->name;
     return llmpar_all_reduce(c->optim->adalomo->comm, c->update->stream, &call);
 }
 

@@ -165,12 +165,9 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     optim->table.begin_step = llmpar__optim_begin;
     optim->table.update = resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_update;
     if (resolved.kind == LLMPAR_OPTIM_ADALOMO) status = llmpar__adalomo_create(optim);
-    if (status) {
-        llmpar_optim_destroy(optim);
-        return status;
-    }
-    *out = optim;
-    return LLMPAR_OK;
+    if (status) llmpar_optim_destroy(optim);
+    else *out = optim;
+    return status;
 }
 
 LLMPAR_DEF void llmpar_optim_destroy(llmpar_optim *optim)

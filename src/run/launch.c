@@ -19,6 +19,7 @@
 #endif
 
 #include "base/processors_internal.h"
+#include "base/text_internal.h"
 #include "comm/threads.h"
 #include "cpu/cpu.h"
 #include "tables/device.h"
@@ -237,12 +238,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     *level = llmpar_cpu_best_level();
     if (text && !llmpar_cpu_level_parse(text, level)) {
         char choices[128];
-        size_t used = 0;
-        choices[0] = 0;
-        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?") && used < sizeof choices; i++) {
-            int n = snprintf(choices + used, sizeof choices - used, "%s%s", used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
-            used += n > 0 ? (size_t)n : 0;
-        }
+        llmpar__text out = llmpar__text_begin(choices, sizeof choices);
+        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?"); i++) llmpar__text_put(&out, "%s%s", out.used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
         return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
     }
     return LLMPAR_OK;
@@ -299,10 +296,6 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     st = llmpar__launch_places(job, error);
-    if (st) {
-        llmpar__launch_leave(job);
-        return st;
-    }
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
@@ -310,7 +303,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     threads.deadline = desc.deadline;
     threads.unchecked = desc.unchecked;
     threads.crowded = job->crowded;
-    st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
+    if (!st) st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
         llmpar__launch_leave(job);
         return st;

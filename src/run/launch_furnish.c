@@ -32,9 +32,9 @@ static llmpar_status llmpar__launch_all_here(llmpar_ctx *ctx)
     llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
     if (st) return st;
     st = llmpar_comm_barrier(ctx->host_comm, stream, "launch/device");
-    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
+    st = llmpar__device_done(ctx->host, stream, st);
     ctx->host->stream_destroy(ctx->host, stream);
-    return st ? st : synchronized;
+    return st;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st)
@@ -122,12 +122,13 @@ LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 /* ---- do all ranks compute alike? ---- */
 
 /* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler, another accelerator) differ here. The operands go to the device's memory and the product comes back. */
-static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *stream, uint64_t *out)
+static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
 {
     enum { M = 5, N = 19, K = 67 };
     llmpar_device *device = ctx->device;
     size_t inputs = M * K + N * K, bytes = (inputs + M * N) * sizeof(float), workspace_bytes = 0;
     void *memory = NULL;
+    llmpar_stream *stream = NULL;
     llmpar_gemm_segment segment[4];
     llmpar_gemm_args args;
     memset(&args, 0, sizeof args);
@@ -136,6 +137,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
     for (size_t i = 0; i < inputs; i++) host[i] = (float)((int)(i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
     llmpar_status st = device->alloc(device, bytes, &memory);
+    if (!st) st = device->stream_create(device, "launch", &stream);
     const float *a = (const float *)memory;
     if (!st) {
         for (int i = 0; i < 4; i++) {
@@ -160,8 +162,10 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
     if (!st) st = device->copy(device, stream, memory, host, inputs * sizeof *host);
     if (!st) st = device->gemm(device, stream, &args);
     if (!st) st = device->copy(device, stream, host + inputs, args.c, M * N * sizeof *host);
-    llmpar_status synchronized = device->synchronize(device, stream);
-    if (!st) st = synchronized;
+    if (stream) {
+        st = llmpar__device_done(device, stream, st);
+        device->stream_destroy(device, stream);
+    }
     uint64_t hash = 0xcbf29ce484222325u;
     const unsigned char *result = (const unsigned char *)(host + inputs);
     for (size_t i = 0; !st && i < M * N * sizeof *host; i++) hash = (hash ^ result[i]) * 0x100000001b3u;
@@ -176,37 +180,15 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
-    llmpar_device *device = ctx->device;
-    size_t world = (size_t)ctx->world, bytes = (world + 1) * sizeof(uint64_t);
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, world, sizeof *all);
-    void *memory = NULL;
-    llmpar_stream *stream = NULL;
+    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = device->alloc(device, bytes, &memory);
-    if (!st) st = device->stream_create(device, "launch", &stream);
-    if (!st) st = llmpar__launch_self_test(ctx, stream, &mine);
-    if (!st) {
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = (uint64_t *)memory + world;
-        call.recv = memory;
-        call.count = 1;
-        call.dtype = LLMPAR_U64;
-        call.tag = "launch/self_test";
-        st = device->copy(device, stream, (uint64_t *)memory + world, &mine, sizeof mine);
-        if (!st) st = llmpar_all_gather(ctx->comm, stream, &call);
-        if (!st) st = device->copy(device, stream, all, memory, world * sizeof *all);
-    }
-    if (stream) {
-        llmpar_status synchronized = device->synchronize(device, stream);
-        if (!st) st = synchronized;
-        device->stream_destroy(device, stream);
-    }
+    llmpar_collective call = llmpar__comm_collective(&mine, all, 1, LLMPAR_U64, "launch/self_test");
+    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
+    if (!st) st = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t i = 1; i < ctx->world && !st; i++)
         if (all[i] != all[0])
             st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
-                             (unsigned long long)all[i], (unsigned long long)all[0], device->name);
-    device->free(device, memory, bytes);
+                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
     llmpar_heap_free(&ctx->heap, all);
     return st;
 }

@@ -4,7 +4,7 @@
 
 #include "cpu/cpu.h"
 #include "run/launch.h"
-#include "tables/record.h"
+#include "tables/tables_internal.h"
 
 /* Rounding to nearest and no flush-to-zero: the library's results do not depend on what the application has set. Returns the state to restore. */
 LLMPAR__PRIVATE uint64_t llmpar__launch_float_state(void);

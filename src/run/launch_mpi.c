@@ -35,35 +35,14 @@ static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *worl
     return st ? st : llmpar_mpi_comm_create(world, ctx->host, &ctx->error, &ctx->host_comm);
 }
 
-/* One collective on host memory, done on return: reduces where op is not NULL, gathers else. */
-static llmpar_status llmpar__launch_exchange(llmpar_ctx *ctx, const void *send, void *recv, size_t count, llmpar_dtype dtype, const llmpar_reduce_op *op, const char *tag)
-{
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = send;
-    call.recv = recv;
-    call.count = count;
-    call.dtype = dtype;
-    call.tag = tag;
-    if (op) call.op = *op;
-    llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
-    if (st) return st;
-    st = op ? llmpar_all_reduce(ctx->host_comm, stream, &call) : llmpar_all_gather(ctx->host_comm, stream, &call);
-    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
-    ctx->host->stream_destroy(ctx->host, stream);
-    return st ? st : synchronized;
-}
-
 /* The lowest dispatch level of all ranks: machines of a job may differ. */
 static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
     llmpar_status st = llmpar__launch_host(ctx, world, desc, level);
     if (st || ctx->world == 1) return st;
-    int64_t mine = -(int64_t)level, most = 0;
-    llmpar_reduce_op op = LLMPAR_MAX;
-    st = llmpar__launch_exchange(ctx, &mine, &most, 1, LLMPAR_I64, &op, "launch/level");
-    if (st || most == mine) return st;
+    int64_t most = -(int64_t)level;
+    st = llmpar__comm_largest(ctx->host_comm, &most, 1, "launch/level");
+    if (st || most == -(int64_t)level) return st;
     llmpar__launch_clear(ctx, NULL);
     return llmpar__launch_host(ctx, world, desc, (llmpar_cpu_level)-most);
 }
@@ -72,15 +51,16 @@ static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *wor
 static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
 {
     char name[256] = "";
-    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 }, *all;
+    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 };
     int32_t local = 0, lower = 0;
     int given = llmpar__launch_local(&local, &ctx->error);
     if (given < 0) return ctx->error.status;
     gethostname(name, sizeof name - 1);
     for (const char *p = name; *p; p++) mine[0] = (mine[0] ^ (unsigned char)*p) * 0x100000001b3u;
-    all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
+    uint64_t *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = llmpar__launch_exchange(ctx, mine, all, 2, LLMPAR_U64, NULL, "launch/machines");
+    llmpar_collective call = llmpar__comm_collective(mine, all, 2, LLMPAR_U64, "launch/machines");
+    llmpar_status st = llmpar__comm_talk(ctx->host_comm, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t i = 0; i < ctx->rank && !st; i++) lower += all[2 * (size_t)i] == mine[0];
     ctx->local_rank = given ? local : lower;
     llmpar_heap_free(&ctx->heap, all);

@@ -174,8 +174,7 @@ static llmpar_status llmpar__peak_fill(const llmpar__peak *p, char *data)
     if (done > bytes) done = bytes;
     llmpar_status status = device->copy(device, p->stream, data, stored, done);
     for (; done < bytes && !status; done *= 2) status = device->copy(device, p->stream, data + done, data, bytes - done < done ? bytes - done : done);
-    llmpar_status waited = device->synchronize(device, p->stream); /* in any case: the stream may read `stored` */
-    return status ? status : waited;
+    return llmpar__device_done(device, p->stream, status);
 }
 
 /* p->seconds: the best of `tries` behind one that warms up, each of `products` in a row. */
@@ -203,10 +202,7 @@ static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int produc
         double seconds = (llmpar__clock_seconds() - begin) / products + 1e-9;
         if (i > 0 && seconds < p->seconds) p->seconds = seconds;
     }
-    if (p->stream) {
-        llmpar_status waited = device->synchronize(device, p->stream); /* in any case: it may use what goes now */
-        if (!status) status = waited;
-    }
+    if (p->stream) status = llmpar__device_done(device, p->stream, status);
     llmpar_arena_destroy(arena);
     return status;
 }
@@ -221,7 +217,7 @@ static llmpar_status llmpar__peak_grow(llmpar__peak *p)
         if (!llmpar__peak_of(p, side)) break;
         status = llmpar__peak_measure(p, 1, 1);
         nanoseconds = (int64_t)(p->seconds * 1e9);
-        if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
+        if (!status) status = llmpar__comm_largest(p->t->ctx->comm, &nanoseconds, 1, "peak/side");
     }
     if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
     int64_t side = p->side > LAST ? (int64_t)LAST : p->side;
@@ -235,8 +231,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
     llmpar__peak p;
-    double flops;
-    void *rate = NULL;
     memset(&p, 0, sizeof p);
     p.t = t;
     p.seconds = 1e9;
@@ -248,23 +242,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
         while (!llmpar__peak_of(&p, side) && side > 8) side /= 2;
         status = llmpar__peak_measure(&p, TRIES, 1);
     }
-    flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    if (!status) status = device->alloc(device, sizeof flops, &rate);
-    call.send = call.recv = rate;
-    call.count = 1;
-    call.dtype = LLMPAR_F64;
-    call.tag = "peak";
-    if (!status) status = device->copy(device, p.stream, rate, &flops, sizeof flops);
-    if (!status) status = llmpar_all_reduce(ctx->comm, p.stream, &call);
-    if (!status) status = device->copy(device, p.stream, &t->peak_flops, rate, sizeof flops);
-    if (p.stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, p.stream);
-        if (!status) status = waited;
+    double flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
+    llmpar_collective call = llmpar__comm_collective(&flops, &t->peak_flops, 1, LLMPAR_F64, "peak");
+    if (!status) status = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_REDUCE, &call);
+    if (p.stream) {
+        status = llmpar__device_done(device, p.stream, status);
         device->stream_destroy(device, p.stream);
     }
-    device->free(device, rate, sizeof flops);
     return status;
 }
 

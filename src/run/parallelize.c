@@ -165,8 +165,7 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsd
     if (!forward_only) policy.update = llmpar_optim_update_when(&t->desc.optim, t->desc.dtype == LLMPAR_F16);
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
-    if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
-    return status;
+    return status ? status : llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
 }
 
 static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
@@ -280,12 +279,6 @@ static void llmpar__recipe_recompute(llmpar_llama *model, const llmpar__recipe_b
     }
 }
 
-static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char **out)
-{
-    *out = text ? llmpar_heap_strdup(heap, text) : NULL;
-    return !text || *out;
-}
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
@@ -301,21 +294,19 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     t->scale = desc->loss_scale;
     llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
-    int copied = llmpar__recipe_copy(&ctx->heap, desc->data, &t->desc.data);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->checkpoint, &t->desc.checkpoint);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->resume, &t->desc.resume);
+    const char **const text[] = {&t->desc.data, &t->desc.log, &t->desc.trace, &t->desc.offload_dir, &t->desc.checkpoint, &t->desc.resume};
+    int copied = 1;
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) {
+        if (!*text[i]) continue;
+        *text[i] = llmpar_heap_strdup(&ctx->heap, *text[i]);
+        copied &= *text[i] != NULL;
+    }
     llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
-    if (status) {
-        llmpar_trainer_destroy(t);
-        return status;
-    }
-    *out = t;
-    return LLMPAR_OK;
+    if (status) llmpar_trainer_destroy(t);
+    else *out = t;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
@@ -356,12 +347,8 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_device_host_free(t->ctx->device, heap, t->staging, t->staging_bytes);
     llmpar_heap_free(heap, t->micro);
     llmpar_heap_free(heap, t->gradients);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.checkpoint);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.resume);
+    const char *const text[] = {t->desc.data, t->desc.log, t->desc.trace, t->desc.offload_dir, t->desc.checkpoint, t->desc.resume};
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) llmpar_heap_free(heap, (void *)(uintptr_t)text[i]);
     llmpar_heap_free(heap, t);
 }
 

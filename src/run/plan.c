@@ -1,5 +1,6 @@
 #include "run/plan.h"
 #include "run/trainer_internal.h"
+#include "base/text_internal.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -84,15 +85,13 @@ static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, c
     if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     int64_t mine = (int64_t)memory.step.peak_total;
-    status = llmpar__run_largest(mesh->ctx, "plan", &mine);
+    status = llmpar__comm_largest(mesh->ctx->comm, &mine, 1, "plan");
     *peak = (uint64_t)mine;
     return status;
 }
 
-typedef struct llmpar__plan_text { char *text; size_t capacity, used; int count; } llmpar__plan_text;
-
 /* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
-static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *given, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__plan_text *out)
+static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__text *out)
 {
     llmpar_trainer_desc desc = *other;
     llmpar__recipe_blocks blocks;
@@ -103,51 +102,48 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
     if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
     llmpar__recipe_blocks_of(&desc, model, &blocks);
     llmpar_status status = llmpar__plan_peak(mesh, model, &desc, &blocks, &peak);
-    (void)given;
     if (status || peak == 0 || peak >= now) return status;
-    int n = snprintf(out->text + out->used, out->capacity - out->used, "%s%s: %llu (%llu less%s)", out->count ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= given->memory_limit ? ", fits" : "");
-    if (n > 0 && (size_t)n < out->capacity - out->used) out->used += (size_t)n, out->count++;
-    else out->text[out->used] = 0;
+    llmpar__text_put(out, "%s%s: %llu (%llu less%s)", out->used ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= desc.memory_limit ? ", fits" : "");
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__plan_text *out)
+static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__text *out)
 {
     llmpar_status status = LLMPAR_OK;
     llmpar_trainer_desc other = *desc;
     if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
         other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute selective", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "recompute selective", out);
     }
     if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
         other = *desc;
         other.recompute = LLMPAR_RECOMPUTE_FULL;
         other.recompute_every = 1;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute full", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "recompute full", out);
     }
     if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
         other = *desc;
         other.zero = LLMPAR_ZERO_3;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "zero 3", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "zero 3", out);
     }
     if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
         other = *desc;
         other.sequence_parallel = 1;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "sp on", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "sp on", out);
     }
     for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
         static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
         if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
         other = *desc;
         other.offload[state] = LLMPAR_TIER_FILE;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, name[state], out);
+        status = llmpar__plan_offer(mesh, model, &other, now, name[state], out);
     }
     if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
         char name[48];
         other = *desc;
         other.grad_accum = 2 * desc->grad_accum;
         snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, name, out);
+        status = llmpar__plan_offer(mesh, model, &other, now, name, out);
     }
     return status;
 }
@@ -163,31 +159,25 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
     best.every = desc->recompute_every;
     for (int full = 0; full < 2; full++) {
         int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
-        uint64_t peak;
-        llmpar_status status;
         memset(blocks, 0, sizeof *blocks);
         blocks->every = desc->recompute_every;
         if (full) blocks->selective = all;
-        while (low < high) {
+        for (;;) {
             int32_t middle = low + (high - low) / 2;
+            uint64_t peak;
             if (full) blocks->full = middle;
             else blocks->selective = middle;
-            status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+            llmpar_status status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
             if (status) return status;
             if (peak && peak < least) {
                 least = peak;
                 best = *blocks;
             }
-            if (peak && peak <= desc->memory_limit) high = middle;
+            int fits = peak && peak <= desc->memory_limit;
+            if (low == high && fits) return LLMPAR_OK;
+            if (low == high) break;
+            if (fits) high = middle;
             else low = middle + 1;
-        }
-        if (full) blocks->full = low;
-        else blocks->selective = low;
-        status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
-        if (status || (peak && peak <= desc->memory_limit)) return status;
-        if (peak && peak < least) {
-            least = peak;
-            best = *blocks;
         }
     }
     *blocks = best;
@@ -205,20 +195,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
     int64_t refused = mine != LLMPAR_OK;
     if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
-    status = llmpar__run_largest(ctx, "plan", &refused); /* all ranks refuse together */
+    status = llmpar__comm_largest(ctx->comm, &refused, 1, "plan"); /* all ranks refuse together */
     if (status || !refused) return status;
-    char offers[900] = "";
-    llmpar__plan_text out;
+    char offers[900];
+    llmpar__text out = llmpar__text_begin(offers, sizeof offers);
     uint64_t now;
-    out.text = offers;
-    out.capacity = sizeof offers;
-    out.used = 0;
-    out.count = 0;
     status = llmpar__plan_peak(mesh, model, desc, blocks, &now);
     if (!status) status = llmpar__plan_offers(mesh, model, desc, now, &out);
     if (status) return status;
     return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "memory limit %llu bytes a rank: a step takes %llu%s%s%s; %s", (unsigned long long)desc->memory_limit, (unsigned long long)now,
-                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.count ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
+                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.used ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
 }
 
 LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)

@@ -6,6 +6,7 @@
 #include "io/file.h"
 #include "model_io/checkpoint.h"
 #include "run/trainer.h"
+#include "tables/tables_internal.h"
 
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
 
@@ -50,8 +51,6 @@ LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
-/* *value becomes the largest of all ranks'. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
 
 LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was before any error: the rank's place stays */
 /* trainer_checkpoint.c: the directory, and where desc.resume says so the state from there. Collective. */

@@ -11,10 +11,10 @@
    the limit. */
 #include "tables/arena.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #include "base/size.h"
+#include "base/text_internal.h"
 
 #define LLMPAR__ARENA_BUCKETS 256u
 /* A request takes a part of a block that is at most so many times as large; with AddressSanitizer none, so that it sees where every block ends. */
@@ -164,10 +164,8 @@ LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
 static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
 {
     char list[320];
-    size_t used = 0;
-    list[0] = 0;
-    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
-        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
+    llmpar__text out = llmpar__text_begin(list, sizeof list);
+    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) llmpar__text_put(&out, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
     return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
                        (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
 }

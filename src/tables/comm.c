@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "base/size.h"
-#include "tables/record.h"
+#include "tables/tables_internal.h"
 
 /* A slot that lies beyond the table's size is empty. */
 #define LLMPAR__COMM_END(slot) (offsetof(llmpar_comm, slot) + sizeof(((llmpar_comm *)0)->slot))
@@ -187,6 +187,44 @@ LLMPAR_DEF llmpar_status llmpar_broadcast(llmpar_comm *comm, llmpar_stream *stre
 LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(all_to_all, LLMPAR_CALL_ALL_TO_ALL); }
 LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
 LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
+
+LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
+{
+    const llmpar_collective call = {send, recv, count, 0, dtype, LLMPAR_SUM, 0, 0, tag};
+    return call;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host)
+{
+    llmpar_device *device = comm->device;
+    llmpar_collective call = *host;
+    llmpar_stream *stream = NULL;
+    void *buffer = NULL;
+    int gathers = op == LLMPAR_CALL_ALL_GATHER;
+    size_t part = call.count * llmpar_dtype_size(call.dtype), whole = gathers ? part * (size_t)comm->ranks : part;
+    llmpar_status status = device->alloc(device, whole, &buffer);
+    if (status) return status;
+    status = device->stream_create(device, call.tag, &stream);
+    char *mine = (char *)buffer + (gathers ? part * (size_t)comm->rank : 0);
+    call.send = mine;
+    call.recv = buffer;
+    if (!status) status = device->copy(device, stream, mine, host->send, part);
+    if (!status) status = gathers ? llmpar_all_gather(comm, stream, &call) : op == LLMPAR_CALL_BROADCAST ? llmpar_broadcast(comm, stream, &call) : llmpar_all_reduce(comm, stream, &call);
+    if (!status) status = device->copy(device, stream, host->recv, buffer, whole);
+    if (stream) {
+        status = llmpar__device_done(device, stream, status);
+        device->stream_destroy(device, stream);
+    }
+    device->free(device, buffer, whole);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag)
+{
+    llmpar_collective call = llmpar__comm_collective(values, values, count, LLMPAR_I64, tag);
+    call.op = LLMPAR_MAX;
+    return llmpar__comm_talk(comm, LLMPAR_CALL_ALL_REDUCE, &call);
+}
 
 LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {

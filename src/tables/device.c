@@ -1,5 +1,8 @@
 /* device: the optional slots with their fallbacks. */
 #include "tables/device.h"
+#include "tables/tables_internal.h"
+
+#include <string.h>
 
 #define LLMPAR__DEVICE_HAS(device, slot) ((device)->size >= offsetof(llmpar_device, slot) + sizeof((device)->slot) && (device)->slot)
 
@@ -87,6 +90,24 @@ LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
     if (order->event) order->device->event_destroy(order->device, order->event);
     order->device = NULL;
     order->event = NULL;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status)
+{
+    llmpar_status waited = device->synchronize(device, stream);
+    return status ? status : waited;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
+{
+    llmpar_cast_args args;
+    memset(&args, 0, sizeof args);
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
+    return device->cast(device, stream, &args);
 }
 
 #undef LLMPAR__DEVICE_HAS

@@ -93,12 +93,10 @@ LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
 
 LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
 {
-    const llmpar_call *side[2];
+    const llmpar_call *side[2] = { a, b };
     llmpar__text out = llmpar__text_begin(text, capacity);
     int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
     static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
-    side[0] = a;
-    side[1] = b;
     differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
     differ[1] = !messages && a->op != b->op;
     differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "base/json.h"
+#include "tables/tables_internal.h"
 
 #define LLMPAR__TRACE_BLOCK 256u
 #define LLMPAR__TRACE_TEXT 65536u /* bytes that are put together before they are handed on */
@@ -151,7 +152,7 @@ typedef struct llmpar__trace_out {
     llmpar_trace *trace;
     llmpar_comm *world;
     llmpar_stream *stream;
-    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
+    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT]: what goes to rank 0 */
     llmpar_trace_sink sink; /* rank 0 */
     void *user;
     size_t used;
@@ -163,20 +164,13 @@ static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, 
 {
     llmpar_device *device = out->world->device;
     size_t bytes = count * llmpar_dtype_size(dtype);
-    llmpar_collective call;
+    llmpar_collective call = llmpar__comm_collective(sends ? out->memory : NULL, sends ? NULL : out->memory, count, dtype, "trace");
     if (out->status) return;
-    memset(&call, 0, sizeof call);
-    call.send = sends ? out->memory : NULL;
-    call.recv = sends ? NULL : out->memory;
-    call.count = count;
-    call.dtype = dtype;
     call.peer = peer;
-    call.tag = "trace";
     if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
     if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
     if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
+    out->status = llmpar__device_done(device, out->stream, out->status);
 }
 
 static void llmpar__trace_sink(llmpar__trace_out *out, size_t bytes)
@@ -264,23 +258,10 @@ static void llmpar__trace_rank(llmpar__trace_out *out)
 /* The ranks' clocks: those of one machine are the same; of another one they are told by the time of day, which agrees to some milliseconds. */
 static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
 {
-    llmpar_trace *trace = out->trace;
-    llmpar_device *device = out->world->device;
-    int64_t mine[2], earliest = INT64_MAX, shift = 0;
-    llmpar_collective call;
-    mine[0] = (int64_t)trace->created_ns;
-    mine[1] = trace->clock_ns;
-    memset(&call, 0, sizeof call);
-    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
-    call.recv = out->memory;
-    call.count = 2;
-    call.dtype = LLMPAR_I64;
-    call.tag = "trace";
-    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
-    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
-    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
+    const int64_t mine[2] = {(int64_t)out->trace->created_ns, out->trace->clock_ns};
+    int64_t earliest = INT64_MAX, shift = 0;
+    llmpar_collective call = llmpar__comm_collective(mine, all, 2, LLMPAR_I64, "trace");
+    out->status = llmpar__comm_talk(out->world, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
         int64_t ahead = all[2 * r + 1] - all[1], created;
         if (ahead < 1000000000 && ahead > -1000000000) ahead = 0;
@@ -302,12 +283,10 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.user = user;
     int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
-    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
-    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
-    out.status = device->alloc(device, room, &out.memory);
-    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
-    if (out.stream) llmpar__trace_agree(&out, all);
+    llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
+    if (!out.status) out.status = device->alloc(device, LLMPAR__TRACE_TEXT, &out.memory);
+    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
     if (!out.status) {
         if (world->rank == 0) llmpar__trace_put(&out, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
         llmpar__trace_rank(&out);
@@ -327,7 +306,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
         }
     }
     if (out.stream) device->stream_destroy(device, out.stream);
-    device->free(device, out.memory, room);
+    device->free(device, out.memory, LLMPAR__TRACE_TEXT);
     return out.status ? out.status : out.sunk;
 }
 

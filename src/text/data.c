@@ -62,9 +62,8 @@ static int64_t llmpar__data_permute(uint64_t seed, int64_t epoch, int64_t count,
         uint64_t left = value >> half, right = value & mask, round;
         for (round = 0; round < 8; round++) {
             uint32_t words[4];
-            uint64_t next;
             llmpar_rng_words(&rng, round << 32 | right, words);
-            next = left ^ (words[0] & mask);
+            uint64_t next = left ^ (words[0] & mask);
             left = right;
             right = next;
         }
@@ -75,18 +74,16 @@ static int64_t llmpar__data_permute(uint64_t seed, int64_t epoch, int64_t count,
 
 static void llmpar__data_copy(const llmpar_data *data, int64_t start, int32_t *tokens)
 {
-    int64_t i;
-    for (i = 0; i <= data->seq_len; i++) tokens[i] = data->tokens[start + i];
+    for (int64_t i = 0; i <= data->seq_len; i++) tokens[i] = data->tokens[start + i];
 }
 
 LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens)
 {
     const llmpar_data *d = (const llmpar_data *)data;
-    int64_t epoch, phase, window;
     if (global_index < 0) return LLMPAR_ERR_ARGUMENT;
-    epoch = global_index / d->windows;
-    phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
-    window = llmpar__data_permute(d->seed, epoch, d->windows, global_index % d->windows);
+    int64_t epoch = global_index / d->windows;
+    int64_t phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
+    int64_t window = llmpar__data_permute(d->seed, epoch, d->windows, global_index % d->windows);
     llmpar__data_copy(d, phase + window * d->seq_len, tokens);
     return LLMPAR_OK;
 }

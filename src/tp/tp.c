@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "base/size.h"
+#include "tables/tables_internal.h"
 
 LLMPAR_DEF llmpar_status llmpar_tp_init(llmpar_ctx *ctx, llmpar_comm *comm, int32_t canon, int32_t kv_heads, int32_t sequence_parallel, llmpar_tp *out)
 {
@@ -133,11 +134,9 @@ static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment 
     memset(segment, 0, sizeof *segment);
     segment->k = k;
     args->m = m;
-    args->n = n;
-    args->ldc = n;
+    args->n = args->ldc = n;
     args->segments = segment;
-    args->segment_count = 1;
-    args->pieces = 1;
+    args->segment_count = args->pieces = 1;
     args->kind = kind;
     args->dtype = dtype;
 }
@@ -183,8 +182,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
         if (x) segments[i].b = (const char *)x + (size_t)(i * each * ldx) * size;
     }
     args->segments = segments;
-    args->segment_count = (int32_t)leaves;
-    args->pieces = (int32_t)leaves;
+    args->segment_count = args->pieces = (int32_t)leaves;
     args->kind = LLMPAR_GEMM_TN;
     args->dtype = dtype;
     args->out_dtype = llmpar_dtype_sum(dtype);
@@ -200,9 +198,8 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
     llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
     if (status) return status;
     args.m = out_dim;
-    args.n = in_dim;
+    args.n = args.ldc = in_dim;
     args.c = dw;
-    args.ldc = in_dim;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -216,8 +213,7 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
     memset(&args, 0, sizeof args);
     if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
     args.m = out_dim;
-    args.n = in_dim;
-    args.ldc = in_dim;
+    args.n = args.ldc = in_dim;
     size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
     llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
     return bytes;
@@ -225,49 +221,30 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 
 LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype)
 {
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = local;
-    call.recv = full;
-    call.count = (size_t)(t / tp->ranks * dim);
+    llmpar_collective call = llmpar__comm_collective(local, full, (size_t)(t / tp->ranks * dim), dtype, tag);
     call.blocks = (size_t)batch;
-    call.dtype = dtype;
-    call.tag = tag;
     return llmpar_all_gather(tp->comm, stream, &call);
 }
 
 static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
 {
-    llmpar_collective call;
     if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
-    memset(&call, 0, sizeof call);
-    call.send = in;
-    call.recv = out;
-    call.dtype = dtype;
-    call.tag = tag;
+    llmpar_collective call = llmpar__comm_collective(in, out, (size_t)(batch * t) * row, dtype, tag);
     if (tp->sequence_parallel) {
         call.count = (size_t)(t / tp->ranks) * row;
         call.blocks = (size_t)batch;
         return llmpar_reduce_scatter(tp->comm, stream, &call);
     }
-    call.count = (size_t)(batch * t) * row;
     return llmpar_all_reduce(tp->comm, stream, &call);
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
 {
     llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
-    llmpar_cast_args cast;
     if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
     void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
     llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
-    memset(&cast, 0, sizeof cast);
-    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
-    cast.in = sum;
-    cast.in_dtype = wide;
-    cast.out = out;
-    cast.out_dtype = dtype;
-    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
+    return status ? status : llmpar__device_cast(tp->ctx->device, stream, sum, wide, out, dtype, (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim));
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
