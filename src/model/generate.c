@@ -453,12 +453,30 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
 
 /* ---- sampling ---- */
 
+/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
 static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
 {
-    int32_t best = 0;
-    for (int32_t i = 1; i < vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    enum { BLOCK = 256 };
+    int32_t best = INT32_MIN, at = 0, end, infinite = 0;
+    for (int32_t first = 0; first < vocab; first = end) {
+        int32_t most = INT32_MIN;
+        end = vocab - first < BLOCK ? vocab : first + BLOCK;
+        for (int32_t i = first; i < end; i++) {
+            float value = logits[i] + 0.0f; /* -0 equals 0 */
+            int32_t bits;
+            memcpy(&bits, &value, sizeof bits);
+            infinite |= (bits & 0x7f800000) == 0x7f800000;
+            if (bits < 0) bits ^= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        if (most > best) {
+            best = most;
+            at = first;
+        }
+    }
+    for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
+        if (logits[i] > logits[at]) at = i;
+    return infinite ? -1 : at;
 }
 
 /* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
@@ -477,9 +495,9 @@ static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const 
 }
 
 /* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
 {
-    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    float max = logits[largest];
     double sum = 0, mass = 0, target;
     for (int32_t i = 0; i < vocab; i++) {
         logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
@@ -511,14 +529,6 @@ static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double tempe
         if (mass > target) return order[vocab - 1 - i];
     }
     return order[vocab - kept];
-}
-
-/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
-static int llmpar__sample_finite(const float *logits, int32_t vocab)
-{
-    for (int32_t i = 0; i < vocab; i++)
-        if (!llmpar_isfinite_f32(logits[i])) return 0;
-    return 1;
 }
 
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
@@ -556,9 +566,10 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
-        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);
+        if (id < 0) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
-        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(g.host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
