@@ -10,7 +10,7 @@ static const llmpar_dtype dtypes[] = { LLMPAR_F32, LLMPAR_BF16, LLMPAR_F16 };
 enum { LONG = 40, SHORT = 8 /* too few for weights to be turned */, POSITIONS = 64 };
 
 /* A rank's device, its real slots, and what went through those that are watched. */
-static __thread struct watched { llmpar_device real; int turned, back, mixed, products, product_fails, turn_fails, tokens, token_fails; uint64_t last, logits; session *meanwhile; } watched;
+static __thread struct watched { llmpar_device real; int turned, back, mixed, products, product_fails, turn_fails, tokens, token_fails; uint64_t last, logits, rows[LONG]; int begun[LONG]; /* of each token */ session *meanwhile; } watched;
 
 static llmpar_status planted(llmpar_device *device) { return llmpar_error_set(device->error, LLMPAR_ERR_IO, "planted"); }
 static llmpar_status watched_gemm(llmpar_device *device, llmpar_stream *stream, const llmpar_gemm_args *args)
@@ -19,8 +19,8 @@ static llmpar_status watched_gemm(llmpar_device *device, llmpar_stream *stream, 
     if (++watched.products == watched.product_fails) return planted(device);
     llmpar_status status = watched.real.gemm(device, stream, args);
     size_t size = llmpar_dtype_size(args->out_dtype);
-    watched.last = (uint64_t)args->m;
-    for (int64_t i = 0; i < args->m && !status; i++)
+    watched.last = 0; /* of the last row */
+    for (int64_t i = args->m - 1; i < args->m && !status; i++)
         for (size_t j = 0; j < (size_t)args->n * size; j++) watched.last = (watched.last ^ ((const unsigned char *)args->c)[(size_t)(i * args->ldc) * size + j]) * 0x100000001b3u;
     return status;
 }
@@ -72,6 +72,10 @@ static llmpar_status watched_token(void *user, int32_t id)
             llmpar_schedule_destroy(schedule);
         }
         free(logits);
+    }
+    if (watched.tokens < LONG) {
+        watched.rows[watched.tokens] = watched.last;
+        watched.begun[watched.tokens] = watched.products;
     }
     return ++watched.tokens == watched.token_fails ? LLMPAR_ERR_IO : LLMPAR_OK;
 }
@@ -319,4 +323,51 @@ TEST(text_at_every_level)
     else unsetenv("LLMPAR_CPU");
 }
 
-TEST_LIST(T_(text), T_(text_at_every_level))
+/* Weights that lie side by side meet one row in one product, which has the bits of many: those of the whole sequence. */
+static int together(int64_t n, int64_t k, int64_t tile) { return n * k % LLMPAR_FLAT_ALIGN == 0 && n % tile == 0; }
+static llmpar_status together_body(session *s, void *user)
+{
+    talk *t = (talk *)user;
+    llmpar_device *device = s->ctx->device;
+    const llmpar_llama_config *c = llmpar_llama_get_config(s->model);
+    int64_t tp = t->turns, q = c->heads * c->head_dim / tp, k = c->kv_heads * c->head_dim / tp, rows = llmpar_device_interleaved_rows(device, llmpar_fsdp_dtype(s->fsdp));
+    float *logits = (float *)take((size_t)(POSITIONS * c->vocab), sizeof *logits);
+    llmpar_status status = shake(s);
+    memset(&watched, 0, sizeof watched);
+    watched.real = *device;
+    device->gemm = watched_gemm;
+    for (int turned = 0; turned < 2 && !status; turned++) {
+        int32_t ids[POSITIONS], count = 0, tokens = turned ? LONG : SHORT;
+        int64_t tile = turned && rows ? rows : 1, products = 3;
+        if (!together(q, c->hidden, tile) || !together(k, c->hidden, tile) || (c->family == LLMPAR_FAMILY_QWEN2 && (!together(q, 1, 1) || !together(k, 1, 1)))) products += 2;
+        if (!together(c->intermediate / tp, c->hidden, tile)) products++;
+        watch_again();
+        for (int32_t i = 0; i < t->prompt; i++) ids[i] = (i * i * 7 + 3) % c->vocab;
+        status = say(s, t, 0, 1, tokens, ids + t->prompt, &count);
+        uint64_t *row = watched.rows;
+        if (watched.begun[2] - watched.begun[1] != c->layers * (products + 1) + 1) TEST_FAIL("%s, tp %d: %d products a token, expected %d", t->name, (int)tp, watched.begun[2] - watched.begun[1], (int)(c->layers * (products + 1) + 1));
+        for (int32_t i = 0; i < count && !status; i++) {
+            status = llmpar_llama_logits(s->model, s->fsdp, ids, t->prompt + i, logits);
+            if (watched.last != row[i]) TEST_FAIL("%s, tp %d, rank %d: logits of token %d are not those of the whole sequence", t->name, (int)tp, s->ctx->rank, (int)i);
+        }
+    }
+    device->gemm = watched.real.gemm;
+    free(logits);
+    return status;
+}
+
+TEST(products_together)
+{
+    static const struct { const char *name; llmpar_family family; int32_t hidden, intermediate, head_dim, kv_heads; } cases[] = {
+        { "together", LLMPAR_FAMILY_LLAMA, 128, 256, 16, 2 }, { "gates apart for two", LLMPAR_FAMILY_QWEN3, 128, 208, 16, 2 }, { "biases apart", LLMPAR_FAMILY_QWEN2, 64, 96, 16, 4 }, { "biases together", LLMPAR_FAMILY_QWEN2, 64, 128, 32, 8 }, { "apart", LLMPAR_FAMILY_LLAMA, 36, 44, 6, 2 } };
+    for (int i = 0; i < 5; i++)
+        for (int tp = 1; tp <= 2; tp++) {
+            llmpar_llama_config c = talk_config(cases[i].family, i & 1, cases[i].hidden, cases[i].intermediate, cases[i].head_dim, 64);
+            talk t = { cases[i].name, 5, 0, tp, 0, { { 0 } }, { 0 } };
+            job j = { .config = &c, .mesh = { .tp = tp }, .trainer = { .seq_len = POSITIONS, .dtype = dtypes[i % 3] }, .body = together_body, .user = &t };
+            c.kv_heads = cases[i].kv_heads;
+            launch_ok(&j);
+        }
+}
+
+TEST_LIST(T_(text), T_(text_at_every_level), T_(products_together))

@@ -104,7 +104,7 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
         int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;
         job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
-        if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));
+        job.decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job.decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
         if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
     }
     job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;

@@ -320,10 +320,15 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
             void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
-                for (k = 0; k < segment->k; k += 2, out += rows)
+                const uint16_t *in = (const uint16_t *)segment->a + row * segment->lda;
+                k = rows == 1 ? segment->k / 2 * 2 : 0;
+                if (k) memcpy(out, in, (size_t)k * sizeof *in);
+                for (out += k / 2; turn && valid == rows && k + 2 * rows <= segment->k; k += 2 * rows, out += rows * rows) turn((const char *)(in + k), segment->lda * (int64_t)sizeof *in, out, BLOCK);
+                for (; k < segment->k; k += 2, out += rows)
                     for (r = 0; r < rows; r++) {
                         uint16_t pair[2] = { 0, 0 };
-                        if (r < valid) memcpy(pair, (const uint16_t *)segment->a + (row + r) * segment->lda + k, k + 1 < segment->k ? sizeof pair : sizeof pair[0]);
+                        if (r < valid && k + 1 < segment->k) memcpy(pair, in + r * segment->lda + k, sizeof pair);
+                        else if (r < valid) memcpy(pair, in + r * segment->lda + k, sizeof pair[0]);
                         memcpy(out + r, pair, sizeof pair);
                     }
                 continue;

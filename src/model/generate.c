@@ -22,7 +22,7 @@ typedef struct llmpar__session {
     int64_t rows, head_rows, capacity;
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows come those of up */
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [head_rows, V] logits as f32 */
     void *gathered;                /* device [tp, head_rows, widest vocabulary part] */
@@ -45,8 +45,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
     size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows * s->h, s->sum_size);
-    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
-    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
+    size_t q = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), o = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), gate = llmpar__llama_take(&at, 2 * g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->head_rows * widest, s->size), gathered = llmpar__llama_take(&at, g->head_rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
     g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
     llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
@@ -62,7 +61,6 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->q = base + q;
     g->o = base + o;
     g->gate = base + gate;
-    g->up = base + up;
     g->logits = base + logits;
     g->gathered = base + gathered;
     g->ids = (int32_t *)(void *)(base + ids);
@@ -116,20 +114,16 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    int64_t widths[4];
+    const int64_t widths[6] = { s->h * s->e, s->k * s->e, s->qkv, s->f, 2 * s->f, s->v };
     size_t most = 0, w;
-    widths[0] = s->h * s->e;
-    widths[1] = s->k * s->e;
-    widths[2] = s->f;
-    widths[3] = s->v;
     llmpar_tp_operand row;
     llmpar_attention_args attention;
     /* Every row count up to `rows` is used: the prompt's chunks and single tokens. Few rows are multiplied in another way than many, and need more the more there are. */
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
-        for (int i = 0; i < 4; i++) {
-            int64_t own = i == 3 && rows > g->head_rows ? g->head_rows : rows;
-            w = i < 2 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
+        for (int i = 0; i < 6; i++) {
+            int64_t own = i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
         llmpar__llama_row(&g->tp, NULL, NULL, c->heads, s->e, &row);
@@ -282,10 +276,26 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
     return status;
 }
 
-/* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
-static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
+/* Whether w[0] .. w[count - 1], of n[i] rows of k elements, lie one behind the other as one matrix does: one row of x then meets them in one product, which has fewer beginnings and ends. Absent ones do. */
+static int llmpar__session_together(const llmpar__session *g, int count, void *const *w, const int64_t *n, int64_t k)
+{
+    int64_t tile = g->interleaved > 0 ? llmpar_device_interleaved_rows(g->device, g->dtype) : 1;
+    for (int i = 0; w[0] && i + 1 < count; i++)
+        if (n[i] % tile || (uintptr_t)w[i] + (size_t)(n[i] * k) * g->s.size != (uintptr_t)w[i + 1]) return 0;
+    return 1;
+}
+
+/* out = h[count, D] w[width, D]^T + bias */
+static llmpar_status llmpar__session_linear(const llmpar__session *g, int64_t count, int64_t width, const void *w, const void *bias, void *out)
+{
+    return llmpar__llama_linear(g->model, g->stream, count, width, g->h, w, g->interleaved > 0, bias, out, width, g->workspace, g->workspace_bytes);
+}
+
+/* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. */
+static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *product, const void *norm, void *out)
 {
     llmpar_rope_args rope;
+    llmpar_status status = LLMPAR_OK;
     memset(&rope, 0, sizeof rope);
     rope.batch = 1;
     rope.t = count;
@@ -297,8 +307,8 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     rope.cosine = g->model->cosine;
     rope.sine = g->model->sine;
     rope.dtype = g->dtype;
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, g->interleaved > 0, bias, norm ? g->o : out, rope.ld, g->workspace, g->workspace_bytes);
-    if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
+    if (norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, product, NULL, norm, NULL, out, g->rstd);
+    else if (product != out) status = g->device->copy(g->device, g->stream, out, product, (size_t)(count * rope.ld) * g->s.size);
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
@@ -314,12 +324,17 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     llmpar_status status = llmpar__session_params(g, layer, p);
     if (status) return status;
     llmpar__session_attention(g, layer, position, count, &attention);
-    size_t at = (size_t)(position * s->k * s->e) * s->size;
-    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at;
+    const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e }, gates[2] = { s->f, s->f };
+    size_t at = (size_t)(position * heads[1]) * s->size;
+    int one = count == 1 && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = count == 1 && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
+    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at, *up = (char *)g->gate + (size_t)(count * s->f) * s->size;
+    char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q), *raw_k = one ? raw + (size_t)heads[0] * s->size : p[LLMPAR__KNORM] ? raw : k; /* o: attention has not written it yet */
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
-    if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], g->interleaved > 0, p[LLMPAR__BV], v, s->k * s->e, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_linear(g, count, one ? s->qkv : heads[0], p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
+    if (!status) status = llmpar__session_heads(g, s->h, position, count, raw, p[LLMPAR__QNORM], g->q);
+    if (!status && !one) status = llmpar__session_linear(g, count, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], raw_k);
+    if (!status) status = llmpar__session_heads(g, s->k, position, count, raw_k, p[LLMPAR__KNORM], k);
+    if (!status) status = one ? g->device->copy(g->device, g->stream, v, raw_k + (size_t)heads[1] * s->size, (size_t)heads[2] * s->size) : llmpar__session_linear(g, count, heads[2], p[LLMPAR__WV], p[LLMPAR__BV], v);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     row.interleaved = g->interleaved > 0;
@@ -327,13 +342,13 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__GATE], g->interleaved > 0, NULL, g->gate, s->f, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__UP], g->interleaved > 0, NULL, g->up, s->f, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_linear(g, count, two ? 2 * s->f : s->f, p[LLMPAR__GATE], NULL, g->gate);
+    if (!status && !two) status = llmpar__session_linear(g, count, s->f, p[LLMPAR__UP], NULL, up);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = g->gate;
-    swiglu.up = g->up;
+    swiglu.up = up;
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
@@ -438,12 +453,30 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
 
 /* ---- sampling ---- */
 
+/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
 static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
 {
-    int32_t best = 0;
-    for (int32_t i = 1; i < vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    enum { BLOCK = 256 };
+    int32_t best = INT32_MIN, at = 0, end, infinite = 0;
+    for (int32_t first = 0; first < vocab; first = end) {
+        int32_t most = INT32_MIN;
+        end = vocab - first < BLOCK ? vocab : first + BLOCK;
+        for (int32_t i = first; i < end; i++) {
+            float value = logits[i] + 0.0f; /* -0 equals 0 */
+            int32_t bits;
+            memcpy(&bits, &value, sizeof bits);
+            infinite |= (bits & 0x7f800000) == 0x7f800000;
+            if (bits < 0) bits ^= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        if (most > best) {
+            best = most;
+            at = first;
+        }
+    }
+    for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
+        if (logits[i] > logits[at]) at = i;
+    return infinite ? -1 : at;
 }
 
 /* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
@@ -462,9 +495,9 @@ static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const 
 }
 
 /* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
 {
-    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    float max = logits[largest];
     double sum = 0, mass = 0, target;
     for (int32_t i = 0; i < vocab; i++) {
         logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
@@ -496,14 +529,6 @@ static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double tempe
         if (mass > target) return order[vocab - 1 - i];
     }
     return order[vocab - kept];
-}
-
-/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
-static int llmpar__sample_finite(const float *logits, int32_t vocab)
-{
-    for (int32_t i = 0; i < vocab; i++)
-        if (!llmpar_isfinite_f32(logits[i])) return 0;
-    return 1;
 }
 
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
@@ -541,9 +566,10 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
-        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);
+        if (id < 0) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
-        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(g.host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
