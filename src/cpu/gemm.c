@@ -86,6 +86,7 @@ typedef struct llmpar__gemm_run {
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
     int thin;                             /* few rows */
+    int copies;                           /* B lies as panels have it, and tiles copy its next group */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -172,6 +173,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
+    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && !run->thin;
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -179,7 +181,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -345,32 +347,38 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
     }
 }
 
-/* Panels [first, first + panels) of A, or of B, for the current part. Chunks that follow each other in memory too are packed as one: rows are read in long stretches. */
-static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
+/* What is packed of A, or of B, from row (or column) `at` on: chunk *c and those that follow it in memory too, as one, so that rows are read in long stretches; *c is moved behind them. */
+static void llmpar__gemm_stretch(const llmpar__gemm_run *run, int is_b, int64_t at, int64_t *c, llmpar__gemm_packing *packing)
 {
     const llmpar_gemm_args *args = run->args;
-    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c, begin, step;
-    void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
     int args_b = is_b != run->turned;
+    const llmpar_gemm_segment *segment = &args->segments[run->chunks[*c].segment];
+    const char *base = (const char *)(args_b ? segment->b : segment->a), *next;
+    int64_t begin = run->chunks[*c].begin, step;
+    packing->transposed = args_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
+    packing->k = run->chunks[*c].k;
+    packing->ld = args_b ? segment->ldb : segment->lda;
+    step = packing->transposed ? 1 : packing->ld;
+    packing->in = base + (packing->transposed ? at * packing->ld + begin : begin * packing->ld + at) * run->half.size;
+    for (++*c; *c < run->chunk_count && packing->k % run->unit == 0; packing->k += run->chunks[(*c)++].k) {
+        segment = &args->segments[run->chunks[*c].segment];
+        next = (const char *)(args_b ? segment->b : segment->a) + run->chunks[*c].begin * step * run->half.size;
+        if (next != base + (begin + packing->k) * step * run->half.size || (args_b ? segment->ldb : segment->lda) != packing->ld) break;
+    }
+}
+
+/* Panels [first, first + panels) of A, or of B, for the current part. */
+static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
+{
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c = 0;
+    void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
     llmpar__gemm_packing packing;
-    packing.transposed = args_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
     packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
     packing.panels = panels;
     packing.distance = width * run->k;
     packing.out = out;
-    for (c = 0; c < run->chunk_count; c++) {
-        const llmpar_gemm_segment *segment = &args->segments[run->chunks[c].segment];
-        const char *base = (const char *)(args_b ? segment->b : segment->a), *next;
-        begin = run->chunks[c].begin;
-        packing.k = run->chunks[c].k;
-        packing.ld = args_b ? segment->ldb : segment->lda;
-        step = packing.transposed ? 1 : packing.ld;
-        packing.in = base + (packing.transposed ? at * packing.ld + begin : begin * packing.ld + at) * run->half.size;
-        for (; c + 1 < run->chunk_count && packing.k % run->unit == 0; c++, packing.k += run->chunks[c].k) {
-            segment = &args->segments[run->chunks[c + 1].segment];
-            next = (const char *)(args_b ? segment->b : segment->a) + run->chunks[c + 1].begin * step * run->half.size;
-            if (next != base + (begin + packing.k) * step * run->half.size || (args_b ? segment->ldb : segment->lda) != packing.ld) break;
-        }
+    while (c < run->chunk_count) {
+        llmpar__gemm_stretch(run, is_b, at, &c, &packing);
         if (run->half.widen && !run->kernel.pairs) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
         else pack(&packing);
         packing.out += (packing.k + run->unit - 1) / run->unit * width;
@@ -387,7 +395,59 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+/* Full panels of the next group of B, which tiles of this one copy: what is left of a stretch of one panel; then the stretches from `chunk` on; then other panels. */
+typedef struct llmpar__gemm_ahead { llmpar__gemm_copying copying; int64_t panel, panel_end, chunk, rows; int rest; } llmpar__gemm_ahead; /* rows: for one tile; rest: there is a panel that is not full */
+
+/* Whether anything is left; then `copying` has rows. */
+static int llmpar__gemm_ahead_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
+{
+    llmpar__gemm_packing packing;
+    while (ahead->copying.rows == 0) {
+        if (ahead->chunk == run->chunk_count) {
+            ahead->panel++;
+            ahead->chunk = 0;
+        }
+        if (ahead->panel >= ahead->panel_end || run->chunk_count == 0) return 0;
+        llmpar__gemm_stretch(run, 1, run->j0 + ahead->panel * run->kernel.columns, &ahead->chunk, &packing);
+        ahead->copying.from = (const char *)packing.in;
+        ahead->copying.ld = packing.ld * (int64_t)sizeof(float);
+        ahead->copying.rows = packing.k;
+    }
+    return 1;
+}
+
+static void llmpar__gemm_ahead_begin(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead, int64_t group, float *to)
+{
+    int64_t full = run->n / run->kernel.columns, tiles = run->a_panels * run->group_panels;
+    memset(ahead, 0, sizeof *ahead);
+    if (!run->copies || group >= run->groups) return;
+    ahead->copying.to = to;
+    ahead->panel = group * run->group_panels;
+    ahead->panel_end = (group + 1) * run->group_panels < full ? (group + 1) * run->group_panels : full;
+    ahead->rest = full < run->b_panels && group == run->groups - 1;
+    ahead->rows = (run->group_panels * run->k + tiles - 1) / tiles;
+}
+
+/* Packs what tiles have left, and a panel that is not full. */
+static void llmpar__gemm_ahead_end(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
+{
+    while (llmpar__gemm_ahead_goes_on(run, ahead)) {
+        llmpar__gemm_packing packing;
+        memset(&packing, 0, sizeof packing);
+        packing.in = ahead->copying.from;
+        packing.out = ahead->copying.to;
+        packing.ld = ahead->copying.ld / (int64_t)sizeof(float);
+        packing.k = ahead->copying.rows;
+        packing.valid = run->kernel.columns;
+        packing.panels = 1;
+        run->kernel.pack_b(&packing);
+        ahead->copying.to += packing.k * run->kernel.columns;
+        ahead->copying.rows = 0;
+    }
+    if (ahead->rest) llmpar__gemm_pack(run, 1, ahead->panel_end, 1, ahead->copying.to);
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
@@ -419,6 +479,8 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
+    tile.copying = llmpar__gemm_ahead_goes_on(run, ahead) ? &ahead->copying : NULL;
+    tile.copy_rows = ahead->rows;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -430,7 +492,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
+    int64_t room = run->group_panels * run->kernel.columns * run->block_k;
+    float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
+    llmpar__gemm_ahead ahead;
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
@@ -440,7 +504,8 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     }
     if (group >= run->groups) return;
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
-    llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    llmpar__gemm_ahead_begin(run, &ahead, group + 1, run->b + (task + 1) % 2 * room);
     while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
@@ -448,9 +513,10 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
             int64_t r, line;
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
-            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
+    llmpar__gemm_ahead_end(run, &ahead);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
