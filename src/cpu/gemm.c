@@ -85,8 +85,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin;                             /* few rows */
-    int copies;                           /* B lies as panels have it, and tiles copy its next group */
+    int thin, copies;                     /* few rows; tiles copy the next group of B */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -347,38 +346,32 @@ static void llmpar__gemm_pack_half(const llmpar__gemm_packing *packing, const ll
     }
 }
 
-/* What is packed of A, or of B, from row (or column) `at` on: chunk *c and those that follow it in memory too, as one, so that rows are read in long stretches; *c is moved behind them. */
-static void llmpar__gemm_stretch(const llmpar__gemm_run *run, int is_b, int64_t at, int64_t *c, llmpar__gemm_packing *packing)
-{
-    const llmpar_gemm_args *args = run->args;
-    int args_b = is_b != run->turned;
-    const llmpar_gemm_segment *segment = &args->segments[run->chunks[*c].segment];
-    const char *base = (const char *)(args_b ? segment->b : segment->a), *next;
-    int64_t begin = run->chunks[*c].begin, step;
-    packing->transposed = args_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
-    packing->k = run->chunks[*c].k;
-    packing->ld = args_b ? segment->ldb : segment->lda;
-    step = packing->transposed ? 1 : packing->ld;
-    packing->in = base + (packing->transposed ? at * packing->ld + begin : begin * packing->ld + at) * run->half.size;
-    for (++*c; *c < run->chunk_count && packing->k % run->unit == 0; packing->k += run->chunks[(*c)++].k) {
-        segment = &args->segments[run->chunks[*c].segment];
-        next = (const char *)(args_b ? segment->b : segment->a) + run->chunks[*c].begin * step * run->half.size;
-        if (next != base + (begin + packing->k) * step * run->half.size || (args_b ? segment->ldb : segment->lda) != packing->ld) break;
-    }
-}
-
-/* Panels [first, first + panels) of A, or of B, for the current part. */
+/* Panels [first, first + panels) of A, or of B, for the current part. Chunks that follow each other in memory too are packed as one: rows are read in long stretches. */
 static void llmpar__gemm_pack(const llmpar__gemm_run *run, int is_b, int64_t first, int64_t panels, float *out)
 {
-    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c = 0;
+    const llmpar_gemm_args *args = run->args;
+    int64_t width = is_b ? run->kernel.columns : run->kernel.rows, at = (is_b ? run->j0 : run->i0) + first * width, c, begin, step;
     void (*pack)(const llmpar__gemm_packing *packing) = is_b ? run->kernel.pack_b : run->kernel.pack_a;
+    int args_b = is_b != run->turned;
     llmpar__gemm_packing packing;
+    packing.transposed = args_b ? args->kind == LLMPAR_GEMM_NT : args->kind != LLMPAR_GEMM_TN;
     packing.valid = is_b ? run->j0 + run->n - at : run->i0 + run->m - at;
     packing.panels = panels;
     packing.distance = width * run->k;
     packing.out = out;
-    while (c < run->chunk_count) {
-        llmpar__gemm_stretch(run, is_b, at, &c, &packing);
+    for (c = 0; c < run->chunk_count; c++) {
+        const llmpar_gemm_segment *segment = &args->segments[run->chunks[c].segment];
+        const char *base = (const char *)(args_b ? segment->b : segment->a), *next;
+        begin = run->chunks[c].begin;
+        packing.k = run->chunks[c].k;
+        packing.ld = args_b ? segment->ldb : segment->lda;
+        step = packing.transposed ? 1 : packing.ld;
+        packing.in = base + (packing.transposed ? at * packing.ld + begin : begin * packing.ld + at) * run->half.size;
+        for (; c + 1 < run->chunk_count && packing.k % run->unit == 0; c++, packing.k += run->chunks[c].k) {
+            segment = &args->segments[run->chunks[c + 1].segment];
+            next = (const char *)(args_b ? segment->b : segment->a) + run->chunks[c + 1].begin * step * run->half.size;
+            if (next != base + (begin + packing.k) * step * run->half.size || (args_b ? segment->ldb : segment->lda) != packing.ld) break;
+        }
         if (run->half.widen && !run->kernel.pairs) llmpar__gemm_pack_half(&packing, &run->half, width, pack);
         else pack(&packing);
         packing.out += (packing.k + run->unit - 1) / run->unit * width;
@@ -395,56 +388,20 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
-/* Full panels of the next group of B, which tiles of this one copy: what is left of a stretch of one panel; then the stretches from `chunk` on; then other panels. */
-typedef struct llmpar__gemm_ahead { llmpar__gemm_copying copying; int64_t panel, panel_end, chunk, rows; int rest; } llmpar__gemm_ahead; /* rows: for one tile; rest: there is a panel that is not full */
-
-/* Whether anything is left; then `copying` has rows. */
-static int llmpar__gemm_ahead_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
+/* Whether there is anything left to copy; then `ahead` has rows. */
+static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
 {
-    llmpar__gemm_packing packing;
-    while (ahead->copying.rows == 0) {
-        if (ahead->chunk == run->chunk_count) {
-            ahead->panel++;
-            ahead->chunk = 0;
-        }
-        if (ahead->panel >= ahead->panel_end || run->chunk_count == 0) return 0;
-        llmpar__gemm_stretch(run, 1, run->j0 + ahead->panel * run->kernel.columns, &ahead->chunk, &packing);
-        ahead->copying.from = (const char *)packing.in;
-        ahead->copying.ld = packing.ld * (int64_t)sizeof(float);
-        ahead->copying.rows = packing.k;
+    for (; ahead->next < ahead->end; ahead->next++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[ahead->next % run->chunk_count];
+        const llmpar_gemm_segment *segment = &run->args->segments[chunk->segment];
+        const char *from = (const char *)((const float *)segment->b + chunk->begin * segment->ldb + run->j0 + ahead->next / run->chunk_count * run->kernel.columns);
+        if (ahead->rows > 0 && (from != ahead->from + ahead->rows * ahead->ld || ahead->ld != segment->ldb * (int64_t)sizeof(float))) break;
+        if (ahead->rows == 0) ahead->from = from;
+        ahead->ld = segment->ldb * (int64_t)sizeof(float);
+        ahead->rows += chunk->k;
     }
-    return 1;
-}
-
-static void llmpar__gemm_ahead_begin(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead, int64_t group, float *to)
-{
-    int64_t full = run->n / run->kernel.columns, tiles = run->a_panels * run->group_panels;
-    memset(ahead, 0, sizeof *ahead);
-    if (!run->copies || group >= run->groups) return;
-    ahead->copying.to = to;
-    ahead->panel = group * run->group_panels;
-    ahead->panel_end = (group + 1) * run->group_panels < full ? (group + 1) * run->group_panels : full;
-    ahead->rest = full < run->b_panels && group == run->groups - 1;
-    ahead->rows = (run->group_panels * run->k + tiles - 1) / tiles;
-}
-
-/* Packs what tiles have left, and a panel that is not full. */
-static void llmpar__gemm_ahead_end(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
-{
-    while (llmpar__gemm_ahead_goes_on(run, ahead)) {
-        llmpar__gemm_packing packing;
-        memset(&packing, 0, sizeof packing);
-        packing.in = ahead->copying.from;
-        packing.out = ahead->copying.to;
-        packing.ld = ahead->copying.ld / (int64_t)sizeof(float);
-        packing.k = ahead->copying.rows;
-        packing.valid = run->kernel.columns;
-        packing.panels = 1;
-        run->kernel.pack_b(&packing);
-        ahead->copying.to += packing.k * run->kernel.columns;
-        ahead->copying.rows = 0;
-    }
-    if (ahead->rest) llmpar__gemm_pack(run, 1, ahead->panel_end, 1, ahead->copying.to);
+    ahead->share = (run->k + run->a_panels - 1) / run->a_panels;
+    return ahead->rows > 0;
 }
 
 static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
@@ -479,8 +436,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
-    tile.copying = llmpar__gemm_ahead_goes_on(run, ahead) ? &ahead->copying : NULL;
-    tile.copy_rows = ahead->rows;
+    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -492,9 +448,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
-    int64_t room = run->group_panels * run->kernel.columns * run->block_k;
+    int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
     float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
-    llmpar__gemm_ahead ahead;
+    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
@@ -505,7 +461,6 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     if (group >= run->groups) return;
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
     if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
-    llmpar__gemm_ahead_begin(run, &ahead, group + 1, run->b + (task + 1) % 2 * room);
     while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
@@ -516,7 +471,8 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
             for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
-    llmpar__gemm_ahead_end(run, &ahead);
+    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
