@@ -70,7 +70,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -85,7 +85,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin;                             /* few rows */
+    int thin, copies;                     /* few rows; tiles copy the next group of B */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -167,11 +167,12 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
-    limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    limit_n = !outlives || run->thin || args->m <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : args->m <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
+    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* few rows leave too much uncopied; many that lie drive the copies out of L2 */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -179,7 +180,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -387,7 +388,23 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+/* Whether there is anything left to copy; then `ahead` has rows. */
+static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
+{
+    for (; ahead->next < ahead->end; ahead->next++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[ahead->next % run->chunk_count];
+        const llmpar_gemm_segment *segment = &run->args->segments[chunk->segment];
+        const char *from = (const char *)((const float *)segment->b + chunk->begin * segment->ldb + run->j0 + ahead->next / run->chunk_count * run->kernel.columns);
+        if (ahead->rows > 0 && (from != ahead->from + ahead->rows * ahead->ld || ahead->ld != segment->ldb * (int64_t)sizeof(float))) break;
+        if (ahead->rows == 0) ahead->from = from;
+        ahead->ld = segment->ldb * (int64_t)sizeof(float);
+        ahead->rows += chunk->k;
+    }
+    ahead->share = (run->k + run->a_panels - 1) / run->a_panels;
+    return ahead->rows > 0;
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
@@ -419,6 +436,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
+    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -430,7 +448,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
+    int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
+    float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
+    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
@@ -440,7 +460,7 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     }
     if (group >= run->groups) return;
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
-    llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
     while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
@@ -448,9 +468,11 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
             int64_t r, line;
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
-            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
+    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
@@ -545,7 +567,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
+    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {

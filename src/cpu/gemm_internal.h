@@ -23,6 +23,9 @@ typedef struct llmpar__gemm_step {
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
+/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes. */
+typedef struct llmpar__gemm_ahead { const char *from; float *panel; int64_t ld, rows, share, kept, next, end; } llmpar__gemm_ahead;
+
 /* One tile of c during one part of the summed dim. */
 typedef struct llmpar__gemm_tile {
     const float *a;                    /* panel: [k, tile rows]; or NULL: */
@@ -38,6 +41,7 @@ typedef struct llmpar__gemm_tile {
     int64_t step_count;
     int rows, columns;                 /* that exist */
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
+    llmpar__gemm_ahead *ahead;         /* or NULL */
 } llmpar__gemm_tile;
 
 /* The chains of a tile, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
@@ -51,6 +55,7 @@ typedef struct llmpar__gemm_chains {
     int64_t slot_bytes;
     char *base[LLMPAR__GEMM_BASES];
     int64_t row_bytes[LLMPAR__GEMM_BASES], ask_bytes[LLMPAR__GEMM_BASES]; /* from row to row; from what was asked for to what is next, and from there to the next row */
+    llmpar__gemm_ahead ahead;
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
@@ -69,6 +74,7 @@ typedef struct llmpar__gemm_kernel {
     void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
     void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
+    void (*copying[2])(const llmpar__gemm_chains *chains); /* or NULL: chains[3] and lying[2] that copy B */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */

@@ -231,9 +231,9 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 
 /* y: which list of rows. */
 #define LLMPAR__GEMM_CHAINS_124(level, isa, y) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3)
+    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING)
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
@@ -264,10 +264,10 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 
 /* Vectors of 64 bytes in 32. */
 #define LLMPAR__GEMM_LEVEL_512(level) LLMPAR__GEMM_CHAINS_124(level, "avx512f", ) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2)
+    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2, NOTHING)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
@@ -275,6 +275,8 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #define LLMPAR__GEMM_READ_B(i, v) "vmovups 192*" #i "+64*" #v "(%%rdi), %%zmm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 LLMPAR__GEMM_LEVEL_512(avx512)
+LLMPAR__GEMM_FUNCTION(avx512_chains_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, COPY)
+LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, COPY)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -308,11 +310,11 @@ LLMPAR__GEMM_LEVEL_512(bf16)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 } };
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying } };
 #if LLMPAR__GEMM_BF16
-    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 } };
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
     (void)dtype;
@@ -381,7 +383,7 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL } };
     (void)level;
     (void)dtype;
     return neon;
@@ -411,6 +413,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     int64_t size = kernel->rows * kernel->columns;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
     void (*run)(const llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
+    int copies = tile->ahead && run == (tile->a ? kernel->chains[3] : kernel->lying[2]);
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
@@ -435,7 +438,9 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
     chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
     chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
-    run(&chains);
+    if (copies) chains.ahead = *tile->ahead;
+    (copies ? kernel->copying[!tile->a] : run)(&chains);
+    if (copies) *tile->ahead = chains.ahead;
     llmpar__gemm_rest();
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);

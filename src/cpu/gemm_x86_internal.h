@@ -1,10 +1,10 @@
 /* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
    what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
    A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
-     LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
+     LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
                                               of more than four rows the fifth and those behind it are `high`: in every eight k they come after the others. A processor has room for few stores
                                               at a time (a Zen 4 for 32 of 32 bytes) and stands still when there are more: so a step's end stores the first half, does eight k of the second, and stores that;
-                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin
+                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, or NOTHING
    Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
@@ -62,6 +62,13 @@
     "lea (%%rsi,%%rcx,4), %%rax\n\t" "lea (%%rcx,%%rcx,2), %%r11\n\t" "mov 16(%%r13), %%rdx\n" "12:\n\t"
 #define LLMPAR__GEMM_NEXT_ROWS "add $24, %%r13\n\t" "dec %%r14\n\t" "jnz 11b\n\t"
 #define LLMPAR__GEMM_LAST_ROWS(last) "cmp $1, %%r14\n\t" "jne 6f\n\t" last "6:\n\t"
+#define LLMPAR__GEMM_AHEAD(member) "8*" #member "+%c[ahead](%[chains])" /* counted, for an asm statement takes 30 operands */
+#define LLMPAR__GEMM_BESIDE_NOTHING
+#define LLMPAR__GEMM_BESIDE_COPY \
+    "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "js 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
+    "vmovups (%%r8), %%zmm4\n\t" "vmovups 64(%%r8), %%zmm5\n\t" "vmovups 128(%%r8), %%zmm6\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "lea (%%r8,%%r8,2), %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
+    "prefetcht0 (%%r8)\n\t" "prefetcht0 64(%%r8)\n\t" "prefetcht0 128(%%r8)\n\t" "prefetcht0 188(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
+    "vmovups %%zmm4, (%%r8)\n\t" "vmovups %%zmm5, 64(%%r8)\n\t" "vmovups %%zmm6, 128(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
 /* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
 #define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
     "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
@@ -77,7 +84,7 @@
 /* rsi: A, or its first row, rax: its fifth, rcx, r11: one and three rows further, r13, r14: the span, and how many are left; rdi: the panel of B; r15: the step; rdx: k, r12: eights of it,
    -1: there was none; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row); in a step's end its places.
    The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
-#define LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors) \
+#define LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside) \
 __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_chains *chains) \
 { \
     __asm__ __volatile__( \
@@ -93,7 +100,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
         "mov %%rdx, %%r12\n\t" "shr $3, %%r12\n\t" "jnz 3f\n\t" "dec %%r12\n\t" "jmp 9f\n\t" \
         ".p2align 5\n" \
     "3:\n\t" \
-        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" \
+        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" LLMPAR__GEMM_BESIDE_##beside \
         LLMPAR__GEMM_LINK_FIRST(4, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(5, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(6, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(7, low, place, vectors) \
         ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" "add %%r9, %%r8\n\t" "sub %%r10, %%r9\n\t" "neg %%r9\n\t" \
         ".else\n\t" "prefetcht0 95(%%r8)\n\t" "add %%r10, %%r8\n\t" ".endif\n\t" \
@@ -128,7 +135,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
     "10:\n\t" \
         : \
         : [chains] "r"(chains), LLMPAR__GEMM_OF_CHAINS(a), LLMPAR__GEMM_OF_CHAINS(b), LLMPAR__GEMM_OF_CHAINS(spans), LLMPAR__GEMM_OF_CHAINS(row), LLMPAR__GEMM_OF_CHAINS(steps), LLMPAR__GEMM_OF_CHAINS(steps_end), \
-          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), \
+          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), LLMPAR__GEMM_OF_CHAINS(ahead), \
           [step_bytes] "i"(sizeof(llmpar__gemm_step)), LLMPAR__GEMM_OF_STEP(k), LLMPAR__GEMM_OF_STEP(first_span), LLMPAR__GEMM_OF_STEP(span_count), LLMPAR__GEMM_OF_STEP(slot), LLMPAR__GEMM_OF_STEP(merges), \
           LLMPAR__GEMM_OF_STEP(slot_saved), LLMPAR__GEMM_OF_STEP(merges_saved), LLMPAR__GEMM_OF_STEP(to_base), LLMPAR__GEMM_OF_STEP(to), LLMPAR__GEMM_OF_STEP(ask_base), LLMPAR__GEMM_OF_STEP(ask) \
         : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
