@@ -2656,7 +2656,6 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
 {
     uint64_t bits, magnitude, fraction;
     uint32_t sign, result;
-    int shift;
     memcpy(&bits, &value, sizeof bits);
     sign = (uint32_t)(bits >> 32) & 0x80000000u;
     magnitude = bits & 0x7FFFFFFFFFFFFFFFu;
@@ -2669,7 +2668,7 @@ static inline uint32_t llmpar__dtype_f64_to_odd(double value)
     }
     if (magnitude < 0x3690000000000000u) return sign | (magnitude != 0); /* below 2^-150 */
     fraction = (magnitude & 0x000FFFFFFFFFFFFFu) | 0x0010000000000000u;
-    shift = 926 - (int)(magnitude >> 52); /* to units of 2^-149: fraction * 2^(exponent - 1075 + 149) */
+    int shift = 926 - (int)(magnitude >> 52); /* to units of 2^-149: fraction * 2^(exponent - 1075 + 149) */
     result = (uint32_t)(fraction >> shift);
     return sign | result | ((fraction & (((uint64_t)1 << shift) - 1)) != 0);
 }
@@ -2776,13 +2775,12 @@ LLMPAR_DEF float llmpar_exp_f32(float x)
     uint32_t bits = llmpar__math_bits_f32(x), magnitude = bits & 0x7FFFFFFFu, k, half;
     /* to [-110, 110], which is far enough for 0 and infinity */
     float clamped = llmpar__math_from_bits_f32(llmpar__math_select(magnitude > 0x42DC0000u && magnitude <= 0x7F800000u, (bits & 0x80000000u) | 0x42DC0000u, bits));
-    float shifted, n, r, p;
-    shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
-    n = shifted - 12582912.0f;
+    float shifted = clamped * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's low bits are the rounded integer */
+    float n = shifted - 12582912.0f;
     k = llmpar__math_bits_f32(shifted) - 0x4B400000u;
-    r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
+    float r = clamped - n * 0.693145752f; /* 15 bits of ln 2: the product is exact */
     r = r - n * 1.42860677e-06f;
-    p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
+    float p = 0.00139262135f; /* (e^r - 1 - r) / r^2, relative to e^r within 8e-9 */
     p = p * r + 0.00836320297f;
     p = p * r + 0.0416665544f;
     p = p * r + 0.166665768f;
@@ -2805,12 +2803,11 @@ LLMPAR_DEF float llmpar_log_f32(float x)
     float k = (float)((int32_t)(moved >> 23) - (tiny ? 127 + 149 : 127));
     float f = llmpar__math_from_bits_f32((moved & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
     float s = f / (2.0f + f), z = s * s, square = 0.5f * f * f, p;
-    uint32_t result;
     p = 0.233316145f; /* (2 atanh(s) / s - 2) / z within 2e-11 of the logarithm */
     p = p * z + 0.285507786f;
     p = p * z + 0.400001222f;
     p = p * z + 0.666666666f;
-    result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
+    uint32_t result = llmpar__math_bits_f32(k * 0.693145752f + (f - (square - (s * (square + z * p) + k * 1.42860677e-06f))));
     result = llmpar__math_select(bits >= 0x7F800000u, bits | 0x00400000u, result); /* NaN stays, quiet */
     result = llmpar__math_select(bits == 0x7F800000u, bits, result);
     result = llmpar__math_select(bits > 0x80000000u && bits <= 0xFF800000u, 0x7FC00000u, result);
@@ -2820,16 +2817,14 @@ LLMPAR_DEF float llmpar_log_f32(float x)
 /* e^(high + low), |low| <= 2^-40 |high|; high may be NaN or infinite, low may not. */
 static double llmpar__math_exp_pair(double high, double low)
 {
-    double shifted, n, r, p;
-    int64_t k, half;
     if (!(high < 709.79)) return high >= 709.79 ? llmpar__math_from_bits_f64(0x7FF0000000000000u) : high;
     if (high < -745.2) return 0.0;
-    shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
-    n = shifted - 6755399441055744.0;
-    k = (int64_t)n;
-    r = high - n * 0.69314718036912382; /* 32 bits of ln 2: the product is exact */
+    double shifted = high * 1.4426950408889634 + 6755399441055744.0; /* 1.5 * 2^52 */
+    double n = shifted - 6755399441055744.0;
+    int64_t k = (int64_t)n;
+    double r = high - n * 0.69314718036912382; /* 32 bits of ln 2: the product is exact */
     r = r - (n * 1.9082149292705877e-10 - low);
-    p = 2.0914717341716378e-09; /* (e^r - 1 - r) / r^2, relative to e^r within 2e-19 */
+    double p = 2.0914717341716378e-09; /* (e^r - 1 - r) / r^2, relative to e^r within 2e-19 */
     p = p * r + 2.5105259538448494e-08;
     p = p * r + 2.755727357010214e-07;
     p = p * r + 2.7557255297969643e-06;
@@ -2841,7 +2836,7 @@ static double llmpar__math_exp_pair(double high, double low)
     p = p * r + 0.16666666666666671;
     p = p * r + 0.5;
     p = 1.0 + (r + r * r * p);
-    half = k / 2;
+    int64_t half = k / 2;
     p = p * llmpar__math_from_bits_f64((uint64_t)(half + 1023) << 52);
     return p * llmpar__math_from_bits_f64((uint64_t)(k - half + 1023) << 52);
 }
@@ -2938,35 +2933,33 @@ LLMPAR_DEF double llmpar_pow_f64(double base, double exponent)
 
 LLMPAR_DEF void llmpar_sincos_f64(double x, double *sine, double *cosine)
 {
-    double shifted, n, r, high, low, z, p, s, c;
-    int64_t quadrant;
     if (!(x >= -1e9 && x <= 1e9)) {
         *sine = *cosine = llmpar__math_from_bits_f64(0x7FF8000000000000u);
         return;
     }
-    shifted = x * 0.63661977236758138 + 6755399441055744.0;
-    n = shifted - 6755399441055744.0;
-    quadrant = (int64_t)n;
+    double shifted = x * 0.63661977236758138 + 6755399441055744.0;
+    double n = shifted - 6755399441055744.0;
+    int64_t quadrant = (int64_t)n;
     /* pi/2 in 23 + 23 + 53 bits: n has 30, so the first two products and differences are exact */
-    r = (x - n * 1.5707962512969971) - n * 7.5497894158615964e-08;
-    p = n * 5.390302858158119e-15;
-    high = r - p;
-    low = (r - high) - p;
-    z = high * high;
+    double r = (x - n * 1.5707962512969971) - n * 7.5497894158615964e-08;
+    double p = n * 5.390302858158119e-15;
+    double high = r - p;
+    double low = (r - high) - p;
+    double z = high * high;
     p = 1.5917848524808262e-10; /* (sin(r)/r - 1) / r^2, |r| <= pi/4, within 1.3e-17 of sin(r)/r */
     p = p * z - 2.5051127944014188e-08;
     p = p * z + 2.7557316083816358e-06;
     p = p * z - 0.00019841269836722418;
     p = p * z + 0.0083333333333309254;
     p = p * z - 0.16666666666666666;
-    s = high + (high * z * p + low);
+    double s = high + (high * z * p + low);
     p = -1.1382456778061306e-11; /* (cos(r) - 1 + r^2/2) / r^4 within 5e-19 of cos(r) */
     p = p * z + 2.0876143827993133e-09;
     p = p * z - 2.7557317260008837e-07;
     p = p * z + 2.480158729874307e-05;
     p = p * z - 0.0013888888888887382;
     p = p * z + 0.041666666666666664;
-    c = 1.0 - (0.5 * z - (z * z * p - high * low));
+    double c = 1.0 - (0.5 * z - (z * z * p - high * low));
     *sine = quadrant & 1 ? c : s;
     *cosine = quadrant & 1 ? s : c;
     if (quadrant & 2) *sine = -*sine;
@@ -3006,13 +2999,12 @@ LLMPAR_DEF int llmpar_isfinite_f64(double x)
 LLMPAR__PRIVATE_DEF double llmpar__math_round_scaled(uint64_t significand, int sticky, int64_t exponent)
 {
     uint64_t kept, lost, half;
-    int length, drop;
     if (significand == 0) return 0.0;
-    length = 64 - __builtin_clzll(significand);
+    int length = 64 - __builtin_clzll(significand);
     if (exponent + length > 1024) return llmpar__math_from_bits_f64(0x7FF0000000000000u);
     if (exponent + length < -1074) return 0.0; /* below half of the smallest subnormal, 2^-1075 */
     /* the last bit kept has weight 2^-1074 or is the 53rd */
-    drop = length - 53;
+    int drop = length - 53;
     if (exponent + drop < -1074) drop = (int)(-1074 - exponent);
     if (drop <= 0) {
         kept = significand << -drop;
@@ -3042,11 +3034,10 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
     int64_t *limb = limbs + (position >> 5);
     int shift = position & 31;
     uint64_t low = (value & 0xFFFFFFFFu) << shift, high = (value >> 32) << shift; /* each < 2^63 */
-    int64_t first, second, third;
     high += low >> 32;
-    first = (int64_t)(low & 0xFFFFFFFFu);
-    second = (int64_t)(high & 0xFFFFFFFFu);
-    third = (int64_t)(high >> 32);
+    int64_t first = (int64_t)(low & 0xFFFFFFFFu);
+    int64_t second = (int64_t)(high & 0xFFFFFFFFu);
+    int64_t third = (int64_t)(high >> 32);
     limb[0] += negative ? -first : first;
     limb[1] += negative ? -second : second;
     limb[2] += negative ? -third : third;
@@ -3055,11 +3046,10 @@ static inline void llmpar__exact_place(int64_t *limbs, uint64_t value, int posit
 LLMPAR_DEF void llmpar_exact_sum_add(llmpar_exact_sum *sum, double value)
 {
     uint64_t bits, fraction;
-    int exponent, negative;
     memcpy(&bits, &value, sizeof bits);
     fraction = bits & 0x000FFFFFFFFFFFFFu;
-    exponent = (int)(bits >> 52) & 0x7FF;
-    negative = (int)(bits >> 63);
+    int exponent = (int)(bits >> 52) & 0x7FF;
+    int negative = (int)(bits >> 63);
     if (exponent == 0x7FF) {
         sum->limb[fraction ? LLMPAR__EXACT_NAN : negative ? LLMPAR__EXACT_NEGATIVE_INFINITY : LLMPAR__EXACT_INFINITY]++;
         return;
@@ -3088,10 +3078,8 @@ static inline void llmpar__exact_square(llmpar_exact_sum *sum, uint32_t bits)
 static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *value, size_t count)
 {
     uint64_t bucket[2][256];
-    size_t i;
-    int e;
     memset(bucket, 0, sizeof bucket);
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint32_t bits, exponent, fraction;
         memcpy(&bits, value + i, sizeof bits);
         exponent = (bits >> 23) & 0xFFu;
@@ -3099,7 +3087,7 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
         if (exponent == 0xFFu) llmpar__exact_square(sum, bits);
         else bucket[i & 1][exponent] += (uint64_t)fraction * fraction;
     }
-    for (e = 0; e < 255; e++) {
+    for (int e = 0; e < 255; e++) {
         int position = 2 * (e ? e : 1) + 788;
         if (bucket[0][e]) llmpar__exact_place(sum->limb, bucket[0][e], position, 0);
         if (bucket[1][e]) llmpar__exact_place(sum->limb, bucket[1][e], position, 0);
@@ -3109,7 +3097,6 @@ static void llmpar__exact_squares_block(llmpar_exact_sum *sum, const float *valu
 LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const float *value, size_t count)
 {
     const size_t block = 65536;
-    size_t i;
     llmpar_exact_sum_carry(sum);
     while (count >= 512) { /* below this the buckets cost more than they save; the value is the same */
         size_t now = count < block ? count : block;
@@ -3118,7 +3105,7 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
         value += now;
         count -= now;
     }
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint32_t bits;
         memcpy(&bits, value + i, sizeof bits);
         llmpar__exact_square(sum, bits);
@@ -3128,15 +3115,13 @@ LLMPAR_DEF void llmpar_exact_sum_add_squares_f32(llmpar_exact_sum *sum, const fl
 
 LLMPAR_DEF void llmpar_exact_sum_merge(llmpar_exact_sum *sum, const llmpar_exact_sum *other)
 {
-    int i;
-    for (i = 0; i < LLMPAR_EXACT_SUM_LIMBS; i++) sum->limb[i] += other->limb[i];
+    for (int i = 0; i < LLMPAR_EXACT_SUM_LIMBS; i++) sum->limb[i] += other->limb[i];
 }
 
 /* Limbs below the top one become [0, 2^32); the top one keeps the sign. */
 LLMPAR_DEF void llmpar_exact_sum_carry(llmpar_exact_sum *sum)
 {
-    int i;
-    for (i = 0; i < LLMPAR__EXACT_NUMBER - 1; i++) {
+    for (int i = 0; i < LLMPAR__EXACT_NUMBER - 1; i++) {
         sum->limb[i + 1] += sum->limb[i] >> 32; /* rounds down, on negatives too */
         sum->limb[i] &= 0xFFFFFFFF;
     }
@@ -3146,7 +3131,6 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
 {
     llmpar_exact_sum digits = *sum;
     const int64_t *special = sum->limb;
-    uint64_t significand;
     double value;
     int top, i, shift, sticky, negative;
 
@@ -3174,7 +3158,7 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
         return value;
     }
     /* 64 bits from the highest bit down, and whether anything lies below */
-    significand = (uint64_t)digits.limb[top] << 32;
+    uint64_t significand = (uint64_t)digits.limb[top] << 32;
     if (top > 0) significand |= (uint64_t)digits.limb[top - 1];
     sticky = 0;
     if (top > 1) {
@@ -3199,8 +3183,7 @@ LLMPAR_DEF double llmpar_exact_sum_value(const llmpar_exact_sum *sum)
 static void llmpar__rng_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
     uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
-    int round;
-    for (round = 0; round < 10; round++) {
+    for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
         c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
         c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -3288,8 +3271,7 @@ LLMPAR_DEF double llmpar_rng_normal(const llmpar_rng *rng, uint64_t index)
 LLMPAR_DEF void llmpar_rng_fill_normal_f32(const llmpar_rng *rng, uint64_t first, size_t count, float mean, float stddev, float *out)
 {
     double pair[2] = { 0.0, 0.0 };
-    size_t i;
-    for (i = 0; i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
         uint64_t index = first + i;
         if (i == 0 || !(index & 1)) llmpar__rng_normal_pair(rng, index >> 1, pair);
         out[i] = (float)((double)mean + (double)stddev * pair[index & 1]);
@@ -4447,10 +4429,15 @@ static void llmpar__gemm_thin_pack(const llmpar__gemm_thin_run *run)
             void (*turn)(const char *in, int64_t ld, float *out, int64_t step) = rows == BLOCK ? run->level.turn : NULL;
             float *out = run->x + row * run->links + at * rows;
             if (run->kind == LLMPAR__THIN_KIND_PAIRS) {
-                for (k = 0; k < segment->k; k += 2, out += rows)
+                const uint16_t *in = (const uint16_t *)segment->a + row * segment->lda;
+                k = rows == 1 ? segment->k / 2 * 2 : 0;
+                if (k) memcpy(out, in, (size_t)k * sizeof *in);
+                for (out += k / 2; turn && valid == rows && k + 2 * rows <= segment->k; k += 2 * rows, out += rows * rows) turn((const char *)(in + k), segment->lda * (int64_t)sizeof *in, out, BLOCK);
+                for (; k < segment->k; k += 2, out += rows)
                     for (r = 0; r < rows; r++) {
                         uint16_t pair[2] = { 0, 0 };
-                        if (r < valid) memcpy(pair, (const uint16_t *)segment->a + (row + r) * segment->lda + k, k + 1 < segment->k ? sizeof pair : sizeof pair[0]);
+                        if (r < valid && k + 1 < segment->k) memcpy(pair, in + r * segment->lda + k, sizeof pair);
+                        else if (r < valid) memcpy(pair, in + r * segment->lda + k, sizeof pair[0]);
                         memcpy(out + r, pair, sizeof pair);
                     }
                 continue;
@@ -4690,6 +4677,9 @@ typedef struct llmpar__gemm_step {
     int64_t kept;                 /* partial tiles below what is pushed */
 } llmpar__gemm_step;
 
+/* Full panels of B's next group, where it lies as they do: each tile copies a share of its rows, one every eight k. The next row, its place, bytes from row to row; rows that follow each other, and of this tile; a register; chunks, counted through the panels. Members of 8 bytes. */
+typedef struct llmpar__gemm_ahead { const char *from; float *panel; int64_t ld, rows, share, kept, next, end; } llmpar__gemm_ahead;
+
 /* One tile of c during one part of the summed dim. */
 typedef struct llmpar__gemm_tile {
     const float *a;                    /* panel: [k, tile rows]; or NULL: */
@@ -4705,6 +4695,7 @@ typedef struct llmpar__gemm_tile {
     int64_t step_count;
     int rows, columns;                 /* that exist */
     int load, store;                   /* the first step starts from c; the last step's result goes to c */
+    llmpar__gemm_ahead *ahead;         /* or NULL */
 } llmpar__gemm_tile;
 
 /* The chains of a tile, for assembly code: members of 8 bytes. Every accumulator lane is one chain in k order. */
@@ -4718,6 +4709,7 @@ typedef struct llmpar__gemm_chains {
     int64_t slot_bytes;
     char *base[LLMPAR__GEMM_BASES];
     int64_t row_bytes[LLMPAR__GEMM_BASES], ask_bytes[LLMPAR__GEMM_BASES]; /* from row to row; from what was asked for to what is next, and from there to the next row */
+    llmpar__gemm_ahead ahead;
 } llmpar__gemm_chains;
 
 /* Packs `panels` neighbours, `distance` floats apart. A panel is out[k, width]: the `width` rows (or columns) of a tile side by side for each k. Rows from `valid` on,
@@ -4736,6 +4728,7 @@ typedef struct llmpar__gemm_kernel {
     void (*pack_b)(const llmpar__gemm_packing *packing);
     void (*chains[4])(const llmpar__gemm_chains *chains); /* of the first 1, 2, 4 and 8 rows */
     void (*lying[3])(const llmpar__gemm_chains *chains);  /* or NULL: of all rows of an A that lies, and one, two or all thirds of the columns */
+    void (*copying[2])(const llmpar__gemm_chains *chains); /* or NULL: chains[3] and lying[2] that copy B */
 } llmpar__gemm_kernel;
 
 enum { LLMPAR__GEMM_TILE_FLOATS = 8 * 48 }; /* of the largest tile */
@@ -4754,10 +4747,10 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 /* gemm_x86: the chains of a register tile, as instructions. gemm_kernel.c makes the functions of each vector width of it. The whole loop over k is one asm statement, because
    what compilers make of 24 accumulators differs (gcc 12 -O2 kept them in memory, gcc -O3 copied them about, clang spilled them), and speed must not.
    A tile has 3 vectors of columns: of all shapes that fit the registers this one takes the fewest instructions and the fewest loads a product.
-     LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
+     LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside)   low(X, i), high(X, i): X(i, row, at, s0, s1, s2) for each row, where an element of A lies and its three accumulators;
                                               of more than four rows the fifth and those behind it are `high`: in every eight k they come after the others. A processor has room for few stores
                                               at a time (a Zen 4 for 32 of 32 bytes) and stands still when there are more: so a step's end stores the first half, does eight k of the second, and stores that;
-                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin
+                                              place: PANEL: A is packed; ROWS: its rows are read where they lie, span by span; vectors: of columns that are multiplied, the others stay as they begin; beside: COPY: every eight k a row of llmpar__gemm_ahead is copied, or NOTHING
    Macros that gemm_kernel.c sets to the text for a vector width before it makes a function:
      LLMPAR__GEMM_CLOBBERS
      LLMPAR__GEMM_Z                      "ymm" or "zmm"
@@ -4813,6 +4806,13 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
     "lea (%%rsi,%%rcx,4), %%rax\n\t" "lea (%%rcx,%%rcx,2), %%r11\n\t" "mov 16(%%r13), %%rdx\n" "12:\n\t"
 #define LLMPAR__GEMM_NEXT_ROWS "add $24, %%r13\n\t" "dec %%r14\n\t" "jnz 11b\n\t"
 #define LLMPAR__GEMM_LAST_ROWS(last) "cmp $1, %%r14\n\t" "jne 6f\n\t" last "6:\n\t"
+#define LLMPAR__GEMM_AHEAD(member) "8*" #member "+%c[ahead](%[chains])" /* counted, for an asm statement takes 30 operands */
+#define LLMPAR__GEMM_BESIDE_NOTHING
+#define LLMPAR__GEMM_BESIDE_COPY \
+    "cmpq $0, " LLMPAR__GEMM_AHEAD(3) "\n\t" "je 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(4) "\n\t" "js 18f\n\t" "decq " LLMPAR__GEMM_AHEAD(3) "\n\t" "mov %%r8, " LLMPAR__GEMM_AHEAD(5) "\n\t" "mov " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
+    "vmovups (%%r8), %%zmm4\n\t" "vmovups 64(%%r8), %%zmm5\n\t" "vmovups 128(%%r8), %%zmm6\n\t" "mov " LLMPAR__GEMM_AHEAD(2) ", %%r8\n\t" "add %%r8, " LLMPAR__GEMM_AHEAD(0) "\n\t" "lea (%%r8,%%r8,2), %%r8\n\t" "add " LLMPAR__GEMM_AHEAD(0) ", %%r8\n\t" \
+    "prefetcht0 (%%r8)\n\t" "prefetcht0 64(%%r8)\n\t" "prefetcht0 128(%%r8)\n\t" "prefetcht0 188(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(1) ", %%r8\n\t" "addq $192, " LLMPAR__GEMM_AHEAD(1) "\n\t" \
+    "vmovups %%zmm4, (%%r8)\n\t" "vmovups %%zmm5, 64(%%r8)\n\t" "vmovups %%zmm6, 128(%%r8)\n\t" "mov " LLMPAR__GEMM_AHEAD(5) ", %%r8\n" "18:\n\t"
 /* Rows are done with a step: partial tiles are added, and the sums go where they belong. */
 #define LLMPAR__GEMM_MERGE(rows, base, slot, merges) \
     "mov %c[" #merges "](%%r15), %%r9\n\t" "mov %c[" #slot "](%%r15), %%r8\n\t" "add 8*" #base "+%c[base](%[chains]), %%r8\n\t" "test %%r9, %%r9\n\t" "jz 8f\n" \
@@ -4828,7 +4828,7 @@ LLMPAR__PRIVATE void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel, co
 /* rsi: A, or its first row, rax: its fifth, rcx, r11: one and three rows further, r13, r14: the span, and how many are left; rdi: the panel of B; r15: the step; rdx: k, r12: eights of it,
    -1: there was none; r8: what is asked for, two lines every 8 k, which is a row of a tile of 32-byte vectors and half of one of 64 (r9: to the next place, r10: to the next row); in a step's end its places.
    The loop has few jumps, and none that depends on where c lies: processors predict the end of a step from the jumps before it. */
-#define LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors) \
+#define LLMPAR__GEMM_FUNCTION(name, isa, low, high, place, vectors, beside) \
 __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_chains *chains) \
 { \
     __asm__ __volatile__( \
@@ -4844,7 +4844,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
         "mov %%rdx, %%r12\n\t" "shr $3, %%r12\n\t" "jnz 3f\n\t" "dec %%r12\n\t" "jmp 9f\n\t" \
         ".p2align 5\n" \
     "3:\n\t" \
-        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" \
+        LLMPAR__GEMM_LINK_FIRST(0, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(1, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(2, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(3, low, place, vectors) "prefetcht0 (%%r8)\n\t" LLMPAR__GEMM_BESIDE_##beside \
         LLMPAR__GEMM_LINK_FIRST(4, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(5, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(6, low, place, vectors) LLMPAR__GEMM_LINK_FIRST(7, low, place, vectors) \
         ".if " LLMPAR__GEMM_VECTOR_BYTES " > 32\n\t" "prefetcht0 64(%%r8)\n\t" "add %%r9, %%r8\n\t" "sub %%r10, %%r9\n\t" "neg %%r9\n\t" \
         ".else\n\t" "prefetcht0 95(%%r8)\n\t" "add %%r10, %%r8\n\t" ".endif\n\t" \
@@ -4879,7 +4879,7 @@ __attribute__((target(isa))) static void llmpar__gemm_##name(const llmpar__gemm_
     "10:\n\t" \
         : \
         : [chains] "r"(chains), LLMPAR__GEMM_OF_CHAINS(a), LLMPAR__GEMM_OF_CHAINS(b), LLMPAR__GEMM_OF_CHAINS(spans), LLMPAR__GEMM_OF_CHAINS(row), LLMPAR__GEMM_OF_CHAINS(steps), LLMPAR__GEMM_OF_CHAINS(steps_end), \
-          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), \
+          LLMPAR__GEMM_OF_CHAINS(load), LLMPAR__GEMM_OF_CHAINS(slot_bytes), LLMPAR__GEMM_OF_CHAINS(base), LLMPAR__GEMM_OF_CHAINS(row_bytes), LLMPAR__GEMM_OF_CHAINS(ask_bytes), LLMPAR__GEMM_OF_CHAINS(ahead), \
           [step_bytes] "i"(sizeof(llmpar__gemm_step)), LLMPAR__GEMM_OF_STEP(k), LLMPAR__GEMM_OF_STEP(first_span), LLMPAR__GEMM_OF_STEP(span_count), LLMPAR__GEMM_OF_STEP(slot), LLMPAR__GEMM_OF_STEP(merges), \
           LLMPAR__GEMM_OF_STEP(slot_saved), LLMPAR__GEMM_OF_STEP(merges_saved), LLMPAR__GEMM_OF_STEP(to_base), LLMPAR__GEMM_OF_STEP(to), LLMPAR__GEMM_OF_STEP(ask_base), LLMPAR__GEMM_OF_STEP(ask) \
         : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", LLMPAR__GEMM_CLOBBERS); \
@@ -5115,9 +5115,9 @@ __attribute__((target("avx2"))) static void llmpar__gemm_pack_pairs_48(const llm
 
 /* y: which list of rows. */
 #define LLMPAR__GEMM_CHAINS_124(level, isa, y) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3)
+    LLMPAR__GEMM_FUNCTION(level##_chains_1, isa, LLMPAR__GEMM_EACH_ROW_1##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_2, isa, LLMPAR__GEMM_EACH_ROW_2##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_chains_4, isa, LLMPAR__GEMM_EACH_ROW_4##y, LLMPAR__GEMM_NO_ROW, PANEL, 3, NOTHING)
 /* Vectors of 32 bytes in 16 registers. */
 #define LLMPAR__GEMM_16_REGISTERS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 #define LLMPAR__GEMM_EACH_ROW_1Y(X, i) X(i, 0, "(%%rsi)", 4, 5, 6)
@@ -5148,10 +5148,10 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 
 /* Vectors of 64 bytes in 32. */
 #define LLMPAR__GEMM_LEVEL_512(level) LLMPAR__GEMM_CHAINS_124(level, "avx512f", ) \
-    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1) \
-    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2)
+    LLMPAR__GEMM_FUNCTION(level##_chains_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_8, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_third, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 1, NOTHING) \
+    LLMPAR__GEMM_FUNCTION(level##_lying_two_thirds, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 2, NOTHING)
 #define LLMPAR__GEMM_CLOBBERS LLMPAR__GEMM_16_REGISTERS, "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 #define LLMPAR__GEMM_Z "zmm"
 #define LLMPAR__GEMM_VECTOR_BYTES "64"
@@ -5159,6 +5159,8 @@ LLMPAR__GEMM_CHAINS_124(avx2, "avx2,fma", Y)
 #define LLMPAR__GEMM_READ_B(i, v) "vmovups 192*" #i "+64*" #v "(%%rdi), %%zmm" #v "\n\t"
 #define LLMPAR__GEMM_PRODUCT(i, v, s) "vfmadd231ps %%zmm" #v ", %%zmm3, %%zmm" #s "\n\t"
 LLMPAR__GEMM_LEVEL_512(avx512)
+LLMPAR__GEMM_FUNCTION(avx512_chains_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, PANEL, 3, COPY)
+LLMPAR__GEMM_FUNCTION(avx512_lying_copying, "avx512f", LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8, ROWS, 3, COPY)
 #undef LLMPAR__GEMM_PRODUCT
 #if LLMPAR__GEMM_BF16
 #if defined(LLMPAR_BF16_EMULATED) /* first the odd k, then the even one, each with one rounding */
@@ -5192,11 +5194,11 @@ LLMPAR__GEMM_LEVEL_512(bf16)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL } };
-    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL } };
-    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 } };
+    llmpar__gemm_kernel avx = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx_chains_1, llmpar__gemm_avx_chains_2, llmpar__gemm_avx_chains_4, NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx2 = { 4, 24, 0, llmpar__gemm_pack_4, llmpar__gemm_pack_24, { llmpar__gemm_avx2_chains_1, llmpar__gemm_avx2_chains_2, llmpar__gemm_avx2_chains_4, NULL }, { NULL }, { NULL } };
+    llmpar__gemm_kernel avx512 = { 8, 48, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_48, { llmpar__gemm_avx512_chains_1, llmpar__gemm_avx512_chains_2, llmpar__gemm_avx512_chains_4, llmpar__gemm_avx512_chains_8 }, { llmpar__gemm_avx512_lying_third, llmpar__gemm_avx512_lying_two_thirds, llmpar__gemm_avx512_lying_8 }, { llmpar__gemm_avx512_chains_copying, llmpar__gemm_avx512_lying_copying } };
 #if LLMPAR__GEMM_BF16
-    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 } };
+    llmpar__gemm_kernel bf16 = { 8, 48, 1, llmpar__gemm_pack_pairs_8, llmpar__gemm_pack_pairs_48, { llmpar__gemm_bf16_chains_1, llmpar__gemm_bf16_chains_2, llmpar__gemm_bf16_chains_4, llmpar__gemm_bf16_chains_8 }, { llmpar__gemm_bf16_lying_third, llmpar__gemm_bf16_lying_two_thirds, llmpar__gemm_bf16_lying_8 }, { NULL } };
     if (level == LLMPAR_CPU_AVX512BF16 && dtype == LLMPAR_BF16) return bf16;
 #endif
     (void)dtype;
@@ -5265,7 +5267,7 @@ LLMPAR__GEMM_FUNCTION(8, LLMPAR__GEMM_EACH_ROW_4, LLMPAR__GEMM_EACH_ROW_5_TO_8)
 
 LLMPAR__PRIVATE_DEF llmpar__gemm_kernel llmpar__gemm_kernel_of(llmpar_cpu_level level, llmpar_dtype dtype)
 {
-    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL } };
+    llmpar__gemm_kernel neon = { 8, 12, 0, llmpar__gemm_pack_8, llmpar__gemm_pack_12, { llmpar__gemm_neon_chains_1, llmpar__gemm_neon_chains_2, llmpar__gemm_neon_chains_4, llmpar__gemm_neon_chains_8 }, { NULL }, { NULL } };
     (void)level;
     (void)dtype;
     return neon;
@@ -5295,6 +5297,7 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     int64_t size = kernel->rows * kernel->columns;
     int variant = tile->rows <= 1 ? 0 : tile->rows <= 2 ? 1 : tile->rows <= 4 ? 2 : 3, is_edge = tile->rows < 1 << variant || tile->columns < kernel->columns, r;
     void (*run)(const llmpar__gemm_chains *chains) = tile->a ? kernel->chains[variant] : kernel->lying[3 * tile->columns > 2 * kernel->columns ? 2 : 3 * tile->columns > kernel->columns];
+    int copies = tile->ahead && run == (tile->a ? kernel->chains[3] : kernel->lying[2]);
     float *c = is_edge ? edge : tile->c;
     int64_t ldc = is_edge ? kernel->columns : tile->ldc;
     llmpar__gemm_chains chains;
@@ -5319,7 +5322,9 @@ LLMPAR__PRIVATE_DEF void llmpar__gemm_run_tile(const llmpar__gemm_kernel *kernel
     chains.row_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_row;
     chains.ask_bytes[LLMPAR__GEMM_STACK] = chains.ask_bytes[LLMPAR__GEMM_SAVED] = 128;
     chains.ask_bytes[LLMPAR__GEMM_TRUE_C] = tile->ask_next;
-    run(&chains);
+    if (copies) chains.ahead = *tile->ahead;
+    (copies ? kernel->copying[!tile->a] : run)(&chains);
+    if (copies) *tile->ahead = chains.ahead;
     llmpar__gemm_rest();
     if (is_edge && tile->store)
         for (r = 0; r < tile->rows; r++) memcpy(tile->c + r * tile->ldc, edge + r * ldc, sizeof(float) * (size_t)tile->columns);
@@ -5539,7 +5544,7 @@ typedef struct llmpar__gemm_chunk { int32_t segment; int64_t begin, k; } /* in e
 
 /* Sizes in cache: a group of B's panels and a panel of A in L2, the block of c and its A in L3. Packing costs less the larger a block is; the stacks that
    outlive a part grow with it, so a block with stacks is smaller. An A that lies takes no room: its block has many rows, so that B is packed once. */
-enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
+enum { LLMPAR__GEMM_BLOCK_M = 1024, LLMPAR__GEMM_BLOCK_N = 4096, LLMPAR__GEMM_STACK_M = 768, LLMPAR__GEMM_STACK_N = 1536, LLMPAR__GEMM_LYING_MOST = 1535, LLMPAR__GEMM_LYING_M = 3072, LLMPAR__GEMM_LYING_STACK_N = 384, LLMPAR__GEMM_FEW_M = 256, LLMPAR__GEMM_GROUP_N = 96, LLMPAR__GEMM_BUNDLE_M = 96, LLMPAR__GEMM_THIN_M = 24, LLMPAR__GEMM_HELP_PANELS = 8, LLMPAR__GEMM_TURNED_M = 192 };
 
 typedef struct llmpar__gemm_run {
     const llmpar_gemm_args *args;
@@ -5554,7 +5559,7 @@ typedef struct llmpar__gemm_run {
     llmpar__half half, half_out;          /* of a and b; of c */
     int64_t own_tiles;                    /* f32 tiles of c in the workspace, if c is stored below f32: all of a block where they outlive a part, else one a worker */
     int own_by_worker;
-    int thin;                             /* few rows */
+    int thin, copies;                     /* few rows; tiles copy the next group of B */
     size_t a_bytes, b_bytes, c_bytes, stack_bytes, saved_bytes, step_bytes, chunk_bytes;
     /* workspace, in this order; 64-byte aligned */
     float *a, *b, *c, *stack, *saved;
@@ -5636,11 +5641,12 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
-    limit_n = !outlives || run->thin ? LLMPAR__GEMM_BLOCK_N : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    limit_n = !outlives || run->thin || args->m <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : args->m <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
+    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* few rows leave too much uncopied; many that lie drive the copies out of L2 */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
@@ -5648,7 +5654,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     if (run->half_out.narrow || run->turned) run->own_tiles = run->own_by_worker ? run->threads : run->block_m * run->block_n / tile;
     run->c_bytes = llmpar__gemm_round(run->own_tiles * tile * (int64_t)sizeof(float));
     run->a_bytes = llmpar__gemm_round((run->lying ? run->kernel.rows : run->block_m) * run->block_k * (int64_t)sizeof(float));
-    run->b_bytes = llmpar__gemm_round(run->threads * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
+    run->b_bytes = llmpar__gemm_round((run->threads + run->copies) * run->group_panels * run->kernel.columns * run->block_k * (int64_t)sizeof(float));
     run->stack_bytes = llmpar__gemm_round(run->threads * run->levels * tile * (int64_t)sizeof(float));
     run->saved_bytes = llmpar__gemm_round(run->block_m * run->block_n * run->levels_saved * (int64_t)sizeof(float));
     run->step_bytes = llmpar__gemm_round(((int64_t)args->pieces + 1) * (int64_t)sizeof(llmpar__gemm_step));
@@ -5856,7 +5862,23 @@ static void llmpar__gemm_pack_task(void *arg, int64_t task, int32_t worker)
     llmpar__gemm_pack(run, 0, i, left < run->bundle ? left : run->bundle, llmpar__gemm_a_panel(run, i));
 }
 
-static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker)
+/* Whether there is anything left to copy; then `ahead` has rows. */
+static int llmpar__gemm_goes_on(const llmpar__gemm_run *run, llmpar__gemm_ahead *ahead)
+{
+    for (; ahead->next < ahead->end; ahead->next++) {
+        const llmpar__gemm_chunk *chunk = &run->chunks[ahead->next % run->chunk_count];
+        const llmpar_gemm_segment *segment = &run->args->segments[chunk->segment];
+        const char *from = (const char *)((const float *)segment->b + chunk->begin * segment->ldb + run->j0 + ahead->next / run->chunk_count * run->kernel.columns);
+        if (ahead->rows > 0 && (from != ahead->from + ahead->rows * ahead->ld || ahead->ld != segment->ldb * (int64_t)sizeof(float))) break;
+        if (ahead->rows == 0) ahead->from = from;
+        ahead->ld = segment->ldb * (int64_t)sizeof(float);
+        ahead->rows += chunk->k;
+    }
+    ahead->share = (run->k + run->a_panels - 1) / run->a_panels;
+    return ahead->rows > 0;
+}
+
+static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t j, const float *b, int32_t worker, llmpar__gemm_ahead *ahead)
 {
     llmpar__gemm_tile tile;
     int64_t rows = run->m - i * run->kernel.rows, columns = run->n - j * run->kernel.columns, size = run->kernel.rows * run->kernel.columns;
@@ -5888,6 +5910,7 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
         tile.ask_next = run->args->ldc * (int64_t)sizeof(float);
         tile.ask_row = 2 * tile.ask_next;
     }
+    tile.ahead = llmpar__gemm_goes_on(run, ahead) ? ahead : NULL;
     llmpar__gemm_run_tile(&run->kernel, &tile);
     if (!run->own_tiles || !run->last) return;
     if (run->turned) llmpar__gemm_turn(tile.c, tile.ldc, tile.rows, tile.columns, (float *)run->args->c + c, run->args->ldc);
@@ -5899,7 +5922,9 @@ static void llmpar__gemm_tile_at(const llmpar__gemm_run *run, int64_t i, int64_t
 static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
 {
     llmpar__gemm_run *run = (llmpar__gemm_run *)arg;
-    float *b = run->b + worker * run->group_panels * run->kernel.columns * run->block_k;
+    int64_t width = run->kernel.columns, room = run->group_panels * width * run->block_k, full = run->n / width, next = (task + 1) * run->group_panels; /* panels */
+    float *b = run->b + (run->copies ? task % 2 : (int64_t)worker) * room;
+    llmpar__gemm_ahead ahead = { NULL, run->b + (task + 1) % 2 * room, 0, 0, 0, 0, next * run->chunk_count, !run->copies ? 0 : (next + run->group_panels < full ? next + run->group_panels : full) * run->chunk_count };
     int64_t group = task, least = run->a_panels - LLMPAR__GEMM_HELP_PANELS, lazy = run->threads == 1 && !run->lying, g, i, i_end, j, j_end;
     for (g = 0; g < run->groups && task >= run->groups; g++) {
         int64_t taken = __atomic_load_n(&run->taken[g], __ATOMIC_RELAXED);
@@ -5909,7 +5934,7 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
     }
     if (group >= run->groups) return;
     j_end = (group + 1) * run->group_panels < run->b_panels ? (group + 1) * run->group_panels : run->b_panels;
-    llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
+    if (!run->copies || task == 0) llmpar__gemm_pack(run, 1, group * run->group_panels, j_end - group * run->group_panels, b);
     while ((i = __atomic_fetch_add(&run->taken[group], lazy ? run->bundle : 1, __ATOMIC_RELAXED)) < run->a_panels) {
         i_end = !lazy ? i + 1 : i + run->bundle < run->a_panels ? i + run->bundle : run->a_panels;
         if (lazy && group == 0) llmpar__gemm_pack(run, 0, i, i_end - i, llmpar__gemm_a_panel(run, i));
@@ -5917,9 +5942,11 @@ static void llmpar__gemm_tile_task(void *arg, int64_t task, int32_t worker)
             int64_t r, line;
             for (r = 0; r < run->kernel.rows && i + 1 < run->first_packed && run->chunk_count; r++) /* where the next panel of A begins: processors follow its rows from there by themselves */
                 for (line = 0; line < 4; line++) __builtin_prefetch(run->spans->a + (run->i0 + (i + 1) * run->kernel.rows + r) * run->spans->ld + 64 * line);
-            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker);
+            for (j = group * run->group_panels; j < j_end; j++) llmpar__gemm_tile_at(run, i, j, b + (j - group * run->group_panels) * run->kernel.columns * run->k, worker, &ahead);
         }
     }
+    for (; llmpar__gemm_goes_on(run, &ahead); ahead.rows--, ahead.from += ahead.ld, ahead.panel += width) memcpy(ahead.panel, ahead.from, sizeof(float) * (size_t)width); /* what is left, and a panel that is not full */
+    if (run->copies && full < run->b_panels && next <= full && full < next + run->group_panels) llmpar__gemm_pack(run, 1, full, 1, ahead.panel);
 }
 
 static void llmpar__gemm_block(llmpar__gemm_run *run, llmpar__cpu *cpu)
@@ -6014,7 +6041,7 @@ LLMPAR__PRIVATE_DEF size_t llmpar__cpu_gemm_workspace(llmpar_device *device, con
     size_t most = 0;
 #if !defined(LLMPAR_NO_SIMD)
     /* Where each way of working, and each number of blocks, needs most: so it is enough for fewer rows too. */
-    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
+    const int64_t rows[] = { args->m, 16, LLMPAR__GEMM_THIN_M, LLMPAR__GEMM_FEW_M, 2 * LLMPAR__GEMM_FEW_M, args->n <= LLMPAR__GEMM_TURNED_M ? args->n - 1 : (int64_t)LLMPAR__GEMM_TURNED_M, LLMPAR__GEMM_STACK_M, LLMPAR__GEMM_BLOCK_M, LLMPAR__GEMM_LYING_MOST, 2 * LLMPAR__GEMM_STACK_M, 2 * LLMPAR__GEMM_BLOCK_M };
     const llmpar__cpu *cpu = (const llmpar__cpu *)device->state;
     size_t i, bytes;
     for (i = 0; i < sizeof rows / sizeof rows[0] && args->dtype != LLMPAR_F64 && args->m > 0 && args->n > 0; i++) {
@@ -6310,7 +6337,7 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
         int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;
         job.decode_parts = llmpar__v_blocks(a->kv_heads, LLMPAR__ATTENTION_DECODE / filled); /* what a task then needs is less than the tiled path's block */
-        if (threads > 1) job.decode_parts = llmpar__v_max(job.decode_parts, llmpar__v_min(a->kv_heads, 2 * threads));
+        job.decode_parts = llmpar__v_min(a->kv_heads, llmpar_round_up(job.decode_parts, threads)); /* as many for every thread, and no more: the longer what they read of a row is */
         if (a->head_dim * job.half.size % 64) job.decode_parts = a->kv_heads;
     }
     job.decode_parts = job.decode ? job.decode_parts : a->kv_heads;
@@ -7158,11 +7185,10 @@ LLMPAR__PRIVATE_DEF int llmpar__squares_choose(llmpar__squares_window *window, l
     spread = most - fewest;
     below = window->top - fewest;
     if (most > window->top || window->blocks >= LLMPAR__SQUARES_BLOCKS || (below > LLMPAR__SQUARES_TWO && spread <= LLMPAR__SQUARES_TWO) || (below > LLMPAR__SQUARES_THREE && spread <= LLMPAR__SQUARES_THREE)) {
-        int k;
         llmpar__squares_flush(window, sum);
         window->top = most + (spread < LLMPAR__SQUARES_TWO); /* room for the next block's */
         below = window->top - fewest;
-        k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
+        int k = 2 * window->top - 252 + LLMPAR__SQUARES_LOG_ADDITIONS;
         for (int w = 0; w < LLMPAR__SQUARES_WORDS; w++) {
             window->start[w] = llmpar__squares_power(k) * (w ? 1.5 : 1.0);
             window->unit[w] = llmpar__squares_power(k - 52);
@@ -7207,10 +7233,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__cpu_square_sum(llmpar_device *device, 
     llmpar_exact_sum part[PARTS], *accumulator = (llmpar_exact_sum *)(void *)args->accumulator;
     llmpar__squares_job job;
     llmpar_status status = llmpar__v_check_wide(device, "square_sum", args->dtype);
-    int64_t tasks;
     (void)stream;
     if (status || !args->count) return status;
-    tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
+    int64_t tasks = llmpar__v_min(PARTS, llmpar__v_blocks((int64_t)args->count, 4 * LLMPAR__SQUARES_BLOCK));
     job.value = args->x;
     job.ahead = (const char *)args->x + LLMPAR__VAHEAD;
     job.window = NULL;
@@ -7483,13 +7508,11 @@ LLMPAR_DEF const char *llmpar_cpu_level_name(llmpar_cpu_level level)
 
 LLMPAR_DEF int llmpar_cpu_level_parse(const char *text, llmpar_cpu_level *out)
 {
-    int i;
-    for (i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++) {
-        if (strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i)) == 0) {
+    for (int i = (int)LLMPAR_CPU_PORTABLE; i <= (int)LLMPAR_CPU_AVX512BF16; i++)
+        if (!strcmp(text, llmpar_cpu_level_name((llmpar_cpu_level)i))) {
             *out = (llmpar_cpu_level)i;
             return 1;
         }
-    }
     return 0;
 }
 
@@ -7544,11 +7567,8 @@ static llmpar_status llmpar__cpu_do_move(llmpar_device *view, void *args)
 
 static llmpar_status llmpar__cpu_move_run(llmpar_device *device, llmpar_stream *stream, void *out, const void *in, size_t bytes)
 {
-    llmpar__cpu_move move;
+    llmpar__cpu_move move = { out, in, bytes };
     struct llmpar__queue *queue = llmpar__cpu_queue(stream);
-    move.out = out;
-    move.in = in;
-    move.bytes = bytes;
     if (queue && bytes) return llmpar__stream_push(queue, llmpar__cpu_do_move, &move, sizeof move, NULL, 0);
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     return bytes ? llmpar__cpu_do_move(device, &move) : LLMPAR_OK;
@@ -7655,11 +7675,8 @@ static llmpar_status llmpar__cpu_host_call(llmpar_device *device, llmpar_stream 
     if (llmpar__cpu_stuck(stream)) return llmpar__cpu_stuck(stream);
     if (arg_bytes > sizeof copy.bytes)
         return llmpar__cpu_stick(stream, llmpar_error_set(device->error, LLMPAR_ERR_ARGUMENT, "cpu host_call: expected an argument of at most 256 bytes, got %llu", (unsigned long long)arg_bytes));
-    if (llmpar__cpu_queue(stream)) {
-        llmpar__cpu_call call;
-        call.fn = fn;
-        return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
-    }
+    const llmpar__cpu_call call = { fn };
+    if (llmpar__cpu_queue(stream)) return llmpar__stream_push(llmpar__cpu_queue(stream), llmpar__cpu_do_host_call, &call, sizeof call, arg, arg_bytes);
     if (arg_bytes) memcpy(copy.bytes, arg, arg_bytes);
     return llmpar__cpu_stick(stream, fn(copy.bytes));
 }
@@ -7786,9 +7803,8 @@ LLMPAR_DEF llmpar_status llmpar_cpu_create(llmpar_heap *heap, llmpar_error *erro
 
 LLMPAR_DEF void llmpar_cpu_destroy(llmpar_device *device)
 {
-    llmpar__cpu *cpu;
     if (!device) return;
-    cpu = (llmpar__cpu *)device->state;
+    llmpar__cpu *cpu = (llmpar__cpu *)device->state;
     llmpar__stream_end_all(cpu);
     llmpar__pool_destroy(cpu->pool);
     llmpar_heap_free(cpu->heap, (llmpar__cpu_device *)(void *)device); /* the table is its first member */
@@ -8210,9 +8226,8 @@ static llmpar_status llmpar__stream_room(struct llmpar__queue *q, uint64_t bytes
 {
     if (bytes > q->capacity / 2) {
         uint64_t capacity = q->capacity;
-        unsigned char *ring;
         while (bytes > capacity / 2) capacity *= 2;
-        ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
+        unsigned char *ring = (unsigned char *)llmpar_heap_alloc(q->cpu.heap, (size_t)capacity, 1);
         if (!ring) return llmpar_error_set(q->device->error, LLMPAR_ERR_MEMORY, "cpu stream %s: no memory for %llu bytes of arguments", q->name, (unsigned long long)bytes);
         llmpar__stream_host_until(q, q->tail);
         llmpar_heap_free(q->cpu.heap, q->ring);
@@ -8256,9 +8271,8 @@ static llmpar_status llmpar__stream_add(struct llmpar__queue *q, llmpar__stream_
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_push(struct llmpar__queue *q, llmpar__stream_fn run, const void *args, size_t bytes, const void *array, size_t array_bytes)
 {
-    llmpar_status status;
     pthread_mutex_lock(&q->all->lock);
-    status = llmpar__stream_add(q, LLMPAR__STREAM_RUN, run, args, bytes, array, array_bytes);
+    llmpar_status status = llmpar__stream_add(q, LLMPAR__STREAM_RUN, run, args, bytes, array, array_bytes);
     pthread_mutex_unlock(&q->all->lock);
     return status;
 }
@@ -8288,10 +8302,9 @@ LLMPAR__PRIVATE_DEF uint64_t llmpar__stream_tail(struct llmpar__queue *q, llmpar
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_wait(struct llmpar__queue *q, uint64_t position)
 {
-    llmpar_status status;
     pthread_mutex_lock(&q->all->lock);
     llmpar__stream_host_until(q, position);
-    status = llmpar__stream_failed(q, position);
+    llmpar_status status = llmpar__stream_failed(q, position);
     if (status) llmpar__stream_take(q, q->device->error);
     pthread_mutex_unlock(&q->all->lock);
     return status;
@@ -8341,10 +8354,9 @@ LLMPAR__PRIVATE_DEF int32_t llmpar__stream_threads_running(llmpar_device *device
 {
     struct llmpar__queues *all = llmpar__stream_queues((const llmpar__cpu *)device->state);
     struct llmpar__queue *q;
-    int32_t running;
     if (!all) return 1;
     pthread_mutex_lock(&all->lock);
-    running = !all->host.queue || all->host.queue->head >= all->host.position;
+    int32_t running = !all->host.queue || all->host.queue->head >= all->host.position;
     for (q = all->first; q; q = q->next) {
         if (q->head == q->tail) continue;
         const llmpar__stream_item *item = llmpar__stream_at(q, q->head);
@@ -8388,7 +8400,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     struct llmpar__queue *q;
     pthread_attr_t attributes;
     char base[16];
-    int failed;
     *out = NULL;
     if (!cpu->queues) {
         struct llmpar__queues *all = (struct llmpar__queues *)llmpar_heap_zalloc(cpu->heap, 1, sizeof *all);
@@ -8414,7 +8425,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__stream_begin(llmpar_device *device, co
     q->stop = q->known = 0;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, LLMPAR__STREAM_STACK);
-    failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
+    int failed = pthread_create(&q->thread, &attributes, llmpar__stream_main, q);
     pthread_attr_destroy(&attributes);
     if (failed) {
         if (cpu->queues->pool_owner == q) cpu->queues->pool_owner = NULL;
@@ -9143,6 +9154,33 @@ LLMPAR_DEF int llmpar_threads_rank_wait(llmpar_threads_world *world, int32_t ran
    which for every device that this communicator is used with means: now, on this thread, done on return. Its memory must be readable by all rank threads. Calls on one communicator but on different
    streams wait for each other (llmpar_order), so they run in the order in which they were issued; those on different communicators may run at the same time, where streams have threads. send and recv wait for each other: a send is complete when its data has been taken. split waits on the host and belongs to no stream. */
 
+/* ==== src/tables/tables_internal.h ==== */
+/* tables_internal: what callers of a device and of a communicator would write again and again. Private. */
+
+/* Waits for the stream in any case, which may still use what goes now or what the caller's stack holds. The first failure of the two. */
+LLMPAR__PRIVATE llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status);
+LLMPAR__PRIVATE llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
+/* The tree over n inputs of `count` elements: a sum or maximum. Here, for the communicators' optimization level. */
+static inline llmpar_status llmpar__device_reduce(llmpar_device *device, llmpar_stream *stream, llmpar_reduce_op op, const void *const *in, int32_t n, size_t count, void *out, llmpar_dtype dtype)
+{
+    llmpar_tree_sum_args args;
+    memset(&args, 0, sizeof args);
+    args.in = in;
+    args.n = n;
+    args.count = count;
+    args.out = out;
+    args.dtype = dtype;
+    return op == LLMPAR_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
+}
+
+/* Of one block; a sum, where it reduces. */
+LLMPAR__PRIVATE llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag);
+/* An all-gather, all-reduce or broadcast of values on the host, through memory of the device and a stream of its own: complete on return. A broadcast's other ranks have a `send` to read too. */
+LLMPAR__PRIVATE llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host);
+/* values[count] on the host become the largest of all ranks'. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag);
+
+/* ---- src/comm/threads.c goes on ---- */
 #define LLMPAR__THREADS_PIECE 32768u /* bytes of a slice of a maximum that are found and passed on at a time */
 #define LLMPAR__THREADS_GRAIN 256u /* bytes: slices begin at whole cache lines of aligned buffers */
 
@@ -9187,41 +9225,26 @@ static llmpar_status llmpar__threads_meet(llmpar__threads_comm *tc, const llmpar
 /* out[count] = sum or max over the ranks of tc->inputs, in tree order. */
 static llmpar_status llmpar__threads_reduce(llmpar__threads_comm *tc, const llmpar__threads_call *call, size_t count, void *out)
 {
-    llmpar_device *device = tc->comm.device;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = tc->inputs;
-    args.n = tc->comm.ranks;
-    args.count = count;
+    return llmpar__device_reduce(tc->comm.device, NULL, (llmpar_reduce_op)call->what.reduce, tc->inputs, tc->comm.ranks, count, out, (llmpar_dtype)call->what.dtype);
+}
+
+/* The sum of n inputs, in tree order, to `outs` places. */
+static llmpar_status llmpar__threads_sum_to(llmpar__threads_comm *tc, const void *const *in, int32_t n, void *const *out, int32_t outs, size_t count, llmpar_dtype dtype)
+{
+    llmpar_tree_sum_to_args args;
+    args.in = in;
+    args.n = n;
     args.out = out;
-    args.dtype = (llmpar_dtype)call->what.dtype;
-    return call->what.reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    args.outs = outs;
+    args.count = count;
+    args.dtype = dtype;
+    return outs && count ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
 }
 
 static llmpar_status llmpar__threads_copy(llmpar__threads_comm *tc, void *out, const void *in, size_t bytes)
 {
-    llmpar_tree_sum_to_args args;
     if (!bytes || out == in) return LLMPAR_OK;
-    if (bytes <= LLMPAR__THREADS_INLINE) return tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes);
-    args.in = &in;
-    args.out = &out;
-    args.n = args.outs = 1;
-    args.count = bytes;
-    args.dtype = LLMPAR_U8;
-    return llmpar_device_tree_sum_to(tc->comm.device, &args);
-}
-
-/* in[bytes] to `outs` of tc->outputs. */
-static llmpar_status llmpar__threads_spread(llmpar__threads_comm *tc, const void *in, int32_t outs, size_t bytes)
-{
-    llmpar_tree_sum_to_args args;
-    args.in = &in;
-    args.n = 1;
-    args.out = tc->outputs;
-    args.outs = outs;
-    args.count = bytes;
-    args.dtype = LLMPAR_U8;
-    return outs && bytes ? llmpar_device_tree_sum_to(tc->comm.device, &args) : LLMPAR_OK;
+    return bytes <= LLMPAR__THREADS_INLINE ? tc->comm.device->copy(tc->comm.device, NULL, out, in, bytes) : llmpar__threads_sum_to(tc, &in, 1, &out, 1, bytes, LLMPAR_U8);
 }
 
 /* This rank's slice [begin, end) of `total` things of `item` bytes. */
@@ -9245,17 +9268,11 @@ static llmpar_status llmpar__threads_slice(llmpar__threads_comm *tc, const llmpa
     llmpar_status st = LLMPAR_OK;
     llmpar__threads_share(tc, call->what.count * call->what.blocks, item, &begin, &end);
     if (call->what.reduce != LLMPAR_MAX) {
-        llmpar_tree_sum_to_args args;
         for (size_t i = 0; i < n; i++) {
             tc->inputs[i] = (const char *)slots[i].call.send + begin * item;
             tc->outputs[i] = (char *)slots[(r + i) % n].call.recv + begin * item; /* mine first: what the others are copied from where the device sums to one place only */
         }
-        args.in = tc->inputs;
-        args.out = tc->outputs;
-        args.n = args.outs = (int32_t)n;
-        args.count = end - begin;
-        args.dtype = (llmpar_dtype)call->what.dtype;
-        return llmpar_device_tree_sum_to(tc->comm.device, &args);
+        return llmpar__threads_sum_to(tc, tc->inputs, (int32_t)n, tc->outputs, (int32_t)n, end - begin, (llmpar_dtype)call->what.dtype);
     }
     for (size_t at = begin; at < end && !st; at += LLMPAR__THREADS_PIECE / item) {
         size_t count = llmpar__threads_min(LLMPAR__THREADS_PIECE / item, end - at);
@@ -9288,13 +9305,13 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
         return st;
     case LLMPAR_CALL_ALL_GATHER:
         for (size_t b = 0; b < call->what.blocks && !st && !in_slot; b++) {
-            const char *from = (const char *)call->send + b * part;
+            const void *from = (const char *)call->send + b * part;
             int32_t outs = 0;
             for (size_t i = 0; i < n; i++) {
                 char *to = (char *)slots[(r + i) % n].call.recv + (b * n + r) * part;
                 if (to != from) tc->outputs[outs++] = to;
             }
-            st = llmpar__threads_spread(tc, from, outs, part);
+            st = llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, part, LLMPAR_U8);
         }
         for (size_t k = 0; k < n && in_slot; k++) {
             size_t i = (r + k) % n;
@@ -9315,7 +9332,8 @@ static llmpar_status llmpar__threads_work(llmpar__threads_comm *tc, const llmpar
                 char *to = (char *)slots[(r + i) % n].call.recv;
                 if (to && to != root->send) tc->outputs[outs++] = to + begin;
             }
-            return llmpar__threads_spread(tc, (const char *)root->send + begin, outs, end - begin);
+            const void *from = (const char *)root->send + begin;
+            return llmpar__threads_sum_to(tc, &from, 1, tc->outputs, outs, end - begin, LLMPAR_U8);
         }
         if (!recv || recv == call->send) return LLMPAR_OK;
         return llmpar__threads_copy(tc, recv, slots[call->what.root].payload, part * call->what.blocks);
@@ -9488,17 +9506,13 @@ static llmpar_status llmpar__threads_split(llmpar_comm *comm, int32_t color, int
     llmpar__threads_comm *tc = (llmpar__threads_comm *)comm->state;
     *out = NULL;
     llmpar__threads_call call;
-    llmpar_collective given;
+    const llmpar_collective given = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
     memset(&call, 0, sizeof call);
-    memset(&given, 0, sizeof given);
-    given.tag = name;
     llmpar_call_describe(comm, LLMPAR_CALL_SPLIT, &given, &call.what);
     if (call.what.rank < 0) call.what.rank = tc->world_rank;
-    int32_t mine[2], theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
+    int32_t mine[2] = {color, key}, theirs[2], n = comm->ranks, rank = 0, ranks = 0, leader = -1, leader_key = 0;
     llmpar_status st = llmpar_order_wait(&tc->order);
     if (st) return st;
-    mine[0] = color;
-    mine[1] = key;
     llmpar__threads_slot *slots = NULL;
     st = llmpar__threads_meet(tc, &call, mine, sizeof mine, &slots);
     if (st) return st;
@@ -9564,6 +9578,7 @@ LLMPAR_DEF llmpar_status llmpar_threads_comm_create(llmpar_threads_world *world,
 
    Two duplicated communicators. `data` carries collectives (mpi_wait.c). `control` carries notes, and one receive is always posted for them:
      BEAT       every desc.heartbeat seconds to the ranks r+1, r+2, r+4, ..: the sender lives, and this is where it is
+     ASKED      once, to all, from a rank that has waited in vain and from every one that hears it: where the sender is
      FAILED     once, to all, from every rank that has heard of a failure: the failure, and where the sender is
      FINISHED   once, to all: the sender's rank function has returned
      BYE        once, to all, when all have finished: the last note of the sender. With it an empty last message on `data`, up to which everybody drops what a failure has left there
@@ -9591,7 +9606,7 @@ typedef struct llmpar__mpi_header {
     unsigned char payload[LLMPAR__MPI_INLINE]; /* aligned to 8 */
 } llmpar__mpi_header;
 
-typedef enum llmpar__mpi_note_kind { LLMPAR__MPI_BEAT = 1, LLMPAR__MPI_FAILED = 2, LLMPAR__MPI_FINISHED = 3, LLMPAR__MPI_BYE = 4 } llmpar__mpi_note_kind;
+typedef enum llmpar__mpi_note_kind { LLMPAR__MPI_BEAT = 1, LLMPAR__MPI_ASKED = 2, LLMPAR__MPI_FAILED = 3, LLMPAR__MPI_FINISHED = 4, LLMPAR__MPI_BYE = 5 } llmpar__mpi_note_kind;
 
 /* A control message. Plain bytes. */
 typedef struct llmpar__mpi_note {
@@ -9611,7 +9626,7 @@ typedef struct llmpar__mpi_peer {
     llmpar_position position;
     double silent;           /* seconds of this rank's own attention without a sign of life; watched peers only */
     double finished_for;     /* .. since it finished */
-    int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure */
+    int32_t watched, finished, bye, dead, told; /* told: has said where it is since the failure, or since somebody asked */
     int32_t flushed;         /* its last message on `data` has come */
 } llmpar__mpi_peer;
 
@@ -9641,7 +9656,8 @@ struct llmpar_mpi_world {
     llmpar__mpi_peer *peer;          /* [ranks] */
     llmpar__mpi_note incoming;       /* the standing receive */
     MPI_Request standing;
-    llmpar__mpi_cast failed, finished, bye;
+    MPI_Request *casting;            /* of the casts: [5 * ranks] */
+    llmpar__mpi_cast asked, failed, finished, bye;
     llmpar__mpi_beat *beat;          /* [beats] ranks + 1, + 2, + 4, .. */
     int32_t beats;
     double last_beat, last_look;
@@ -9679,7 +9695,7 @@ LLMPAR__PRIVATE void llmpar__mpi_look(llmpar_mpi_world *world);
 LLMPAR__PRIVATE void llmpar__mpi_seen(llmpar_mpi_world *world, int32_t count, int completed);
 /* Under the lock: llmpar_mpi_world_fail. */
 LLMPAR__PRIVATE void llmpar__mpi_fail_locked(llmpar_mpi_world *world, const llmpar_error *error);
-/* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; after a failure it waits up to a second for those that have not said it yet. */
+/* Under the lock, which it gives away meanwhile: who is where, by what the ranks themselves say; it asks them, and waits up to a second for those that have not said it yet. */
 LLMPAR__PRIVATE void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity);
 /* Where a call leaves its text: in the rank's error, or on the thread of a stream in the stream's. */
 LLMPAR__PRIVATE llmpar_error *llmpar__mpi_own_error(llmpar__mpi_comm *tc);
@@ -9743,7 +9759,7 @@ static void llmpar__mpi_tell(llmpar_mpi_world *world, llmpar__mpi_cast *cast, ll
     cast->note.kind = (int32_t)kind;
     cast->note.rank = world->rank;
     llmpar_record_position(world->record, &cast->note.position);
-    if (kind >= LLMPAR__MPI_FINISHED && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
+    if (world->finished.sent && !world->aborted) cast->note.position.state = (int32_t)LLMPAR_POSITION_RETURNED;
     cast->note.error = world->failure;
     for (int32_t k = 1; k < world->ranks; k++) {
         int32_t to = (world->rank + k) % world->ranks;
@@ -9793,8 +9809,9 @@ static void llmpar__mpi_heard(llmpar_mpi_world *world, const llmpar__mpi_note *n
     peer->silent = 0;
     if (note->kind == LLMPAR__MPI_FINISHED) peer->finished = 1;
     if (note->kind == LLMPAR__MPI_BYE) peer->finished = peer->bye = 1;
+    if (note->kind == LLMPAR__MPI_ASKED) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED);
+    if (note->kind == LLMPAR__MPI_ASKED || note->error.status) peer->told = 1;
     if (note->error.status == LLMPAR_OK) return;
-    peer->told = 1;
     llmpar__mpi_fail_locked(world, &note->error);
 }
 
@@ -9953,14 +9970,16 @@ static llmpar_status llmpar__mpi_furnish(llmpar_mpi_world *world, int level, llm
     world->beat = (llmpar__mpi_beat *)llmpar_heap_zalloc(world->heap, (size_t)world->beats, sizeof *world->beat);
     world->inbox = (llmpar__mpi_header *)llmpar_heap_zalloc(world->heap, (size_t)world->inboxes, sizeof *world->inbox);
     world->meeting = llmpar__mpi_requests(world->heap, 2 * (size_t)world->inboxes);
-    world->failed.request = llmpar__mpi_requests(world->heap, n);
-    world->finished.request = llmpar__mpi_requests(world->heap, n);
-    world->bye.request = llmpar__mpi_requests(world->heap, 2 * n);
+    world->casting = llmpar__mpi_requests(world->heap, 5 * n);
     world->bucket_bytes = sizeof *world->inbox; /* headers can be dropped even without memory */
     world->bucket = (unsigned char *)malloc(world->bucket_bytes);
-    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->failed.request || !world->finished.request || !world->bye.request)
+    if (!world->bucket || !world->peer || !world->beat || !world->inbox || !world->meeting || !world->casting)
         return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for %d ranks", (int)world->ranks);
     if (llmpar_record_create(world->heap, world->rank, world->desc.deadline < 1e12 ? (uint64_t)(world->desc.deadline * 1000) : 0, &world->record)) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "mpi: out of memory for the record");
+    world->asked.request = world->casting;
+    world->failed.request = world->casting + n;
+    world->finished.request = world->casting + 2 * n;
+    world->bye.request = world->casting + 3 * n;
     for (int32_t i = 0; i < world->ranks; i++) {
         world->peer[i].position.rank = i;
         world->peer[i].position.state = (int32_t)LLMPAR_POSITION_UNKNOWN;
@@ -10064,9 +10083,7 @@ static void llmpar__mpi_free(llmpar_mpi_world *world)
     llmpar_heap_free(heap, world->beat);
     llmpar_heap_free(heap, world->inbox);
     llmpar_heap_free(heap, world->meeting);
-    llmpar_heap_free(heap, world->failed.request);
-    llmpar_heap_free(heap, world->finished.request);
-    llmpar_heap_free(heap, world->bye.request);
+    llmpar_heap_free(heap, world->casting);
     llmpar_heap_free(heap, world->scratch);
     free(world->bucket);
     pthread_cond_destroy(&world->wake);
@@ -10172,7 +10189,8 @@ static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
 LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
 {
     double limit = llmpar__clock_seconds() + 1;
-    for (int waiting = world->aborted; waiting && llmpar__clock_seconds() < limit;) {
+    if (!world->aborted) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED); /* what this rank has seen of the others is older, and a guess */
+    for (int waiting = 1; waiting && llmpar__clock_seconds() < limit;) {
         waiting = 0;
         for (int32_t i = 0; i < world->ranks; i++)
             if (i != world->rank && !world->peer[i].told && !world->peer[i].dead && !world->peer[i].finished) waiting = 1;
@@ -10199,11 +10217,8 @@ static void llmpar__mpi_flush(llmpar_mpi_world *world)
 static int llmpar__mpi_sent(llmpar_mpi_world *world)
 {
     int done = 1, all = 1;
-    int32_t n = world->ranks;
-    for (int32_t i = 0; i < 4 * n; i++) {
-        MPI_Request *request = i < n ? &world->failed.request[i] : i < 2 * n ? &world->finished.request[i - n] : &world->bye.request[i - 2 * n];
-        if (*request != MPI_REQUEST_NULL && !MPI_Test(request, &done, MPI_STATUS_IGNORE)) all = all && done;
-    }
+    for (int32_t i = 0; i < 5 * world->ranks; i++)
+        if (world->casting[i] != MPI_REQUEST_NULL && !MPI_Test(&world->casting[i], &done, MPI_STATUS_IGNORE)) all = all && done;
     for (int32_t i = 0; i < world->beats; i++)
         if (world->beat[i].request != MPI_REQUEST_NULL && !MPI_Test(&world->beat[i].request, &done, MPI_STATUS_IGNORE)) all = all && done;
     return all;
@@ -10697,16 +10712,7 @@ static llmpar_status llmpar__mpi_copy(llmpar__mpi_comm *tc, void *out, const voi
 
 static llmpar_status llmpar__mpi_combine(llmpar__mpi_comm *tc, const llmpar_call *call, const void *const *in, int32_t n, size_t count, void *out)
 {
-    llmpar_device *device = tc->comm.device;
-    llmpar_tree_sum_args args;
-    if (!count) return LLMPAR_OK;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = n;
-    args.count = count;
-    args.out = out;
-    args.dtype = (llmpar_dtype)call->dtype;
-    return call->reduce == LLMPAR_MAX ? device->max(device, NULL, &args) : device->tree_sum(device, NULL, &args);
+    return count ? llmpar__device_reduce(tc->comm.device, NULL, (llmpar_reduce_op)call->reduce, in, n, count, out, (llmpar_dtype)call->dtype) : LLMPAR_OK;
 }
 
 static int llmpar__mpi_is_small(const llmpar__mpi_comm *tc, size_t bytes) { return bytes <= LLMPAR__MPI_INLINE && tc->comm.ranks <= tc->world->desc.direct; }
@@ -10801,9 +10807,7 @@ static llmpar_status llmpar__mpi_halve(llmpar__mpi_comm *tc, const llmpar_call *
         for (int32_t i = 0; i < held && !st; i++) {
             if (label[kept[i]] != mine) continue;
             size_t offset = llmpar__mpi_part(s, (size_t)kept[i], &count);
-            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2];
-            in[0] = level->left ? own : theirs;
-            in[1] = level->left ? theirs : own;
+            const void *own = l ? partial + (size_t)i * room : s->base + offset, *theirs = incoming + (size_t)keeps * room, *in[2] = { level->left ? own : theirs, level->left ? theirs : own };
             st = llmpar__mpi_combine(tc, call, in, 2, count, l + 1 == levels ? s->out : (void *)(partial + (size_t)keeps * room));
             kept[keeps++] = kept[i];
         }
@@ -11053,10 +11057,8 @@ static llmpar_status llmpar__mpi_split_places(llmpar__mpi_comm *tc, int32_t colo
 {
     llmpar_mpi_world *world = tc->world;
     llmpar_call call;
-    llmpar_collective named;
+    const llmpar_collective named = llmpar__comm_collective(NULL, NULL, 0, LLMPAR_DTYPE_DEFAULT, name);
     int32_t n = tc->comm.ranks, r = tc->comm.rank, ranks = 0, rank = 0;
-    memset(&named, 0, sizeof named);
-    named.tag = name;
     llmpar_call_describe(&tc->comm, LLMPAR_CALL_SPLIT, &named, &call);
     if (call.rank < 0) call.rank = tc->world->rank;
     place[r].color = color;
@@ -11223,7 +11225,7 @@ typedef struct llmpar__session {
     int64_t rows, head_rows, capacity;
     size_t workspace_bytes, cache_bytes;
     void *block, *cache, *workspace; /* block: all activations */
-    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *up, *logits; /* part, rstd: sum type; sum: the reduced part, = part where they are of one type */
+    void *x, *h, *q, *o, *part, *sum, *rstd, *gate, *logits; /* q or o: behind one row may come its k and v; part, rstd: sum type; sum: the reduced part, = part where they are of one type; gate: behind its rows come those of up */
     int32_t *ids;                  /* device [rows] */
     float *host;                   /* [head_rows, V] logits as f32 */
     void *gathered;                /* device [tp, head_rows, widest vocabulary part] */
@@ -11246,8 +11248,7 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     int64_t widest = (c->vocab + g->tp.ranks - 1) / g->tp.ranks;
     size_t x = llmpar__llama_take(&at, g->rows * s->d, s->size), h = llmpar__llama_take(&at, g->rows * s->d, s->size), part = llmpar__llama_take(&at, (int64_t)llmpar_tp_partial_bytes(&g->tp, 1, g->rows, s->d, g->dtype), 1);
     size_t sum = llmpar_tp_partial_dtype(&g->tp, g->dtype) == g->dtype ? part : llmpar__llama_take(&at, g->rows * s->d, s->size), rstd = llmpar__llama_take(&at, g->rows * s->h, s->sum_size);
-    size_t q = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size), o = llmpar__llama_take(&at, g->rows * s->h * s->e, s->size);
-    size_t gate = llmpar__llama_take(&at, g->rows * s->f, s->size), up = llmpar__llama_take(&at, g->rows * s->f, s->size);
+    size_t q = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), o = llmpar__llama_take(&at, (g->rows - 1) * s->h * s->e + s->qkv, s->size), gate = llmpar__llama_take(&at, 2 * g->rows * s->f, s->size);
     size_t logits = llmpar__llama_take(&at, g->head_rows * widest, s->size), gathered = llmpar__llama_take(&at, g->head_rows * widest * g->tp.ranks, s->size), ids = llmpar__llama_take(&at, g->rows, sizeof(int32_t));
     g->cache_bytes = (size_t)c->layers * (size_t)g->capacity * (size_t)(2 * s->k * s->e) * s->size;
     llmpar_status status = llmpar_arena_alloc(arena, LLMPAR_TAG_ACTIVATIONS, at, "generation", &g->block);
@@ -11263,7 +11264,6 @@ static llmpar_status llmpar__session_memory(llmpar__session *g)
     g->q = base + q;
     g->o = base + o;
     g->gate = base + gate;
-    g->up = base + up;
     g->logits = base + logits;
     g->gathered = base + gathered;
     g->ids = (int32_t *)(void *)(base + ids);
@@ -11317,20 +11317,16 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
 {
     const llmpar__shape *s = &g->s;
     const llmpar_llama_config *c = &g->model->config;
-    int64_t widths[4];
+    const int64_t widths[6] = { s->h * s->e, s->k * s->e, s->qkv, s->f, 2 * s->f, s->v };
     size_t most = 0, w;
-    widths[0] = s->h * s->e;
-    widths[1] = s->k * s->e;
-    widths[2] = s->f;
-    widths[3] = s->v;
     llmpar_tp_operand row;
     llmpar_attention_args attention;
     /* Every row count up to `rows` is used: the prompt's chunks and single tokens. Few rows are multiplied in another way than many, and need more the more there are. */
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
-        for (int i = 0; i < 4; i++) {
-            int64_t own = i == 3 && rows > g->head_rows ? g->head_rows : rows;
-            w = i < 2 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
+        for (int i = 0; i < 6; i++) {
+            int64_t own = i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }
         llmpar__llama_row(&g->tp, NULL, NULL, c->heads, s->e, &row);
@@ -11483,10 +11479,26 @@ static llmpar_status llmpar__session_close(llmpar__session *g, llmpar_status sta
     return status;
 }
 
-/* out[count, heads*E] (q, or the place of k in the cache): product, norm over heads if there is one, rope. Raw values wait in o, which attention has not written yet. */
-static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *w, const void *bias, const void *norm, void *out)
+/* Whether w[0] .. w[count - 1], of n[i] rows of k elements, lie one behind the other as one matrix does: one row of x then meets them in one product, which has fewer beginnings and ends. Absent ones do. */
+static int llmpar__session_together(const llmpar__session *g, int count, void *const *w, const int64_t *n, int64_t k)
+{
+    int64_t tile = g->interleaved > 0 ? llmpar_device_interleaved_rows(g->device, g->dtype) : 1;
+    for (int i = 0; w[0] && i + 1 < count; i++)
+        if (n[i] % tile || (uintptr_t)w[i] + (size_t)(n[i] * k) * g->s.size != (uintptr_t)w[i + 1]) return 0;
+    return 1;
+}
+
+/* out = h[count, D] w[width, D]^T + bias */
+static llmpar_status llmpar__session_linear(const llmpar__session *g, int64_t count, int64_t width, const void *w, const void *bias, void *out)
+{
+    return llmpar__llama_linear(g->model, g->stream, count, width, g->h, w, g->interleaved > 0, bias, out, width, g->workspace, g->workspace_bytes);
+}
+
+/* out[count, heads*E] (q, or the place of k in the cache) of its product, which may be there: norm over heads if there is one, rope. */
+static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t heads, int64_t position, int64_t count, const void *product, const void *norm, void *out)
 {
     llmpar_rope_args rope;
+    llmpar_status status = LLMPAR_OK;
     memset(&rope, 0, sizeof rope);
     rope.batch = 1;
     rope.t = count;
@@ -11498,8 +11510,8 @@ static llmpar_status llmpar__session_heads(const llmpar__session *g, int64_t hea
     rope.cosine = g->model->cosine;
     rope.sine = g->model->sine;
     rope.dtype = g->dtype;
-    llmpar_status status = llmpar__llama_linear(g->model, g->stream, count, rope.ld, g->h, w, g->interleaved > 0, bias, norm ? g->o : out, rope.ld, g->workspace, g->workspace_bytes);
-    if (!status && norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, g->o, NULL, norm, NULL, out, g->rstd);
+    if (norm) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count * heads, g->s.e, product, NULL, norm, NULL, out, g->rstd);
+    else if (product != out) status = g->device->copy(g->device, g->stream, out, product, (size_t)(count * rope.ld) * g->s.size);
     return status ? status : g->device->rope(g->device, g->stream, &rope);
 }
 
@@ -11515,12 +11527,17 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     llmpar_status status = llmpar__session_params(g, layer, p);
     if (status) return status;
     llmpar__session_attention(g, layer, position, count, &attention);
-    size_t at = (size_t)(position * s->k * s->e) * s->size;
-    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at;
+    const int64_t heads[3] = { s->h * s->e, s->k * s->e, s->k * s->e }, gates[2] = { s->f, s->f };
+    size_t at = (size_t)(position * heads[1]) * s->size;
+    int one = count == 1 && llmpar__session_together(g, 3, p + LLMPAR__WQ, heads, s->d) && llmpar__session_together(g, 3, p + LLMPAR__BQ, heads, 1), two = count == 1 && llmpar__session_together(g, 2, p + LLMPAR__GATE, gates, s->d);
+    char *k = (char *)(uintptr_t)attention.k + at, *v = (char *)(uintptr_t)attention.v + at, *up = (char *)g->gate + (size_t)(count * s->f) * s->size;
+    char *raw = (char *)(p[LLMPAR__QNORM] ? g->o : g->q), *raw_k = one ? raw + (size_t)heads[0] * s->size : p[LLMPAR__KNORM] ? raw : k; /* o: attention has not written it yet */
     status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->x, NULL, p[LLMPAR__NORM1], NULL, g->h, g->rstd);
-    if (!status) status = llmpar__session_heads(g, s->h, position, count, p[LLMPAR__WQ], p[LLMPAR__BQ], p[LLMPAR__QNORM], g->q);
-    if (!status) status = llmpar__session_heads(g, s->k, position, count, p[LLMPAR__WK], p[LLMPAR__BK], p[LLMPAR__KNORM], k);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->k * s->e, g->h, p[LLMPAR__WV], g->interleaved > 0, p[LLMPAR__BV], v, s->k * s->e, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_linear(g, count, one ? s->qkv : heads[0], p[LLMPAR__WQ], p[LLMPAR__BQ], raw);
+    if (!status) status = llmpar__session_heads(g, s->h, position, count, raw, p[LLMPAR__QNORM], g->q);
+    if (!status && !one) status = llmpar__session_linear(g, count, heads[1], p[LLMPAR__WK], p[LLMPAR__BK], raw_k);
+    if (!status) status = llmpar__session_heads(g, s->k, position, count, raw_k, p[LLMPAR__KNORM], k);
+    if (!status) status = one ? g->device->copy(g->device, g->stream, v, raw_k + (size_t)heads[1] * s->size, (size_t)heads[2] * s->size) : llmpar__session_linear(g, count, heads[2], p[LLMPAR__WV], p[LLMPAR__BV], v);
     if (!status) status = g->device->attention(g->device, g->stream, &attention);
     llmpar__llama_row(&g->tp, g->o, p[LLMPAR__WO], c->heads, s->e, &row);
     row.interleaved = g->interleaved > 0;
@@ -11528,13 +11545,13 @@ static llmpar_status llmpar__session_layer(llmpar__session *g, int32_t layer, in
     if (!status) status = llmpar_tp_reduce(&g->tp, g->stream, "attention output/reduce", 1, count, s->d, g->part, g->sum, g->dtype);
     /* x += sum, h = norm(x) */
     if (!status) status = llmpar__llama_rmsnorm(g->model->ctx, g->stream, g->model, count, s->d, g->sum, g->x, p[LLMPAR__NORM2], g->x, g->h, g->rstd);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__GATE], g->interleaved > 0, NULL, g->gate, s->f, g->workspace, g->workspace_bytes);
-    if (!status) status = llmpar__llama_linear(g->model, g->stream, count, s->f, g->h, p[LLMPAR__UP], g->interleaved > 0, NULL, g->up, s->f, g->workspace, g->workspace_bytes);
+    if (!status) status = llmpar__session_linear(g, count, two ? 2 * s->f : s->f, p[LLMPAR__GATE], NULL, g->gate);
+    if (!status && !two) status = llmpar__session_linear(g, count, s->f, p[LLMPAR__UP], NULL, up);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = count;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = s->f;
     swiglu.gate = g->gate;
-    swiglu.up = g->up;
+    swiglu.up = up;
     swiglu.h = g->gate;
     swiglu.dtype = g->dtype;
     if (!status) status = g->device->swiglu(g->device, g->stream, &swiglu);
@@ -11639,12 +11656,30 @@ LLMPAR_DEF llmpar_status llmpar_llama_logits(llmpar_llama *model, llmpar_fsdp *f
 
 /* ---- sampling ---- */
 
+/* The largest of finite logits, the first of equals; -1: not all are finite. As integers of the same order, so that compilers vectorise it. */
 static int32_t llmpar__sample_greedy(const float *logits, int32_t vocab)
 {
-    int32_t best = 0;
-    for (int32_t i = 1; i < vocab; i++)
-        if (logits[i] > logits[best]) best = i;
-    return best;
+    enum { BLOCK = 256 };
+    int32_t best = INT32_MIN, at = 0, end, infinite = 0;
+    for (int32_t first = 0; first < vocab; first = end) {
+        int32_t most = INT32_MIN;
+        end = vocab - first < BLOCK ? vocab : first + BLOCK;
+        for (int32_t i = first; i < end; i++) {
+            float value = logits[i] + 0.0f; /* -0 equals 0 */
+            int32_t bits;
+            memcpy(&bits, &value, sizeof bits);
+            infinite |= (bits & 0x7f800000) == 0x7f800000;
+            if (bits < 0) bits ^= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        if (most > best) {
+            best = most;
+            at = first;
+        }
+    }
+    for (int32_t i = at + 1; i < vocab && i < at + BLOCK; i++)
+        if (logits[i] > logits[at]) at = i;
+    return infinite ? -1 : at;
 }
 
 /* Sifts entry `at` down in a max-heap over (probability, lower id first): the nucleus is popped in order of probability. */
@@ -11663,9 +11698,9 @@ static void llmpar__sample_sift(int32_t *heap, int32_t count, int32_t at, const 
 }
 
 /* logits become probabilities at this temperature; order[vocab] is scratch. `uniform` in [0, 1). */
-static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double temperature, double top_p, double uniform, int32_t *order)
+static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, int32_t largest, double temperature, double top_p, double uniform, int32_t *order)
 {
-    float max = logits[llmpar__sample_greedy(logits, vocab)];
+    float max = logits[largest];
     double sum = 0, mass = 0, target;
     for (int32_t i = 0; i < vocab; i++) {
         logits[i] = (float)llmpar_exp_f64(((double)logits[i] - (double)max) / temperature);
@@ -11697,14 +11732,6 @@ static int32_t llmpar__sample_nucleus(float *logits, int32_t vocab, double tempe
         if (mass > target) return order[vocab - 1 - i];
     }
     return order[vocab - kept];
-}
-
-/* Sampling takes it for granted: one NaN would make every comparison of probability masses false. */
-static int llmpar__sample_finite(const float *logits, int32_t vocab)
-{
-    for (int32_t i = 0; i < vocab; i++)
-        if (!llmpar_isfinite_f32(logits[i])) return 0;
-    return 1;
 }
 
 static int llmpar__sample_is_eos(const llmpar_llama_config *c, int32_t id)
@@ -11742,9 +11769,10 @@ LLMPAR_DEF llmpar_status llmpar_llama_generate(llmpar_llama *model, llmpar_fsdp 
     if (!status && tokens >= LLMPAR__SESSION_MANY && llmpar__session_streams(&g)) status = llmpar__session_interleave(&g);
     for (int32_t i = 0; i < tokens && !status; i++) {
         status = llmpar__session_head(&g, last, 1);
-        if (!status && !llmpar__sample_finite(g.host, c->vocab)) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
+        int32_t id = status ? 0 : llmpar__sample_greedy(g.host, c->vocab);
+        if (id < 0) status = llmpar_fail(model->ctx, LLMPAR_ERR_NONFINITE, "generation: logits at position %lld are not finite", (long long)position - 1);
         if (status) break;
-        int32_t id = desc->temperature == 0 ? llmpar__sample_greedy(g.host, c->vocab) : llmpar__sample_nucleus(g.host, c->vocab, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
+        if (desc->temperature != 0) id = llmpar__sample_nucleus(g.host, c->vocab, id, desc->temperature, desc->top_p, llmpar_rng_uniform(&rng, (uint64_t)i), order);
         ids[(*count)++] = id;
         if (desc->on_token) status = desc->on_token(desc->user, id);
         if (status || i + 1 == tokens || (desc->stop_at_eos && llmpar__sample_is_eos(c, id))) break;
@@ -11781,11 +11809,10 @@ LLMPAR_DEF llmpar_status llmpar_error_set(llmpar_error *error, llmpar_status sta
     /* Formatted aside first: an argument may point into *error. */
     char text[sizeof ((llmpar_error *)0)->text], where[sizeof ((llmpar_error *)0)->where];
     va_list arguments;
-    int length;
     size_t i;
     if (!error || status == LLMPAR_OK || error->status != LLMPAR_OK) return status;
     va_start(arguments, format);
-    length = vsnprintf(text, sizeof text, format, arguments);
+    int length = vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     if (length < 0) text[0] = 0;
     if (length >= (int)sizeof text) {
@@ -11867,13 +11894,12 @@ LLMPAR_DEF void llmpar_heap_init(llmpar_heap *heap, const llmpar_allocator *allo
 LLMPAR_DEF void *llmpar_heap_alloc(llmpar_heap *heap, size_t count, size_t size)
 {
     llmpar__heap_header header;
-    char *memory;
     if (!llmpar_size_mul(count, size, &header.bytes)) return NULL;
     if (!llmpar_size_add(header.bytes, sizeof header + LLMPAR__HEAP_ALIGN - 1, &header.total)) return NULL;
     if (heap->fail_at && heap->calls + 1 >= heap->fail_at) return NULL;
     header.raw = heap->allocator.alloc(heap->allocator.user, header.total);
     if (!header.raw) return NULL;
-    memory = (char *)header.raw + sizeof header;
+    char *memory = (char *)header.raw + sizeof header;
     memory += (LLMPAR__HEAP_ALIGN - (size_t)((uintptr_t)memory % LLMPAR__HEAP_ALIGN)) % LLMPAR__HEAP_ALIGN;
     memcpy(memory - sizeof header, &header, sizeof header);
     heap->calls++;
@@ -12148,6 +12174,24 @@ LLMPAR_DEF void llmpar_order_destroy(llmpar_order *order)
     order->event = NULL;
 }
 
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_done(llmpar_device *device, llmpar_stream *stream, llmpar_status status)
+{
+    llmpar_status waited = device->synchronize(device, stream);
+    return status ? status : waited;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__device_cast(llmpar_device *device, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
+{
+    llmpar_cast_args args;
+    memset(&args, 0, sizeof args);
+    args.count = count;
+    args.in = in;
+    args.in_dtype = from;
+    args.out = out;
+    args.out_dtype = to;
+    return device->cast(device, stream, &args);
+}
+
 #undef LLMPAR__DEVICE_HAS
 /* ==== src/tables/ctx.c ==== */
 /* ctx: failing with a text, and logging. */
@@ -12366,6 +12410,44 @@ LLMPAR_DEF llmpar_status llmpar_all_to_all(llmpar_comm *comm, llmpar_stream *str
 LLMPAR_DEF llmpar_status llmpar_send(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(send, LLMPAR_CALL_SEND); }
 LLMPAR_DEF llmpar_status llmpar_recv(llmpar_comm *comm, llmpar_stream *stream, const llmpar_collective *call) { return LLMPAR__COMM_CALL(recv, LLMPAR_CALL_RECV); }
 
+LLMPAR__PRIVATE_DEF llmpar_collective llmpar__comm_collective(const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
+{
+    const llmpar_collective call = {send, recv, count, 0, dtype, LLMPAR_SUM, 0, 0, tag};
+    return call;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_talk(llmpar_comm *comm, llmpar_call_op op, const llmpar_collective *host)
+{
+    llmpar_device *device = comm->device;
+    llmpar_collective call = *host;
+    llmpar_stream *stream = NULL;
+    void *buffer = NULL;
+    int gathers = op == LLMPAR_CALL_ALL_GATHER;
+    size_t part = call.count * llmpar_dtype_size(call.dtype), whole = gathers ? part * (size_t)comm->ranks : part;
+    llmpar_status status = device->alloc(device, whole, &buffer);
+    if (status) return status;
+    status = device->stream_create(device, call.tag, &stream);
+    char *mine = (char *)buffer + (gathers ? part * (size_t)comm->rank : 0);
+    call.send = mine;
+    call.recv = buffer;
+    if (!status) status = device->copy(device, stream, mine, host->send, part);
+    if (!status) status = gathers ? llmpar_all_gather(comm, stream, &call) : op == LLMPAR_CALL_BROADCAST ? llmpar_broadcast(comm, stream, &call) : llmpar_all_reduce(comm, stream, &call);
+    if (!status) status = device->copy(device, stream, host->recv, buffer, whole);
+    if (stream) {
+        status = llmpar__device_done(device, stream, status);
+        device->stream_destroy(device, stream);
+    }
+    device->free(device, buffer, whole);
+    return status;
+}
+
+LLMPAR__PRIVATE_DEF llmpar_status llmpar__comm_largest(llmpar_comm *comm, int64_t *values, size_t count, const char *tag)
+{
+    llmpar_collective call = llmpar__comm_collective(values, values, count, LLMPAR_I64, tag);
+    call.op = LLMPAR_MAX;
+    return llmpar__comm_talk(comm, LLMPAR_CALL_ALL_REDUCE, &call);
+}
+
 LLMPAR_DEF llmpar_status llmpar_comm_barrier(llmpar_comm *comm, llmpar_stream *stream, const char *tag)
 {
     llmpar_status st = llmpar__comm_abi(comm, LLMPAR__COMM_END(barrier));
@@ -12455,6 +12537,8 @@ typedef struct llmpar__text { char *text; size_t capacity, used; } llmpar__text;
 LLMPAR__PRIVATE llmpar__text llmpar__text_begin(char *text, size_t capacity);
 /* Appends like printf. */
 LLMPAR__PRIVATE void llmpar__text_put(llmpar__text *out, const char *format, ...) LLMPAR_PRINTF(2, 3);
+/* Appends a JSON string, in its quotes. */
+LLMPAR__PRIVATE void llmpar__text_put_json(llmpar__text *out, const char *string);
 
 /* ---- src/tables/record.c goes on ---- */
 typedef struct llmpar__record_entry {
@@ -12538,12 +12622,10 @@ LLMPAR_DEF uint64_t llmpar_call_fingerprint(const llmpar_call *call)
 
 LLMPAR_DEF size_t llmpar_call_mismatch(const llmpar_call *a, const llmpar_call *b, char *text, size_t capacity)
 {
-    const llmpar_call *side[2];
+    const llmpar_call *side[2] = { a, b };
     llmpar__text out = llmpar__text_begin(text, capacity);
     int fields = 0, messages = llmpar__record_message(a) && llmpar__record_message(b), differ[9];
     static const char *const name[9] = { "axis", "op", "order", "dtype", "count", "blocks", "root", "reduce op", "tag" };
-    side[0] = a;
-    side[1] = b;
     differ[0] = memcmp(a->axis, b->axis, sizeof a->axis) != 0;
     differ[1] = !messages && a->op != b->op;
     differ[2] = messages ? (a->op == b->op || a->member != b->peer || a->peer != b->member) : !llmpar__record_message(a) && !llmpar__record_message(b) && a->number != b->number;
@@ -13058,10 +13140,8 @@ LLMPAR_DEF void llmpar_arena_destroy(llmpar_arena *arena)
 static llmpar_status llmpar__arena_full(llmpar_arena *arena, llmpar_tag tag, size_t bytes, const char *label, const char *why)
 {
     char list[320];
-    size_t used = 0;
-    list[0] = 0;
-    for (int t = 0; t < LLMPAR_TAG_COUNT && used < sizeof list; t++)
-        used += (size_t)snprintf(list + used, sizeof list - used, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
+    llmpar__text out = llmpar__text_begin(list, sizeof list);
+    for (int t = 0; t < LLMPAR_TAG_COUNT; t++) llmpar__text_put(&out, "%s%s %llu", t ? ", " : "", llmpar_tag_name((llmpar_tag)t), (unsigned long long)arena->usage.live[t]);
     return llmpar_fail(arena->ctx, LLMPAR_ERR_MEMORY, "arena: %s \"%s\": %llu bytes: %s (limit %llu, live %llu: %s)", llmpar_tag_name(tag), label, (unsigned long long)bytes, why,
                        (unsigned long long)arena->limit, (unsigned long long)arena->usage.live_total, list);
 }
@@ -13353,7 +13433,7 @@ typedef struct llmpar__trace_out {
     llmpar_trace *trace;
     llmpar_comm *world;
     llmpar_stream *stream;
-    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT] or more: what collectives move */
+    void *memory;           /* of the device, [LLMPAR__TRACE_TEXT]: what goes to rank 0 */
     llmpar_trace_sink sink; /* rank 0 */
     void *user;
     size_t used;
@@ -13365,20 +13445,13 @@ static void llmpar__trace_move(llmpar__trace_out *out, int sends, int32_t peer, 
 {
     llmpar_device *device = out->world->device;
     size_t bytes = count * llmpar_dtype_size(dtype);
-    llmpar_collective call;
+    llmpar_collective call = llmpar__comm_collective(sends ? out->memory : NULL, sends ? NULL : out->memory, count, dtype, "trace");
     if (out->status) return;
-    memset(&call, 0, sizeof call);
-    call.send = sends ? out->memory : NULL;
-    call.recv = sends ? NULL : out->memory;
-    call.count = count;
-    call.dtype = dtype;
     call.peer = peer;
-    call.tag = "trace";
     if (sends) out->status = device->copy(device, out->stream, out->memory, values, bytes);
     if (!out->status) out->status = sends ? llmpar_send(out->world, out->stream, &call) : llmpar_recv(out->world, out->stream, &call);
     if (!out->status && !sends) out->status = device->copy(device, out->stream, values, out->memory, bytes);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
+    out->status = llmpar__device_done(device, out->stream, out->status);
 }
 
 static void llmpar__trace_sink(llmpar__trace_out *out, size_t bytes)
@@ -13466,23 +13539,10 @@ static void llmpar__trace_rank(llmpar__trace_out *out)
 /* The ranks' clocks: those of one machine are the same; of another one they are told by the time of day, which agrees to some milliseconds. */
 static void llmpar__trace_agree(llmpar__trace_out *out, int64_t *all)
 {
-    llmpar_trace *trace = out->trace;
-    llmpar_device *device = out->world->device;
-    int64_t mine[2], earliest = INT64_MAX, shift = 0;
-    llmpar_collective call;
-    mine[0] = (int64_t)trace->created_ns;
-    mine[1] = trace->clock_ns;
-    memset(&call, 0, sizeof call);
-    call.send = (int64_t *)out->memory + 2 * (size_t)out->world->ranks;
-    call.recv = out->memory;
-    call.count = 2;
-    call.dtype = LLMPAR_I64;
-    call.tag = "trace";
-    out->status = device->copy(device, out->stream, (int64_t *)out->memory + 2 * (size_t)out->world->ranks, mine, sizeof mine);
-    if (!out->status) out->status = llmpar_all_gather(out->world, out->stream, &call);
-    if (!out->status) out->status = device->copy(device, out->stream, all, out->memory, 2 * (size_t)out->world->ranks * sizeof *all);
-    llmpar_status waited = device->synchronize(device, out->stream);
-    if (!out->status) out->status = waited;
+    const int64_t mine[2] = {(int64_t)out->trace->created_ns, out->trace->clock_ns};
+    int64_t earliest = INT64_MAX, shift = 0;
+    llmpar_collective call = llmpar__comm_collective(mine, all, 2, LLMPAR_I64, "trace");
+    out->status = llmpar__comm_talk(out->world, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t r = 0; r < out->world->ranks && !out->status; r++) {
         int64_t ahead = all[2 * r + 1] - all[1], created;
         if (ahead < 1000000000 && ahead > -1000000000) ahead = 0;
@@ -13504,12 +13564,10 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
     out.user = user;
     int64_t *all = (int64_t *)llmpar_heap_zalloc(&trace->ctx->heap, 2 * (size_t)world->ranks, sizeof *all);
     if (!all) return llmpar_fail(trace->ctx, LLMPAR_ERR_MEMORY, "trace: out of memory for %d ranks", (int)world->ranks);
-    size_t room = 2 * ((size_t)world->ranks + 1) * sizeof(int64_t);
-    if (room < LLMPAR__TRACE_TEXT) room = LLMPAR__TRACE_TEXT;
-    out.status = device->alloc(device, room, &out.memory);
-    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
-    if (out.stream) llmpar__trace_agree(&out, all);
+    llmpar__trace_agree(&out, all);
     llmpar_heap_free(&trace->ctx->heap, all);
+    if (!out.status) out.status = device->alloc(device, LLMPAR__TRACE_TEXT, &out.memory);
+    if (!out.status) out.status = device->stream_create(device, "trace", &out.stream);
     if (!out.status) {
         if (world->rank == 0) llmpar__trace_put(&out, "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n");
         llmpar__trace_rank(&out);
@@ -13529,7 +13587,7 @@ LLMPAR_DEF llmpar_status llmpar_trace_write(llmpar_trace *trace, llmpar_comm *wo
         }
     }
     if (out.stream) device->stream_destroy(device, out.stream);
-    device->free(device, out.memory, room);
+    device->free(device, out.memory, LLMPAR__TRACE_TEXT);
     return out.status ? out.status : out.sunk;
 }
 
@@ -13614,11 +13672,10 @@ static int llmpar__json_peek(const llmpar__json_parser *p)
 static size_t llmpar__json_utf8(const char *text, size_t length)
 {
     unsigned first, second, low = 0x80, high = 0xBF;
-    size_t bytes, i;
     first = (unsigned char)text[0];
     if (first < 0x80) return 1;
     if (first < 0xC2 || first > 0xF4) return 0;
-    bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    size_t bytes = first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
     if (length < bytes) return 0;
     if (first == 0xE0) low = 0xA0;
     if (first == 0xED) high = 0x9F;
@@ -13626,7 +13683,7 @@ static size_t llmpar__json_utf8(const char *text, size_t length)
     if (first == 0xF4) high = 0x8F;
     second = (unsigned char)text[1];
     if (second < low || second > high) return 0;
-    for (i = 2; i < bytes; i++)
+    for (size_t i = 2; i < bytes; i++)
         if (((unsigned char)text[i] & 0xC0) != 0x80) return 0;
     return bytes;
 }
@@ -13654,9 +13711,8 @@ static char *llmpar__json_put_utf8(char *out, uint32_t code)
 /* Four hexadecimal digits at the cursor. */
 static int llmpar__json_hex4(llmpar__json_parser *p, uint32_t *code)
 {
-    int i;
     *code = 0;
-    for (i = 0; i < 4; i++, p->at++) {
+    for (int i = 0; i < 4; i++, p->at++) {
         int c = llmpar__json_peek(p);
         int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
         if (digit < 0) return llmpar__json_expected(p, p->at, "four hexadecimal digits after \\u");
@@ -13738,8 +13794,7 @@ typedef struct llmpar__json_big {
 static void llmpar__json_big_multiply(llmpar__json_big *big, uint32_t factor, uint32_t term)
 {
     uint64_t carry = term;
-    int i;
-    for (i = 0; i < big->used; i++) {
+    for (int i = 0; i < big->used; i++) {
         carry += (uint64_t)big->limb[i] * factor;
         big->limb[i] = (uint32_t)carry;
         carry >>= 32;
@@ -13765,9 +13820,8 @@ static void llmpar__json_big_shift(llmpar__json_big *big, int bits)
 
 static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_big *b)
 {
-    int i;
     if (a->used != b->used) return a->used < b->used;
-    for (i = a->used - 1; i >= 0; i--)
+    for (int i = a->used - 1; i >= 0; i--)
         if (a->limb[i] != b->limb[i]) return a->limb[i] < b->limb[i];
     return 0;
 }
@@ -13776,8 +13830,7 @@ static int llmpar__json_big_less(const llmpar__json_big *a, const llmpar__json_b
 static void llmpar__json_big_subtract(llmpar__json_big *a, const llmpar__json_big *b)
 {
     int64_t borrow = 0;
-    int i;
-    for (i = 0; i < a->used; i++) {
+    for (int i = 0; i < a->used; i++) {
         borrow += (int64_t)a->limb[i] - (i < b->used ? (int64_t)b->limb[i] : 0);
         a->limb[i] = (uint32_t)borrow;
         borrow >>= 32;
@@ -13869,14 +13922,13 @@ static int llmpar__json_digits(llmpar__json_parser *p)
 
 static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
 {
-    size_t begin, i;
     uint64_t magnitude = 0;
     int negative = llmpar__json_peek(p) == '-', whole = 1;
     p->at += (size_t)negative;
-    begin = p->at;
+    size_t begin = p->at;
     if (llmpar__json_peek(p) == '0') p->at++;
     else if (!llmpar__json_digits(p)) return 0;
-    for (i = begin; i < p->at && whole; i++)
+    for (size_t i = begin; i < p->at && whole; i++)
         whole = !__builtin_mul_overflow(magnitude, (uint64_t)10, &magnitude) && !__builtin_add_overflow(magnitude, (uint64_t)(p->text[i] - '0'), &magnitude);
     if (llmpar__json_peek(p) == '.') {
         whole = 0;
@@ -13908,9 +13960,8 @@ static int llmpar__json_read_number(llmpar__json_parser *p, llmpar_json *node)
 /* Any total order in which equal names are neighbours; equal ones in text order. */
 static int llmpar__json_key_before(const llmpar_json *a, const llmpar_json *b)
 {
-    int order;
     if (a->key_length != b->key_length) return a->key_length < b->key_length;
-    order = memcmp(a->key, b->key, a->key_length);
+    int order = memcmp(a->key, b->key, a->key_length);
     return order ? order < 0 : a->key < b->key;
 }
 
@@ -13931,7 +13982,6 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
 {
     const llmpar_json **member, *duplicate = NULL, *node, *swap;
     size_t count = 0, i;
-    int shown;
     if (object->length < 2) return 1;
     member = (const llmpar_json **)llmpar_heap_alloc(p->heap, object->length, sizeof *member);
     if (!member) {
@@ -13951,7 +14001,7 @@ static int llmpar__json_check_unique(llmpar__json_parser *p, const llmpar_json *
             if (!duplicate || member[i]->key < duplicate->key) duplicate = member[i];
     llmpar_heap_free(p->heap, (void *)member);
     if (!duplicate) return 1;
-    shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
+    int shown = duplicate->key_length < 80 ? (int)duplicate->key_length : 80;
     while (shown > 0 && ((unsigned char)duplicate->key[shown] & 0xC0) == 0x80) shown--; /* whole characters */
     llmpar_error_set(p->error, LLMPAR_ERR_FORMAT, "%s: byte %zu: expected every member name once, got \"%.*s\" again", p->name,
                      (size_t)(duplicate->key - p->strings) - 1, shown, duplicate->key);
@@ -14094,10 +14144,9 @@ LLMPAR_DEF void llmpar_json_destroy(llmpar_heap *heap, llmpar_json *root)
 
 LLMPAR_DEF const llmpar_json *llmpar_json_get(const llmpar_json *object, const char *key)
 {
-    const llmpar_json *member;
     size_t length = strlen(key);
     if (!object || object->type != LLMPAR_JSON_OBJECT) return NULL;
-    for (member = object->child; member; member = member->next)
+    for (const llmpar_json *member = object->child; member; member = member->next)
         if (member->key_length == length && memcmp(member->key, key, length) == 0) return member;
     return NULL;
 }
@@ -14150,10 +14199,7 @@ LLMPAR_DEF size_t llmpar_json_escape(const char *text, size_t length, char *out,
 /* ==== src/base/text.c ==== */
 LLMPAR__PRIVATE_DEF llmpar__text llmpar__text_begin(char *text, size_t capacity)
 {
-    llmpar__text out;
-    out.text = text;
-    out.capacity = capacity;
-    out.used = 0;
+    const llmpar__text out = { text, capacity, 0 };
     if (capacity) text[0] = 0;
     return out;
 }
@@ -14166,6 +14212,12 @@ LLMPAR__PRIVATE_DEF void llmpar__text_put(llmpar__text *out, const char *format,
     int length = vsnprintf(room ? out->text + out->used : NULL, room, format, arguments);
     va_end(arguments);
     if (length > 0) out->used += (size_t)length;
+}
+
+LLMPAR__PRIVATE_DEF void llmpar__text_put_json(llmpar__text *out, const char *string)
+{
+    size_t room = out->used < out->capacity ? out->capacity - out->used : 0;
+    out->used += llmpar_json_escape(string, strlen(string), room ? out->text + out->used : NULL, room);
 }
 
 /* ==== src/io/system.c ==== */
@@ -14416,7 +14468,6 @@ LLMPAR_DEF llmpar_status llmpar_file_load(llmpar_heap *heap, const llmpar_io *io
 LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, llmpar_error *error)
 {
     struct stat s;
-    void *base;
     int fd, number;
     memset(out, 0, sizeof *out);
     /* O_NONBLOCK: a fifo without a writer is refused below instead of waited for; a regular file ignores it. */
@@ -14437,7 +14488,7 @@ LLMPAR_DEF llmpar_status llmpar_file_map(const char *path, llmpar_mapped *out, l
         out->data = llmpar__file_nothing;
         return LLMPAR_OK;
     }
-    base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    void *base = mmap(NULL, (size_t)s.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     number = errno;
     close(fd);
     if (base == MAP_FAILED) return llmpar__file_error(error, path, "cannot map", number);
@@ -14485,7 +14536,6 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     llmpar_writer *writer;
     size_t length = strlen(path);
     llmpar_io_kind kind = llmpar_file_kind(io, path);
-    int number;
     *out = NULL;
     /* The new file takes the old one's place at the end: a pipe or a device must not go that way. */
     if (kind != LLMPAR_IO_NONE && kind != LLMPAR_IO_FILE) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: cannot write: it is a %s", path, llmpar__file_kind_name(kind));
@@ -14504,7 +14554,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_open(llmpar_heap *heap, const llmpar_io *
     }
     memcpy(writer->temporary, path, length);
     memcpy(writer->temporary + length, ".tmp", sizeof ".tmp");
-    number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
+    int number = llmpar__file_begin(writer->io, writer->temporary, LLMPAR_IO_WRITE, &writer->handle);
     if (number) {
         writer->handle = -1;
         llmpar__file_error(error, writer->temporary, "cannot create", number);
@@ -14540,7 +14590,6 @@ static llmpar_status llmpar__writer_flush(llmpar_writer *writer, llmpar_error *e
 
 LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
-    llmpar_status status;
     if (writer->failed) return llmpar_error_set(error, LLMPAR_ERR_IO, "%s: an earlier write failed", writer->temporary);
     if (bytes == 0) return LLMPAR_OK;
     llmpar_xxh64_add(&writer->sum, data, bytes);
@@ -14549,7 +14598,7 @@ LLMPAR_DEF llmpar_status llmpar_writer_write(llmpar_writer *writer, const void *
         writer->used += bytes;
         return LLMPAR_OK;
     }
-    status = llmpar__writer_flush(writer, error);
+    llmpar_status status = llmpar__writer_flush(writer, error);
     if (status) return status;
     if (bytes >= LLMPAR__FILE_BUFFER) return llmpar__writer_put(writer, (const unsigned char *)data, bytes, error);
     memcpy(writer->buffer, data, bytes);
@@ -14601,10 +14650,9 @@ static llmpar_status llmpar__file_sync_parent(llmpar_heap *heap, const llmpar_io
 {
     const char *slash = strrchr(path, '/');
     char *parent = llmpar_heap_strdup(heap, !slash ? "." : slash == path ? "/" : path);
-    llmpar_status status;
     if (!parent) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for the directory's name", path);
     if (slash && slash != path) parent[slash - path] = 0;
-    status = llmpar_directory_sync(io, parent, error);
+    llmpar_status status = llmpar_directory_sync(io, parent, error);
     llmpar_heap_free(heap, parent);
     return status;
 }
@@ -14737,9 +14785,8 @@ static void llmpar__st_sink(llmpar_safetensor *t, size_t root, size_t count, llm
 
 static void llmpar__st_sort(llmpar_safetensor *t, size_t count, llmpar__st_before before)
 {
-    size_t i;
-    for (i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
-    for (i = count; i > 1; i--) {
+    for (size_t i = count / 2; i > 0; i--) llmpar__st_sink(t, i - 1, count, before);
+    for (size_t i = count; i > 1; i--) {
         llmpar_safetensor last = t[i - 1];
         t[i - 1] = t[0];
         t[0] = last;
@@ -14755,17 +14802,26 @@ static const char *llmpar__st_type_name(const llmpar_json *value)
     return names[value->type];
 }
 
+static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...) LLMPAR_PRINTF(4, 5);
+static llmpar_status llmpar__st_wrong(const llmpar__st_reader *r, llmpar_status status, const llmpar_json *value, const char *format, ...)
+{
+    char text[512];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    return llmpar_error_set(r->error, status, "%s: tensor \"%.200s\": %s (header byte %zu)", r->path, r->tensor, text, value->position);
+}
+
 /* A non-negative integer written as one: no fraction, no exponent, no "-0". */
 static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *field, size_t index, const llmpar_json *value, int64_t *out)
 {
     if (value->type != LLMPAR_JSON_NUMBER)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] is %s, expected a non-negative integer (header byte %zu)",
-                                r->path, r->tensor, field, index, llmpar__st_type_name(value), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "%s[%zu] is %s, expected a non-negative integer", field, index, llmpar__st_type_name(value));
     if (!value->is_integer || r->header[value->position] == '-') {
         const char *text = r->header + value->position; /* ends: at least the object's '}' follows */
         size_t length = strspn(text, "+-.0123456789eE");
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s[%zu] = %.*s, expected a non-negative integer below 2^63 (header byte %zu)",
-                                r->path, r->tensor, field, index, length > 40 ? 40 : (int)length, text, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "%s[%zu] = %.*s, expected a non-negative integer below 2^63", field, index, length > 40 ? 40 : (int)length, text);
     }
     *out = value->integer;
     return LLMPAR_OK;
@@ -14773,39 +14829,30 @@ static llmpar_status llmpar__st_extent(const llmpar__st_reader *r, const char *f
 
 static llmpar_status llmpar__st_read_dtype(const llmpar__st_reader *r, const llmpar_json *value, llmpar_dtype *out)
 {
-    size_t i;
     if (value->type != LLMPAR_JSON_STRING)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype is %s, expected a string (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
-    for (i = 0; i < LLMPAR__ST_DTYPES; i++) {
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "dtype is %s, expected a string", llmpar__st_type_name(value));
+    for (size_t i = 0; i < LLMPAR__ST_DTYPES; i++) {
         if (strlen(llmpar__st_dtypes[i].name) != value->length || memcmp(llmpar__st_dtypes[i].name, value->string, value->length)) continue;
         *out = llmpar__st_dtypes[i].dtype;
         if (*out != LLMPAR_DTYPE_DEFAULT) return LLMPAR_OK;
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": dtype %s is not supported, expected %s (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_dtypes[i].name, llmpar__st_supported, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, "dtype %s is not supported, expected %s", llmpar__st_dtypes[i].name, llmpar__st_supported);
     }
-    return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown dtype \"%.60s\", expected %s (header byte %zu)",
-                            r->path, r->tensor, value->string, llmpar__st_supported, value->position);
+    return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "unknown dtype \"%.60s\", expected %s", value->string, llmpar__st_supported);
 }
 
 static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llmpar_json *value, llmpar_safetensor *out, size_t *bytes)
 {
-    const llmpar_json *extent;
     size_t count = llmpar_dtype_size(out->dtype), i = 0;
-    llmpar_status status;
     if (value->type != LLMPAR_JSON_ARRAY)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": shape is %s, expected an array (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "shape is %s, expected an array", llmpar__st_type_name(value));
     if (value->length > LLMPAR__ST_MAX_DIMS)
-        return llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: tensor \"%.200s\": shape has %zu dims, at most %d are supported (header byte %zu)",
-                                r->path, r->tensor, value->length, LLMPAR__ST_MAX_DIMS, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, "shape has %zu dims, at most %d are supported", value->length, LLMPAR__ST_MAX_DIMS);
     /* The product is taken in the reference's order: a zero extent does not excuse an overflow before it. */
-    for (extent = value->child; extent; extent = extent->next, i++) {
-        status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
+    for (const llmpar_json *extent = value->child; extent; extent = extent->next, i++) {
+        llmpar_status status = llmpar__st_extent(r, "shape", i, extent, &out->shape[i]);
         if (status) return status;
         if (!llmpar_size_mul(count, (size_t)out->shape[i], &count))
-            return llmpar_error_set(r->error, LLMPAR_ERR_OVERFLOW, "%s: tensor \"%.200s\": the product of the shape overflows at shape[%zu] = %lld (header byte %zu)",
-                                    r->path, r->tensor, i, (long long)out->shape[i], extent->position);
+            return llmpar__st_wrong(r, LLMPAR_ERR_OVERFLOW, extent, "the product of the shape overflows at shape[%zu] = %lld", i, (long long)out->shape[i]);
     }
     out->dims = (int32_t)value->length;
     *bytes = count;
@@ -14816,22 +14863,17 @@ static llmpar_status llmpar__st_read_shape(const llmpar__st_reader *r, const llm
 static llmpar_status llmpar__st_read_offsets(const llmpar__st_reader *r, const llmpar_json *value, size_t bytes, llmpar_safetensor *out)
 {
     int64_t begin = 0, end = 0;
-    llmpar_status status;
     if (value->type != LLMPAR_JSON_ARRAY || value->length != 2)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets is %s of length %zu, expected an array of 2 (header byte %zu)",
-                                r->path, r->tensor, llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0, value->position);
-    status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets is %s of length %zu, expected an array of 2", llmpar__st_type_name(value), value->type == LLMPAR_JSON_ARRAY || value->type == LLMPAR_JSON_OBJECT ? value->length : 0);
+    llmpar_status status = llmpar__st_extent(r, "data_offsets", 0, value->child, &begin);
     if (!status) status = llmpar__st_extent(r, "data_offsets", 1, value->child->next, &end);
     if (status) return status;
     if (end < begin)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] end before they begin (header byte %zu)",
-                                r->path, r->tensor, (long long)begin, (long long)end, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets [%lld, %lld] end before they begin", (long long)begin, (long long)end);
     if ((uint64_t)end > (uint64_t)r->data_bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data (header byte %zu)",
-                                r->path, r->tensor, (long long)begin, (long long)end, r->data_bytes, value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "data_offsets [%lld, %lld] reach past the end of the file, which has %zu bytes of data", (long long)begin, (long long)end, r->data_bytes);
     if ((uint64_t)(end - begin) != (uint64_t)bytes)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld (header byte %zu)",
-                                r->path, r->tensor, bytes, (long long)begin, (long long)end, (long long)(end - begin), value->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, value, "dtype and shape need %zu bytes, data_offsets [%lld, %lld] give %lld", bytes, (long long)begin, (long long)end, (long long)(end - begin));
     out->begin = (size_t)begin;
     out->bytes = bytes;
     return LLMPAR_OK;
@@ -14841,32 +14883,27 @@ static llmpar_status llmpar__st_read_tensor(llmpar__st_reader *r, const llmpar_j
 {
     const llmpar_json *member, *dtype = llmpar_json_get(entry, "dtype"), *shape = llmpar_json_get(entry, "shape"), *offsets = llmpar_json_get(entry, "data_offsets");
     size_t bytes = 0;
-    llmpar_status status;
     if (strlen(entry->key) != entry->key_length)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": the name holds a NUL byte (header byte %zu)", r->path, entry->key, entry->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "the name holds a NUL byte");
     if (entry->type != LLMPAR_JSON_OBJECT)
         return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" is %s, expected an object with dtype, shape and data_offsets (header byte %zu)",
                                 r->path, r->tensor, llmpar__st_type_name(entry), entry->position);
     if (!dtype || !shape || !offsets)
-        return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": %s is missing (header byte %zu)",
-                                r->path, r->tensor, !dtype ? "dtype" : !shape ? "shape" : "data_offsets", entry->position);
+        return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, entry, "%s is missing", !dtype ? "dtype" : !shape ? "shape" : "data_offsets");
     for (member = entry->child; member; member = member->next)
         if (member != dtype && member != shape && member != offsets)
-            return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\": unknown field \"%.60s\", expected dtype, shape and data_offsets (header byte %zu)",
-                                    r->path, r->tensor, member->key, member->position);
-    status = llmpar__st_read_dtype(r, dtype, &out->dtype);
+            return llmpar__st_wrong(r, LLMPAR_ERR_FORMAT, member, "unknown field \"%.60s\", expected dtype, shape and data_offsets", member->key);
+    llmpar_status status = llmpar__st_read_dtype(r, dtype, &out->dtype);
     if (!status) status = llmpar__st_read_shape(r, shape, out, &bytes);
-    if (!status) status = llmpar__st_read_offsets(r, offsets, bytes, out);
-    return status;
+    return status ? status : llmpar__st_read_offsets(r, offsets, bytes, out);
 }
 
 static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const llmpar_json *metadata)
 {
-    const llmpar_json *member;
     if (metadata->type != LLMPAR_JSON_OBJECT)
         return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ is %s, expected an object of strings (header byte %zu)",
                                 r->path, llmpar__st_type_name(metadata), metadata->position);
-    for (member = metadata->child; member; member = member->next)
+    for (const llmpar_json *member = metadata->child; member; member = member->next)
         if (member->type != LLMPAR_JSON_STRING)
             return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: __metadata__ \"%.100s\" is %s, expected a string (header byte %zu)",
                                     r->path, member->key, llmpar__st_type_name(member), member->position);
@@ -14876,10 +14913,9 @@ static llmpar_status llmpar__st_check_metadata(const llmpar__st_reader *r, const
 /* Fills s->tensors and s->names from the parsed header; begin is still relative. */
 static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reader *r, const llmpar_json *root)
 {
-    const llmpar_json *entry;
     size_t count = 0, name_bytes = 0, at = 0;
     llmpar_status status = LLMPAR_OK;
-    for (entry = root->child; entry && !status; entry = entry->next) {
+    for (const llmpar_json *entry = root->child; entry && !status; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) {
             status = llmpar__st_check_metadata(r, entry);
             continue;
@@ -14891,7 +14927,7 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
     s->tensors = (llmpar_safetensor *)llmpar_heap_zalloc(s->heap, count, sizeof *s->tensors);
     s->names = (char *)llmpar_heap_alloc(s->heap, name_bytes, 1);
     if (!s->tensors || !s->names) return llmpar_error_set(r->error, LLMPAR_ERR_MEMORY, "%s: out of memory for %zu tensor names", r->path, count);
-    for (entry = root->child; entry; entry = entry->next) {
+    for (const llmpar_json *entry = root->child; entry; entry = entry->next) {
         llmpar_safetensor *tensor = &s->tensors[s->file.count];
         if (!strcmp(entry->key, "__metadata__") && entry->key_length == 12) continue;
         r->tensor = entry->key;
@@ -14909,9 +14945,8 @@ static llmpar_status llmpar__st_read_header(llmpar__st_file *s, llmpar__st_reade
 static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st_reader *r, size_t data_at)
 {
     size_t reached = 0;
-    int32_t i;
     llmpar__st_sort(s->tensors, (size_t)s->file.count, llmpar__st_by_begin);
-    for (i = 0; i < s->file.count; i++) {
+    for (int32_t i = 0; i < s->file.count; i++) {
         llmpar_safetensor *tensor = &s->tensors[i];
         if (tensor->begin > reached)
             return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: tensor \"%.200s\" begins at data byte %zu, expected %zu: a gap of %zu bytes before it (file byte %zu)",
@@ -14932,9 +14967,8 @@ static llmpar_status llmpar__st_check_cover(llmpar__st_file *s, const llmpar__st
 static llmpar_status llmpar__st_header_length(const llmpar__st_file *s, const unsigned char *first, uint64_t bytes, size_t *length, llmpar_error *error)
 {
     uint64_t stated = 0;
-    int i;
     if (bytes < 8) return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the file has %u bytes, expected at least 8 for the header length", s->path, (unsigned)bytes);
-    for (i = 7; i >= 0; i--) stated = stated << 8 | first[i];
+    for (int i = 7; i >= 0; i--) stated = stated << 8 | first[i];
     if (stated > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_FORMAT, "%s: the header length is %llu, expected at most %u (file byte 0)", s->path, (unsigned long long)stated, LLMPAR__ST_MAX_HEADER);
     if (stated > bytes - 8)
@@ -14950,7 +14984,6 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
     llmpar__st_reader r;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
-    llmpar_status status;
     char name[256];
     memset(&r, 0, sizeof r);
     memset(&desc, 0, sizeof desc);
@@ -14959,7 +14992,7 @@ static llmpar_status llmpar__st_parse(llmpar__st_file *s, const char *header, si
     snprintf(name, sizeof name, "%.200s: header", s->path);
     desc.name = name;
     desc.unique_keys = 1;
-    status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
+    llmpar_status status = llmpar_json_parse(s->heap, header, length, &desc, &root, error);
     if (status) return status;
     r.path = s->path;
     r.header = header;
@@ -14991,10 +15024,9 @@ static llmpar__st_file *llmpar__st_create(llmpar_heap *heap, const char *path, l
 
 LLMPAR_DEF void llmpar_safetensors_close(llmpar_safetensors *file)
 {
-    llmpar__st_file *s;
     llmpar_heap *heap;
     if (!file) return;
-    s = (llmpar__st_file *)file->state;
+    llmpar__st_file *s = (llmpar__st_file *)file->state;
     heap = s->heap;
     llmpar_file_close(&s->source);
     llmpar_heap_free(heap, s->tensors);
@@ -15013,15 +15045,13 @@ static llmpar_status llmpar__st_opened(llmpar__st_file *s, llmpar_status status,
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar_io *io, const char *path, llmpar_safetensors **out, llmpar_error *error)
 {
-    llmpar__st_file *s;
     unsigned char first[8];
     char *header = NULL;
     size_t length = 0;
-    llmpar_status status;
     *out = NULL;
-    s = llmpar__st_create(heap, path, error);
+    llmpar__st_file *s = llmpar__st_create(heap, path, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar_file_open(io, s->path, &s->source, error);
+    llmpar_status status = llmpar_file_open(io, s->path, &s->source, error);
     if (!status && s->source.bytes >= 8) status = llmpar_file_read(&s->source, 0, first, 8, error);
     if (!status) status = llmpar__st_header_length(s, first, s->source.bytes, &length, error);
     if (!status) header = (char *)llmpar_heap_alloc(heap, length, 1);
@@ -15035,13 +15065,11 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_open(llmpar_heap *heap, const llmpar
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_open_memory(llmpar_heap *heap, const void *data, size_t bytes, const char *name, llmpar_safetensors **out, llmpar_error *error)
 {
-    llmpar__st_file *s;
     size_t length = 0;
-    llmpar_status status;
     *out = NULL;
-    s = llmpar__st_create(heap, name, error);
+    llmpar__st_file *s = llmpar__st_create(heap, name, error);
     if (!s) return LLMPAR_ERR_MEMORY;
-    status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
+    llmpar_status status = llmpar__st_header_length(s, (const unsigned char *)data, bytes, &length, error);
     if (!status) status = llmpar__st_parse(s, (const char *)data + 8, length, bytes - 8 - length, error);
     s->file.data = (const unsigned char *)data;
     return llmpar__st_opened(s, status, out);
@@ -15082,72 +15110,38 @@ struct llmpar_safetensors_writer {
 /* The dtype's name in the format, NULL if it is not a stored type. */
 static const char *llmpar__st_dtype_name(llmpar_dtype dtype)
 {
-    size_t i;
-    for (i = 0; i < LLMPAR__ST_DTYPES; i++)
+    for (size_t i = 0; i < LLMPAR__ST_DTYPES; i++)
         if (dtype != LLMPAR_DTYPE_DEFAULT && llmpar__st_dtypes[i].dtype == dtype) return llmpar__st_dtypes[i].name;
     return NULL;
 }
 
-/* A text that grows; with text == NULL it only counts. */
-typedef struct llmpar__st_text { char *text; size_t used, capacity; } llmpar__st_text;
-
-static void llmpar__st_put(llmpar__st_text *t, const char *part)
-{
-    size_t length = strlen(part);
-    if (t->text) memcpy(t->text + t->used, part, length);
-    t->used += length;
-}
-
-static void llmpar__st_put_number(llmpar__st_text *t, uint64_t value)
-{
-    char digits[24];
-    snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
-    llmpar__st_put(t, digits);
-}
-
-static void llmpar__st_put_string(llmpar__st_text *t, const char *string)
-{
-    size_t length = strlen(string);
-    if (t->text) t->used += llmpar_json_escape(string, length, t->text + t->used, t->capacity - t->used);
-    else t->used += llmpar_json_escape(string, length, NULL, 0);
-}
-
 /* The header's JSON with its padding. The shapes have been checked. */
-static void llmpar__st_put_header(llmpar__st_text *t, const llmpar_safetensor *tensors, int32_t count)
+static void llmpar__st_put_header(llmpar__text *t, const llmpar_safetensor *tensors, int32_t count)
 {
     uint64_t at = 0;
-    int32_t i, d;
-    llmpar__st_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
-    for (i = 0; i < count; i++) {
+    llmpar__text_put(t, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int32_t i = 0; i < count; i++) {
         uint64_t bytes = llmpar_dtype_size(tensors[i].dtype);
-        llmpar__st_put(t, ",");
-        llmpar__st_put_string(t, tensors[i].name);
-        llmpar__st_put(t, ":{\"dtype\":\"");
-        llmpar__st_put(t, llmpar__st_dtype_name(tensors[i].dtype));
-        llmpar__st_put(t, "\",\"shape\":[");
-        for (d = 0; d < tensors[i].dims; d++) {
-            if (d) llmpar__st_put(t, ",");
-            llmpar__st_put_number(t, (uint64_t)tensors[i].shape[d]);
+        llmpar__text_put(t, ",");
+        llmpar__text_put_json(t, tensors[i].name);
+        llmpar__text_put(t, ":{\"dtype\":\"%s\",\"shape\":[", llmpar__st_dtype_name(tensors[i].dtype));
+        for (int32_t d = 0; d < tensors[i].dims; d++) {
+            llmpar__text_put(t, "%s%lld", d ? "," : "", (long long)tensors[i].shape[d]);
             bytes *= (uint64_t)tensors[i].shape[d];
         }
-        llmpar__st_put(t, "],\"data_offsets\":[");
-        llmpar__st_put_number(t, at);
-        llmpar__st_put(t, ",");
+        llmpar__text_put(t, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)at, (unsigned long long)(at + bytes));
         at += bytes;
-        llmpar__st_put_number(t, at);
-        llmpar__st_put(t, "]}");
     }
-    llmpar__st_put(t, "}");
-    while (t->used % 8) llmpar__st_put(t, " ");
+    llmpar__text_put(t, "}");
+    while (t->used % 8) llmpar__text_put(t, " ");
 }
 
 /* Everything the reader would refuse, before a file is created. *total: bytes of data. */
 static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_safetensor *tensors, int32_t count, size_t *total, llmpar_error *error)
 {
-    int32_t i, d;
     *total = 0;
     if (count < 0) return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor count = %d, expected at least 0", path, (int)count);
-    for (i = 0; i < count; i++) {
+    for (int32_t i = 0; i < count; i++) {
         const llmpar_safetensor *tensor = &tensors[i];
         size_t bytes = llmpar_dtype_size(tensor->dtype);
         int64_t elements;
@@ -15157,7 +15151,7 @@ static llmpar_status llmpar__st_check_tensors(const char *path, const llmpar_saf
             return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\": dtype %d is no stored type, expected %s", path, tensor->name, (int)tensor->dtype, llmpar__st_supported);
         if (tensor->dims < 0 || tensor->dims > LLMPAR__ST_MAX_DIMS)
             return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": %d dims, expected 0 to %d", path, tensor->name, (int)tensor->dims, LLMPAR__ST_MAX_DIMS);
-        for (d = 0; d < tensor->dims; d++)
+        for (int32_t d = 0; d < tensor->dims; d++)
             if (tensor->shape[d] < 0)
                 return llmpar_error_set(error, LLMPAR_ERR_SHAPE, "%s: tensor \"%.200s\": shape[%d] = %lld, expected at least 0", path, tensor->name, (int)d, (long long)tensor->shape[d]);
         if (!llmpar_extent_product(tensor->shape, tensor->dims, &elements) || !llmpar_size_mul(bytes, (size_t)elements, &bytes) || !llmpar_size_add(*total, bytes, total))
@@ -15171,11 +15165,10 @@ static llmpar_status llmpar__st_check_names(llmpar_heap *heap, const char *path,
 {
     llmpar_safetensor *sorted = (llmpar_safetensor *)llmpar_heap_alloc(heap, (size_t)count, sizeof *sorted);
     llmpar_status status = LLMPAR_OK;
-    int32_t i;
     if (!sorted) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for %d tensor names", path, (int)count);
     if (count) memcpy(sorted, tensors, (size_t)count * sizeof *sorted);
     llmpar__st_sort(sorted, (size_t)count, llmpar__st_by_name);
-    for (i = 1; i < count && !status; i++)
+    for (int32_t i = 1; i < count && !status; i++)
         if (!strcmp(sorted[i - 1].name, sorted[i].name))
             status = llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: tensor \"%.200s\" is declared twice", path, sorted[i].name);
     llmpar_heap_free(heap, sorted);
@@ -15191,51 +15184,44 @@ LLMPAR_DEF llmpar_status llmpar_safetensors_check(llmpar_heap *heap, const char 
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_open(llmpar_heap *heap, const llmpar_io *io, const char *path, const llmpar_safetensor *tensors, int32_t count, llmpar_safetensors_writer **out, llmpar_error *error)
 {
-    llmpar_safetensors_writer *w;
-    llmpar__st_text header;
     unsigned char length[8];
-    size_t total, i;
-    llmpar_status status;
+    size_t total;
     *out = NULL;
-    memset(&header, 0, sizeof header);
-    status = llmpar__st_check_tensors(path, tensors, count, &total, error);
+    llmpar_status status = llmpar__st_check_tensors(path, tensors, count, &total, error);
     if (!status) status = llmpar__st_check_names(heap, path, tensors, count, error);
     if (status) return status;
+    llmpar__text header = llmpar__text_begin(NULL, 0);
     llmpar__st_put_header(&header, tensors, count);
     if (header.used > LLMPAR__ST_MAX_HEADER)
         return llmpar_error_set(error, LLMPAR_ERR_OVERFLOW, "%s: the header needs %zu bytes, the format allows %u", path, header.used, LLMPAR__ST_MAX_HEADER);
-    header.capacity = header.used + 1; /* json_escape ends its text with a NUL */
-    header.used = 0;
-    header.text = (char *)llmpar_heap_alloc(heap, header.capacity, 1);
-    w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
+    size_t capacity = header.used + 1;
+    char *text = (char *)llmpar_heap_alloc(heap, capacity, 1);
+    llmpar_safetensors_writer *w = (llmpar_safetensors_writer *)llmpar_heap_zalloc(heap, 1, sizeof *w);
     if (w) {
         w->heap = heap;
         w->expected = total;
         w->path = llmpar_heap_strdup(heap, path);
     }
-    if (!header.text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, header.capacity);
+    if (!text || !w || !w->path) status = llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for a header of %zu bytes", path, capacity);
     if (!status) status = llmpar_writer_open(heap, io, path, &w->writer, error);
     if (!status) {
+        header = llmpar__text_begin(text, capacity);
         llmpar__st_put_header(&header, tensors, count);
-        for (i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
+        for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.used >> (8 * i) & 0xFF);
         status = llmpar_writer_write(w->writer, length, sizeof length, error);
     }
-    if (!status) status = llmpar_writer_write(w->writer, header.text, header.used, error);
-    llmpar_heap_free(heap, header.text);
-    if (status) {
-        llmpar_safetensors_writer_abandon(w);
-        return status;
-    }
-    *out = w;
-    return LLMPAR_OK;
+    if (!status) status = llmpar_writer_write(w->writer, text, header.used, error);
+    llmpar_heap_free(heap, text);
+    if (status) llmpar_safetensors_writer_abandon(w);
+    else *out = w;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_safetensors_writer_write(llmpar_safetensors_writer *writer, const void *data, size_t bytes, llmpar_error *error)
 {
-    llmpar_status status;
     if (bytes > writer->expected - writer->written)
         return llmpar_error_set(error, LLMPAR_ERR_ARGUMENT, "%s: %zu bytes after %zu of %zu declared: too many", writer->path, bytes, writer->written, writer->expected);
-    status = llmpar_writer_write(writer->writer, data, bytes, error);
+    llmpar_status status = llmpar_writer_write(writer->writer, data, bytes, error);
     if (!status) writer->written += bytes;
     return status;
 }
@@ -15591,12 +15577,9 @@ LLMPAR_DEF llmpar_status llmpar_mesh_create(llmpar_ctx *ctx, const llmpar_mesh_d
         else first[a] = 0;
         st = llmpar_comm_split(ctx->comm, llmpar_mesh_rank_at(mesh, first), flat ? mesh->dp_rank : mesh->coordinate[a], flat ? "dp" : llmpar_axis_name((llmpar_axis)a), flat ? &mesh->dp : &mesh->comm[a]);
     }
-    if (st) {
-        llmpar_mesh_destroy(mesh);
-        return st;
-    }
-    *out = mesh;
-    return LLMPAR_OK;
+    if (st) llmpar_mesh_destroy(mesh);
+    else *out = mesh;
+    return st;
 }
 
 LLMPAR_DEF void llmpar_mesh_destroy(llmpar_mesh *mesh)
@@ -16109,7 +16092,6 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
 {
     enum { TOP = 110, WHOLE = 640, LINE = 20, LABEL = 96 };
     llmpar__text out = llmpar__text_begin(text, capacity);
-    llmpar__text words;
     llmpar__picture picture;
     char line[512], elements[LABEL], coordinates[LABEL], cell[LABEL], next[LABEL];
     int32_t x[LLMPAR__PICTURE_BANDS + 1], y[LLMPAR__PICTURE_BANDS + 1];
@@ -16127,7 +16109,7 @@ LLMPAR_DEF size_t llmpar_dtensor_svg(const llmpar_dtensor *tensor, const llmpar_
     llmpar__text_put(&out, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"DejaVu Sans, Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#222222\">\n",
                         (int)width, (int)height, (int)width, (int)height);
     llmpar__text_put(&out, "<rect width=\"%d\" height=\"%d\" fill=\"#ffffff\"/>\n<text id=\"title\" x=\"24\" y=\"34\" font-size=\"18\" font-weight=\"bold\">", (int)width, (int)height);
-    words = llmpar__text_begin(line, sizeof line);
+    llmpar__text words = llmpar__text_begin(line, sizeof line);
     llmpar__mesh_put_tensor(&words, tensor);
     llmpar__picture_escape(&out, line);
     llmpar_dtensor_placements(tensor, line, sizeof line);
@@ -16690,17 +16672,6 @@ static int64_t llmpar__redistribute_volume(const llmpar_dtensor *tensor, const l
 
 /* ---- the table's collectives ---- */
 
-static void llmpar__redistribute_call(llmpar_collective *call, const llmpar_dtensor *tensor, const void *send, void *recv, size_t blocks, size_t count)
-{
-    memset(call, 0, sizeof *call);
-    call->send = send;
-    call->recv = recv;
-    call->blocks = blocks;
-    call->count = count;
-    call->dtype = tensor->dtype;
-    call->tag = tensor->name;
-}
-
 /* What `coordinate` would hold at another place of its axis. */
 static void llmpar__redistribute_part(const llmpar_dtensor *tensor, const int32_t degree[LLMPAR_MESH_AXES], const int32_t coordinate[LLMPAR_MESH_AXES], llmpar_axis axis, int32_t place, llmpar_local *out)
 {
@@ -16739,8 +16710,7 @@ static llmpar_status llmpar__redistribute_broadcasts(const llmpar_dtensor *tenso
         }
         char *place = direct ? out + (size_t)first * llmpar_dtype_size(tensor->dtype) : staging;
         int mine = comm->rank == owner;
-        llmpar_collective call;
-        llmpar__redistribute_call(&call, tensor, mine ? in : NULL, mine ? NULL : place, 1, (size_t)part.flat_count);
+        llmpar_collective call = llmpar__comm_collective(mine ? in : NULL, mine ? NULL : place, (size_t)part.flat_count, tensor->dtype, tensor->name);
         call.root = owner;
         if (comm->ranks > 1) st = llmpar_broadcast(comm, stream, &call);
         if (!st && (mine || !direct)) st = llmpar__redistribute_boxes(mesh, stream, tensor, &part, mine ? in : place, &whole, out, NULL);
@@ -16763,8 +16733,7 @@ static llmpar_status llmpar__redistribute_pairs(const llmpar_redistribute_plan *
         llmpar__redistribute_part(&plan->to, mesh->degree, mesh->coordinate, axis, r, &other);
         st = llmpar__redistribute_boxes(mesh, stream, &plan->from, &held, in, &other, NULL, scratch + (size_t)r * bytes);
     }
-    llmpar_collective call;
-    llmpar__redistribute_call(&call, &plan->from, scratch, received, 1, count);
+    const llmpar_collective call = llmpar__comm_collective(scratch, received, count, plan->from.dtype, plan->from.name);
     if (!st) st = llmpar_all_to_all(comm, stream, &call);
     for (int32_t r = 0; r < comm->ranks && !st; r++) {
         llmpar__redistribute_part(&plan->from, mesh->degree, mesh->coordinate, axis, r, &other);
@@ -16819,17 +16788,8 @@ static llmpar_status llmpar__redistribute_tree(llmpar_device *device, llmpar_str
     llmpar_status st = llmpar__redistribute_tree(device, stream, tensor, kind, slot, left, stride, count);
     if (!st) st = llmpar__redistribute_tree(device, stream, tensor, kind, slot + (size_t)left * stride, n - left, stride, count);
     if (st) return st;
-    const void *in[2];
-    in[0] = slot;
-    in[1] = slot + (size_t)left * stride;
-    llmpar_tree_sum_args args;
-    memset(&args, 0, sizeof args);
-    args.in = in;
-    args.n = 2;
-    args.count = (size_t)count;
-    args.out = slot;
-    args.dtype = tensor->dtype;
-    return kind == LLMPAR_PARTIAL_MAX ? device->max(device, stream, &args) : device->tree_sum(device, stream, &args);
+    const void *in[2] = {slot, slot + (size_t)left * stride};
+    return llmpar__device_reduce(device, stream, kind == LLMPAR_PARTIAL_MAX ? LLMPAR_MAX : LLMPAR_SUM, in, 2, (size_t)count, slot, tensor->dtype);
 }
 
 /* Where the contribution of a coordinate stands: the last listed axis fastest. */
@@ -16845,8 +16805,7 @@ static int64_t llmpar__redistribute_slot(const llmpar__redistribute_pair *pair, 
 
 static llmpar_status llmpar__redistribute_message(const llmpar_mesh *mesh, llmpar_stream *stream, const llmpar_dtensor *tensor, int32_t peer, const void *send, void *recv, int64_t count)
 {
-    llmpar_collective call;
-    llmpar__redistribute_call(&call, tensor, send, recv, 1, (size_t)count);
+    llmpar_collective call = llmpar__comm_collective(send, recv, (size_t)count, tensor->dtype, tensor->name);
     call.peer = peer;
     return send ? llmpar_send(mesh->world, stream, &call) : llmpar_recv(mesh->world, stream, &call);
 }
@@ -16967,7 +16926,6 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     llmpar_comm *comm = mesh->comm[step->axis];
     llmpar_dtensor before;
     llmpar_local held, result;
-    llmpar_collective call;
     size_t blocks = 1, count = 0;
     llmpar__redistribute_before(plan, i, &before);
     llmpar_dtensor_local(&before, mesh->degree, mesh->coordinate, &held);
@@ -16982,7 +16940,8 @@ static llmpar_status llmpar__redistribute_step_run(const llmpar_redistribute_pla
     case LLMPAR_REDISTRIBUTE_ALL_REDUCE: count = (size_t)held.flat_count; break;
     }
     if (!count) return LLMPAR_OK;
-    llmpar__redistribute_call(&call, &before, in, out, blocks, count);
+    llmpar_collective call = llmpar__comm_collective(in, out, count, before.dtype, before.name);
+    call.blocks = blocks;
     if (step->op == LLMPAR_REDISTRIBUTE_ALL_GATHER) return llmpar_all_gather(comm, stream, &call);
     for (int32_t p = 0; p < before.placements; p++)
         if (before.placement[p].axis == step->axis && before.placement[p].kind == LLMPAR_PARTIAL_MAX) call.op = LLMPAR_MAX;
@@ -17055,8 +17014,7 @@ LLMPAR_DEF llmpar_status llmpar_redistribute(const llmpar_redistribute_plan *pla
         if (!st && (to->dtype == LLMPAR_F32 || to->dtype == LLMPAR_F64)) st = device->scale(device, stream, &minus);
         if (plan->step[0].op == LLMPAR_REDISTRIBUTE_LOCAL) return st;
     }
-    if (!st) st = llmpar__redistribute_run(plan, mesh, stream, source, (char *)scratch, target);
-    return st;
+    return st ? st : llmpar__redistribute_run(plan, mesh, stream, source, (char *)scratch, target);
 }
 
 /* ---- whole tensors ---- */
@@ -17270,11 +17228,9 @@ static void llmpar__tp_product_args(llmpar_gemm_args *args, llmpar_gemm_segment 
     memset(segment, 0, sizeof *segment);
     segment->k = k;
     args->m = m;
-    args->n = n;
-    args->ldc = n;
+    args->n = args->ldc = n;
     args->segments = segment;
-    args->segment_count = 1;
-    args->pieces = 1;
+    args->segment_count = args->pieces = 1;
     args->kind = kind;
     args->dtype = dtype;
 }
@@ -17320,8 +17276,7 @@ static llmpar_status llmpar__tp_leaves(const llmpar_tp *tp, int64_t rows, int64_
         if (x) segments[i].b = (const char *)x + (size_t)(i * each * ldx) * size;
     }
     args->segments = segments;
-    args->segment_count = (int32_t)leaves;
-    args->pieces = (int32_t)leaves;
+    args->segment_count = args->pieces = (int32_t)leaves;
     args->kind = LLMPAR_GEMM_TN;
     args->dtype = dtype;
     args->out_dtype = llmpar_dtype_sum(dtype);
@@ -17337,9 +17292,8 @@ LLMPAR_DEF llmpar_status llmpar_tp_weight_gradient(const llmpar_tp *tp, llmpar_s
     llmpar_status status = llmpar__tp_leaves(tp, rows, leaves, dy, lddy, x, ldx, dtype, &args);
     if (status) return status;
     args.m = out_dim;
-    args.n = in_dim;
+    args.n = args.ldc = in_dim;
     args.c = dw;
-    args.ldc = in_dim;
     args.workspace = workspace;
     args.workspace_bytes = workspace_bytes;
     status = tp->ctx->device->gemm(tp->ctx->device, stream, &args);
@@ -17353,8 +17307,7 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
     memset(&args, 0, sizeof args);
     if (llmpar__tp_leaves(tp, rows, leaves, NULL, out_dim, NULL, in_dim, dtype, &args)) return 0;
     args.m = out_dim;
-    args.n = in_dim;
-    args.ldc = in_dim;
+    args.n = args.ldc = in_dim;
     size_t bytes = tp->ctx->device->gemm_workspace(tp->ctx->device, &args);
     llmpar_heap_free(&tp->ctx->heap, (void *)(uintptr_t)args.segments);
     return bytes;
@@ -17362,49 +17315,30 @@ LLMPAR_DEF size_t llmpar_tp_weight_gradient_workspace(const llmpar_tp *tp, int64
 
 LLMPAR_DEF llmpar_status llmpar_tp_gather(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *local, void *full, llmpar_dtype dtype)
 {
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = local;
-    call.recv = full;
-    call.count = (size_t)(t / tp->ranks * dim);
+    llmpar_collective call = llmpar__comm_collective(local, full, (size_t)(t / tp->ranks * dim), dtype, tag);
     call.blocks = (size_t)batch;
-    call.dtype = dtype;
-    call.tag = tag;
     return llmpar_all_gather(tp->comm, stream, &call);
 }
 
 static llmpar_status llmpar__tp_combine(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, size_t row, const void *in, void *out, llmpar_dtype dtype)
 {
-    llmpar_collective call;
     if (tp->ranks == 1) return in == out ? LLMPAR_OK : tp->ctx->device->copy(tp->ctx->device, stream, out, in, (size_t)(batch * t) * row * llmpar_dtype_size(dtype)); /* of any type and width */
-    memset(&call, 0, sizeof call);
-    call.send = in;
-    call.recv = out;
-    call.dtype = dtype;
-    call.tag = tag;
+    llmpar_collective call = llmpar__comm_collective(in, out, (size_t)(batch * t) * row, dtype, tag);
     if (tp->sequence_parallel) {
         call.count = (size_t)(t / tp->ranks) * row;
         call.blocks = (size_t)batch;
         return llmpar_reduce_scatter(tp->comm, stream, &call);
     }
-    call.count = (size_t)(batch * t) * row;
     return llmpar_all_reduce(tp->comm, stream, &call);
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_reduce(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, void *partial, void *out, llmpar_dtype dtype)
 {
     llmpar_dtype wide = llmpar_tp_partial_dtype(tp, dtype);
-    llmpar_cast_args cast;
     if (wide == dtype) return llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, out, dtype);
     void *sum = tp->sequence_parallel ? (char *)partial + (size_t)(batch * t * dim) * llmpar_dtype_size(wide) : partial;
     llmpar_status status = llmpar__tp_combine(tp, stream, tag, batch, t, (size_t)dim, partial, sum, wide);
-    memset(&cast, 0, sizeof cast);
-    cast.count = (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim);
-    cast.in = sum;
-    cast.in_dtype = wide;
-    cast.out = out;
-    cast.out_dtype = dtype;
-    return status ? status : tp->ctx->device->cast(tp->ctx->device, stream, &cast);
+    return status ? status : llmpar__device_cast(tp->ctx->device, stream, sum, wide, out, dtype, (size_t)(batch * (tp->sequence_parallel ? t / tp->ranks : t) * dim));
 }
 
 LLMPAR_DEF llmpar_status llmpar_tp_select(const llmpar_tp *tp, llmpar_stream *stream, const char *tag, int64_t batch, int64_t t, int64_t dim, const void *part, void *out, llmpar_dtype dtype)
@@ -17566,8 +17500,6 @@ LLMPAR__PRIVATE llmpar_status llmpar__fsdp_free(llmpar_fsdp *fsdp, llmpar_stream
 /* Allocates and enqueues the all-gather of a unit; where parameters are whole, in place. */
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
 LLMPAR__PRIVATE llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream);
-/* Enqueues out[count] = in in another type. */
-LLMPAR__PRIVATE llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count);
 /* This rank's part of the parameters in the compute dtype, NULL while it is offloaded. */
 LLMPAR__PRIVATE void *llmpar__fsdp_own_part(const llmpar_fsdp *fsdp, const llmpar__flat *flat);
 /* The compute dtype's copy from the master. */
@@ -17775,8 +17707,7 @@ static llmpar_status llmpar__flat_initialise(llmpar_fsdp *fsdp, int32_t index, v
             done += count;
         }
     }
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[0], status);
     return status ? status : llmpar_fsdp_shard_done(fsdp, index, 1);
 }
 
@@ -17831,8 +17762,7 @@ static llmpar_status llmpar__fsdp_streams(llmpar_fsdp *fsdp, int overlap)
     fsdp->own_comms = 1;
     if (shard) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard gather", &fsdp->shard_comm);
     if (shard && !status) status = llmpar_comm_split(shard, 0, shard->rank, "dp_shard reduce", &fsdp->reduce_comm);
-    if (!status) status = llmpar_comm_split(replica, 0, replica->rank, "dp_replicate reduce", &fsdp->replica_comm);
-    return status;
+    return status ? status : llmpar_comm_split(replica, 0, replica->rank, "dp_replicate reduce", &fsdp->replica_comm);
 }
 
 static llmpar_status llmpar__fsdp_setup(llmpar_fsdp *fsdp, const llmpar_unit *units, const llmpar_fsdp_desc *desc)
@@ -17958,12 +17888,9 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_create(llmpar_mesh *mesh, const llmpar_unit
     }
     if (!status) status = llmpar_arena_reserve(fsdp->arena, desc->memory_reserve);
     if (!status) status = llmpar__fsdp_setup(fsdp, units, desc);
-    if (status) {
-        llmpar_fsdp_destroy(fsdp);
-        return status;
-    }
-    *out = fsdp;
-    return LLMPAR_OK;
+    if (status) llmpar_fsdp_destroy(fsdp);
+    else *out = fsdp;
+    return status;
 }
 
 LLMPAR_DEF void llmpar_fsdp_destroy(llmpar_fsdp *fsdp)
@@ -18064,12 +17991,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__store_create(llmpar_ctx *ctx, const ch
     store->count_only = count_only;
     llmpar_error_clear(&store->error);
     llmpar_status status = file && !count_only ? llmpar__store_open(store, directory && directory[0] ? directory : ".") : LLMPAR_OK;
-    if (status) {
-        llmpar__store_destroy(store);
-        return status;
-    }
-    *out = store;
-    return LLMPAR_OK;
+    if (status) llmpar__store_destroy(store);
+    else *out = store;
+    return status;
 }
 
 LLMPAR__PRIVATE_DEF void llmpar__store_destroy(llmpar__store *store)
@@ -18169,16 +18093,11 @@ static llmpar_status llmpar__store_transfer(llmpar__store *store, llmpar_stream 
     if (place->tier == LLMPAR_TIER_HOST) return write ? device->copy(device, stream, place->host, memory, (size_t)place->used) : device->copy(device, stream, memory, place->host, (size_t)place->used);
     llmpar_status status = LLMPAR_OK;
     for (uint64_t at = 0; at < place->used && !status; at += LLMPAR__STORE_CHUNK) {
-        llmpar__store_job job;
-        memset(&job, 0, sizeof job);
-        job.store = store;
-        job.label = label;
-        job.offset = place->offset + at;
-        job.bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
-        job.write = write;
-        if (write) status = device->copy(device, stream, store->staging, memory + at, job.bytes);
+        const size_t bytes = place->used - at < LLMPAR__STORE_CHUNK ? (size_t)(place->used - at) : LLMPAR__STORE_CHUNK;
+        const llmpar__store_job job = {store, label, place->offset + at, bytes, write};
+        if (write) status = device->copy(device, stream, store->staging, memory + at, bytes);
         if (!status) status = device->host_call(device, stream, llmpar__store_chunk, &job, sizeof job);
-        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, job.bytes);
+        if (!write && !status) status = device->copy(device, stream, memory + at, store->staging, bytes);
     }
     return status;
 }
@@ -18291,8 +18210,7 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_fetch(llmpar_fsdp *fsdp, llmpar_s
 {
     if (*moved->memory) return llmpar_fail(fsdp->ctx, LLMPAR_ERR_SCHEDULE, "%s: fetched while it is on the device", moved->label);
     llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, moved->tag, (size_t)moved->place->used, moved->label, moved->memory);
-    if (!status) status = llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
-    return status;
+    return status ? status : llmpar__store_read(fsdp->store, fsdp->stream[stream], moved->place, *moved->memory, moved->label);
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_stream_id stream, const llmpar__moved *moved, int write)
@@ -18308,19 +18226,13 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_put(llmpar_fsdp *fsdp, llmpar_str
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_gather(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream_id stream)
 {
     size_t size = llmpar_dtype_size(fsdp->dtype);
-    llmpar_collective call;
     if (fsdp->whole_state || (!fsdp->whole_params && flat->gathers++ > 0)) return LLMPAR_OK;
     if (!fsdp->whole_params) {
         llmpar_status status = llmpar__fsdp_alloc(fsdp, stream, LLMPAR_TAG_GATHERED, (size_t)flat->elements * size, flat->label[LLMPAR__LABEL_GATHER], &flat->gathered);
         if (status) return status;
         for (int32_t i = 0; i < flat->unit.param_count; i++) flat->params[i] = (char *)flat->gathered + (size_t)flat->offset[i] * size;
     }
-    memset(&call, 0, sizeof call);
-    call.send = llmpar__fsdp_own_part(fsdp, flat);
-    call.recv = flat->gathered;
-    call.count = (size_t)flat->shard_elements;
-    call.dtype = fsdp->dtype;
-    call.tag = flat->label[LLMPAR__LABEL_GATHER];
+    const llmpar_collective call = llmpar__comm_collective(llmpar__fsdp_own_part(fsdp, flat), flat->gathered, (size_t)flat->shard_elements, fsdp->dtype, flat->label[LLMPAR__LABEL_GATHER]);
     return llmpar_all_gather(fsdp->shard_comm, fsdp->stream[stream], &call);
 }
 
@@ -18330,21 +18242,9 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_release(llmpar_fsdp *fsdp, llmpar
     return llmpar__fsdp_free(fsdp, stream, &flat->gathered);
 }
 
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_convert(llmpar_fsdp *fsdp, llmpar_stream *stream, const void *in, llmpar_dtype from, void *out, llmpar_dtype to, size_t count)
-{
-    llmpar_cast_args args;
-    memset(&args, 0, sizeof args);
-    args.count = count;
-    args.in = in;
-    args.in_dtype = from;
-    args.out = out;
-    args.out_dtype = to;
-    return fsdp->device->cast(fsdp->device, stream, &args);
-}
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_cast(llmpar_fsdp *fsdp, llmpar__flat *flat, llmpar_stream *stream)
 {
-    return llmpar__fsdp_convert(fsdp, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
+    return llmpar__device_cast(fsdp->device, stream, flat->master, fsdp->sum, llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, (size_t)flat->shard_elements);
 }
 
 /* Fetched by hand: on the stream that moves states, which is then waited for. */
@@ -18355,8 +18255,7 @@ static llmpar_status llmpar__shard_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar
     int32_t count = llmpar__fsdp_moved(fsdp, unit, what, 0, 0, 0, moved);
     for (int32_t i = 0; i < count && !status; i++)
         if (!*moved[i].memory) status = llmpar__fsdp_fetch(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i]);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
-    return llmpar__store_failed(fsdp->store, status ? status : waited);
+    return llmpar__store_failed(fsdp->store, llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD], status));
 }
 
 static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_state what, int write)
@@ -18368,8 +18267,7 @@ static llmpar_status llmpar__shard_put(llmpar_fsdp *fsdp, int32_t unit, llmpar_s
         llmpar_status put = llmpar__fsdp_put(fsdp, LLMPAR_STREAM_OFFLOAD, &moved[i], write);
         if (!status) status = put;
     }
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD]);
-    return llmpar__store_failed(fsdp->store, status ? status : waited);
+    return llmpar__store_failed(fsdp->store, llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_OFFLOAD], status));
 }
 
 LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, void *const **params)
@@ -18381,8 +18279,7 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_unshard(llmpar_fsdp *fsdp, int32_t unit, vo
     if (!status && fsdp->whole_params) flat->gathers++;
     else if (!status) {
         status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_GATHER);
-        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER]);
-        if (!status) status = waited;
+        status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_GATHER], status);
         if (status) llmpar__fsdp_release(fsdp, flat, LLMPAR_STREAM_GATHER);
     }
     if (fetch) {
@@ -18450,9 +18347,8 @@ LLMPAR_DEF void *llmpar_fsdp_shard(llmpar_fsdp *fsdp, int32_t unit, int64_t *ele
         status = llmpar__shard_fetch(fsdp, unit, LLMPAR_STATE_PARAMS);
     } else { /* frozen below f32: a copy in the sum type */
         status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_OPTIMIZER, (size_t)flat->shard_elements * llmpar_dtype_size(fsdp->sum), flat->label[LLMPAR__LABEL_OPTIMIZER], &flat->master);
-        if (!status) status = llmpar__fsdp_convert(fsdp, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
-        llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
-        if (!status) status = waited;
+        if (!status) status = llmpar__device_cast(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], llmpar__fsdp_own_part(fsdp, flat), fsdp->dtype, flat->master, fsdp->sum, (size_t)flat->shard_elements);
+        status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);
     }
     if (status) {
         llmpar_fail(fsdp->ctx, status, "unit %s: its parameters cannot be fetched", flat->unit.name);
@@ -18469,12 +18365,12 @@ LLMPAR_DEF llmpar_status llmpar_fsdp_shard_done(llmpar_fsdp *fsdp, int32_t unit,
     llmpar_status status = LLMPAR_OK;
     if (changed && flat->master) status = llmpar__fsdp_cast(fsdp, flat, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
     if (changed && !status && fsdp->whole_params) status = llmpar__fsdp_gather(fsdp, flat, LLMPAR_STREAM_COMPUTE);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[LLMPAR_STREAM_COMPUTE], status);
     flat->held = 0;
-    if (flat->params_place.bytes) waited = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
-    else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) waited = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
-    return status ? status : waited;
+    llmpar_status put = LLMPAR_OK;
+    if (flat->params_place.bytes) put = llmpar__shard_put(fsdp, unit, LLMPAR_STATE_PARAMS, changed);
+    else if (flat->master && !llmpar__fsdp_has_master(fsdp, flat)) put = llmpar__fsdp_free(fsdp, LLMPAR_STREAM_COMPUTE, &flat->master);
+    return status ? status : put;
 }
 
 LLMPAR_DEF int32_t llmpar_fsdp_optimizer_states(const llmpar_fsdp *fsdp) { return fsdp->optimizer_states; }
@@ -18525,7 +18421,7 @@ static llmpar_status llmpar__shard_scan(llmpar_fsdp *fsdp, const llmpar__flat *f
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp, int64_t *index)
 {
     llmpar_status status = LLMPAR_OK;
-    int64_t best = -1, agreed;
+    int64_t best = -1;
     for (int32_t u = 0; u < fsdp->unit_count && !status; u++) {
         int here = llmpar__fsdp_updated(fsdp, &fsdp->units[u]) != NULL;
         const void *shard = llmpar_fsdp_shard(fsdp, u, NULL, NULL, NULL);
@@ -18544,19 +18440,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__fsdp_first_nonfinite(llmpar_fsdp *fsdp
     }
     if (status) return status;
     /* The smallest index wins: the largest of its negative. */
-    agreed = best < 0 ? INT64_MIN / 2 : -best;
-    status = fsdp->device->copy(fsdp->device, fsdp->stream[0], fsdp->scalars, &agreed, sizeof agreed);
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = fsdp->scalars;
-    call.count = 1;
-    call.dtype = LLMPAR_I64;
-    call.op = LLMPAR_MAX;
-    call.tag = "first non-finite tensor";
-    if (!status) status = llmpar_all_reduce(fsdp->mesh->world, fsdp->stream[0], &call);
-    if (!status) status = fsdp->device->copy(fsdp->device, fsdp->stream[0], &agreed, fsdp->scalars, sizeof agreed);
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[0]); /* in any case: the stream may read `agreed` */
-    if (!status) status = waited;
+    int64_t agreed = best < 0 ? INT64_MIN / 2 : -best;
+    status = llmpar__comm_largest(fsdp->mesh->world, &agreed, 1, "first non-finite tensor");
     *index = agreed == INT64_MIN / 2 ? -1 : -agreed;
     return status;
 }
@@ -19103,48 +18988,31 @@ static void llmpar__plan_gradient(llmpar__plan *plan, int32_t unit, int32_t use,
 static void llmpar__plan_fetch(llmpar__plan *plan, int32_t k)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
-    if (policy->host_update) return;
-    if (k < plan->fetched || k >= plan->updates) return;
+    if (policy->host_update || k < plan->fetched || k >= plan->updates) return;
     plan->fetched = k + 1;
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_OPTIMIZER, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && (policy->master || policy->update == LLMPAR_UPDATE_AFTER)) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, plan->update[k]);
     if (llmpar__plan_offloads(plan, LLMPAR_STATE_GRADS)) llmpar__plan_move_gradient(plan, LLMPAR_OP_FETCH, plan->update[k], 0, 0);
 }
 
-/* The next unit's update on the host. What goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
-static void llmpar__plan_host_update(llmpar__plan *plan, int32_t after)
-{
-    const llmpar_policy *policy = &plan->schedule->policy;
-    int32_t unit = plan->update[plan->updated++];
-    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_OFFLOAD);
-    optim->slot = 0;
-    optim->predicate = LLMPAR_IF_FINITE;
-    llmpar__plan_wait(optim, after);
-    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
-    if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = LLMPAR_IF_FINITE;
-}
-
-/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead. */
+/* The next unit's update, with the states of the one behind it on their way. A shard without master that a later gather of this step needs cannot be fetched ahead.
+   On the host: what goes back to the device moves on another stream than gradients came by, so that the host waits for those alone and goes on with the next unit meanwhile. */
 static void llmpar__plan_update(llmpar__plan *plan, int32_t after)
 {
     const llmpar_policy *policy = &plan->schedule->policy;
     int32_t unit = plan->update[plan->updated];
-    int params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS);
+    int host = policy->host_update, params = llmpar__plan_offloads(plan, LLMPAR_STATE_PARAMS) && !host;
     llmpar_predicate predicate = policy->update == LLMPAR_UPDATE_INSIDE ? LLMPAR_ALWAYS : LLMPAR_IF_FINITE;
-    if (policy->host_update) {
-        llmpar__plan_host_update(plan, after);
-        return;
-    }
     llmpar__plan_fetch(plan, plan->updated);
     llmpar__plan_fetch(plan, plan->updated + 1);
     plan->updated++;
     if (params && !policy->master && policy->update != LLMPAR_UPDATE_AFTER) llmpar__plan_move(plan, LLMPAR_OP_FETCH, LLMPAR_STATE_PARAMS, unit);
-    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, LLMPAR_STREAM_COMPUTE);
+    llmpar_instruction *optim = llmpar__plan_emit(plan, LLMPAR_OP_OPTIM, unit, -1, host ? LLMPAR_STREAM_OFFLOAD : LLMPAR_STREAM_COMPUTE);
     optim->slot = 0;
     optim->predicate = predicate;
     llmpar__plan_wait(optim, after);
-    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, LLMPAR_STREAM_COMPUTE)->predicate = predicate;
-    if (llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
+    if (policy->master) llmpar__plan_emit(plan, LLMPAR_OP_CAST, unit, -1, host ? LLMPAR_STREAM_GATHER : LLMPAR_STREAM_COMPUTE)->predicate = predicate;
+    if (!host && llmpar__plan_offloads(plan, LLMPAR_STATE_OPTIMIZER)) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_OPTIMIZER, unit);
     if (params) llmpar__plan_move(plan, LLMPAR_OP_STORE, LLMPAR_STATE_PARAMS, unit);
     if (llmpar_policy_whole_params(policy) && !llmpar_policy_whole_state(policy)) llmpar__plan_emit(plan, LLMPAR_OP_GATHER, unit, -1, LLMPAR_STREAM_GATHER)->predicate = predicate;
 }
@@ -20408,9 +20276,14 @@ static void llmpar__exec_call(llmpar__exec *exec, const llmpar_instruction *in, 
     call->input = in->unit > 0 ? fsdp->units[in->unit - 1].output[in->micro_batch] : NULL;
 }
 
+static llmpar_status llmpar__exec_activations(llmpar_fsdp *fsdp, const llmpar__flat *flat, size_t bytes, void **out)
+{
+    return llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, bytes, flat->label[LLMPAR__LABEL_ACTIVATIONS], out);
+}
+
 static llmpar_status llmpar__exec_scratch(llmpar__exec *exec, llmpar__flat *flat, const llmpar_unit_sizes *sizes, llmpar_unit_call *call)
 {
-    llmpar_status status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes->scratch, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->scratch);
+    llmpar_status status = llmpar__exec_activations(exec->fsdp, flat, sizes->scratch, &call->scratch);
     if (!status) status = llmpar__fsdp_alloc(exec->fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_WORKSPACE, sizes->workspace, flat->label[LLMPAR__LABEL_ACTIVATIONS], &call->workspace);
     call->workspace_bytes = sizes->workspace;
     return status;
@@ -20435,8 +20308,8 @@ static llmpar_status llmpar__exec_forward(llmpar__exec *exec, const llmpar_instr
     void *unused = NULL, **output = again ? &unused : &flat->output[m];
     llmpar__exec_call(exec, in, &call);
     llmpar_status status = llmpar__exec_sizes(exec, in->unit, m, &sizes);
-    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.output, flat->label[LLMPAR__LABEL_ACTIVATIONS], output);
-    if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, sizes.saved, flat->label[LLMPAR__LABEL_ACTIVATIONS], &flat->saved[m]);
+    if (!status && sizes.output && !(again && llmpar__fsdp_leaves_output(&flat->unit))) status = llmpar__exec_activations(fsdp, flat, sizes.output, output);
+    if (!status) status = llmpar__exec_activations(fsdp, flat, sizes.saved, &flat->saved[m]);
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     call.output = *output;
     call.saved = flat->saved[m];
@@ -20481,7 +20354,7 @@ static llmpar_status llmpar__exec_backward(llmpar__exec *exec, const llmpar_inst
     if (!status && borrow >= 0 && in->from >= 0) status = llmpar__exec_gradient(exec, borrow, 1, in->local, in->from);
     if (!status && in->unit > fsdp->first_backward) {
         status = llmpar__exec_sizes(exec, in->unit - 1, m, &input);
-        if (!status) status = llmpar__fsdp_alloc(fsdp, LLMPAR_STREAM_COMPUTE, LLMPAR_TAG_ACTIVATIONS, input.output, before->label[LLMPAR__LABEL_ACTIVATIONS], &flat->dinput[m]);
+        if (!status) status = llmpar__exec_activations(fsdp, before, input.output, &flat->dinput[m]);
     }
     if (!status) status = llmpar__exec_scratch(exec, flat, &sizes, &call);
     if (in->slot >= 0) call.grads = flat->grads;
@@ -20512,18 +20385,11 @@ static llmpar_status llmpar__reduce_parts(llmpar_fsdp *fsdp, llmpar_stream *stre
     size_t size = llmpar_dtype_size(fsdp->reduce);
     for (size_t at = 0; at < count && !status; at += LLMPAR__REDUCE_PIECE) {
         size_t piece = count - at < LLMPAR__REDUCE_PIECE ? count - at : LLMPAR__REDUCE_PIECE;
-        llmpar_tree_sum_args args;
-        memset(&args, 0, sizeof args);
         for (int32_t r = 0; r < ranks && !status; r++) {
             fsdp->parts[r] = wide + (size_t)r * LLMPAR__REDUCE_PIECE;
-            status = llmpar__fsdp_convert(fsdp, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
+            status = llmpar__device_cast(fsdp->device, stream, parts + ((size_t)r * count + at) * size, fsdp->reduce, wide + (size_t)r * LLMPAR__REDUCE_PIECE, LLMPAR_F32, piece);
         }
-        args.in = fsdp->parts;
-        args.n = ranks;
-        args.count = piece;
-        args.out = out + at;
-        args.dtype = LLMPAR_F32;
-        if (!status) status = fsdp->device->tree_sum(fsdp->device, stream, &args);
+        if (!status) status = llmpar__device_reduce(fsdp->device, stream, LLMPAR_SUM, fsdp->parts, ranks, piece, out + at, LLMPAR_F32);
     }
     return status;
 }
@@ -20535,25 +20401,19 @@ static llmpar_status llmpar__reduce_narrow(llmpar_fsdp *fsdp, llmpar_stream_id i
     llmpar_device *device = fsdp->device;
     size_t ranks = (size_t)comm->ranks, size = llmpar_dtype_size(fsdp->reduce), slice = all ? (count + ranks - 1) / ranks : count, total = slice * ranks, given = all ? count : total;
     void *send = NULL, *recv = NULL, *wide = NULL, *sum = NULL;
-    llmpar_collective call;
     llmpar_status status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &send);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, total * size, tag, &recv);
     if (!status) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, ranks * LLMPAR__REDUCE_PIECE * sizeof(float), tag, &wide);
     if (!status && all) status = llmpar__fsdp_alloc(fsdp, id, LLMPAR_TAG_COMMUNICATION, slice * sizeof(float), tag, &sum);
-    if (!status) status = llmpar__fsdp_convert(fsdp, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
+    if (!status) status = llmpar__device_cast(fsdp->device, stream, in, LLMPAR_F32, send, fsdp->reduce, given);
     if (!status && total > given) status = device->zero(device, stream, (char *)send + given * size, (total - given) * size);
-    memset(&call, 0, sizeof call);
-    call.send = send;
-    call.recv = recv;
-    call.count = slice;
-    call.dtype = fsdp->reduce;
-    call.tag = tag;
+    const llmpar_collective call = llmpar__comm_collective(send, recv, slice, fsdp->reduce, tag);
     if (!status) status = llmpar_all_to_all(comm, stream, &call);
     if (!status) status = llmpar__reduce_parts(fsdp, stream, comm->ranks, (const char *)recv, slice, (float *)wide, (float *)(all ? sum : out));
     if (all) {
-        if (!status) status = llmpar__fsdp_convert(fsdp, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
+        if (!status) status = llmpar__device_cast(fsdp->device, stream, sum, LLMPAR_F32, send, fsdp->reduce, slice);
         if (!status) status = llmpar_all_gather(comm, stream, &call);
-        if (!status) status = llmpar__fsdp_convert(fsdp, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
+        if (!status) status = llmpar__device_cast(fsdp->device, stream, recv, fsdp->reduce, out, LLMPAR_F32, count);
     }
     void **scratch[4] = {&sum, &wide, &recv, &send};
     for (int i = 0; i < 4; i++) {
@@ -20855,17 +20715,11 @@ static llmpar_status llmpar__exec_scalars(llmpar__exec *exec, const llmpar_instr
 {
     llmpar_fsdp *fsdp = exec->fsdp;
     llmpar_stream *stream = fsdp->stream[in->stream];
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = fsdp->scalars;
-    call.count = count;
-    call.dtype = LLMPAR_I64;
-    call.tag = tag;
+    const llmpar_collective call = llmpar__comm_collective(fsdp->scalars, fsdp->scalars, count, LLMPAR_I64, tag);
     llmpar_status status = fsdp->device->copy(fsdp->device, stream, fsdp->scalars, fsdp->host_scalars, count * sizeof(int64_t));
     if (!status) status = llmpar_all_reduce(fsdp->mesh->world, stream, &call);
     if (!status) status = fsdp->device->copy(fsdp->device, stream, fsdp->host_scalars, fsdp->scalars, count * sizeof(int64_t));
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, stream); /* in any case: the stream may read the values */
-    return status ? status : waited;
+    return llmpar__device_done(fsdp->device, stream, status);
 }
 
 static llmpar_status llmpar__exec_begin(llmpar__exec *exec, double norm)
@@ -20890,8 +20744,7 @@ static llmpar_status llmpar__exec_tokens(llmpar__exec *exec, const llmpar_instru
     for (int32_t m = 0; m < 2 * exec->micro_batches; m++) exec->micro[m].grad_scale = tokens ? (float)(exec->run->loss_scale / (double)tokens) : 0.0f;
     /* Loss and norm start from zero before any stream adds to them. */
     status = fsdp->device->zero(fsdp->device, fsdp->stream[in->stream], fsdp->scalars, (LLMPAR__SCALARS + LLMPAR_EXACT_SUM_LIMBS) * sizeof(int64_t));
-    llmpar_status waited = fsdp->device->synchronize(fsdp->device, fsdp->stream[in->stream]);
-    if (!status) status = waited;
+    status = llmpar__device_done(fsdp->device, fsdp->stream[in->stream], status);
     if (!status && exec->inside && tokens) status = llmpar__exec_begin(exec, -1);
     return status;
 }
@@ -21001,10 +20854,7 @@ static llmpar_status llmpar__exec_walk(llmpar__exec *exec, const llmpar_instruct
         llmpar__exec_trace_memory(fsdp);
         if (!status && awaited[i]) status = fsdp->device->event_record(fsdp->device, fsdp->stream[in->stream], fsdp->event[i]);
     }
-    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) {
-        llmpar_status sync = fsdp->device->synchronize(fsdp->device, fsdp->stream[s]);
-        if (!status) status = sync;
-    }
+    for (int s = 0; s < LLMPAR_STREAM_COUNT; s++) status = llmpar__device_done(fsdp->device, fsdp->stream[s], status);
     return llmpar__store_failed(fsdp->store, status);
 }
 
@@ -21415,12 +21265,9 @@ LLMPAR_DEF llmpar_status llmpar_optim_create(llmpar_fsdp *fsdp, const llmpar_opt
     optim->table.begin_step = llmpar__optim_begin;
     optim->table.update = resolved.kind == LLMPAR_OPTIM_ADALOMO ? llmpar__adalomo_update : llmpar__optim_update;
     if (resolved.kind == LLMPAR_OPTIM_ADALOMO) status = llmpar__adalomo_create(optim);
-    if (status) {
-        llmpar_optim_destroy(optim);
-        return status;
-    }
-    *out = optim;
-    return LLMPAR_OK;
+    if (status) llmpar_optim_destroy(optim);
+    else *out = optim;
+    return status;
 }
 
 LLMPAR_DEF void llmpar_optim_destroy(llmpar_optim *optim)
@@ -21584,8 +21431,7 @@ static llmpar_status llmpar__adalomo_memory(llmpar_optim *optim)
     a->bytes += llmpar_round_up((int64_t)(a->at_factors + most * size), (int64_t)device->alignment);
     if (!status) status = device->event_create(device, &a->done);
     if (stream) {
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
+        status = llmpar__device_done(device, stream, status);
         device->stream_destroy(device, stream);
     }
     return status;
@@ -21667,14 +21513,9 @@ typedef struct llmpar__adalomo_call {
 
 static llmpar_status llmpar__adalomo_reduce(const llmpar__adalomo_call *c, void *buffer, int64_t count, llmpar_dtype dtype, llmpar_reduce_op op)
 {
-    llmpar_collective call;
     if (!c->optim->adalomo->comm || count == 0) return LLMPAR_OK;
-    memset(&call, 0, sizeof call);
-    call.send = call.recv = buffer;
-    call.count = (size_t)count;
-    call.dtype = dtype;
+    llmpar_collective call = llmpar__comm_collective(buffer, buffer, (size_t)count, dtype, c->name);
     call.op = op;
-    call.tag = c->name;
     return llmpar_all_reduce(c->optim->adalomo->comm, c->update->stream, &call);
 }
 
@@ -21890,9 +21731,8 @@ static int64_t llmpar__data_permute(uint64_t seed, int64_t epoch, int64_t count,
         uint64_t left = value >> half, right = value & mask, round;
         for (round = 0; round < 8; round++) {
             uint32_t words[4];
-            uint64_t next;
             llmpar_rng_words(&rng, round << 32 | right, words);
-            next = left ^ (words[0] & mask);
+            uint64_t next = left ^ (words[0] & mask);
             left = right;
             right = next;
         }
@@ -21903,18 +21743,16 @@ static int64_t llmpar__data_permute(uint64_t seed, int64_t epoch, int64_t count,
 
 static void llmpar__data_copy(const llmpar_data *data, int64_t start, int32_t *tokens)
 {
-    int64_t i;
-    for (i = 0; i <= data->seq_len; i++) tokens[i] = data->tokens[start + i];
+    for (int64_t i = 0; i <= data->seq_len; i++) tokens[i] = data->tokens[start + i];
 }
 
 LLMPAR_DEF llmpar_status llmpar_data_sequence(void *data, int64_t global_index, int32_t *tokens)
 {
     const llmpar_data *d = (const llmpar_data *)data;
-    int64_t epoch, phase, window;
     if (global_index < 0) return LLMPAR_ERR_ARGUMENT;
-    epoch = global_index / d->windows;
-    phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
-    window = llmpar__data_permute(d->seed, epoch, d->windows, global_index % d->windows);
+    int64_t epoch = global_index / d->windows;
+    int64_t phase = (int64_t)(llmpar__data_random(d->seed, llmpar__data_phase_name, epoch, 0) % (uint64_t)d->phases);
+    int64_t window = llmpar__data_permute(d->seed, epoch, d->windows, global_index % d->windows);
     llmpar__data_copy(d, phase + window * d->seq_len, tokens);
     return LLMPAR_OK;
 }
@@ -21933,10 +21771,8 @@ LLMPAR_DEF llmpar_status llmpar_data_eval_sequence(const llmpar_data *data, int6
 
 /* ---- presets ---- */
 
-typedef struct llmpar__config_preset { const char *name; llmpar_llama_config config; } llmpar__config_preset;
-
 /* vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, max_positions, eps, theta, {kind, original, factor, low, high, attention, fast, slow, truncate}, tied, bos, eos_count, {eos}, init_std, family, window */
-static const llmpar__config_preset llmpar__config_presets[] = {
+static const struct { const char *name; llmpar_llama_config config; } llmpar__config_presets[] = {
     { "tiny", { 256, 128, 384, 4, 8, 4, 16, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 0, -1, 0, { 0 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "15m", { 32000, 288, 768, 6, 6, 6, 48, 256, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
     { "110m", { 32000, 768, 2048, 12, 12, 12, 64, 1024, 1e-5, 10000.0, { LLMPAR_ROPE_NONE, 0, 0, 0, 0, 0, 0, 0, 0 }, 1, 1, 1, { 2 }, 0.02, LLMPAR_FAMILY_LLAMA, 0 } },
@@ -21995,9 +21831,7 @@ static int llmpar__config_say_real(llmpar__config_fault *f, const char *field, d
 }
 
 /* Limits are far above any model; they make sure that products of two or three of them fit in 64 bits. */
-static const int64_t llmpar__config_max_vocab = (int64_t)1 << 24, llmpar__config_max_hidden = (int64_t)1 << 20, llmpar__config_max_intermediate = (int64_t)1 << 22;
-static const int64_t llmpar__config_max_layers = (int64_t)1 << 16, llmpar__config_max_heads = (int64_t)1 << 16, llmpar__config_max_head_dim = (int64_t)1 << 14;
-static const int64_t llmpar__config_max_positions = (int64_t)1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
+static const int64_t llmpar__config_max_head_dim = 1 << 14, llmpar__config_max_positions = 1 << 29, llmpar__config_max_params = (int64_t)1 << 53;
 
 static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
@@ -22012,15 +21846,13 @@ static int llmpar__config_find_rope_fault(const llmpar_llama_config *c, llmpar__
     if (s->kind == LLMPAR_ROPE_LINEAR) return 0;
     if (s->kind == LLMPAR_ROPE_DYNAMIC) return llmpar__config_say_range(f, "head_dim", c->head_dim, 4, llmpar__config_max_head_dim); /* its exponent is E / (E - 2) */
     if (s->kind == LLMPAR_ROPE_YARN) {
-        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")) return 1;
-        if (llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")) return 1;
-        if (llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")) return 1;
-        if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")) return 1;
-        if (llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
-    } else {
-        if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")) return 1;
-        if (llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
-    }
+        if (llmpar__config_say_real(f, "attention_factor", s->attention_factor, s->attention_factor > 0 && s->attention_factor <= 1e6, "a number above 0, at most 1e6")
+            || llmpar__config_say_real(f, "beta_slow", s->beta_slow, s->beta_slow > 0 && s->beta_slow <= 1e6, "a number above 0, at most 1e6")
+            || llmpar__config_say_real(f, "beta_fast", s->beta_fast, s->beta_fast >= s->beta_slow && s->beta_fast <= 1e6, "a number from beta_slow to 1e6")
+            || llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta > 1, "a number above 1 under yarn")
+            || llmpar__config_say_range(f, "truncate", s->truncate, 0, 1)) return 1;
+    } else if (llmpar__config_say_real(f, "low_freq_factor", s->low_freq_factor, s->low_freq_factor > 0, "a positive number")
+               || llmpar__config_say_real(f, "high_freq_factor", s->high_freq_factor, s->high_freq_factor > s->low_freq_factor, "a number above low_freq_factor")) return 1;
     return llmpar__config_say_range(f, "original_max_position_embeddings", s->original_max_positions, 1, llmpar__config_max_positions);
 }
 
@@ -22032,16 +21864,14 @@ static int64_t llmpar__config_layer_params(const llmpar_llama_config *c)
 
 static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__config_fault *f)
 {
-    int32_t i;
-    int64_t params;
-    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)) return 1;
-    if (llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)) return 1;
-    if (llmpar__config_say_range(f, "vocab_size", c->vocab, 1, llmpar__config_max_vocab)) return 1;
-    if (llmpar__config_say_range(f, "hidden_size", c->hidden, 1, llmpar__config_max_hidden)) return 1;
-    if (llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, llmpar__config_max_intermediate)) return 1;
-    if (llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, llmpar__config_max_layers)) return 1;
-    if (llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, llmpar__config_max_heads)) return 1;
-    if (llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
+    if (llmpar__config_say_range(f, "family", (int64_t)c->family, 0, LLMPAR__CONFIG_FAMILIES - 1)
+        || llmpar__config_say_range(f, "sliding_window", c->sliding_window, 0, c->family == LLMPAR_FAMILY_MISTRAL ? INT32_MAX : 0)
+        || llmpar__config_say_range(f, "vocab_size", c->vocab, 1, 1 << 24)
+        || llmpar__config_say_range(f, "hidden_size", c->hidden, 1, 1 << 20)
+        || llmpar__config_say_range(f, "intermediate_size", c->intermediate, 1, 1 << 22)
+        || llmpar__config_say_range(f, "num_hidden_layers", c->layers, 1, 1 << 16)
+        || llmpar__config_say_range(f, "num_attention_heads", c->heads, 1, 1 << 16)
+        || llmpar__config_say_range(f, "num_key_value_heads", c->kv_heads, 1, c->heads)) return 1;
     if (c->heads % c->kv_heads) {
         f->field = "num_attention_heads";
         snprintf(f->text, sizeof f->text, "num_attention_heads = %d is not divisible by num_key_value_heads = %d", (int)c->heads, (int)c->kv_heads);
@@ -22053,18 +21883,18 @@ static int llmpar__config_find_fault(const llmpar_llama_config *c, llmpar__confi
         snprintf(f->text, sizeof f->text, "head_dim = %d, expected an even number (rotary position embedding turns pairs)", (int)c->head_dim);
         return 1;
     }
-    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)) return 1;
-    if (llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")) return 1;
-    if (llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")) return 1;
-    if (llmpar__config_find_rope_fault(c, f)) return 1;
-    if (llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)) return 1;
-    if (llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)) return 1;
-    if (llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
-    for (i = 0; i < c->eos_count; i++)
+    if (llmpar__config_say_range(f, "max_position_embeddings", c->max_positions, 1, llmpar__config_max_positions)
+        || llmpar__config_say_real(f, "rms_norm_eps", c->rms_eps, c->rms_eps > 0 && c->rms_eps <= 1, "a number above 0, at most 1")
+        || llmpar__config_say_real(f, "rope_theta", c->rope_theta, c->rope_theta >= 1 && c->rope_theta <= 1e15, "a number from 1 to 1e15")
+        || llmpar__config_find_rope_fault(c, f)
+        || llmpar__config_say_range(f, "tie_word_embeddings", c->tied, 0, 1)
+        || llmpar__config_say_range(f, "bos_token_id", c->bos_id, -1, c->vocab - 1)
+        || llmpar__config_say_range(f, "eos_token_id count", c->eos_count, 0, LLMPAR_MAX_EOS)) return 1;
+    for (int32_t i = 0; i < c->eos_count; i++)
         if (llmpar__config_say_range(f, "eos_token_id", c->eos_id[i], 0, c->vocab - 1)) return 1;
     if (llmpar__config_say_real(f, "initializer_range", c->init_std, c->init_std >= 0 && c->init_std <= 1, "a number from 0 to 1")) return 1;
     /* One layer alone fits in 64 bits at these limits, all layers may not. */
-    params = llmpar__config_layer_params(c);
+    int64_t params = llmpar__config_layer_params(c);
     if (params > llmpar__config_max_params / c->layers || llmpar_llama_param_count(c) > llmpar__config_max_params) {
         f->field = "num_hidden_layers";
         snprintf(f->text, sizeof f->text, "num_hidden_layers = %d, layers of %lld parameters, expected at most %lld in all", (int)c->layers, (long long)params, (long long)llmpar__config_max_params);
@@ -22150,36 +21980,22 @@ static int llmpar__config_is_text(const llmpar_json *value, const char *text)
     return value && value->type == LLMPAR_JSON_STRING && value->length == strlen(text) && !memcmp(value->string, text, value->length);
 }
 
-/* What a field may say when only one behaviour is built. An absent field and null always mean that behaviour. */
-typedef enum llmpar__config_rule { LLMPAR__CONFIG_FALSE, LLMPAR__CONFIG_TRUE, LLMPAR__CONFIG_NULL, LLMPAR__CONFIG_ZERO, LLMPAR__CONFIG_ONE } llmpar__config_rule;
-typedef struct llmpar__config_only { const char *field; llmpar__config_rule rule; } llmpar__config_only;
-
-/* Fields of transformers' Llama and of its relatives that change what is computed. */
-static const llmpar__config_only llmpar__config_fixed[] = {
-    { "mlp_bias", LLMPAR__CONFIG_FALSE }, { "attention_dropout", LLMPAR__CONFIG_ZERO }, { "use_sliding_window", LLMPAR__CONFIG_FALSE }, { "quantization_config", LLMPAR__CONFIG_NULL },
-    { "partial_rotary_factor", LLMPAR__CONFIG_ONE }, { "is_causal", LLMPAR__CONFIG_TRUE }, { "use_bidirectional_attention", LLMPAR__CONFIG_FALSE },
-    { "add_cross_attention", LLMPAR__CONFIG_FALSE }, { "is_encoder_decoder", LLMPAR__CONFIG_FALSE }, { "auto_map", LLMPAR__CONFIG_NULL },
-    { "no_rope_layers", LLMPAR__CONFIG_NULL }, { "num_experts", LLMPAR__CONFIG_NULL }, { "num_local_experts", LLMPAR__CONFIG_NULL },
-    { "use_qk_norm", LLMPAR__CONFIG_FALSE }, { "qk_layernorm", LLMPAR__CONFIG_FALSE }, { "attn_logit_softcapping", LLMPAR__CONFIG_NULL },
-    { "final_logit_softcapping", LLMPAR__CONFIG_NULL }, { "embedding_multiplier", LLMPAR__CONFIG_ONE }, { "residual_multiplier", LLMPAR__CONFIG_ONE },
-    { "attention_multiplier", LLMPAR__CONFIG_NULL }, { "logits_scaling", LLMPAR__CONFIG_ONE }, { "logit_scale", LLMPAR__CONFIG_ONE }
+/* Fields of transformers' Llama and of its relatives that change what is computed: the one value that is built. An absent field and null always mean that behaviour. */
+static const struct { const char *field, *only; } llmpar__config_fixed[] = {
+    { "mlp_bias", "false" }, { "attention_dropout", "0" }, { "use_sliding_window", "false" }, { "quantization_config", "null" }, { "partial_rotary_factor", "1" }, { "is_causal", "true" },
+    { "use_bidirectional_attention", "false" }, { "add_cross_attention", "false" }, { "is_encoder_decoder", "false" }, { "auto_map", "null" }, { "no_rope_layers", "null" }, { "num_experts", "null" },
+    { "num_local_experts", "null" }, { "use_qk_norm", "false" }, { "qk_layernorm", "false" }, { "attn_logit_softcapping", "null" }, { "final_logit_softcapping", "null" },
+    { "embedding_multiplier", "1" }, { "residual_multiplier", "1" }, { "attention_multiplier", "null" }, { "logits_scaling", "1" }, { "logit_scale", "1" }
 };
 
-static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, llmpar__config_rule rule)
+static llmpar_status llmpar__config_check_only(const llmpar__config_reader *r, const llmpar_json *value, const char *only)
 {
-    static const char *const expected[] = { "false or null: nothing else is supported", "true or null: nothing else is supported", "null: nothing else is supported",
-                                            "0 or null: nothing else is supported", "1 or null: nothing else is supported" };
-    int good = 0;
+    char expected[48];
     if (!value || value->type == LLMPAR_JSON_NULL) return LLMPAR_OK;
-    switch (rule) {
-    case LLMPAR__CONFIG_FALSE: good = value->type == LLMPAR_JSON_BOOL && !value->boolean; break;
-    case LLMPAR__CONFIG_TRUE: good = value->type == LLMPAR_JSON_BOOL && value->boolean; break;
-    case LLMPAR__CONFIG_NULL: break;
-    case LLMPAR__CONFIG_ZERO: good = value->type == LLMPAR_JSON_NUMBER && value->number == 0; break;
-    case LLMPAR__CONFIG_ONE: good = value->type == LLMPAR_JSON_NUMBER && value->number == 1; break;
-    default: break;
-    }
-    return good ? LLMPAR_OK : llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected[(int)rule]);
+    if (value->type == LLMPAR_JSON_BOOL && !strcmp(only, value->boolean ? "true" : "false")) return LLMPAR_OK;
+    if (value->type == LLMPAR_JSON_NUMBER && !only[1] && value->number == only[0] - '0') return LLMPAR_OK; /* a digit */
+    snprintf(expected, sizeof expected, "%s%s: nothing else is supported", only, strcmp(only, "null") ? " or null" : "");
+    return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, value, expected);
 }
 
 /* Model type and architecture say the family, and the same one. */
@@ -22207,16 +22023,15 @@ static llmpar_status llmpar__config_read_identity(const llmpar__config_reader *r
 {
     const llmpar_json *activation = llmpar_json_get(r->root, "hidden_act"), *window = llmpar_json_get(r->root, "sliding_window"), *layers = llmpar_json_get(r->root, "layer_types"), *layer;
     llmpar_status status = llmpar__config_read_family(r, c);
-    size_t i;
     /* transformers knows silu by the name of swish too. */
     if (!status && activation && !llmpar__config_is_text(activation, "silu") && !llmpar__config_is_text(activation, "swish"))
         status = llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, activation, "\"silu\"");
-    for (i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
-        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].rule);
+    for (size_t i = 0; !status && i < sizeof llmpar__config_fixed / sizeof llmpar__config_fixed[0]; i++)
+        status = llmpar__config_check_only(r, llmpar_json_get(r->root, llmpar__config_fixed[i].field), llmpar__config_fixed[i].only);
     /* Qwen2 has its biases whatever this says; elsewhere it would put one on the output projection too. */
-    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), LLMPAR__CONFIG_FALSE);
+    if (!status && c->family != LLMPAR_FAMILY_QWEN2) status = llmpar__config_check_only(r, llmpar_json_get(r->root, "attention_bias"), "false");
     /* Without use_sliding_window a Qwen has none. */
-    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, LLMPAR__CONFIG_NULL);
+    if (!status && c->family == LLMPAR_FAMILY_LLAMA) status = llmpar__config_check_only(r, window, "null");
     if (!status && c->family == LLMPAR_FAMILY_MISTRAL && !(window && window->type == LLMPAR_JSON_NULL)) {
         status = llmpar__config_int(r, r->root, "sliding_window", 0, 0, llmpar__config_families[c->family].window, &c->sliding_window);
         if (!status && c->sliding_window < 1) status = llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, window, "an integer from 1 to 2147483647, or null");
@@ -22299,7 +22114,6 @@ static llmpar_status llmpar__config_read_ids(const llmpar__config_reader *r, llm
 static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *r, const llmpar_json *rope, llmpar_rope_kind *out)
 {
     const llmpar_json *type = llmpar_json_get(rope, "rope_type"), *older = llmpar_json_get(rope, "type");
-    int i;
     if (type && older && (type->type != LLMPAR_JSON_STRING || older->type != LLMPAR_JSON_STRING || strcmp(type->string, older->string)))
         return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, older, "the same as rope_type");
     if (!type) type = older;
@@ -22308,13 +22122,13 @@ static llmpar_status llmpar__config_read_rope_kind(const llmpar__config_reader *
         if (llmpar_json_get(rope, "factor"))
             return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: rope_type is missing from %s (byte %zu)", r->name, rope->key, rope->position);
         *out = LLMPAR_ROPE_NONE;
+        return LLMPAR_OK;
     }
-    else {
-        for (i = 0; i < LLMPAR__CONFIG_ROPE_TYPES && !llmpar__config_is_text(type, llmpar__config_rope_types[i]); i++) {}
-        if (i == LLMPAR__CONFIG_ROPE_TYPES) return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
+    for (int i = 0; i < LLMPAR__CONFIG_ROPE_TYPES; i++) {
         *out = (llmpar_rope_kind)i;
+        if (llmpar__config_is_text(type, llmpar__config_rope_types[i])) return LLMPAR_OK;
     }
-    return LLMPAR_OK;
+    return llmpar__config_wrong(r, LLMPAR_ERR_UNSUPPORTED, type, "\"default\", \"linear\", \"llama3\", \"dynamic\" or \"yarn\"");
 }
 
 /* A positive number, or transformers' default where it is absent, null or 0. */
@@ -22354,7 +22168,6 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
                                          "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate" };
     enum { OLDER = 9 }; /* the rest is yarn's */
     const llmpar_json *scaling = llmpar_json_get(r->root, "rope_scaling"), *parameters = llmpar_json_get(r->root, "rope_parameters"), *member, *outside = llmpar_json_get(r->root, "original_max_position_embeddings");
-    const llmpar_json *rope;
     llmpar_rope_scaling *s = &c->rope_scaling;
     llmpar_status status = llmpar__config_real(r, r->root, "rope_theta", 0, 10000.0, &c->rope_theta);
     double theta = c->rope_theta;
@@ -22364,7 +22177,7 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
     if (parameters && parameters->type == LLMPAR_JSON_NULL) parameters = NULL;
     if (scaling && parameters)
         return llmpar_error_set(r->error, LLMPAR_ERR_CONFIG, "%s: both rope_scaling and rope_parameters are given, expected one (bytes %zu and %zu)", r->name, scaling->position, parameters->position);
-    rope = scaling ? scaling : parameters;
+    const llmpar_json *rope = scaling ? scaling : parameters;
     if (!rope) return LLMPAR_OK;
     if (rope->type != LLMPAR_JSON_OBJECT) return llmpar__config_wrong(r, LLMPAR_ERR_CONFIG, rope, "an object or null");
     status = llmpar__config_read_rope_kind(r, rope, &s->kind);
@@ -22374,8 +22187,8 @@ static llmpar_status llmpar__config_read_rope(const llmpar__config_reader *r, ll
         if (i == most)
             status = llmpar_error_set(r->error, LLMPAR_ERR_UNSUPPORTED, "%s: %s has an unknown field %.80s (byte %zu)", r->name, rope->key, member->key, member->position);
     }
-    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), LLMPAR__CONFIG_ONE);
-    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), LLMPAR__CONFIG_ONE);
+    if (!status) status = llmpar__config_check_only(r, llmpar_json_get(rope, "partial_rotary_factor"), "1");
+    if (!status && s->kind != LLMPAR_ROPE_YARN) status = llmpar__config_check_only(r, llmpar_json_get(rope, "attention_factor"), "1");
     if (!status) status = llmpar__config_real(r, rope, "rope_theta", 0, theta, &c->rope_theta);
     if (status) return status;
     if (c->rope_theta != theta && llmpar_json_get(r->root, "rope_theta"))
@@ -22397,9 +22210,8 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 {
     const llmpar_json *tie = llmpar_json_get(r->root, "tie_word_embeddings"), *place, *rope;
     llmpar__config_fault fault;
-    llmpar_status status;
     if (r->root->type != LLMPAR_JSON_OBJECT) return llmpar_error_set(r->error, LLMPAR_ERR_FORMAT, "%s: expected an object (byte %zu)", r->name, r->root->position);
-    status = llmpar__config_read_identity(r, c);
+    llmpar_status status = llmpar__config_read_identity(r, c);
     if (!status) status = llmpar__config_read_sizes(r, c);
     if (!status) status = llmpar__config_real(r, r->root, "rms_norm_eps", 0, 1e-6, &c->rms_eps);
     if (!status) status = llmpar__config_real(r, r->root, "initializer_range", 0, 0.02, &c->init_std);
@@ -22420,22 +22232,15 @@ static llmpar_status llmpar__config_read(const llmpar__config_reader *r, llmpar_
 
 LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar_llama_config *out, llmpar_error *error)
 {
-    llmpar__config_reader reader;
     llmpar_json_desc desc;
     llmpar_json *root = NULL;
-    llmpar_status status;
     memset(out, 0, sizeof *out);
     memset(&desc, 0, sizeof desc);
-    memset(&reader, 0, sizeof reader);
     desc.name = name ? name : "config.json";
     desc.unique_keys = 1;
-    status = llmpar_json_parse(heap, text, length, &desc, &root, error);
+    llmpar_status status = llmpar_json_parse(heap, text, length, &desc, &root, error);
     if (status) return status;
-    reader.name = desc.name;
-    reader.text = text;
-    reader.length = length;
-    reader.root = root;
-    reader.error = error;
+    const llmpar__config_reader reader = { desc.name, text, length, root, error };
     status = llmpar__config_read(&reader, out);
     if (status) memset(out, 0, sizeof *out);
     llmpar_json_destroy(heap, root);
@@ -22444,33 +22249,18 @@ LLMPAR_DEF llmpar_status llmpar_llama_config_parse(llmpar_heap *heap, const char
 
 /* ---- writing config.json ---- */
 
-typedef struct llmpar__config_text { char *text; size_t used, capacity; } llmpar__config_text;
-
-static void llmpar__config_put(llmpar__config_text *t, const char *part)
-{
-    for (; *part; part++, t->used++)
-        if (t->used < t->capacity) t->text[t->used] = *part;
-}
-
-static void llmpar__config_put_int(llmpar__config_text *t, const char *key, int64_t value)
-{
-    char line[128];
-    snprintf(line, sizeof line, "  \"%s\": %lld,\n", key, (long long)value);
-    llmpar__config_put(t, line);
-}
-
 /* The shortest text that reads back as the same double, with a '.' whatever the process's locale, and always a fraction or exponent, as Python writes it. */
-static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, const char *key, double value, const char *after)
+static void llmpar__config_put_real(llmpar__text *t, const char *indent, const char *key, double value, const char *after)
 {
-    char number[48], line[160];
-    size_t i, used = 0;
-    int digits, has_point = 0;
-    for (digits = 1; digits <= 17; digits++) {
+    char number[48];
+    size_t used = 0;
+    int has_point = 0;
+    for (int digits = 1; digits <= 17; digits++) {
         if (value >= 1 && value < 1e15 && value == (double)(int64_t)value) snprintf(number, sizeof number, "%.0f", value);
         else snprintf(number, sizeof number, "%.*g", digits, value);
         if (strtod(number, NULL) == value) break;
     }
-    for (i = 0; number[i]; i++) {
+    for (size_t i = 0; number[i]; i++) {
         if (strchr("0123456789+-eE", number[i])) {
             if (number[i] == 'e' || number[i] == 'E') has_point = 1;
             number[used++] = number[i];
@@ -22481,38 +22271,17 @@ static void llmpar__config_put_real(llmpar__config_text *t, const char *indent, 
         }
     }
     number[used] = 0;
-    snprintf(line, sizeof line, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
-    llmpar__config_put(t, line);
+    llmpar__text_put(t, "%s\"%s\": %s%s%s\n", indent, key, number, has_point ? "" : ".0", after);
 }
 
-static void llmpar__config_put_eos(llmpar__config_text *t, const llmpar_llama_config *c)
+static void llmpar__config_put_rope(llmpar__text *t, const llmpar_rope_scaling *s)
 {
-    char number[32];
-    int32_t i;
-    llmpar__config_put(t, "  \"eos_token_id\": ");
-    if (c->eos_count == 0) llmpar__config_put(t, "null");
-    if (c->eos_count > 1) llmpar__config_put(t, "[");
-    for (i = 0; i < c->eos_count; i++) {
-        snprintf(number, sizeof number, "%s%d", i ? ", " : "", (int)c->eos_id[i]);
-        llmpar__config_put(t, number);
-    }
-    llmpar__config_put(t, c->eos_count > 1 ? "],\n" : ",\n");
-}
-
-static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_config *c)
-{
-    const llmpar_rope_scaling *s = &c->rope_scaling;
     if (s->kind == LLMPAR_ROPE_NONE) {
-        llmpar__config_put(t, "  \"rope_scaling\": null,\n");
+        llmpar__text_put(t, "  \"rope_scaling\": null,\n");
         return;
     }
-    llmpar__config_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"");
-    llmpar__config_put(t, llmpar__config_rope_types[s->kind]);
-    llmpar__config_put(t, "\",\n");
-    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) {
-        llmpar__config_put(t, "  ");
-        llmpar__config_put_int(t, "original_max_position_embeddings", s->original_max_positions);
-    }
+    llmpar__text_put(t, "  \"rope_scaling\": {\n    \"rope_type\": \"%s\",\n", llmpar__config_rope_types[s->kind]);
+    if (s->kind == LLMPAR_ROPE_LLAMA3 || s->kind == LLMPAR_ROPE_YARN) llmpar__text_put(t, "    \"original_max_position_embeddings\": %d,\n", (int)s->original_max_positions);
     if (s->kind == LLMPAR_ROPE_LLAMA3) {
         llmpar__config_put_real(t, "    ", "low_freq_factor", s->low_freq_factor, ",");
         llmpar__config_put_real(t, "    ", "high_freq_factor", s->high_freq_factor, ",");
@@ -22521,46 +22290,34 @@ static void llmpar__config_put_rope(llmpar__config_text *t, const llmpar_llama_c
         llmpar__config_put_real(t, "    ", "attention_factor", s->attention_factor, ",");
         llmpar__config_put_real(t, "    ", "beta_fast", s->beta_fast, ",");
         llmpar__config_put_real(t, "    ", "beta_slow", s->beta_slow, ",");
-        llmpar__config_put(t, s->truncate ? "    \"truncate\": true,\n" : "    \"truncate\": false,\n");
+        llmpar__text_put(t, "    \"truncate\": %s,\n", s->truncate ? "true" : "false");
     }
     llmpar__config_put_real(t, "    ", "factor", s->factor, "");
-    llmpar__config_put(t, "  },\n");
+    llmpar__text_put(t, "  },\n");
 }
 
 LLMPAR_DEF size_t llmpar_llama_config_write(const llmpar_llama_config *config, char *text, size_t capacity)
 {
-    llmpar__config_text t;
-    t.text = text;
-    t.used = 0;
-    t.capacity = capacity ? capacity - 1 : 0;
-    llmpar__config_put(&t, "{\n  \"architectures\": [\n    \"");
-    llmpar__config_put(&t, llmpar__config_families[config->family].architecture);
-    llmpar__config_put(&t, "\"\n  ],\n  \"model_type\": \"");
-    llmpar__config_put(&t, llmpar__config_families[config->family].type);
-    llmpar__config_put(&t, "\",\n");
-    llmpar__config_put_int(&t, "vocab_size", config->vocab);
-    llmpar__config_put_int(&t, "hidden_size", config->hidden);
-    llmpar__config_put_int(&t, "intermediate_size", config->intermediate);
-    llmpar__config_put_int(&t, "num_hidden_layers", config->layers);
-    llmpar__config_put_int(&t, "num_attention_heads", config->heads);
-    llmpar__config_put_int(&t, "num_key_value_heads", config->kv_heads);
-    llmpar__config_put_int(&t, "head_dim", config->head_dim);
-    llmpar__config_put_int(&t, "max_position_embeddings", config->max_positions);
-    llmpar__config_put(&t, "  \"hidden_act\": \"silu\",\n");
-    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__config_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"attention_bias\": false,\n");
-    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__config_put(&t, "  \"use_sliding_window\": false,\n");
-    else if (config->sliding_window) llmpar__config_put_int(&t, "sliding_window", config->sliding_window);
-    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__config_put(&t, "  \"sliding_window\": null,\n");
+    const llmpar__config_family *family = &llmpar__config_families[config->family];
+    llmpar__text t = llmpar__text_begin(text, capacity);
+    llmpar__text_put(&t, "{\n  \"architectures\": [\n    \"%s\"\n  ],\n  \"model_type\": \"%s\",\n", family->architecture, family->type);
+    llmpar__text_put(&t, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n", (int)config->vocab, (int)config->hidden, (int)config->intermediate);
+    llmpar__text_put(&t, "  \"num_hidden_layers\": %d,\n  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n", (int)config->layers, (int)config->heads, (int)config->kv_heads);
+    llmpar__text_put(&t, "  \"head_dim\": %d,\n  \"max_position_embeddings\": %d,\n  \"hidden_act\": \"silu\",\n", (int)config->head_dim, (int)config->max_positions);
+    if (config->family == LLMPAR_FAMILY_LLAMA) llmpar__text_put(&t, "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else if (config->family == LLMPAR_FAMILY_QWEN3) llmpar__text_put(&t, "  \"attention_bias\": false,\n");
+    if (config->family == LLMPAR_FAMILY_QWEN2 || config->family == LLMPAR_FAMILY_QWEN3) llmpar__text_put(&t, "  \"use_sliding_window\": false,\n");
+    else if (config->sliding_window) llmpar__text_put(&t, "  \"sliding_window\": %d,\n", (int)config->sliding_window);
+    else if (config->family == LLMPAR_FAMILY_MISTRAL) llmpar__text_put(&t, "  \"sliding_window\": null,\n");
     llmpar__config_put_real(&t, "  ", "rms_norm_eps", config->rms_eps, ",");
     llmpar__config_put_real(&t, "  ", "rope_theta", config->rope_theta, ",");
-    llmpar__config_put_rope(&t, config);
+    llmpar__config_put_rope(&t, &config->rope_scaling);
     llmpar__config_put_real(&t, "  ", "initializer_range", config->init_std, ",");
-    if (config->bos_id < 0) llmpar__config_put(&t, "  \"bos_token_id\": null,\n");
-    else llmpar__config_put_int(&t, "bos_token_id", config->bos_id);
-    llmpar__config_put_eos(&t, config);
-    llmpar__config_put(&t, config->tied ? "  \"tie_word_embeddings\": true\n}\n" : "  \"tie_word_embeddings\": false\n}\n");
-    if (capacity) text[t.used < t.capacity ? t.used : t.capacity] = 0;
+    if (config->bos_id < 0) llmpar__text_put(&t, "  \"bos_token_id\": null,\n");
+    else llmpar__text_put(&t, "  \"bos_token_id\": %d,\n", (int)config->bos_id);
+    llmpar__text_put(&t, "  \"eos_token_id\": %s", config->eos_count == 0 ? "null" : config->eos_count > 1 ? "[" : "");
+    for (int32_t i = 0; i < config->eos_count; i++) llmpar__text_put(&t, "%s%d", i ? ", " : "", (int)config->eos_id[i]);
+    llmpar__text_put(&t, "%s,\n  \"tie_word_embeddings\": %s\n}\n", config->eos_count > 1 ? "]" : "", config->tied ? "true" : "false");
     return t.used;
 }
 
@@ -22645,7 +22402,6 @@ LLMPAR_DEF void llmpar_rope_inv_freq(const llmpar_llama_config *config, int64_t 
 
 LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llama_config *config, int64_t positions, llmpar_dtype dtype, void *cosine, void *sine, llmpar_error *error)
 {
-    int64_t p;
     int32_t i, pairs = config->head_dim / 2;
     double *inv_freq, c, s, factor = config->rope_scaling.kind == LLMPAR_ROPE_YARN ? config->rope_scaling.attention_factor : 1;
     if (dtype != LLMPAR_F32 && dtype != LLMPAR_F64)
@@ -22656,7 +22412,7 @@ LLMPAR_DEF llmpar_status llmpar_rope_tables(llmpar_heap *heap, const llmpar_llam
     inv_freq = (double *)llmpar_heap_alloc(heap, (size_t)pairs, sizeof *inv_freq);
     if (!inv_freq) return llmpar_error_set(error, LLMPAR_ERR_MEMORY, "rope tables: out of memory for %d frequencies", (int)pairs);
     llmpar_rope_inv_freq(config, positions, inv_freq);
-    for (p = 0; p < positions; p++)
+    for (int64_t p = 0; p < positions; p++)
         for (i = 0; i < pairs; i++) {
             int64_t at = p * pairs + i;
             llmpar_sincos_f64((double)p * inv_freq[i], &s, &c);
@@ -23232,8 +22988,9 @@ static void llmpar__block_lay(const llmpar__part *part, const llmpar__shape *s, 
     l->scratch = at;
 }
 
-static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__block_half *b)
+static llmpar__block_half llmpar__block_open(const llmpar_unit_call *call, int32_t j)
 {
+    llmpar__block_half half, *b = &half;
     llmpar__block_layout l;
     memset(b, 0, sizeof *b);
     b->part_of = (const llmpar__part *)call->user;
@@ -23272,6 +23029,7 @@ static void llmpar__block_open(const llmpar_unit_call *call, int32_t j, llmpar__
     b->output = b->last ? (char *)call->output : saved + l.stream;
     b->dout = b->last ? (const char *)call->doutput : b->dx;
     b->din = b->first && call->dinput ? (char *)call->dinput : b->dx; /* the norm's weight gradient comes with it, wanted or not */
+    return half;
 }
 
 /* Place of parameter p among those of the call; NULL where the family has none. */
@@ -23461,17 +23219,14 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__block_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__block_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.input, NULL, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), NULL, b.h, b.rstd);
 }
 
 /* The half before ends here: its reduced sum and its input make this one's input. */
 static llmpar_status llmpar__block_residual_norm(llmpar_unit_call *call)
 {
-    llmpar__block_half b, before;
-    llmpar__block_open(call, call->index, &b);
-    llmpar__block_open(call, call->index - 1, &before);
+    llmpar__block_half b = llmpar__block_open(call, call->index), before = llmpar__block_open(call, call->index - 1);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, b.model, b.s.ns, b.s.d, b.sum, before.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), before.output, b.h, b.rstd);
 }
 
@@ -23485,26 +23240,23 @@ static llmpar_status llmpar__block_again(llmpar_unit_call *call, const llmpar__b
 /* Forward, and again in backward for the weight gradients. */
 static llmpar_status llmpar__block_gather(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     if (call->pass == LLMPAR_PASS_BACKWARD && !call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     llmpar_status status = llmpar__block_again(call, &b);
     return status ? status : llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp input/all_gather" : "attention input/all_gather", b.s.b, b.s.t, b.s.d, b.h, b.full, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     int backward = call->pass == LLMPAR_PASS_BACKWARD;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar_tp_reduce(b.tp, call->stream, b.mlp ? (backward ? "mlp dx/reduce" : "mlp output/reduce") : backward ? "attention dx/reduce" : "attention output/reduce", b.s.b, b.s.t, b.s.d, b.part, b.sum, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_add_args args;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     memset(&args, 0, sizeof args);
     args.count = (size_t)(b.s.ns * b.s.d);
     args.a = b.input;
@@ -23516,30 +23268,26 @@ static llmpar_status llmpar__block_residual(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_gather_dout(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar_tp_gather(b.tp, call->stream, b.mlp ? "mlp doutput/all_gather" : "attention doutput/all_gather", b.s.b, b.s.t, b.s.d, b.dout, b.dfull, b.s.dtype);
 }
 
 static llmpar_status llmpar__block_dnorm(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__llama_norm_backward(call, &b.s, b.sum, b.input, llmpar__block_param(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1), b.rstd, b.dout, b.din, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__llama_norm_reduce(call, &b.s, b.leaves);
 }
 
 static llmpar_status llmpar__block_norm_weight(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__llama_norm_weight(call, &b.s, b.s.d, b.leaves, llmpar__block_grad(&b, call, b.mlp ? LLMPAR__NORM2 : LLMPAR__NORM1));
 }
 
@@ -23601,9 +23349,8 @@ static llmpar_status llmpar__block_head_dnorm(const llmpar__block_half *b, const
 
 static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_attention_args attention;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     int norms = llmpar__block_has_norms(b.model);
     llmpar_status status = llmpar__block_head_product(&b, call, 0, norms ? b.raw : b.qkv);
@@ -23617,8 +23364,7 @@ static llmpar_status llmpar__block_attend(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_wo(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__block_rows(&b, call, b.o, LLMPAR__WO, b.model->config.heads, b.s.e);
 }
 
@@ -23626,9 +23372,8 @@ static const char *llmpar__block_dout(const llmpar__block_half *b) { return b->t
 
 static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_attention_backward_args attention;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = call->grads ? llmpar__block_dw(&b, call, LLMPAR__WO, s->d, s->h * s->e, llmpar__block_dout(&b), s->d, b.o) : LLMPAR_OK;
     if (!status) status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->h * s->e, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__WO), s->h * s->e, b.act, s->h * s->e, s->dtype, call->workspace, call->workspace_bytes);
@@ -23639,31 +23384,17 @@ static llmpar_status llmpar__block_dattend(llmpar_unit_call *call)
 /* Ranks that share a kv head: dk and dv are summed over its query heads, and rounded once on their way to dqkv, where they stand one behind the other too. */
 static llmpar_status llmpar__block_kv(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
-    llmpar_collective c;
-    llmpar_cast_args cast;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = b.dkv;
-    c.count = (size_t)(s->n * 2 * s->e);
-    c.dtype = s->sum;
-    c.tag = "dk dv/all_reduce";
+    const llmpar_collective c = llmpar__comm_collective(b.dkv, b.dkv, (size_t)(s->n * 2 * s->e), s->sum, "dk dv/all_reduce");
     llmpar_status status = llmpar_all_reduce(b.tp->kv, call->stream, &c);
-    memset(&cast, 0, sizeof cast);
-    cast.count = c.count;
-    cast.in = b.dkv;
-    cast.in_dtype = s->sum;
-    cast.out = b.dqkv + llmpar__block_k(s);
-    cast.out_dtype = s->dtype;
-    return status || s->dtype == s->sum ? status : call->device->cast(call->device, call->stream, &cast);
+    return status || s->dtype == s->sum ? status : llmpar__device_cast(call->device, call->stream, b.dkv, s->sum, b.dqkv + llmpar__block_k(s), s->dtype, c.count);
 }
 
 static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_tp_operand heads[3];
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     llmpar_status status = llmpar__block_rope(call, &b, b.dqkv, 1);
     for (int i = 0; i < 2 && llmpar__block_has_norms(b.model) && !status; i++) status = llmpar__block_head_dnorm(&b, call, i);
     llmpar__block_heads(&b, call, b.dqkv, heads);
@@ -23672,9 +23403,8 @@ static llmpar_status llmpar__block_dqkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     const size_t at[3] = {0, llmpar__block_k(s), llmpar__block_v(s)};
@@ -23689,17 +23419,15 @@ static llmpar_status llmpar__block_dw_qkv(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_head_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     return llmpar__llama_sum_leaves(call, "q k norm weight/all_reduce", 2 * b.s.leaves * b.s.e, b.qk_leaves);
 }
 
 static llmpar_status llmpar__block_head_norm_weight(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_status status = LLMPAR_OK;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     for (int i = 0; i < 2 && !status; i++)
         status = llmpar__llama_norm_weight(call, &b.s, b.s.e, b.qk_leaves + (size_t)(i * b.s.leaves * b.s.e) * b.s.sum_size, llmpar__block_grad(&b, call, LLMPAR__QNORM + i));
     return status;
@@ -23715,17 +23443,15 @@ static llmpar_status llmpar__block_columns(const llmpar__block_half *b, const ll
 
 static llmpar_status llmpar__block_gate_up(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     llmpar_status status = llmpar__block_columns(&b, call, LLMPAR__GATE, b.gate);
     return status ? status : llmpar__block_columns(&b, call, LLMPAR__UP, b.up);
 }
 
 static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_swiglu_args swiglu;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     memset(&swiglu, 0, sizeof swiglu);
     swiglu.rows = b.s.n;
     swiglu.dim = swiglu.ld_in = swiglu.ld_out = b.s.f;
@@ -23740,10 +23466,9 @@ static llmpar_status llmpar__block_down(llmpar_unit_call *call)
 /* dh = dout Wd, through swiglu into gate and up in place; h, recomputed, takes dh's place for dWd = dout^T h. */
 static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     llmpar_swiglu_backward_args swiglu;
     llmpar_tp_operand ffn[2];
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = llmpar_tp_product(b.tp, call->stream, LLMPAR_GEMM_NN, s->n, s->f, s->d, llmpar__block_dout(&b), s->d, llmpar__block_param(&b, call, LLMPAR__DOWN), s->f, b.act, s->f, s->dtype, call->workspace, call->workspace_bytes);
     memset(&swiglu, 0, sizeof swiglu);
@@ -23763,9 +23488,8 @@ static llmpar_status llmpar__block_dmlp(llmpar_unit_call *call)
 
 static llmpar_status llmpar__block_dw_mlp(llmpar_unit_call *call)
 {
-    llmpar__block_half b;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__block_open(call, call->index, &b);
+    llmpar__block_half b = llmpar__block_open(call, call->index);
     const llmpar__shape *s = &b.s;
     llmpar_status status = b.tp->sequence_parallel ? LLMPAR_OK : llmpar__block_again(call, &b);
     if (!status) status = llmpar__block_dw(&b, call, LLMPAR__DOWN, s->d, s->f, llmpar__block_dout(&b), s->d, b.act);
@@ -23845,9 +23569,11 @@ static void llmpar__embed_lay(const llmpar_llama *model, const llmpar_micro *mic
     out->part = out->dfull = (char *)scratch + part; /* one is forward's, the other backward's */
 }
 
-static void llmpar__embed_open(const llmpar_unit_call *call, llmpar__embed *out)
+static llmpar__embed llmpar__embed_open(const llmpar_unit_call *call)
 {
-    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, out);
+    llmpar__embed e;
+    llmpar__embed_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->scratch, &e);
+    return e;
 }
 
 static void llmpar__embed_backward_args(const llmpar__embed *e, const llmpar_micro *micro, llmpar_embedding_backward_args *args)
@@ -23885,9 +23611,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__embed_sizes(void *user, const llmpar_m
 
 static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     llmpar_embedding_args args;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     if (e.model->interleaved) return llmpar_fail(call->ctx, LLMPAR_ERR_ARGUMENT, "step: called while this model generates a text, expected after it");
     memset(&args, 0, sizeof args);
     args.rows = e.s.n;
@@ -23903,25 +23628,22 @@ static llmpar_status llmpar__embed_forward(llmpar_unit_call *call)
 
 static llmpar_status llmpar__embed_select(llmpar_unit_call *call)
 {
-    llmpar__embed e;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     return llmpar_tp_select(e.tp, call->stream, "embed/select", e.s.b, e.s.t, e.s.d, e.part, call->output, e.s.dtype);
 }
 
 static llmpar_status llmpar__embed_gather(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     return llmpar_tp_gather(e.tp, call->stream, "embed doutput/all_gather", e.s.b, e.s.t, e.s.d, call->doutput, e.dfull, e.s.dtype);
 }
 
 static llmpar_status llmpar__embed_backward(llmpar_unit_call *call)
 {
-    llmpar__embed e;
     llmpar_embedding_backward_args args;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__embed_open(call, &e);
+    llmpar__embed e = llmpar__embed_open(call);
     llmpar__embed_backward_args(&e, call->micro, &args);
     args.dout = e.tp->sequence_parallel ? (const void *)e.dfull : call->doutput;
     args.dtable = call->grads[0];
@@ -24007,9 +23729,11 @@ static void llmpar__head_lay(const llmpar_llama *model, const llmpar_micro *micr
     out->in = out->tp->sequence_parallel ? out->full : out->h;
 }
 
-static void llmpar__head_open(const llmpar_unit_call *call, llmpar__head *out)
+static llmpar__head llmpar__head_open(const llmpar_unit_call *call)
 {
-    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, out);
+    llmpar__head h;
+    llmpar__head_lay(((const llmpar__part *)call->user)->model, call->micro, call->dtype, call->saved, call->scratch, &h);
+    return h;
 }
 
 static void llmpar__head_operand(const llmpar__head *h, const void *w, llmpar_tp_operand *operand)
@@ -24082,36 +23806,28 @@ static llmpar_status llmpar__head_product(const llmpar_unit_call *call, const ll
 
 static llmpar_status llmpar__head_norm(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_rmsnorm(call->ctx, call->stream, h.model, h.s.ns, h.s.d, call->input, NULL, call->params[0], NULL, h.h, h.rstd);
 }
 
 static llmpar_status llmpar__head_gather(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     if (call->pass == LLMPAR_PASS_BACKWARD && !llmpar__head_grad(call) && (h.whole || !llmpar__head_wants_dx(call))) return LLMPAR_OK;
     return llmpar_tp_gather(h.tp, call->stream, "head input/all_gather", h.s.b, h.s.t, h.s.d, h.h, h.full, h.s.dtype);
 }
 
 static llmpar_status llmpar__head_combine(const llmpar_unit_call *call, const llmpar__head *h, const char *tag, void *values, int64_t count, llmpar_reduce_op op)
 {
-    llmpar_collective c;
-    memset(&c, 0, sizeof c);
-    c.send = c.recv = values;
-    c.count = (size_t)count;
-    c.dtype = h->s.sum;
+    llmpar_collective c = llmpar__comm_collective(values, values, (size_t)count, h->s.sum, tag);
     c.op = op;
-    c.tag = tag;
     return llmpar_all_reduce(h->tp->comm, call->stream, &c);
 }
 
 static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     llmpar_status status = LLMPAR_OK;
     for (int64_t row = 0; row < h.s.n && !status; row += h.rows) {
         int64_t rows = h.s.n - row < h.rows ? h.s.n - row : h.rows;
@@ -24127,16 +23843,14 @@ static llmpar_status llmpar__head_logits(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_max(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return h.whole ? llmpar__head_combine(call, &h, "head max/all_reduce", h.max, 2 * h.s.n, LLMPAR_MAX) : llmpar__head_combine(call, &h, "head target/all_reduce", h.target, h.s.n, LLMPAR_MAX);
 }
 
 static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_args xent;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     if (!h.whole) return LLMPAR_OK; /* done with the logits of each part */
     llmpar__head_xent(call, &h, 0, h.s.n, 0, h.s.v, &xent);
     return call->device->xent_sum(call->device, call->stream, &xent);
@@ -24144,16 +23858,14 @@ static llmpar_status llmpar__head_exp(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_sum(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__head_combine(call, &h, "head sum/all_reduce", h.sum, h.s.n, LLMPAR_SUM);
 }
 
 static llmpar_status llmpar__head_loss(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_xent_loss_args args;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     memset(&args, 0, sizeof args);
     args.rows = h.s.n;
     args.max = h.max;
@@ -24178,9 +23890,8 @@ static llmpar_status llmpar__head_dlogits(const llmpar_unit_call *call, const ll
 
 static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 {
-    llmpar__head h;
     llmpar_tp_operand operand;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     llmpar__head_operand(&h, llmpar__head_weight(call), &operand);
     size_t line = (size_t)h.s.d * llmpar_dtype_size(llmpar_tp_partial_dtype(h.tp, h.s.dtype));
     llmpar_status status = LLMPAR_OK;
@@ -24196,18 +23907,16 @@ static llmpar_status llmpar__head_dx(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_reduce(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar_tp_reduce(h.tp, call->stream, "head dx/reduce", h.s.b, h.s.t, h.s.d, h.part, h.dh, h.s.dtype);
 }
 
 static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 {
-    llmpar__head h;
     char *grad = llmpar__head_grad(call);
     if (!grad) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     const llmpar__shape *s = &h.s;
     if (h.whole) return llmpar_tp_weight_gradient(h.tp, call->stream, s->n, s->leaves, s->v, s->d, h.logits, s->v, h.in, s->d, grad, s->dtype, call->workspace, call->workspace_bytes);
     llmpar_status status = LLMPAR_OK;
@@ -24221,24 +23930,21 @@ static llmpar_status llmpar__head_dw(llmpar_unit_call *call)
 
 static llmpar_status llmpar__head_dnorm(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!llmpar__head_wants_dx(call)) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_backward(call, &h.s, h.dh, call->input, call->params[0], h.rstd, NULL, call->dinput ? call->dinput : h.dh, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_reduce(llmpar_unit_call *call)
 {
-    llmpar__head h;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_reduce(call, &h.s, h.leaves);
 }
 
 static llmpar_status llmpar__head_norm_weight(llmpar_unit_call *call)
 {
-    llmpar__head h;
     if (!call->grads) return LLMPAR_OK;
-    llmpar__head_open(call, &h);
+    llmpar__head h = llmpar__head_open(call);
     return llmpar__llama_norm_weight(call, &h.s, h.s.d, h.leaves, call->grads[0]);
 }
 
@@ -24269,14 +23975,97 @@ LLMPAR__PRIVATE_DEF const llmpar__op_row *llmpar__head_ops(int backward, int32_t
 #endif /* LLMPAR_NO_LLAMA */
 
 /* ==== src/model_io/hf_files.c ==== */
+/* ==== src/model_io/checkpoint_internal.h ==== */
+/* checkpoint_internal: what saving (checkpoint.c), the directory (checkpoint_directory.c), the manifest and loading share. */
+
+#if !defined(LLMPAR_NO_IO)
+
+#define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
+#define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
+#define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
+#define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
+
+/* Arrays of a parameter: itself, the optimizer's states, AdaLomo's moments. */
+enum { LLMPAR__ARRAY_PARAM, LLMPAR__ARRAY_STATE0, LLMPAR__ARRAY_STATE1, LLMPAR__ARRAY_MOMENT, LLMPAR__ARRAY_ROW, LLMPAR__ARRAY_COL, LLMPAR__ARRAY_KINDS };
+#define LLMPAR__ARRAYS 3 /* of one parameter, at most */
+typedef struct llmpar__array {
+    int32_t kind, dims;
+    int64_t shape[LLMPAR_MAX_DIMS];
+} llmpar__array;
+
+LLMPAR__PRIVATE const char *llmpar__array_name(int32_t kind);
+/* The arrays of a parameter; their number. The same on every rank. */
+LLMPAR__PRIVATE int32_t llmpar__arrays(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, llmpar__array out[LLMPAR__ARRAYS]);
+/* What a world rank holds of one (flat_count 0: nothing), is_owner: and writes. */
+LLMPAR__PRIVATE void llmpar__array_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, const llmpar__array *array, llmpar_local *out);
+/* A unit's memory on this rank, fetched if it is offloaded. */
+typedef struct llmpar__array_unit {
+    char *base[1 + LLMPAR_OPTIMIZER_STATES];
+    const llmpar_segment *segments;
+    int32_t count;
+} llmpar__array_unit;
+LLMPAR__PRIVATE llmpar_status llmpar__array_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar__array_unit *out);
+LLMPAR__PRIVATE llmpar_status llmpar__array_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
+/* First element of what this rank holds of an array; NULL: nothing. */
+LLMPAR__PRIVATE char *llmpar__array_memory(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, const llmpar__array *array, const llmpar__array_unit *memory);
+
+/* All ranks end with the same status: OK if every rank comes with OK, else that of the lowest failed one, whose text all ranks get as theirs: "rank 3: TEXT". error may be NULL: then the rank's own. Collective. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag);
+
+/* checkpoint_directory.c: rank 0's part. Local. */
+typedef struct llmpar__checkpoint_file { char name[32]; uint64_t bytes, xxh64; } llmpar__checkpoint_file;
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...) LLMPAR_PRINTF(3, 4);
+LLMPAR__PRIVATE int64_t llmpar__checkpoint_step(const char *name); /* of "step-8"; -1: another name */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error); /* as llmpar_checkpoint_newest */
+/* Makes DIR if need be, removes what crashes left, refuses a step that is there, makes step-N.tmp. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error);
+/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. *complete: step-N is there, whatever is returned. */
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error);
+LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error); /* a directory of files; a missing one is fine */
+
+/* manifest.c */
+typedef struct llmpar__manifest_part {
+    int32_t file;
+    llmpar_local local;
+} llmpar__manifest_part;
+typedef struct llmpar__manifest_tensor {
+    const char *name;
+    uint32_t kinds;                 /* bit by array kind */
+    int32_t dims;
+    int64_t shape[LLMPAR_MAX_DIMS];
+    const llmpar__manifest_part *part;
+    int32_t parts;
+} llmpar__manifest_tensor;
+typedef struct llmpar__manifest_file { const char *name; uint64_t bytes, xxh64; } llmpar__manifest_file;
+typedef struct llmpar__manifest {
+    llmpar_checkpoint_info info;
+    llmpar_dtype stored;
+    int32_t files, tensors;
+    llmpar__manifest_file *file;
+    llmpar__manifest_tensor *tensor;
+    llmpar__manifest_part *part;
+    llmpar_json *json;
+} llmpar__manifest;
+/* Writes `path` (synced under its name; its directory is not). files: of ranks with bytes 0 there are none; config: NULL, or its entry. */
+LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
+/* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
+LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
+LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
+LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
+
+/* hf_files.c: DIR/name on the heap; NULL, with the error set, when out of memory. */
+LLMPAR__PRIVATE char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error);
+
+#endif /* LLMPAR_NO_IO */
+
+/* ---- src/model_io/hf_files.c goes on ---- */
 #if !defined(LLMPAR_NO_IO)
 
 #define LLMPAR__HF_SINGLE "model.safetensors"
 #define LLMPAR__HF_INDEX "model.safetensors.index.json"
 #define LLMPAR__HF_MAX_INDEX ((size_t)100000000) /* bytes, as for a header */
 
-/* DIR/name on the heap; NULL, with the error set, when out of memory. */
-static char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
+LLMPAR__PRIVATE_DEF char *llmpar__hf_join(llmpar_heap *heap, const char *directory, const char *name, llmpar_error *error)
 {
     size_t bytes = strlen(directory) + strlen(name) + 2;
     char *path = (char *)llmpar_heap_alloc(heap, 1, bytes);
@@ -24591,28 +24380,29 @@ static llmpar_status llmpar__hf_put_text(const llmpar_hf_writer *w, const char *
     return status;
 }
 
-/* The index's JSON into text, or with NULL the bytes that it needs at most. */
-static size_t llmpar__hf_index_text(const llmpar_hf_writer *w, char *text, size_t capacity)
+static void llmpar__hf_put_index(const llmpar_hf_writer *w, llmpar__text *out)
 {
-    size_t used = (size_t)snprintf(text, capacity, "{\n  \"metadata\": {\n    \"total_size\": %llu\n  },\n  \"weight_map\": {\n", (unsigned long long)w->total);
     int32_t part = 0, end = 0;
     uint64_t bytes;
+    llmpar__text_put(out, "{\n  \"metadata\": {\n    \"total_size\": %llu\n  },\n  \"weight_map\": {\n", (unsigned long long)w->total);
     for (int32_t i = 0; i < w->count; i++) {
         if (i == end) {
             end = llmpar__hf_file_end(w, i, &bytes);
             part++;
         }
-        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "    ");
-        used += llmpar_json_escape(w->tensor[i].name, strlen(w->tensor[i].name), text ? text + used : NULL, text ? capacity - used : 0);
-        used += (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, ": \"model-%05d-of-%05d.safetensors\"%s\n", (int)part, (int)w->files, i + 1 < w->count ? "," : "");
+        llmpar__text_put(out, "    ");
+        llmpar__text_put_json(out, w->tensor[i].name);
+        llmpar__text_put(out, ": \"model-%05d-of-%05d.safetensors\"%s\n", (int)part, (int)w->files, i + 1 < w->count ? "," : "");
     }
-    return used + (size_t)snprintf(text ? text + used : NULL, text ? capacity - used : 0, "  }\n}\n");
+    llmpar__text_put(out, "  }\n}\n");
 }
 
 /* All shards are complete under their .part names. */
 static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error)
 {
-    size_t bytes = llmpar__hf_index_text(w, NULL, 0);
+    llmpar__text index = llmpar__text_begin(NULL, 0);
+    llmpar__hf_put_index(w, &index);
+    size_t bytes = index.used;
     char *text = (char *)llmpar_heap_alloc(w->heap, bytes + 1, 1);
     llmpar_status status = text ? LLMPAR_OK : llmpar_error_set(error, LLMPAR_ERR_MEMORY, "%s: out of memory for an index of %zu bytes", w->directory, bytes);
     if (!status) status = llmpar__hf_remove(w, LLMPAR__HF_SINGLE, error);
@@ -24626,7 +24416,8 @@ static llmpar_status llmpar__hf_publish(llmpar_hf_writer *w, llmpar_error *error
     }
     if (!status) status = llmpar_directory_sync(w->io, w->directory, error);
     if (!status) {
-        llmpar__hf_index_text(w, text, bytes + 1);
+        index = llmpar__text_begin(text, bytes + 1);
+        llmpar__hf_put_index(w, &index);
         status = llmpar__hf_put_text(w, LLMPAR__HF_INDEX, text, bytes, error);
     }
     llmpar_heap_free(w->heap, text);
@@ -24682,16 +24473,6 @@ LLMPAR_DEF void llmpar_hf_writer_abandon(llmpar_hf_writer *writer)
 /* ==== src/model_io/hf.c ==== */
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO)
 
-/* DIR/name on the heap; NULL when out of memory. */
-static char *llmpar__hf_path(llmpar_ctx *ctx, const char *directory, const char *name)
-{
-    size_t bytes = strlen(directory) + strlen(name) + 2;
-    char *path = (char *)llmpar_heap_alloc(&ctx->heap, 1, bytes);
-    if (path) snprintf(path, bytes, "%s/%s", directory, name);
-    else llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "out of memory for a path");
-    return path;
-}
-
 /* Passes an error of a module without ctx on to the rank. */
 static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error)
 {
@@ -24701,11 +24482,10 @@ static llmpar_status llmpar__hf_fail(llmpar_ctx *ctx, llmpar_status status, cons
 LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory, llmpar_llama_config *out)
 {
     llmpar_error error;
-    char *text = NULL, *path = llmpar__hf_path(ctx, directory, "config.json");
-    size_t bytes;
-    if (!path) return LLMPAR_ERR_MEMORY;
     llmpar_error_clear(&error);
-    llmpar_status status = llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
+    char *text = NULL, *path = llmpar__hf_join(&ctx->heap, directory, "config.json", &error);
+    size_t bytes;
+    llmpar_status status = !path ? LLMPAR_ERR_MEMORY : llmpar_file_load(&ctx->heap, ctx->io, path, (size_t)16 << 20, &text, &bytes, &error);
     if (!status) status = llmpar_llama_config_parse(&ctx->heap, text, bytes, path, out, &error);
     llmpar_heap_free(&ctx->heap, text);
     llmpar_heap_free(&ctx->heap, path);
@@ -24717,9 +24497,9 @@ LLMPAR_DEF llmpar_status llmpar_hf_config(llmpar_ctx *ctx, const char *directory
 /* "[64, 2]" */
 static const char *llmpar__hf_shape(const int64_t *shape, int32_t dims, char *text, size_t capacity)
 {
-    size_t used = (size_t)snprintf(text, capacity, "[");
-    for (int32_t d = 0; d < dims && used < capacity; d++) used += (size_t)snprintf(text + used, capacity - used, "%s%lld", d ? ", " : "", (long long)shape[d]);
-    if (used < capacity) snprintf(text + used, capacity - used, "]");
+    llmpar__text out = llmpar__text_begin(text, capacity);
+    for (int32_t d = 0; d < dims; d++) llmpar__text_put(&out, "%s%lld", d ? ", " : "[", (long long)shape[d]);
+    llmpar__text_put(&out, dims ? "]" : "[]");
     return text;
 }
 
@@ -24753,10 +24533,9 @@ static int llmpar__hf_is_shape(const llmpar_safetensor *tensor, const int64_t *s
 static int llmpar__hf_is_rotary_buffer(const char *name)
 {
     static const char before[] = "model.layers.", behind[] = ".self_attn.rotary_emb.inv_freq";
-    size_t digits;
     if (strncmp(name, before, sizeof before - 1)) return 0;
     name += sizeof before - 1;
-    digits = strspn(name, "0123456789");
+    size_t digits = strspn(name, "0123456789");
     return digits && !strcmp(name + digits, behind);
 }
 
@@ -25012,12 +24791,9 @@ static llmpar_status llmpar__hf_open(llmpar_fsdp *fsdp, const char *path, const 
         status = file->host && (file->narrow || file->dtype == dtype) ? llmpar__hf_declare(file, path, config, desc ? desc->max_file_bytes : 0) : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "%s: no memory for a piece of a tensor", path);
     }
     status = llmpar__hf_agree(ctx, file->stream, status, "save/open");
-    if (status) {
-        llmpar_tensor_file_abandon(file);
-        return status;
-    }
-    *out = file;
-    return LLMPAR_OK;
+    if (status) llmpar_tensor_file_abandon(file);
+    else *out = file;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_tensor_file_open(llmpar_fsdp *fsdp, const char *path, const int32_t *units, int32_t count, llmpar_tensor_file **out)
@@ -25121,90 +24897,7 @@ LLMPAR_DEF llmpar_status llmpar_hf_save(llmpar_fsdp *fsdp, const llmpar_llama_co
 /* The directory of checkpoints, as one rank changes it. Power may fail anywhere: every line leaves what is complete complete.
 
      step-8.tmp/ + files (each synced)  ->  sync step-8.tmp  ->  rename to step-8  ->  sync DIR  ->  latest (written aside, synced, renamed, DIR synced)  ->  older ones: renamed to .tmp, then removed */
-/* ==== src/model_io/checkpoint_internal.h ==== */
-/* checkpoint_internal: what saving (checkpoint.c), the directory (checkpoint_directory.c), the manifest and loading share. */
 
-#if !defined(LLMPAR_NO_IO)
-
-#define LLMPAR__CHECKPOINT_VERSION 1  /* of the format */
-#define LLMPAR__CHECKPOINT_CONTRACT 1 /* of docs/exact.md */
-#define LLMPAR__CHECKPOINT_NAME 1024  /* of a tensor with its kind, and of a file */
-#define LLMPAR__CHECKPOINT_PATH 3072  /* of a file: the directory's length is checked once, at the entrance (1000 to save into, 2047 to load from), so that names behind it always fit */
-
-/* Arrays of a parameter: itself, the optimizer's states, AdaLomo's moments. */
-enum { LLMPAR__ARRAY_PARAM, LLMPAR__ARRAY_STATE0, LLMPAR__ARRAY_STATE1, LLMPAR__ARRAY_MOMENT, LLMPAR__ARRAY_ROW, LLMPAR__ARRAY_COL, LLMPAR__ARRAY_KINDS };
-#define LLMPAR__ARRAYS 3 /* of one parameter, at most */
-typedef struct llmpar__array {
-    int32_t kind, dims;
-    int64_t shape[LLMPAR_MAX_DIMS];
-} llmpar__array;
-
-LLMPAR__PRIVATE const char *llmpar__array_name(int32_t kind);
-/* The arrays of a parameter; their number. The same on every rank. */
-LLMPAR__PRIVATE int32_t llmpar__arrays(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, llmpar__array out[LLMPAR__ARRAYS]);
-/* What a world rank holds of one (flat_count 0: nothing), is_owner: and writes. */
-LLMPAR__PRIVATE void llmpar__array_part(const llmpar_fsdp *fsdp, int32_t rank, int32_t unit, int32_t param, const llmpar__array *array, llmpar_local *out);
-/* A unit's memory on this rank, fetched if it is offloaded. */
-typedef struct llmpar__array_unit {
-    char *base[1 + LLMPAR_OPTIMIZER_STATES];
-    const llmpar_segment *segments;
-    int32_t count;
-} llmpar__array_unit;
-LLMPAR__PRIVATE llmpar_status llmpar__array_fetch(llmpar_fsdp *fsdp, int32_t unit, llmpar__array_unit *out);
-LLMPAR__PRIVATE llmpar_status llmpar__array_done(llmpar_fsdp *fsdp, int32_t unit, int32_t changed);
-/* First element of what this rank holds of an array; NULL: nothing. */
-LLMPAR__PRIVATE char *llmpar__array_memory(const llmpar_fsdp *fsdp, const llmpar_optim *optim, int32_t unit, int32_t param, const llmpar__array *array, const llmpar__array_unit *memory);
-
-/* All ranks end with the same status: OK if every rank comes with OK, else that of the lowest failed one, whose text all ranks get as theirs: "rank 3: TEXT". error may be NULL: then the rank's own. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag);
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag); /* of all ranks. Collective */
-/* values[count] of every rank into all[world][count]. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag);
-
-/* checkpoint_directory.c: rank 0's part. Local. */
-typedef struct llmpar__checkpoint_file { char name[32]; uint64_t bytes, xxh64; } llmpar__checkpoint_file;
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...) LLMPAR_PRINTF(3, 4);
-LLMPAR__PRIVATE int64_t llmpar__checkpoint_step(const char *name); /* of "step-8"; -1: another name */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_find(const llmpar_io *io, const char *directory, int64_t below, int64_t *step, llmpar_error *error); /* as llmpar_checkpoint_newest */
-/* Makes DIR if need be, removes what crashes left, refuses a step that is there, makes step-N.tmp. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_begin(const llmpar_io *io, const char *directory, int64_t step, llmpar_error *error);
-/* step-N.tmp, with all its files, becomes step-N; then `latest`; then older ones go. *complete: step-N is there, whatever is returned. */
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_publish(llmpar_heap *heap, const llmpar_io *io, const char *directory, int64_t step, int32_t keep, int *complete, llmpar_error *error);
-LLMPAR__PRIVATE llmpar_status llmpar__checkpoint_remove(const llmpar_io *io, const char *path, llmpar_error *error); /* a directory of files; a missing one is fine */
-
-/* manifest.c */
-typedef struct llmpar__manifest_part {
-    int32_t file;
-    llmpar_local local;
-} llmpar__manifest_part;
-typedef struct llmpar__manifest_tensor {
-    const char *name;
-    uint32_t kinds;                 /* bit by array kind */
-    int32_t dims;
-    int64_t shape[LLMPAR_MAX_DIMS];
-    const llmpar__manifest_part *part;
-    int32_t parts;
-} llmpar__manifest_tensor;
-typedef struct llmpar__manifest_file { const char *name; uint64_t bytes, xxh64; } llmpar__manifest_file;
-typedef struct llmpar__manifest {
-    llmpar_checkpoint_info info;
-    llmpar_dtype stored;
-    int32_t files, tensors;
-    llmpar__manifest_file *file;
-    llmpar__manifest_tensor *tensor;
-    llmpar__manifest_part *part;
-    llmpar_json *json;
-} llmpar__manifest;
-/* Writes `path` (synced under its name; its directory is not). files: of ranks with bytes 0 there are none; config: NULL, or its entry. */
-LLMPAR__PRIVATE llmpar_status llmpar__manifest_write(llmpar_fsdp *fsdp, const llmpar_optim *optim, const llmpar_checkpoint_info *info, const llmpar__checkpoint_file *config, const llmpar__checkpoint_file *ranks, const char *path, llmpar_error *error);
-/* Checks everything that can be checked without the files and the model. Freed by destroy, also half-made. */
-LLMPAR__PRIVATE llmpar_status llmpar__manifest_parse(llmpar_heap *heap, const char *text, size_t length, const char *name, llmpar__manifest *out, llmpar_error *error);
-LLMPAR__PRIVATE int llmpar__manifest_is_shard(const char *name); /* of a file: may it hold parts of tensors? */
-LLMPAR__PRIVATE void llmpar__manifest_destroy(llmpar_heap *heap, llmpar__manifest *manifest);
-
-#endif /* LLMPAR_NO_IO */
-
-/* ---- src/model_io/checkpoint_directory.c goes on ---- */
 #if !defined(LLMPAR_NO_IO)
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_path(char out[LLMPAR__CHECKPOINT_PATH], llmpar_error *error, const char *format, ...)
@@ -25920,52 +25613,20 @@ LLMPAR__PRIVATE_DEF char *llmpar__array_memory(const llmpar_fsdp *fsdp, const ll
 
 /* ---- agreement ---- */
 
-/* One collective of int64 or bytes through device memory. op: 0 all-gather, 1 all-reduce max, 2 broadcast from root. */
-static llmpar_status llmpar__checkpoint_talk(llmpar_ctx *ctx, int op, int32_t root, const void *send, void *recv, size_t count, llmpar_dtype dtype, const char *tag)
-{
-    llmpar_device *device = ctx->device;
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    void *buffer = NULL;
-    size_t part = count * llmpar_dtype_size(dtype), whole = op == 0 ? part * (size_t)ctx->world : part;
-    memset(&call, 0, sizeof call);
-    llmpar_status status = device->alloc(device, whole, &buffer);
-    if (!status) status = device->stream_create(device, tag, &stream);
-    call.recv = buffer;
-    call.send = (char *)buffer + (op == 0 ? part * (size_t)ctx->rank : 0);
-    call.count = count;
-    call.dtype = dtype;
-    call.op = LLMPAR_MAX;
-    call.root = root;
-    call.tag = tag;
-    if (!status) status = device->copy(device, stream, (void *)(uintptr_t)call.send, send, part);
-    if (!status) status = op == 0 ? llmpar_all_gather(ctx->comm, stream, &call) : op == 1 ? llmpar_all_reduce(ctx->comm, stream, &call) : llmpar_broadcast(ctx->comm, stream, &call);
-    if (!status) status = device->copy(device, stream, recv, buffer, whole);
-    if (stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
-        device->stream_destroy(device, stream);
-    }
-    device->free(device, buffer, whole);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_gather(llmpar_ctx *ctx, const int64_t *values, int64_t *all, size_t count, const char *tag) { return llmpar__checkpoint_talk(ctx, 0, 0, values, all, count, LLMPAR_I64, tag); }
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_largest(llmpar_ctx *ctx, int64_t *value, const char *tag) { return llmpar__checkpoint_talk(ctx, 1, 0, value, value, 1, LLMPAR_I64, tag); }
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__checkpoint_agree(llmpar_ctx *ctx, llmpar_status status, const llmpar_error *error, const char *tag)
 {
     llmpar_error shared;
     int64_t worst = status ? ctx->world - ctx->rank : 0;
     memset(&shared, 0, sizeof shared);
-    llmpar_status talk = llmpar__checkpoint_largest(ctx, &worst, tag);
+    llmpar_status talk = llmpar__comm_largest(ctx->comm, &worst, 1, tag);
     if (talk) return status ? status : talk;
     if (!worst) return LLMPAR_OK;
     int32_t root = (int32_t)(ctx->world - worst);
     if (root == ctx->rank) snprintf(shared.text, sizeof shared.text, "%s", error ? error->text : ctx->error.text);
     shared.status = status;
-    talk = llmpar__checkpoint_talk(ctx, 2, root, &shared, &shared, sizeof shared, LLMPAR_U8, tag);
+    llmpar_collective call = llmpar__comm_collective(&shared, &shared, sizeof shared, LLMPAR_U8, tag);
+    call.root = root;
+    talk = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_BROADCAST, &call);
     if (talk) return talk;
     return ctx->world > 1 ? llmpar_fail(ctx, shared.status, "rank %d: %s", (int)root, shared.text) : llmpar_fail(ctx, shared.status, "%s", shared.text);
 }
@@ -26058,8 +25719,9 @@ static llmpar_status llmpar__checkpoint_take(llmpar_checkpoint *c)
                 }
             }
         }
-        llmpar_status waited = device->synchronize(device, stream), put = llmpar__array_done(c->fsdp, u, 0);
-        if (!status) status = waited ? waited : put;
+        status = llmpar__device_done(device, stream, status);
+        llmpar_status put = llmpar__array_done(c->fsdp, u, 0);
+        if (!status) status = put;
     }
     if (stream) device->stream_destroy(device, stream);
     llmpar_device_host_free(device, &ctx->heap, staging, LLMPAR__CHECKPOINT_STAGING);
@@ -26160,7 +25822,8 @@ static llmpar_status llmpar__checkpoint_end(llmpar_checkpoint *c)
     int64_t *sums = (int64_t *)llmpar_heap_alloc(&ctx->heap, 2 * (size_t)ctx->world, sizeof *sums);
     if (!sums && !status) status = llmpar_error_set(&c->error, LLMPAR_ERR_MEMORY, "checkpoint: out of memory");
     status = llmpar__checkpoint_agree(ctx, status, &c->error, "checkpoint written");
-    if (!status) status = llmpar__checkpoint_gather(ctx, mine, sums, 2, "checkpoint sums");
+    const llmpar_collective call = llmpar__comm_collective(mine, sums, 2, LLMPAR_I64, "checkpoint sums");
+    if (!status) status = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_GATHER, &call);
     int written = !status;
     if (written && ctx->rank == 0) status = llmpar__checkpoint_commit(c, sums);
     /* Nobody has a file open any more. */
@@ -26175,7 +25838,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_poll(llmpar_checkpoint *c, int wait)
     if (!c->busy) return LLMPAR_OK;
     if (!wait) {
         int64_t unfinished = !__atomic_load_n(&c->done, __ATOMIC_ACQUIRE);
-        llmpar_status status = llmpar__checkpoint_largest(c->ctx, &unfinished, "checkpoint done");
+        llmpar_status status = llmpar__comm_largest(c->ctx->comm, &unfinished, 1, "checkpoint done");
         if (status || unfinished) return status;
     }
     return llmpar__checkpoint_end(c);
@@ -26377,7 +26040,7 @@ static llmpar_status llmpar__load_match(llmpar__load *load)
     for (int32_t u = 0; u < llmpar_fsdp_unit_count(load->fsdp) && !status; u++)
         for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
             const char *name = llmpar_fsdp_unit(load->fsdp, u)->params[p].name;
-            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) {
                 llmpar__manifest_tensor *tensor = llmpar__load_take(load, name, array[a].kind, &hint);
                 int same = tensor && tensor->dims == array[a].dims;
@@ -26544,7 +26207,7 @@ static llmpar_status llmpar__load_numbers(llmpar__load *load)
             break;
         }
         for (int32_t p = 0; p < llmpar_fsdp_unit(load->fsdp, u)->param_count && !status; p++) {
-            int32_t arrays = load->states ? llmpar__arrays(load->fsdp, load->optim, u, p, array) : llmpar__arrays(load->fsdp, NULL, u, p, array);
+            int32_t arrays = llmpar__arrays(load->fsdp, load->states ? load->optim : NULL, u, p, array);
             for (int32_t a = 0; a < arrays && !status; a++) status = llmpar__load_array(load, stream, u, p, &array[a], &memory, &hint);
         }
         llmpar_status done = llmpar__array_done(load->fsdp, u, 1);
@@ -26597,7 +26260,7 @@ LLMPAR_DEF llmpar_status llmpar_checkpoint_newest(llmpar_ctx *ctx, const char *d
     *step = -1;
     llmpar_status status = ctx->rank ? LLMPAR_OK : llmpar__checkpoint_find(ctx->io, directory, below, step, &error);
     status = llmpar__checkpoint_agree(ctx, status, &error, "checkpoints listed");
-    return status ? status : llmpar__checkpoint_largest(ctx, step, "newest checkpoint");
+    return status ? status : llmpar__comm_largest(ctx->comm, step, 1, "newest checkpoint");
 }
 
 #undef LLMPAR__LOAD_PIECE
@@ -26872,12 +26535,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_resolve(llmpar_launch_desc *des
     *level = llmpar_cpu_best_level();
     if (text && !llmpar_cpu_level_parse(text, level)) {
         char choices[128];
-        size_t used = 0;
-        choices[0] = 0;
-        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?") && used < sizeof choices; i++) {
-            int n = snprintf(choices + used, sizeof choices - used, "%s%s", used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
-            used += n > 0 ? (size_t)n : 0;
-        }
+        llmpar__text out = llmpar__text_begin(choices, sizeof choices);
+        for (int i = LLMPAR_CPU_PORTABLE; strcmp(llmpar_cpu_level_name((llmpar_cpu_level)i), "?"); i++) llmpar__text_put(&out, "%s%s", out.used ? ", " : "", llmpar_cpu_level_name((llmpar_cpu_level)i));
         return llmpar_error_set(error, LLMPAR_ERR_CONFIG, "launch: %s \"%s\" is not a dispatch level (%s)", text == variable ? "LLMPAR_CPU" : "cpu", text, choices);
     }
     return LLMPAR_OK;
@@ -26934,10 +26593,6 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     job->references = 1;
     snprintf(job->record, sizeof job->record, "%s", desc.record ? desc.record : "");
     st = llmpar__launch_places(job, error);
-    if (st) {
-        llmpar__launch_leave(job);
-        return st;
-    }
     llmpar_threads_desc threads;
     memset(&threads, 0, sizeof threads);
     threads.ranks = ranks;
@@ -26945,7 +26600,7 @@ LLMPAR_DEF llmpar_status llmpar_launch(const llmpar_launch_desc *given, llmpar_r
     threads.deadline = desc.deadline;
     threads.unchecked = desc.unchecked;
     threads.crowded = job->crowded;
-    st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
+    if (!st) st = llmpar_threads_world_create(&job->heap, &threads, &job->world, error);
     if (st) {
         llmpar__launch_leave(job);
         return st;
@@ -27048,9 +26703,9 @@ static llmpar_status llmpar__launch_all_here(llmpar_ctx *ctx)
     llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
     if (st) return st;
     st = llmpar_comm_barrier(ctx->host_comm, stream, "launch/device");
-    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
+    st = llmpar__device_done(ctx->host, stream, st);
     ctx->host->stream_destroy(ctx->host, stream);
-    return st ? st : synchronized;
+    return st;
 }
 
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_absent(llmpar_ctx *ctx, const llmpar_backend *backend, llmpar_status st)
@@ -27138,12 +26793,13 @@ LLMPAR__PRIVATE_DEF llmpar_record *llmpar__launch_record(const llmpar_ctx *ctx)
 /* ---- do all ranks compute alike? ---- */
 
 /* FNV-1a over the bytes of small results: two ranks whose kernels differ (another level, another compiler, another accelerator) differ here. The operands go to the device's memory and the product comes back. */
-static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *stream, uint64_t *out)
+static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, uint64_t *out)
 {
     enum { M = 5, N = 19, K = 67 };
     llmpar_device *device = ctx->device;
     size_t inputs = M * K + N * K, bytes = (inputs + M * N) * sizeof(float), workspace_bytes = 0;
     void *memory = NULL;
+    llmpar_stream *stream = NULL;
     llmpar_gemm_segment segment[4];
     llmpar_gemm_args args;
     memset(&args, 0, sizeof args);
@@ -27152,6 +26808,7 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
     if (!host) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for the self-test");
     for (size_t i = 0; i < inputs; i++) host[i] = (float)((int)(i * 7919 + 13) % 1009 - 504) * (1.0f / 333.0f);
     llmpar_status st = device->alloc(device, bytes, &memory);
+    if (!st) st = device->stream_create(device, "launch", &stream);
     const float *a = (const float *)memory;
     if (!st) {
         for (int i = 0; i < 4; i++) {
@@ -27176,8 +26833,10 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
     if (!st) st = device->copy(device, stream, memory, host, inputs * sizeof *host);
     if (!st) st = device->gemm(device, stream, &args);
     if (!st) st = device->copy(device, stream, host + inputs, args.c, M * N * sizeof *host);
-    llmpar_status synchronized = device->synchronize(device, stream);
-    if (!st) st = synchronized;
+    if (stream) {
+        st = llmpar__device_done(device, stream, st);
+        device->stream_destroy(device, stream);
+    }
     uint64_t hash = 0xcbf29ce484222325u;
     const unsigned char *result = (const unsigned char *)(host + inputs);
     for (size_t i = 0; !st && i < M * N * sizeof *host; i++) hash = (hash ^ result[i]) * 0x100000001b3u;
@@ -27192,37 +26851,15 @@ static llmpar_status llmpar__launch_self_test(llmpar_ctx *ctx, llmpar_stream *st
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__launch_agree(llmpar_ctx *ctx)
 {
     if (ctx->world == 1) return LLMPAR_OK;
-    llmpar_device *device = ctx->device;
-    size_t world = (size_t)ctx->world, bytes = (world + 1) * sizeof(uint64_t);
-    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, world, sizeof *all);
-    void *memory = NULL;
-    llmpar_stream *stream = NULL;
+    uint64_t mine = 0, *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof *all);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = device->alloc(device, bytes, &memory);
-    if (!st) st = device->stream_create(device, "launch", &stream);
-    if (!st) st = llmpar__launch_self_test(ctx, stream, &mine);
-    if (!st) {
-        llmpar_collective call;
-        memset(&call, 0, sizeof call);
-        call.send = (uint64_t *)memory + world;
-        call.recv = memory;
-        call.count = 1;
-        call.dtype = LLMPAR_U64;
-        call.tag = "launch/self_test";
-        st = device->copy(device, stream, (uint64_t *)memory + world, &mine, sizeof mine);
-        if (!st) st = llmpar_all_gather(ctx->comm, stream, &call);
-        if (!st) st = device->copy(device, stream, all, memory, world * sizeof *all);
-    }
-    if (stream) {
-        llmpar_status synchronized = device->synchronize(device, stream);
-        if (!st) st = synchronized;
-        device->stream_destroy(device, stream);
-    }
+    llmpar_collective call = llmpar__comm_collective(&mine, all, 1, LLMPAR_U64, "launch/self_test");
+    llmpar_status st = llmpar__launch_self_test(ctx, &mine);
+    if (!st) st = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t i = 1; i < ctx->world && !st; i++)
         if (all[i] != all[0])
             st = llmpar_fail(ctx, LLMPAR_ERR_MISMATCH, "launch: the self-test gives other bits on rank %d (%016llx) than on rank 0 (%016llx); this rank's device is %s", (int)i,
-                             (unsigned long long)all[i], (unsigned long long)all[0], device->name);
-    device->free(device, memory, bytes);
+                             (unsigned long long)all[i], (unsigned long long)all[0], ctx->device->name);
     llmpar_heap_free(&ctx->heap, all);
     return st;
 }
@@ -27258,35 +26895,14 @@ static llmpar_status llmpar__launch_host(llmpar_ctx *ctx, llmpar_mpi_world *worl
     return st ? st : llmpar_mpi_comm_create(world, ctx->host, &ctx->error, &ctx->host_comm);
 }
 
-/* One collective on host memory, done on return: reduces where op is not NULL, gathers else. */
-static llmpar_status llmpar__launch_exchange(llmpar_ctx *ctx, const void *send, void *recv, size_t count, llmpar_dtype dtype, const llmpar_reduce_op *op, const char *tag)
-{
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    call.send = send;
-    call.recv = recv;
-    call.count = count;
-    call.dtype = dtype;
-    call.tag = tag;
-    if (op) call.op = *op;
-    llmpar_status st = ctx->host->stream_create(ctx->host, "launch", &stream);
-    if (st) return st;
-    st = op ? llmpar_all_reduce(ctx->host_comm, stream, &call) : llmpar_all_gather(ctx->host_comm, stream, &call);
-    llmpar_status synchronized = ctx->host->synchronize(ctx->host, stream);
-    ctx->host->stream_destroy(ctx->host, stream);
-    return st ? st : synchronized;
-}
-
 /* The lowest dispatch level of all ranks: machines of a job may differ. */
 static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *world, const llmpar_launch_desc *desc, llmpar_cpu_level level)
 {
     llmpar_status st = llmpar__launch_host(ctx, world, desc, level);
     if (st || ctx->world == 1) return st;
-    int64_t mine = -(int64_t)level, most = 0;
-    llmpar_reduce_op op = LLMPAR_MAX;
-    st = llmpar__launch_exchange(ctx, &mine, &most, 1, LLMPAR_I64, &op, "launch/level");
-    if (st || most == mine) return st;
+    int64_t most = -(int64_t)level;
+    st = llmpar__comm_largest(ctx->host_comm, &most, 1, "launch/level");
+    if (st || most == -(int64_t)level) return st;
     llmpar__launch_clear(ctx, NULL);
     return llmpar__launch_host(ctx, world, desc, (llmpar_cpu_level)-most);
 }
@@ -27295,15 +26911,16 @@ static llmpar_status llmpar__launch_level(llmpar_ctx *ctx, llmpar_mpi_world *wor
 static llmpar_status llmpar__launch_local_mpi(llmpar_ctx *ctx)
 {
     char name[256] = "";
-    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 }, *all;
+    uint64_t mine[2] = { 0xcbf29ce484222325u, 0 };
     int32_t local = 0, lower = 0;
     int given = llmpar__launch_local(&local, &ctx->error);
     if (given < 0) return ctx->error.status;
     gethostname(name, sizeof name - 1);
     for (const char *p = name; *p; p++) mine[0] = (mine[0] ^ (unsigned char)*p) * 0x100000001b3u;
-    all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
+    uint64_t *all = (uint64_t *)llmpar_heap_zalloc(&ctx->heap, (size_t)ctx->world, sizeof mine);
     if (!all) return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "launch: out of memory for %d ranks", (int)ctx->world);
-    llmpar_status st = llmpar__launch_exchange(ctx, mine, all, 2, LLMPAR_U64, NULL, "launch/machines");
+    llmpar_collective call = llmpar__comm_collective(mine, all, 2, LLMPAR_U64, "launch/machines");
+    llmpar_status st = llmpar__comm_talk(ctx->host_comm, LLMPAR_CALL_ALL_GATHER, &call);
     for (int32_t i = 0; i < ctx->rank && !st; i++) lower += all[2 * (size_t)i] == mine[0];
     ctx->local_rank = given ? local : lower;
     llmpar_heap_free(&ctx->heap, all);
@@ -27591,8 +27208,6 @@ LLMPAR__PRIVATE void llmpar__metrics_close(llmpar_trainer *trainer);
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_step(llmpar_trainer *trainer, const llmpar_step *step);
 /* Sets trainer->peak_flops. Collective. */
 LLMPAR__PRIVATE llmpar_status llmpar__metrics_peak(llmpar_trainer *trainer);
-/* *value becomes the largest of all ranks'. Collective. */
-LLMPAR__PRIVATE llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value);
 
 LLMPAR__PRIVATE void llmpar__trainer_forget(llmpar_error *error); /* as it was before any error: the rank's place stays */
 /* trainer_checkpoint.c: the directory, and where desc.resume says so the state from there. Collective. */
@@ -27769,8 +27384,7 @@ static llmpar_status llmpar__recipe_schedule(llmpar_trainer *t, const llmpar_fsd
     if (!forward_only) policy.update = llmpar_optim_update_when(&t->desc.optim, t->desc.dtype == LLMPAR_F16);
     policy.forward_only = forward_only;
     llmpar_status status = llmpar_schedule_create(&t->ctx->heap, units, count, &policy, out, &t->ctx->error);
-    if (!status) status = llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
-    return status;
+    return status ? status : llmpar_schedule_validate(&t->ctx->heap, (*out)->list, (*out)->count, units, count, &(*out)->policy, &t->ctx->error);
 }
 
 static llmpar_status llmpar__recipe_buffers(llmpar_trainer *t)
@@ -27884,12 +27498,6 @@ static void llmpar__recipe_recompute(llmpar_llama *model, const llmpar__recipe_b
     }
 }
 
-static int llmpar__recipe_copy(llmpar_heap *heap, const char *text, const char **out)
-{
-    *out = text ? llmpar_heap_strdup(heap, text) : NULL;
-    return !text || *out;
-}
-
 LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, const llmpar__recipe_blocks *blocks, int count_only, uint64_t reserve, llmpar_trainer **out)
 {
     llmpar_ctx *ctx = mesh->ctx;
@@ -27905,21 +27513,19 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__trainer_create(llmpar_mesh *mesh, llmp
     t->scale = desc->loss_scale;
     llmpar__recipe_lr(desc, &t->lr);
     t->local = t->desc.batch / ((int64_t)mesh->dp_ranks * t->desc.grad_accum);
-    int copied = llmpar__recipe_copy(&ctx->heap, desc->data, &t->desc.data);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->log, &t->desc.log);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->trace, &t->desc.trace);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->offload_dir, &t->desc.offload_dir);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->checkpoint, &t->desc.checkpoint);
-    copied &= llmpar__recipe_copy(&ctx->heap, desc->resume, &t->desc.resume);
+    const char **const text[] = {&t->desc.data, &t->desc.log, &t->desc.trace, &t->desc.offload_dir, &t->desc.checkpoint, &t->desc.resume};
+    int copied = 1;
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) {
+        if (!*text[i]) continue;
+        *text[i] = llmpar_heap_strdup(&ctx->heap, *text[i]);
+        copied &= *text[i] != NULL;
+    }
     llmpar_status status = copied ? LLMPAR_OK : llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "trainer: out of memory");
     if (!status) llmpar__recipe_recompute(model, blocks);
     if (!status) status = llmpar__recipe(t);
-    if (status) {
-        llmpar_trainer_destroy(t);
-        return status;
-    }
-    *out = t;
-    return LLMPAR_OK;
+    if (status) llmpar_trainer_destroy(t);
+    else *out = t;
+    return status;
 }
 
 LLMPAR_DEF llmpar_status llmpar_parallelize(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_trainer **out)
@@ -27960,12 +27566,8 @@ LLMPAR_DEF void llmpar_trainer_destroy(llmpar_trainer *t)
     llmpar_device_host_free(t->ctx->device, heap, t->staging, t->staging_bytes);
     llmpar_heap_free(heap, t->micro);
     llmpar_heap_free(heap, t->gradients);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.data);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.log);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.trace);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.offload_dir);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.checkpoint);
-    llmpar_heap_free(heap, (void *)(uintptr_t)t->desc.resume);
+    const char *const text[] = {t->desc.data, t->desc.log, t->desc.trace, t->desc.offload_dir, t->desc.checkpoint, t->desc.resume};
+    for (size_t i = 0; i < sizeof text / sizeof *text; i++) llmpar_heap_free(heap, (void *)(uintptr_t)text[i]);
     llmpar_heap_free(heap, t);
 }
 
@@ -28547,8 +28149,7 @@ static llmpar_status llmpar__peak_fill(const llmpar__peak *p, char *data)
     if (done > bytes) done = bytes;
     llmpar_status status = device->copy(device, p->stream, data, stored, done);
     for (; done < bytes && !status; done *= 2) status = device->copy(device, p->stream, data + done, data, bytes - done < done ? bytes - done : done);
-    llmpar_status waited = device->synchronize(device, p->stream); /* in any case: the stream may read `stored` */
-    return status ? status : waited;
+    return llmpar__device_done(device, p->stream, status);
 }
 
 /* p->seconds: the best of `tries` behind one that warms up, each of `products` in a row. */
@@ -28576,10 +28177,7 @@ static llmpar_status llmpar__peak_measure(llmpar__peak *p, int tries, int produc
         double seconds = (llmpar__clock_seconds() - begin) / products + 1e-9;
         if (i > 0 && seconds < p->seconds) p->seconds = seconds;
     }
-    if (p->stream) {
-        llmpar_status waited = device->synchronize(device, p->stream); /* in any case: it may use what goes now */
-        if (!status) status = waited;
-    }
+    if (p->stream) status = llmpar__device_done(device, p->stream, status);
     llmpar_arena_destroy(arena);
     return status;
 }
@@ -28594,7 +28192,7 @@ static llmpar_status llmpar__peak_grow(llmpar__peak *p)
         if (!llmpar__peak_of(p, side)) break;
         status = llmpar__peak_measure(p, 1, 1);
         nanoseconds = (int64_t)(p->seconds * 1e9);
-        if (!status) status = llmpar__run_largest(p->t->ctx, "peak/side", &nanoseconds);
+        if (!status) status = llmpar__comm_largest(p->t->ctx->comm, &nanoseconds, 1, "peak/side");
     }
     if (status || nanoseconds >= 2000000 || !nanoseconds) return status;
     int64_t side = p->side > LAST ? (int64_t)LAST : p->side;
@@ -28608,8 +28206,6 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
     llmpar_ctx *ctx = t->ctx;
     llmpar_device *device = ctx->device;
     llmpar__peak p;
-    double flops;
-    void *rate = NULL;
     memset(&p, 0, sizeof p);
     p.t = t;
     p.seconds = 1e9;
@@ -28621,59 +28217,19 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__metrics_peak(llmpar_trainer *t)
         while (!llmpar__peak_of(&p, side) && side > 8) side /= 2;
         status = llmpar__peak_measure(&p, TRIES, 1);
     }
-    flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
-    llmpar_collective call;
-    memset(&call, 0, sizeof call);
-    if (!status) status = device->alloc(device, sizeof flops, &rate);
-    call.send = call.recv = rate;
-    call.count = 1;
-    call.dtype = LLMPAR_F64;
-    call.tag = "peak";
-    if (!status) status = device->copy(device, p.stream, rate, &flops, sizeof flops);
-    if (!status) status = llmpar_all_reduce(ctx->comm, p.stream, &call);
-    if (!status) status = device->copy(device, p.stream, &t->peak_flops, rate, sizeof flops);
-    if (p.stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, p.stream);
-        if (!status) status = waited;
+    double flops = 2.0 * (double)p.side * (double)p.side * (double)p.side / p.seconds;
+    llmpar_collective call = llmpar__comm_collective(&flops, &t->peak_flops, 1, LLMPAR_F64, "peak");
+    if (!status) status = llmpar__comm_talk(ctx->comm, LLMPAR_CALL_ALL_REDUCE, &call);
+    if (p.stream) {
+        status = llmpar__device_done(device, p.stream, status);
         device->stream_destroy(device, p.stream);
     }
-    device->free(device, rate, sizeof flops);
     return status;
 }
 
 #endif /* LLMPAR_NO_LLAMA, LLMPAR_NO_IO, LLMPAR_NO_TEXT */
 /* ==== src/run/memory.c ==== */
 #if !defined(LLMPAR_NO_LLAMA) && !defined(LLMPAR_NO_IO) && !defined(LLMPAR_NO_TEXT)
-
-/* values[count] become the largest of all ranks', element by element. */
-static llmpar_status llmpar__memory_largest(llmpar_ctx *ctx, const char *tag, int64_t *values, size_t count)
-{
-    llmpar_device *device = ctx->device;
-    llmpar_stream *stream = NULL;
-    llmpar_collective call;
-    void *buffer = NULL;
-    size_t bytes = count * sizeof *values;
-    memset(&call, 0, sizeof call);
-    llmpar_status status = device->alloc(device, bytes, &buffer);
-    if (!status) status = device->stream_create(device, tag, &stream);
-    call.send = call.recv = buffer;
-    call.count = count;
-    call.dtype = LLMPAR_I64;
-    call.op = LLMPAR_MAX;
-    call.tag = tag;
-    if (!status) status = device->copy(device, stream, buffer, values, bytes);
-    if (!status) status = llmpar_all_reduce(ctx->comm, stream, &call);
-    if (!status) status = device->copy(device, stream, values, buffer, bytes);
-    if (stream) { /* in any case: the stream may use what goes now */
-        llmpar_status waited = device->synchronize(device, stream);
-        if (!status) status = waited;
-        device->stream_destroy(device, stream);
-    }
-    device->free(device, buffer, bytes);
-    return status;
-}
-
-LLMPAR__PRIVATE_DEF llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const char *tag, int64_t *value) { return llmpar__memory_largest(ctx, tag, value, 1); }
 
 /* memory in bytes, the smallest .. the largest of 4 ranks
                           after init   before the optimizer                   peak
@@ -28682,11 +28238,8 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__run_largest(llmpar_ctx *ctx, const cha
 LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memory *memory, char *text, size_t capacity)
 {
     enum { ROWS = LLMPAR_TAG_COUNT + 1, COLUMNS = 3, CELLS = ROWS * COLUMNS };
-    const llmpar_arena_usage *marks[COLUMNS];
+    const llmpar_arena_usage *marks[COLUMNS] = { &memory->init, &memory->before_optimizer, &memory->step };
     int64_t values[2 * CELLS]; /* largest, and largest of the negative: the smallest */
-    marks[0] = &memory->init;
-    marks[1] = &memory->before_optimizer;
-    marks[2] = &memory->step;
     for (int row = 0; row < ROWS; row++)
         for (int column = 0; column < COLUMNS; column++) {
             const llmpar_arena_usage *u = marks[column];
@@ -28694,7 +28247,7 @@ LLMPAR_DEF llmpar_status llmpar_memory_print(llmpar_ctx *ctx, const llmpar_memor
             values[row * COLUMNS + column] = (int64_t)bytes;
             values[CELLS + row * COLUMNS + column] = -(int64_t)bytes;
         }
-    llmpar_status status = ctx ? llmpar__memory_largest(ctx, "memory", values, 2 * CELLS) : LLMPAR_OK;
+    llmpar_status status = ctx ? llmpar__comm_largest(ctx->comm, values, 2 * CELLS, "memory") : LLMPAR_OK;
     int32_t world = ctx ? ctx->world : 1;
     llmpar__text out = llmpar__text_begin(text, capacity);
     if (status || (ctx && ctx->rank)) return status;
@@ -28793,15 +28346,13 @@ static llmpar_status llmpar__plan_peak(llmpar_mesh *mesh, llmpar_llama *model, c
     if (status == LLMPAR_ERR_ARGUMENT || status == LLMPAR_ERR_UNSUPPORTED || status == LLMPAR_ERR_MESH || status == LLMPAR_ERR_CONFIG || status == LLMPAR_ERR_SHAPE) return LLMPAR_OK;
     if (status) return llmpar_fail(mesh->ctx, status, "%s", error.text);
     int64_t mine = (int64_t)memory.step.peak_total;
-    status = llmpar__run_largest(mesh->ctx, "plan", &mine);
+    status = llmpar__comm_largest(mesh->ctx->comm, &mine, 1, "plan");
     *peak = (uint64_t)mine;
     return status;
 }
 
-typedef struct llmpar__plan_text { char *text; size_t capacity, used; int count; } llmpar__plan_text;
-
 /* "--recompute full: 123456 bytes (9999 less)" for a policy that is not on yet and would save. */
-static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *given, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__plan_text *out)
+static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *other, uint64_t now, const char *name, llmpar__text *out)
 {
     llmpar_trainer_desc desc = *other;
     llmpar__recipe_blocks blocks;
@@ -28812,51 +28363,48 @@ static llmpar_status llmpar__plan_offer(llmpar_mesh *mesh, llmpar_llama *model, 
     if (llmpar_trainer_desc_resolve(&desc, mesh, llmpar_llama_get_config(model), &error)) return LLMPAR_OK;
     llmpar__recipe_blocks_of(&desc, model, &blocks);
     llmpar_status status = llmpar__plan_peak(mesh, model, &desc, &blocks, &peak);
-    (void)given;
     if (status || peak == 0 || peak >= now) return status;
-    int n = snprintf(out->text + out->used, out->capacity - out->used, "%s%s: %llu (%llu less%s)", out->count ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= given->memory_limit ? ", fits" : "");
-    if (n > 0 && (size_t)n < out->capacity - out->used) out->used += (size_t)n, out->count++;
-    else out->text[out->used] = 0;
+    llmpar__text_put(out, "%s%s: %llu (%llu less%s)", out->used ? ", " : "", name, (unsigned long long)peak, (unsigned long long)(now - peak), peak <= desc.memory_limit ? ", fits" : "");
     return LLMPAR_OK;
 }
 
-static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__plan_text *out)
+static llmpar_status llmpar__plan_offers(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, uint64_t now, llmpar__text *out)
 {
     llmpar_status status = LLMPAR_OK;
     llmpar_trainer_desc other = *desc;
     if (desc->recompute == LLMPAR_RECOMPUTE_NONE) {
         other.recompute = LLMPAR_RECOMPUTE_SELECTIVE;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute selective", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "recompute selective", out);
     }
     if (!status && desc->recompute != LLMPAR_RECOMPUTE_AUTO && (desc->recompute != LLMPAR_RECOMPUTE_FULL || desc->recompute_every > 1)) {
         other = *desc;
         other.recompute = LLMPAR_RECOMPUTE_FULL;
         other.recompute_every = 1;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "recompute full", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "recompute full", out);
     }
     if (!status && desc->zero != LLMPAR_ZERO_3 && mesh->degree[LLMPAR_AXIS_DP_SHARD] > 1) {
         other = *desc;
         other.zero = LLMPAR_ZERO_3;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "zero 3", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "zero 3", out);
     }
     if (!status && mesh->degree[LLMPAR_AXIS_TP] > 1 && !desc->sequence_parallel && desc->seq_len % mesh->degree[LLMPAR_AXIS_TP] == 0) {
         other = *desc;
         other.sequence_parallel = 1;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, "sp on", out);
+        status = llmpar__plan_offer(mesh, model, &other, now, "sp on", out);
     }
     for (int state = 0; state < LLMPAR_STATE_COUNT && !status; state++) {
         static const char *const name[] = {"offload optimizer=file", "offload params=file", "offload grads=file", "offload activations=file"};
         if (desc->offload[state] != LLMPAR_TIER_DEVICE) continue;
         other = *desc;
         other.offload[state] = LLMPAR_TIER_FILE;
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, name[state], out);
+        status = llmpar__plan_offer(mesh, model, &other, now, name[state], out);
     }
     if (!status && desc->batch % (2 * (int64_t)desc->grad_accum * mesh->dp_ranks) == 0) {
         char name[48];
         other = *desc;
         other.grad_accum = 2 * desc->grad_accum;
         snprintf(name, sizeof name, "grad-accum %d", (int)other.grad_accum);
-        status = llmpar__plan_offer(mesh, model, desc, &other, now, name, out);
+        status = llmpar__plan_offer(mesh, model, &other, now, name, out);
     }
     return status;
 }
@@ -28872,31 +28420,25 @@ static llmpar_status llmpar__plan_auto(llmpar_mesh *mesh, llmpar_llama *model, c
     best.every = desc->recompute_every;
     for (int full = 0; full < 2; full++) {
         int32_t low = 0, high = all; /* the answer is in [low, high], if there is one */
-        uint64_t peak;
-        llmpar_status status;
         memset(blocks, 0, sizeof *blocks);
         blocks->every = desc->recompute_every;
         if (full) blocks->selective = all;
-        while (low < high) {
+        for (;;) {
             int32_t middle = low + (high - low) / 2;
+            uint64_t peak;
             if (full) blocks->full = middle;
             else blocks->selective = middle;
-            status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
+            llmpar_status status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
             if (status) return status;
             if (peak && peak < least) {
                 least = peak;
                 best = *blocks;
             }
-            if (peak && peak <= desc->memory_limit) high = middle;
+            int fits = peak && peak <= desc->memory_limit;
+            if (low == high && fits) return LLMPAR_OK;
+            if (low == high) break;
+            if (fits) high = middle;
             else low = middle + 1;
-        }
-        if (full) blocks->full = low;
-        else blocks->selective = low;
-        status = llmpar__plan_peak(mesh, model, desc, blocks, &peak);
-        if (status || (peak && peak <= desc->memory_limit)) return status;
-        if (peak && peak < least) {
-            least = peak;
-            best = *blocks;
         }
     }
     *blocks = best;
@@ -28914,20 +28456,16 @@ LLMPAR__PRIVATE_DEF llmpar_status llmpar__plan_fit(llmpar_mesh *mesh, llmpar_lla
     llmpar_status mine = llmpar__plan_step(mesh, model, desc, blocks, &memory, &error);
     int64_t refused = mine != LLMPAR_OK;
     if (mine && mine != LLMPAR_ERR_MEMORY) return llmpar_fail(ctx, mine, "%s", error.text);
-    status = llmpar__run_largest(ctx, "plan", &refused); /* all ranks refuse together */
+    status = llmpar__comm_largest(ctx->comm, &refused, 1, "plan"); /* all ranks refuse together */
     if (status || !refused) return status;
-    char offers[900] = "";
-    llmpar__plan_text out;
+    char offers[900];
+    llmpar__text out = llmpar__text_begin(offers, sizeof offers);
     uint64_t now;
-    out.text = offers;
-    out.capacity = sizeof offers;
-    out.used = 0;
-    out.count = 0;
     status = llmpar__plan_peak(mesh, model, desc, blocks, &now);
     if (!status) status = llmpar__plan_offers(mesh, model, desc, now, &out);
     if (status) return status;
     return llmpar_fail(ctx, LLMPAR_ERR_MEMORY, "memory limit %llu bytes a rank: a step takes %llu%s%s%s; %s", (unsigned long long)desc->memory_limit, (unsigned long long)now,
-                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.count ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
+                       desc->recompute == LLMPAR_RECOMPUTE_AUTO ? ", whatever is recomputed" : "", out.used ? "; with " : "", offers, mine ? error.text : "this rank's part would fit");
 }
 
 LLMPAR_DEF llmpar_status llmpar_plan_memory(llmpar_mesh *mesh, llmpar_llama *model, const llmpar_trainer_desc *desc, llmpar_memory *out, llmpar_error *error)
@@ -29426,7 +28964,6 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
     int as = llmpar__v_as(a->dtype);
     (void)worker;
     for (int64_t row = task * job->step; row < end; row++) {
-        LLMPAR__VREAL rstd;
         LLMPAR__VEC s[LLMPAR__VFN(NORM_VECTORS)], scale, x[LLMPAR__VGROUP], r[LLMPAR__VGROUP];
         for (int k = 0; k < LLMPAR__VFN(NORM_VECTORS); k++) s[k] = LLMPAR__V(splat)(0);
         for (int64_t i = 0; i < d; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
@@ -29446,7 +28983,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(norm_forward)(void *arg, int64_t task, int32_t 
         /* 1/sqrt in the vector unit of the level: IEEE square root and division, correctly rounded each. */
         scale = LLMPAR__V(splat)(LLMPAR__VFN(norm_sum)(s) / (LLMPAR__VREAL)d + (LLMPAR__VREAL)a->eps);
         scale = LLMPAR__V(splat)(1) / LLMPAR__V(sqrt)(scale);
-        rstd = scale[0];
+        LLMPAR__VREAL rstd = scale[0];
         if (a->rstd) ((LLMPAR__VREAL *)a->rstd)[row] = rstd;
         for (int64_t i = 0; i < d; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
             LLMPAR__V(far_ahead)(a->y, row * d + i, as);
@@ -29910,17 +29447,18 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_step)(const int n, const float
         LLMPAR__V(store)(sums, sum);
     }
 }
-/* sums[heads][rows, ld] += p[heads][rows, 64] v[keys, heads, e], n keys, while those of the n after the next are asked for. */
-LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys, const int as)
+/* sums[heads][rows, ld] += p[heads][rows, 64] v[keys, heads, e], n keys at a time, while those of the n after the next are asked for, and a row of `next`: so the first keys of the next tile have come. */
+LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys, const char *next, const int as)
 {
     int64_t e = a->head_dim, size = as == LLMPAR__AS_OWN ? (int64_t)sizeof *p : 2, stride = a->ldv * size;
-    for (; keys >= n; keys -= n, p += n, v += n * stride)
+    for (; keys >= n; keys -= n, p += n, v += n * stride, next += a->ldk * size)
         for (int64_t h = 0; h < heads; h++) {
             const char *in = v + h * e * size;
             const float *weight = p + h * rows * LLMPAR__ATTENTION_TILE;
             LLMPAR__VREAL *sum = sums + h * rows * ld;
             int64_t left = e;
             for (int64_t i = 0; i < e * size; i += 64) {
+                __builtin_prefetch(next + h * e * size + i, 0, 2);
                 LLMPAR__VUNROLL
                 for (int k = 2 * n; k < 3 * n; k++) __builtin_prefetch(in + i + k * stride, 0, 2); /* into L2: L1 has too few places for lines on their way */
             }
@@ -29931,17 +29469,17 @@ LLMPAR__VINLINE void LLMPAR__VFN(attention_decode_values_as)(const int n, const 
             if (left > 0) LLMPAR__VFN(attention_decode_step)(n, weight, sum, ld, in, stride, left, rows, as);
         }
 }
-LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_values)(const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys)
+LLMPAR__VSHARED void LLMPAR__VFN(attention_decode_values)(const llmpar_attention_args *a, const float *p, LLMPAR__VREAL *sums, int64_t ld, const char *v, int64_t heads, int64_t rows, int64_t keys, const char *next)
 {
     int as = llmpar__v_as(a->dtype);
     int64_t whole = keys / 4 * 4;
-    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, LLMPAR__AS_OWN);
-    else if (as == LLMPAR__AS_BF16) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, LLMPAR__AS_BF16);
+    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, next, LLMPAR__AS_OWN);
+    else if (as == LLMPAR__AS_BF16) LLMPAR__VFN(attention_decode_values_as)(4, a, p, sums, ld, v, heads, rows, whole, next, LLMPAR__AS_BF16);
     else whole = 0;
     p += whole;
     v += whole * a->ldv * (as == LLMPAR__AS_OWN ? (int64_t)sizeof *p : 2);
-    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, LLMPAR__AS_OWN);
-    else LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, as);
+    if (as == LLMPAR__AS_OWN) LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, next, LLMPAR__AS_OWN);
+    else LLMPAR__VFN(attention_decode_values_as)(1, a, p, sums, ld, v, heads, rows, keys - whole, next, as);
 }
 
 /* A row's sums, weight and maximum become element out_at and on of out, and *lse. */
@@ -30013,7 +29551,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(attention_decode)(void *arg, int64_t task, int3
                 weight[r] = sum;
                 for (j = 0; j < ld; j += LLMPAR__VLANES) LLMPAR__V(store)(sums + r * ld + j, LLMPAR__V(load)(sums + r * ld + j) * change);
             }
-            LLMPAR__VFN(attention_decode_values)(a, (const float *)p, sums, ld, (const char *)a->v + v_at * size, heads, rows, limit);
+            LLMPAR__VFN(attention_decode_values)(a, (const float *)p, sums, ld, (const char *)a->v + v_at * size, heads, rows, limit, (const char *)a->k + (first + TILE < keys ? k_at + TILE * a->ldk : k_at) * size);
         }
         for (int64_t r = 0; r < heads * rows; r++) {
             int64_t h = kv * group + r / queries;
@@ -30321,7 +29859,6 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t
         for (int64_t piece = 0; piece < a->canon; piece++) {
             int64_t begin = llmpar__v_max(llmpar_piece_begin(piece, a->v_total, a->canon) - a->v_begin, 0), stop = llmpar__v_min(llmpar_piece_begin(piece + 1, a->v_total, a->canon) - a->v_begin, a->v_local);
             LLMPAR__VEC s = zero, x[LLMPAR__VGROUP];
-            int height;
             if (begin >= stop) continue;
             for (int64_t i = begin; i < stop; i += LLMPAR__VGROUP * LLMPAR__VLANES) {
                 int64_t n = stop - i;
@@ -30334,7 +29871,7 @@ LLMPAR__VKERNEL void LLMPAR__VFN(xent_rows_sum)(void *arg, int64_t task, int32_t
                 LLMPAR__VUNROLL
                 for (int k = 0; k < LLMPAR__VGROUP; k++) s = s + x[k];
             }
-            height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
+            int height = depth ? 64 - __builtin_clzll((unsigned long long)(piece ^ last)) : 0;
             for (; depth >= 2 && heights[depth - 1] < height; depth--) sum[depth - 2] += sum[depth - 1];
             sum[depth] = LLMPAR__V(sum)(s);
             heights[depth++] = height;
@@ -30780,10 +30317,9 @@ LLMPAR__VINLINE LLMPAR__VBITS LLMPAR__VFN(adalomo_pass)(const int rows, const in
 LLMPAR__VINLINE void LLMPAR__VFN(adalomo_segments)(const int rows, const LLMPAR__VREAL *g, int64_t ld, int64_t n, LLMPAR__VEC scale, LLMPAR__VWIDE row_units, LLMPAR__VWIDE column_units, uint64_t *column, uint64_t *row_sum)
 {
     LLMPAR__VFN(squares_units) sums[LLMPAR__VGROUP];
-    LLMPAR__VBITS least;
     int zeros = 0;
     memset(sums, 0, sizeof sums);
-    least = LLMPAR__VFN(adalomo_pass)(rows, 0, g, ld, n, scale, row_units, column_units, column, sums);
+    LLMPAR__VBITS least = LLMPAR__VFN(adalomo_pass)(rows, 0, g, ld, n, scale, row_units, column_units, column, sums);
     for (int k = 0; k < LLMPAR__VLANES; k++) zeros |= !least[k];
     if (zeros) LLMPAR__VFN(adalomo_pass)(rows, 1, g, ld, n, scale, row_units, column_units, column, sums);
     for (int r = 0; r < rows; r++)
