@@ -346,7 +346,7 @@ static llmpar_status together_body(session *s, void *user)
         status = say(s, t, 0, 1, tokens, ids + t->prompt, &count);
         uint64_t *row = watched.rows;
         if (watched.begun[2] - watched.begun[1] != c->layers * (products + 1) + 1) TEST_FAIL("%s, tp %d: %d products a token, expected %d", t->name, (int)tp, watched.begun[2] - watched.begun[1], (int)(c->layers * (products + 1) + 1));
-        for (int32_t i = 0; i < count && !status; i++) {
+        for (int32_t i = 0; i < count && !status; i += turned ? 6 : 1) {
             status = llmpar_llama_logits(s->model, s->fsdp, ids, t->prompt + i, logits);
             if (watched.last != row[i]) TEST_FAIL("%s, tp %d, rank %d: logits of token %d are not those of the whole sequence", t->name, (int)tp, s->ctx->rank, (int)i);
         }
