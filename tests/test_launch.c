@@ -419,4 +419,5 @@ TEST(no_descs)
     CHECK_OK(llmpar_launch(&desc, without_descs, NULL, NULL));
 }
 
-TEST_LIST(T_(no_descs), T_(threads_and_places), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))
+/* threads_and_places first: what it calls the processors of this thread no launch has touched. */
+TEST_LIST(T_(threads_and_places), T_(no_descs), T_(ranks_and_names), T_(root_error), T_(bad_descs), T_(allocator_hooks), T_(float_state), T_(log_sink), T_(nested_launch))

@@ -488,7 +488,7 @@ static void llmpar__mpi_position(void *user, int32_t rank, llmpar_position *out)
 LLMPAR__PRIVATE_DEF void llmpar__mpi_who(llmpar_mpi_world *world, char *text, size_t capacity)
 {
     double limit = llmpar__clock_seconds() + 1;
-    if (!world->aborted) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED); /* what this rank has seen of the others is older, and a guess */
+    if (!world->aborted) llmpar__mpi_tell(world, &world->asked, LLMPAR__MPI_ASKED); /* what it has seen of them is a guess */
     for (int waiting = 1; waiting && llmpar__clock_seconds() < limit;) {
         waiting = 0;
         for (int32_t i = 0; i < world->ranks; i++)

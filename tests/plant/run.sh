@@ -22,7 +22,7 @@ plant()
     if [ -z "$test" ] || [ ! -f "tests/$test.c" ]; then bad "$name" "line 1 has to be \"test: PROGRAM\", got \"$(head -n 1 "$patch")\""; return; fi
     if [ -z "${sound[$test]}" ]; then
         build "$test" || { bad "$name" "$test does not build without the fault" $tree/build.log; return; }
-        cp "$tree/$(program "$test")" "$tree/$(program "$test").sound"
+        cp "$tree/$(program "$test")" "$tree/build/sound/" # under its own name, which threads take theirs from
         sound[$test]=1
     fi
     if ! patch -d $tree -p1 --fuzz=0 -s -f <"$patch" >$tree/patch.log 2>&1; then
@@ -37,7 +37,7 @@ plant()
         [ $code -ne 124 ] || how=", it hung"
         first=$(sed -n 's/^FAILED //p' $tree/run.log | head -n 1)
         if [ $code -eq 0 ]; then bad "$name" "$test did not notice: $fault"
-        elif ! run "$(program "$test").sound" $first; then bad "$name" "$test $first fails without the fault" $tree/run.log
+        elif ! run "build/sound/$test" $first; then bad "$name" "$test $first fails without the fault" $tree/run.log
         else
             passed=$((passed + 1))
             printf '%-24s caught by %s (exit code %s%s): %s\n' "$name" "$test${first:+ $first}" $code "$how" "$fault"
@@ -53,7 +53,7 @@ worker()
     declare -A sound
     tree=build/plant/$1
     passed=0 failed=0
-    mkdir -p $tree/build
+    mkdir -p $tree/build/sound
     cp -a Makefile src tests tools examples $tree/
     # Module by module, so that a fault costs the compilation of its module alone; what `make test-separate` and `make test-cuda` left is taken along.
     for left in build/separate build/dev build/emulated; do [ ! -d $left ] || cp -a $left $tree/build/; done
