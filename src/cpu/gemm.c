@@ -172,7 +172,7 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
-    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* few rows leave too much uncopied; many that lie drive the copies out of L2 */
+    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
