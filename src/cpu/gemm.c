@@ -145,7 +145,7 @@ static int64_t llmpar__gemm_part(int64_t total, int64_t pieces)
 
 static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, const llmpar_gemm_args *args)
 {
-    int64_t total = 0, parts, tile, limit_n, group_n;
+    int64_t total = 0, parts, tile, limit_n, group_n, few = args->kind == LLMPAR_GEMM_NT ? INT64_MAX : args->m; /* rows, where B goes by in wide blocks if they are few: the first group of each is packed beforehand */
     int32_t s, n;
     int outlives, even = 1; /* tiles that are no part of c outlive a part; pairs fill every segment */
     memset(run, 0, sizeof *run);
@@ -167,12 +167,12 @@ static void llmpar__gemm_prepare(llmpar__gemm_run *run, const llmpar__cpu *cpu, 
     run->all_m = run->turned ? args->n : args->m;
     run->all_n = run->turned ? args->m : args->n;
     outlives = run->levels_saved || (parts > 1 && (run->half_out.narrow || run->turned));
-    limit_n = !outlives || run->thin || args->m <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : args->m <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
+    limit_n = !outlives || run->thin || few <= LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N : few <= 2 * LLMPAR__GEMM_FEW_M ? LLMPAR__GEMM_BLOCK_N / 2 : run->lying ? LLMPAR__GEMM_LYING_STACK_N : LLMPAR__GEMM_STACK_N;
     run->block_m = llmpar__gemm_even_blocks(run->all_m, run->lying ? LLMPAR__GEMM_LYING_M : outlives && !run->thin ? LLMPAR__GEMM_STACK_M : LLMPAR__GEMM_BLOCK_M, run->kernel.rows);
     run->block_n = llmpar__gemm_even_blocks(run->all_n, limit_n, run->kernel.columns);
     group_n = run->turned ? (int64_t)LLMPAR__GEMM_TURNED_M : (int64_t)LLMPAR__GEMM_GROUP_N; /* all of it where that is little: then A, the long one, goes by once a part */
     run->group_panels = (run->block_n < group_n ? run->block_n : group_n) / run->kernel.columns;
-    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* few rows leave too much uncopied; many that lie drive the copies out of L2 */
+    run->copies = run->threads == 1 && run->kernel.copying[0] && !run->half.widen && args->kind != LLMPAR_GEMM_NT && args->m >= 2 * LLMPAR__GEMM_THIN_M && (!run->lying || args->m <= 2 * LLMPAR__GEMM_FEW_M); /* fewer rows leave too much uncopied, more that lie lose 1 to 2 % */
     while (run->group_panels > 1 && (run->thin || (run->threads > 1 && run->block_n < 4 * run->threads * run->group_panels * run->kernel.columns))) run->group_panels /= 2; /* a few groups a worker */
 
     tile = run->kernel.rows * run->kernel.columns;
