@@ -246,7 +246,7 @@ test-tsan:
 build/aarch64/train_llama build/musl/train_llama: build/%/train_llama: examples/train_llama.c build/%/llmpar.o
 	@$(if $(findstring musl,$@),musl-gcc,aarch64-linux-gnu-gcc) -O1 $(DEBUG) -static -DLLMPAR__IMPLEMENTED -Ibuild/dev $^ -o $@ $(LDLIBS)
 
-AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_interleave test_attention test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
+AARCH64 = $(or $(TEST),test_base test_ops test_gemm test_interleave test_attention test_generate test_elementwise test_tp test_mesh test_fsdp test_fsdp_fail test_config test_launch test_model)
 MUSL = $(or $(TEST),test_base test_comm test_launch test_mesh test_fsdp test_fsdp_fail test_safetensors test_hf test_model)
 
 test-aarch64:

@@ -3484,7 +3484,7 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
 /* vector: short vectors of one level, and the names a kernel template is made from.
 
    A template (norm.inc, attention.inc, ...) is included once a level, by kernels_*.c, with LLMPAR__VLEVEL set to one of
-     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
+     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification (f32 on aarch64: fused, as its products)
      avx2, avx512             the same text with wider vectors and fused multiply-adds
    Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
@@ -3497,6 +3497,9 @@ static __attribute__((noinline, unused)) void llmpar__half_write(const llmpar__h
 #include <immintrin.h>
 #else
 #define LLMPAR__VX86 0
+#if defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
 #endif
 
 typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
@@ -3588,8 +3591,9 @@ typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VSPREAD(x) { x, x }
+#define LLMPAR__VFMA(a, b, c) ((a) * (b) + (c))
 /* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane; LLMPAR__VFMA(a, b, c).
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
    other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
    more_bits and less_bits are max and min of unsigned integers;
@@ -3619,7 +3623,7 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VE
     if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
     return other;
 }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return LLMPAR__VFMA(a, b, c); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
@@ -3638,6 +3642,7 @@ LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, co
 }
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VSPREAD
+#undef LLMPAR__VFMA
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
     llmpar__vec_portable_f64 y = { llmpar_sqrt_f64(x[0]), llmpar_sqrt_f64(x[1]) };
@@ -3646,8 +3651,13 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 static inline llmpar__vec_portable_f64 llmpar__v_fma_once_portable_f64(llmpar__vec_portable_f64 a, llmpar__vec_portable_f64 b, llmpar__vec_portable_f64 c) { return a * b + c; } /* no other device has f64 */
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
+#if defined(__aarch64__) && !defined(LLMPAR_NO_SIMD) /* as in its products, which attention of few queries takes its scores from */
+#define LLMPAR__VFMA(a, b, c) (LLMPAR__VEC)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
+#else
+#define LLMPAR__VFMA(a, b, c) ((a) * (b) + (c))
+#endif
 /* ==== src/cpu/vector_portable.inc ==== */
-/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane.
+/* vector_portable: the vector functions in plain vector extensions. Parameters: LLMPAR__VLEVEL, portable or portable_f64; LLMPAR__VSPREAD(x), x for every lane; LLMPAR__VFMA(a, b, c).
    load_n and store_n touch only the first n elements, n < 0 counts as 0; keep(x, n, other) takes the first n lanes of x and the rest of
    other; less(a, b, yes, no) is a < b ? yes : no; larger is max, and the second operand where one is NaN;
    more_bits and less_bits are max and min of unsigned integers;
@@ -3677,7 +3687,7 @@ LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(keep)(LLMPAR__VEC x, int64_t n, LLMPAR__VE
     if (n > 0) memcpy(&other, &x, (size_t)n * sizeof(LLMPAR__VREAL));
     return other;
 }
-LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return a * b + c; }
+LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(fma)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC c) { return LLMPAR__VFMA(a, b, c); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(select)(LLMPAR__VBITS mask, LLMPAR__VEC yes, LLMPAR__VEC no) { return (LLMPAR__VEC)(((LLMPAR__VBITS)yes & mask) | ((LLMPAR__VBITS)no & ~mask)); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(less)(LLMPAR__VEC a, LLMPAR__VEC b, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a < b), yes, no); }
 LLMPAR__VINLINE LLMPAR__VEC LLMPAR__V(nan)(LLMPAR__VEC a, LLMPAR__VEC yes, LLMPAR__VEC no) { return LLMPAR__V(select)((LLMPAR__VBITS)(a != a), yes, no); }
@@ -3696,6 +3706,7 @@ LLMPAR__VINLINE void LLMPAR__V(transpose)(LLMPAR__VREAL *out, int64_t ld_out, co
 }
 #undef LLMPAR__VLEVEL
 #undef LLMPAR__VSPREAD
+#undef LLMPAR__VFMA
 static inline llmpar__wide_portable llmpar__v_load_wide_portable(const float *p)
 {
     llmpar__wide_portable y = { (double)p[0], (double)p[1] };
@@ -6332,8 +6343,7 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.decode = NULL;
     job.decode_columns = 0;
     job.decode_parts = 1;
-    /* Elsewhere thin products are fused and those of the tiles are not. */
-    if (LLMPAR__VX86 && !backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
     if (job.decode) {
         int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;
@@ -10393,6 +10403,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
+    if (world->aborted) return LLMPAR_ERR_PEER; /* heard of meanwhile: that came first */
     if (gone) llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
     else llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
     return gone ? LLMPAR_ERR_MISMATCH : LLMPAR_ERR_TIMEOUT;
@@ -11326,7 +11337,7 @@ static size_t llmpar__session_workspace(const llmpar__session *g)
     for (int pass = 0; pass < 3; pass++) {
         int64_t few = g->rows < 16 ? g->rows : 16, rows = pass == 0 ? 1 : pass == 1 ? few : g->rows;
         for (int i = 0; i < 6; i++) {
-            int64_t own = i == 5 && rows > g->head_rows ? g->head_rows : rows;
+            int64_t own = i == 2 || i == 4 ? 1 : i == 5 && rows > g->head_rows ? g->head_rows : rows;
             w = i < 3 ? llmpar__llama_linear_workspace(g->model, own, widths[i], g->dtype) : llmpar_tp_product_workspace(&g->tp, LLMPAR_GEMM_NT, own, widths[i], s->d, g->dtype);
             if (w > most) most = w;
         }

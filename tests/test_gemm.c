@@ -628,7 +628,7 @@ TEST(bad_arguments)
 /* A prompt's last chunk, or that of a head's logits, has any number of rows up to that for which the workspace was asked for. */
 TEST(fewer_rows_need_no_more)
 {
-    static const int64_t most[] = { 3, 7, 9, 10, 12, 15, 40, 200, 1100, 2100 };
+    static const int64_t most[] = { 3, 7, 9, 10, 12, 15, 40, 200, 300, 700, 1100, 2100 }, columns[] = { 100, 5000, 2100 };
     FOR_LEVELS(level) for (int draw = 0; draw < 48; draw++) {
         machine w;
         llmpar_gemm_segment segments[8];
@@ -642,7 +642,7 @@ TEST(fewer_rows_need_no_more)
             segments[i].piece = i;
             segments[i].k = (draw % 2 ? 96 : 2053) / args.pieces;
         }
-        args.n = draw / 6 % 2 ? 100 : 5000;
+        args.n = columns[draw / 6 % 3];
         args.kind = (llmpar_gemm_kind)(1 + draw % 3);
         args.dtype = draw / 12 % 2 ? LLMPAR_BF16 : LLMPAR_F32;
         for (size_t i = 0; i < sizeof most / sizeof most[0]; i++) {

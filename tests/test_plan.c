@@ -308,6 +308,8 @@ TEST(limit_of_a_small_model)
 {
     attempt free_run = attempt_of(1, 1, 1, "--optimizer adalomo");
     free_run.config.layers = 1;
+    free_run.config.hidden = 16;
+    free_run.config.intermediate = 24;
     free_run.batch = 2;
     attempt fits = free_run;
     plan_is_reality(&free_run);

@@ -130,6 +130,7 @@ LLMPAR_TEST_QUICK=1 phase nccl-tsan $make $jobs test-nccl-tsan $([ -n "$full" ] 
 phase fuzz $make test-fuzz ${full:+FUZZ_OPT=-O1} FUZZ=$([ -n "$full" ] && echo 60 || echo 8)
 if [ -z "$full" ]; then
     phase plant $make test-plant PLANT=sample
+    LLMPAR_TEST_QUICK=1 phase aarch64 $make $jobs test-aarch64 TEST='test_attention test_generate' # where products, and what decoding makes of them, have other kernels
 else
     phase plant $make test-plant
     phase cuda-plant $make test-cuda-plant

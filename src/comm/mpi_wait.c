@@ -103,6 +103,7 @@ static llmpar_status llmpar__mpi_hopeless(llmpar__mpi_comm *tc, const llmpar_cal
     llmpar__mpi_seen(world, world->met, 0);
     llmpar_call_print(call, what, sizeof what);
     llmpar__mpi_who(world, who, sizeof who);
+    if (world->aborted) return LLMPAR_ERR_PEER; /* heard of meanwhile: that came first */
     if (gone) llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_MISMATCH, "%s: rank %d has returned without it; %s", what, (int)missing, who);
     else llmpar_error_set(llmpar__mpi_own_error(tc), LLMPAR_ERR_TIMEOUT, "%s: waited %g s for the other ranks; %s", what, world->desc.deadline, who);
     return gone ? LLMPAR_ERR_MISMATCH : LLMPAR_ERR_TIMEOUT;

@@ -99,8 +99,7 @@ static void llmpar__attention_run(llmpar_device *device, const llmpar__kernel *k
     job.decode = NULL;
     job.decode_columns = 0;
     job.decode_parts = 1;
-    /* Elsewhere thin products are fused and those of the tiles are not. */
-    if (LLMPAR__VX86 && !backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
+    if (!backward && a->heads / a->kv_heads * a->tq <= LLMPAR__THIN_ROWS && a->dtype != LLMPAR_F64) job.decode = llmpar__gemm_thin_function(cpu, a->dtype, &job.decode_columns);
     if (job.decode) {
         int64_t filled = llmpar__gemm_thin_filled(a->heads / a->kv_heads * a->tq), threads = llmpar__pool_threads(cpu);
         kernels = llmpar__attention_decode_kernels;

@@ -1,7 +1,7 @@
 /* vector: short vectors of one level, and the names a kernel template is made from.
 
    A template (norm.inc, attention.inc, ...) is included once a level, by kernels_*.c, with LLMPAR__VLEVEL set to one of
-     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification
+     portable_f64, portable   plain vector extensions, a*b+c unfused: the readable specification (f32 on aarch64: fused, as its products)
      avx2, avx512             the same text with wider vectors and fused multiply-adds
    Every kernel is a task for llmpar__pool_run, so one table of four pointers dispatches it:
      static const llmpar__kernel llmpar__norm_forward[4] = LLMPAR__VKERNELS(norm_forward);
@@ -21,6 +21,9 @@
 #include <immintrin.h>
 #else
 #define LLMPAR__VX86 0
+#if defined(__aarch64__) && !defined(LLMPAR_NO_SIMD)
+#include <arm_neon.h>
+#endif
 #endif
 
 typedef void (*llmpar__kernel)(void *arg, int64_t task, int32_t worker);
@@ -112,6 +115,7 @@ typedef uint32_t llmpar__bit_portable;
 
 #define LLMPAR__VLEVEL portable_f64
 #define LLMPAR__VSPREAD(x) { x, x }
+#define LLMPAR__VFMA(a, b, c) ((a) * (b) + (c))
 #include "cpu/vector_portable.inc"
 static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_portable_f64 x)
 {
@@ -121,6 +125,11 @@ static inline llmpar__vec_portable_f64 llmpar__v_sqrt_portable_f64(llmpar__vec_p
 static inline llmpar__vec_portable_f64 llmpar__v_fma_once_portable_f64(llmpar__vec_portable_f64 a, llmpar__vec_portable_f64 b, llmpar__vec_portable_f64 c) { return a * b + c; } /* no other device has f64 */
 #define LLMPAR__VLEVEL portable
 #define LLMPAR__VSPREAD(x) { x, x, x, x }
+#if defined(__aarch64__) && !defined(LLMPAR_NO_SIMD) /* as in its products, which attention of few queries takes its scores from */
+#define LLMPAR__VFMA(a, b, c) (LLMPAR__VEC)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b))
+#else
+#define LLMPAR__VFMA(a, b, c) ((a) * (b) + (c))
+#endif
 #include "cpu/vector_portable.inc"
 static inline llmpar__wide_portable llmpar__v_load_wide_portable(const float *p)
 {
